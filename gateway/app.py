@@ -1,0 +1,117 @@
+"""The only place that makes the parts and opens them, and the list of what is served where."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import uvloop
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.edge import admin, server
+from gateway.edge.health import Health
+from gateway.edge.inference import Inference
+from gateway.engine import Engine
+from gateway.kv.lmcache import LMCache
+from gateway.kv.pins import Lock, Pins
+from gateway.kv.tiers.contract import Tier, TierUnavailable
+from gateway.kv.tiers.disk import DiskTier
+from gateway.kv.tiers.redis import RedisTier
+from gateway.parts import Parts
+from gateway.salts import read_secret
+from gateway.sessions import SaltRule, Sessions
+from gateway.settings import Settings
+from gateway.store.sqlite import SqliteStore
+from gateway.turns import Turns
+from gateway.upstream import Upstream
+from gateway.windows.freeze import release_strays
+
+log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._inference: Inference | None = None
+        self._rest: ASGIApp = Starlette(
+            routes=admin.routes(), exception_handlers=admin.HANDLERS, lifespan=self._lifespan
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if self._inference is not None and scope["type"] == "http" and scope["path"].startswith(("/v1/", "/s/")):
+            await self._inference(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[dict[str, object]]:
+        async with open_parts(self._settings) as parts, Health(parts) as health:
+            self._inference = Inference(parts)
+            try:
+                yield {"parts": parts, "health": health}
+            finally:
+                self._inference = None
+
+
+@asynccontextmanager
+async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+    """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
+        sessions = Sessions(store)
+        timeout = settings.connect_timeout_s
+        parts = Parts(
+            settings=settings,
+            store=store,
+            upstream=await stack.enter_async_context(
+                Upstream(
+                    settings.engine_urls[0], connect_timeout_s=timeout, silence_timeout_s=settings.engine_timeout_s
+                )
+            ),
+            engine=await stack.enter_async_context(
+                Engine(
+                    settings.engine_urls[0],
+                    api_key=settings.engine_api_key,
+                    fingerprint=settings.model_fingerprint,
+                    connect_timeout_s=timeout,
+                    timeout_s=settings.engine_timeout_s,
+                )
+            ),
+            cache=await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None,
+            pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
+            salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
+            sessions=sessions,
+            turns=await stack.enter_async_context(Turns(store, sessions, room=settings.turn_queue)),
+        )
+        swept = await release_strays(parts)
+        if swept:
+            log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
+        yield parts
+
+
+async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:
+    tiers: list[Tier] = []
+    if settings.kv_path and settings.pins_path:
+        try:
+            tiers.append(await stack.enter_async_context(DiskTier(settings.kv_path, settings.pins_path / store_id)))
+        except TierUnavailable as error:
+            raise SystemExit(f"error: {error}: make pins_dir writable") from error
+    if settings.kv_redis_url:
+        tier = RedisTier(settings.kv_redis_url, store_id, settings.connect_timeout_s)
+        tiers.append(await stack.enter_async_context(tier))
+    return tuple(tiers)
+
+
+def main(settings: Settings) -> None:
+    """Serve in this process until a signal. Exits with 1 and one line when the port cannot be had."""
+    try:
+        sock = server.listen(settings)
+    except OSError as error:
+        raise SystemExit(f"error: cannot listen on {settings.host} port {settings.port}: {error.strerror}") from error
+    log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve(Gateway(settings), settings, sock))

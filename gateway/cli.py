@@ -1,0 +1,267 @@
+"""`cwg`: the local stack, the gateway, and the verbs as a client of the admin API.
+
+Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from gateway import __version__
+from gateway.client import Admin, AdminError
+from gateway.settings import Settings, SettingsError, load
+
+_OUT = Console()
+_ERR = Console(stderr=True)
+
+
+class Failure(click.ClickException):
+    """A failure in one line; exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        """Print it."""
+        click.echo(f"error: {self.message}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cwg")
+def main() -> None:
+    """Context Window Gateway: durable, nameable, lossless KV caches for conversations on vLLM."""
+
+
+# --- servers
+
+
+@main.command()
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="settings file (TOML)")
+@click.option("--host", help="address to listen on")
+@click.option("--port", type=int, help="port to listen on")
+def serve(config: Path | None, host: str | None, port: int | None) -> None:
+    """Run the gateway alone, before an engine and a cache that run elsewhere."""
+    from gateway import app  # noqa: PLC0415 - a verb of the CLI should not pay for the server's imports
+
+    try:
+        settings = load(file=config, environment=os.environ, overrides={"host": host, "port": port})
+    except SettingsError as error:
+        raise Failure(str(error)) from error
+    _log_to_stderr(settings)
+    app.main(settings)
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+# --- verbs
+
+
+def _verb(command: Callable[..., None]) -> click.Command:
+    """A verb: a command of `cwg`, named after its function, with the option that every verb has."""
+    option = click.option("--json", "as_json", is_flag=True, help="print the answer as JSON")
+    return main.command(command.__name__.rstrip("_"))(option(command))
+
+
+def _admin() -> Admin:
+    url = os.environ.get("CWG_URL", "http://127.0.0.1:8700").rstrip("/")
+    return Admin(url, os.environ.get("CWG_API_KEY", ""))
+
+
+@_verb
+@click.argument("session")
+@click.argument("name")
+@click.option("--description", help="what the window is")
+@click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
+@click.option("--ttl", "ttl_seconds", type=float, help="seconds until the window expires")
+def freeze(
+    session: str, name: str, description: str | None, tags: tuple[str, ...], ttl_seconds: float | None, as_json: bool
+) -> None:
+    """Freeze SESSION into the window NAME."""
+    body = {
+        "session_id": session,
+        "window_name": name,
+        "description": description,
+        "tags": list(tags) or None,
+        "ttl_seconds": ttl_seconds,
+    }
+    answer = _watched("/admin/windows", body)
+    receipt = answer["receipt"]
+    _show(answer, as_json, {"window": answer["name"], "kv": answer["kv"], **_flat(receipt)})
+
+
+@_verb
+@click.argument("name")
+@click.option("--session", "new_session_id", help="id of the new session")
+@click.option(
+    "--warm", type=click.Choice(["none", "cpu", "gpu"]), default="gpu", show_default=True, help="how far up to load"
+)
+def thaw(name: str, new_session_id: str | None, warm: str, as_json: bool) -> None:
+    """Thaw the window NAME into a new session."""
+    answer = _watched(f"/admin/windows/{_part(name)}/thaw", {"new_session_id": new_session_id, "warm": warm})
+    _show(answer, as_json, {"session": answer["session_id"], "model": answer["model"], **_flat(answer["receipt"])})
+
+
+@_verb
+@click.argument("source")
+@click.argument("target")
+@click.option("--description", help="what the clone is for")
+@click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
+def clone(source: str, target: str, description: str | None, tags: tuple[str, ...], as_json: bool) -> None:
+    """Give the window SOURCE a second name, TARGET; no KV byte is copied."""
+    body = {"target_window": target, "description": description, "tags": list(tags) or None}
+    answer = _call("POST", f"/admin/windows/{_part(source)}/clone", body=body)
+    _show(answer, as_json, {k: answer[k] for k in ("source_window", "target_window", "shared_blocks")})
+
+
+@_verb
+@click.argument("name")
+def delete(name: str, as_json: bool) -> None:
+    """Delete the window NAME, and every KV object that nobody else holds."""
+    answer = _call("DELETE", f"/admin/windows/{_part(name)}")
+    _show(answer, as_json, {k: v for k, v in answer.items() if k != "warnings"})
+
+
+@_verb
+@click.argument("name")
+@click.option("--blocks", is_flag=True, help="list every KV object")
+def status(name: str, blocks: bool, as_json: bool) -> None:
+    """Tell what the window NAME is and where its bytes are now."""
+    query = {"include_lineage": "true", "include_blocks": "true" if blocks else None}
+    answer = _call("GET", f"/admin/windows/{_part(name)}", query=query)
+    cache = answer["kv_cache"]
+    shown = {
+        k: answer[k] for k in ("name", "session_id", "model", "token_count", "kv", "description", "tags", "created_at")
+    }
+    _show(
+        answer,
+        as_json,
+        shown | {"parent": answer["lineage"]["parent"], "chunks": cache["block_count"], **_tiers(cache)},
+    )
+
+
+@_verb
+@click.option("--tag", "tags", multiple=True, help="only with this tag; all of them if given more than once")
+@click.option("--search", help="only with this text in name or description")
+@click.option("--limit", type=int, default=20, show_default=True)
+@click.option("--offset", type=int, default=0)
+def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as_json: bool) -> None:
+    """List windows, newest first."""
+    query = {"tags": ",".join(tags) or None, "search": search, "limit": limit, "offset": offset}
+    answer = _call("GET", "/admin/windows", query=query)
+    _table(
+        answer,
+        as_json,
+        answer["windows"],
+        ("name", "session_id", "model", "token_count", "size_bytes", "kv", "created_at"),
+    )
+
+
+@_verb
+@click.option("--state", type=click.Choice(["active", "frozen", "thawed", "expired"]))
+@click.option("--limit", type=int, default=20, show_default=True)
+@click.option("--offset", type=int, default=0)
+def sessions(state: str | None, limit: int, offset: int, as_json: bool) -> None:
+    """List sessions, last active first."""
+    answer = _call("GET", "/admin/sessions", query={"state": state, "limit": limit, "offset": offset})
+    columns = ("id", "state", "model", "token_count", "turn_count", "window", "last_active_at")
+    _table(answer, as_json, answer["sessions"], columns)
+
+
+@_verb
+def doctor(as_json: bool) -> None:
+    """Prove on the running stack that sessions are isolated and that freezing can hold its word."""
+    answer = _call("POST", "/admin/doctor", body={})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        for check in answer["checks"]:
+            mark = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}[check["status"]]
+            _OUT.print(f"{mark:<20} {check['name']}: {check['message']}", highlight=False)
+            if check["status"] != "ok" and check["remedy"]:
+                _OUT.print(f"{'':<8} {check['remedy']}", highlight=False)
+    if not answer["ok"]:
+        raise SystemExit(1)
+
+
+def _call(method: str, path: str, **arguments: Any) -> dict[str, Any]:
+    try:
+        return _admin().call(method, path, **arguments)
+    except AdminError as error:
+        raise _failure(error) from error
+
+
+def _watched(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=_ERR, transient=True, disable=not _ERR.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        try:
+            return _admin().watch(
+                path,
+                body,
+                lambda step: bar.update(
+                    task, description=step["stage"], completed=step["done"], total=step["total"] or None
+                ),
+            )
+        except AdminError as error:
+            raise _failure(error) from error
+
+
+def _failure(error: AdminError) -> Failure:
+    return Failure(f"{error.message} ({error.hint})" if error.hint else error.message)
+
+
+def _show(answer: Mapping[str, Any], as_json: bool, shown: Mapping[str, Any]) -> None:
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    width = max(len(name) for name in shown)
+    for name, value in shown.items():
+        click.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
+    for warning in answer.get("warnings", ()):
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _table(answer: Mapping[str, Any], as_json: bool, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    table = Table(*(column.replace("_", " ") for column in columns), box=None)
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    _OUT.print(table)
+    if answer["has_more"]:
+        click.echo(f"{len(rows)} of {answer['total']}; --offset {answer['offset'] + len(rows)} shows more", err=True)
+
+
+def _flat(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in receipt.items() if not isinstance(v, dict) and k != "kv"}
+    return plain | {tier: f"{t['objects']} objects, {t['bytes']} bytes" for tier, t in receipt.get("tiers", {}).items()}
+
+
+def _tiers(cache: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{tier['pinned']} pinned ({tier['pinned_bytes']} bytes), {tier['present']} present"
+        for name, tier in cache["tiers"].items()
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == []:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _part(name: str) -> str:
+    return quote(name, safe="")

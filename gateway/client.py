@@ -1,0 +1,75 @@
+"""The admin API from outside: what the CLI speaks to a running gateway."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import httpx
+import orjson
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+
+
+class AdminError(Exception):
+    """What the gateway answered instead, or that it did not answer."""
+
+    def __init__(self, message: str, hint: str = "", code: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+
+
+class Admin:
+    """A client of one gateway's admin API."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self.url = url
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600, connect=5))
+
+    def call(
+        self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Send one request and return its answer. Raises AdminError."""
+        try:
+            response = self._http.request(method, path, params=_given(query), json=_given(body))
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        return _checked(response.status_code, _json(response.content))
+
+    def watch(self, path: str, body: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+        """POST, and tell `on_progress` each step until the answer is there. Raises AdminError."""
+        accept = {"accept": "application/x-ndjson"}
+        try:
+            with self._http.stream("POST", path, json=_given(body), headers=accept) as response:
+                for line in response.iter_lines():
+                    step = _json(line.encode())
+                    if "progress" not in step:
+                        return _checked(step.get("status", response.status_code), step.get("result", step))
+                    on_progress(step["progress"])
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        raise AdminError("the gateway closed the connection before it was done", "look at its log")
+
+    def _unreachable(self, error: httpx.HTTPError) -> AdminError:
+        hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
+        return AdminError(f"no gateway answers at {self.url}: {error or type(error).__name__}", hint)
+
+
+def _given(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {k: v for k, v in values.items() if v is not None} if values is not None else None
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise AdminError(f"the answer is not JSON: {content[:100]!r}", "is CWG_URL a gateway's address?") from error
+    return value
+
+
+def _checked(status: int, answer: dict[str, Any]) -> dict[str, Any]:
+    if status < 400:
+        return answer
+    error = answer.get("error") or {}
+    raise AdminError(error.get("message", f"HTTP {status}"), error.get("hint", ""), error.get("code", ""))

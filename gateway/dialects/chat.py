@@ -1,0 +1,133 @@
+"""OpenAI chat completions: `/v1/chat/completions`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from gateway import sse
+from gateway.dialects.contract import RENDER_FIELDS, Call, Reply, sanitise, usage_of
+from gateway.errors import GatewayError
+from gateway.records import Message, Usage
+
+_DONE = b"[DONE]"
+# Names under which vLLM has sent a model's reasoning; a template that wants it back reads the same name.
+_REASONING = ("reasoning", "reasoning_content")
+
+
+class ChatDialect:
+    """See `gateway.dialects.contract.Dialect`."""
+
+    def read(self, body: dict[str, Any]) -> Call:
+        """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
+        client_salt = sanitise(body)
+        messages = body.get("messages")
+        sound = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        options = body.get("stream_options")
+        return Call(
+            body=body,
+            model=body["model"] if isinstance(body.get("model"), str) else "",
+            messages=messages if sound and messages else [],
+            frame={name: body[name] for name in RENDER_FIELDS if body.get(name) is not None},
+            hide_usage=body.get("stream") is True and not (isinstance(options, dict) and options.get("include_usage")),
+            client_salt=client_salt,
+        )
+
+    def write(self, call: Call, salt: str) -> bytes:
+        """See `Dialect.write`."""
+        body = {**call.body, "messages": call.messages} if call.messages else dict(call.body)
+        body["cache_salt"] = salt
+        if call.hide_usage:
+            options = body.get("stream_options")
+            if options is None or isinstance(options, dict):
+                # Without the client's include_usage, vLLM would not have sent continuous usage either.
+                body["stream_options"] = {**(options or {}), "include_usage": True, "continuous_usage_stats": False}
+        return orjson.dumps(body)
+
+    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
+        """See `Dialect.reply`."""
+        return _streamed(chunks) if streamed else _whole(chunks)
+
+    def error(self, error: GatewayError) -> bytes:
+        """See `Dialect.error`."""
+        message = f"{error.message} ({error.hint})" if error.hint else error.message
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": error.code}})
+
+    def error_event(self, error: GatewayError) -> bytes:
+        """See `Dialect.error_event`."""
+        return b"data: " + self.error(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def _whole(chunks: Iterable[bytes]) -> Reply:
+    answer = _object(b"".join(chunks))
+    if answer is None:
+        return Reply(None, None, "the reply is not a JSON object")
+    choices = answer.get("choices")
+    first = choices[0].get("message") if isinstance(choices, list) and choices else None
+    message = _clean(first) if isinstance(first, dict) else None
+    return Reply(message, usage_of(answer.get("usage")), "" if message else "the reply holds no message")
+
+
+def _streamed(chunks: Iterable[bytes]) -> Reply:
+    message = _Assembled()
+    usage: Usage | None = None
+    error, done = "", False
+    for data in sse.events(chunks):
+        if data == _DONE:
+            done = True
+            continue
+        event = _object(data)
+        if event is None:
+            error = "the stream holds an event that is not a JSON object"
+        elif "error" in event:
+            error = str(event["error"])
+        else:
+            usage = usage_of(event.get("usage")) or usage
+            for choice in event.get("choices") or ():
+                if choice.get("index", 0) == 0:
+                    message.add(choice.get("delta") or {})
+    if not error and not done:
+        error = "the stream ended before [DONE]"
+    return Reply(None if error else message.whole(), usage, error)
+
+
+class _Assembled:
+    """A message put together from its deltas."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, list[str]] = {}
+        self._tools: dict[int, dict[str, Any]] = {}
+
+    def add(self, delta: dict[str, Any]) -> None:
+        for name in ("content", *_REASONING):
+            if isinstance(delta.get(name), str):
+                self._texts.setdefault(name, []).append(delta[name])
+        for part in delta.get("tool_calls") or ():
+            self._add_tool(part)
+
+    def _add_tool(self, part: dict[str, Any]) -> None:
+        call = self._tools.setdefault(part.get("index", 0), {"function": {"name": "", "arguments": ""}})
+        call |= {name: part[name] for name in ("id", "type") if part.get(name)}
+        function = part.get("function") or {}
+        for name in ("name", "arguments"):
+            call["function"][name] += function.get(name) or ""
+
+    def whole(self) -> Message:
+        message: Message = {name: "".join(parts) for name, parts in self._texts.items()}
+        return _clean({**message, "tool_calls": [self._tools[i] for i in sorted(self._tools)]})
+
+
+def _clean(message: dict[str, Any]) -> Message:
+    """The message as a client sends it back: without the empty fields that only a reply has."""
+    clean: Message = {"role": "assistant", "content": message.get("content")}
+    clean |= {name: message[name] for name in (*_REASONING, "tool_calls") if message.get(name)}
+    return clean
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,93 @@
+"""What a dialect must answer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.errors import GatewayError
+from gateway.records import Message, Usage
+
+# What a client may not send to the engine as it likes: the salt is ours, transfer parameters can name token ids and
+# cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body).
+PRIVATE_FIELDS = ("cache_salt", "kv_transfer_params", "priority", "session_id")
+
+
+# Request fields that a chat template sees besides the messages (vllm 0.32, chat_completion/protocol.py).
+RENDER_FIELDS = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "chat_template",
+    "chat_template_kwargs",
+    "documents",
+    "reasoning_effort",
+    "add_special_tokens",
+    "mm_processor_kwargs",
+)
+# Of these, what a thawed conversation keeps when a client sends only what is new.
+INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a session: the parsed body, and what the gateway needs of it."""
+
+    body: dict[str, Any]
+    model: str
+    messages: list[Message]
+    frame: Mapping[str, Any]
+    hide_usage: bool
+    client_salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a finished answer said. `message` is None when it was cut, an error, or is not to be sent back as it is."""
+
+    message: Message | None
+    usage: Usage | None
+    error: str = ""
+
+
+class Dialect(Protocol):
+    """One client API."""
+
+    def read(self, body: dict[str, Any]) -> Call:
+        """Take a request apart; `body` is the caller's to give away."""
+        ...
+
+    def write(self, call: Call, salt: str) -> bytes:
+        """Return the body for the engine: the client's, with the salt, and with usage asked for."""
+        ...
+
+    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
+        """Read a recorded answer, after the request."""
+        ...
+
+    def error(self, error: GatewayError) -> bytes:
+        """Render an error in the dialect's own shape."""
+        ...
+
+    def error_event(self, error: GatewayError) -> bytes:
+        """Render an error as the last event of a stream that has begun."""
+        ...
+
+
+def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
+    """Read a `usage` object of the chat or completions API."""
+    if not usage or not isinstance(usage.get("prompt_tokens"), int):
+        return None
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens")
+    return Usage(usage["prompt_tokens"], usage.get("completion_tokens") or 0, cached)
+
+
+def sanitise(body: dict[str, Any]) -> str:
+    """Take out of `body` what a client may not send to the engine; return the client's own salt, or ""."""
+    client_salt = body.get("cache_salt")
+    for name in PRIVATE_FIELDS:
+        body.pop(name, None)
+    extra = body.get("vllm_xargs")  # vLLM merges it into the same place as kv_transfer_params
+    if isinstance(extra, dict):
+        body["vllm_xargs"] = {k: v for k, v in extra.items() if k not in PRIVATE_FIELDS}
+    return str(client_salt) if client_salt is not None else ""

@@ -1,0 +1,118 @@
+"""Reading parameters: each field by name, with what it must be. What is not known is refused, never ignored."""
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from gateway.errors import GatewayError
+from gateway.records import MAX_DESCRIPTION, MAX_TAGS, TAG
+
+T = TypeVar("T")
+
+
+def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
+    """Raise `unknown_parameter` for the first name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            raise GatewayError(
+                "unknown_parameter",
+                f"unknown parameter {name!r:.100}",
+                hint=f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known) or 'none'}",
+                details={"field": name[:100]},
+            )
+
+
+def invalid(name: str, must: str, value: object) -> GatewayError:
+    """The error for a field that is not what it must be."""
+    return GatewayError("invalid_request", f"{name} must be {must}, not {value!r:.100}", details={"field": name})
+
+
+def text(name: str, value: object, *, longest: int) -> str:
+    """A string of at most `longest` characters."""
+    if not isinstance(value, str) or len(value) > longest or "\0" in value:
+        raise invalid(name, f"a string of at most {longest} characters", value)
+    return value
+
+
+def description(name: str, value: object) -> str:
+    """A window's description."""
+    return text(name, value, longest=MAX_DESCRIPTION)
+
+
+def tags(name: str, value: object) -> tuple[str, ...]:
+    """A list of tags; the same tag twice is one."""
+    if not isinstance(value, list) or len(value) > MAX_TAGS:
+        raise invalid(name, f"a list of at most {MAX_TAGS} tags", value)
+    for tag in value:
+        if not isinstance(tag, str) or not TAG.fullmatch(tag):
+            raise invalid(name, "tags of 1 to 64 letters, digits and _ . : -", tag)
+    return tuple(dict.fromkeys(value))
+
+
+def seconds(name: str, value: object) -> float:
+    """A duration in seconds, more than 0."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not 0 < value < 1e10
+    ):
+        raise invalid(name, "a number of seconds, more than 0", value)
+    return float(value)
+
+
+def whole(low: int, high: int) -> Callable[[str, str], int]:
+    """A whole number in a query, from `low` to `high`."""
+
+    def read(name: str, value: str) -> int:
+        if (
+            not value.isascii()
+            or not value.removeprefix("-").isdigit()
+            or len(value) > 12
+            or not low <= int(value) <= high
+        ):
+            raise invalid(name, f"a whole number from {low} to {high}", value)
+        return int(value)
+
+    return read
+
+
+def flag(name: str, value: str) -> bool:
+    """`true` or `false` in a query."""
+    if value not in ("true", "false"):
+        raise invalid(name, "true or false", value)
+    return value == "true"
+
+
+def one_of(*choices: str) -> Callable[[str, object], str]:
+    """One of some words."""
+
+    def read(name: str, value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise invalid(name, f"one of {', '.join(choices)}", value)
+        return value
+
+    return read
+
+
+def when(name: str, value: str) -> float:
+    """An ISO 8601 date or date-time, UTC where it names no zone, as seconds since the epoch."""
+    try:
+        moment = datetime.fromisoformat(value)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise invalid(name, "an ISO 8601 date or time such as 2026-01-31 or 2026-01-31T12:00:00Z", value) from error
+
+
+def read(
+    given: Mapping[str, Any], table: Mapping[str, Callable[[str, Any], Any]], required: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check `given` against a table of readers; a field that is absent or null is left out of the answer."""
+    refuse_unknown(given.keys(), table.keys())
+    for name in required:
+        if given.get(name) is None:
+            raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
+    return {name: table[name](name, value) for name, value in given.items() if value is not None}

@@ -1,0 +1,97 @@
+"""What the doors share of ASGI: reading a body within its limits, and sending a small answer."""
+
+import asyncio
+from collections.abc import Iterable
+
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway.errors import GatewayError
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: float) -> bytes:
+    """Read the whole request body. Raises `payload_too_large`, `request_timeout`, ClientGone."""
+    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    if int(declared) > limit:  # httptools has checked that it is a number
+        raise _too_large(limit)
+    message = await _next(receive, timeout_s)
+    if not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        return body
+    parts = [message.get("body", b"")]
+    size = len(parts[0])
+    while message.get("more_body", False):
+        message = await _next(receive, timeout_s)
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+    return b"".join(parts)
+
+
+async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """Send a JSON answer."""
+    fixed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+class ClientWatch:
+    """Cancels the block when the client leaves, and raises ClientGone in its place.
+
+    Enter it when the body has been read: the next message from the server is then `http.disconnect`. The cancellation is
+    told apart from anybody else's the way `asyncio.timeout` does it.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+
+    async def __aenter__(self) -> "ClientWatch":
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._listener = asyncio.ensure_future(self._receive())
+        self._listener.add_done_callback(self._on_message)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
+        self._listener.remove_done_callback(self._on_message)
+        self._listener.cancel()
+        if self._gone and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise ClientGone from value
+
+    def _on_message(self, listener: "asyncio.Future[Message]") -> None:
+        if not listener.cancelled():
+            self._gone = True
+            self._task.cancel()
+
+
+async def _next(receive: Receive, timeout_s: float) -> Message:
+    try:
+        async with asyncio.timeout(timeout_s):
+            message = await receive()
+    except TimeoutError as error:
+        raise GatewayError("request_timeout", f"no part of the body came for {timeout_s:g} s") from error
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message
+
+
+def _too_large(limit: int) -> GatewayError:
+    return GatewayError(
+        "payload_too_large", f"the body is larger than {limit} bytes", hint="max_body_bytes sets the limit"
+    )
+
+
+def not_found(path: str) -> GatewayError:
+    """The error for a path that no door has."""
+    return GatewayError(
+        "not_found", f"nothing is served at {path!r:.200}", hint="see /admin/openapi.json and /v1/models"
+    )

@@ -1,0 +1,228 @@
+"""The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
+
+A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
+"""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from gateway import transcripts
+from gateway.dialects.chat import ChatDialect
+from gateway.dialects.contract import INHERITED_FIELDS, Call, Dialect, sanitise
+from gateway.edge import auth
+from gateway.edge.http import ClientGone, Headers, not_found, read_body, send_answer
+from gateway.edge.relay import Copy, Outgoing, relay, request_headers
+from gateway.engine import Model
+from gateway.errors import GatewayError
+from gateway.parts import Parts
+from gateway.records import Session, check_session_id
+from gateway.turns import Ended
+
+SESSION_HEADER = b"x-session-id"
+SYSTEM_HEADER = b"x-window-system"
+TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
+_CHAT = TURNS[b"/v1/chat/completions"]
+
+# Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
+SALTED = frozenset(
+    {b"/v1/chat/completions/batch", b"/v1/completions", b"/v1/embeddings", b"/v1/messages", b"/v1/responses"}
+)
+
+# The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
+# are between the client and us.
+_DROPPED = frozenset(
+    {
+        b"host",
+        b"content-length",
+        b"accept-encoding",
+        b"expect",
+        SESSION_HEADER,
+        SYSTEM_HEADER,
+        b"x-window",
+        b"x-vllm-priority",
+    }
+)
+
+
+class Inference:
+    """The ASGI application of the inference door."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        settings = parts.settings
+        own_key = bool(settings.api_key or settings.engine_api_key)
+        self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
+        key = settings.engine_api_key
+        self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        try:
+            await self._serve(scope, receive, send)
+        except GatewayError as error:
+            await send_answer(send, error.status, _CHAT.error(error))
+        except ClientGone:
+            return
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = self._parts.settings
+        tenant = auth.tenant(scope["headers"], settings.api_key)
+        path, session_id = _route(scope)
+        body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
+        query: bytes = scope["query_string"]
+        target = path + b"?" + query if query else path
+        dialect = TURNS.get(path)
+        if dialect and scope["method"] == "POST":
+            await self._turn(scope, receive, send, dialect, tenant, session_id, target, body)
+        else:
+            await self._pass(scope, receive, send, tenant, session_id, path, target, body)
+
+    async def _turn(
+        self, scope: Scope, receive: Receive, send: Send, dialect: Dialect, tenant: str, session_id: str | None,
+        target: bytes, body: bytes,
+    ) -> None:  # fmt: skip
+        parts = self._parts
+        call = dialect.read(_parse(body))
+        model = await self._model(call.model)
+        session = await parts.sessions.open(tenant, session_id or new_session_id())
+        call = await self._continue(call, session, scope["headers"])
+        salt = parts.salts.of(tenant, session.lineage, model.fingerprint if model else "", call.client_salt)
+        outgoing = self._outgoing(scope, target, dialect.write(call, salt))
+        copy = Copy(parts.settings.max_reply_bytes)
+        started_at, clock = time.time(), time.monotonic()
+        await parts.turns.enter(tenant, session.id)
+        try:
+            await relay(
+                parts.upstream, outgoing, receive, send, dialect=dialect, copy=copy,
+                extra_headers=_session_headers(session, model), hide_usage=call.hide_usage,
+            )  # fmt: skip
+        finally:
+            parts.turns.finish(
+                Ended(
+                    tenant=tenant,
+                    session_id=session.id,
+                    lineage=session.lineage,
+                    fingerprint=model.fingerprint if model else "",
+                    dialect=dialect,
+                    call=call,
+                    outcome=copy.outcome,
+                    status=copy.status,
+                    started_at=started_at,
+                    duration_ms=(time.monotonic() - clock) * 1000,
+                    streamed=copy.streamed,
+                    chunks=copy.chunks,
+                    detail=copy.detail,
+                )  # fmt: skip
+            )
+
+    async def _pass(
+        self, scope: Scope, receive: Receive, send: Send, tenant: str, session_id: str | None, path: bytes,
+        target: bytes, body: bytes,
+    ) -> None:  # fmt: skip
+        if body and _is_json(scope["headers"]):
+            parsed = _parse(body)
+            client_salt = sanitise(parsed)
+            if path in SALTED:
+                named = parsed.get("model")
+                model = await self._model(named if isinstance(named, str) else "")
+                scope_name = (await self._parts.sessions.open(tenant, session_id)).lineage if session_id else ""
+                fingerprint = model.fingerprint if model else ""
+                parsed["cache_salt"] = self._parts.salts.of(tenant, scope_name, fingerprint, client_salt)
+            body = orjson.dumps(parsed)
+        extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
+        await relay(
+            self._parts.upstream, self._outgoing(scope, target, body), receive, send,
+            dialect=_CHAT, copy=Copy(limit=0), extra_headers=extra, hide_usage=False,
+        )  # fmt: skip
+
+    async def _continue(self, call: Call, session: Session, headers: Sequence[tuple[bytes, bytes]]) -> Call:
+        """In a thawed session, put the window's transcript in front of what is new."""
+        if session.window_transcript is None or not call.messages:
+            return call
+        history = await self._parts.store.messages(session.window_transcript)
+        messages = transcripts.continued(history, call.messages, _system_rule(headers))
+        if messages == call.messages:
+            return call
+        frame = await self._parts.store.frame(session.frame) if session.frame else {}
+        inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.body}
+        return Call(
+            body={**call.body, **inherited},
+            model=call.model,
+            messages=messages,
+            frame={**call.frame, **inherited},
+            hide_usage=call.hide_usage,
+            client_salt=call.client_salt,
+        )
+
+    async def _model(self, name: str) -> Model | None:
+        """The model as the engine serves it; None when it does not (the engine then says so itself)."""
+        return self._parts.engine.known(name) or await self._parts.engine.look_up(name)
+
+    def _outgoing(self, scope: Scope, target: bytes, body: bytes) -> Outgoing:
+        return Outgoing(scope["method"], target, request_headers(scope["headers"], self._dropped) + self._added, body)
+
+
+def new_session_id() -> str:
+    """Name a session that came without an id."""
+    return f"s-{secrets.token_hex(12)}"
+
+
+def _route(scope: Scope) -> tuple[bytes, str | None]:
+    """Return the engine's path and the session named by header or base URL."""
+    raw: bytes = scope["raw_path"]
+    named: str | None = None
+    if raw.startswith(b"/s/"):
+        _, _, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", b"", raw[3:], b"")
+        named = check_session_id(unquote(part.decode("latin-1")), "session id in the URL")
+        raw = b"/" + rest
+    if not raw.startswith(b"/v1/") or b".." in unquote(raw.decode("latin-1")).encode().split(b"/"):
+        raise not_found(scope["path"])
+    if named is None:
+        sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
+        named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None
+    return raw, named
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise GatewayError(
+            "invalid_request", f"the body is not JSON: {error}", hint="send a JSON object in UTF-8"
+        ) from error
+    if not isinstance(value, dict):
+        raise GatewayError("invalid_request", f"the body is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _is_json(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    kind = next((v for k, v in headers if k == b"content-type"), b"application/json")
+    return b"json" in kind.lower()
+
+
+def _system_rule(headers: Sequence[tuple[bytes, bytes]]) -> transcripts.SystemRule:
+    sent = next((v for k, v in headers if k == SYSTEM_HEADER), b"").strip().lower()
+    if sent == b"keep":
+        return "keep"
+    if sent == b"replace":
+        return "replace"
+    if sent:
+        raise GatewayError("invalid_request", f"X-Window-System is {sent!r:.50}", hint="use keep or replace")
+    return ""
+
+
+def _session_headers(session: Session, model: Model | None) -> Headers:
+    headers: Headers = [
+        (SESSION_HEADER, session.id.encode()),
+        (b"x-context-tokens", b"%d" % session.token_count),
+    ]
+    if model and model.context_limit:
+        headers.append((b"x-context-limit", b"%d" % model.context_limit))
+    return headers

@@ -1,0 +1,120 @@
+"""The way of bytes: the engine's answer to the client, chunk for chunk, and a copy for after the request.
+
+Nothing in here waits for anything but the engine and the client. A client that leaves, before the first byte or after it,
+closes the engine's connection, which aborts its work.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Send
+
+from gateway.dialects.contract import Dialect
+from gateway.edge.http import ClientGone, ClientWatch, Headers, send_answer
+from gateway.records import Outcome
+from gateway.sse import UsageFilter
+from gateway.upstream import Connection, Upstream, UpstreamError, as_gateway_error
+
+# RFC 9110, 7.6.1: these speak of one connection, not of the message. Length and encoding of the body are set anew.
+HOP_BY_HOP = frozenset(
+    {
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+        b"trailer", b"transfer-encoding", b"upgrade",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request as the engine gets it."""
+
+    method: str
+    target: bytes
+    headers: Headers
+    body: bytes
+
+
+@dataclass(slots=True)
+class Copy:
+    """What is kept of an answer for the transcript: all of it, or None once it is over `limit` bytes."""
+
+    limit: int
+    status: int = 0
+    streamed: bool = False
+    chunks: list[bytes] | None = field(default_factory=list)
+    size: int = 0
+    outcome: Outcome = "gateway_error"
+    detail: str = ""
+
+    def add(self, chunk: bytes) -> None:
+        """Keep a chunk, or nothing at all once it is too much."""
+        if self.chunks is None:
+            return
+        self.size += len(chunk)
+        if self.size <= self.limit:
+            self.chunks.append(chunk)
+        else:
+            self.chunks = None
+            self.detail = "the reply was larger than max_reply_bytes and was not kept"
+
+
+async def relay(
+    upstream: Upstream,
+    outgoing: Outgoing,
+    receive: Receive,
+    send: Send,
+    *,
+    dialect: Dialect,
+    copy: Copy,
+    extra_headers: Headers,
+    hide_usage: bool,
+) -> None:
+    """Send `outgoing` to the engine and its answer to the client; `copy` tells afterwards how it went."""
+    try:
+        async with ClientWatch(receive):
+            connection = await upstream.send(outgoing.method, outgoing.target, outgoing.headers, outgoing.body)
+            try:
+                await _answer(connection, send, dialect, copy, extra_headers, hide_usage)
+            finally:
+                upstream.release(connection)
+    except ClientGone:
+        copy.outcome = "client_gone"
+    except UpstreamError as error:  # nothing was sent yet
+        copy.outcome, copy.detail = "engine_error", str(error)
+        refused = as_gateway_error(error)
+        copy.status = refused.status
+        await send_answer(send, refused.status, dialect.error(refused), extra_headers)
+
+
+async def _answer(
+    connection: Connection, send: Send, dialect: Dialect, copy: Copy, extra_headers: Headers, hide_usage: bool
+) -> None:
+    kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP]
+    copy.status = connection.status
+    copy.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
+    await send({"type": "http.response.start", "status": connection.status, "headers": kept + extra_headers})
+    hidden = UsageFilter() if hide_usage and copy.streamed else None
+    try:
+        while chunk := await connection.read():
+            copy.add(chunk)
+            shown = hidden.feed(chunk) if hidden else chunk
+            if shown:
+                await send({"type": "http.response.body", "body": shown, "more_body": True})
+    except UpstreamError as error:
+        copy.outcome, copy.detail = "engine_cut", str(error)
+        if not copy.streamed:
+            return  # the client sees the connection close before the promised length: that is the truth
+        await send({"type": "http.response.body", "body": dialect.error_event(as_gateway_error(error))})
+        return
+    rest = hidden.flush() if hidden else b""
+    copy.outcome = "completed" if connection.status < 400 else "engine_error"
+    await send({"type": "http.response.body", "body": rest})
+
+
+def request_headers(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:
+    """The client's headers without those of the connection, those it names there, and `dropped`."""
+    named: set[bytes] = set()
+    for name, value in headers:
+        if name == b"connection":
+            named.update(part.strip().lower() for part in value.split(b","))
+    return [(k, v) for k, v in headers if k not in HOP_BY_HOP and k not in dropped and k not in named]

@@ -1,0 +1,121 @@
+"""Records as JSON: one word for a thing wherever it is shown."""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from gateway.kv.keys import ObjectKey
+from gateway.records import Manifest, Session, Turn, Window
+
+Present = Mapping[str, set[ObjectKey]]
+
+
+def moment(seconds: float | None) -> str | None:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds") if seconds is not None else None
+
+
+def paging(count: int, total: int, limit: int, offset: int) -> dict[str, Any]:
+    """Where a page lies in the whole."""
+    return {"total": total, "has_more": offset + count < total, "limit": limit, "offset": offset}
+
+
+def session(s: Session) -> dict[str, Any]:
+    """A session."""
+    return {
+        "id": s.id,
+        "state": s.state,
+        "model": s.model,
+        "token_count": s.token_count,
+        "turn_count": s.turn_count,
+        "lineage": s.lineage,
+        "window": s.window,
+        "created_at": moment(s.created_at),
+        "last_active_at": moment(s.last_active_at),
+        "frozen_at": moment(s.frozen_at),
+    }
+
+
+def turn(t: Turn) -> dict[str, Any]:
+    """A turn."""
+    return {
+        "started_at": moment(t.started_at),
+        "duration_ms": round(t.duration_ms, 1),
+        "model": t.model,
+        "outcome": t.outcome,
+        "status": t.status,
+        "prompt_tokens": t.usage.prompt if t.usage else None,
+        "completion_tokens": t.usage.completion if t.usage else None,
+        "cached_tokens": t.usage.cached if t.usage else None,
+        "detail": t.detail,
+    }
+
+
+def window_line(w: Window) -> dict[str, Any]:
+    """A window in a list."""
+    return {
+        "name": w.name,
+        "session_id": w.session_id,
+        "model": w.model,
+        "description": w.description,
+        "tags": list(w.tags),
+        "token_count": w.token_count,
+        "size_bytes": w.size_bytes,
+        "kv": w.kv,
+        "parent_window": w.parent,
+        "created_at": moment(w.created_at),
+        "expires_at": moment(w.expires_at),
+    }
+
+
+def window(w: Window) -> dict[str, Any]:
+    """A window with its receipt, as freeze and clone answer it."""
+    return {
+        **window_line(w),
+        "state": "frozen",
+        "block_count": w.chunk_count * w.world_size,
+        "receipt": dict(w.receipt),
+    }
+
+
+def window_status(w: Window, manifest: Manifest, present: Present) -> dict[str, Any]:
+    """A window, and where its bytes are now: pinned, and where LMCache itself finds them."""
+    keys = keys_of(o.key for o in manifest.objects)
+    tiers = {
+        name: {
+            "pinned": sum(1 for o in manifest.objects if o.tier == name),
+            "pinned_bytes": sum(o.size for o in manifest.objects if o.tier == name),
+            "present": len(present.get(name, set()) & keys),
+        }
+        for name in dict.fromkeys([*(o.tier for o in manifest.objects), *present])
+    }
+    first = next((name for name, tier in tiers.items() if tier["present"]), None)
+    return {
+        **window(w),
+        "kv_cache": {
+            "block_count": w.chunk_count * w.world_size,
+            "total_size_bytes": w.size_bytes,
+            "storage_tier": first or next((name for name, tier in tiers.items() if tier["pinned"]), None),
+            "tiers": tiers,
+        },
+        "timestamps": {"created_at": moment(w.created_at), "expires_at": moment(w.expires_at)},
+    }
+
+
+def blocks(manifest: Manifest, present: Present) -> list[dict[str, Any]]:
+    """Every KV object of a window, in chunk order."""
+    out: dict[str, dict[str, Any]] = {}
+    for o in manifest.objects:
+        key = ObjectKey.parse(o.key)
+        block = out.setdefault(
+            o.key, {"hash": key.chunk_hash, "rank": key.rank, "size_bytes": o.size, "pinned": {}, "present": []}
+        )
+        block["pinned"][o.tier] = o.checksum.hex()
+        if key in present.get(o.tier, set()):
+            block["present"].append(o.tier)
+    return list(out.values())
+
+
+def keys_of(names: Iterable[str]) -> set[ObjectKey]:
+    """Object keys by their spelling in the store."""
+    return {ObjectKey.parse(name) for name in names}

@@ -1,0 +1,160 @@
+"""vLLM, as the gateway itself asks it things: which models, which token ids, compute this prefix.
+
+Requests of clients do not come through here; the relay streams them over `gateway.upstream`.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from blake3 import blake3
+
+from gateway.dialects.contract import usage_of
+from gateway.errors import GatewayError
+from gateway.records import Message, Usage
+
+_ASK_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that the engine serves. `root` is the `--model` string, which LMCache's keys hold."""
+
+    id: str
+    root: str
+    context_limit: int
+    fingerprint: str
+
+
+class Engine:
+    """A client of one vLLM server."""
+
+    def __init__(self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float) -> None:
+        self.url = url
+        self._fingerprint = fingerprint
+        self._models: dict[str, Model] = {}
+        self._asked_at = -_ASK_AGAIN_S
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s),
+            # vLLM closes idle connections after 5 s; its own transport retries a connection that failed to open.
+            limits=httpx.Limits(keepalive_expiry=4.0),
+        )
+
+    async def __aenter__(self) -> "Engine":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    def known(self, name: str) -> Model | None:
+        """The model as last seen, without asking. No name means the engine's first, as it does to the engine itself."""
+        return self._models.get(name) if name else next(iter(self._models.values()), None)
+
+    async def look_up(self, name: str) -> Model | None:
+        """Ask the engine for a model not known yet, at most once a second: clients may name anything.
+
+        Raises `engine_unreachable`, `engine_timeout`.
+        """
+        now = time.monotonic()
+        if now - self._asked_at >= _ASK_AGAIN_S:
+            self._asked_at = now
+            await self.models()
+        return self.known(name)
+
+    async def models(self) -> dict[str, Model]:
+        """Ask which models are served. Raises `engine_unreachable`, `engine_timeout`."""
+        answer = await self._call("GET", "/v1/models")
+        listed = {card["id"]: card for card in answer["data"]}
+        self._models = {name: self._model(card, listed) for name, card in listed.items()}
+        return self._models
+
+    async def model(self, name: str) -> Model:
+        """Return one model as it is served now. Raises `model_mismatch` when it is not."""
+        served = await self.models()
+        if name not in served:
+            raise GatewayError(
+                "model_mismatch",
+                f"the engine does not serve model {name!r}",
+                hint=f"it serves {', '.join(sorted(served)) or 'nothing'}; start it with that model (--served-model-name)",
+                details={"model": name, "served": sorted(served)},
+            )
+        return served[name]
+
+    async def healthy(self) -> bool:
+        """Whether the engine answers and calls itself healthy."""
+        try:
+            return (await self._http.get("/health")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def render(self, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a transcript as its next turn begins: no generation prompt at the end.
+
+        Asks `/v1/chat/completions/render` (needs `--enable-scale-out`), which renders as a request does; `/tokenize`
+        where that is not to be had, which knows fewer fields.
+        """
+        body = {**frame, "model": model, "messages": list(messages), "add_generation_prompt": False}
+        response = await self._send("POST", "/v1/chat/completions/render", json=body)
+        if response.status_code in (403, 404):
+            answer = await self._call("POST", "/tokenize", json=body)
+            return list(answer["tokens"])
+        return list(_checked(response)["token_ids"])
+
+    async def tokenize(self, model: str, text: str) -> list[int]:
+        """Return the token ids of a plain text."""
+        return list((await self._call("POST", "/tokenize", json={"model": model, "prompt": text}))["tokens"])
+
+    async def prefill(self, model: str, token_ids: Sequence[int], salt: str) -> Usage:
+        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return what the engine counted."""
+        answer = await self.complete(model, token_ids, salt, max_tokens=1)
+        return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
+
+    async def complete(
+        self, model: str, token_ids: Sequence[int], salt: str, *, max_tokens: int, **extra: Any
+    ) -> dict[str, Any]:
+        """A greedy completion of exact token ids. Raises `engine_unreachable`, `engine_timeout`, `internal`."""
+        body = {
+            "model": model,
+            "prompt": list(token_ids),
+            "cache_salt": salt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **extra,
+        }
+        return await self._call("POST", "/v1/completions", json=body)
+
+    def _model(self, card: Mapping[str, Any], listed: Mapping[str, Any]) -> Model:
+        name, root = str(card["id"]), str(card.get("root") or card["id"])
+        # A LoRA adapter's own root is its path, but LMCache keys KV by the base model's --model string.
+        parent = listed.get(card.get("parent") or "")
+        base = str(parent.get("root") or parent["id"]) if parent else root
+        text = "\0".join((root, self._fingerprint))
+        return Model(name, base, int(card.get("max_model_len") or 0), blake3(text.encode()).hexdigest()[:32])
+
+    async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        return _checked(await self._send(method, path, **arguments))
+
+    async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            return await self._http.request(method, path, **arguments)
+        except httpx.TimeoutException as error:
+            code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
+            raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error
+        except httpx.HTTPError as error:
+            raise GatewayError(
+                "engine_unreachable",
+                f"engine at {self.url} does not answer: {error or type(error).__name__}",
+                hint="is vLLM running, and is engine_urls its address?",
+            ) from error
+
+
+def _checked(response: httpx.Response) -> dict[str, Any]:
+    if response.status_code >= 400:
+        code = "engine_unreachable" if response.status_code >= 500 else "invalid_request"
+        raise GatewayError(code, f"engine answered {response.status_code} to {response.url.path}: {response.text:.500}")
+    answer: dict[str, Any] = response.json()
+    return answer

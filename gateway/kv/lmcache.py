@@ -1,0 +1,115 @@
+"""The LMCache server over its HTTP interface (lmcache 0.5.6, `v1/multiprocess/http_apis`)."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey
+from gateway.progress import Progress
+
+_KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """What the cache says of itself."""
+
+    chunk_size: int
+    hash_algorithm: str
+    world_sizes: dict[str, int]  # of each model that an engine has registered
+    adapters: tuple[dict[str, Any], ...]  # configuration of each L2 adapter, in the order in which they are read
+
+
+class LMCache:
+    """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
+        )
+
+    async def __aenter__(self) -> "LMCache":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def info(self) -> CacheInfo:
+        """Ask for chunk size, hash algorithm, registered models and storage adapters."""
+        status = await self._call("GET", "/status")
+        config = await self._call("GET", "/config")
+        registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
+        storage: dict[str, Any] = next(
+            (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
+        )
+        return CacheInfo(
+            chunk_size=int(status["chunk_size"]),
+            hash_algorithm=str(status["hash_algorithm"]),
+            world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
+            adapters=tuple(storage.get("adapters", ())),
+        )
+
+    async def healthy(self) -> bool:
+        """Whether the server answers and calls itself healthy."""
+        try:
+            return (await self._call("GET", "/healthcheck")).get("status") == "healthy"
+        except GatewayError:
+            return False
+
+    async def delete(self, keys: Sequence[ObjectKey], *, tier: str, adapter: str | None = None) -> None:
+        """Delete `keys` from `tier` (`l1`, `l2`, `all`); of the L2 adapters, only the one named (LMCache does one a call)."""
+        for start in range(0, len(keys), _KEYS_PER_DELETE):
+            batch = [key.wire() for key in keys[start : start + _KEYS_PER_DELETE]]
+            body = {"keys": batch, "tier": tier, "adapter": adapter}
+            answer = await self._call("DELETE", "/cache/objects", json=body)
+            if not answer.get("ok", True):
+                raise GatewayError(
+                    "cache_unavailable", f"LMCache could not delete from {adapter}: {answer.get('error')}"
+                )
+
+    async def prefetch(
+        self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
+    ) -> tuple[int, int]:
+        """Load the chunks of `token_ids` from L2 into L1; return (objects found, objects asked for).
+
+        Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than `timeout_s`.
+        """
+        body = {"model_name": model, "world_size": world_size, "token_ids": list(token_ids), "cache_salt": salt}
+        job = await self._call("POST", "/cache/prefetches", json=body)
+        if job["status"] == "noop":
+            return 0, 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    answer = await self._call("GET", f"/cache/prefetches/{job['request_id']}")
+                    if answer["status"] == "completed":
+                        break
+                    progress("prefetch", 0, int(job["chunks"]))
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise GatewayError(
+                "cache_unavailable", f"prefetch of {job['chunks']} chunks took over {timeout_s:g} s"
+            ) from error
+        progress("prefetch", int(job["chunks"]), int(job["chunks"]))
+        return int(answer["found_keys"]), int(answer["total_keys"])
+
+    async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            response = await self._http.request(method, path, **arguments)
+        except httpx.HTTPError as error:
+            raise GatewayError(
+                "cache_unavailable",
+                f"LMCache at {self._http.base_url} does not answer: {error or type(error).__name__}",
+                hint="is the LMCache server running, and is cache_url its HTTP address (--http-port)?",
+            ) from error
+        if response.status_code >= 400:
+            raise GatewayError(
+                "cache_unavailable", f"LMCache answered {response.status_code} to {path}: {response.text:.300}"
+            )
+        answer: dict[str, Any] = response.json()
+        return answer

@@ -1,0 +1,130 @@
+"""Pins across tiers: what holds a window's KV objects, however many windows share them.
+
+An object is pinned once, not once per window; which windows hold it is written in the store. So a clone costs no file
+and a delete has to ask the store what nobody else holds. Between pinning and the commit of the manifest the store does
+not know the pin yet, and between the commit of a deletion and the unpinning it knows it no more; `Lock` keeps the two
+apart, over all processes of this machine that share the store: freezes hold it shared, deletions and sweeps alone.
+"""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.kv.keys import ObjectKey
+from gateway.kv.tiers.contract import Restored, Tier, TierFull, TierUnavailable
+from gateway.records import PinnedObject
+
+_POLL_S = 0.005
+
+
+class Lock:
+    """A shared or exclusive lock on a file, let go by the kernel when its process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @asynccontextmanager
+    async def hold(self, *, alone: bool) -> AsyncIterator[None]:
+        """Wait for the lock and hold it for the block."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while not _try(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+                await asyncio.sleep(_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _try(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """The configured tiers, in the order in which LMCache reads them, and the lock over their pins."""
+
+    tiers: tuple[Tier, ...]
+    lock: Lock
+
+    async def present(self, keys: Iterable[ObjectKey]) -> tuple[dict[str, set[ObjectKey]], list[str]]:
+        """Return which of `keys` each reachable tier has, and a warning for each tier that cannot be reached."""
+        wanted = list(keys)
+        found: dict[str, set[ObjectKey]] = {}
+        warnings: list[str] = []
+        for tier in self.tiers:
+            try:
+                found[tier.name] = await tier.present(wanted)
+            except TierUnavailable as error:
+                warnings.append(str(error))
+        return found, warnings
+
+    async def pin(
+        self, keys: Sequence[ObjectKey], known: Sequence[PinnedObject]
+    ) -> tuple[dict[str, dict[str, PinnedObject]], list[str]]:
+        """Pin `keys` in every tier that can be reached; `known` is what windows hold already.
+
+        The answer is by tier and key. Raises TierFull; call it under the shared lock.
+        """
+        pinned: dict[str, dict[str, PinnedObject]] = {}
+        warnings: list[str] = []
+        for tier in self.tiers:
+            try:
+                done = await tier.pin(keys, {o.key: o for o in known if o.tier == tier.name})
+            except TierFull:
+                raise
+            except TierUnavailable as error:
+                warnings.append(str(error))
+                continue
+            pinned[tier.name] = {o.key: o for o in done}
+        return pinned, warnings
+
+    async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[ObjectKey, Restored]], list[str]]:
+        """Put back what LMCache lost, checking every byte; the answer is by tier and key."""
+        found: dict[str, dict[ObjectKey, Restored]] = {}
+        warnings: list[str] = []
+        for tier in self.tiers:
+            mine = [o for o in objects if o.tier == tier.name]
+            try:
+                outcome = await tier.restore(mine)
+            except TierUnavailable as error:
+                warnings.append(str(error))
+                continue
+            found[tier.name] = {ObjectKey.parse(o.key): state for o, state in zip(mine, outcome, strict=True)}
+        return found, warnings
+
+    async def remove(self, keys: Sequence[ObjectKey], *, originals: bool) -> tuple[int, list[str]]:
+        """Remove the pins, and LMCache's `originals` too if asked, in every tier; return the bytes freed.
+
+        Call it under the exclusive lock.
+        """
+        freed = 0
+        warnings: list[str] = []
+        for tier in self.tiers:
+            try:
+                freed += await (tier.remove(keys) if originals else tier.unpin(keys))
+            except TierUnavailable as error:
+                warnings.append(str(error))
+        return freed, warnings
+
+    async def sweep(self, held: Iterable[ObjectKey]) -> tuple[int, list[str]]:
+        """Unpin what no window holds: what a gateway left that died in mid-freeze. Call it under the exclusive lock."""
+        keep = set(held)
+        swept = 0
+        warnings: list[str] = []
+        for tier in self.tiers:
+            try:
+                stray = await tier.pinned() - keep
+                await tier.unpin(stray)
+            except TierUnavailable as error:
+                warnings.append(str(error))
+            else:
+                swept += len(stray)
+        return swept, warnings

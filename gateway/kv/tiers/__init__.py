@@ -1,0 +1,1 @@
+"""The durable tiers that LMCache writes to, as the gateway sees them."""

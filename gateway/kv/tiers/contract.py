@@ -1,0 +1,84 @@
+"""What the gateway asks of a durable tier. Two real implementations: `disk` and `redis`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Protocol
+
+from gateway.kv.keys import ObjectKey
+from gateway.records import PinnedObject
+
+
+class Restored(Enum):
+    """What `restore` found of one object, and what it did about it."""
+
+    INTACT = "intact"  # under LMCache's name, bytes as pinned
+    RELINKED = "relinked"  # was missing or wrong there; put back from the pin
+    MISSING = "missing"  # neither LMCache's object nor the pin is there
+    CORRUPT = "corrupt"  # what is there does not match the checksum; taken away, so that nobody loads it
+
+    @property
+    def usable(self) -> bool:
+        """Whether LMCache will now find the right bytes in this tier."""
+        return self in (Restored.INTACT, Restored.RELINKED)
+
+
+class TierUnavailable(Exception):
+    """The tier cannot be reached or cannot be written; the message says why."""
+
+
+class TierFull(TierUnavailable):
+    """The tier has no room left."""
+
+
+class Tier(Protocol):
+    """One durable tier. All keys of one call are of one window, so a call may be large but never unbounded."""
+
+    @property
+    def name(self) -> str:
+        """`disk` or `redis`."""
+        ...
+
+    @property
+    def adapter(self) -> str:
+        """LMCache's name for the kind of storage behind it."""
+        ...
+
+    async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
+        """Which of `keys` LMCache would find here now. Raises TierUnavailable."""
+        ...
+
+    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+        """Hold on to each object, whatever happens to LMCache's own, and checksum it as it is held.
+
+        `known` has, by key, what other windows hold here already: a pin that still matches it is kept, one that does not is
+        damaged and taken away. The answer has the keys that could be pinned, in the order asked. Raises TierFull,
+        TierUnavailable.
+        """
+        ...
+
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """Make LMCache's names lead to the pinned bytes again, checking every byte. Raises TierUnavailable."""
+        ...
+
+    async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """Check the pins against their checksums and change nothing. Raises TierUnavailable."""
+        ...
+
+    async def unpin(self, keys: Iterable[ObjectKey]) -> int:
+        """Let go of pins and return the bytes that this really freed; LMCache's own objects stay.
+
+        Unknown keys are no error. Raises TierUnavailable.
+        """
+        ...
+
+    async def remove(self, keys: Iterable[ObjectKey]) -> int:
+        """Remove pin and object of every key and return the bytes that this really freed. Raises TierUnavailable."""
+        ...
+
+    async def lose(self, keys: Iterable[ObjectKey]) -> None:
+        """Remove LMCache's objects and leave the pins, as an eviction does; for the self-test. Raises TierUnavailable."""
+        ...
+
+    async def pinned(self) -> set[ObjectKey]:
+        """Every key that is pinned here by this store. Raises TierUnavailable."""
+        ...

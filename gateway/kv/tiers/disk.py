@@ -1,0 +1,196 @@
+"""LMCache's `fs` tier: one file per object in a flat directory. A pin is a hard link in a directory of ours.
+
+LMCache writes to a temporary name and renames (`fs_l2_adapter.py`), so a file that is there is whole; it never rewrites a
+file in place, so the link and the original share their bytes until one of them is removed. There is no checksum and no
+header in the file, and a right-sized file with wrong bytes would be loaded: hence ours.
+"""
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from blake3 import blake3
+
+from gateway.kv.keys import DISK_SUFFIX, ObjectKey
+from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.records import PinnedObject
+
+Item = TypeVar("Item")
+T = TypeVar("T")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMLINK})
+_THREADS = 4  # hashing and reading overlap; more only fight over the disk
+
+
+class DiskTier:
+    """The disk tier as the gateway sees it: `kv_dir` is LMCache's, `pins_dir` is ours."""
+
+    name = "disk"
+    adapter = "fs"
+
+    def __init__(self, kv_dir: Path, pins_dir: Path) -> None:
+        self._kv = kv_dir
+        self._pins = pins_dir
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="disk-tier")
+
+    async def __aenter__(self) -> "DiskTier":
+        """Make the pins' directory. Raises TierUnavailable."""
+        await self._run(self._open)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
+        """See `Tier.present`."""
+        wanted = list(keys)
+        return await self._run(lambda: {key for key in wanted if self._live(key).exists()})
+
+    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+        """See `Tier.pin`."""
+        pinned = await self._each(keys, lambda key: self._pin(key, known.get(str(key))))
+        await self._run(lambda: _sync_directory(self._pins))
+        return [p for p in pinned if p is not None]
+
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """See `Tier.restore`."""
+        return await self._each(objects, self._restore)
+
+    async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """See `Tier.verify`."""
+        return await self._each(objects, self._verify)
+
+    async def unpin(self, keys: Iterable[ObjectKey]) -> int:
+        """See `Tier.unpin`."""
+        return sum(await self._each([self._pin_path(key) for key in keys], _unlink))
+
+    async def remove(self, keys: Iterable[ObjectKey]) -> int:
+        """See `Tier.remove`."""
+        return sum(await self._each([path(key) for key in keys for path in (self._live, self._pin_path)], _unlink))
+
+    async def lose(self, keys: Iterable[ObjectKey]) -> None:
+        """See `Tier.lose`."""
+        await self._each([self._live(key) for key in keys], _unlink)
+
+    async def pinned(self) -> set[ObjectKey]:
+        """See `Tier.pinned`."""
+        names = await self._run(lambda: [p.name for p in self._pins.iterdir() if p.name.endswith(DISK_SUFFIX)])
+        return {_key_of(name) for name in names}
+
+    def _open(self) -> None:
+        self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _live(self, key: ObjectKey) -> Path:
+        return self._kv / key.file_name
+
+    def _pin_path(self, key: ObjectKey) -> Path:
+        return self._pins / key.file_name
+
+    def _pin(self, key: ObjectKey, known: PinnedObject | None) -> PinnedObject | None:
+        live, pin = self._live(key), self._pin_path(key)
+        if known is not None and _matches(pin, known):
+            return known
+        if known is not None and _same_file(pin, live):
+            live.unlink(missing_ok=True)  # the damaged bytes are LMCache's too
+        pin.unlink(missing_ok=True)  # damaged, or left by a freeze that was not committed
+        try:
+            pin.hardlink_to(live)
+        except FileNotFoundError:
+            return None
+        with pin.open("rb") as file:
+            os.fsync(file.fileno())  # LMCache does not; a power cut must not turn "frozen" into a false word
+        return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
+
+    def _restore(self, item: PinnedObject) -> Restored:
+        key = ObjectKey.parse(item.key)
+        live, pin = self._live(key), self._pin_path(key)
+        pin_good = _matches(pin, item)
+        live_good = pin_good if _same_file(pin, live) else _matches(live, item)
+        if pin_good and live_good:
+            return Restored.INTACT
+        if pin_good:
+            _link_over(pin, live)
+            return Restored.RELINKED
+        if live_good:
+            _link_over(live, pin)
+            return Restored.INTACT
+        found = pin.exists() or live.exists()
+        live.unlink(missing_ok=True)
+        pin.unlink(missing_ok=True)
+        return Restored.CORRUPT if found else Restored.MISSING
+
+    def _verify(self, item: PinnedObject) -> Restored:
+        pin = self._pin_path(ObjectKey.parse(item.key))
+        if not pin.exists():
+            return Restored.MISSING
+        return Restored.INTACT if _matches(pin, item) else Restored.CORRUPT
+
+    async def _each(self, items: Sequence[Item], work: Callable[[Item], T]) -> list[T]:
+        """Do `work` on every item, in slices side by side; order is kept."""
+        step = -(-len(items) // _THREADS) or 1
+        slices = [items[i : i + step] for i in range(0, len(items), step)]
+        done = await asyncio.gather(*(self._run(partial(_map, work, part)) for part in slices))
+        return [result for part in done for result in part]
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except OSError as error:
+            kind = TierFull if error.errno in _FULL else TierUnavailable
+            raise kind(f"disk tier: {error.strerror} ({error.filename2 or error.filename or self._kv})") from error
+
+
+def _map(work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    return [work(item) for item in items]
+
+
+def _key_of(file_name: str) -> ObjectKey:
+    return ObjectKey.parse(file_name.removesuffix(DISK_SUFFIX))
+
+
+def _unlink(path: Path) -> int:
+    """Remove a file; return the bytes that this frees, none while another link holds them."""
+    try:
+        stat = path.stat()
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+    return stat.st_size if stat.st_nlink == 1 else 0
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except FileNotFoundError:
+        return False
+
+
+def _matches(path: Path, item: PinnedObject) -> bool:
+    try:
+        return path.stat().st_size == item.size and _checksum(path) == item.checksum
+    except FileNotFoundError:
+        return False
+
+
+def _checksum(path: Path) -> bytes:
+    return blake3().update_mmap(path).digest()
+
+
+def _link_over(source: Path, target: Path) -> None:
+    """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
+    fresh = target.with_name(f"{target.name}.cwg")
+    fresh.unlink(missing_ok=True)
+    fresh.hardlink_to(source)
+    fresh.replace(target)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,172 @@
+"""LMCache's `resp` tier: one string per object. A pin is a copy of it under a key of ours.
+
+Redis has no hard links, so a pin here costs the object's bytes again; `COPY` makes it inside the server. Checking a byte
+means reading it, which goes over the network: in batches, so that memory stays bounded.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from blake3 import blake3
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from gateway.kv.keys import ObjectKey
+from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.records import PinnedObject
+
+T = TypeVar("T")
+_NAMES_PER_CALL = 1000  # keys without values: small
+_VALUES_PER_CALL = 4  # whole objects: megabytes each
+
+Seen = tuple[int, bytes] | None  # size in bytes and blake3 of a value, None where there is none
+
+
+class RedisTier:
+    """The Redis tier as the gateway sees it; `store_id` keeps its pins apart from those of another gateway's store."""
+
+    name = "redis"
+    adapter = "resp"
+
+    def __init__(self, url: str, store_id: str, timeout_s: float) -> None:
+        self._redis = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=max(timeout_s, 30.0))
+        self._prefix = f"cwg:{store_id}:pin:"
+
+    async def __aenter__(self) -> "RedisTier":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._redis.aclose()
+
+    async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
+        """See `Tier.present`."""
+        wanted = list(keys)
+        sizes = await self._sizes([str(key) for key in wanted])
+        return {key for key, size in zip(wanted, sizes, strict=True) if size}
+
+    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+        """See `Tier.pin`."""
+        names = [str(key) for key in keys]
+        good = await self._check_known([known[name] for name in names if name in known])
+        fresh = [name for name in names if name not in good]
+        await self._copy([(name, self._pin_name(name)) for name in fresh])
+        async for start, seen in self._look([self._pin_name(name) for name in fresh]):
+            for name, one in zip(fresh[start:], seen, strict=False):
+                if one is not None:
+                    good[name] = PinnedObject(name, self.name, *one)
+        return [good[name] for name in names if name in good]
+
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """See `Tier.restore`."""
+        out: list[Restored] = []
+        async for start, lives in self._look([o.key for o in objects]):
+            batch = objects[start : start + len(lives)]
+            pins = await self._look_at([self._pin_name(o.key) for o in batch])
+            out += [await self._restore(*one) for one in zip(batch, lives, pins, strict=True)]
+        return out
+
+    async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """See `Tier.verify`."""
+        out: list[Restored] = []
+        async for start, pins in self._look([self._pin_name(o.key) for o in objects]):
+            out += [_judge(pin, objects[start + i]) for i, pin in enumerate(pins)]
+        return out
+
+    async def unpin(self, keys: Iterable[ObjectKey]) -> int:
+        """See `Tier.unpin`."""
+        return await self._free([self._pin_name(str(key)) for key in keys])
+
+    async def remove(self, keys: Iterable[ObjectKey]) -> int:
+        """See `Tier.remove`."""
+        return await self._free([name for key in keys for name in (str(key), self._pin_name(str(key)))])
+
+    async def lose(self, keys: Iterable[ObjectKey]) -> None:
+        """See `Tier.lose`."""
+        await self._unlink([str(key) for key in keys])
+
+    async def pinned(self) -> set[ObjectKey]:
+        """See `Tier.pinned`."""
+
+        async def scan() -> list[bytes]:
+            return [name async for name in self._redis.scan_iter(match=f"{self._prefix}*", count=_NAMES_PER_CALL)]
+
+        return {ObjectKey.parse(name.decode().removeprefix(self._prefix)) for name in await self._call(scan)}
+
+    def _pin_name(self, name: str) -> str:
+        return self._prefix + name
+
+    async def _check_known(self, objects: Sequence[PinnedObject]) -> dict[str, PinnedObject]:
+        """Return the pins that still match; take the others away, and LMCache's object where it has the same bytes."""
+        good: dict[str, PinnedObject] = {}
+        async for start, pins in self._look([self._pin_name(o.key) for o in objects]):
+            batch = objects[start : start + len(pins)]
+            good |= {o.key: o for o, pin in zip(batch, pins, strict=True) if _judge(pin, o).usable}
+            bad = [(o.key, pin) for o, pin in zip(batch, pins, strict=True) if o.key not in good]
+            lives = await self._look_at([key for key, _ in bad]) if bad else []
+            damaged = [key for (key, pin), live in zip(bad, lives, strict=True) if pin is not None and live == pin]
+            await self._unlink([*(self._pin_name(key) for key, _ in bad), *damaged])
+        return good
+
+    async def _restore(self, item: PinnedObject, live: Seen, pin: Seen) -> Restored:
+        name, pin_name = item.key, self._pin_name(item.key)
+        live_good, pin_good = _judge(live, item).usable, _judge(pin, item).usable
+        if pin_good and not live_good:
+            await self._copy([(pin_name, name)])
+            return Restored.RELINKED
+        if live_good and not pin_good:
+            await self._copy([(name, pin_name)])
+        if live_good:
+            return Restored.INTACT
+        await self._unlink([name, pin_name])
+        return Restored.MISSING if live is None and pin is None else Restored.CORRUPT
+
+    async def _copy(self, pairs: Sequence[tuple[str, str]]) -> None:
+        for start in range(0, len(pairs), _NAMES_PER_CALL):
+            pipe = self._redis.pipeline(transaction=False)
+            for source, target in pairs[start : start + _NAMES_PER_CALL]:
+                pipe.copy(source, target, replace=True)
+            await self._call(pipe.execute)
+
+    async def _free(self, names: Sequence[str]) -> int:
+        freed = sum(await self._sizes(names))
+        await self._unlink(names)
+        return freed
+
+    async def _unlink(self, names: Sequence[str]) -> None:
+        for start in range(0, len(names), _NAMES_PER_CALL):
+            await self._call(partial(self._redis.unlink, *names[start : start + _NAMES_PER_CALL]))
+
+    async def _sizes(self, names: Sequence[str]) -> list[int]:
+        """Bytes of each value, 0 where there is none. An object is never empty, so 0 is no object."""
+        sizes: list[int] = []
+        for start in range(0, len(names), _NAMES_PER_CALL):
+            pipe = self._redis.pipeline(transaction=False)
+            for name in names[start : start + _NAMES_PER_CALL]:
+                pipe.strlen(name)
+            sizes += await self._call(pipe.execute)
+        return sizes
+
+    async def _look(self, names: Sequence[str]) -> AsyncIterator[tuple[int, list[Seen]]]:
+        for start in range(0, len(names), _VALUES_PER_CALL):
+            yield start, await self._look_at(names[start : start + _VALUES_PER_CALL])
+
+    async def _look_at(self, names: Sequence[str]) -> list[Seen]:
+        values: list[bytes | None] = await self._call(partial(self._redis.mget, names))
+        # Hashing megabytes would hold up every stream of this process.
+        return await asyncio.to_thread(lambda: [None if v is None else (len(v), blake3(v).digest()) for v in values])
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await call()
+        except OutOfMemoryError as error:
+            raise TierFull(f"redis tier: {error}") from error
+        except (TimeoutError, RedisError, OSError) as error:
+            raise TierUnavailable(f"redis tier: {error or type(error).__name__}") from error
+
+
+def _judge(seen: Seen, item: PinnedObject) -> Restored:
+    if seen is None:
+        return Restored.MISSING
+    return Restored.INTACT if seen == (item.size, item.checksum) else Restored.CORRUPT

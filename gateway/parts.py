@@ -1,0 +1,27 @@
+"""The parts of a running gateway, as the verbs and the doors need them. `gateway.app` makes and opens them."""
+
+from dataclasses import dataclass
+
+from gateway.engine import Engine
+from gateway.kv.lmcache import LMCache
+from gateway.kv.pins import Pins
+from gateway.sessions import SaltRule, Sessions
+from gateway.settings import Settings
+from gateway.store.contract import Store
+from gateway.turns import Turns
+from gateway.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that is open while the gateway runs. `cache` is None where no cache is configured."""
+
+    settings: Settings
+    store: Store
+    upstream: Upstream
+    engine: Engine
+    cache: LMCache | None
+    pins: Pins
+    salts: SaltRule
+    sessions: Sessions
+    turns: Turns

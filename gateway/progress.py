@@ -1,0 +1,9 @@
+"""How long work tells what it is doing: a stage, and how much of it is done."""
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,143 @@
+"""What the gateway remembers, as frozen records. Times are seconds since the epoch, UTC."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gateway.errors import GatewayError
+
+SessionState = Literal["active", "frozen", "thawed", "expired"]
+# complete: every whole chunk is pinned · partial: only the first ones · absent: none, thaw recomputes everything
+KvState = Literal["complete", "partial", "absent"]
+Outcome = Literal["completed", "engine_error", "engine_cut", "client_gone", "gateway_error"]
+
+SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+WINDOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+TAG = re.compile(r"[\w.:-]{1,64}")
+MAX_TAGS = 20
+MAX_DESCRIPTION = 2000
+
+Message = dict[str, Any]
+
+
+def check_session_id(value: object, where: str = "session_id") -> str:
+    """Return `value` if it is a session id; raises `invalid_session_id` naming the field `where`."""
+    if isinstance(value, str) and SESSION_ID.fullmatch(value):
+        return value
+    raise GatewayError(
+        "invalid_session_id",
+        f"{where} {value!r:.200} is not a session id",
+        hint="use 1 to 128 of A-Z a-z 0-9 _ . : - and begin with a letter or digit",
+        details={"field": where},
+    )
+
+
+def check_window_name(value: object, where: str = "window_name") -> str:
+    """Return `value` if it is a window name; raises `invalid_window_name` naming the field `where`."""
+    if isinstance(value, str) and WINDOW_NAME.fullmatch(value):
+        return value
+    raise GatewayError(
+        "invalid_window_name",
+        f"{where} {value!r:.200} is not a window name",
+        hint="use 1 to 128 of A-Z a-z 0-9 _ . - and begin with a letter or digit",
+        details={"field": where},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A conversation. `transcript` and `frame` are content ids in the store."""
+
+    tenant: str
+    id: str
+    lineage: str
+    model: str = ""
+    fingerprint: str = ""
+    state: SessionState = "active"
+    token_count: int = 0
+    turn_count: int = 0
+    transcript: bytes | None = None
+    frame: bytes | None = None
+    window: str | None = None
+    window_transcript: bytes | None = None
+    created_at: float = 0.0
+    last_active_at: float = 0.0
+    frozen_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one turn, as the engine reported them; `cached` is None where it did not say."""
+
+    prompt: int
+    completion: int
+    cached: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request of a session and its outcome."""
+
+    tenant: str
+    session_id: str
+    model: str
+    outcome: Outcome
+    status: int
+    started_at: float
+    duration_ms: float
+    usage: Usage | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedObject:
+    """One KV object as it was seen in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes."""
+
+    key: str
+    tier: str
+    size: int
+    checksum: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """An immutable, named snapshot of a session at a turn boundary."""
+
+    tenant: str
+    name: str
+    session_id: str
+    lineage: str
+    salt: str
+    model: str
+    model_root: str
+    fingerprint: str
+    world_size: int
+    token_count: int
+    chunk_size: int
+    chunk_count: int
+    size_bytes: int
+    kv: KvState
+    transcript: bytes
+    frame: bytes | None
+    manifest: str
+    created_at: float
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    parent: str | None = None
+    expires_at: float | None = None
+    receipt: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens after the last whole pinned chunk: what a thaw recomputes."""
+        return self.token_count - self.chunk_count * self.chunk_size
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a window is made of: exact token ids, and its KV objects in chunk order (every rank of a chunk together)."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    objects: tuple[PinnedObject, ...]

@@ -1,0 +1,214 @@
+"""Every setting of the gateway, once: name, default, what it means. README's table is compared with it by a test.
+
+Order of precedence: command line, environment (`CWG_` + the name in capitals), TOML file, default. An unknown key stops
+the start and names the nearest right one.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+PREFIX = "CWG_"
+# Variables of ours that are not settings of the server: the client side of the CLI.
+CLIENT_VARIABLES = frozenset({"CWG_URL"})
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; the message names it and the remedy."""
+
+
+def setting(default: Any, text: str) -> Any:
+    """Declare one row of the table."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings table."""
+
+    host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
+    port: int = setting(8700, "port to listen on; 0 takes a free one")
+    api_key: str = setting("", "one key for every door (`Authorization: Bearer` or `x-api-key`); empty: no key")
+    engine_urls: tuple[str, ...] = setting(("http://127.0.0.1:8000",), "base URLs of vLLM (one, for now)")
+    engine_api_key: str = setting("", "key sent to the engine in place of the client's")
+    cache_url: str = setting("", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only")
+    kv_dir: str = setting("", "directory of LMCache's `fs` tier, as this machine sees it; empty: no disk tier")
+    kv_redis_url: str = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
+    pins_dir: str = setting("", "where pinned objects are linked; same file system as `kv_dir`; empty: `<kv_dir>-pins`")
+    chunk_size: int = setting(0, "tokens per chunk; 0 asks the cache")
+    data_dir: str = setting("data", "where the gateway keeps what is its own")
+    store_url: str = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
+    secret_file: str = setting("", "secret of the salts, made on first use; empty: `<data_dir>/secret`")
+    isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
+    model_fingerprint: str = setting("", "what tells the served weights apart from others of the same name")
+    connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
+    engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
+    client_timeout_s: float = setting(
+        30.0, "seconds a client may take for its headers, and between two parts of a body"
+    )
+    max_body_bytes: int = setting(64 * 2**20, "largest request body")
+    max_reply_bytes: int = setting(
+        64 * 2**20, "largest reply that is kept for the transcript; a larger one only passes"
+    )
+    turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns wait")
+    turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
+    busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
+    freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
+    thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
+    log_level: str = setting("info", "`debug`, `info`, `warning` or `error`")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def data_path(self) -> Path:
+        """`data_dir` as an absolute path."""
+        return Path(self.data_dir).expanduser().absolute()
+
+    @property
+    def store_path(self) -> Path:
+        """File of the SQLite store."""
+        if not self.store_url:
+            return self.data_path / "gateway.db"
+        return Path(self.store_url.removeprefix("sqlite:///")).expanduser().absolute()
+
+    @property
+    def secret_path(self) -> Path:
+        """File of the secret."""
+        return Path(self.secret_file).expanduser().absolute() if self.secret_file else self.data_path / "secret"
+
+    @property
+    def kv_path(self) -> Path | None:
+        """Directory of the disk tier."""
+        return Path(self.kv_dir).expanduser().absolute() if self.kv_dir else None
+
+    @property
+    def pins_path(self) -> Path | None:
+        """Directory of the pins on disk."""
+        if self.pins_dir:
+            return Path(self.pins_dir).expanduser().absolute()
+        return self.kv_path.with_name(f"{self.kv_path.name}-pins") if self.kv_path else None
+
+
+def load(
+    *, file: Path | None = None, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """Read the settings. Raises `SettingsError` for an unknown key or a value that does not fit."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        values |= _from_file(file)
+    values |= _from_environment(environment)
+    values |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    return Settings(**values)
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise SettingsError(f"cannot read {file}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file} is not TOML: {error}") from error
+    return {name: _convert(name, value, str(file)) for name, value in table.items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    ours = {k: v for k, v in environment.items() if k.startswith(PREFIX) and k not in CLIENT_VARIABLES}
+    return {
+        name: _convert(name, value, f"environment variable {PREFIX}{name.upper()}")
+        for name, value in ((k.removeprefix(PREFIX).lower(), v) for k, v in ours.items())
+    }
+
+
+def _convert(name: str, value: Any, where: str) -> Any:
+    kind = get_type_hints(Settings).get(name)
+    if kind is None:
+        near = difflib.get_close_matches(name, [f.name for f in fields(Settings)], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SettingsError(f"{where}: unknown setting {name!r}{hint}")
+    try:
+        return _as(kind, value)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{where}: setting {name!r} must be {_name_of(kind)}, not {value!r}") from error
+
+
+def _as(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(p).strip() for p in parts)
+    if kind is bool and isinstance(value, str):
+        if value.lower() in _TRUE | _FALSE:
+            return value.lower() in _TRUE
+        raise ValueError(value)
+    if kind in (int, float) and isinstance(value, bool):
+        raise TypeError(value)
+    if kind is int and isinstance(value, float):
+        raise TypeError(value)
+    if kind is str and not isinstance(value, str):
+        raise TypeError(value)
+    return kind(value)
+
+
+def _name_of(kind: Any) -> str:
+    return (
+        "a list of strings"
+        if get_args(kind)
+        else {"int": "a whole number", "str": "a string"}.get(kind.__name__, "a number")
+    )
+
+
+def _check(s: Settings) -> None:
+    _require(
+        s.host in LOOPBACK or bool(s.api_key), f"host {s.host!r} is beyond loopback: set api_key (CWG_API_KEY) first"
+    )
+    _require(0 <= s.port <= 65535, f"port {s.port} is not between 0 and 65535")
+    _require(len(s.engine_urls) == 1, f"engine_urls has {len(s.engine_urls)} entries; give one")
+    for name, url in [("engine_urls", s.engine_urls[0]), ("cache_url", s.cache_url)]:
+        _require(not url or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
+    _require(
+        not s.kv_redis_url or _is_url(s.kv_redis_url, ("redis", "rediss")),
+        f"kv_redis_url {s.kv_redis_url!r} is not a redis URL",
+    )
+    _require(
+        not s.store_url or s.store_url.startswith("sqlite:///"), f"store_url {s.store_url!r} must be sqlite:///PATH"
+    )
+    _require(s.isolation in ("session", "tenant"), f"isolation {s.isolation!r} is neither 'session' nor 'tenant'")
+    _require(
+        s.log_level in ("debug", "info", "warning", "error"),
+        f"log_level {s.log_level!r} is not one of debug, info, warning, error",
+    )
+    _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
+    for f in fields(s):
+        value = getattr(s, f.name)
+        if f.name.endswith(("_s", "_bytes")) or f.name in ("turn_queue", "turns_kept"):
+            _require(value > 0, f"{f.name} must be more than 0, not {value}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise SettingsError(message)
+
+
+def _is_url(url: str, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Return (name, default, help) of every setting, in order."""
+
+    def default(f: "Field[Any]") -> str:
+        assert f.default is not MISSING
+        return ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+
+    return [(f.name, default(f), f.metadata["help"]) for f in fields(Settings)]

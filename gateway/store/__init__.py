@@ -1,0 +1,1 @@
+"""What the gateway remembers: sessions, turns, transcripts, windows. Nothing authoritative lives in memory."""

@@ -1,0 +1,125 @@
+"""What the gateway asks of its store. Every call is atomic in itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.kv.keys import ObjectKey
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
+
+
+@dataclass(frozen=True, slots=True)
+class WindowQuery:
+    """What `list_windows` filters and sorts by. Tags are ANDed; `search` looks in name and description."""
+
+    tags: tuple[str, ...] = ()
+    model: str | None = None
+    session_id: str | None = None
+    search: str | None = None
+    created_after: float | None = None
+    created_before: float | None = None
+    sort_by: str = "created_at"
+    descending: bool = True
+    limit: int = 20
+    offset: int = 0
+
+
+SORT_KEYS = ("name", "created_at", "token_count", "size")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished turn on its way into the store. `messages` is None where the transcript does not move on."""
+
+    turn: Turn
+    lineage: str
+    fingerprint: str
+    messages: Sequence[Message] | None
+    frame: Mapping[str, object]
+
+
+class Store(Protocol):
+    """Sessions and windows are named inside a tenant."""
+
+    @property
+    def store_id(self) -> str:
+        """Random name of this store, made with it; it keeps our pins apart from another store's."""
+        ...
+
+    async def session(self, tenant: str, session_id: str) -> Session | None:
+        """Return the session, or None."""
+        ...
+
+    async def list_sessions(
+        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
+    ) -> tuple[list[Session], int]:
+        """Return one page of sessions, last active first, and how many there are in all."""
+        ...
+
+    async def add_session(self, session: Session) -> bool:
+        """Add a session; False if its id is taken."""
+        ...
+
+    async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
+        """Mark the session frozen, unless it has gone on since `turn_count`."""
+        ...
+
+    async def delete_session(self, tenant: str, session_id: str) -> bool:
+        """Delete the session and its turns; False if there is none. Windows stay."""
+        ...
+
+    async def record(self, finished: Sequence[Finished]) -> None:
+        """Record finished turns; each makes its session if it is new and moves its transcript on."""
+        ...
+
+    async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
+        """Return the last turns, newest first."""
+        ...
+
+    async def messages(self, transcript: bytes) -> list[Message]:
+        """Return the messages of a transcript, first to last."""
+        ...
+
+    async def frame(self, frame: bytes) -> Mapping[str, object]:
+        """Return a frame: what besides the messages a prompt is rendered from."""
+        ...
+
+    async def window(self, tenant: str, name: str) -> Window | None:
+        """Return the window, or None."""
+        ...
+
+    async def list_windows(self, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
+        """Return one page of windows and how many match in all."""
+        ...
+
+    async def lineage(self, tenant: str, name: str) -> tuple[list[str], list[str]]:
+        """Return the ancestors of a window, nearest first, and its direct clones."""
+        ...
+
+    async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
+        """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
+        ...
+
+    async def manifest(self, manifest_id: str) -> Manifest:
+        """Return a manifest."""
+        ...
+
+    async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:
+        """Delete a window; return the objects that no window holds any more, or None if there is no such window."""
+        ...
+
+    async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
+        """Return what is known of those of `keys` that windows hold, an entry for each tier."""
+        ...
+
+    async def held_objects(self) -> set[ObjectKey]:
+        """Every object that some window holds."""
+        ...
+
+    async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
+        """Whether a session of the lineage is still going on (active or thawed)."""
+        ...
+
+    async def tier_usage(self) -> dict[str, tuple[int, int]]:
+        """Objects and bytes that windows hold, by tier, each object counted once."""
+        ...

@@ -1,0 +1,87 @@
+"""The schema of the SQLite store, as numbered steps. A step that has landed is never changed; the next one mends it.
+
+Transcripts are Merkle lists: a link is named by the hash of the link before it and of its message, so sessions, forks and
+windows that share a beginning share its rows, and a transcript is named by its last link.
+"""
+
+import sqlite3
+from collections.abc import Callable
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
+
+
+@MIGRATIONS.append
+def m001_sessions_turns_transcripts_windows(db: sqlite3.Connection) -> None:
+    """The first schema."""
+    for statement in _M001:
+        db.execute(statement)
+
+
+_M001 = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "INSERT INTO meta VALUES ('store_id', lower(hex(randomblob(6))))",
+    "CREATE TABLE contents (id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE links (
+        id BLOB PRIMARY KEY, parent BLOB, content BLOB NOT NULL REFERENCES contents (id), depth INTEGER NOT NULL
+    ) WITHOUT ROWID""",
+    """CREATE TABLE sessions (
+        tenant TEXT NOT NULL, id TEXT NOT NULL, lineage TEXT NOT NULL, model TEXT NOT NULL, fingerprint TEXT NOT NULL,
+        state TEXT NOT NULL, token_count INTEGER NOT NULL, turn_count INTEGER NOT NULL, transcript BLOB, frame BLOB,
+        window TEXT, window_transcript BLOB, created_at REAL NOT NULL, last_active_at REAL NOT NULL, frozen_at REAL,
+        PRIMARY KEY (tenant, id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX sessions_by_activity ON sessions (tenant, last_active_at)",
+    "CREATE INDEX sessions_by_lineage ON sessions (tenant, lineage)",
+    """CREATE TABLE turns (
+        id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, session_id TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL,
+        status INTEGER NOT NULL, started_at REAL NOT NULL, duration_ms REAL NOT NULL,
+        prompt_tokens INTEGER, completion_tokens INTEGER, cached_tokens INTEGER, detail TEXT NOT NULL
+    )""",
+    "CREATE INDEX turns_by_session ON turns (tenant, session_id, id)",
+    "CREATE TABLE manifests (id TEXT PRIMARY KEY, token_ids BLOB NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE objects (
+        key TEXT NOT NULL, tier TEXT NOT NULL, size INTEGER NOT NULL, checksum BLOB NOT NULL, PRIMARY KEY (key, tier)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE manifest_objects (
+        manifest TEXT NOT NULL REFERENCES manifests (id), position INTEGER NOT NULL, key TEXT NOT NULL, tier TEXT NOT NULL,
+        PRIMARY KEY (manifest, position, tier)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX manifest_objects_by_key ON manifest_objects (key)",
+    """CREATE TABLE windows (
+        tenant TEXT NOT NULL, name TEXT NOT NULL, session_id TEXT NOT NULL, lineage TEXT NOT NULL, salt TEXT NOT NULL,
+        model TEXT NOT NULL, model_root TEXT NOT NULL, fingerprint TEXT NOT NULL, world_size INTEGER NOT NULL,
+        token_count INTEGER NOT NULL, chunk_size INTEGER NOT NULL, chunk_count INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
+        kv TEXT NOT NULL, transcript BLOB NOT NULL, frame BLOB, manifest TEXT NOT NULL REFERENCES manifests (id),
+        created_at REAL NOT NULL, description TEXT NOT NULL, tags TEXT NOT NULL, parent TEXT, expires_at REAL,
+        receipt TEXT NOT NULL,
+        PRIMARY KEY (tenant, name)
+    )""",
+    "CREATE INDEX windows_by_creation ON windows (tenant, created_at)",
+    "CREATE INDEX windows_by_manifest ON windows (manifest)",
+    "CREATE INDEX windows_by_parent ON windows (tenant, parent)",
+    """CREATE TABLE window_tags (
+        tenant TEXT NOT NULL, tag TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (tenant, tag, name),
+        FOREIGN KEY (tenant, name) REFERENCES windows (tenant, name) ON DELETE CASCADE
+    ) WITHOUT ROWID""",
+)
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring the schema up to date, each step in a transaction of its own.
+
+    Raises RuntimeError when the database was written by a newer gateway.
+    """
+    while True:
+        db.execute("BEGIN IMMEDIATE")  # before the version is read: another worker may be migrating
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            db.execute("ROLLBACK")
+            raise RuntimeError(
+                f"the store has schema {version}, this gateway knows {len(MIGRATIONS)}: use a newer gateway"
+            )
+        if version == len(MIGRATIONS):
+            db.execute("COMMIT")
+            return
+        MIGRATIONS[version](db)
+        db.execute(f"PRAGMA user_version = {version + 1}")
+        db.execute("COMMIT")

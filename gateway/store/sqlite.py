@@ -1,0 +1,204 @@
+"""The store on SQLite in WAL mode: one writer thread, one reader thread, and an inline read for the request path.
+
+The one read that a request waits for (`session`) is a point read from a page that SQLite has cached: some ten
+microseconds, less than handing it to a thread would cost. Everything else runs in a thread of its own. All waiting writes go
+into one transaction, each under a savepoint, so that a burst of turns costs one commit and a failing write only itself.
+"""
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
+from gateway.store import rows
+from gateway.store.contract import Finished, WindowQuery
+from gateway.store.migrations import migrate
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+_BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
+_WRITES_PER_COMMIT = 256
+
+
+class SqliteStore:
+    """See `gateway.store.contract.Store`."""
+
+    def __init__(self, path: Path, *, turns_kept: int) -> None:
+        self._path = path
+        self._turns_kept = turns_kept
+        self._writes: queue.SimpleQueue[tuple[Work[object], Future[object]] | None] = queue.SimpleQueue()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
+        self._writer = threading.Thread(target=self._write_all, name="store-writer", daemon=True)
+        self.store_id = ""
+
+    async def __aenter__(self) -> "SqliteStore":
+        """Open the database and bring its schema up to date."""
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path.touch(mode=0o600)
+        self._inline = self._connect()
+        migrate(self._inline)
+        (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
+        self._slow = self._connect()
+        self._writer.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writes.put(None)
+        await asyncio.to_thread(self._writer.join)
+        self._reader.shutdown()
+        self._slow.close()
+        self._inline.close()
+
+    async def session(self, tenant: str, session_id: str) -> Session | None:
+        """See `Store.session`."""
+        return rows.session(self._inline, tenant, session_id)
+
+    async def list_sessions(
+        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
+    ) -> tuple[list[Session], int]:
+        """See `Store.list_sessions`."""
+        return await self._read(lambda db: rows.list_sessions(db, tenant, state, model, limit, offset))
+
+    async def add_session(self, session: Session) -> bool:
+        """See `Store.add_session`."""
+        return await self._write(lambda db: rows.add_session(db, session))
+
+    async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
+        """See `Store.set_frozen`."""
+        await self._write(lambda db: rows.set_frozen(db, tenant, session_id, turn_count, at))
+
+    async def delete_session(self, tenant: str, session_id: str) -> bool:
+        """See `Store.delete_session`."""
+        return await self._write(lambda db: rows.delete_session(db, tenant, session_id))
+
+    async def record(self, finished: Sequence[Finished]) -> None:
+        """See `Store.record`."""
+        await self._write(lambda db: rows.record(db, finished, self._turns_kept))
+
+    async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
+        """See `Store.turns`."""
+        return await self._read(lambda db: rows.turns(db, tenant, session_id, limit))
+
+    async def messages(self, transcript: bytes) -> list[Message]:
+        """See `Store.messages`."""
+        return await self._read(lambda db: rows.messages(db, transcript))
+
+    async def frame(self, frame: bytes) -> Mapping[str, object]:
+        """See `Store.frame`."""
+        return await self._read(lambda db: rows.content(db, frame))
+
+    async def window(self, tenant: str, name: str) -> Window | None:
+        """See `Store.window`."""
+        return await self._read(lambda db: rows.window(db, tenant, name))
+
+    async def list_windows(self, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
+        """See `Store.list_windows`."""
+        return await self._read(lambda db: rows.list_windows(db, tenant, query))
+
+    async def lineage(self, tenant: str, name: str) -> tuple[list[str], list[str]]:
+        """See `Store.lineage`."""
+        return await self._read(lambda db: rows.lineage(db, tenant, name))
+
+    async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
+        """See `Store.add_window`."""
+        return await self._write(lambda db: rows.add_window(db, window, manifest))
+
+    async def manifest(self, manifest_id: str) -> Manifest:
+        """See `Store.manifest`."""
+        return await self._read(lambda db: rows.manifest(db, manifest_id))
+
+    async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:
+        """See `Store.delete_window`."""
+        return await self._write(lambda db: rows.delete_window(db, tenant, name))
+
+    async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
+        """See `Store.objects`."""
+        return await self._read(lambda db: rows.objects(db, keys))
+
+    async def held_objects(self) -> set[ObjectKey]:
+        """See `Store.held_objects`."""
+        return await self._read(rows.held_objects)
+
+    async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
+        """See `Store.lineage_in_use`."""
+        return await self._read(lambda db: rows.lineage_in_use(db, tenant, lineage))
+
+    async def tier_usage(self) -> dict[str, tuple[int, int]]:
+        """See `Store.tier_usage`."""
+        return await self._read(rows.tier_usage)
+
+    def _connect(self) -> sqlite3.Connection:
+        # Python's own transaction handling is off: every BEGIN and COMMIT is written here.
+        db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        # FULL syncs the log at each commit, off the request path: a window that was committed survives a power cut.
+        db.execute("PRAGMA synchronous = FULL")
+        return db
+
+    async def _read(self, work: Work[T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work, self._slow)
+
+    async def _write(self, work: Work[T]) -> T:
+        done: Future[T] = Future()
+        self._writes.put((work, done))  # type: ignore[arg-type]
+        try:
+            return await asyncio.shield(asyncio.wrap_future(done))
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise GatewayError("storage_full", f"the store's disk is full ({self._path})") from error
+            raise
+
+    def _write_all(self) -> None:
+        db = self._connect()
+        while (first := self._writes.get()) is not None:
+            batch, last = [first], False
+            while len(batch) < _WRITES_PER_COMMIT and not self._writes.empty():
+                item = self._writes.get()
+                if item is None:
+                    last = True
+                    break
+                batch.append(item)
+            _commit(db, batch)
+            if last:
+                break
+        db.close()
+
+
+def _commit(db: sqlite3.Connection, batch: Sequence[tuple[Work[object], Future[object]]]) -> None:
+    results: list[tuple[Future[object], object, BaseException | None]] = []
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        for work, done in batch:
+            results.append((done, *_one(db, work)))
+        db.execute("COMMIT")
+    except BaseException as error:  # noqa: BLE001 - whoever waits gets it; the thread must live on
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        results = [(done, None, error) for _, done in batch]
+    for done, value, failure in results:
+        if failure is None:
+            done.set_result(value)
+        else:
+            done.set_exception(failure)
+
+
+def _one(db: sqlite3.Connection, work: Work[object]) -> tuple[object, BaseException | None]:
+    db.execute("SAVEPOINT work")
+    try:
+        value = work(db)
+    except BaseException as error:
+        if not db.in_transaction:  # SQLite rolled everything back itself (disk full): the whole batch has failed
+            raise
+        db.execute("ROLLBACK TO work")
+        db.execute("RELEASE work")
+        return None, error
+    db.execute("RELEASE work")
+    return value, None

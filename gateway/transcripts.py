@@ -1,0 +1,86 @@
+"""Whether a request goes on from a transcript, and what the engine then gets to see.
+
+Clients do not send back exactly what they received: fields that are null or empty come and go, a text may be a string or
+a list of one text part, reasoning is usually dropped. `same` looks through that; what is sent to the engine stays as the
+client, or the window, has it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from gateway.errors import GatewayError
+from gateway.records import Message
+
+SystemRule = Literal["", "keep", "replace"]
+
+_SYSTEM_ROLES = frozenset({"system", "developer"})
+# Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
+_IGNORED = frozenset({"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"})
+
+
+def canonical(message: Message) -> dict[str, Any]:
+    """The message without what clients change on the way."""
+    kept = {name: value for name, value in message.items() if name not in _IGNORED and value not in (None, "", [], {})}
+    content = kept.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        kept["content"] = "".join(str(part.get("text", "")) for part in content)
+    return kept
+
+
+def same(a: Message, b: Message) -> bool:
+    """Whether two messages mean the same to the conversation."""
+    return a == b or canonical(a) == canonical(b)
+
+
+def common(a: Sequence[Message], b: Sequence[Message]) -> int:
+    """How many leading messages two lists share."""
+    length = 0
+    for one, other in zip(a, b, strict=False):
+        if not same(one, other):
+            break
+        length += 1
+    return length
+
+
+def continued(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule) -> list[Message]:
+    """Return the messages of a turn in a thawed session: the full history as it was sent, or the window's in front.
+
+    `sent` is a full history if it begins with the window's messages, or if it shares at least the system message and the
+    first exchange with them (then the client edited it later on, and putting the window in front would say it all twice).
+    Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does not
+    say which to use.
+    """
+    window_system, window_rest = _split(window)
+    sent_system, sent_rest = _split(sent)
+    shared = common(window_rest, sent_rest)
+    full = shared == len(window_rest) or shared >= 2
+    agree = len(window_system) == len(sent_system) and common(window_system, sent_system) == len(window_system)
+    if full and agree:
+        return list(sent)
+    if sent_system and not agree and not rule:
+        raise GatewayError(
+            "window_system_conflict",
+            "the request's system message differs from the window's",
+            hint="send the window's own or none, or say which to use with X-Window-System: keep or replace",
+        )
+    system = sent_system if sent_system and rule == "replace" else window_system
+    return [*system, *(sent_rest if full else [*window_rest, *sent_rest])]
+
+
+def has_media(messages: Sequence[Message]) -> bool:
+    """Whether a message holds anything but text: its KV objects then cannot be named from token ids (LMCache hashes
+    the media in place of its placeholder tokens)."""
+    return any(
+        isinstance(part, dict) and part.get("type") not in ("text", "refusal", None)
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+
+
+def _split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """Leading system messages, and the rest."""
+    count = 0
+    while count < len(messages) and messages[count].get("role") in _SYSTEM_ROLES:
+        count += 1
+    return list(messages[:count]), list(messages[count:])

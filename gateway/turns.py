@@ -1,0 +1,116 @@
+"""Finished turns, off the request path: one bounded queue, one task, one transaction for whatever waits.
+
+A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens here too:
+on the path its bytes were only kept.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from gateway.dialects.contract import Call, Dialect, Reply
+from gateway.records import Outcome, Turn
+from gateway.sessions import Sessions
+from gateway.store.contract import Finished, Store
+
+log = logging.getLogger(__name__)
+
+_TURNS_PER_RECORD = 64
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
+
+    tenant: str
+    session_id: str
+    lineage: str
+    fingerprint: str
+    dialect: Dialect
+    call: Call
+    outcome: Outcome
+    status: int
+    started_at: float
+    duration_ms: float
+    streamed: bool
+    chunks: Sequence[bytes] | None
+    detail: str = ""
+
+
+class Turns:
+    """Takes finished turns to the store."""
+
+    def __init__(self, store: Store, sessions: Sessions, *, room: int) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._queue: asyncio.Queue[Ended] = asyncio.Queue()
+        self._room = asyncio.Semaphore(room)
+
+    async def __aenter__(self) -> "Turns":
+        self._task = asyncio.create_task(self._run(), name="turns")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await self._queue.join()
+        if self._queue.qsize():
+            log.error("%d finished turns were not recorded: the store did not take them", self._queue.qsize())
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def enter(self, tenant: str, session_id: str) -> None:
+        """A turn begins; waits while too many finished ones are still unrecorded."""
+        await self._room.acquire()
+        self._sessions.enter(tenant, session_id)
+
+    def finish(self, ended: Ended) -> None:
+        """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
+        self._queue.put_nowait(ended)
+
+    async def _run(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            try:
+                await self._store.record([_finished(ended) for ended in batch])
+            except Exception:
+                log.exception("could not record %d turns", len(batch))
+            for ended in batch:
+                self._sessions.leave(ended.tenant, ended.session_id)
+                self._room.release()
+                self._queue.task_done()
+
+
+def _finished(ended: Ended) -> Finished:
+    try:
+        reply = _reply(ended)
+    except Exception:
+        # An engine may send anything; one odd reply must not cost the other turns of the batch.
+        log.exception("could not read a reply of session %s", ended.session_id)
+        reply = Reply(None, None, "the reply could not be read")
+    # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
+    messages = [*ended.call.messages, reply.message] if reply.message and ended.call.messages else None
+    turn = Turn(
+        tenant=ended.tenant,
+        session_id=ended.session_id,
+        model=ended.call.model,
+        outcome="engine_error" if reply.error else ended.outcome,
+        status=ended.status,
+        started_at=ended.started_at,
+        duration_ms=ended.duration_ms,
+        usage=reply.usage,
+        detail=ended.detail or reply.error,
+    )
+    return Finished(turn, ended.lineage, ended.fingerprint, messages, ended.call.frame)
+
+
+def _reply(ended: Ended) -> Reply:
+    if ended.outcome != "completed" or ended.chunks is None:
+        return Reply(None, None)
+    return ended.dialect.reply(ended.chunks, streamed=ended.streamed)

@@ -1,0 +1,310 @@
+"""The relay's side of HTTP/1.1 to the engine: one exchange at a time on a kept connection, chunk for chunk.
+
+Why not a general client: this is the path of every token, and what a proxy needs of HTTP is little. It parses with
+httptools (the parser of uvicorn), hands each body chunk on as it was framed, stops reading when the client does not keep
+up, and aborts by closing the socket, which is what makes vLLM stop generating.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httptools
+
+from gateway.errors import GatewayError
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+# vLLM (uvicorn) closes a connection that was idle for 5 s; one that is about to close is not worth the race.
+_KEEP_IDLE_S = 4.0
+_MAX_IDLE = 256
+# Bytes that may wait for a slow client before we stop reading from the engine.
+_HIGH_WATER = 256 * 1024
+_LOW_WATER = 64 * 1024
+
+
+class UpstreamError(Exception):
+    """The exchange with the engine failed; `began` tells whether the client may have seen a byte of it."""
+
+    def __init__(self, code: str, message: str, *, began: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.began = began
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the engine listens."""
+
+    host: str
+    port: int
+    tls: bool
+    prefix: str
+
+    @classmethod
+    def parse(cls, url: str) -> "Origin":
+        """Read a base URL such as `http://127.0.0.1:8000`."""
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+
+
+class Upstream:
+    """Keeps connections to one engine and sends requests over them."""
+
+    def __init__(self, url: str, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
+        self.url = url
+        self._origin = Origin.parse(url)
+        self._tls = ssl.create_default_context() if self._origin.tls else None
+        self._connect_timeout_s = connect_timeout_s
+        self._silence_timeout_s = silence_timeout_s
+        self._idle: deque[Connection] = deque()
+        port = f":{self._origin.port}" if self._origin.port not in (80, 443) else ""
+        host = f"[{self._origin.host}]" if ":" in self._origin.host else self._origin.host
+        self._host_line = f"host: {host}{port}\r\n".encode("latin-1")
+
+    async def __aenter__(self) -> "Upstream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        while self._idle:
+            self._idle.pop().abort()
+
+    async def send(self, method: str, target: bytes, headers: Headers, body: bytes) -> "Connection":
+        """Send a request and wait for the head of the answer.
+
+        The caller reads the body from the connection returned and must `release` it whatever happens. A kept connection
+        that the engine closed before answering a byte is replaced once by a new one. Raises UpstreamError.
+        """
+        head = self._head(method, target, headers, len(body))
+        while self._idle:
+            kept = self._idle.pop()
+            if kept.fresh():
+                try:
+                    return await self._exchange(kept, method, head, body)
+                except UpstreamError as error:
+                    if error.code != "stale":
+                        raise
+                    break  # the engine restarted or closed it just now: the others are as old
+            else:
+                kept.abort()
+        return await self._exchange(await self._connect(), method, head, body)
+
+    def release(self, connection: "Connection") -> None:
+        """Keep the connection if its exchange is over and it may be used again, else close it and so abort the work."""
+        if connection.reusable() and len(self._idle) < _MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    async def _exchange(self, connection: "Connection", method: str, head: bytes, body: bytes) -> "Connection":
+        try:
+            await connection.request(method, head, body)
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
+
+    async def _connect(self) -> "Connection":
+        loop = asyncio.get_running_loop()
+        origin = self._origin
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(loop, self._silence_timeout_s), origin.host, origin.port, ssl=self._tls
+                )
+        except (OSError, TimeoutError) as error:
+            reason = (
+                f"no connection within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
+            )
+            raise UpstreamError("engine_unreachable", f"engine at {self.url}: {reason}", began=False) from error
+        return connection
+
+    def _head(self, method: str, target: bytes, headers: Headers, length: int) -> bytes:
+        lines = [method.encode(), b" ", self._origin.prefix.encode(), target, b" HTTP/1.1\r\n", self._host_line]
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        if length or method in ("POST", "PUT", "PATCH"):
+            lines.append(b"content-length: %d\r\n" % length)
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+
+class Connection(asyncio.Protocol):
+    """One connection to the engine and the exchange that is on it."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, silence_timeout_s: float) -> None:
+        self._loop = loop
+        self._silence_timeout_s = silence_timeout_s
+        self._transport: asyncio.Transport
+        self._closed = False
+        self._idle_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._begin("")
+
+    def _begin(self, method: str) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._method = method
+        self.status = 0
+        self.headers = []
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self._paused = False
+        self._framed = False  # the answer says where it ends
+        self._head_done = False
+        self._complete = False
+        self._error: UpstreamError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._heard = self._loop.time()
+
+    # What the relay calls.
+
+    async def request(self, method: str, head: bytes, body: bytes) -> None:
+        """Write a request and wait for the answer's status and headers. Raises UpstreamError."""
+        used = self._idle_since > 0
+        self._begin(method)
+        if self._closed:
+            raise UpstreamError("stale", "connection was closed", began=False)
+        self._timer = self._loop.call_later(self._silence_timeout_s, self._on_timer)
+        self._transport.write(head + body if len(body) < _LOW_WATER else head)
+        if len(body) >= _LOW_WATER:
+            self._transport.write(body)
+        while not self._head_done and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            unanswered = used and not self.status and self._error.code == "engine_unreachable"
+            raise UpstreamError("stale", str(self._error), began=False) if unanswered else self._error
+
+    async def read(self) -> bytes:
+        """Return the next chunk of the body as the engine framed it, or b"" at its end. Raises UpstreamError."""
+        while not self._chunks:
+            if self._complete:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        chunk = self._chunks.popleft()
+        self._size -= len(chunk)
+        if self._paused and self._size < _LOW_WATER:
+            self._paused = False
+            self._heard = self._loop.time()
+            self._transport.resume_reading()
+        return chunk
+
+    def abort(self) -> None:
+        """Close at once; the engine sees it and drops the request."""
+        self._stop_timer()
+        if not self._closed:
+            self._closed = True
+            self._transport.abort()
+
+    def reusable(self) -> bool:
+        """Whether another exchange may follow on this connection."""
+        self._stop_timer()
+        if self._closed or not self._complete or self._chunks or not self._parser.should_keep_alive():
+            return False
+        if self._method == "HEAD":  # the parser waits for a body that will not come
+            return False
+        self._idle_since = self._loop.time()
+        return True
+
+    def fresh(self) -> bool:
+        """Whether it has not been idle for too long."""
+        return not self._closed and self._loop.time() - self._idle_since < _KEEP_IDLE_S
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail("engine_unreachable", "the engine switched protocols, which was not asked for")
+        except httptools.HttpParserError as error:
+            self._fail("engine_unreachable", f"the engine did not speak HTTP: {error}")
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed = True
+        if self._head_done and not self._framed:
+            self._complete = True
+        elif not self._complete:
+            self._fail("engine_unreachable", f"the engine closed the connection{f': {exc}' if exc else ''}")
+        self._wake()
+
+    # What the parser calls.
+
+    def on_status(self, _: bytes) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if lower in (b"content-length", b"transfer-encoding"):
+            self._framed = True
+        self.headers.append((lower, value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # 1xx: the answer proper follows
+            self.headers = []
+            return
+        self.status = status
+        self._head_done = True
+        if self._method == "HEAD" or status in (204, 304):
+            self._complete = True
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self._size += len(body)
+        if self._size > _HIGH_WATER and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if self._head_done:
+            self._complete = True
+
+    def _fail(self, code: str, message: str) -> None:
+        if self._error is None and not self._complete:
+            self._error = UpstreamError(code, message, began=self._head_done)
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _on_timer(self) -> None:
+        silent = self._loop.time() - self._heard
+        if self._paused:  # it is the client who is slow
+            silent = 0.0
+        if silent < self._silence_timeout_s:
+            self._timer = self._loop.call_later(self._silence_timeout_s - silent, self._on_timer)
+            return
+        self._fail("engine_timeout", f"the engine was silent for {self._silence_timeout_s:g} s")
+        self._wake()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def as_gateway_error(error: UpstreamError) -> GatewayError:
+    """The error that a client sees."""
+    hint = "is vLLM running, and is engine_urls its address?" if error.code == "engine_unreachable" else ""
+    return GatewayError(error.code, str(error), hint=hint)

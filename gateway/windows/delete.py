@@ -1,0 +1,52 @@
+"""Delete: the name goes, and with it every KV object that nobody else holds, from every tier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey
+from gateway.parts import Parts
+from gateway.windows.thaw import found, not_found
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """What a deletion really did."""
+
+    blocks_deleted: int
+    space_freed_bytes: int
+    blocks_kept: int
+    warnings: tuple[str, ...]
+
+
+async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
+    """Delete a window. Raises `window_not_found`.
+
+    Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects stay too
+    (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
+    """
+    window = await found(parts, tenant, name)
+    async with parts.pins.lock.hold(alone=True):
+        orphans = await parts.store.delete_window(tenant, name)
+        if orphans is None:  # somebody was faster
+            raise not_found(name)
+        in_use = await parts.store.lineage_in_use(tenant, window.lineage)
+        freed, warnings = await parts.pins.remove(orphans, originals=not in_use)
+    if in_use:
+        warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")
+    else:
+        warnings += await _forget(parts, orphans)
+    deleted = 0 if in_use else len(orphans)
+    return Deleted(deleted, freed, window.chunk_count * window.world_size - deleted, tuple(warnings))
+
+
+async def _forget(parts: Parts, keys: Sequence[ObjectKey]) -> list[str]:
+    """Drop the objects from LMCache's memory, and from its books in each tier."""
+    if parts.cache is None or not keys:
+        return []
+    try:
+        for tier in parts.pins.tiers:
+            await parts.cache.delete(keys, tier="all", adapter=tier.adapter)
+    except GatewayError as error:
+        return [error.message]
+    return []

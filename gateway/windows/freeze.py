@@ -1,0 +1,225 @@
+"""Freeze: a session becomes a window, and "frozen" is what was seen, not what was hoped.
+
+1. Snapshot the session at its last finished turn.
+2. Ask the engine for the token ids with which the next turn will begin.
+3. Compute what is missing: every whole chunk that no tier has yet.
+4. Barrier: wait until each object is seen in a durable tier, by its own name.
+5. Pin and checksum each object.
+6. Commit the manifest. Only now does the window exist; a crash before this leaves pins that the next sweep takes away.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import uuid4
+
+from gateway import transcripts
+from gateway.engine import Model
+from gateway.errors import GatewayError
+from gateway.kv.tiers.contract import TierFull
+from gateway.parts import Parts
+from gateway.progress import Progress, silent
+from gateway.records import Manifest, Message, PinnedObject, Session, Usage, Window
+from gateway.windows.canonical import next_turn_ids
+from gateway.windows.landing import Plan, land, pin, plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What the caller says of a new window."""
+
+    name: str
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    ttl_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A session at rest, and what it renders to."""
+
+    session: Session
+    messages: Sequence[Message]
+    model: Model
+    ids: tuple[int, ...]
+    salt: str
+
+
+async def freeze(
+    parts: Parts, tenant: str, session_id: str, naming: Naming, progress: Progress = silent
+) -> tuple[Window, list[str]]:
+    """Freeze the session's last finished turn; return the window, and warnings where it is less than whole.
+
+    Raises `session_not_found`, `session_busy`, `window_already_exists`, `model_mismatch`, `engine_unreachable`,
+    `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached raises nothing: the window says what it lacks.
+    """
+    clock = time.monotonic()
+    if await parts.store.window(tenant, naming.name):
+        raise taken(naming.name)
+    progress("snapshot", 0, 0)
+    snapshot = await _snapshot(parts, tenant, session_id, progress)
+    wanted, warnings = await _plan(parts, snapshot)
+    try:
+        window = await _keep(parts, snapshot, wanted, naming, warnings, clock, progress)
+    except TierFull as error:
+        await release_strays(parts)
+        raise GatewayError(
+            "storage_full", str(error), hint="free space, or delete windows that are not needed"
+        ) from error
+    except GatewayError:
+        await release_strays(parts)
+        raise
+    await parts.store.set_frozen(tenant, session_id, turn_count=snapshot.session.turn_count, at=window.created_at)
+    return window, warnings
+
+
+async def release_strays(parts: Parts) -> int:
+    """Unpin what no window holds; return how many objects that were."""
+    async with parts.pins.lock.hold(alone=True):
+        swept, warnings = await parts.pins.sweep(await parts.store.held_objects())
+    for warning in warnings:
+        log.warning("could not look for stray pins: %s", warning)
+    return swept
+
+
+def taken(name: str) -> GatewayError:
+    """The error for a window name that is in use."""
+    return GatewayError(
+        "window_already_exists",
+        f"there is a window {name!r} already",
+        hint="choose another name, or delete that window",
+    )
+
+
+async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
+    await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
+    session = await parts.store.session(tenant, session_id)
+    if session is None:
+        raise GatewayError(
+            "session_not_found", f"there is no session {session_id!r}", hint="GET /admin/sessions lists them"
+        )
+    if session.transcript is None:
+        raise GatewayError(
+            "invalid_request",
+            f"session {session_id!r} has no finished turn yet",
+            hint="freeze it after its first reply",
+        )
+    messages = await parts.store.messages(session.transcript)
+    model = await parts.engine.model(session.model)
+    progress("render", 0, 0)
+    frame = await parts.store.frame(session.frame) if session.frame else {}
+    ids = await next_turn_ids(parts.engine, model.id, frame, messages)
+    salt = parts.salts.of(tenant, session.lineage, model.fingerprint)
+    return _Snapshot(session, messages, model, tuple(ids), salt)
+
+
+async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[str]]:
+    """Name the objects to keep, or say why none can be kept."""
+    if parts.cache is None or not parts.pins.tiers:
+        return None, [
+            "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
+        ]
+    if transcripts.has_media(snapshot.messages):
+        return None, [
+            "media in the conversation: its KV cannot be named by token ids, only text and token ids were kept"
+        ]
+    try:
+        info = await parts.cache.info()
+        wanted = plan(snapshot.model, snapshot.salt, snapshot.ids, info, parts.settings.chunk_size)
+    except GatewayError as error:
+        return None, [f"{error.message}: only text and token ids were kept"]
+    if not wanted.keys:
+        short = f"{len(snapshot.ids)} tokens are less than one chunk of {wanted.chunk_size}"
+        return wanted, [f"{short}: there is nothing to keep, a thaw recomputes them"]
+    return wanted, []
+
+
+async def _keep(
+    parts: Parts, snapshot: _Snapshot, wanted: Plan | None, naming: Naming, warnings: list[str], clock: float,
+    progress: Progress,
+) -> Window:  # fmt: skip
+    """Land, pin and commit; a second time where an object did not land or turned out to be damaged."""
+    if wanted is None or not wanted.keys:
+        return await _commit(parts, _window(snapshot, wanted, 0, (), naming, None, clock), snapshot.ids, (), progress)
+    for again in (False, True):
+        usage, unreachable = await land(parts, wanted, again=again, progress=progress)
+        progress("pin", 0, len(wanted.keys))
+        # From the first pin to the commit nobody may unpin.
+        async with parts.pins.lock.hold(alone=False):
+            chunks, objects, _ = await pin(parts, wanted)
+            if chunks < wanted.chunks and not again:
+                continue
+            warnings += unreachable
+            if chunks < wanted.chunks:
+                warnings.append(f"{chunks} of {wanted.chunks} chunks were seen in a tier: a thaw recomputes the rest")
+            window = _window(snapshot, wanted, chunks, objects, naming, usage, clock)
+            return await _commit(parts, window, snapshot.ids, objects, progress)
+    raise AssertionError("the second time always commits")
+
+
+async def _commit(
+    parts: Parts, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...], progress: Progress
+) -> Window:
+    progress("commit", 0, 0)
+    if not await parts.store.add_window(window, Manifest(window.manifest, ids, objects)):
+        raise taken(window.name)
+    return window
+
+
+def _window(
+    snapshot: _Snapshot, wanted: Plan | None, chunks: int, objects: Sequence[PinnedObject], naming: Naming,
+    usage: Usage | None, clock: float,
+) -> Window:  # fmt: skip
+    session, model = snapshot.session, snapshot.model
+    total = wanted.chunks if wanted else 0
+    now = time.time()
+    window = Window(
+        tenant=session.tenant,
+        name=naming.name,
+        session_id=session.id,
+        lineage=session.lineage,
+        salt=snapshot.salt,
+        model=model.id,
+        model_root=model.root,
+        fingerprint=model.fingerprint,
+        world_size=wanted.world_size if wanted else 1,
+        token_count=len(snapshot.ids),
+        chunk_size=wanted.chunk_size if wanted else 0,
+        chunk_count=chunks,
+        size_bytes=sum({o.key: o.size for o in objects}.values()),
+        kv="absent" if not chunks else "complete" if chunks == total else "partial",
+        transcript=session.transcript or b"",
+        frame=session.frame,
+        manifest=uuid4().hex,
+        created_at=now,
+        description=naming.description,
+        tags=naming.tags,
+        parent=session.window,
+        expires_at=now + naming.ttl_seconds if naming.ttl_seconds is not None else None,
+    )
+    return replace(window, receipt=_receipt(window, objects, usage, clock))
+
+
+def _receipt(window: Window, objects: Iterable[PinnedObject], usage: Usage | None, clock: float) -> dict[str, Any]:
+    """What was seen. `prompt_tokens` and `cached_tokens` are the engine's count where something had to be computed."""
+    tiers: dict[str, dict[str, int]] = {}
+    for one in objects:
+        tier = tiers.setdefault(one.tier, {"objects": 0, "bytes": 0})
+        tier["objects"] += 1
+        tier["bytes"] += one.size
+    return {
+        "tokens": window.token_count,
+        "chunks": window.chunk_count,
+        "chunk_size": window.chunk_size,
+        "tail_tokens": window.tail_tokens,
+        "bytes": window.size_bytes,
+        "tiers": tiers,
+        "kv": window.kv,
+        "prompt_tokens": usage.prompt if usage else None,
+        "cached_tokens": usage.cached if usage else None,
+        "duration_ms": round((time.monotonic() - clock) * 1000, 1),
+    }

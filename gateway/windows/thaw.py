@@ -1,0 +1,209 @@
+"""Thaw: a new session goes on from a window, and "thawed" comes with what was measured.
+
+1. The model must be the one that was frozen: same name, same fingerprint.
+2. Put back what eviction took from LMCache's tiers, from the pins, checking every byte.
+3. Make a session in the window's lineage (same salt, so its objects hit), with the window's transcript.
+4. Warm, if asked to: `cpu` loads the chunks into LMCache's memory; `gpu` also sends them through the engine once and reads
+   how many tokens it did not have to compute.
+
+The window itself does not change and can be thawed any number of times.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gateway.engine import Model
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.tiers.contract import Restored
+from gateway.parts import Parts
+from gateway.progress import Progress, silent
+from gateway.records import Manifest, Session, Window
+
+Warm = Literal["none", "cpu", "gpu"]
+_MAX_ID = 128
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What a thaw saw. `cached_tokens` is the engine's own count, None unless it was asked (`warm: gpu`)."""
+
+    chunks_expected: int
+    chunks_found: int = 0
+    chunks_relinked: int = 0
+    chunks_corrupt: int = 0
+    chunks_prefetched: int | None = None
+    cached_tokens: int | None = None
+    prompt_tokens: int = 0
+    partial: bool = False
+    duration_ms: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+async def thaw(
+    parts: Parts, tenant: str, name: str, *, new_session_id: str | None, warm: Warm, progress: Progress = silent
+) -> tuple[Session, Window, Receipt]:
+    """Thaw a window into a new session.
+
+    Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV that is
+    lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine recomputes.
+    """
+    clock = time.monotonic()
+    window = await found(parts, tenant, name)
+    model = await served(parts, window)
+    session_id = new_session_id or _fresh_id(name)
+    if await parts.store.session(tenant, session_id):
+        raise _taken(session_id)
+    manifest = await parts.store.manifest(window.manifest)
+    receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
+    await _restore(parts, window, manifest, receipt, progress)
+    now = time.time()
+    session = Session(
+        tenant=tenant,
+        id=session_id,
+        lineage=window.lineage,
+        model=window.model,
+        fingerprint=window.fingerprint,
+        state="thawed",
+        token_count=window.token_count,
+        transcript=window.transcript,
+        frame=window.frame,
+        window=window.name,
+        window_transcript=window.transcript,
+        created_at=now,
+        last_active_at=now,
+    )
+    if warm != "none" and receipt.chunks_found:
+        await _warm(parts, window, model, manifest, warm, receipt, progress)
+    elif warm == "gpu":
+        await _through_engine(parts, window, model, manifest, receipt, progress)
+    if not await parts.store.add_session(session):
+        raise _taken(session_id)
+    receipt.partial = receipt.chunks_found < receipt.chunks_expected
+    receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
+    return session, window, receipt
+
+
+async def found(parts: Parts, tenant: str, name: str) -> Window:
+    """Return a window. Raises `window_not_found`."""
+    window = await parts.store.window(tenant, name)
+    if window is None:
+        raise not_found(name)
+    return window
+
+
+def not_found(name: str) -> GatewayError:
+    """The error for a window that is not there."""
+    return GatewayError("window_not_found", f"there is no window {name!r}", hint="GET /admin/windows lists them")
+
+
+async def served(parts: Parts, window: Window) -> Model:
+    """Return the window's model as it is served now. Raises `model_mismatch` where its KV would be wrong."""
+    model = await parts.engine.model(window.model)
+    if model.fingerprint == window.fingerprint:
+        return model
+    raise GatewayError(
+        "model_mismatch",
+        f"model {window.model!r} is served with other weights or settings than when {window.name!r} was frozen",
+        hint="serve the same weights again; the text is still there: GET /admin/windows/{name}/messages",
+        details={"frozen": window.fingerprint, "served": model.fingerprint},
+    )
+
+
+def whole_chunks(window: Window) -> int:
+    """Whole chunks that the window's tokens have, kept or not."""
+    return window.token_count // window.chunk_size if window.chunk_size else 0
+
+
+async def _restore(parts: Parts, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress) -> None:
+    progress("restore", 0, window.chunk_count)
+    by_tier, warnings = await parts.pins.restore(manifest.objects)
+    receipt.warnings += warnings
+    keys = _keys(window, manifest)
+    chunks = [keys[i : i + window.world_size] for i in range(0, len(keys), window.world_size)]
+    for index, chunk in enumerate(chunks):
+        states = [[have[key] for have in by_tier.values() if key in have] for key in chunk]
+        receipt.chunks_corrupt += any(s is Restored.CORRUPT for one in states for s in one)
+        receipt.chunks_relinked += any(s is Restored.RELINKED for one in states for s in one)
+        # What follows a lost chunk cannot be hit: LMCache matches from the front.
+        if receipt.chunks_found == index and all(any(s.usable for s in one) for one in states):
+            receipt.chunks_found += 1
+    if receipt.chunks_corrupt:
+        receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were taken away")
+        await _forget(
+            parts, [key for have in by_tier.values() for key, s in have.items() if s is Restored.CORRUPT], receipt
+        )
+    if receipt.chunks_found < receipt.chunks_expected:
+        lost = receipt.chunks_expected - receipt.chunks_found
+        receipt.warnings.append(
+            f"the KV of {lost} of {receipt.chunks_expected} chunks is lost: the engine recomputes it"
+        )
+
+
+async def _forget(parts: Parts, keys: list[ObjectKey], receipt: Receipt) -> None:
+    """Drop damaged objects from LMCache's memory too: it may have loaded them before we looked."""
+    if parts.cache is None:
+        return
+    try:
+        await parts.cache.delete(keys, tier="l1")
+    except GatewayError as error:
+        receipt.warnings.append(error.message)
+
+
+async def _warm(
+    parts: Parts, window: Window, model: Model, manifest: Manifest, warm: Warm, receipt: Receipt, progress: Progress
+) -> None:
+    if parts.cache is not None:
+        ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
+        try:
+            objects, _ = await parts.cache.prefetch(
+                model.root, window.world_size, ids, window.salt, parts.settings.thaw_timeout_s, progress
+            )
+            receipt.chunks_prefetched = objects // window.world_size
+        except GatewayError as error:
+            receipt.warnings.append(error.message)
+    if warm == "gpu":
+        await _through_engine(parts, window, model, manifest, receipt, progress)
+
+
+async def _through_engine(
+    parts: Parts, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
+) -> None:
+    progress("prefill", 0, window.token_count)
+    usage = await parts.engine.prefill(model.id, manifest.token_ids, window.salt)
+    receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
+    if usage.cached is None:
+        receipt.warnings.append("the engine does not tell cached_tokens: start it with --enable-prompt-tokens-details")
+    elif usage.cached < min(receipt.chunks_found * window.chunk_size, window.token_count - 1):
+        receipt.warnings.append(
+            f"the engine found {usage.cached} tokens of the {receipt.chunks_found} chunks in the tiers"
+        )
+    progress("prefill", window.token_count, window.token_count)
+
+
+def _keys(window: Window, manifest: Manifest) -> list[ObjectKey]:
+    ids = manifest.token_ids[: window.chunk_count * window.chunk_size]
+    if not ids:
+        return []
+    return object_keys(window.model_root, ids, window.chunk_size, window.world_size, window.salt)
+
+
+def _fresh_id(name: str) -> str:
+    suffix = f".{secrets.token_hex(4)}"
+    return name[: _MAX_ID - len(suffix)] + suffix
+
+
+def _taken(session_id: str) -> GatewayError:
+    return GatewayError(
+        "session_already_exists",
+        f"there is a session {session_id!r} already",
+        hint="choose another new_session_id, or none",
+    )
+
+
+def as_json(receipt: Receipt) -> Mapping[str, Any]:
+    """The receipt as the admin API shows it."""
+    return {name: getattr(receipt, name) for name in Receipt.__slots__ if name != "warnings"}
