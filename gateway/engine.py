@@ -79,7 +79,7 @@ class Engine:
             raise GatewayError(
                 "model_mismatch",
                 f"the engine does not serve model {name!r}",
-                hint=f"it serves {', '.join(sorted(served)) or 'nothing'}; start it with that model (--served-model-name)",
+                hint=f"it serves {', '.join(sorted(served)) or 'nothing'}; start it with that model",
                 details={"model": name, "served": sorted(served)},
             )
         return served[name]
@@ -109,7 +109,7 @@ class Engine:
         return list((await self._call("POST", "/tokenize", json={"model": model, "prompt": text}))["tokens"])
 
     async def prefill(self, model: str, token_ids: Sequence[int], salt: str) -> Usage:
-        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return what the engine counted."""
+        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count."""
         answer = await self.complete(model, token_ids, salt, max_tokens=1)
         return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
 

@@ -80,7 +80,7 @@ async def _plan(parts: Parts, model: Model, checks: list[Check]) -> Plan | None:
                 "warning",
                 f"no engine has registered model {model.root!r} with this LMCache yet",
                 "start vLLM with LMCacheMPConnector and lmcache.mp.host/port of this server",
-            )  # fmt: skip
+            )
         )
     try:
         ids = await _random_ids(parts, model, (wanted or info.chunk_size) * _CHUNKS + 1)
@@ -166,7 +166,7 @@ async def _pinning(tier: Tier, keys: list[ObjectKey]) -> Check:
 
 async def _landed(tier: Tier, keys: list[ObjectKey]) -> set[ObjectKey]:
     end = time.monotonic() + _LAND_S
-    while len(seen := await tier.present(keys)) < len(keys) and time.monotonic() < end:
+    while len(seen := await tier.present(keys)) < len(keys) and time.monotonic() < end:  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(_POLL_S)
     return seen
 

@@ -1,8 +1,8 @@
 """Salts: what keeps one conversation's KV apart from another's, in every tier.
 
 vLLM folds `cache_salt` into the hash of a prompt's first block, and `LMCacheMPConnector` makes it a field of every
-object key, so two salts never share a KV byte. It is keyed (HMAC-SHA256) so that no client can choose or guess it, and it
-takes in the model's fingerprint because LMCache's keys hold the `--model` string but not the weights behind it.
+object key, so two salts never share a KV byte. It is keyed (HMAC-SHA256) so that no client can choose or guess it,
+and it takes in the model's fingerprint because LMCache's keys hold the `--model` string but not the weights behind it.
 """
 
 import hmac

@@ -1,4 +1,4 @@
-"""A session's life on the request path: which one a request belongs to, under which salt, and whether it is in a turn."""
+"""Sessions on the request path: what one is, under which salt it runs, and whether it is in a turn."""
 
 import asyncio
 from collections import Counter

@@ -7,7 +7,7 @@ the start and names the nearest right one.
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -208,7 +208,6 @@ def table() -> list[tuple[str, str, str]]:
     """Return (name, default, help) of every setting, in order."""
 
     def default(f: "Field[Any]") -> str:
-        assert f.default is not MISSING
         return ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
 
     return [(f.name, default(f), f.metadata["help"]) for f in fields(Settings)]

@@ -1,7 +1,7 @@
 """Server-sent events: bytes in, event data out. Nothing else in the gateway knows SSE.
 
-Two readers, for two needs. `events` reads a whole recorded stream, after the request. `UsageFilter` works on the path: it
-hands every byte on untouched but for the one event that the gateway asked for and the client did not.
+Two readers, for two needs. `events` reads a whole recorded stream, after the request. `UsageFilter` works on the
+path: it hands every byte on untouched but for the one event that the gateway asked for and the client did not.
 """
 
 import re
@@ -30,7 +30,8 @@ class UsageFilter:
     """Takes the final usage event out of a stream for a client that did not ask for it.
 
     OpenAI's API marks it with an empty `choices` list, which no event of a reply has. Inside a JSON string the quotes
-    would be escaped, so a model that talks about `"choices":[]` does not trigger it. A chunk that ends with an event and
+    would be escaped, so a model that talks about `"choices":[]` does not trigger it. A chunk that ends with an event
+    and
     holds no such mark (all but one of a stream) is returned as it is; only an event that the network cut is held back
     until its end is there.
     """

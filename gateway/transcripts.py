@@ -1,8 +1,9 @@
 """Whether a request goes on from a transcript, and what the engine then gets to see.
 
-Clients do not send back exactly what they received: fields that are null or empty come and go, a text may be a string or
-a list of one text part, reasoning is usually dropped. `same` looks through that; what is sent to the engine stays as the
-client, or the window, has it.
+Clients do not send back exactly what they received: fields that are null or empty come and go, a text may be a string
+or
+a list of one text part, reasoning is usually dropped. `same` looks through that; what is sent to the engine stays as
+the client, or the window, has it.
 """
 
 from collections.abc import Sequence
@@ -45,10 +46,11 @@ def common(a: Sequence[Message], b: Sequence[Message]) -> int:
 def continued(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule) -> list[Message]:
     """Return the messages of a turn in a thawed session: the full history as it was sent, or the window's in front.
 
-    `sent` is a full history if it begins with the window's messages, or if it shares at least the system message and the
-    first exchange with them (then the client edited it later on, and putting the window in front would say it all twice).
-    Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does not
-    say which to use.
+    `sent` is a full history if it begins with the window's messages, or if it shares at least the system message and
+    the first exchange with them (then the client edited it later on, and putting the window in front would say it all
+    twice).
+    Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does
+    not say which to use.
     """
     window_system, window_rest = _split(window)
     sent_system, sent_rest = _split(sent)

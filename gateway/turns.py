@@ -1,7 +1,7 @@
 """Finished turns, off the request path: one bounded queue, one task, one transaction for whatever waits.
 
-A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens here too:
-on the path its bytes were only kept.
+A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens
+here too: on the path its bytes were only kept.
 """
 
 import asyncio

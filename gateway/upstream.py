@@ -1,8 +1,8 @@
 """The relay's side of HTTP/1.1 to the engine: one exchange at a time on a kept connection, chunk for chunk.
 
 Why not a general client: this is the path of every token, and what a proxy needs of HTTP is little. It parses with
-httptools (the parser of uvicorn), hands each body chunk on as it was framed, stops reading when the client does not keep
-up, and aborts by closing the socket, which is what makes vLLM stop generating.
+httptools (the parser of uvicorn), hands each body chunk on as it was framed, stops reading when the client does not
+keep up, and aborts by closing the socket, which is what makes vLLM stop generating.
 """
 
 import asyncio

@@ -197,9 +197,13 @@ async def thaw_window(call: Call) -> tuple[int, Any]:
         }
     )
     session, window, receipt = await thaw.thaw(
-        call.parts, call.tenant, call.window_name, new_session_id=body.get("new_session_id"), warm=body.get("warm", "none"),
+        call.parts,
+        call.tenant,
+        call.window_name,
+        new_session_id=body.get("new_session_id"),
+        warm=body.get("warm", "none"),
         progress=call.progress,
-    )  # fmt: skip
+    )
     return 200, {
         "session_id": session.id,
         "window_name": window.name,

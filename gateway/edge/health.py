@@ -1,4 +1,7 @@
-"""Is it alive, is it ready, and if not, what is the matter. Watches the parts in the background, so that asking is cheap."""
+"""Is it alive, is it ready, and if not, what is the matter.
+
+The parts are watched in the background, so that asking is cheap.
+"""
 
 import asyncio
 import logging

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from typing import cast
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -44,8 +45,8 @@ async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tu
 class ClientWatch:
     """Cancels the block when the client leaves, and raises ClientGone in its place.
 
-    Enter it when the body has been read: the next message from the server is then `http.disconnect`. The cancellation is
-    told apart from anybody else's the way `asyncio.timeout` does it.
+    Enter it when the body has been read: the next message from the server is then `http.disconnect`. The cancellation
+    is told apart from anybody else's the way `asyncio.timeout` does it.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -53,10 +54,8 @@ class ClientWatch:
         self._gone = False
 
     async def __aenter__(self) -> "ClientWatch":
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._cancelling = task.cancelling()
+        self._task = cast("asyncio.Task[None]", asyncio.current_task())  # ASGI always runs in one
+        self._cancelling = self._task.cancelling()
         self._listener = asyncio.ensure_future(self._receive())
         self._listener.add_done_callback(self._on_message)
         return self

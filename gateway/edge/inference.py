@@ -6,7 +6,7 @@ Everything else passes through, without what a client may not send, and with a s
 
 import secrets
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,7 +18,7 @@ from gateway.dialects.chat import ChatDialect
 from gateway.dialects.contract import INHERITED_FIELDS, Call, Dialect, sanitise
 from gateway.edge import auth
 from gateway.edge.http import ClientGone, Headers, not_found, read_body, send_answer
-from gateway.edge.relay import Copy, Outgoing, relay, request_headers
+from gateway.edge.relay import Answer, Outgoing, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
@@ -51,6 +51,29 @@ _DROPPED = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A request as it came: from whom, for which session, and how to answer it. `path` is the engine's."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    tenant: str
+    session_id: str | None
+    path: bytes
+    body: bytes
+
+    @property
+    def target(self) -> bytes:
+        """Path and query."""
+        query: bytes = self.scope["query_string"]
+        return self.path + b"?" + query if query else self.path
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that name."""
+        return next((v for k, v in self.scope["headers"] if k == name), None)
+
+
 class Inference:
     """The ASGI application of the inference door."""
 
@@ -65,108 +88,98 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            await self._serve(scope, receive, send)
+            incoming = await self._read(scope, receive, send)
+            dialect = TURNS.get(incoming.path)
+            if dialect and scope["method"] == "POST":
+                await self._turn(incoming, dialect)
+            else:
+                await self._pass(incoming)
         except GatewayError as error:
             await send_answer(send, error.status, _CHAT.error(error))
         except ClientGone:
             return
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
         tenant = auth.tenant(scope["headers"], settings.api_key)
         path, session_id = _route(scope)
         body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
-        query: bytes = scope["query_string"]
-        target = path + b"?" + query if query else path
-        dialect = TURNS.get(path)
-        if dialect and scope["method"] == "POST":
-            await self._turn(scope, receive, send, dialect, tenant, session_id, target, body)
-        else:
-            await self._pass(scope, receive, send, tenant, session_id, path, target, body)
+        return Incoming(scope, receive, send, tenant, session_id, path, body)
 
-    async def _turn(
-        self, scope: Scope, receive: Receive, send: Send, dialect: Dialect, tenant: str, session_id: str | None,
-        target: bytes, body: bytes,
-    ) -> None:  # fmt: skip
+    async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
+        """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        call = dialect.read(_parse(body))
+        call = dialect.read(_parse(incoming.body))
         model = await self._model(call.model)
-        session = await parts.sessions.open(tenant, session_id or new_session_id())
-        call = await self._continue(call, session, scope["headers"])
-        salt = parts.salts.of(tenant, session.lineage, model.fingerprint if model else "", call.client_salt)
-        outgoing = self._outgoing(scope, target, dialect.write(call, salt))
-        copy = Copy(parts.settings.max_reply_bytes)
+        session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_session_id())
+        call = await self._continue(call, session, incoming)
+        fingerprint = model.fingerprint if model else ""
+        salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
+        outgoing = self._outgoing(incoming, dialect.write(call, salt))
+        answer = Answer(dialect, _session_headers(session, model), call.hide_usage, parts.settings.max_reply_bytes)
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(tenant, session.id)
+        await parts.turns.enter(session.tenant, session.id)
         try:
-            await relay(
-                parts.upstream, outgoing, receive, send, dialect=dialect, copy=copy,
-                extra_headers=_session_headers(session, model), hide_usage=call.hide_usage,
-            )  # fmt: skip
+            await relay(parts.upstream, outgoing, incoming.receive, incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(
-                    tenant=tenant,
+                    tenant=session.tenant,
                     session_id=session.id,
                     lineage=session.lineage,
-                    fingerprint=model.fingerprint if model else "",
+                    fingerprint=fingerprint,
                     dialect=dialect,
                     call=call,
-                    outcome=copy.outcome,
-                    status=copy.status,
+                    outcome=answer.outcome,
+                    status=answer.status,
                     started_at=started_at,
                     duration_ms=(time.monotonic() - clock) * 1000,
-                    streamed=copy.streamed,
-                    chunks=copy.chunks,
-                    detail=copy.detail,
-                )  # fmt: skip
+                    streamed=answer.streamed,
+                    chunks=answer.chunks,
+                    detail=answer.detail,
+                )
             )
 
-    async def _pass(
-        self, scope: Scope, receive: Receive, send: Send, tenant: str, session_id: str | None, path: bytes,
-        target: bytes, body: bytes,
-    ) -> None:  # fmt: skip
-        if body and _is_json(scope["headers"]):
-            parsed = _parse(body)
-            client_salt = sanitise(parsed)
-            if path in SALTED:
-                named = parsed.get("model")
-                model = await self._model(named if isinstance(named, str) else "")
-                scope_name = (await self._parts.sessions.open(tenant, session_id)).lineage if session_id else ""
-                fingerprint = model.fingerprint if model else ""
-                parsed["cache_salt"] = self._parts.salts.of(tenant, scope_name, fingerprint, client_salt)
-            body = orjson.dumps(parsed)
+    async def _pass(self, incoming: Incoming) -> None:
+        """Relay what is no turn."""
+        body, session_id = incoming.body, incoming.session_id
+        if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
+            body = await self._sanitised(incoming)
         extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
-        await relay(
-            self._parts.upstream, self._outgoing(scope, target, body), receive, send,
-            dialect=_CHAT, copy=Copy(limit=0), extra_headers=extra, hide_usage=False,
-        )  # fmt: skip
+        answer = Answer(_CHAT, extra, hide_usage=False, limit=0)
+        await relay(self._parts.upstream, self._outgoing(incoming, body), incoming.receive, incoming.send, answer)
 
-    async def _continue(self, call: Call, session: Session, headers: Sequence[tuple[bytes, bytes]]) -> Call:
+    async def _sanitised(self, incoming: Incoming) -> bytes:
+        body = _parse(incoming.body)
+        client_salt = sanitise(body)
+        if incoming.path in SALTED:
+            named = body.get("model")
+            model = await self._model(named if isinstance(named, str) else "")
+            session_id = incoming.session_id
+            lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
+            fingerprint = model.fingerprint if model else ""
+            body["cache_salt"] = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
+        return orjson.dumps(body)
+
+    async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
         if session.window_transcript is None or not call.messages:
             return call
         history = await self._parts.store.messages(session.window_transcript)
-        messages = transcripts.continued(history, call.messages, _system_rule(headers))
+        messages = transcripts.continued(history, call.messages, _system_rule(incoming))
         if messages == call.messages:
             return call
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.body}
-        return Call(
-            body={**call.body, **inherited},
-            model=call.model,
-            messages=messages,
-            frame={**call.frame, **inherited},
-            hide_usage=call.hide_usage,
-            client_salt=call.client_salt,
-        )
+        return replace(call, body={**call.body, **inherited}, messages=messages, frame={**call.frame, **inherited})
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
         return self._parts.engine.known(name) or await self._parts.engine.look_up(name)
 
-    def _outgoing(self, scope: Scope, target: bytes, body: bytes) -> Outgoing:
-        return Outgoing(scope["method"], target, request_headers(scope["headers"], self._dropped) + self._added, body)
+    def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
+        headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
+        return Outgoing(incoming.scope["method"], incoming.target, headers, body)
 
 
 def new_session_id() -> str:
@@ -202,13 +215,8 @@ def _parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _is_json(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    kind = next((v for k, v in headers if k == b"content-type"), b"application/json")
-    return b"json" in kind.lower()
-
-
-def _system_rule(headers: Sequence[tuple[bytes, bytes]]) -> transcripts.SystemRule:
-    sent = next((v for k, v in headers if k == SYSTEM_HEADER), b"").strip().lower()
+def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
+    sent = (incoming.header(SYSTEM_HEADER) or b"").strip().lower()
     if sent == b"keep":
         return "keep"
     if sent == b"replace":

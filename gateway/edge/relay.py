@@ -1,7 +1,7 @@
 """The way of bytes: the engine's answer to the client, chunk for chunk, and a copy for after the request.
 
-Nothing in here waits for anything but the engine and the client. A client that leaves, before the first byte or after it,
-closes the engine's connection, which aborts its work.
+Nothing in here waits for anything but the engine and the client. A client that leaves, before the first byte or after
+it, closes the engine's connection, which aborts its work.
 """
 
 from collections.abc import Iterable
@@ -35,9 +35,12 @@ class Outgoing:
 
 
 @dataclass(slots=True)
-class Copy:
-    """What is kept of an answer for the transcript: all of it, or None once it is over `limit` bytes."""
+class Answer:
+    """How to answer, and afterwards how it went. `chunks` is a copy of it, None once it is over `limit` bytes."""
 
+    dialect: Dialect
+    extra_headers: Headers
+    hide_usage: bool
     limit: int
     status: int = 0
     streamed: bool = False
@@ -46,7 +49,7 @@ class Copy:
     outcome: Outcome = "gateway_error"
     detail: str = ""
 
-    def add(self, chunk: bytes) -> None:
+    def keep(self, chunk: bytes) -> None:
         """Keep a chunk, or nothing at all once it is too much."""
         if self.chunks is None:
             return
@@ -58,57 +61,43 @@ class Copy:
             self.detail = "the reply was larger than max_reply_bytes and was not kept"
 
 
-async def relay(
-    upstream: Upstream,
-    outgoing: Outgoing,
-    receive: Receive,
-    send: Send,
-    *,
-    dialect: Dialect,
-    copy: Copy,
-    extra_headers: Headers,
-    hide_usage: bool,
-) -> None:
-    """Send `outgoing` to the engine and its answer to the client; `copy` tells afterwards how it went."""
+async def relay(upstream: Upstream, outgoing: Outgoing, receive: Receive, send: Send, answer: Answer) -> None:
+    """Send `outgoing` to the engine and its answer to the client; `answer` tells afterwards how it went."""
     try:
         async with ClientWatch(receive):
             connection = await upstream.send(outgoing.method, outgoing.target, outgoing.headers, outgoing.body)
             try:
-                await _answer(connection, send, dialect, copy, extra_headers, hide_usage)
+                await _forward(connection, send, answer)
             finally:
                 upstream.release(connection)
     except ClientGone:
-        copy.outcome = "client_gone"
+        answer.outcome = "client_gone"
     except UpstreamError as error:  # nothing was sent yet
-        copy.outcome, copy.detail = "engine_error", str(error)
         refused = as_gateway_error(error)
-        copy.status = refused.status
-        await send_answer(send, refused.status, dialect.error(refused), extra_headers)
+        answer.outcome, answer.detail, answer.status = "engine_error", str(error), refused.status
+        await send_answer(send, refused.status, answer.dialect.error(refused), answer.extra_headers)
 
 
-async def _answer(
-    connection: Connection, send: Send, dialect: Dialect, copy: Copy, extra_headers: Headers, hide_usage: bool
-) -> None:
+async def _forward(connection: Connection, send: Send, answer: Answer) -> None:
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP]
-    copy.status = connection.status
-    copy.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
-    await send({"type": "http.response.start", "status": connection.status, "headers": kept + extra_headers})
-    hidden = UsageFilter() if hide_usage and copy.streamed else None
+    answer.status = connection.status
+    answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
+    await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
+    hidden = UsageFilter() if answer.hide_usage and answer.streamed else None
     try:
         while chunk := await connection.read():
-            copy.add(chunk)
+            answer.keep(chunk)
             shown = hidden.feed(chunk) if hidden else chunk
             if shown:
                 await send({"type": "http.response.body", "body": shown, "more_body": True})
     except UpstreamError as error:
-        copy.outcome, copy.detail = "engine_cut", str(error)
-        if not copy.streamed:
+        answer.outcome, answer.detail = "engine_cut", str(error)
+        if not answer.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
-        await send({"type": "http.response.body", "body": dialect.error_event(as_gateway_error(error))})
+        await send({"type": "http.response.body", "body": answer.dialect.error_event(as_gateway_error(error))})
         return
-    rest = hidden.flush() if hidden else b""
-    copy.outcome = "completed" if connection.status < 400 else "engine_error"
-    await send({"type": "http.response.body", "body": rest})
+    answer.outcome = "completed" if connection.status < 400 else "engine_error"
+    await send({"type": "http.response.body", "body": hidden.flush() if hidden else b""})
 
 
 def request_headers(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

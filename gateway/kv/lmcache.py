@@ -62,22 +62,21 @@ class LMCache:
             return False
 
     async def delete(self, keys: Sequence[ObjectKey], *, tier: str, adapter: str | None = None) -> None:
-        """Delete `keys` from `tier` (`l1`, `l2`, `all`); of the L2 adapters, only the one named (LMCache does one a call)."""
+        """Delete `keys` from `tier`: `l1`, `l2` or `all`. Of the L2 adapters LMCache does one a call, the one named."""
         for start in range(0, len(keys), _KEYS_PER_DELETE):
             batch = [key.wire() for key in keys[start : start + _KEYS_PER_DELETE]]
             body = {"keys": batch, "tier": tier, "adapter": adapter}
             answer = await self._call("DELETE", "/cache/objects", json=body)
             if not answer.get("ok", True):
-                raise GatewayError(
-                    "cache_unavailable", f"LMCache could not delete from {adapter}: {answer.get('error')}"
-                )
+                raise GatewayError("cache_unavailable", f"LMCache failed to delete in {adapter}: {answer.get('error')}")
 
     async def prefetch(
         self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
     ) -> tuple[int, int]:
         """Load the chunks of `token_ids` from L2 into L1; return (objects found, objects asked for).
 
-        Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than `timeout_s`.
+        Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than
+        `timeout_s`.
         """
         body = {"model_name": model, "world_size": world_size, "token_ids": list(token_ids), "cache_salt": salt}
         job = await self._call("POST", "/cache/prefetches", json=body)

@@ -32,7 +32,7 @@ class Lock:
         """Wait for the lock and hold it for the block."""
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not _try(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            while not _try(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):  # noqa: ASYNC110 - the kernel wakes no task
                 await asyncio.sleep(_POLL_S)
             yield
         finally:

@@ -1,7 +1,7 @@
 """The schema of the SQLite store, as numbered steps. A step that has landed is never changed; the next one mends it.
 
-Transcripts are Merkle lists: a link is named by the hash of the link before it and of its message, so sessions, forks and
-windows that share a beginning share its rows, and a transcript is named by its last link.
+Transcripts are Merkle lists: a link is named by the hash of the link before it and of its message, so sessions, forks
+and windows that share a beginning share its rows, and a transcript is named by its last link.
 """
 
 import sqlite3
@@ -33,8 +33,8 @@ _M001 = (
     "CREATE INDEX sessions_by_activity ON sessions (tenant, last_active_at)",
     "CREATE INDEX sessions_by_lineage ON sessions (tenant, lineage)",
     """CREATE TABLE turns (
-        id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, session_id TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL,
-        status INTEGER NOT NULL, started_at REAL NOT NULL, duration_ms REAL NOT NULL,
+        id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, session_id TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT
+        NULL, status INTEGER NOT NULL, started_at REAL NOT NULL, duration_ms REAL NOT NULL,
         prompt_tokens INTEGER, completion_tokens INTEGER, cached_tokens INTEGER, detail TEXT NOT NULL
     )""",
     "CREATE INDEX turns_by_session ON turns (tenant, session_id, id)",
@@ -43,14 +43,16 @@ _M001 = (
         key TEXT NOT NULL, tier TEXT NOT NULL, size INTEGER NOT NULL, checksum BLOB NOT NULL, PRIMARY KEY (key, tier)
     ) WITHOUT ROWID""",
     """CREATE TABLE manifest_objects (
-        manifest TEXT NOT NULL REFERENCES manifests (id), position INTEGER NOT NULL, key TEXT NOT NULL, tier TEXT NOT NULL,
+        manifest TEXT NOT NULL REFERENCES manifests (id), position INTEGER NOT NULL,
+        key TEXT NOT NULL, tier TEXT NOT NULL,
         PRIMARY KEY (manifest, position, tier)
     ) WITHOUT ROWID""",
     "CREATE INDEX manifest_objects_by_key ON manifest_objects (key)",
     """CREATE TABLE windows (
         tenant TEXT NOT NULL, name TEXT NOT NULL, session_id TEXT NOT NULL, lineage TEXT NOT NULL, salt TEXT NOT NULL,
         model TEXT NOT NULL, model_root TEXT NOT NULL, fingerprint TEXT NOT NULL, world_size INTEGER NOT NULL,
-        token_count INTEGER NOT NULL, chunk_size INTEGER NOT NULL, chunk_count INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
+        token_count INTEGER NOT NULL, chunk_size INTEGER NOT NULL, chunk_count INTEGER NOT NULL, size_bytes INTEGER
+        NOT NULL,
         kv TEXT NOT NULL, transcript BLOB NOT NULL, frame BLOB, manifest TEXT NOT NULL REFERENCES manifests (id),
         created_at REAL NOT NULL, description TEXT NOT NULL, tags TEXT NOT NULL, parent TEXT, expires_at REAL,
         receipt TEXT NOT NULL,

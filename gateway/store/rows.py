@@ -107,7 +107,8 @@ def _prune_turns(db: sqlite3.Connection, turn: Turn, keep: int) -> None:
 
 def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> list[Turn]:
     found = db.execute(
-        """SELECT model, outcome, status, started_at, duration_ms, prompt_tokens, completion_tokens, cached_tokens, detail
+        """SELECT model, outcome, status, started_at, duration_ms,
+            prompt_tokens, completion_tokens, cached_tokens, detail
         FROM turns WHERE tenant = ? AND session_id = ? ORDER BY id DESC LIMIT ?""",
         (tenant, session_id, limit),
     )
@@ -255,7 +256,7 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
 def _add_manifest(db: sqlite3.Connection, new: Manifest) -> None:
     db.execute("INSERT INTO manifests VALUES (?, ?)", (new.id, array("I", new.token_ids).tobytes()))
     db.executemany(
-        "INSERT INTO objects VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET size = excluded.size, checksum = excluded.checksum",
+        "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?)",
         [(o.key, o.tier, o.size, o.checksum) for o in new.objects],
     )
     positions = {key: i for i, key in enumerate(dict.fromkeys(o.key for o in new.objects))}

@@ -1,7 +1,7 @@
 """The token ids with which a conversation's next turn will begin.
 
-Not the ids that were sampled: a reply rarely tokenises back to itself, and a template may drop an earlier turn's reasoning.
-So the engine renders the transcript with the reply, and what it renders is checked against a next turn.
+Not the ids that were sampled: a reply rarely tokenises back to itself, and a template may drop an earlier turn's
+reasoning. So the engine renders the transcript with the reply, and what it renders is checked against a next turn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ async def next_turn_ids(engine: Engine, model: str, frame: Mapping[str, Any], me
     first = await engine.render(model, frame, [*messages, _next(messages[-1], _PROBES[0])])
     if first[: len(ids)] == ids:
         return ids
-    # The template writes the last reply differently once there is a message behind it: what two next turns share is safe.
+    # The template writes the last reply differently once there is a message behind it: what two next turns share is
+    # safe.
     second = await engine.render(model, frame, [*messages, _next(messages[-1], _PROBES[1])])
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:

@@ -22,8 +22,8 @@ class Deleted:
 async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
     """Delete a window. Raises `window_not_found`.
 
-    Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects stay too
-    (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
+    Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
+    stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
     """
     window = await found(parts, tenant, name)
     async with parts.pins.lock.hold(alone=True):

@@ -55,7 +55,8 @@ async def freeze(
     """Freeze the session's last finished turn; return the window, and warnings where it is less than whole.
 
     Raises `session_not_found`, `session_busy`, `window_already_exists`, `model_mismatch`, `engine_unreachable`,
-    `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached raises nothing: the window says what it lacks.
+    `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached raises nothing: the window says what it
+    lacks.
     """
     clock = time.monotonic()
     if await parts.store.window(tenant, naming.name):

@@ -14,8 +14,8 @@ from gateway.progress import Progress
 from gateway.records import PinnedObject, Usage
 
 _POLL_S = 0.02
-# LMCache writes to all tiers at once but not at one speed. An object that one tier has and another has not is waited for
-# only while that tier still makes progress: LMCache does not fill a tier in later that was added or emptied.
+# LMCache writes to all tiers at once but not at one speed. An object that one tier has and another has not is waited
+# for only while that tier still makes progress: LMCache does not fill a tier in later that was added or emptied.
 _SETTLE_S = 1.0
 _STALL_S = 5.0
 
@@ -64,7 +64,8 @@ def plan(model: Model, salt: str, ids: Sequence[int], info: CacheInfo, chunk_siz
 async def land(parts: Parts, wanted: Plan, *, again: bool, progress: Progress) -> tuple[Usage | None, list[str]]:
     """Have every object of the plan in some tier: compute what is missing, and wait until it is seen.
 
-    With `again`, what is missing is first dropped from LMCache's memory: an object that is resident there is not written to
+    With `again`, what is missing is first dropped from LMCache's memory: an object that is resident there is not
+    written to
     a tier a second time. Returns the engine's count if it had to compute, and warnings. Raises what the engine raises.
     """
     found, warnings = await parts.pins.present(wanted.keys)

@@ -3,8 +3,8 @@
 1. The model must be the one that was frozen: same name, same fingerprint.
 2. Put back what eviction took from LMCache's tiers, from the pins, checking every byte.
 3. Make a session in the window's lineage (same salt, so its objects hit), with the window's transcript.
-4. Warm, if asked to: `cpu` loads the chunks into LMCache's memory; `gpu` also sends them through the engine once and reads
-   how many tokens it did not have to compute.
+4. Warm, if asked to: `cpu` loads the chunks into LMCache's memory; `gpu` also sends them through the engine once and
+reads how many tokens it did not have to compute.
 
 The window itself does not change and can be thawed any number of times.
 """
@@ -48,7 +48,8 @@ async def thaw(
 ) -> tuple[Session, Window, Receipt]:
     """Thaw a window into a new session.
 
-    Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV that is
+    Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV
+    that is
     lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine recomputes.
     """
     clock = time.monotonic()

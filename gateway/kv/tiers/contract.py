@@ -50,7 +50,8 @@ class Tier(Protocol):
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """Hold on to each object, whatever happens to LMCache's own, and checksum it as it is held.
 
-        `known` has, by key, what other windows hold here already: a pin that still matches it is kept, one that does not is
+        `known` has, by key, what other windows hold here already: a pin that still matches it is kept, one that does
+        not is
         damaged and taken away. The answer has the keys that could be pinned, in the order asked. Raises TierFull,
         TierUnavailable.
         """
@@ -76,7 +77,7 @@ class Tier(Protocol):
         ...
 
     async def lose(self, keys: Iterable[ObjectKey]) -> None:
-        """Remove LMCache's objects and leave the pins, as an eviction does; for the self-test. Raises TierUnavailable."""
+        """Remove LMCache's objects and leave the pins, as an eviction does. Raises TierUnavailable."""
         ...
 
     async def pinned(self) -> set[ObjectKey]:

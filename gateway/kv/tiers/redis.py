@@ -1,13 +1,13 @@
 """LMCache's `resp` tier: one string per object. A pin is a copy of it under a key of ours.
 
-Redis has no hard links, so a pin here costs the object's bytes again; `COPY` makes it inside the server. Checking a byte
-means reading it, which goes over the network: in batches, so that memory stays bounded.
+Redis has no hard links, so a pin here costs the object's bytes again; `COPY` makes it inside the server. Checking a
+byte means reading it, which goes over the network: in batches, so that memory stays bounded.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from blake3 import blake3
 from redis.asyncio import Redis
@@ -153,7 +153,7 @@ class RedisTier:
             yield start, await self._look_at(names[start : start + _VALUES_PER_CALL])
 
     async def _look_at(self, names: Sequence[str]) -> list[Seen]:
-        values: list[bytes | None] = await self._call(partial(self._redis.mget, names))
+        values: list[Any] = await self._call(partial(self._redis.mget, names))
         # Hashing megabytes would hold up every stream of this process.
         return await asyncio.to_thread(lambda: [None if v is None else (len(v), blake3(v).digest()) for v in values])
 
