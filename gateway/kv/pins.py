@@ -9,7 +9,7 @@ apart, over all processes of this machine that share the store: freezes hold it 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +114,13 @@ class Pins:
                 warnings.append(str(error))
         return freed, warnings
 
-    async def sweep(self, held: Iterable[ObjectKey]) -> tuple[int, list[str]]:
+    async def sweep(self, held: Collection[ObjectKey]) -> tuple[int, list[str]]:
         """Unpin what no window holds: what a gateway left that died in mid-freeze. Call it under the exclusive lock."""
-        keep = set(held)
         swept = 0
         warnings: list[str] = []
         for tier in self.tiers:
             try:
-                stray = await tier.pinned() - keep
-                await tier.unpin(stray)
+                swept += await tier.sweep(held)
             except TierUnavailable as error:
                 warnings.append(str(error))
-            else:
-                swept += len(stray)
         return swept, warnings

@@ -1,6 +1,6 @@
 """What the gateway asks of a durable tier. Two real implementations: `disk` and `redis`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -80,6 +80,6 @@ class Tier(Protocol):
         """Remove LMCache's objects and leave the pins, as an eviction does. Raises TierUnavailable."""
         ...
 
-    async def pinned(self) -> set[ObjectKey]:
-        """Every key that is pinned here by this store. Raises TierUnavailable."""
+    async def sweep(self, keep: Collection[ObjectKey]) -> int:
+        """Let go of every pin of this store but those of `keep`; return how many. Raises TierUnavailable."""
         ...

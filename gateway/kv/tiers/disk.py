@@ -9,7 +9,7 @@ header in the file, and a right-sized file with wrong bytes would be loaded: hen
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from gateway.kv.keys import DISK_SUFFIX, ObjectKey
+from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
@@ -77,10 +77,12 @@ class DiskTier:
         """See `Tier.lose`."""
         await self._each([self._live(key) for key in keys], _unlink)
 
-    async def pinned(self) -> set[ObjectKey]:
-        """See `Tier.pinned`."""
-        names = await self._run(lambda: [p.name for p in self._pins.iterdir() if p.name.endswith(DISK_SUFFIX)])
-        return {_key_of(name) for name in names}
+    async def sweep(self, keep: Collection[ObjectKey]) -> int:
+        """See `Tier.sweep`."""
+        names = {key.file_name for key in keep}
+        stray = await self._run(lambda: [path for path in self._pins.iterdir() if path.name not in names])
+        await self._each(stray, _unlink)
+        return len(stray)
 
     def _open(self) -> None:
         self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -147,10 +149,6 @@ class DiskTier:
 
 def _map(work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     return [work(item) for item in items]
-
-
-def _key_of(file_name: str) -> ObjectKey:
-    return ObjectKey.parse(file_name.removesuffix(DISK_SUFFIX))
 
 
 def _unlink(path: Path) -> int:

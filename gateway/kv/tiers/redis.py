@@ -5,7 +5,7 @@ byte means reading it, which goes over the network: in batches, so that memory s
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -86,13 +86,17 @@ class RedisTier:
         """See `Tier.lose`."""
         await self._unlink([str(key) for key in keys])
 
-    async def pinned(self) -> set[ObjectKey]:
-        """See `Tier.pinned`."""
+    async def sweep(self, keep: Collection[ObjectKey]) -> int:
+        """See `Tier.sweep`."""
+        names = {self._pin_name(str(key)) for key in keep}
+        found = self._redis.scan_iter(match=f"{self._prefix}*", count=_NAMES_PER_CALL)
 
-        async def scan() -> list[bytes]:
-            return [name async for name in self._redis.scan_iter(match=f"{self._prefix}*", count=_NAMES_PER_CALL)]
+        async def scan() -> list[str]:
+            return [name.decode() async for name in found]
 
-        return {ObjectKey.parse(name.decode().removeprefix(self._prefix)) for name in await self._call(scan)}
+        stray = [name for name in await self._call(scan) if name not in names]
+        await self._unlink(stray)
+        return len(stray)
 
     def _pin_name(self, name: str) -> str:
         return self._prefix + name
