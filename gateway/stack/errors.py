@@ -1,0 +1,5 @@
+"""The one error of the local stack; `cwg` prints its text as a single line and exits with 1."""
+
+
+class StackError(Exception):
+    """Why the stack cannot start or go on, and what to do about it."""

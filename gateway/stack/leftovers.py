@@ -1,0 +1,158 @@
+"""What the processes of a part leave behind, and how to take it away even after kill -9.
+
+Two things make this necessary. When vLLM's API server is killed, its engine and worker processes go on for ever. And
+the KV of a CPU engine lies in POSIX shared memory, which outlives the processes: a gigabyte until the next boot, even
+after an orderly stop. So a ledger in the data directory lists the processes and segments of each part while it runs.
+Whoever finds the ledger later - the supervisor, its reaper, the next start - can tell these from everybody else's: a
+process by its start time, a segment by its inode.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc")
+_SHM = Path("/dev/shm")  # noqa: S108 - where POSIX keeps its segments, not a file of ours
+_GONE_WITHIN = 10.0
+"""Seconds the kernel gets to take down killed processes with gigabytes of memory."""
+
+
+class Process(NamedTuple):
+    """A process that cannot be mistaken for a later one with the same number."""
+
+    pid: int
+    started: int
+
+
+class Segment(NamedTuple):
+    """A shared memory segment that cannot be mistaken for a later one with the same name."""
+
+    name: str
+    inode: int
+
+
+class Ledger:
+    """The list of what one part has, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, leader: int, temporary: Path, *, with_segments: bool) -> None:
+        """Note every process of the leader's group, and the segments they have now or had at the last look."""
+        processes = list(group(leader))
+        segments = {*_segments(process.pid for process in processes), *self._read()[1]} if with_segments else set()
+        noted = {"boot": _boot(), "processes": processes, "segments": sorted(segments), "temporary": str(temporary)}
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(noted), encoding="utf-8")
+        unfinished.replace(self._path)
+
+    def sweep(self) -> None:
+        """Kill what still runs, remove what it left, and forget it."""
+        processes, segments, temporary = self._read()
+        _kill(processes)
+        for segment in segments:
+            _unlink(segment)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[list[Process], list[Segment], str]:
+        try:
+            noted = json.loads(self._path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return [], [], ""
+        if noted["boot"] != _boot():
+            return [], [], noted["temporary"]
+        segments = [Segment(*segment) for segment in noted["segments"]]
+        return [Process(*process) for process in noted["processes"]], segments, noted["temporary"]
+
+
+def sweep(run_dir: Path) -> None:
+    """Take away what an earlier run of the stack left, whichever part it belonged to."""
+    for path in sorted(run_dir.glob("*.json")):
+        Ledger(path).sweep()
+
+
+def group(leader: int) -> Iterator[Process]:
+    """The living processes of a process group."""
+    for entry in _PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        stat = _stat(int(entry.name))
+        if stat and stat.group == leader:
+            yield Process(int(entry.name), stat.started)
+
+
+class _Stat(NamedTuple):
+    group: int
+    started: int
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        line = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name in parentheses may hold anything, so the fields count from the last parenthesis: state, ppid, pgrp ...
+    fields = line.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else _Stat(group=int(fields[2]), started=int(fields[19]))
+
+
+def _is_alive(process: Process) -> bool:
+    stat = _stat(process.pid)
+    return stat is not None and stat.started == process.started
+
+
+def _kill(noted: list[Process]) -> None:
+    """Kill these and whatever has joined their groups since they were noted, and wait until all are gone."""
+    alive = [process for process in noted if _is_alive(process)]
+    groups = {stat.group for process in alive if (stat := _stat(process.pid))}
+    alive = list({*alive, *(process for leader in groups for process in group(leader))})
+    for process in alive:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it went by itself, which is what we want
+    deadline = time.monotonic() + _GONE_WITHIN
+    while any(_is_alive(process) for process in alive) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _segments(pids: Iterable[int]) -> set[Segment]:
+    # By inode, because a semaphore is mapped under the temporary name it was created with.
+    mapped = {inode for pid in pids for inode in _mapped_inodes(pid)}
+    return {segment for segment in _all_segments() if segment.inode in mapped}
+
+
+def _mapped_inodes(pid: int) -> Iterator[int]:
+    try:
+        lines = (_PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for line in lines:
+        if f"{_SHM}/" in line:
+            yield int(line.split(maxsplit=5)[4])
+
+
+def _all_segments() -> Iterator[Segment]:
+    with os.scandir(_SHM) as entries:
+        for entry in entries:
+            yield Segment(entry.name, entry.inode())
+
+
+def _unlink(segment: Segment) -> None:
+    path = _SHM / segment.name
+    try:
+        if path.stat().st_ino == segment.inode:
+            path.unlink()
+    except FileNotFoundError:
+        return  # its owner was orderly
+
+
+def _boot() -> str:
+    return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

