@@ -27,42 +27,64 @@ def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class UsageFilter:
-    """Takes the final usage event out of a stream for a client that did not ask for it.
+    """Takes the final usage event out of a stream for a client that did not ask for it, and leaves no trace of it.
 
     OpenAI's API marks it with an empty `choices` list, which no event of a reply has. Inside a JSON string the quotes
     would be escaped, so a model that talks about `"choices":[]` does not trigger it. A chunk that ends with an event
-    and
-    holds no such mark (all but one of a stream) is returned as it is; only an event that the network cut is held back
+    and holds no mark (all but two of a stream) is returned as it is; only an event that the network cut is held back
     until its end is there.
+
+    vLLM stamps its `system_fingerprint` on the usage event if there is one, else on the event that finishes a choice
+    (`chat_completion/serving.py`). So what finishes a choice gets the stamp that it would have had. The stamp is the
+    same for every answer of an engine: `stamp` is what an earlier stream had (b"" for none), None if there was none
+    yet, and then the last events wait for the usage event, which follows at once.
     """
 
-    MARK = b'"choices":[]'
+    USAGE = b'"choices":[]'
+    FINISH = b'"finish_reason":"'
+    _STAMP = re.compile(rb'(,"system_fingerprint":"[^"]*")[^{}]*\}\s*$')
 
-    def __init__(self) -> None:
+    def __init__(self, stamp: bytes | None = b"") -> None:
+        self.stamp = stamp
         self._held = b""
-        self.removed = b""
+        self._waiting: list[bytes] = []
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what may go to the client now; empty if it is held back."""
-        if not self._held and chunk.endswith(b"\n\n") and self.MARK not in chunk:
+        marked = self.USAGE in chunk or self.FINISH in chunk
+        if not marked and not self._held and not self._waiting and chunk.endswith(b"\n\n"):
             return chunk
         data = self._held + chunk
-        ends = [m.end() for m in _END_OF_EVENT.finditer(data)]
         out: list[bytes] = []
         start = 0
-        for end in ends:
-            out.append(self._keep(data[start:end]))
+        for end in (m.end() for m in _END_OF_EVENT.finditer(data)):
+            out.append(self._event(data[start:end]))
             start = end
         self._held = data[start:]
         return b"".join(out)
 
     def flush(self) -> bytes:
         """Return what is still held when the stream has ended."""
-        held, self._held = self._held, b""
+        held = b"".join(self._waiting) + self._held
+        self._waiting, self._held = [], b""
         return held
 
-    def _keep(self, event: bytes) -> bytes:
-        if self.MARK not in event:
+    def _event(self, event: bytes) -> bytes:
+        if self.USAGE in event:
+            return self._usage(event)
+        if self.stamp is None and (self._waiting or self.FINISH in event):
+            self._waiting.append(event)
+            return b""
+        return self._stamped(event)
+
+    def _usage(self, event: bytes) -> bytes:
+        found = self._STAMP.search(event)
+        self.stamp = found[1] if found else b""
+        waiting, self._waiting = self._waiting, []
+        return b"".join(self._stamped(one) for one in waiting)
+
+    def _stamped(self, event: bytes) -> bytes:
+        if not self.stamp or self.FINISH not in event:
             return event
-        self.removed += event
-        return b""
+        end = event.rindex(b"}")
+        return event[:end] + self.stamp + event[end:]

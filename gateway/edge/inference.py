@@ -23,6 +23,7 @@ from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.records import Session, check_session_id
+from gateway.sse import UsageFilter
 from gateway.turns import Ended
 
 SESSION_HEADER = b"x-session-id"
@@ -83,6 +84,7 @@ class Inference:
         own_key = bool(settings.api_key or settings.engine_api_key)
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
+        self._stamp: bytes | None = None
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,11 +118,14 @@ class Inference:
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
-        answer = Answer(dialect, _session_headers(session, model), call.hide_usage, parts.settings.max_reply_bytes)
+        hidden = UsageFilter(self._stamp) if call.hide_usage else None
+        answer = Answer(dialect, _session_headers(session, model), parts.settings.max_reply_bytes, hidden)
         started_at, clock = time.time(), time.monotonic()
         await parts.turns.enter(session.tenant, session.id)
         try:
             await relay(parts.upstream, outgoing, incoming.receive, incoming.send, answer)
+            if hidden and answer.streamed:
+                self._stamp = hidden.stamp
         finally:
             parts.turns.finish(
                 Ended(
@@ -146,7 +151,7 @@ class Inference:
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
             body = await self._sanitised(incoming)
         extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
-        answer = Answer(_CHAT, extra, hide_usage=False, limit=0)
+        answer = Answer(_CHAT, extra, limit=0)
         await relay(self._parts.upstream, self._outgoing(incoming, body), incoming.receive, incoming.send, answer)
 
     async def _sanitised(self, incoming: Incoming) -> bytes:

@@ -40,8 +40,8 @@ class Answer:
 
     dialect: Dialect
     extra_headers: Headers
-    hide_usage: bool
     limit: int
+    hidden: UsageFilter | None = None  # takes out what the client did not ask for
     status: int = 0
     streamed: bool = False
     chunks: list[bytes] | None = field(default_factory=list)
@@ -83,7 +83,7 @@ async def _forward(connection: Connection, send: Send, answer: Answer) -> None:
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
-    hidden = UsageFilter() if answer.hide_usage and answer.streamed else None
+    hidden = answer.hidden if answer.streamed else None
     try:
         while chunk := await connection.read():
             answer.keep(chunk)

@@ -9,6 +9,7 @@ header in the file, and a right-sized file with wrong bytes would be loaded: hen
 import asyncio
 import errno
 import os
+import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -116,15 +117,21 @@ class DiskTier:
         if pin_good and live_good:
             return Restored.INTACT
         if pin_good:
-            _link_over(pin, live)
+            self._link_over(pin, live)
             return Restored.RELINKED
         if live_good:
-            _link_over(live, pin)
+            self._link_over(live, pin)
             return Restored.INTACT
         found = pin.exists() or live.exists()
         live.unlink(missing_ok=True)
         pin.unlink(missing_ok=True)
         return Restored.CORRUPT if found else Restored.MISSING
+
+    def _link_over(self, source: Path, target: Path) -> None:
+        """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
+        fresh = self._pins / f"{secrets.token_hex(8)}.link"  # here, where the next sweep finds it if we die
+        fresh.hardlink_to(source)
+        fresh.replace(target)
 
     def _verify(self, item: PinnedObject) -> Restored:
         pin = self._pin_path(ObjectKey.parse(item.key))
@@ -177,14 +184,6 @@ def _matches(path: Path, item: PinnedObject) -> bool:
 
 def _checksum(path: Path) -> bytes:
     return blake3().update_mmap(path).digest()
-
-
-def _link_over(source: Path, target: Path) -> None:
-    """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
-    fresh = target.with_name(f"{target.name}.cwg")
-    fresh.unlink(missing_ok=True)
-    fresh.hardlink_to(source)
-    fresh.replace(target)
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,0 +1,78 @@
+"""One real stack for all tests of this folder: redis-server, LMCache with disk and Redis tier, vLLM with the demo model."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from gateway.stack import local
+from tests.stack.drive import Gateway, redis_server
+
+
+@dataclass
+class Stack:
+    """What is up, and where it keeps things."""
+
+    plan: local.Plan
+    parts: local.Parts
+    redis: redis.Redis
+    root: Path
+    engine: httpx.Client  # vLLM itself, past the gateway
+
+    @property
+    def kv_dir(self) -> Path:
+        """LMCache's disk tier."""
+        return self.plan.kv_dir
+
+    def settings(self, data_dir: Path, **more: str) -> dict[str, str]:
+        """Settings of a gateway before this stack."""
+        return {
+            "CWG_ENGINE_URLS": self.plan.engine_url,
+            "CWG_CACHE_URL": self.plan.cache_url,
+            "CWG_KV_DIR": str(self.kv_dir),
+            "CWG_PINS_DIR": str(self.plan.data_dir / "kv-pins"),
+            "CWG_KV_REDIS_URL": f"redis://127.0.0.1:{self.redis.connection_pool.connection_kwargs['port']}",
+            "CWG_DATA_DIR": str(data_dir),
+            **more,
+        }
+
+    def restart(self) -> None:
+        """Stop engine and cache and start them again: what was in memory is gone."""
+        self.parts.engine.stop()
+        self.parts.cache.stop()
+        self.parts.cache.start()
+        self.parts.engine.start()
+        self.parts.cache.wait_ready(local.CACHE_WITHIN)
+        self.parts.engine.wait_ready(local.ENGINE_WITHIN)
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """Start it once; about a minute."""
+    with tempfile.TemporaryDirectory(prefix="cwg-test-") as root, redis_server(Path(root)) as (client, _):
+        port = client.connection_pool.connection_kwargs["port"]
+        options = local.LocalStack(
+            data_dir=Path(root) / "data", redis_url=f"redis://127.0.0.1:{port}", max_model_len=8192
+        )
+        with local.running(options) as (plan, parts), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
+            yield Stack(plan, parts, client, Path(root), engine)
+
+
+@pytest.fixture(scope="session")
+def shared(stack: Stack) -> Iterator[Gateway]:
+    """A gateway for the tests that need nothing of it but to be there."""
+    gateway = Gateway(stack.settings(stack.root / "shared"), stack.root / "shared.log").start()
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture
+def own(stack: Stack, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway of the test's own, with an empty store, to be killed and restarted."""
+    gateway = Gateway(stack.settings(tmp_path / "data"), tmp_path / "gateway.log").start()
+    yield gateway
+    gateway.close()

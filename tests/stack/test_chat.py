@@ -1,0 +1,135 @@
+"""The openai client through the gateway, on the real engine."""
+
+import re
+
+import httpx
+import pytest
+
+from tests.stack.conftest import Stack
+from tests.stack.drive import Gateway, chat, converse, until
+
+pytestmark = pytest.mark.stack
+
+# What differs between two answers to the same request: ids and times.
+_VOLATILE = re.compile(rb'"(id|created)":("[^"]*"|\d+)')
+_BODY = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "Say something."}],
+    "max_tokens": 12,
+    "temperature": 0,
+}
+
+
+def test_a_stream_has_the_bytes_of_the_engines_own_but_for_ids_and_times(stack: Stack, shared: Gateway) -> None:
+    for options in ({}, {"stream_options": {"include_usage": True}}, {"stream_options": {"include_usage": False}}):
+        body = {**_BODY, "stream": True, **options}
+        # Each salt's first request misses, so that cached_tokens is 0 in both.
+        direct = stack.engine.post("/v1/chat/completions", json={**body, "cache_salt": f"direct{len(str(options))}"})
+        relayed = shared.http.post("/v1/chat/completions", json=body)
+        assert direct.status_code == relayed.status_code == 200
+        assert _VOLATILE.sub(b"", relayed.content) == _VOLATILE.sub(b"", direct.content)
+        assert (b'"usage":{' in relayed.content) is (options == {"stream_options": {"include_usage": True}})
+
+
+def test_an_answer_in_one_piece_has_the_engines_own_bytes_but_for_ids_and_times(stack: Stack, shared: Gateway) -> None:
+    direct = stack.engine.post("/v1/chat/completions", json={**_BODY, "cache_salt": "direct"})
+    relayed = shared.http.post("/v1/chat/completions", json=_BODY)
+    assert _VOLATILE.sub(b"", relayed.content) == _VOLATILE.sub(b"", direct.content)
+
+
+def test_the_openai_client_chats_and_streams_through_the_base_url(shared: Gateway) -> None:
+    client = shared.client("openai-tour")
+    messages = [{"role": "user", "content": "Say something."}]
+    whole = chat(client, messages, max_tokens=12)
+    parts = list(chat(client, messages, max_tokens=12, stream=True))
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == whole.choices[0].message.content
+    assert all(part.usage is None for part in parts)
+    asked = list(chat(client, messages, max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    assert asked[-1].usage.completion_tokens == 12
+
+
+def test_a_session_counts_the_engines_tokens_and_keeps_the_reply(shared: Gateway) -> None:
+    client = shared.client("counted")
+    answer = chat(client, [{"role": "user", "content": "How long is this?"}])
+    session = shared.http.get("/admin/sessions/counted").json()
+    assert session["token_count"] == answer.usage.total_tokens
+    assert session["turn_count"] == 1
+    assert session["turns"][0]["outcome"] == "completed"
+    following = client.chat.completions.with_raw_response.create(
+        model="demo", messages=[{"role": "user", "content": "?"}], max_tokens=1
+    )
+    assert following.headers["x-session-id"] == "counted"
+    assert int(following.headers["x-context-tokens"]) == answer.usage.total_tokens
+    assert int(following.headers["x-context-limit"]) == 8192
+
+
+def test_a_conversation_without_an_id_gets_one_and_other_paths_pass_through(shared: Gateway) -> None:
+    named = shared.http.post("/v1/chat/completions", json=_BODY).headers["x-session-id"]
+    until(lambda: shared.get_status(f"/admin/sessions/{named}") == 200, "the session is there")
+    assert shared.http.get("/v1/models").json()["data"][0]["id"] == "demo"
+    completion = shared.http.post("/v1/completions", json={"model": "demo", "prompt": "Once", "max_tokens": 3}).json()
+    assert completion["usage"]["completion_tokens"] == 3
+
+
+def test_tool_calls_of_a_real_template_come_back_as_they_were_sent(shared: Gateway) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+    client = shared.client("tools")
+    messages = [{"role": "user", "content": "What time is it?"}]
+    choice = {"type": "function", "function": {"name": "now"}}
+    reply = chat(client, messages, tools=tools, tool_choice=choice, extra_body={}, max_tokens=30).choices[0].message
+    assert reply.tool_calls[0].function.name == "now"
+    window = shared.freeze("tools", "tools-window")
+    kept = shared.http.get("/admin/windows/tools-window/messages").json()
+    assert kept["messages"][-1]["tool_calls"][0]["id"] == reply.tool_calls[0].id
+    assert kept["frame"]["tools"] == tools
+    assert window["token_count"] > 0
+
+
+def test_engine_errors_pass_untouched(stack: Stack, shared: Gateway) -> None:
+    for body in ({"model": "nobody", "messages": []}, {**_BODY, "max_tokens": -1}, {**_BODY, "messages": "no list"}):
+        direct = stack.engine.post("/v1/chat/completions", json=body)
+        relayed = shared.http.post("/v1/chat/completions", json=body)
+        assert (relayed.status_code, relayed.json()) == (direct.status_code, direct.json())
+
+
+@pytest.mark.parametrize("after_first_byte", [False, True])
+def test_a_client_that_leaves_aborts_the_engines_work(stack: Stack, shared: Gateway, after_first_byte: bool) -> None:
+    body = {**_BODY, "max_tokens": 6000, "stream": after_first_byte, "ignore_eos": True}
+    before = _running(stack)
+    with httpx.Client(base_url=shared.url) as client:
+        request = client.build_request("POST", "/s/leaver/v1/chat/completions", json=body, timeout=1.5)
+        if after_first_byte:
+            response = client.send(request, stream=True)
+            next(response.iter_bytes())
+            until(lambda: _running(stack) > before, "the engine works")
+            response.close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.send(request)
+    until(lambda: _running(stack) == before, "the engine has stopped", within=2)
+    until(lambda: _last_outcome(shared) == "client_gone", "the turn is recorded")
+
+
+def _running(stack: Stack) -> float:
+    metrics = stack.engine.get("/metrics").text
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running"))
+
+
+def _last_outcome(gateway: Gateway) -> str:
+    turns = gateway.http.get("/admin/sessions/leaver").json().get("turns") or [{"outcome": ""}]
+    return str(turns[0]["outcome"])
+
+
+def test_sessions_with_the_same_text_share_nothing(stack: Stack, shared: Gateway) -> None:
+    first = converse(shared.client("left"), "the same text", turns=1)
+    second = chat(shared.client("right"), first[:-1], temperature=1, seed=0)
+    again = chat(shared.client("left"), first[:-1], temperature=1, seed=0)
+    assert second.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+    shared.freeze("left", "left-window")
+    shared.freeze("right", "right-window")
+    left = {f.name for f in stack.kv_dir.glob(f"*@{shared.thaw('left-window')['cache_salt']}.data")}
+    right = {f.name for f in stack.kv_dir.glob(f"*@{shared.thaw('right-window')['cache_salt']}.data")}
+    assert left and right and not left & right
+    hashes = {name.split("@")[3] for name in left} & {name.split("@")[3] for name in right}
+    assert hashes, "the same text has the same chunk hashes; only the salt tells them apart"
