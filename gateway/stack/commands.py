@@ -71,7 +71,7 @@ class Engine:
 
 def cache_command(python: str, cache: Cache) -> Command:
     """The LMCache server with a disk tier, and a Redis tier where a URL is given."""
-    redis = _RedisTier.parse(cache.redis_url) if cache.redis_url else None
+    redis = redis_tier(cache.redis_url) if cache.redis_url else None
     adapters: list[dict[str, Any]] = [{"type": "fs", "base_path": str(cache.kv_dir)}]
     if redis:
         adapters.append({"type": "resp", "host": redis.host, "port": redis.port, "num_workers": 2})
@@ -130,23 +130,22 @@ def _connector(engine: Engine) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _RedisTier:
+class RedisTier:
+    """What LMCache can be told of a Redis."""
+
     host: str
     port: int
     env: Mapping[str, str]
 
-    @classmethod
-    def parse(cls, url: str) -> "_RedisTier":
-        parts = urlsplit(url)
-        if parts.scheme == "rediss":
-            raise StackError(
-                "--redis-url: LMCache's Redis tier has no TLS; use redis:// to a server or tunnel on a safe network"
-            )
-        if parts.scheme != "redis" or not parts.hostname:
-            raise StackError(f"--redis-url: expected redis://[user:password@]host[:port], got {url!r}")
-        if parts.path.strip("/") not in {"", "0"} or parts.query:
-            raise StackError(
-                "--redis-url: LMCache's Redis tier uses database 0 only; leave the number and any option away"
-            )
-        env = {"LMCACHE_RESP_USERNAME": parts.username, "LMCACHE_RESP_PASSWORD": parts.password}
-        return cls(parts.hostname, parts.port or 6379, {k: unquote(v) for k, v in env.items() if v})
+
+def redis_tier(url: str) -> RedisTier:
+    """Take a Redis URL apart; refuse what LMCache would silently ignore."""
+    parts = urlsplit(url)
+    if parts.scheme == "rediss":
+        raise StackError("--redis-url: LMCache's Redis tier has no TLS; give redis:// and a network you trust")
+    if parts.scheme != "redis" or not parts.hostname:
+        raise StackError("--redis-url: expected redis://[user:password@]host[:port]")
+    if parts.path.strip("/") not in {"", "0"} or parts.query:
+        raise StackError("--redis-url: LMCache's Redis tier uses database 0 only; leave number and options away")
+    env = {"LMCACHE_RESP_USERNAME": parts.username, "LMCACHE_RESP_PASSWORD": parts.password}
+    return RedisTier(parts.hostname, parts.port or 6379, {name: unquote(value) for name, value in env.items() if value})

@@ -39,7 +39,7 @@ class LocalStack:
     chunk_size: int | None = None
     redis_url: str | None = None
     cpu_cache_gb: float = 2.0
-    engine_kv_gb: int = 1
+    engine_kv_gb: int | None = None
     demo_size: Size = "small"
 
 
@@ -54,6 +54,7 @@ class Plan:
     cache_port: int
     cache_http_port: int
     chunk_size: int
+    engine_kv_gb: int
     on_cpu: bool
 
     @property
@@ -108,14 +109,12 @@ def plan(options: LocalStack) -> Plan:
         engine_port=options.engine_port or engine,
         cache_port=cache,
         cache_http_port=cache_http,
-        chunk_size=options.chunk_size or default_chunk_size(is_demo=model.is_demo),
+        # The demo's KV is small: 1 GiB holds 131,072 tokens of it. LMCache's own chunk size is 256, but even a short
+        # conversation with the demo should fill some chunks.
+        chunk_size=options.chunk_size or (64 if model.is_demo else 256),
+        engine_kv_gb=options.engine_kv_gb or (1 if model.is_demo else 4),
         on_cpu=on_cpu,
     )
-
-
-def default_chunk_size(*, is_demo: bool) -> int:
-    """LMCache's own default, except for the demo: there even a short conversation should fill some chunks."""
-    return 64 if is_demo else 256
 
 
 def is_cpu_build() -> bool:
@@ -157,23 +156,23 @@ def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on."""
     found: list[int] = []
     for port in random.sample(_PORTS, len(_PORTS)):
-        if is_free(LOOPBACK, port):
+        if bind_error(LOOPBACK, port) is None:
             found.append(port)
         if len(found) == count:
             break
     return found
 
 
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+def bind_error(host: str, port: int) -> OSError | None:
+    """Why a server could not listen there now, if so."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None
 
 
 def _cache_launch(plan: Plan) -> Launch:
@@ -204,7 +203,7 @@ def _engine_launch(plan: Plan) -> Launch:
             served_model_name=plan.model.served_name,
             on_cpu=plan.on_cpu,
             compiled=not plan.on_cpu or (not plan.model.is_demo and shutil.which("g++") is not None),
-            kv_gb=plan.options.engine_kv_gb,
+            kv_gb=plan.engine_kv_gb,
             max_model_len=plan.options.max_model_len,
             tool_parser="hermes" if plan.model.is_demo else None,
         ),
@@ -245,5 +244,7 @@ def _gateway_launch(plan: Plan) -> Launch:
         ready_url=f"{plan.url}/readyz",
         log=plan.data_dir / "logs" / "gateway.log",
         ledger=plan.run_dir / "gateway.json",
+        # It may be freezing what is active, which is as much work as there are conversations.
+        stop_within=120.0,
         # No `cwd`: relative paths in the user's own CWG_ variables mean the directory the user is in.
     )

@@ -1,6 +1,8 @@
 """One process of the stack, with everything that hangs on it: its log, its readiness, its end."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -16,6 +18,8 @@ from gateway.stack.errors import StackError
 
 _PROBE_WITHIN = 2.0
 _TAIL_BYTES = 64 * 1024
+_LOG_BYTES = 64 * 2**20
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class Launch:
     without_env: str = ""
     """Variables that begin with this are kept from the part: an engine need not know the gateway's keys."""
     cwd: Path | None = None
-    stop_within: float = 20.0
+    stop_within: float = 10.0
     owns_shared_memory: bool = False
 
 
@@ -67,7 +71,8 @@ class Part:
     def start(self) -> None:
         """Start the process, in a session of its own: a Ctrl-C on the terminal is for the supervisor."""
         self._ledger.sweep()
-        _keep_last(self._launch.log)
+        if self._process is None:
+            _keep_last(self._launch.log)
         # Sockets and start-up files go where a sweep finds them. Short, because a socket's path has 107 bytes at most.
         self._temporary = Path(tempfile.mkdtemp(prefix="cwg-"))
         kept = {name: value for name, value in os.environ.items() if not self._is_withheld(name)}
@@ -114,17 +119,18 @@ class Part:
         """Ask it to end, insist after a while, and leave nothing of it behind. Harmless when it is not running."""
         if self._process is None:
             return
-        self.note()
+        deadline = time.monotonic() + self._launch.stop_within
         self._process.terminate()
-        try:
-            self._process.wait(self._launch.stop_within)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        while self.exit_code is None and time.monotonic() < deadline:
+            self.note()
+            time.sleep(0.1)
+        self.kill()
         self.clear()
 
     def kill(self) -> None:
-        """SIGKILL to it and its children; `clear` takes away the rest."""
+        """SIGKILL to it and its children if it still runs; `clear` takes away the rest."""
         if self._process and self._process.poll() is None:
+            self.note()  # a segment made since the last look would be nobody's once its maker is dead
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def clear(self) -> None:
@@ -147,7 +153,13 @@ class Part:
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             lines = log.read().decode("utf-8", "replace").splitlines()
-        return "\n".join([line for line in lines if line.strip()][-count:])
+        return "\n".join([_COLOUR.sub("", line) for line in lines if line.strip()][-count:])
+
+    def bound_log(self) -> None:
+        """Copy a log that has grown too long to the old one, and begin it again; the part keeps writing at its end."""
+        if self.log.stat().st_size > _LOG_BYTES:
+            shutil.copyfile(self.log, _old(self.log))
+            os.truncate(self.log, 0)
 
     def _is_withheld(self, name: str) -> bool:
         return bool(self._launch.without_env) and name.startswith(self._launch.without_env)
@@ -159,7 +171,11 @@ class Part:
 
 
 def _keep_last(log: Path) -> None:
-    """A start begins a new log and keeps one old one, so that no log grows over the years."""
+    """Begin a new log and keep one old one, so that no log grows over the years."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
-        log.replace(log.with_suffix(".log.1"))
+        log.replace(_old(log))
+
+
+def _old(log: Path) -> Path:
+    return log.with_name(f"{log.name}.1")

@@ -16,14 +16,18 @@ _SWEPT_WITHIN = 30.0
 
 
 @contextmanager
-def reaping(run_dir: Path) -> Iterator[None]:
-    """Until this is left, the death of this process is the death of every part noted in `run_dir`."""
+def reaping(run_dir: Path, *held: int) -> Iterator[None]:
+    """Until this is left, the death of this process is the death of every part noted in `run_dir`.
+
+    The descriptors `held` stay open until the last part is gone: a lock on them outlives this process by so much.
+    """
     reaper = subprocess.Popen(
         [sys.executable, "-m", "gateway.stack.reaper", str(run_dir)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        pass_fds=held,
     )
     try:
         yield

@@ -1,0 +1,163 @@
+"""What would make the start fail after a minute, asked in a second; each answer is one line with a remedy."""
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from gateway.settings import LOOPBACK
+from gateway.stack import commands, local, models
+from gateway.stack.errors import StackError
+
+_GIB = 2**30
+_DISK_BYTES = _GIB
+"""The demo model, logs, and KV of a few thousand tokens. How much KV there will be, nobody knows beforehand."""
+# What the processes take before any KV, measured: LMCache 0.9 GiB, vLLM's three processes 2.3 GiB.
+_CACHE_BYTES = _GIB
+_ENGINE_BYTES = 2.5 * _GIB
+_QUEUES_BYTES = _GIB // 2
+"""vLLM's own message queues between its processes, which lie in /dev/shm beside the KV."""
+_REDIS_WITHIN = 3.0
+
+
+def check(options: local.LocalStack) -> None:
+    """Refuse what cannot work. Makes the data directory if it is missing, and nothing else."""
+    check_platform(sys.platform)
+    check_packages(("vllm", "lmcache"))
+    check_key(options.host, os.environ)
+    check_port(options.host, options.port, "--port")
+    if options.engine_port:
+        check_port(commands.LOOPBACK, options.engine_port, "--engine-port")
+    check_chunk_size(options)
+    if options.redis_url:
+        check_redis(options.redis_url)
+    check_data_dir(options.data_dir)
+    if options.model and Path(options.model).is_dir():
+        models.find(options.model)
+
+
+def check_platform(platform: str) -> None:
+    """LMCache and vLLM run on Linux."""
+    if platform != "linux":
+        raise StackError(
+            f"`cwg up` needs Linux, not {platform}; run `cwg serve` here, before a stack that is elsewhere"
+        )
+
+
+def check_packages(names: tuple[str, ...]) -> None:
+    """The stack's own packages are extras of ours."""
+    for name in names:
+        if find_spec(name) is None:
+            raise StackError(
+                f"{name} is not installed; pip install 'context-window-gateway[local]', or [gpu] on a machine with one"
+            )
+
+
+def check_key(host: str, environment: Mapping[str, str]) -> None:
+    """The gateway refuses the same, a minute later."""
+    if host not in LOOPBACK and not environment.get("CWG_API_KEY"):
+        raise StackError(f"--host {host} lets other machines in; set CWG_API_KEY first, or leave the option away")
+
+
+def check_port(host: str, port: int, option: str) -> None:
+    """Nobody else may listen there."""
+    error = local.bind_error(host, port)
+    if error is None:
+        return
+    if error.errno != errno.EADDRINUSE:
+        raise StackError(f"cannot listen on {host} port {port} ({error.strerror}); choose another address or {option}")
+    owner = _listener(port)
+    by = f" by process {owner}" if owner else ""
+    raise StackError(f"port {port} on {host} is in use{by}; stop that or choose another with {option}")
+
+
+def check_chunk_size(options: local.LocalStack) -> None:
+    """LMCache stores whole blocks of the engine."""
+    block = commands.CPU_BLOCK_SIZE if local.is_cpu_build() else commands.GPU_BLOCK_SIZE
+    chunk = options.chunk_size
+    if chunk is not None and (chunk <= 0 or chunk % block):
+        raise StackError(f"--chunk-size {chunk} is not a multiple of the engine's block size, {block}")
+
+
+def check_redis(url: str) -> None:
+    """It has to answer, with this password, to what LMCache can speak."""
+    import redis  # noqa: PLC0415 - only where a URL is given
+
+    commands.redis_tier(url)
+    try:
+        with redis.Redis.from_url(url, socket_connect_timeout=_REDIS_WITHIN, socket_timeout=_REDIS_WITHIN) as client:
+            client.ping()
+    except (redis.RedisError, ValueError) as error:
+        raise StackError(f"--redis-url: no answer from Redis ({error}); start it or correct the URL") from None
+
+
+def check_data_dir(data_dir: Path) -> None:
+    """It has to take files, and a little more than the first few."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
+            free = shutil.disk_usage(data_dir).free
+    except OSError as error:
+        raise StackError(f"cannot write to {data_dir} ({error.strerror}); name another --data-dir") from None
+    check_room(f"on the disk of {data_dir}", free, _DISK_BYTES, "free some or name another --data-dir")
+
+
+def check_memory(plan: local.Plan) -> None:
+    """The kernel kills what asks for too much, without a word to the user."""
+    kv = plan.engine_kv_gb * _GIB if plan.on_cpu else 0
+    weights = plan.model.weight_bytes if plan.on_cpu else 0
+    needed = plan.options.cpu_cache_gb * _GIB + _CACHE_BYTES + _ENGINE_BYTES + kv + weights
+    check_room("of memory", _available_memory(), needed, "lower --cpu-cache-gb or take a smaller model")
+    if plan.on_cpu:
+        free = shutil.disk_usage("/dev/shm").free  # noqa: S108 - where POSIX keeps its segments
+        check_room("in /dev/shm", free, kv + _QUEUES_BYTES, "remount it larger (docker: --shm-size)")
+
+
+def check_room(where: str, free: float, needed: float, remedy: str) -> None:
+    """Compare, and say both numbers."""
+    if free < needed:
+        raise StackError(f"{free / _GIB:.1f} GiB {where} are free, {needed / _GIB:.1f} GiB are needed: {remedy}")
+
+
+def _available_memory() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min([machine, *_container_memory()])
+
+
+def _container_memory() -> Iterator[int]:
+    """What a container may still take, where there is a limit (cgroup v2)."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text(encoding="ascii").strip()
+        used = int((root / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
+    except FileNotFoundError:
+        return
+    if limit != "max":
+        # The page cache counts as used, but the kernel gives it back when it is needed.
+        yield int(limit) - used + int(stat["inactive_file"])
+
+
+def _listener(port: int) -> int | None:
+    """The process that listens on a port, as far as this user may see it."""
+    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(descriptor.readlink()) in inodes:
+                return int(descriptor.parts[2])
+        except (FileNotFoundError, PermissionError):
+            continue  # gone, or somebody else's
+    return None
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
+            fields = line.split()
+            if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == "0A":
+                yield fields[9]
