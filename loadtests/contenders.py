@@ -1,0 +1,215 @@
+"""Who is measured, how each is started, and that none of them outlives the measurement."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from loadtests import machine
+from loadtests.canned_upstream import MODELS
+
+UPSTREAM = "upstream"
+GATEWAY = "gateway"
+_READY_S = 120.0
+_STOP_S = 15.0
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A server to start: its command line, what it needs in its environment, and where it says that it is ready."""
+
+    command: Sequence[str]
+    ready: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A server that runs and is measured."""
+
+    name: str
+    version: str
+    port: int
+    pid: int
+
+    def url(self, path: str) -> str:
+        """The address of something that it serves."""
+        return f"http://127.0.0.1:{self.port}{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another proxy: its executable, how it is started before an upstream, and how one gets it."""
+
+    name: str
+    executable: str
+    distribution: str
+    get_it: str
+    launch: Callable[[Path, int, str, Path], Launch]
+
+
+def _vllm_router(executable: Path, port: int, upstream: str, _: Path) -> Launch:
+    command = [
+        str(executable), "--host", "127.0.0.1", "--port", str(port), "--worker-urls", upstream,
+        "--policy", "consistent_hash", "--prometheus-port", str(free_port()), "--log-level", "warning",
+    ]  # fmt: skip
+    return Launch(command, "/health")
+
+
+def _agentic_api(executable: Path, port: int, upstream: str, _: Path) -> Launch:
+    command = [str(executable), "serve", "--vllm-base-url", upstream, "--host", "127.0.0.1", "--port", str(port)]
+    return Launch(command, "/health")
+
+
+def _litellm(executable: Path, port: int, upstream: str, work: Path) -> Launch:
+    def entry(name: str) -> dict[str, object]:
+        to = {"model": f"hosted_vllm/{name}", "api_base": f"{upstream}/v1", "api_key": "none"}
+        return {"model_name": name, "litellm_params": to}
+
+    config = work / "litellm.yaml"
+    config.write_text(json.dumps({"model_list": [entry(name) for name in MODELS]}))  # JSON is YAML
+    command = [str(executable), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    offline = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        "LITELLM_LOG": "ERROR",
+    }
+    return Launch(command, "/health/liveliness", offline)
+
+
+PEERS = (
+    Peer("vllm-router", "vllm-router", "vllm-router", "pip install 'vllm-router>=0.1.17,<0.2'", _vllm_router),
+    Peer("agentic-api", "agentic-api", "agentic-api", "pip install agentic-api", _agentic_api),
+    Peer("litellm", "litellm", "litellm", "pip install 'litellm[proxy]', best in an environment of its own", _litellm),
+)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def find(peer: Peer, named: str | None) -> Path | None:
+    """The executable of a peer: the one that was named, or one beside this Python, or one on PATH."""
+    here = str(Path(sys.executable).parent)
+    found = shutil.which(named or peer.executable, path=None if named else f"{here}{os.pathsep}{os.environ['PATH']}")
+    return Path(found).absolute() if found else None
+
+
+@contextmanager
+def upstream(work: Path) -> Iterator[Contender]:
+    """Run the canned engine."""
+    port = free_port()
+    launch = Launch([sys.executable, "-m", "loadtests.canned_upstream", "--port", str(port)], "/health")
+    with _running(UPSTREAM, "", port, launch, work) as running:
+        yield running
+
+
+@contextmanager
+def gateway(work: Path, engine: Contender) -> Iterator[Contender]:
+    """Run this gateway as `cwg serve` does, with its own defaults and a data directory of its own."""
+    port = free_port()
+    launch = Launch(
+        [sys.executable, "-m", "gateway", "serve"],
+        "/readyz",
+        {"CWG_PORT": str(port), "CWG_ENGINE_URLS": engine.url(""), "CWG_DATA_DIR": str(work / "gateway-data")},
+    )
+    version = metadata_version("context-window-gateway") or _commit()
+    with _running(GATEWAY, version, port, launch, work) as running:
+        yield running
+
+
+@contextmanager
+def peer(kind: Peer, executable: Path, work: Path, engine: Contender) -> Iterator[Contender]:
+    """Run a peer."""
+    port = free_port()
+    launch = kind.launch(executable, port, engine.url(""), work)
+    with _running(kind.name, _version_beside(executable, kind.distribution), port, launch, work) as running:
+        yield running
+
+
+@contextmanager
+def _running(name: str, version: str, port: int, launch: Launch, work: Path) -> Iterator[Contender]:
+    home = work / f"{name}-home"  # peers keep databases and caches in the home directory
+    home.mkdir()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CWG_") and not k.lower().endswith("_proxy")}
+    environment = {**inherited, "HOME": str(home), "NO_PROXY": "127.0.0.1", **launch.environment}
+    log = work / f"{name}.log"
+    with log.open("wb") as out, ExitStack() as stack:
+        process = subprocess.Popen(
+            launch.command, cwd=_ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
+        stack.callback(_stop, process)
+        _wait_ready(name, process, port, launch.ready, log)
+        yield Contender(name, version, port, process.pid)
+
+
+def _wait_ready(name: str, process: "subprocess.Popen[bytes]", port: int, path: str, log: Path) -> None:
+    end = time.monotonic() + _READY_S
+    while process.poll() is None and time.monotonic() < end:
+        if _answers(port, path):
+            return
+        time.sleep(0.1)
+    what = f"ended with {process.returncode}" if process.returncode is not None else f"not ready in {_READY_S:g} s"
+    raise RuntimeError(f"{name}: {what}\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _answers(port: int, path: str) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a server and whatever it started itself: some are launchers."""
+    family = machine.tree(process.pid)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_S)
+    for left in machine.still_there(family):
+        with suppress(ProcessLookupError):
+            os.kill(left.pid, signal.SIGKILL)
+    process.wait()
+
+
+def metadata_version(distribution: str) -> str:
+    """The installed version of a distribution, or ""."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _version_beside(executable: Path, distribution: str) -> str:
+    """The version that the Python beside an executable knows: peers may live in environments of their own."""
+    python = executable.parent / "python"
+    if not python.exists():
+        return ""
+    ask = f"from importlib.metadata import version; print(version({distribution!r}))"
+    done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

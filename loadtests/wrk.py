@@ -1,0 +1,52 @@
+"""Drives wrk, the load generator (Debian package `wrk`)."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_SCRIPT = Path(__file__).with_name("rotate_sessions.lua")
+_LATE_S = 20  # a peer that queues 32 requests may need seconds for one; that is a result, not a failure
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is sent: a body, how often at once, and under how many session ids."""
+
+    body: Path
+    connections: int
+    sessions: int
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What came back. `failed` counts broken connections, time-outs and answers of 400 and above."""
+
+    requests: int
+    duration_us: int
+    p50_us: int
+    p99_us: int
+    failed: int
+
+
+def version() -> str:
+    """The version of wrk. Exits with one line when it is not installed."""
+    if shutil.which("wrk") is None:
+        raise SystemExit("error: wrk is not installed (Debian, Ubuntu: apt install wrk; macOS: brew install wrk)")
+    said = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout
+    return " ".join(said.split()[1:2])
+
+
+def run(url: str, load: Load, seconds: float) -> Seen:
+    """Post `load` to `url` for some seconds."""
+    command = [
+        "wrk", "-t1", f"-c{load.connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_LATE_S}s",
+        "-s", str(_SCRIPT), url, "--", str(load.body), str(load.sessions), load.prefix,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + 3 * _LATE_S)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), "")
+    if not line:
+        raise RuntimeError(f"wrk said nothing that can be read: {done.stdout}{done.stderr}")
+    return Seen(**json.loads(line.removeprefix("RESULT ")))
