@@ -47,6 +47,9 @@ class Turns:
         self._store = store
         self._sessions = sessions
         self._queue: asyncio.Queue[Ended] = asyncio.Queue()
+        self._recorded = 0  # turns that have left the queue, ever
+        self._finished = 0  # turns that have entered it
+        self._progress = asyncio.Condition()
         self._room = asyncio.Semaphore(room)
 
     async def __aenter__(self) -> "Turns":
@@ -70,7 +73,14 @@ class Turns:
 
     def finish(self, ended: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
+        self._finished += 1
         self._queue.put_nowait(ended)
+
+    async def settle(self) -> None:
+        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn."""
+        goal = self._finished
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._recorded >= goal)
 
     async def _run(self) -> None:
         while True:
@@ -85,6 +95,9 @@ class Turns:
                 self._sessions.leave(ended.tenant, ended.session_id)
                 self._room.release()
                 self._queue.task_done()
+            async with self._progress:
+                self._recorded += len(batch)
+                self._progress.notify_all()
 
 
 def _finished(ended: Ended) -> Finished:

@@ -91,6 +91,7 @@ async def list_sessions(call: Call) -> tuple[int, Any]:
         {"state": fields.one_of(*_STATES), "model": _model, "limit": _LIMIT, "offset": _OFFSET},
     )
     limit, offset = q.get("limit", 50), q.get("offset", 0)
+    await call.parts.turns.settle()
     page, total = await call.parts.store.list_sessions(
         call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset
     )
@@ -101,6 +102,7 @@ async def list_sessions(call: Call) -> tuple[int, Any]:
 async def get_session(call: Call) -> tuple[int, Any]:
     """GET /admin/sessions/{session_id}."""
     call.query({})
+    await call.parts.turns.settle()
     session = await call.parts.store.session(call.tenant, call.session_id)
     if session is None:
         raise _no_session(call.session_id)
