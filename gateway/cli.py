@@ -43,6 +43,29 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--model", help="model directory or id; without it, a small built-in model that talks nonsense")
+@click.option("--served-model-name", help="the name that clients use")
+@click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("data"), show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
+@click.option("--port", type=click.IntRange(1, 65535), default=8700, show_default=True, help="the gateway's port")
+@click.option("--engine-port", type=click.IntRange(1, 65535), help="vLLM's port; a free one if not given")
+@click.option("--max-model-len", type=click.IntRange(min=1), help="context limit; the model's own if not given")
+@click.option("--chunk-size", type=click.IntRange(min=1), help="tokens per chunk; 256, or 64 for the built-in model")
+@click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
+@click.option("--cpu-cache-gb", type=float, default=2.0, show_default=True, help="LMCache's memory tier")
+def up(**options: Any) -> None:
+    """Start the whole local stack: LMCache, vLLM and the gateway, under one supervisor."""
+    from gateway.stack.errors import StackError  # noqa: PLC0415 - see `serve`
+    from gateway.stack.local import LocalStack  # noqa: PLC0415
+    from gateway.stack.up import up as run  # noqa: PLC0415
+
+    try:
+        raise SystemExit(run(LocalStack(**options)))
+    except StackError as error:
+        raise Failure(str(error)) from error
+
+
+@main.command()
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="settings file (TOML)")
 @click.option("--host", help="address to listen on")
 @click.option("--port", type=int, help="port to listen on")

@@ -108,9 +108,13 @@ class Engine:
         """Return the token ids of a plain text."""
         return list((await self._call("POST", "/tokenize", json={"model": model, "prompt": text}))["tokens"])
 
-    async def prefill(self, model: str, token_ids: Sequence[int], salt: str) -> Usage:
-        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count."""
-        answer = await self.complete(model, token_ids, salt, max_tokens=1)
+    async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
+        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.
+
+        Without `store` the cache is asked to keep nothing of it.
+        """
+        extra = {} if store else {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
+        answer = await self.complete(model, token_ids, salt, max_tokens=1, **extra)
         return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
 
     async def complete(

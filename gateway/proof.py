@@ -111,7 +111,7 @@ async def _salts(parts: Parts, model: Model, planned: Plan | None) -> list[Check
     )
     if planned:
         checks += await _tiers(parts, planned, a, b)
-    other = await parts.engine.prefill(model.id, ids, b)
+    other = await parts.engine.prefill(model.id, ids, b, store=False)
     leak = f"the same prompt under another salt hit {other.cached} tokens: sessions are NOT isolated"
     remedy = "use --kv-transfer-config with LMCacheMPConnector; LMCacheConnectorV1 ignores the salt"
     checks.append(
@@ -120,7 +120,7 @@ async def _salts(parts: Parts, model: Model, planned: Plan | None) -> list[Check
         else Check("isolation", "ok", "the same prompt under another salt hit nothing")
     )
     if planned:
-        await _clean_up(parts, planned, (a, b))
+        await _clean_up(parts, _under(planned, a))
     return checks
 
 
@@ -171,8 +171,7 @@ async def _landed(tier: Tier, keys: list[ObjectKey]) -> set[ObjectKey]:
     return seen
 
 
-async def _clean_up(parts: Parts, planned: Plan, used: tuple[str, ...]) -> None:
-    keys = [key for salt in used for key in _under(planned, salt)]
+async def _clean_up(parts: Parts, keys: list[ObjectKey]) -> None:
     async with parts.pins.lock.hold(alone=True):
         await parts.pins.remove(keys, originals=True)
     if parts.cache is not None:

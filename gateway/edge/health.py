@@ -91,8 +91,9 @@ class Health:
 
     def summary(self, components: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All components in one word: the gateway serves without a cache, but not without an engine or isolation."""
-        bad = {name for name, seen in components.items() if seen["status"] != "healthy"}
-        status = "unhealthy" if bad & {"engine", "isolation", "store"} else "degraded" if bad else "healthy"
+        down = {name for name, seen in components.items() if seen["status"] == "unhealthy"}
+        well = all(seen["status"] == "healthy" for seen in components.values())
+        status = "unhealthy" if down & {"engine", "isolation", "store"} else "healthy" if well else "degraded"
         return {
             "status": status,
             "version": __version__,

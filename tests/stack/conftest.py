@@ -1,4 +1,4 @@
-"""One real stack for all tests of this folder: redis-server, LMCache with disk and Redis tier, vLLM with the demo model."""
+"""One real stack for all tests of this folder: redis-server, LMCache with both tiers, vLLM with the demo model."""
 
 import tempfile
 from collections.abc import Iterator

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import redis
+
 from gateway.stack import local
 
 WAIT_S = 30.0

@@ -105,7 +105,8 @@ def test_a_client_that_leaves_aborts_the_engines_work(stack: Stack, shared: Gate
         request = client.build_request("POST", "/s/leaver/v1/chat/completions", json=body, timeout=1.5)
         if after_first_byte:
             response = client.send(request, stream=True)
-            next(response.iter_bytes())
+            chunks = response.iter_bytes()
+            next(chunks)
             until(lambda: _running(stack) > before, "the engine works")
             response.close()
         else:
@@ -125,16 +126,27 @@ def _last_outcome(gateway: Gateway) -> str:
     return str(turns[0]["outcome"])
 
 
-def test_sessions_with_the_same_text_share_nothing(stack: Stack, shared: Gateway) -> None:
+def test_sessions_with_the_same_text_share_nothing_in_any_tier(stack: Stack, shared: Gateway) -> None:
     first = converse(shared.client("left"), "the same text", turns=1)
     second = chat(shared.client("right"), first[:-1], temperature=1, seed=0)
     again = chat(shared.client("left"), first[:-1], temperature=1, seed=0)
     assert second.usage.prompt_tokens_details.cached_tokens == 0
     assert again.usage.prompt_tokens_details.cached_tokens > 0
+    # A third salt that has seen the text only in others' requests has nothing in memory, on disk or in Redis.
     shared.freeze("left", "left-window")
     shared.freeze("right", "right-window")
-    left = {f.name for f in stack.kv_dir.glob(f"*@{shared.thaw('left-window')['cache_salt']}.data")}
-    right = {f.name for f in stack.kv_dir.glob(f"*@{shared.thaw('right-window')['cache_salt']}.data")}
-    assert left and right and not left & right
-    hashes = {name.split("@")[3] for name in left} & {name.split("@")[3] for name in right}
-    assert hashes, "the same text has the same chunk hashes; only the salt tells them apart"
+    left, right = (shared.thaw(f"{side}-window")["cache_salt"] for side in ("left", "right"))
+    blocks = shared.http.get("/admin/windows/left-window", params={"include_blocks": "true"}).json()["blocks"]
+    hashes = [block["hash"] for block in blocks]
+    stranger = "0" * 32
+    for salt, found in ((left, len(hashes)), (right, len(hashes)), (stranger, 0)):
+        names = [f"{stack.plan.model.key}@01000100@0@{h}@{salt}" for h in hashes]
+        files = [f for h in hashes for f in stack.kv_dir.glob(f"*@{h}@{salt}.data")]
+        assert (len(files), stack.redis.exists(*names), _drop_from_memory(stack, hashes, salt)) == (found,) * 3
+
+
+def _drop_from_memory(stack: Stack, hashes: list[str], salt: str) -> int:
+    """How many of these objects LMCache has in memory: it tells how many it dropped."""
+    key = {"model_name": stack.plan.model.key, "kv_rank": 0x01000100, "object_group_id": 0, "cache_salt": salt}
+    body = {"keys": [{**key, "chunk_hash_hex": h} for h in hashes], "tier": "l1", "force": True}
+    return int(httpx.request("DELETE", f"{stack.plan.cache_url}/cache/objects", json=body).json()["deleted"])

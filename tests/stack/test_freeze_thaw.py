@@ -144,7 +144,7 @@ def test_every_object_lies_where_its_computed_name_says(stack: Stack, shared: Ga
         assert block["present"] == ["disk", "redis"]
         (file,) = stack.kv_dir.glob(f"*@{block['hash']}@*")
         assert file.stat().st_size == block["size_bytes"]
-        names = [name for name in stack.redis.scan_iter(f"*@{block['hash']}@*", count=10**5)]
+        names = list(stack.redis.scan_iter(f"*@{block['hash']}@*", count=10**5))
         assert sorted(name.startswith(b"cwg:") for name in names) == [False, True]  # LMCache's own, and our pin
         assert {stack.redis.strlen(name) for name in names} == {block["size_bytes"]}
 
