@@ -89,7 +89,9 @@ def check_redis(url: str) -> None:
 
     commands.redis_tier(url)
     try:
-        with redis.Redis.from_url(url, socket_connect_timeout=_REDIS_WITHIN, socket_timeout=_REDIS_WITHIN) as client:
+        with redis.Redis.from_url(
+            url, socket_connect_timeout=_REDIS_WITHIN, socket_timeout=_REDIS_WITHIN, protocol=2
+        ) as client:
             client.ping()
     except (redis.RedisError, ValueError) as error:
         raise StackError(f"--redis-url: no answer from Redis ({error}); start it or correct the URL") from None

@@ -40,7 +40,7 @@ def up(options: local.LocalStack) -> int:
 
 
 def _prepare(options: local.LocalStack, terminal: Terminal) -> local.Plan:
-    terminal.waiting("looking for the model" if options.model else "building the demo model")
+    terminal.waiting("preparing the model")
     plan = local.plan(options)
     leftovers.sweep(plan.run_dir)
     preflight.check_memory(plan)
@@ -158,6 +158,8 @@ class _Supervisor:
     def _stop(self) -> None:
         for watched in reversed(self._watched):
             self._terminal.waiting(f"stopping {watched.part.name}")
+            if not watched.is_ready:
+                watched.part.kill()  # vLLM does not hear a SIGTERM while it loads, and there is nothing to lose yet
             watched.part.stop()
         self._terminal.settled()
 

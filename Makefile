@@ -1,0 +1,74 @@
+# Two commands are all a user needs: `make up` and `make test`. Each sets up all it needs, in .venv.
+#
+#   make up ARGS="--port 8701 --data-dir D"     the whole stack on this machine; see `cwg up --help`
+#   make up PYTHON=python3.12                   with this Python
+#
+# The CPU build of torch is not on the package index. Where pip is told to look besides (pip.conf, PIP_FIND_LINKS,
+# PIP_EXTRA_INDEX_URL, PIP_INDEX_URL), there everything installed here is looked for as well.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := $(VENV)/peers
+IS_FIT := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c "$(IS_FIT)" 2>/dev/null && echo $(p))))
+
+INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url|extra-index-url)='(.*)'$$/\1 \2/p" \
+	| while read -r option values; do for value in $$values; do printf -- '--%s %s ' $$option $$value; done; done)
+# Any index may have any version, as it is with pip. Compiled at once, or else every process of a stack would do it.
+INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
+WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
+
+.PHONY: up test lint bench clean
+
+up: $(VENV)/with-local
+	@exec $(BIN)/cwg up $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/with-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/with-bench $(PEERS)/bin/litellm
+	$(BIN)/python -m loadtests.relay_overhead --litellm $(PEERS)/bin/litellm \
+		--vllm-router $(PEERS)/bin/vllm-router --agentic-api $(PEERS)/bin/agentic-api $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp for each set of extras, out of date when a file is newer that decides what is in it.
+$(VENV)/with-local: $(VENV)/with-torch
+	@echo "installing vLLM, LMCache and the gateway into $(VENV)"
+	@$(WITH) --editable '.[local]'
+	@touch $@
+
+$(VENV)/with-test: $(VENV)/with-local
+	@echo "installing what the tests need into $(VENV)"
+	@$(WITH) --editable '.[local,test]'
+	@touch $@
+
+$(VENV)/with-bench: $(VENV)/with-local
+	@$(WITH) --editable '.[local,bench]'
+	@touch $@
+
+# In an environment of their own: litellm wants other versions of rich and uvicorn than we do.
+$(PEERS)/bin/litellm: $(BIN)/uv
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
+	@$(INSTALL) --python $(PEERS)/bin/python 'litellm[proxy]>=1.80,<2' 'vllm-router>=0.1.17,<0.2' 'agentic-api>=0.9,<1'
+
+$(VENV)/with-torch: $(BIN)/uv pyproject.toml constraints.txt overrides-cpu.txt
+	@echo "installing torch into $(VENV)"
+	@$(WITH) torch==2.13.0+cpu 2>$(VENV)/torch.log || { echo "error: torch==2.13.0+cpu for $$($(BIN)/python -V)" \
+		"was not found; set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it (see $(VENV)/torch.log)" >&2; exit 1; }
+	@touch $@
+
+$(BIN)/uv:
+	@$(or $(PYTHON),false) -c "$(IS_FIT)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed, and $(or $(PYTHON),python3)" \
+		"is none; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment;" \
+		"on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
