@@ -19,7 +19,7 @@ from gateway.windows.landing import Plan, plan
 
 Status = Literal["ok", "warning", "failed"]
 _CHUNKS = 2
-_LAND_S = 5.0
+_LAND_S = 3.0
 _POLL_S = 0.05
 _DEFAULT_TOKENS = 513  # where there is no cache to tell its chunk size
 
@@ -65,6 +65,7 @@ async def _plan(parts: Parts, model: Model, checks: list[Check]) -> Plan | None:
     checks.append(Check("cache", "ok", f"LMCache answers, chunk size {info.chunk_size}"))
     wanted = parts.settings.chunk_size
     if wanted and wanted != info.chunk_size:
+        # With other chunks nothing would be found under its name; looking for it would only take time.
         checks.append(
             Check(
                 "chunk size",
@@ -73,6 +74,7 @@ async def _plan(parts: Parts, model: Model, checks: list[Check]) -> Plan | None:
                 "leave chunk_size at 0",
             )
         )
+        return None
     if model.root not in info.world_sizes:
         checks.append(
             Check(

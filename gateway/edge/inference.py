@@ -113,6 +113,8 @@ class Inference:
         parts = self._parts
         call = dialect.read(_parse(incoming.body))
         model = await self._model(call.model)
+        if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
+            call = replace(call, model=model.id)
         session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_session_id())
         call = await self._continue(call, session, incoming)
         fingerprint = model.fingerprint if model else ""

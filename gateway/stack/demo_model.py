@@ -36,31 +36,33 @@ def build(directory: Path, size: Size) -> None:
     """Write the model into `directory`, whole or not at all; a complete one is left as it is."""
     if is_built(directory, size):
         return
+    if directory.exists() and not _is_ours(directory):
+        raise StackError(f"{directory} holds something that is not a demo model; name another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         _write(unfinished, SHAPES[size], f"{size}-{RECIPE}")
         unfinished.chmod(0o755)
-        _put_in_place(unfinished, directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def is_built(directory: Path, size: Size) -> bool:
     """Whether `directory` holds the demo model of this size and this recipe."""
+    return _marker(directory) == f"{size}-{RECIPE}"
+
+
+def _is_ours(directory: Path) -> bool:
+    return bool(_marker(directory)) or (directory.is_dir() and not any(directory.iterdir()))
+
+
+def _marker(directory: Path) -> str:
     try:
-        config = json.loads((directory / "config.json").read_bytes())
+        return str(json.loads((directory / "config.json").read_bytes()).get(MARKER, ""))
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return bool(config.get(MARKER) == f"{size}-{RECIPE}")
-
-
-def _put_in_place(unfinished: Path, directory: Path) -> None:
-    if directory.exists():
-        if MARKER not in (directory / "config.json").read_text(encoding="utf-8"):
-            raise StackError(f"{directory} holds something that is not a demo model; name another directory")
-        shutil.rmtree(directory)
-    unfinished.rename(directory)
+        return ""
 
 
 def _write(directory: Path, shape: Shape, marker: str) -> None:

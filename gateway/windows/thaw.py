@@ -83,7 +83,7 @@ async def thaw(
         await _through_engine(parts, window, model, manifest, receipt, progress)
     if not await parts.store.add_session(session):
         raise _taken(session_id)
-    receipt.partial = receipt.chunks_found < receipt.chunks_expected
+    receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
     receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
     return session, window, receipt
 
@@ -137,7 +137,9 @@ async def _restore(parts: Parts, window: Window, manifest: Manifest, receipt: Re
         await _forget(
             parts, [key for have in by_tier.values() for key, s in have.items() if s is Restored.CORRUPT], receipt
         )
-    if receipt.chunks_found < receipt.chunks_expected:
+    if window.kv == "absent":
+        receipt.warnings.append(f"the window holds no KV: the engine computes its {window.token_count} tokens again")
+    elif receipt.chunks_found < receipt.chunks_expected:
         lost = receipt.chunks_expected - receipt.chunks_found
         receipt.warnings.append(
             f"the KV of {lost} of {receipt.chunks_expected} chunks is lost: the engine recomputes it"

@@ -103,10 +103,10 @@ def test_redis_down_costs_a_warning_and_no_window(stack: Stack, tmp_path: Path) 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for 40 names: tmpfs counts a hard link as an inode."""
+    """A file system with room for 24 names: tmpfs counts a hard link as an inode."""
     path = tmp_path / "tiny"
     path.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "nr_inodes=40", "tmpfs", path]
+    argv = ["mount", "-t", "tmpfs", "-o", "nr_inodes=24", "tmpfs", path]
     mounted = subprocess.run(argv, capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip(f"needs root to mount a tmpfs: {mounted.stderr.decode().strip()}")
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_while_pinning_is_storage_full_and_leaves_no_window
     settings = {"CWG_KV_DIR": str(tiny / "kv"), "CWG_PINS_DIR": str(tiny / "pins"), "CWG_KV_REDIS_URL": ""}
     gateway = Gateway(stack.settings(tmp_path / "data", **settings), tmp_path / "gateway.log").start()
     try:
-        assert whole["block_count"] * 2 > 40, "half of them cannot be pinned"
+        assert whole["block_count"] * 2 > 24, "they cannot all be pinned"
         refused = gateway.http.post("/admin/windows", json={"session_id": "full", "window_name": "full"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage_full")
         assert gateway.http.get("/admin/windows/full").status_code == 404
