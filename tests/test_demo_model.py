@@ -1,0 +1,169 @@
+"""The demo model: the same on every build, and a template under which a conversation only ever grows at its end."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.stack import demo_model
+from gateway.stack.errors import StackError
+from gateway.stack.fingerprint import fingerprint
+
+Message = dict[str, Any]
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+
+texts = st.text(max_size=30) | st.sampled_from(
+    ["", "\n", "\n\nx", " y ", "Hello, world!", "<tool_call>", "<|im_end|>", "e\u0301 \U0001f600"]
+)
+calls = st.builds(
+    lambda arguments: {"type": "function", "function": {"name": "get_weather", "arguments": arguments}},
+    st.dictionaries(texts, texts | st.integers() | st.none(), max_size=3),
+)
+users = st.builds(lambda content: {"role": "user", "content": content}, texts)
+tools = st.builds(lambda content: {"role": "tool", "tool_call_id": "c", "content": content}, texts)
+replies = st.builds(lambda content: {"role": "assistant", "content": content}, texts)
+callers = st.builds(
+    lambda content, made: {"role": "assistant", "content": content or None, "tool_calls": made},
+    texts,
+    st.lists(calls, min_size=1, max_size=2),
+)
+thinkers = st.builds(
+    lambda content, thought: {"role": "assistant", "content": content, "reasoning": thought}, texts, texts
+)
+systems = st.builds(lambda content: {"role": "system", "content": content}, texts)
+conversations = st.builds(
+    lambda head, rest: head + rest,
+    st.lists(systems, max_size=1),
+    st.lists(users | tools | replies | callers | thinkers, min_size=1, max_size=6),
+)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "demo"
+    demo_model.build(directory, "small")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Any:
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+def render(tokenizer: Any, messages: list[Message], **more: Any) -> list[int]:
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)
+    return list(rendered["input_ids"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversations, st.sampled_from([None, [TOOL]]))
+def test_a_shorter_conversation_is_a_prefix_of_the_longer_one_in_tokens(
+    tokenizer: Any, messages: list[Message], offered: list[Any] | None
+) -> None:
+    whole = render(tokenizer, messages, tools=offered)
+    for length in range(1, len(messages)):
+        part = render(tokenizer, messages[:length], tools=offered)
+        assert whole[: len(part)] == part
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversations, replies | callers)
+def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(tokenizer: Any, messages: list[Message], reply: Message) -> None:
+    prompt = render(tokenizer, messages, add_generation_prompt=True)
+    following = render(tokenizer, [*messages, reply, {"role": "user", "content": "go on"}], add_generation_prompt=True)
+    assert following[: len(prompt)] == prompt
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts)
+def test_every_text_survives_its_tokens(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_tool_call_is_rendered_as_hermes_parses_it(tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    text = tokenizer.apply_chat_template([message], tokenize=False)
+    body = text.partition("<tool_call>")[2].partition("</tool_call>")[0]
+    assert json.loads(body) == {"name": "get_weather", "arguments": {"city": "Paris"}}
+
+
+def test_another_process_builds_the_same_files(model_dir: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "gateway.stack.demo_model", str(tmp_path / "again"), "--size", "small"]
+    subprocess.run(argv, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert _digests(tmp_path / "again") == _digests(model_dir)
+    assert fingerprint(tmp_path / "again") == fingerprint(model_dir)
+
+
+def test_a_built_model_is_left_as_it_is(model_dir: Path) -> None:
+    before = {path: path.stat() for path in model_dir.iterdir()}
+    demo_model.build(model_dir, "small")
+    assert {path: path.stat() for path in model_dir.iterdir()} == before
+
+
+def test_a_model_of_an_older_recipe_is_built_anew(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "config.json").write_text(json.dumps({demo_model.MARKER: "small-0"}))
+    (tmp_path / "demo" / "old").touch()
+    demo_model.build(tmp_path / "demo", "small")
+    assert demo_model.is_built(tmp_path / "demo", "small")
+    assert not (tmp_path / "demo" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_somebody_elses_directory_is_not_touched(tmp_path: Path, content: str | None) -> None:
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    (directory / "thesis.txt").write_text("years of work")
+    if content is not None:
+        (directory / "config.json").write_text(content)
+    with pytest.raises(StackError, match="not a demo model"):
+        demo_model.build(directory, "small")
+    assert (directory / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_fingerprint_sees_a_change_of_weights_tokenizer_or_configuration(model_dir: Path, tmp_path: Path) -> None:
+    seen = {fingerprint(model_dir)}
+    for name, step in (("model.safetensors", 1_000), ("tokenizer.json", 10_000), ("config.json", 1_000)):
+        changed = tmp_path / name
+        changed.mkdir()
+        for path in model_dir.iterdir():
+            (changed / path.name).write_bytes(path.read_bytes())
+        _flip(changed / name, step)
+        seen.add(fingerprint(changed))
+    assert len(seen) == 4
+
+
+def test_the_fingerprint_of_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StackError, match="holds no weights"):
+        fingerprint(tmp_path)
+
+
+def test_kv_bytes_per_token_are_what_the_configuration_says(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    layers, heads, dimension = (config[k] for k in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    assert demo_model.SHAPES["small"].kv_bytes_per_token == layers * 2 * heads * dimension * 2 == 8192
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def _flip(path: Path, step: int) -> None:
+    """Change a bit every so often from the end, where the header of the weights does not lie."""
+    content = bytearray(path.read_bytes())
+    for offset in range(len(content) - 1, len(content) // 2, -step):
+        content[offset] ^= 1
+    path.write_bytes(content)
