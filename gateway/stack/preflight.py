@@ -115,8 +115,13 @@ def check_memory(plan: local.Plan) -> None:
     needed = plan.options.cpu_cache_gb * _GIB + _CACHE_BYTES + _ENGINE_BYTES + kv + weights
     check_room("of memory", _available_memory(), needed, "lower --cpu-cache-gb or take a smaller model")
     if plan.on_cpu:
-        free = shutil.disk_usage("/dev/shm").free  # noqa: S108 - where POSIX keeps its segments
-        check_room("in /dev/shm", free, kv + _QUEUES_BYTES, "remount it larger (docker: --shm-size)")
+        check_shared_memory(kv)
+
+
+def check_shared_memory(kv: int) -> None:
+    """What does not fit there is a SIGBUS in the middle of a request."""
+    free = shutil.disk_usage("/dev/shm").free  # noqa: S108 - where POSIX keeps its segments
+    check_room("in /dev/shm", free, kv + _QUEUES_BYTES, "remount it larger (docker: --shm-size)")
 
 
 def check_room(where: str, free: float, needed: float, remedy: str) -> None:
