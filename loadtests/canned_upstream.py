@@ -30,6 +30,7 @@ _USAGE = {
     "completion_tokens": 62,
     "prompt_tokens_details": {"cached_tokens": 96},
 }
+_STAMP = "vllm-0.32.0-tp1-4f2b6c1d"
 _DONE = b"data: [DONE]\n\n"
 _RAGGED_SIZES = (7, 190, 33, 401, 2, 64)
 
@@ -44,12 +45,13 @@ _EDGE = 2048
 
 def events(model: str, *, usage: bool) -> list[bytes]:
     """The events of a streamed reply as vLLM writes them."""
-    last = [_event({**_chunk(model, []), "usage": _USAGE})] if usage else []
+    finish = _chunk(model, [_choice({}, "stop")])
+    last = [finish, {**_chunk(model, []), "usage": _USAGE}] if usage else [finish]
+    last[-1]["system_fingerprint"] = _STAMP  # vLLM stamps the last event of an answer, whichever that is
     return [
         _event(_chunk(model, [_choice({"role": "assistant", "content": ""}, None)])),
         *(token(model, f" token{i}") for i in range(EVENTS - 2)),
-        _event(_chunk(model, [_choice({}, "stop")])),
-        *last,
+        *map(_event, last),
         _DONE,
     ]
 

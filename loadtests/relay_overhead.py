@@ -37,11 +37,12 @@ _SMALL_BYTES = 600
 _DRAIN_S = 5.0
 _SLOW_S = 6  # litellm ends its first stream of 32 after a second or two; in less time its rate is chance
 _GAP_STREAMS = (1, 32)
-_GAP_WAVES = {1: 4, 32: 2}  # a wave of paced streams lasts 0.33 s
+_GAP_WAVES = {1: 3, 32: 2}  # a wave of paced streams lasts 0.33 s
 _STREAM_S = 30.0
 _CROWD = 1000
 _CROWD_S = 60.0
 _CROWD_WAVES = 3
+_CROWD_ALL_S = 60.0  # what all crowds together take, about
 _STAMP = re.compile(rb"@(\d+)")
 
 
@@ -51,6 +52,7 @@ class Options:
 
     rounds: int
     seconds: int
+    minutes: float
     crowd: int
     out: Path
     only: frozenset[str]
@@ -77,7 +79,6 @@ def main() -> None:
             machine={**machine.describe(), "wrk": wrk_version},
             versions={contender.name: contender.version for contender in running},
             missing=missing,
-            rounds=options.rounds,
             seconds=options.seconds,
         )
         _measure(run, running, _scenarios(work), options)
@@ -93,6 +94,7 @@ def _options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default 5)")
     parser.add_argument("--seconds", type=int, default=2, help="how long wrk drives one contender (default 2)")
+    parser.add_argument("--minutes", type=float, default=8, help="no round begins that would end later (default 8)")
     parser.add_argument("--streams", type=int, default=_CROWD, help=f"concurrent streams (default {_CROWD}; 0: none)")
     parser.add_argument("--only", default="", help="names of the contenders to measure, with commas; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="where results go")
@@ -101,7 +103,9 @@ def _options() -> Options:
     given = parser.parse_args()
     paths = {kind.name: getattr(given, kind.name.replace("-", "_")) for kind in PEERS}
     only = frozenset(filter(None, given.only.split(",")))
-    return Options(max(1, given.rounds), max(1, given.seconds), max(0, given.streams), given.out, only, paths)
+    return Options(
+        max(1, given.rounds), max(1, given.seconds), given.minutes, max(0, given.streams), given.out, only, paths
+    )
 
 
 def _start(stack: ExitStack, work: Path, options: Options) -> tuple[list[Contender], dict[str, str]]:
@@ -163,17 +167,17 @@ def _long() -> bytes:
 
 def _measure(run: Run, running: Sequence[Contender], scenarios: Sequence[Scenario], options: Options) -> None:
     began, busy, ours = time.monotonic(), machine.busy_s(), _our_cpu_s(running)
-    for contender in running:
-        run.cuts.append(_in_loop(_cuts(contender)))
-        for scenario in scenarios[:4]:
-            wrk.run(contender.url(streams.PATH.decode()), scenario.load, 1)
+    end = began + options.minutes * 60 - (_CROWD_ALL_S if options.crowd else 0)
+    _warm_up(run, running, scenarios)
     for number in range(options.rounds):
-        for scenario in scenarios:
-            for contender in _turned(running, number):
-                run.loaded.append(_load(contender, scenario, number, options.seconds))
-        for contender in _turned(running, number):
-            run.gaps += [_in_loop(_gaps(contender, number, count)) for count in _GAP_STREAMS]
-        print(f"round {number + 1} of {options.rounds} after {time.monotonic() - began:.0f} s", flush=True)
+        at = time.monotonic()
+        _round(run, running, scenarios, number, options.seconds)
+        run.rounds = number + 1
+        took = time.monotonic() - at
+        print(f"round {run.rounds} of {options.rounds} took {took:.0f} s", flush=True)
+        if run.rounds < options.rounds and time.monotonic() + took > end:
+            print(f"no time for another within --minutes {options.minutes:g}")
+            break
     if options.crowd:
         # litellm handles some 30 streams a second; a thousand would only tell that again.
         for contender in (c for c in running if c.name != "litellm"):
@@ -182,6 +186,24 @@ def _measure(run: Run, running: Sequence[Contender], scenarios: Sequence[Scenari
     cores = int(run.machine["cores"])
     others = machine.busy_s() - busy - (_our_cpu_s(running) - ours)
     run.others_share = max(0.0, others) / (run.took_s * cores)
+
+
+def _warm_up(run: Run, running: Sequence[Contender], scenarios: Sequence[Scenario]) -> None:
+    for contender in running:
+        run.cuts.append(_in_loop(_cuts(contender)))
+        for scenario in scenarios:
+            if scenario.load.connections > 1:
+                wrk.run(contender.url(streams.PATH.decode()), scenario.load, 1)
+
+
+def _round(
+    run: Run, running: Sequence[Contender], scenarios: Sequence[Scenario], number: int, seconds: int
+) -> None:  # fmt: skip
+    for scenario in scenarios:
+        for contender in _turned(running, number):
+            run.loaded.append(_load(contender, scenario, number, seconds))
+    for contender in _turned(running, number):
+        run.gaps += [_in_loop(_gaps(contender, number, count)) for count in _GAP_STREAMS]
 
 
 def _our_cpu_s(running: Sequence[Contender]) -> float:

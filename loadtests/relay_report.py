@@ -58,8 +58,8 @@ def _head(run: Run) -> str:
         "ratios and differences are taken inside a round, then their median\n"
         "- a body of 600 bytes, streams of 64 events and [DONE] (the gateway also asks for usage and takes it out "
         "again), 64 session ids in turn; the gateway with its defaults and its SQLite store, one process\n"
-        "- the gateway's rates include the time in which it records the last turns after wrk has ended; processor time is of "
-        "the whole process tree, by what was answered"
+        "- the gateway's rates include the time in which it records the last turns after wrk has ended; processor time "
+        "is of the whole process tree, by what was answered"
         f"{missing}"
     )
 
@@ -82,12 +82,13 @@ def _row(run: Run, name: str) -> list[str]:
 
     def rate(scenario: str) -> list[str]:
         share = f"{statistics.median(ratio(run, scenario, name, UPSTREAM)):.3f}"
-        failed = sum(s.failed for s in run.loaded if (s.scenario, s.contender) == (scenario, name))
-        return [f"{run.median(scenario, name, _rate):,.0f}{f' ({failed} failed)' if failed else ''}", share]
+        return [f"{run.median(scenario, name, _rate):,.0f}", share]
 
+    failed = sum(sample.failed for sample in run.loaded if sample.contender == name)
     return [
-        name, latency(f"{JSON}_c1"), extra(f"{JSON}_c1"), *rate(f"{JSON}_c32"), latency(f"{SSE}_c1"),
-        extra(f"{SSE}_c1"), *rate(f"{SSE}_c32"), f"{run.median(f'{HISTORY}_c1', name, _p50):.2f}",
+        f"{name} ({failed} requests failed)" if failed else name, latency(f"{JSON}_c1"), extra(f"{JSON}_c1"),
+        *rate(f"{JSON}_c32"), latency(f"{SSE}_c1"), extra(f"{SSE}_c1"), *rate(f"{SSE}_c32"),
+        f"{run.median(f'{HISTORY}_c1', name, _p50):.2f}",
         extra(f"{HISTORY}_c1"), f"{run.median(f'{JSON}_c32', name, _cpu):.0f}",
         f"{run.median(f'{SSE}_c32', name, _cpu):.0f}",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ JSON, SSE, HISTORY = "json", "sse", "history"
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """wrk against one contender for a few seconds. `cpu_us` and the gateway's `per_s` include what was put off till after."""
+    """wrk against one contender for a few seconds. The gateway's `per_s` and every `cpu_us` include work put off."""
 
     scenario: str
     contender: str
@@ -65,8 +65,8 @@ class Run:
     machine: dict[str, str]
     versions: dict[str, str]
     missing: dict[str, str]
-    rounds: int
     seconds: int
+    rounds: int = 0
     took_s: float = 0.0
     others_share: float = 0.0
     loaded: list[Loaded] = field(default_factory=list)
