@@ -1,0 +1,43 @@
+"""One fake engine and one gateway before it, for all tests that leave both as they found them."""
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fakes.engine import FakeEngine
+from tests.running import Gateway, gateway_before
+
+
+@pytest.fixture(scope="session")
+def shared_engine() -> Iterator[FakeEngine]:
+    """The engine behind the shared gateway; tests ask for `engine`."""
+    engine = FakeEngine().start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def engine(shared_engine: FakeEngine) -> FakeEngine:
+    """The engine as it is by default, with nothing seen yet."""
+    shared_engine.reset()
+    return shared_engine
+
+
+@pytest.fixture(scope="session")
+def shared_gateway(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """Started once; tests ask for `gateway`."""
+    with gateway_before(shared_engine.url, tmp_path_factory.mktemp("shared"), busy_wait_s=0.5) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(engine: FakeEngine, shared_gateway: Gateway) -> Gateway:
+    """The shared gateway, before an engine as it is by default."""
+    return shared_gateway
+
+
+@pytest.fixture
+def session() -> str:
+    """A session that no other test uses."""
+    return f"s-{secrets.token_hex(6)}"

@@ -1,0 +1,127 @@
+"""A gateway as the process that users run, and waiting for what it does."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.fakes.engine import MODEL, WITHIN
+
+ROOT = Path(__file__).parents[1]
+SERVE = [sys.executable, "-m", "gateway", "serve"]
+
+
+def eventually(holds: Callable[[], bool], what: str, within: float = WITHIN) -> None:
+    """Wait until something holds; fail when it does not come true."""
+    end = time.monotonic() + within
+    while not holds():
+        assert time.monotonic() < end, f"not within {within:g} s: {what}"
+        threading.Event().wait(0.01)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child: ours without any setting of the gateway, and `settings`."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("CWG_")} | dict(settings)
+
+
+class Gateway:
+    """A running `cwg serve`."""
+
+    def __init__(self, folder: Path, engine_url: str, **settings: object) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.data_dir = folder / "data"
+        self._log = folder / "gateway.log"
+        given = {"port": self.port, "engine_urls": engine_url, "data_dir": self.data_dir, **settings}
+        self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
+        headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
+        self.http = httpx.Client(base_url=self.url, timeout=15, headers=headers)
+        self.process: subprocess.Popen[bytes]
+
+    def start(self) -> "Gateway":
+        """Start the process, without waiting for it."""
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(SERVE, env=self._environment, cwd=ROOT, stdout=log, stderr=log)
+        return self
+
+    def wait(self, path: str = "/readyz") -> "Gateway":
+        """Wait until it is ready."""
+        eventually(lambda: self._answers(path), f"200 at {path}\n{self.log}", within=15)
+        return self
+
+    def stop(self) -> int:
+        """Ask it to end and return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(15)
+
+    def close(self) -> None:
+        """End it whatever state it is in."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr."""
+        return self._log.read_text()
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def chat(
+        self, session: str, text: str = "hi", headers: Mapping[str, str] | None = None, **body: Any
+    ) -> httpx.Response:
+        """Send one chat completion of a session."""
+        whole = {"model": MODEL, "messages": [{"role": "user", "content": text}], **body}
+        return self.http.post("/v1/chat/completions", json=whole, headers={"x-session-id": session, **(headers or {})})
+
+    def freeze(self, session: str, window: str, **more: Any) -> httpx.Response:
+        """Freeze a session; it waits until no turn of it is going on."""
+        return self.http.post("/admin/windows", json={"session_id": session, "window_name": window, **more})
+
+    def turns(self, session: str, count: int = 1) -> list[dict[str, Any]]:
+        """The turns of a session, newest first, once there are so many."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            found[:] = self.http.get(f"/admin/sessions/{session}").json().get("turns", [])
+            return len(found) >= count
+
+        eventually(there, f"{count} turns of {session}")
+        return found
+
+    def _answers(self, path: str) -> bool:
+        assert self.process.poll() is None, f"the gateway ended with {self.process.poll()}:\n{self.log}"
+        try:
+            return self.http.get(path).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@contextmanager
+def gateway_before(engine_url: str, folder: Path, **settings: object) -> Iterator[Gateway]:
+    """A gateway of a test's own, ready."""
+    gateway = Gateway(folder, engine_url, **settings)
+    try:
+        yield gateway.start().wait()
+    finally:
+        gateway.close()

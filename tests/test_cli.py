@@ -1,0 +1,218 @@
+"""`cwg` as users run it: what it prints, and with which code it ends."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.engine import FakeEngine
+from tests.running import ROOT, Gateway, environment, free_port
+
+Ended = subprocess.CompletedProcess[str]
+
+
+def cwg(*arguments: str, **settings: str) -> Ended:
+    """Run one command."""
+    given = environment({f"CWG_{name.upper()}": value for name, value in settings.items()})
+    command = [sys.executable, "-m", "gateway", *arguments]
+    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+
+
+def assert_failed(ended: Ended, *says: str) -> None:
+    """It failed with 1 and said why in one line."""
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith("error: "), ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stdout == ""
+    for words in says:
+        assert words in ended.stderr
+
+
+@contextmanager
+def something_else(answer: bytes) -> Iterator[str]:
+    """A server that answers everything with the same bytes: no gateway."""
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            with client:
+                client.recv(65536)
+                client.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_the_verbs_do_their_work_and_tell_it(gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    name = f"w-{session}"
+    frozen = cwg(
+        "freeze", session, name, "--description", "d", "--tag", "a", "--tag", "b", "--ttl", "60", url=gateway.url
+    )
+    assert (frozen.returncode, frozen.stderr.count("warning: ")) == (0, 1)
+    assert name in frozen.stdout
+    thawed = cwg("thaw", name, "--session", f"t-{session}", url=gateway.url)
+    assert (thawed.returncode, f"t-{session}" in thawed.stdout, "cached tokens" in thawed.stdout) == (0, True, True)
+    assert cwg("clone", name, f"c-{session}", url=gateway.url).returncode == 0
+    assert f"c-{session}" in cwg("list", "--tag", "a", "--tag", "b", "--search", f"c-{session}", url=gateway.url).stdout
+    status = cwg("status", name, "--blocks", url=gateway.url)
+    assert ("token count" in status.stdout, status.returncode) == (True, 0)
+    assert f"t-{session}" in cwg("sessions", "--state", "thawed", url=gateway.url).stdout
+    assert cwg("doctor", url=gateway.url).returncode == 0
+    assert cwg("delete", name, url=gateway.url).returncode == 0
+    assert_failed(cwg("delete", name, url=gateway.url), name)
+
+
+def test_every_verb_can_answer_in_json(gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    name = f"w-{session}"
+    for command in (
+        ["freeze", session, name],
+        ["thaw", name],
+        ["clone", name, f"c-{session}"],
+        ["list"],
+        ["status", name],
+        ["sessions"],
+        ["doctor"],
+        ["delete", name],
+    ):
+        ended = cwg(*command, "--json", url=gateway.url)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert isinstance(json.loads(ended.stdout), dict)
+
+
+def test_a_doctor_that_finds_a_leak_ends_with_1(engine: FakeEngine, gateway: Gateway) -> None:
+    engine.leaks_salts = True
+    ended = cwg("doctor", url=gateway.url)
+    engine.leaks_salts = False
+    assert cwg("doctor", url=gateway.url).returncode == 0
+    assert (ended.returncode, "NOT isolated" in ended.stdout) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["freeze", "none", "w"],
+        ["thaw", "none"],
+        ["clone", "none", "x"],
+        ["status", "none"],
+        ["delete", "none"],
+        ["freeze", "a b", "w"],
+        ["status", "a/b"],
+        ["status", ".."],
+        ["list", "--limit", "0"],
+        ["list", "--tag", "a b"],
+    ],
+)
+def test_a_refusal_of_the_gateway_is_one_line_and_1(gateway: Gateway, command: list[str]) -> None:
+    assert_failed(cwg(*command, url=gateway.url))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["freeze"],
+        ["freeze", "s"],
+        ["thaw", "w", "--warm", "hot"],
+        ["list", "--limit", "ten"],
+        ["freeze", "s", "w", "--tags", "x"],
+        ["delete", "a", "b"],
+        ["serve", "--port", "x"],
+        ["serve", "--config", "missing.toml"],
+        ["sessions", "--state", "deleted"],
+    ],
+)
+def test_wrong_usage_is_2(command: list[str]) -> None:
+    ended = cwg(*command)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_and_version_need_no_gateway() -> None:
+    assert "freeze" in cwg("--help").stdout
+    assert cwg("freeze", "-h").returncode == 0
+    assert cwg("--version").stdout.startswith("cwg, version ")
+
+
+def test_no_gateway_is_one_line_that_says_what_to_do() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    for command in (["list"], ["freeze", "s", "w"], ["doctor"]):
+        assert_failed(cwg(*command, url=url), url, "cwg serve")
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "ftp://x", "http://", "http://[bad", "http://127.0.0.1:99999", "http://a b", "http://x\n"]
+)
+def test_an_address_that_is_none_is_one_line(url: str) -> None:
+    assert_failed(cwg("list", url=url))
+
+
+@pytest.mark.parametrize("key", ["wröng", "a\nb", "wrong"])
+def test_a_key_that_does_not_fit_is_one_line(gateway: Gateway, key: str) -> None:
+    ended = cwg("list", url=gateway.url, api_key=key)
+    if key == "wrong":  # this gateway asks for none
+        assert ended.returncode == 0
+    else:
+        assert_failed(ended)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 13\r\n\r\n<html></html>",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+        b'HTTP/1.1 404 X\r\ncontent-length: 22\r\n\r\n{"detail":"Not Found"}',
+        b'HTTP/1.1 500 X\r\ncontent-length: 13\r\n\r\n{"error":"x"}',
+        b"HTTP/1.1 502 X\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{}",
+        b"SSH-2.0-x\r\n",
+        b"",
+    ],
+)
+@pytest.mark.parametrize("command", [["list"], ["freeze", "s", "w"], ["doctor"]])
+def test_an_answer_of_something_else_is_one_line(answer: bytes, command: list[str]) -> None:
+    with something_else(answer) as url:
+        assert_failed(cwg(*command, url=url))
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        (b"prot = 1", "'port'"),
+        (b"port = [", "not TOML"),
+        (b"port = 'x'", "whole number"),
+        (b"\xff\xfe", ""),
+        (b"[section]\nx = 1", "section"),
+        (b"host = '0.0.0.0'", "api_key"),
+        (b"port = 99999", "65535"),
+        (b"port = true", "whole number"),
+    ],
+)
+def test_a_settings_file_that_does_not_fit_is_one_line(tmp_path: Path, toml: bytes, says: str) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_bytes(toml)
+    assert_failed(cwg("serve", "--config", str(file)), says)
+
+
+def test_a_wrong_setting_in_the_environment_is_one_line() -> None:
+    assert_failed(cwg("serve", engine_url="http://x"), "'engine_urls'")
+    assert_failed(cwg("serve", "--port", "70000"), "70000")
+    assert_failed(cwg("serve", engine_timeout_s="soon"), "CWG_ENGINE_TIMEOUT_S")

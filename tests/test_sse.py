@@ -1,0 +1,80 @@
+"""Server-sent events: read at every cut, and filtered without touching a byte too many."""
+
+import json
+import time
+
+import pytest
+
+from gateway.sse import UsageFilter, events
+from tests.fakes.engine import DONE, chunk_event, delta, stream_of, usage_of
+
+USAGE = chunk_event([], usage_of(12, 3, cached=8))
+# A reply that talks about the mark: inside a JSON string its quotes are escaped.
+TALK = delta(content='{"choices":[]} and "choices":[] in 日本語 🎉')
+RECORDING = b"".join([b": ping\n\n", delta(role="assistant", content=""), TALK, *stream_of(["é"])[1:-1], USAGE, DONE])
+WITHOUT_USAGE = RECORDING.replace(USAGE, b"")
+
+
+def spelt(stream: bytes, line_end: bytes) -> bytes:
+    return stream.replace(b"\n", line_end)
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_events_are_the_same_wherever_a_recording_was_cut(line_end: bytes) -> None:
+    stream = spelt(RECORDING, line_end)
+    whole = list(events([stream]))
+    assert [json.loads(data)["choices"] for data in whole[:2]] == [
+        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}],
+        json.loads(TALK[6:])["choices"],
+    ]
+    assert whole[-1] == b"[DONE]"
+    assert list(events(stream[i : i + 1] for i in range(len(stream)))) == whole
+    for cut in range(len(stream)):
+        assert list(events([stream[:cut], stream[cut:]])) == whole
+
+
+def test_an_event_of_several_data_lines_is_one_and_other_fields_are_skipped() -> None:
+    stream = b": comment\nid: 7\nevent: x\ndata: a\ndata:b\ndata:  c\nretry: 1\n\ndata:\n\n"
+    assert list(events([stream])) == [b"a\nb\n c", b""]
+
+
+def test_an_event_whose_end_never_came_is_no_event() -> None:
+    assert list(events([b"data: one\n\ndata: two\n"])) == [b"one"]
+    assert list(events([b"data: one\n\ndata: two"])) == [b"one"]
+    assert list(events([])) == []
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_the_filter_takes_out_exactly_the_usage_event_at_every_cut(line_end: bytes) -> None:
+    stream, wanted = spelt(RECORDING, line_end), spelt(WITHOUT_USAGE, line_end)
+    for cut in range(len(stream) + 1):
+        one = UsageFilter()
+        assert one.feed(stream[:cut]) + one.feed(stream[cut:]) + one.flush() == wanted, cut
+
+
+def test_the_filter_takes_it_out_byte_by_byte() -> None:
+    for stream, wanted in ((RECORDING, WITHOUT_USAGE), (spelt(RECORDING, b"\r\n"), spelt(WITHOUT_USAGE, b"\r\n"))):
+        one = UsageFilter()
+        assert b"".join(one.feed(stream[i : i + 1]) for i in range(len(stream))) + one.flush() == wanted
+
+
+def test_the_filter_hands_on_whole_events_as_the_objects_they_are() -> None:
+    one = UsageFilter()
+    for chunk in (delta(content="a"), TALK, TALK + DONE, b": ping\n\n"):
+        assert one.feed(chunk) is chunk
+
+
+def test_the_filter_gives_back_what_it_held_when_the_stream_ends() -> None:
+    one = UsageFilter()
+    assert one.feed(DONE + b"data: half") == DONE
+    assert one.flush() == b"data: half"
+    assert one.flush() == b""
+
+
+def test_a_large_event_costs_time_in_proportion_to_its_size() -> None:
+    event = delta(content="x" * 8 * 2**20)
+    one = UsageFilter()
+    clock = time.process_time()
+    out = [one.feed(event[start : start + 65_536]) for start in range(0, len(event), 65_536)]
+    assert b"".join(out) == event
+    assert time.process_time() - clock < 1.0  # linear: some 50 ms; rescanning what is held: 20 s
