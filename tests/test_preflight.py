@@ -189,9 +189,10 @@ def test_a_redis_password_goes_by_the_environment() -> None:
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_only_a_cpu_engine_gets_cpu_options(on_cpu: bool) -> None:
-    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=on_cpu, compiled=not on_cpu, kv_gb=3)
+    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=on_cpu, kv_gb=3)
     command = commands.engine_command("python", engine)
     assert ("--block-size" in command.argv) == on_cpu
+    assert ("--enforce-eager" in command.argv) == on_cpu
     assert ("VLLM_CPU_KVCACHE_SPACE" in command.env) == on_cpu
     connector = json.loads(command.argv[command.argv.index("--kv-transfer-config") + 1])
     assert ("lmcache.mp.mp_transfer_mode" in connector["kv_connector_extra_config"]) == on_cpu

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from gateway.stack.errors import StackError
@@ -16,6 +16,10 @@ LOOPBACK = "127.0.0.1"
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU attention takes multiples of 32 only."""
 GPU_BLOCK_SIZE = 16
+
+Transfer = Literal["lmcache_driven", "engine_driven", "shm"]
+"""How KV goes between a CPU engine and the cache: the server reads and writes the engine's own memory; pickled through
+a socket, which is LMCache's default; or through the server's memory, shared under a name (`Cache.shm_name`)."""
 
 # Nothing of the user's prompts, and not even the fact that they use this, is reported anywhere.
 QUIET: Mapping[str, str] = MappingProxyType(
@@ -52,6 +56,7 @@ class Cache:
     memory_gb: float
     instance_id: str
     redis_url: str | None = None
+    shm_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +68,10 @@ class Engine:
     model: str
     served_model_name: str
     on_cpu: bool
-    compiled: bool
     kv_gb: int
     max_model_len: int | None = None
     tool_parser: str | None = None
+    transfer: Transfer = "lmcache_driven"
 
 
 def cache_command(python: str, cache: Cache) -> Command:
@@ -81,6 +86,8 @@ def cache_command(python: str, cache: Cache) -> Command:
     argv += ["--l1-size-gb", f"{cache.memory_gb:g}", "--eviction-policy", "LRU", "--supported-transfer-mode", "auto"]
     for adapter in adapters:
         argv += ["--l2-adapter", json.dumps(adapter)]
+    if cache.shm_name:
+        argv += ["--shm-name", cache.shm_name]
     # The password goes by the environment, because every user of the machine may read a command line.
     return Command(tuple(argv), {**QUIET, **(redis.env if redis else {})})
 
@@ -95,15 +102,12 @@ def engine_command(python: str, engine: Engine) -> Command:
     argv += ["--kv-transfer-config", json.dumps(_connector(engine))]
     if engine.tool_parser:
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", engine.tool_parser]
-    env = dict(QUIET)
-    if engine.on_cpu:
-        argv += ["--block-size", str(CPU_BLOCK_SIZE)]
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(engine.kv_gb)
-    if not engine.compiled:
-        # Both are needed: with the flag alone, sampling still compiles a little, on the first request, with g++.
-        argv += ["--enforce-eager"]
-        env["TORCHDYNAMO_DISABLE"] = "1"
-    return Command(tuple(argv), env)
+    if not engine.on_cpu:
+        return Command(tuple(argv), QUIET)
+    # Compiled, a 185 M model computes no faster, starts a minute later, and needs g++. Both the flag and the variable:
+    # with the flag alone, sampling still compiles a little, on the first request that wants logprobs.
+    argv += ["--block-size", str(CPU_BLOCK_SIZE), "--enforce-eager"]
+    return Command(tuple(argv), {**QUIET, "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_gb), "TORCHDYNAMO_DISABLE": "1"})
 
 
 def _connector(engine: Engine) -> dict[str, Any]:
@@ -117,8 +121,9 @@ def _connector(engine: Engine) -> dict[str, Any]:
         "lmcache.mp.mq_timeout": 30,
     }
     if engine.on_cpu:
-        # KV in POSIX shared memory: the server reads and writes it directly, ten times faster than the default.
-        extra["lmcache.mp.mp_transfer_mode"] = "lmcache_driven"
+        # By default KV in POSIX shared memory: the server reads and writes it directly, ten times faster than pickled.
+        driven = "lmcache_driven" if engine.transfer == "lmcache_driven" else "engine_driven"
+        extra["lmcache.mp.mp_transfer_mode"] = driven
     return {
         "kv_connector": "LMCacheMPConnector",
         "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",

@@ -1,7 +1,6 @@
 """The parts of the stack on this machine: what the options mean, and the parts themselves for tests and `up`."""
 
 import random
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ class LocalStack:
     cpu_cache_gb: float = 2.0
     engine_kv_gb: int | None = None
     demo_size: Size = "small"
+    transfer: commands.Transfer = "lmcache_driven"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +188,8 @@ def _cache_launch(plan: Plan) -> Launch:
             memory_gb=plan.options.cpu_cache_gb,
             instance_id=instance,
             redis_url=plan.options.redis_url,
+            # The port is this stack's alone, so no other stack on the machine has a segment of that name.
+            shm_name=f"cwg-l1-{plan.cache_port}" if plan.options.transfer == "shm" else None,
         ),
     )
     return _launch(plan, "cache", command, f"{plan.cache_url}/healthcheck")
@@ -202,10 +204,10 @@ def _engine_launch(plan: Plan) -> Launch:
             model=plan.model.key,
             served_model_name=plan.model.served_name,
             on_cpu=plan.on_cpu,
-            compiled=not plan.on_cpu or (not plan.model.is_demo and shutil.which("g++") is not None),
             kv_gb=plan.engine_kv_gb,
             max_model_len=plan.options.max_model_len,
             tool_parser="hermes" if plan.model.is_demo else None,
+            transfer=plan.options.transfer,
         ),
     )
     return _launch(plan, "engine", command, f"{plan.engine_url}/health")
