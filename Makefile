@@ -42,12 +42,12 @@ clean:
 
 # A stamp for each set of extras, out of date when a file is newer that decides what is in it.
 $(VENV)/with-local: $(VENV)/with-torch
-	@echo "installing vLLM, LMCache and the gateway into $(VENV)"
+	@echo "installing vLLM, LMCache and the gateway into $(VENV)" >&2
 	@$(WITH) --editable '.[local]'
 	@touch $@
 
 $(VENV)/with-test: $(VENV)/with-local
-	@echo "installing what the tests need into $(VENV)"
+	@echo "installing what the tests need into $(VENV)" >&2
 	@$(WITH) --editable '.[local,test]'
 	@touch $@
 
@@ -61,7 +61,7 @@ $(PEERS)/bin/litellm: $(BIN)/uv
 	@$(INSTALL) --python $(PEERS)/bin/python 'litellm[proxy]>=1.80,<2' 'vllm-router>=0.1.17,<0.2' 'agentic-api>=0.9,<1'
 
 $(VENV)/with-torch: $(BIN)/uv pyproject.toml constraints.txt overrides-cpu.txt
-	@echo "installing torch into $(VENV)"
+	@echo "installing torch into $(VENV)" >&2
 	@$(WITH) torch==2.13.0+cpu 2>$(VENV)/torch.log || { echo "error: torch==2.13.0+cpu for $$($(BIN)/python -V)" \
 		"was not found; set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it (see $(VENV)/torch.log)" >&2; exit 1; }
 	@touch $@
