@@ -1,18 +1,20 @@
 """The only place that makes the parts and opens them, and the list of what is served where."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvloop
 from starlette.applications import Starlette
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from gateway.edge import admin, server
 from gateway.edge.health import Health
 from gateway.edge.inference import Inference
 from gateway.engine import Engine
+from gateway.errors import StartError
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Lock, Pins
 from gateway.kv.tiers.contract import Tier, TierUnavailable
@@ -33,28 +35,19 @@ log = logging.getLogger(__name__)
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._inference: Inference | None = None
-        self._rest: ASGIApp = Starlette(
-            routes=admin.routes(), exception_handlers=admin.HANDLERS, lifespan=self._lifespan
-        )
+    def __init__(self, parts: Parts, health: Health) -> None:
+        self._inference = Inference(parts)
+        self._state = {"parts": parts, "health": health}
+        self._rest = Starlette(routes=admin.routes(), exception_handlers=admin.HANDLERS)
+        self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if self._inference is not None and scope["type"] == "http" and scope["path"].startswith(("/v1/", "/s/")):
+        """Serve one request."""
+        if scope["path"].startswith(("/v1/", "/s/")):
             await self._inference(scope, receive, send)
         else:
+            scope["state"] = self._state
             await self._rest(scope, receive, send)
-
-    @asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncIterator[dict[str, object]]:
-        async with open_parts(self._settings) as parts, Health(parts) as health:
-            self._inference = Inference(parts)
-            try:
-                yield {"parts": parts, "health": health}
-            finally:
-                self._inference = None
 
 
 @asynccontextmanager
@@ -99,19 +92,27 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
         try:
             tiers.append(await stack.enter_async_context(DiskTier(settings.kv_path, settings.pins_path / store_id)))
         except TierUnavailable as error:
-            raise SystemExit(f"error: {error}: make pins_dir writable") from error
+            raise StartError(f"{error}: make pins_dir writable") from error
     if settings.kv_redis_url:
         tier = RedisTier(settings.kv_redis_url, store_id, settings.connect_timeout_s)
         tiers.append(await stack.enter_async_context(tier))
     return tuple(tiers)
 
 
+async def run(settings: Settings) -> None:
+    """Serve until a signal. Raises StartError where something that is needed cannot be had."""
+    sock = server.listen(settings)
+    async with open_parts(settings) as parts, Health(parts) as health:
+        # What lives as long as the process need not be looked at again, and a request makes little garbage with cycles:
+        # collecting as often as the default does was a twelfth of the time (loadtests/).
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 100)
+        log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+        await server.serve(Gateway(parts, health), settings, sock)
+
+
 def main(settings: Settings) -> None:
-    """Serve in this process until a signal. Exits with 1 and one line when the port cannot be had."""
-    try:
-        sock = server.listen(settings)
-    except OSError as error:
-        raise SystemExit(f"error: cannot listen on {settings.host} port {settings.port}: {error.strerror}") from error
-    log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+    """Serve in this process until a signal. Raises StartError."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(server.serve(Gateway(settings), settings, sock))
+        runner.run(run(settings))

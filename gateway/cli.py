@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 """
 
+import functools
 import json
 import logging
 import os
@@ -19,9 +20,11 @@ from rich.table import Table
 
 from gateway import __version__
 from gateway.client import Admin, AdminError
+from gateway.errors import StartError
 from gateway.settings import Settings, SettingsError, load
 
-_OUT = Console()
+# A pipe has no width: a name that is cut is of no use to the next program.
+_OUT = Console() if sys.stdout.isatty() else Console(width=10_000)
 _ERR = Console(stderr=True)
 
 
@@ -75,10 +78,10 @@ def serve(config: Path | None, host: str | None, port: int | None) -> None:
 
     try:
         settings = load(file=config, environment=os.environ, overrides={"host": host, "port": port})
-    except SettingsError as error:
+        _log_to_stderr(settings)
+        app.main(settings)
+    except (SettingsError, StartError) as error:
         raise Failure(str(error)) from error
-    _log_to_stderr(settings)
-    app.main(settings)
 
 
 def _log_to_stderr(settings: Settings) -> None:
@@ -94,7 +97,16 @@ def _log_to_stderr(settings: Settings) -> None:
 def _verb(command: Callable[..., None]) -> click.Command:
     """A verb: a command of `cwg`, named after its function, with the option that every verb has."""
     option = click.option("--json", "as_json", is_flag=True, help="print the answer as JSON")
-    return main.command(command.__name__.rstrip("_"))(option(command))
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (LookupError, TypeError) as error:
+            what = f"the answer is not a gateway's of this version ({type(error).__name__}: {error})"
+            raise Failure(f"{what}; is CWG_URL right?") from error
+
+    return main.command(command.__name__.rstrip("_"))(option(run))
 
 
 def _admin() -> Admin:

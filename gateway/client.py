@@ -24,8 +24,13 @@ class Admin:
 
     def __init__(self, url: str, api_key: str) -> None:
         self.url = url
+        if not api_key.isascii() or not api_key.isprintable():
+            raise AdminError("CWG_API_KEY holds characters that a header cannot carry")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600, connect=5))
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600, connect=5))
+        except httpx.InvalidURL as error:
+            raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
 
     def call(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Mapping[str, Any] | None = None
@@ -62,14 +67,20 @@ def _given(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _json(content: bytes) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise AdminError(f"the answer is not JSON: {content[:100]!r}", "is CWG_URL a gateway's address?") from error
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise AdminError(f"the answer is not a JSON object: {content[:100]!r}", "is CWG_URL a gateway's address?")
     return value
 
 
 def _checked(status: int, answer: dict[str, Any]) -> dict[str, Any]:
     if status < 400:
         return answer
-    error = answer.get("error") or {}
-    raise AdminError(error.get("message", f"HTTP {status}"), error.get("hint", ""), error.get("code", ""))
+    error = answer.get("error")
+    if not isinstance(error, dict):
+        raise AdminError(f"HTTP {status}: {answer!r:.200}", "is CWG_URL a gateway's address?")
+    raise AdminError(
+        str(error.get("message", f"HTTP {status}")), str(error.get("hint", "")), str(error.get("code", ""))
+    )

@@ -3,6 +3,7 @@
 Requests of clients do not come through here; the relay streams them over `gateway.upstream`.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ class Engine:
     def __init__(self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float) -> None:
         self.url = url
         self._fingerprint = fingerprint
+        self._quick = httpx.Timeout(connect_timeout_s)  # for what costs an engine nothing, however busy it is
         self._models: dict[str, Model] = {}
+        self._asking: asyncio.Task[dict[str, Model]] | None = None
         self._asked_at = -_ASK_AGAIN_S
         self._http = httpx.AsyncClient(
             base_url=url,
@@ -59,15 +62,16 @@ class Engine:
 
         Raises `engine_unreachable`, `engine_timeout`.
         """
-        now = time.monotonic()
-        if now - self._asked_at >= _ASK_AGAIN_S:
-            self._asked_at = now
-            await self.models()
+        if self._asking is None and time.monotonic() - self._asked_at >= _ASK_AGAIN_S:
+            self._asking = asyncio.create_task(self.models())
+            self._asking.add_done_callback(self._on_asked)
+        if self._asking is not None:  # everybody who does not know waits for the same answer
+            await asyncio.shield(self._asking)
         return self.known(name)
 
     async def models(self) -> dict[str, Model]:
         """Ask which models are served. Raises `engine_unreachable`, `engine_timeout`."""
-        answer = await self._call("GET", "/v1/models")
+        answer = await self._call("GET", "/v1/models", timeout=self._quick)
         listed = {card["id"]: card for card in answer["data"]}
         self._models = {name: self._model(card, listed) for name, card in listed.items()}
         return self._models
@@ -87,7 +91,7 @@ class Engine:
     async def healthy(self) -> bool:
         """Whether the engine answers and calls itself healthy."""
         try:
-            return (await self._http.get("/health")).status_code == 200
+            return (await self._http.get("/health", timeout=self._quick)).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -130,6 +134,10 @@ class Engine:
             **extra,
         }
         return await self._call("POST", "/v1/completions", json=body)
+
+    def _on_asked(self, _: object) -> None:
+        self._asking = None
+        self._asked_at = time.monotonic()
 
     def _model(self, card: Mapping[str, Any], listed: Mapping[str, Any]) -> Model:
         name, root = str(card["id"]), str(card.get("root") or card["id"])

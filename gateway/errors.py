@@ -68,3 +68,7 @@ class GatewayError(Exception):
     def retryable(self) -> bool:
         """Whether the same request may succeed later."""
         return CODES[self.code].retryable
+
+
+class StartError(Exception):
+    """The gateway cannot start; the message says in one line why, and what to do about it."""

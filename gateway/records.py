@@ -54,6 +54,7 @@ class Session:
     lineage: str
     model: str = ""
     fingerprint: str = ""
+    salt: str = ""  # of its last turn, under `fingerprint`
     state: SessionState = "active"
     token_count: int = 0
     turn_count: int = 0

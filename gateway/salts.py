@@ -7,8 +7,9 @@ and it takes in the model's fingerprint because LMCache's keys hold the `--model
 
 import hmac
 import secrets
-from hashlib import sha256
 from pathlib import Path
+
+from gateway.errors import StartError
 
 VERSION = b"cwg1"
 SALT_CHARS = 32  # hex: no `@ / \\ NUL`, which vLLM refuses, and short enough for LMCache's file names
@@ -22,14 +23,21 @@ def salt(secret: bytes, tenant: str, scope: str, fingerprint: str, client_salt: 
     fields = (tenant, scope, fingerprint, client_salt)
     # Length prefixes: ("ab", "c") and ("a", "bc") must not meet.
     text = VERSION + b"".join(len(raw).to_bytes(4, "big") + raw for raw in (f.encode() for f in fields))
-    return hmac.new(secret, text, sha256).hexdigest()[:SALT_CHARS]
+    return hmac.digest(secret, text, "sha256").hex()[:SALT_CHARS]
 
 
 def read_secret(path: Path) -> bytes:
-    """Return the secret in `path`, made on first use (mode 0600).
+    """Return the secret in `path`, made on first use (mode 0600). Raises StartError.
 
     Losing it loses no text, but every window's KV: new salts will not find it.
     """
+    try:
+        return _read_secret(path)
+    except OSError as error:
+        raise StartError(f"secret_file {path} cannot be read or made: {error.strerror}") from error
+
+
+def _read_secret(path: Path) -> bytes:
     try:
         value = path.read_bytes().strip()
     except FileNotFoundError:
@@ -45,5 +53,5 @@ def read_secret(path: Path) -> bytes:
             fresh.unlink()
         value = path.read_bytes().strip()
     if len(value) < 32:
-        raise ValueError(f"{path} holds {len(value)} characters; a secret has at least 32")
+        raise StartError(f"secret_file {path} holds {len(value)} characters; a secret has at least 32")
     return value

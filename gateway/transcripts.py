@@ -9,6 +9,8 @@ the client, or the window, has it.
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import orjson
+
 from gateway.errors import GatewayError
 from gateway.records import Message
 
@@ -25,7 +27,21 @@ def canonical(message: Message) -> dict[str, Any]:
     content = kept.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         kept["content"] = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_canonical_call(call) for call in kept["tool_calls"]]
     return kept
+
+
+def _canonical_call(call: Any) -> Any:
+    """A tool call with its arguments as a value: clients parse them and write them down again with other spaces."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = orjson.loads(function["arguments"])
+    except orjson.JSONDecodeError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def same(a: Message, b: Message) -> bool:

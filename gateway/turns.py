@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.records import Outcome, Turn
@@ -29,6 +29,7 @@ class Ended:
     session_id: str
     lineage: str
     fingerprint: str
+    salt: str
     dialect: Dialect
     call: Call
     outcome: Outcome
@@ -87,10 +88,7 @@ class Turns:
             batch = [await self._queue.get()]
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            try:
-                await self._store.record([_finished(ended) for ended in batch])
-            except Exception:
-                log.exception("could not record %d turns", len(batch))
+            await self._record([_finished(ended) for ended in batch])
             for ended in batch:
                 self._sessions.leave(ended.tenant, ended.session_id)
                 self._room.release()
@@ -98,6 +96,20 @@ class Turns:
             async with self._progress:
                 self._recorded += len(batch)
                 self._progress.notify_all()
+
+    async def _record(self, finished: list[Finished]) -> None:
+        try:
+            await self._store.record(finished)
+        except Exception:
+            if len(finished) > 1:
+                for one in finished:  # one that cannot be recorded must not cost the others
+                    await self._record([one])
+                return
+            (one,) = finished
+            log.exception("could not record a turn of session %s", one.turn.session_id)
+            if one.messages is not None:  # perhaps it is the transcript: the turn was, all the same
+                turn = replace(one.turn, detail="the transcript could not be kept")
+                await self._record([replace(one, turn=turn, messages=None)])
 
 
 def _finished(ended: Ended) -> Finished:
@@ -120,7 +132,7 @@ def _finished(ended: Ended) -> Finished:
         usage=reply.usage,
         detail=ended.detail or reply.error,
     )
-    return Finished(turn, ended.lineage, ended.fingerprint, messages, ended.call.frame)
+    return Finished(turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.frame)
 
 
 def _reply(ended: Ended) -> Reply:

@@ -159,6 +159,9 @@ class Connection(asyncio.Protocol):
         self._framed = False  # the answer says where it ends
         self._head_done = False
         self._complete = False
+        self._keep_alive = False
+        self._surplus = False
+        self._answered = False  # a byte of the answer has come
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._heard = self._loop.time()
@@ -178,7 +181,7 @@ class Connection(asyncio.Protocol):
         while not self._head_done and self._error is None:
             await self._wait()
         if self._error is not None:
-            unanswered = used and not self.status and self._error.code == "engine_unreachable"
+            unanswered = used and not self._answered and self._error.code == "engine_unreachable"
             raise UpstreamError("stale", str(self._error), began=False) if unanswered else self._error
 
     async def read(self) -> bytes:
@@ -197,6 +200,11 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return chunk
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the chunk that was read last ends the answer."""
+        return self._complete and not self._chunks
+
     def abort(self) -> None:
         """Close at once; the engine sees it and drops the request."""
         self._stop_timer()
@@ -207,9 +215,7 @@ class Connection(asyncio.Protocol):
     def reusable(self) -> bool:
         """Whether another exchange may follow on this connection."""
         self._stop_timer()
-        if self._closed or not self._complete or self._chunks or not self._parser.should_keep_alive():
-            return False
-        if self._method == "HEAD":  # the parser waits for a body that will not come
+        if self._closed or self._chunks or self._surplus or not self._keep_alive:
             return False
         self._idle_since = self._loop.time()
         return True
@@ -225,6 +231,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
+        self._answered = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -243,10 +250,12 @@ class Connection(asyncio.Protocol):
 
     # What the parser calls.
 
-    def on_status(self, _: bytes) -> None:
-        self.status = self._parser.get_status_code()
+    def on_message_begin(self) -> None:
+        self._surplus = self._complete  # an answer that nobody asked for: none of it is ours, and neither is the next
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._surplus:
+            return
         lower = name.lower()
         if lower in (b"content-length", b"transfer-encoding"):
             self._framed = True
@@ -254,6 +263,8 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        if self._surplus:
+            return
         if status < 200:  # 1xx: the answer proper follows
             self.headers = []
             return
@@ -263,6 +274,8 @@ class Connection(asyncio.Protocol):
             self._complete = True
 
     def on_body(self, body: bytes) -> None:
+        if self._surplus:
+            return
         self._chunks.append(body)
         self._size += len(body)
         if self._size > _HIGH_WATER and not self._paused:
@@ -270,8 +283,11 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
-        if self._head_done:
+        if self._head_done and not self._surplus:
             self._complete = True
+            # Asked here, because the parser forgets it with the message. After a HEAD it waits for a body that will not
+            # come, so this is never reached and the connection is not used again.
+            self._keep_alive = bool(self._parser.should_keep_alive())
 
     def _fail(self, code: str, message: str) -> None:
         if self._error is None and not self._complete:

@@ -6,7 +6,16 @@ from typing import Any
 import orjson
 
 from gateway import sse
-from gateway.dialects.contract import RENDER_FIELDS, Call, Reply, sanitise, usage_of
+from gateway.dialects.contract import (
+    RENDER_FIELDS,
+    Call,
+    Reply,
+    is_clean,
+    sanitise,
+    usage_of,
+    with_fields,
+    write_json,
+)
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -18,14 +27,16 @@ _REASONING = ("reasoning", "reasoning_content")
 class ChatDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
-    def read(self, body: dict[str, Any]) -> Call:
+    def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
+        clean = is_clean(body)
         client_salt = sanitise(body)
         messages = body.get("messages")
         sound = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
         options = body.get("stream_options")
         return Call(
             body=body,
+            raw=raw if clean else b"",
             model=body["model"] if isinstance(body.get("model"), str) else "",
             messages=messages if sound and messages else [],
             frame={name: body[name] for name in RENDER_FIELDS if body.get(name) is not None},
@@ -36,13 +47,16 @@ class ChatDialect:
     def write(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
         body = {**call.body, "messages": call.messages} if call.messages else dict(call.body)
-        body["cache_salt"] = salt
-        if call.hide_usage:
-            options = body.get("stream_options")
-            if options is None or isinstance(options, dict):
-                # Without the client's include_usage, vLLM would not have sent continuous usage either.
-                body["stream_options"] = {**(options or {}), "include_usage": True, "continuous_usage_stats": False}
-        return orjson.dumps(body)
+        if not call.hide_usage:
+            return with_fields(call.raw, body, {"cache_salt": salt})
+        # Without the client's include_usage, vLLM would not have sent continuous usage either.
+        usage = {"include_usage": True, "continuous_usage_stats": False}
+        options = body.get("stream_options")
+        if "stream_options" not in body:
+            return with_fields(call.raw, body, {"cache_salt": salt, "stream_options": usage})
+        if isinstance(options, dict) or options is None:
+            body["stream_options"] = {**(options or {}), **usage}
+        return write_json({**body, "cache_salt": salt})
 
     def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
         """See `Dialect.reply`."""
@@ -72,12 +86,10 @@ def _whole(chunks: Iterable[bytes]) -> Reply:
 def _streamed(chunks: Iterable[bytes]) -> Reply:
     message = _Assembled()
     usage: Usage | None = None
-    error, done = "", False
-    for data in sse.events(chunks):
-        if data == _DONE:
-            done = True
-            continue
-        event = _object(data)
+    error = ""
+    events = list(sse.events(chunks))
+    done = events[-1:] == [_DONE]
+    for event in _objects(events[:-1] if done else events):
         if event is None:
             error = "the stream holds an event that is not a JSON object"
         elif "error" in event:
@@ -123,6 +135,17 @@ def _clean(message: dict[str, Any]) -> Message:
     clean: Message = {"role": "assistant", "content": message.get("content")}
     clean |= {name: message[name] for name in (*_REASONING, "tool_calls") if message.get(name)}
     return clean
+
+
+def _objects(events: list[bytes]) -> list[dict[str, Any] | None]:
+    """Read the data of all events, None for each that is no JSON object; in one go where they all are."""
+    try:
+        found: list[Any] = orjson.loads(b"[" + b",".join(events) + b"]")
+    except orjson.JSONDecodeError:
+        found = []
+    if len(found) == len(events) and all(isinstance(value, dict) for value in found):
+        return found
+    return [_object(data) for data in events]
 
 
 def _object(data: bytes) -> dict[str, Any] | None:

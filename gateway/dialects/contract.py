@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import orjson
+
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -30,9 +32,13 @@ INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of a session: the parsed body, and what the gateway needs of it."""
+    """One request of a session: the parsed body, and what the gateway needs of it.
+
+    `raw` is the body as it came, b"" where something in it has been changed since.
+    """
 
     body: dict[str, Any]
+    raw: bytes
     model: str
     messages: list[Message]
     frame: Mapping[str, Any]
@@ -52,8 +58,8 @@ class Reply:
 class Dialect(Protocol):
     """One client API."""
 
-    def read(self, body: dict[str, Any]) -> Call:
-        """Take a request apart; `body` is the caller's to give away."""
+    def read(self, body: dict[str, Any], raw: bytes) -> Call:
+        """Take a request apart; `body` is `raw` parsed, and the caller's to give away."""
         ...
 
     def write(self, call: Call, salt: str) -> bytes:
@@ -75,11 +81,22 @@ class Dialect(Protocol):
 
 def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
     """Read a `usage` object of the chat or completions API."""
-    if not usage or not isinstance(usage.get("prompt_tokens"), int):
+    prompt = _count(usage.get("prompt_tokens")) if isinstance(usage, Mapping) else None
+    if usage is None or prompt is None:
         return None
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens")
-    return Usage(usage["prompt_tokens"], usage.get("completion_tokens") or 0, cached)
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, Mapping) else None
+    return Usage(prompt, _count(usage.get("completion_tokens")) or 0, cached)
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens, None for whatever else an engine may send."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
+def is_clean(body: Mapping[str, Any]) -> bool:
+    """Whether `sanitise` would find nothing to take out."""
+    return "vllm_xargs" not in body and not any(name in body for name in PRIVATE_FIELDS)
 
 
 def sanitise(body: dict[str, Any]) -> str:
@@ -91,3 +108,23 @@ def sanitise(body: dict[str, Any]) -> str:
     if isinstance(extra, dict):
         body["vllm_xargs"] = {k: v for k, v in extra.items() if k not in PRIVATE_FIELDS}
     return str(client_salt) if client_salt is not None else ""
+
+
+def write_json(body: Mapping[str, Any]) -> bytes:
+    """Write a body. Raises `invalid_request` for one that is nested deeper than can be written (254 levels)."""
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise GatewayError("invalid_request", f"the body cannot be passed on: {error}") from error
+
+
+def with_fields(raw: bytes, body: Mapping[str, Any], added: Mapping[str, Any]) -> bytes:
+    """Write a body with `added`, which it does not have yet, leaving every byte of `raw` as the client wrote it.
+
+    Numbers beyond 64 bits and the spelling of floats survive, and half a megabyte of history is not written anew.
+    Without `raw` the parsed `body` is written.
+    """
+    if not raw:
+        return write_json({**body, **added})
+    end = raw.rindex(b"}")
+    return b"".join((memoryview(raw)[:end], b"," if body else b"", orjson.dumps(added)[1:]))

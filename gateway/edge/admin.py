@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -120,6 +121,8 @@ async def get_session(call: Call) -> tuple[int, Any]:
 async def delete_session(call: Call) -> tuple[int, Any]:
     """DELETE /admin/sessions/{session_id}."""
     call.query({})
+    # A turn that is going on would make the session anew when it is recorded.
+    await call.parts.sessions.at_rest(call.tenant, call.session_id, call.parts.settings.busy_wait_s)
     if not await call.parts.store.delete_session(call.tenant, call.session_id):
         raise _no_session(call.session_id)
     return 200, {"session_id": call.session_id, "deleted": True}
@@ -269,6 +272,7 @@ class Endpoint:
         request = Request(scope, receive)
         try:
             parts: Parts = request.state.parts
+            _refuse_foreign(request)
             call = Call(request, auth.tenant(scope["headers"], parts.settings.api_key))
             if request.headers.get("accept") == _NDJSON:
                 answer: ASGIApp = _Progressing(self._verb, call)
@@ -411,6 +415,13 @@ def _shape(error: GatewayError) -> dict[str, Any]:
 
 def _answer(status: int, value: Any) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def _refuse_foreign(request: Request) -> None:
+    """Refuse what a page of another site makes a browser send: where there is no key, that is all it takes."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host", ""):
+        raise GatewayError("forbidden", f"requests from {origin!r:.200} are not served here")
 
 
 def _model(name: str, value: object) -> str:

@@ -21,18 +21,15 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: fl
     if int(declared) > limit:  # httptools has checked that it is a number
         raise _too_large(limit)
     message = await _next(receive, timeout_s)
-    if not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        return body
-    parts = [message.get("body", b"")]
+    parts: list[bytes] = [message.get("body", b"")]
     size = len(parts[0])
-    while message.get("more_body", False):
+    while message.get("more_body", False) and size <= limit:
         message = await _next(receive, timeout_s)
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > limit:
-            raise _too_large(limit)
-    return b"".join(parts)
+    if size > limit:
+        raise _too_large(limit)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:

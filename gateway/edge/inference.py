@@ -4,8 +4,10 @@ A chat completion is a turn of a session: read once, salted, relayed, and handed
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
+import logging
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -15,7 +17,15 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import transcripts
 from gateway.dialects.chat import ChatDialect
-from gateway.dialects.contract import INHERITED_FIELDS, Call, Dialect, sanitise
+from gateway.dialects.contract import (
+    INHERITED_FIELDS,
+    Call,
+    Dialect,
+    is_clean,
+    sanitise,
+    with_fields,
+    write_json,
+)
 from gateway.edge import auth
 from gateway.edge.http import ClientGone, Headers, not_found, read_body, send_answer
 from gateway.edge.relay import Answer, Outgoing, relay, request_headers
@@ -23,8 +33,9 @@ from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.records import Session, check_session_id
-from gateway.sse import UsageFilter
 from gateway.turns import Ended
+
+log = logging.getLogger(__name__)
 
 SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
@@ -33,7 +44,16 @@ _CHAT = TURNS[b"/v1/chat/completions"]
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
-    {b"/v1/chat/completions/batch", b"/v1/completions", b"/v1/embeddings", b"/v1/messages", b"/v1/responses"}
+    {
+        b"/v1/chat/completions/batch",
+        b"/v1/completions",
+        b"/v1/embeddings",
+        b"/v1/messages",
+        b"/v1/rerank",
+        b"/v1/responses",
+        b"/v1/score",
+        b"/v1/systemone",
+    }
 )
 
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
@@ -46,7 +66,6 @@ _DROPPED = frozenset(
         b"expect",
         SESSION_HEADER,
         SYSTEM_HEADER,
-        b"x-window",
         b"x-vllm-priority",
     }
 )
@@ -100,6 +119,11 @@ class Inference:
             await send_answer(send, error.status, _CHAT.error(error))
         except ClientGone:
             return
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            failure = GatewayError("internal", "the gateway failed; its log says why")
+            with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
+                await send_answer(send, failure.status, _CHAT.error(failure))
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
@@ -111,7 +135,7 @@ class Inference:
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        call = dialect.read(_parse(incoming.body))
+        call = dialect.read(_parse(incoming.body), incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
@@ -120,14 +144,15 @@ class Inference:
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
-        hidden = UsageFilter(self._stamp) if call.hide_usage else None
-        answer = Answer(dialect, _session_headers(session, model), parts.settings.max_reply_bytes, hidden)
+        answer = Answer(
+            dialect, _session_headers(session, model), parts.settings.max_reply_bytes, call.hide_usage, self._stamp
+        )
         started_at, clock = time.time(), time.monotonic()
         await parts.turns.enter(session.tenant, session.id)
         try:
             await relay(parts.upstream, outgoing, incoming.receive, incoming.send, answer)
-            if hidden and answer.streamed:
-                self._stamp = hidden.stamp
+            if call.hide_usage:
+                self._stamp = answer.stamp
         finally:
             parts.turns.finish(
                 Ended(
@@ -135,6 +160,7 @@ class Inference:
                     session_id=session.id,
                     lineage=session.lineage,
                     fingerprint=fingerprint,
+                    salt=salt,
                     dialect=dialect,
                     call=call,
                     outcome=answer.outcome,
@@ -158,15 +184,16 @@ class Inference:
 
     async def _sanitised(self, incoming: Incoming) -> bytes:
         body = _parse(incoming.body)
+        raw = incoming.body if is_clean(body) else b""
         client_salt = sanitise(body)
-        if incoming.path in SALTED:
-            named = body.get("model")
-            model = await self._model(named if isinstance(named, str) else "")
-            session_id = incoming.session_id
-            lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
-            fingerprint = model.fingerprint if model else ""
-            body["cache_salt"] = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
-        return orjson.dumps(body)
+        if incoming.path not in SALTED:
+            return raw or write_json(body)
+        named = body.get("model")
+        model = await self._model(named if isinstance(named, str) else "")
+        session_id = incoming.session_id
+        lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
+        salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
+        return with_fields(raw, body, {"cache_salt": salt})
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
@@ -178,7 +205,9 @@ class Inference:
             return call
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.body}
-        return replace(call, body={**call.body, **inherited}, messages=messages, frame={**call.frame, **inherited})
+        return replace(
+            call, raw=b"", body={**call.body, **inherited}, messages=messages, frame={**call.frame, **inherited}
+        )
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
@@ -202,8 +231,13 @@ def _route(scope: Scope) -> tuple[bytes, str | None]:
         _, _, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", b"", raw[3:], b"")
         named = check_session_id(unquote(part.decode("latin-1")), "session id in the URL")
         raw = b"/" + rest
-    if not raw.startswith(b"/v1/") or b".." in unquote(raw.decode("latin-1")).encode().split(b"/"):
+    # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
+    path = unquote(raw.decode("latin-1")).encode()
+    if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
         raise not_found(scope["path"])
+    known = path.rstrip(b"/")
+    if known in TURNS or known in SALTED:
+        raw = known
     if named is None:
         sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
         named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None

@@ -41,7 +41,8 @@ class Answer:
     dialect: Dialect
     extra_headers: Headers
     limit: int
-    hidden: UsageFilter | None = None  # takes out what the client did not ask for
+    hide_usage: bool = False
+    stamp: bytes | None = b""  # what `UsageFilter` has learnt of the engine
     status: int = 0
     streamed: bool = False
     chunks: list[bytes] | None = field(default_factory=list)
@@ -83,21 +84,30 @@ async def _forward(connection: Connection, send: Send, answer: Answer) -> None:
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
-    hidden = answer.hidden if answer.streamed else None
+    hidden = UsageFilter(answer.stamp) if answer.streamed and answer.hide_usage else None
+    last = shown = b""
     try:
         while chunk := await connection.read():
             answer.keep(chunk)
             shown = hidden.feed(chunk) if hidden else chunk
+            if connection.exhausted:
+                last = shown
+                break
             if shown:
                 await send({"type": "http.response.body", "body": shown, "more_body": True})
     except UpstreamError as error:
         answer.outcome, answer.detail = "engine_cut", str(error)
         if not answer.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
-        await send({"type": "http.response.body", "body": answer.dialect.error_event(as_gateway_error(error))})
+        # Half an event may have gone out already; the error must not become its other half.
+        end = b"" if hidden or not shown or shown.endswith(b"\n\n") else b"\n\n"
+        await send({"type": "http.response.body", "body": end + answer.dialect.error_event(as_gateway_error(error))})
         return
     answer.outcome = "completed" if connection.status < 400 else "engine_error"
-    await send({"type": "http.response.body", "body": hidden.flush() if hidden else b""})
+    if hidden:
+        last += hidden.flush()
+        answer.stamp = hidden.stamp
+    await send({"type": "http.response.body", "body": last})
 
 
 def request_headers(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

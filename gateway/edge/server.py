@@ -1,51 +1,116 @@
 """uvicorn as the gateway runs it: no headers of its own, no log line per request, and a bound on slow headers."""
 
 import asyncio
+import signal
 import socket
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway.errors import StartError
 from gateway.settings import Settings
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the pool of any client we know keeps a connection, so that the client closes first
 _SHUTDOWN_S = 10
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers; agents send a few kilobytes
+_HEAD_TOO_LARGE = b"HTTP/1.1 431 Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
-def protocol(client_timeout_s: float) -> type[HttpToolsProtocol]:
-    """Return uvicorn's HTTP protocol with a bound on how long a client may take for its first request's headers."""
+class GatheringTransport:
+    """Sends everything that is written in one turn of the event loop as one.
 
-    class Protocol(HttpToolsProtocol):
-        _deadline: asyncio.TimerHandle | None = None
+    uvicorn writes the head and each chunk apart, and uvloop makes a system call of each write: that would be the most
+    of what a chunk costs. The bytes and the HTTP chunks stay as they are; only fewer calls carry them.
+    """
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._deadline = self.loop.call_later(client_timeout_s, transport.close)
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._waiting: list[bytes] = []
 
-        def on_headers_complete(self) -> None:
-            self._cancel()
-            super().on_headers_complete()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel()
-            super().connection_lost(exc)
+    def write(self, data: bytes) -> None:
+        """Write it before the loop turns to anything else."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
 
-        def _cancel(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
+    def close(self) -> None:
+        """Close when all is written."""
+        self._flush()
+        self._transport.close()
 
-    return Protocol
+    def _flush(self) -> None:
+        if self._waiting:
+            data = b"".join(self._waiting)
+            self._waiting.clear()
+            self._transport.write(data)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with bounds on the head of every request: seconds, and bytes."""
+
+    head_timeout_s: float
+    _deadline: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self.transport = GatheringTransport(transport, self.loop)  # type: ignore[assignment]
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Something came: of a head, or of a body."""
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_head()
+        super().data_received(data)
+        if self._deadline is not None:  # the head is not complete yet
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.write(_HEAD_TOO_LARGE)
+                self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        self._cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._head_bytes = 0
+        self._deadline = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _cancel(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Open the listening socket. Raises OSError when the address is in use or not ours."""
+    """Open the listening socket. Raises StartError when the address is in use or not ours."""
+    try:
+        return _listen(settings)
+    except OSError as error:
+        what = f"cannot listen on {settings.host} port {settings.port}"
+        raise StartError(f"{what}: {error.strerror}; set host or port to another") from error
+
+
+def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((settings.host, settings.port))
+    sock.listen(_BACKLOG)  # now, not when all is open: until somebody listens, the address can be taken away
     return sock
 
 
@@ -53,10 +118,10 @@ async def serve(app: ASGIApp, settings: Settings, sock: socket.socket) -> None:
     """Serve `app` on `sock` until SIGINT or SIGTERM."""
     config = uvicorn.Config(
         app,
-        http=protocol(settings.client_timeout_s),
+        http=type("Protocol", (BoundedProtocol,), {"head_timeout_s": settings.client_timeout_s}),
         ws="none",
         loop="none",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -66,4 +131,10 @@ async def serve(app: ASGIApp, settings: Settings, sock: socket.socket) -> None:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
-    await uvicorn.Server(config).serve(sockets=[sock])
+    server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again when it is done; by default that would end the process before the parts close.
+        signal.signal(number, lambda *_: None)
+    await server.serve(sockets=[sock])
+    # Requests that outlived the grace time were cancelled; each still has its turn to hand over.
+    await asyncio.gather(*server.server_state.tasks, return_exceptions=True)

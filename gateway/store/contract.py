@@ -34,6 +34,7 @@ class Finished:
     turn: Turn
     lineage: str
     fingerprint: str
+    salt: str
     messages: Sequence[Message] | None
     frame: Mapping[str, object]
 

@@ -7,6 +7,8 @@ and windows that share a beginning share its rows, and a transcript is named by 
 import sqlite3
 from collections.abc import Callable
 
+from gateway.errors import StartError
+
 MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
 
 
@@ -26,7 +28,8 @@ _M001 = (
     ) WITHOUT ROWID""",
     """CREATE TABLE sessions (
         tenant TEXT NOT NULL, id TEXT NOT NULL, lineage TEXT NOT NULL, model TEXT NOT NULL, fingerprint TEXT NOT NULL,
-        state TEXT NOT NULL, token_count INTEGER NOT NULL, turn_count INTEGER NOT NULL, transcript BLOB, frame BLOB,
+        salt TEXT NOT NULL, state TEXT NOT NULL, token_count INTEGER NOT NULL, turn_count INTEGER NOT NULL,
+        transcript BLOB, frame BLOB,
         window TEXT, window_transcript BLOB, created_at REAL NOT NULL, last_active_at REAL NOT NULL, frozen_at REAL,
         PRIMARY KEY (tenant, id)
     ) WITHOUT ROWID""",
@@ -71,14 +74,14 @@ _M001 = (
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 
-    Raises RuntimeError when the database was written by a newer gateway.
+    Raises StartError when the database was written by a newer gateway.
     """
     while True:
         db.execute("BEGIN IMMEDIATE")  # before the version is read: another worker may be migrating
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             db.execute("ROLLBACK")
-            raise RuntimeError(
+            raise StartError(
                 f"the store has schema {version}, this gateway knows {len(MIGRATIONS)}: use a newer gateway"
             )
         if version == len(MIGRATIONS):

@@ -63,36 +63,49 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool
 
 
 def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int) -> None:
+    by_session: dict[tuple[str, str], list[Finished]] = {}
     for item in finished:
-        _record(db, item)
-        _prune_turns(db, item.turn, turns_kept)
+        by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
+    for items in by_session.values():
+        _move_on(db, items)
+        for item in items:
+            _add_turn(db, item.turn)
+        _prune_turns(db, items[-1].turn, turns_kept)
 
 
-def _record(db: sqlite3.Connection, item: Finished) -> None:
-    turn, usage = item.turn, item.turn.usage
-    now = turn.started_at + turn.duration_ms / 1000
-    new = Session(turn.tenant, turn.session_id, item.lineage, turn.model, item.fingerprint, created_at=turn.started_at)
+def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
+    """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone."""
+    moving = [item for item in items if item.messages is not None]
+    last = moving[-1] if moving else items[-1]
+    turn, first = last.turn, items[0].turn
+    new = Session(turn.tenant, turn.session_id, last.lineage, turn.model, created_at=first.started_at)
     add_session(db, new)
-    db.execute(
-        "INSERT INTO turns VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            turn.tenant, turn.session_id, turn.model, turn.outcome, turn.status, turn.started_at, turn.duration_ms,
-            usage and usage.prompt, usage and usage.completion, usage and usage.cached, turn.detail,
-        ),
-    )  # fmt: skip
-    if item.messages is None:
+    now = max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items)
+    if last.messages is None:
         db.execute(
             "UPDATE sessions SET last_active_at = max(last_active_at, ?) WHERE tenant = ? AND id = ?",
             (now, turn.tenant, turn.session_id),
         )
         return
-    tokens = usage.prompt + usage.completion if usage else 0
+    tokens = turn.usage.prompt + turn.usage.completion if turn.usage else None
     db.execute(
-        """UPDATE sessions SET last_active_at = max(last_active_at, ?), turn_count = turn_count + 1, state = 'active',
-        model = ?, fingerprint = ?, token_count = ?, transcript = ?, frame = ? WHERE tenant = ? AND id = ?""",
+        """UPDATE sessions SET last_active_at = max(last_active_at, ?), turn_count = turn_count + ?, state = 'active',
+        model = ?, fingerprint = ?, salt = ?, token_count = coalesce(?, token_count), transcript = ?, frame = ?
+        WHERE tenant = ? AND id = ?""",
         (
-            now, turn.model, item.fingerprint, tokens, _add_transcript(db, item.messages), _add_content(db, item.frame),
-            turn.tenant, turn.session_id,
+            now, len(moving), turn.model, last.fingerprint, last.salt, tokens, _add_transcript(db, last.messages),
+            _add_content(db, last.frame), turn.tenant, turn.session_id,
+        ),
+    )  # fmt: skip
+
+
+def _add_turn(db: sqlite3.Connection, turn: Turn) -> None:
+    usage = turn.usage
+    db.execute(
+        "INSERT INTO turns VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            turn.tenant, turn.session_id, turn.model, turn.outcome, turn.status, turn.started_at, turn.duration_ms,
+            usage and usage.prompt, usage and usage.completion, usage and usage.cached, turn.detail,
         ),
     )  # fmt: skip
 
@@ -231,7 +244,8 @@ def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], 
     ancestors = db.execute(
         """WITH RECURSIVE up (parent, depth) AS (
             SELECT parent, 0 FROM windows WHERE tenant = ?1 AND name = ?2
-            UNION ALL SELECT w.parent, up.depth + 1 FROM windows w JOIN up ON w.name = up.parent AND w.tenant = ?1)
+            UNION SELECT w.parent, up.depth + 1 FROM windows w JOIN up ON w.name = up.parent AND w.tenant = ?1
+            WHERE up.depth < 1000)
         SELECT parent FROM up WHERE parent IS NOT NULL ORDER BY depth""",
         (tenant, name),
     ).fetchall()
@@ -282,7 +296,9 @@ def delete_window(db: sqlite3.Connection, tenant: str, name: str) -> list[Object
         return None
     (held,) = row
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
+    # Whoever gets the name next is a stranger to what came from this one.
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
+    db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
     _collect(db)
     if db.execute("SELECT 1 FROM windows WHERE manifest = ?", (held,)).fetchone():
         return []

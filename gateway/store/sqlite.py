@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
 from gateway.store import rows
@@ -40,15 +40,21 @@ class SqliteStore:
         self.store_id = ""
 
     async def __aenter__(self) -> "SqliteStore":
-        """Open the database and bring its schema up to date."""
+        """Open the database and bring its schema up to date. Raises StartError."""
+        try:
+            self._open()
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise StartError(f"the store {self._path} cannot be opened: {error}") from error
+        self._writer.start()
+        return self
+
+    def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path.touch(mode=0o600)
         self._inline = self._connect()
         migrate(self._inline)
         (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
         self._slow = self._connect()
-        self._writer.start()
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         self._writes.put(None)

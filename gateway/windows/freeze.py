@@ -114,7 +114,9 @@ async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progre
     progress("render", 0, 0)
     frame = await parts.store.frame(session.frame) if session.frame else {}
     ids = await next_turn_ids(parts.engine, model.id, frame, messages)
-    salt = parts.salts.of(tenant, session.lineage, model.fingerprint)
+    # What the turns ran under, a client's own salt folded in; other weights since then mean another salt.
+    same = session.fingerprint == model.fingerprint
+    salt = session.salt if same else parts.salts.of(tenant, session.lineage, model.fingerprint)
     return _Snapshot(session, messages, model, tuple(ids), salt)
 
 

@@ -68,6 +68,7 @@ async def thaw(
         lineage=window.lineage,
         model=window.model,
         fingerprint=window.fingerprint,
+        salt=window.salt,
         state="thawed",
         token_count=window.token_count,
         transcript=window.transcript,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+import orjson
+
 MODEL = "demo"
 WITHIN = 5.0  # seconds that anything a test waits for may take
 
@@ -35,7 +37,7 @@ class Request:
     @property
     def json(self) -> dict[str, Any]:
         """The body, which has to be a JSON object."""
-        value = json.loads(self.body)
+        value = orjson.loads(self.body)
         assert isinstance(value, dict)
         return value
 
