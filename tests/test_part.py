@@ -155,6 +155,15 @@ def test_one_that_ends_before_it_is_ready_says_its_last_words(tmp_path: Path, po
     part.stop()
 
 
+def test_the_cause_is_told_even_where_much_was_said_after_it(tmp_path: Path, port: int) -> None:
+    script = "print('(Core) ValueError: too little KV\\n' + 'at a line\\n' * 50); raise SystemExit('see above')"
+    part = Part(_launch(tmp_path, (sys.executable, "-c", script), port))
+    part.start()
+    with pytest.raises(StackError, match=r"ValueError: too little KV\n(at a line\n)+see above"):
+        part.wait_ready(WITHIN)
+    part.stop()
+
+
 def test_one_that_never_answers_is_given_up(tmp_path: Path, port: int) -> None:
     part = Part(_launch(tmp_path, (sys.executable, "-c", "import time; time.sleep(600)"), port))
     part.start()

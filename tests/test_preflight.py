@@ -94,6 +94,11 @@ def test_a_chunk_of_whole_blocks_passes(tmp_path: Path, free_port: int) -> None:
     preflight.check(options(tmp_path, free_port, chunk_size=96))
 
 
+def test_more_context_than_the_demo_has_is_refused(tmp_path: Path, free_port: int) -> None:
+    said = refusal(options(tmp_path, free_port, max_model_len=40_000))
+    assert said == "--max-model-len 40000: the demo model goes up to 32768"
+
+
 def test_a_model_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="no such directory"):
         models.find(str(tmp_path / "gone"))

@@ -19,6 +19,8 @@ from gateway.stack.errors import StackError
 _PROBE_WITHIN = 2.0
 _TAIL_BYTES = 64 * 1024
 _LOG_BYTES = 64 * 2**20
+_CAUSE = re.compile(r"\b[A-Z]\w*(?:Error|Exception)\b: ")
+_CAUSES = 3
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -149,11 +151,13 @@ class Part:
         return f"{self.name} ended with exit code {code}"
 
     def last_lines(self, count: int = 12) -> str:
-        """The end of its log."""
+        """The end of its log, and the errors named before it: vLLM's last words only say to look further up."""
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            lines = log.read().decode("utf-8", "replace").splitlines()
-        return "\n".join([_COLOUR.sub("", line) for line in lines if line.strip()][-count:])
+            text = _COLOUR.sub("", log.read().decode("utf-8", "replace"))
+        lines = [line for line in text.splitlines() if line.strip()]
+        causes = [line for line in lines[:-count] if _CAUSE.search(line)]
+        return "\n".join(causes[-_CAUSES:] + lines[-count:])
 
     def bound_log(self) -> None:
         """Copy a log that has grown too long to the old one, and begin it again; the part keeps writing at its end."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gateway.settings import LOOPBACK
 from gateway.stack import commands, local, models
+from gateway.stack.demo_model import CONTEXT
 from gateway.stack.errors import StackError
 
 _GIB = 2**30
@@ -33,6 +34,7 @@ def check(options: local.LocalStack) -> None:
     if options.engine_port:
         check_port(commands.LOOPBACK, options.engine_port, "--engine-port")
     check_chunk_size(options)
+    check_demo_context(options)
     if options.redis_url:
         check_redis(options.redis_url)
     check_data_dir(options.data_dir)
@@ -81,6 +83,12 @@ def check_chunk_size(options: local.LocalStack) -> None:
     chunk = options.chunk_size
     if chunk is not None and (chunk <= 0 or chunk % block):
         raise StackError(f"--chunk-size {chunk} is not a multiple of the engine's block size, {block}")
+
+
+def check_demo_context(options: local.LocalStack) -> None:
+    """vLLM refuses more than the model was made for; of other models it alone knows how much that is."""
+    if options.model is None and (options.max_model_len or 0) > CONTEXT:
+        raise StackError(f"--max-model-len {options.max_model_len}: the demo model goes up to {CONTEXT}")
 
 
 def check_redis(url: str) -> None:
