@@ -10,7 +10,7 @@ import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from gateway.edge import admin, server
+from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import Inference
 from gateway.engine import Engine
@@ -38,7 +38,7 @@ class Gateway:
     def __init__(self, parts: Parts, health: Health) -> None:
         self._inference = Inference(parts)
         self._state = {"parts": parts, "health": health}
-        self._rest = Starlette(routes=admin.routes(), exception_handlers=admin.HANDLERS)
+        self._rest = Starlette(routes=admin.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
+import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError
@@ -30,6 +31,17 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: fl
     if size > limit:
         raise _too_large(limit)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises `invalid_request`."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise GatewayError("invalid_request", f"the body is not JSON: {error}", hint="send a JSON object") from error
+    if not isinstance(value, dict):
+        raise GatewayError("invalid_request", f"the body is a JSON {type(value).__name__}, not an object")
+    return value
 
 
 async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:

@@ -9,10 +9,8 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 from urllib.parse import unquote
 
-import orjson
 from starlette.types import Receive, Scope, Send
 
 from gateway import transcripts
@@ -27,7 +25,7 @@ from gateway.dialects.contract import (
     write_json,
 )
 from gateway.edge import auth
-from gateway.edge.http import ClientGone, Headers, not_found, read_body, send_answer
+from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
 from gateway.edge.relay import Answer, Outgoing, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
@@ -135,7 +133,7 @@ class Inference:
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        call = dialect.read(_parse(incoming.body), incoming.body)
+        call = dialect.read(parse_object(incoming.body), incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
@@ -183,7 +181,7 @@ class Inference:
         await relay(self._parts.upstream, self._outgoing(incoming, body), incoming.receive, incoming.send, answer)
 
     async def _sanitised(self, incoming: Incoming) -> bytes:
-        body = _parse(incoming.body)
+        body = parse_object(incoming.body)
         raw = incoming.body if is_clean(body) else b""
         client_salt = sanitise(body)
         if incoming.path not in SALTED:
@@ -242,18 +240,6 @@ def _route(scope: Scope) -> tuple[bytes, str | None]:
         sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
         named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None
     return raw, named
-
-
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise GatewayError(
-            "invalid_request", f"the body is not JSON: {error}", hint="send a JSON object in UTF-8"
-        ) from error
-    if not isinstance(value, dict):
-        raise GatewayError("invalid_request", f"the body is a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def _system_rule(incoming: Incoming) -> transcripts.SystemRule:

@@ -1,0 +1,196 @@
+"""What every admin request goes through: key, parameters, progress, and one shape for every error."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.edge import auth, fields
+from gateway.edge.health import Health
+from gateway.edge.http import ClientGone, not_found, parse_object, read_body
+from gateway.errors import GatewayError
+from gateway.parts import Parts
+from gateway.progress import Progress, silent
+from gateway.records import check_session_id, check_window_name
+
+log = logging.getLogger(__name__)
+
+Verb = Callable[["Call"], Awaitable[tuple[int, Any]]]
+
+_NDJSON = "application/x-ndjson"
+
+
+class Call:
+    """One admin request: who asks, with what, and where progress goes."""
+
+    def __init__(self, request: Request, tenant: str) -> None:
+        self.tenant = tenant
+        self.parts: Parts = request.state.parts
+        self.health: Health = request.state.health
+        self.progress: Progress = silent
+        self.path: dict[str, str] = request.path_params
+        self._request = request
+
+    def query(self, table: dict[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
+        """Read the query. A parameter that comes twice is refused; tags are one list."""
+        items = self._request.query_params.multi_items()
+        names = [name for name, _ in items]
+        twice = next((name for name in names if names.count(name) > 1 and name != "tags"), None)
+        if twice is not None:
+            raise GatewayError("invalid_request", f"{twice} is given more than once", details={"field": twice})
+        given: dict[str, Any] = dict(items)
+        if "tags" in given:
+            given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
+        return fields.read(given, table)
+
+    async def body(self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Read the JSON body; none is an empty object."""
+        fields.refuse_unknown(self._request.query_params.keys(), ())
+        limits = self.parts.settings
+        request = self._request
+        raw = await read_body(
+            request.scope, request.receive, limit=limits.max_body_bytes, timeout_s=limits.client_timeout_s
+        )
+        return fields.read(parse_object(raw) if raw else {}, table, required)
+
+    @property
+    def window_name(self) -> str:
+        """The window in the path."""
+        return check_window_name(self.path["name"], "window name in the URL")
+
+    @property
+    def session_id(self) -> str:
+        """The session in the path."""
+        return check_session_id(self.path["session_id"], "session id in the URL")
+
+
+class Endpoint:
+    """One method of one route as an ASGI application: key, call, answer; errors in one shape."""
+
+    def __init__(self, verb: Verb) -> None:
+        self._verb = verb
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        request = Request(scope, receive)
+        try:
+            parts: Parts = request.state.parts
+            _refuse_foreign(request)
+            call = Call(request, auth.tenant(scope["headers"], parts.settings.api_key))
+            if request.headers.get("accept") == _NDJSON:
+                answer: ASGIApp = _Progressing(self._verb, call)
+            else:
+                answer = json_answer(*await self._verb(call))
+        except (ClientGone, ClientDisconnect):
+            return
+        except GatewayError as error:
+            answer = error_answer(error)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            answer = error_answer(GatewayError("internal", "the gateway failed; its log says why"))
+        await answer(scope, receive, send)
+
+
+class _Progressing:
+    """An answer that tells progress: a line of JSON for each step, the last one with the result or the error."""
+
+    def __init__(self, verb: Verb, call: Call) -> None:
+        self._verb = verb
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lines: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+        def tell(stage: str, done: int, total: int) -> None:
+            lines.put_nowait(orjson.dumps({"progress": {"stage": stage, "done": done, "total": total}}) + b"\n")
+
+        self._call.progress = tell
+        # A client that stops watching does not undo the work: it goes on as it would without progress.
+        task = asyncio.create_task(self._finish(lines))
+        headers = [(b"content-type", _NDJSON.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while (line := await lines.get()) is not None:
+            await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        await task
+
+    async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
+        try:
+            status, result = await self._verb(self._call)
+            lines.put_nowait(orjson.dumps({"status": status, "result": result}) + b"\n")
+        except ClientGone:
+            pass
+        except GatewayError as error:
+            lines.put_nowait(_error_line(error))
+        except Exception:
+            log.exception("%s failed", self._verb.__name__)
+            lines.put_nowait(_error_line(GatewayError("internal", "the gateway failed; its log says why")))
+        finally:
+            lines.put_nowait(None)
+
+
+class Methods:
+    """One path, by method."""
+
+    def __init__(self, methods: dict[str, ASGIApp]) -> None:
+        self._methods = methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self._methods[method](scope, receive, send)
+
+
+async def _no_route(request: Request, _: Exception) -> Response:
+    return error_answer(not_found(request.url.path))
+
+
+async def _no_method(request: Request, error: Exception) -> Response:
+    allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+    answer = error_answer(
+        GatewayError("method_not_allowed", f"{request.method} is not served here", hint=f"use {allowed}")
+    )
+    answer.headers["allow"] = allowed
+    return answer
+
+
+HANDLERS = {404: _no_route, 405: _no_method}
+
+
+def error_answer(error: GatewayError) -> Response:
+    """An error in the admin API's shape."""
+    return json_answer(error.status, _shape(error))
+
+
+def _error_line(error: GatewayError) -> bytes:
+    return orjson.dumps({"status": error.status, **_shape(error)}) + b"\n"
+
+
+def _shape(error: GatewayError) -> dict[str, Any]:
+    return {
+        "error": {
+            "code": error.code,
+            "message": error.message,
+            "hint": error.hint,
+            "retryable": error.retryable,
+            "details": error.details,
+        }
+    }
+
+
+def json_answer(status: int, value: Any) -> Response:
+    """A JSON answer."""
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def _refuse_foreign(request: Request) -> None:
+    """Refuse what a page of another site makes a browser send: where there is no key, that is all it takes."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host", ""):
+        raise GatewayError("forbidden", f"requests from {origin!r:.200} are not served here")
