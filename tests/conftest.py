@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fakes.engine import FakeEngine
+from tests.rigs import RedisServer
 from tests.running import Gateway, gateway_before
 
 
@@ -41,3 +42,17 @@ def gateway(engine: FakeEngine, shared_gateway: Gateway) -> Gateway:
 def session() -> str:
     """A session that no other test uses."""
     return f"s-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """What runs the `async def` tests: the loop that the gateway runs on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for all tests that neither stop nor configure it; whoever takes it empties it."""
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()

@@ -1,0 +1,299 @@
+"""What every tier promises, asked of each one: nothing here knows whether a pin is a link or a copy."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from gateway.kv.tiers.contract import Restored
+from gateway.records import PinnedObject
+from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, keys, value
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["disk", "redis"])
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+    if request.param == "disk":
+        disk = DiskRig(tmp_path)
+        async with disk.tier:
+            yield disk
+    else:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        redis = RedisRig(server.port)
+        async with redis.tier:
+            yield redis
+        redis.client.close()
+
+
+async def pinned(rig: Rig, count: int) -> tuple[list[bytes], list[PinnedObject]]:
+    """Objects of a window, and their pins."""
+    values = [value() for _ in range(count)]
+    for one, content in zip(keys(count), values, strict=True):
+        rig.put(one, content)
+    return values, await rig.tier.pin(keys(count), {})
+
+
+def known(objects: list[PinnedObject]) -> dict[str, PinnedObject]:
+    """What windows hold, as the store tells it."""
+    return {o.key: o for o in objects}
+
+
+# --- present
+
+
+async def test_present_names_exactly_what_is_there(rig: Rig) -> None:
+    there = [key(1), key(2), key(3, rank=0x02010200), key(4, model="plain")]
+    for one in there:
+        rig.put(one, value(10))
+    near = [
+        key(1, salt="other"),
+        key(1, rank=0x01010100),
+        key(1, model="org/some-mode"),
+        key(1, model="org-SEP-some-mode"),
+        key(5),
+    ]
+    assert await rig.tier.present([*near, *there]) == set(there)
+    assert await rig.tier.present([]) == set()
+
+
+async def test_a_pin_alone_is_not_present(rig: Rig) -> None:
+    await pinned(rig, 1)
+    await rig.tier.lose(keys(1))
+    assert await rig.tier.present(keys(1)) == set()
+
+
+# --- pin
+
+
+async def test_pins_come_in_the_order_asked_with_size_and_checksum_and_without_what_is_missing(rig: Rig) -> None:
+    sizes = [1, 5000, 3, 70_000, 2]
+    values = {number: value(size) for number, size in enumerate(sizes)}
+    for number, content in values.items():
+        rig.put(key(number), content)
+    asked = [key(4), key(9), key(0), key(3), key(8), key(1), key(2)]
+    done = await rig.tier.pin(asked, {})
+    assert [o.key for o in done] == [str(key(n)) for n in (4, 0, 3, 1, 2)]
+    for o, number in zip(done, (4, 0, 3, 1, 2), strict=True):
+        content = values[number]
+        assert (o.tier, o.size, o.checksum) == (rig.tier.name, len(content), blake3(content).digest())
+        assert rig.pinned(key(number)) == content
+    assert rig.pinned(key(9)) is None
+    assert await rig.tier.pin([], {}) == []
+
+
+async def test_a_known_pin_that_still_matches_is_kept_even_when_the_original_is_other_by_now(rig: Rig) -> None:
+    (content,), objects = await pinned(rig, 1)
+    rig.put(key(0), value())
+    assert await rig.tier.pin(keys(1), known(objects)) == objects
+    assert rig.pinned(key(0)) == content
+    await rig.tier.lose(keys(1))
+    assert await rig.tier.pin(keys(1), known(objects)) == objects
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "empty"])
+async def test_a_known_pin_that_is_damaged_is_made_anew_from_a_good_original(rig: Rig, harm: str) -> None:
+    (content,), objects = await pinned(rig, 1)
+    rig.put_pin(key(0), harmed(content, harm))
+    (again,) = await rig.tier.pin(keys(1), known(objects))
+    assert again == objects[0]
+    assert rig.pinned(key(0)) == rig.live(key(0)) == content
+
+
+async def test_a_known_pin_whose_damage_is_in_the_original_too_takes_both_away(rig: Rig) -> None:
+    (content, other), objects = await pinned(rig, 2)
+    bad = harmed(content, "flip")
+    if isinstance(rig, DiskRig):
+        rig.flip(key(0))
+    else:
+        rig.put(key(0), bad)
+        rig.put_pin(key(0), bad)
+    assert rig.live(key(0)) == rig.pinned(key(0)) == bad
+    assert await rig.tier.pin(keys(2), known(objects)) == objects[1:]
+    assert rig.live(key(0)) is rig.pinned(key(0)) is None
+    assert rig.live(key(1)) == rig.pinned(key(1)) == other
+
+
+async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: Rig) -> None:
+    content = value()
+    rig.put(key(0), content)
+    rig.put_pin(key(0), value())
+    (one,) = await rig.tier.pin(keys(1), {})
+    assert one.checksum == blake3(content).digest()
+    assert rig.pinned(key(0)) == content
+
+
+async def test_a_pin_that_another_freeze_has_just_made_outlives_a_second_one_whose_original_is_gone(
+    rig: Rig, request: pytest.FixtureRequest
+) -> None:
+    # Two freezes of one lineage hold the lock together; between them LMCache evicts. The first is about to commit.
+    if rig.tier.name == "disk":
+        reason = "DiskTier._pin unlinks a pin that is not known yet before it knows that it can link it anew"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    (content,), objects = await pinned(rig, 1)
+    await rig.tier.lose(keys(1))
+    await rig.tier.pin(keys(1), {})
+    assert rig.pinned(key(0)) == content
+    assert await rig.tier.restore(objects) == [Restored.RELINKED]
+
+
+# --- restore
+
+
+async def test_what_was_not_touched_is_intact(rig: Rig) -> None:
+    values, objects = await pinned(rig, 9)
+    assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
+    assert [rig.live(one) for one in keys(9)] == values
+    assert await rig.tier.restore([]) == []
+
+
+async def test_pins_outlive_the_originals_and_are_put_back_byte_for_byte(rig: Rig) -> None:
+    values, objects = await pinned(rig, 9)
+    await rig.tier.lose(keys(9))
+    assert await rig.tier.present(keys(9)) == set()
+    assert await rig.tier.restore(objects) == [Restored.RELINKED] * 9
+    assert [rig.live(one) for one in keys(9)] == values
+    assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
+
+
+def harmed(content: bytes, harm: str) -> bytes:
+    """Wrong bytes, of the right size or not."""
+    match harm:
+        case "flip":
+            return bytes([content[0] ^ 1]) + content[1:]
+        case "flip at the end":
+            return content[:-1] + bytes([content[-1] ^ 0x80])
+        case "truncate":
+            return content[:-1]
+        case "empty":
+            return b""
+        case "grow":
+            return content + b"\0"
+        case _:
+            return value(len(content))
+
+
+HARMS = ["flip", "flip at the end", "truncate", "empty", "grow", "another object"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+async def test_a_damaged_original_is_replaced_by_the_pin(rig: Rig, harm: str) -> None:
+    (content,), objects = await pinned(rig, 1)
+    rig.put(key(0), harmed(content, harm))
+    assert await rig.tier.restore(objects) == [Restored.RELINKED]
+    assert rig.live(key(0)) == rig.pinned(key(0)) == content
+
+
+@pytest.mark.parametrize("harm", [*HARMS, "gone"])
+async def test_a_damaged_or_lost_pin_is_mended_from_a_good_original(rig: Rig, harm: str) -> None:
+    (content,), objects = await pinned(rig, 1)
+    if harm == "gone":
+        rig.drop_pin(key(0))
+    else:
+        rig.put_pin(key(0), harmed(content, harm))
+    assert await rig.tier.restore(objects) == [Restored.INTACT]
+    assert rig.live(key(0)) == rig.pinned(key(0)) == content
+    assert await rig.tier.verify(objects) == [Restored.INTACT]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+async def test_what_is_damaged_in_both_places_is_taken_away_so_that_nobody_loads_it(rig: Rig, harm: str) -> None:
+    (content, other), objects = await pinned(rig, 2)
+    rig.put(key(0), harmed(content, harm))
+    rig.put_pin(key(0), harmed(content, "truncate"))
+    assert await rig.tier.restore(objects) == [Restored.CORRUPT, Restored.INTACT]
+    assert rig.live(key(0)) is rig.pinned(key(0)) is None
+    assert rig.live(key(1)) == rig.pinned(key(1)) == other
+    assert await rig.tier.restore(objects) == [Restored.MISSING, Restored.INTACT]
+
+
+async def test_the_damaged_rest_of_a_pair_is_taken_away_too(rig: Rig) -> None:
+    contents, objects = await pinned(rig, 2)
+    rig.drop_pin(key(0))
+    rig.put(key(0), harmed(contents[0], "flip"))
+    await rig.tier.lose([key(1)])
+    rig.put_pin(key(1), harmed(contents[1], "flip"))
+    assert await rig.tier.restore(objects) == [Restored.CORRUPT] * 2
+    assert [rig.live(one) for one in keys(2)] == [rig.pinned(one) for one in keys(2)] == [None, None]
+
+
+async def test_what_is_in_neither_place_is_missing(rig: Rig) -> None:
+    _, objects = await pinned(rig, 1)
+    await rig.tier.remove(keys(1))
+    assert await rig.tier.restore(objects) == [Restored.MISSING]
+    assert [state.usable for state in Restored] == [True, True, False, False]
+
+
+# --- verify
+
+
+async def test_verify_tells_the_state_of_each_pin_and_changes_nothing(rig: Rig) -> None:
+    contents, objects = await pinned(rig, 5)
+    rig.put_pin(key(1), harmed(contents[1], "flip"))
+    rig.put_pin(key(2), harmed(contents[2], "truncate"))
+    rig.drop_pin(key(3))
+    rig.put(key(4), value())
+    before = [(rig.live(one), rig.pinned(one)) for one in keys(5)]
+    assert await rig.tier.verify(objects) == [
+        Restored.INTACT, Restored.CORRUPT, Restored.CORRUPT, Restored.MISSING, Restored.INTACT,
+    ]  # fmt: skip
+    assert [(rig.live(one), rig.pinned(one)) for one in keys(5)] == before
+    assert await rig.tier.verify([]) == []
+
+
+# --- letting go
+
+
+async def test_unpin_leaves_the_originals_and_remove_leaves_nothing(rig: Rig) -> None:
+    values, _ = await pinned(rig, 6)
+    await rig.tier.unpin(keys(3))
+    assert [rig.pinned(one) for one in keys(6)] == [None] * 3 + values[3:]
+    assert [rig.live(one) for one in keys(6)] == values
+    await rig.tier.remove(keys(6))
+    assert [rig.live(one) for one in keys(6)] == [rig.pinned(one) for one in keys(6)] == [None] * 6
+
+
+async def test_what_is_not_there_frees_nothing_and_is_no_error(rig: Rig) -> None:
+    assert await rig.tier.unpin([key(7)]) == 0
+    assert await rig.tier.remove([key(7)]) == 0
+    assert await rig.tier.unpin([]) == await rig.tier.remove([]) == 0
+    await rig.tier.lose([key(7)])
+    await rig.tier.lose([])
+
+
+async def test_the_last_holder_of_the_bytes_frees_them(rig: Rig) -> None:
+    values, _ = await pinned(rig, 3)
+    await rig.tier.lose(keys(3))
+    assert await rig.tier.unpin(keys(3)) == sum(map(len, values))
+
+
+async def test_lose_takes_the_originals_and_leaves_the_pins(rig: Rig) -> None:
+    values, _ = await pinned(rig, 3)
+    await rig.tier.lose(keys(2))
+    assert [rig.live(one) for one in keys(3)] == [None, None, values[2]]
+    assert [rig.pinned(one) for one in keys(3)] == values
+
+
+# --- sweep
+
+
+async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is_called(rig: Rig) -> None:
+    models = ["org/model", "a/b/c", "plain", "/abs/path/to/model", "with space", "x-SEP-y", "é/ü", "[glob]*?"]
+    held = [key(1, model=model) for model in models]
+    strays = [key(2, model=model) for model in models] + [key(1, model="org/model", salt="other")]
+    for one in [*held, *strays]:
+        rig.put(one, value(10))
+    await rig.tier.pin([*held, *strays], {})
+    assert await rig.tier.sweep(set(held)) == len(strays)
+    assert all(rig.pinned(one) for one in held)
+    assert not any(rig.pinned(one) for one in strays)
+    assert await rig.tier.present([*held, *strays]) == {*held, *strays}
+    assert await rig.tier.sweep(set(held)) == 0
+
+
+async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Rig) -> None:
+    values, _ = await pinned(rig, 30)
+    assert await rig.tier.sweep([]) == 30
+    assert [rig.pinned(one) for one in keys(30)] == [None] * 30
+    assert [rig.live(one) for one in keys(30)] == values
