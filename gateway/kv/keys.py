@@ -2,9 +2,8 @@
 
 Facts (lmcache 0.5.6): a chunk's hash is a rolling blake3 over the chunk before it and its own token ids as big-endian
 uint32, beginning with the hash of (0 as int64, 0 as uint32) (`v1/multiprocess/token_hasher.py`); the salt, the
-`--model`
-string and the rank are fields of the key (`v1/distributed/api.py`), not part of the hash; the file name and the Redis
-key spell the same fields differently (`l2_adapters/fs_l2_adapter.py`, `native_connector_l2_adapter.py`).
+`--model` string and the rank are fields of the key (`v1/distributed/api.py`), not part of the hash; the file name and
+the Redis key spell the same fields differently (`l2_adapters/fs_l2_adapter.py`, `native_connector_l2_adapter.py`).
 """
 
 import struct

@@ -2,8 +2,8 @@
 
 The one read that a request waits for (`session`) is a point read from a page that SQLite has cached: some ten
 microseconds, less than handing it to a thread would cost. Everything else runs in a thread of its own. All waiting
-writes go
-into one transaction, each under a savepoint, so that a burst of turns costs one commit and a failing write only itself.
+writes go into one transaction, each under a savepoint, so that a burst of turns costs one commit and a failing write
+only itself.
 """
 
 import asyncio

@@ -65,8 +65,8 @@ async def land(parts: Parts, wanted: Plan, *, again: bool, progress: Progress) -
     """Have every object of the plan in some tier: compute what is missing, and wait until it is seen.
 
     With `again`, what is missing is first dropped from LMCache's memory: an object that is resident there is not
-    written to
-    a tier a second time. Returns the engine's count if it had to compute, and warnings. Raises what the engine raises.
+    written to a tier a second time. Returns the engine's count if it had to compute, and warnings. Raises what the
+    engine raises.
     """
     found, warnings = await parts.pins.present(wanted.keys)
     if not found:

@@ -49,8 +49,8 @@ async def thaw(
     """Thaw a window into a new session.
 
     Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV
-    that is
-    lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine recomputes.
+    that is lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine
+    recomputes.
     """
     clock = time.monotonic()
     window = await found(parts, tenant, name)

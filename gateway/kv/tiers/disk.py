@@ -1,9 +1,8 @@
 """LMCache's `fs` tier: one file per object in a flat directory. A pin is a hard link in a directory of ours.
 
 LMCache writes to a temporary name and renames (`fs_l2_adapter.py`), so a file that is there is whole; it never
-rewrites a
-file in place, so the link and the original share their bytes until one of them is removed. There is no checksum and no
-header in the file, and a right-sized file with wrong bytes would be loaded: hence ours.
+rewrites a file in place, so the link and the original share their bytes until one of them is removed. There is no
+checksum and no header in the file, and a right-sized file with wrong bytes would be loaded: hence ours.
 """
 
 import asyncio
