@@ -207,10 +207,20 @@ def test_what_a_killed_run_left_is_swept_at_the_next_start(part: Part, tmp_path:
     assert not temporary.exists()
 
 
+def test_what_came_after_the_last_look_is_swept_while_it_lives(part: Part, tmp_path: Path) -> None:
+    part.start()
+    eventually(part.is_ready, "it has its segment and its child, and nobody has noted them")
+    _, segment, child, _ = said(part.log)
+    assert segment.name not in (tmp_path / "engine.json").read_text()
+    leftovers.sweep(tmp_path)
+    assert not is_alive(child)
+    assert not segment.exists()
+
+
 def test_a_process_that_only_has_the_same_number_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
         ledger = leftovers.Ledger(tmp_path / "engine.json")
-        ledger.write(stranger.pid, tmp_path / "t", with_segments=False)
+        ledger.write(stranger.pid, tmp_path / "t", owns_segments=False)
         noted = {"processes": [[stranger.pid, 1]], "segments": [], "temporary": ""}
         _change(tmp_path / "engine.json", noted)
         ledger.sweep()
@@ -223,7 +233,7 @@ def test_a_segment_that_only_has_the_same_name_is_left_alone(tmp_path: Path) -> 
     segment.touch()
     try:
         ledger = leftovers.Ledger(tmp_path / "engine.json")
-        ledger.write(os.getpid(), tmp_path / "t", with_segments=False)
+        ledger.write(os.getpid(), tmp_path / "t", owns_segments=False)
         noted = {"processes": [], "segments": [[segment.name, segment.stat().st_ino + 1]], "temporary": ""}
         _change(tmp_path / "engine.json", noted)
         ledger.sweep()
@@ -235,7 +245,7 @@ def test_a_segment_that_only_has_the_same_name_is_left_alone(tmp_path: Path) -> 
 def test_a_ledger_of_before_the_last_boot_kills_nothing(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) as stranger:
         ledger = leftovers.Ledger(tmp_path / "engine.json")
-        ledger.write(stranger.pid, tmp_path / "t", with_segments=False)
+        ledger.write(stranger.pid, tmp_path / "t", owns_segments=False)
         _change(tmp_path / "engine.json", {"boot": "another"})
         ledger.sweep()
         assert stranger.poll() is None

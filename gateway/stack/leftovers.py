@@ -42,34 +42,57 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write(self, leader: int, temporary: Path, *, with_segments: bool) -> None:
+    def write(self, leader: int, temporary: Path, *, owns_segments: bool) -> None:
         """Note every process of the leader's group, and the segments they have now or had at the last look."""
-        processes = list(group(leader))
-        segments = {*_segments(process.pid for process in processes), *self._read()[1]} if with_segments else set()
-        noted = {"boot": _boot(), "processes": processes, "segments": sorted(segments), "temporary": str(temporary)}
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(noted), encoding="utf-8")
-        unfinished.replace(self._path)
+        processes = set(group(leader))
+        before = self._read()
+        segments = before.segments | _segments(processes) if owns_segments else set()
+        self._save(_Noted(processes, segments, str(temporary), owns_segments))
 
     def sweep(self) -> None:
         """Kill what still runs, remove what it left, and forget it."""
-        processes, segments, temporary = self._read()
-        _kill(processes)
+        noted = self._read()
+        alive = _with_groups(noted.processes)
+        segments = noted.segments | _segments(alive) if noted.owns_segments else set()
+        _kill(alive)
         for segment in segments:
             _unlink(segment)
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if noted.temporary:
+            shutil.rmtree(noted.temporary, ignore_errors=True)
         self._path.unlink(missing_ok=True)
 
-    def _read(self) -> tuple[list[Process], list[Segment], str]:
+    def _save(self, noted: "_Noted") -> None:
+        content = {
+            "boot": _boot(),
+            "processes": sorted(noted.processes),
+            "segments": sorted(noted.segments),
+            "temporary": noted.temporary,
+            "owns_segments": noted.owns_segments,
+        }
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.replace(self._path)
+
+    def _read(self) -> "_Noted":
         try:
-            noted = json.loads(self._path.read_bytes())
+            content = json.loads(self._path.read_bytes())
         except (FileNotFoundError, ValueError):
-            return [], [], ""
-        if noted["boot"] != _boot():
-            return [], [], noted["temporary"]
-        segments = [Segment(*segment) for segment in noted["segments"]]
-        return [Process(*process) for process in noted["processes"]], segments, noted["temporary"]
+            return _Noted(set(), set(), "", False)
+        if content["boot"] != _boot():
+            return _Noted(set(), set(), content["temporary"], False)
+        return _Noted(
+            {Process(*process) for process in content["processes"]},
+            {Segment(*segment) for segment in content["segments"]},
+            content["temporary"],
+            content["owns_segments"],
+        )
+
+
+class _Noted(NamedTuple):
+    processes: set[Process]
+    segments: set[Segment]
+    temporary: str
+    owns_segments: bool
 
 
 def sweep(run_dir: Path) -> None:
@@ -108,11 +131,15 @@ def _is_alive(process: Process) -> bool:
     return stat is not None and stat.started == process.started
 
 
-def _kill(noted: list[Process]) -> None:
-    """Kill these and whatever has joined their groups since they were noted, and wait until all are gone."""
-    alive = [process for process in noted if _is_alive(process)]
+def _with_groups(noted: set[Process]) -> set[Process]:
+    """Those that still live, and whatever has joined their groups since they were noted."""
+    alive = {process for process in noted if _is_alive(process)}
     groups = {stat.group for process in alive if (stat := _stat(process.pid))}
-    alive = list({*alive, *(process for leader in groups for process in group(leader))})
+    return alive | {process for leader in groups for process in group(leader)}
+
+
+def _kill(alive: set[Process]) -> None:
+    """Kill these, and wait until all are gone."""
     for process in alive:
         try:
             os.kill(process.pid, signal.SIGKILL)
@@ -123,9 +150,9 @@ def _kill(noted: list[Process]) -> None:
         time.sleep(0.02)
 
 
-def _segments(pids: Iterable[int]) -> set[Segment]:
+def _segments(processes: Iterable[Process]) -> set[Segment]:
     # By inode, because a semaphore is mapped under the temporary name it was created with.
-    mapped = {inode for pid in pids for inode in _mapped_inodes(pid)}
+    mapped = {inode for process in processes for inode in _mapped_inodes(process.pid)}
     return {segment for segment in _all_segments() if segment.inode in mapped}
 
 

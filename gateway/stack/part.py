@@ -92,7 +92,7 @@ class Part:
 
     def note(self) -> None:
         """Write down which processes and segments it has by now, for the case that nobody lives to ask."""
-        self._ledger.write(self.pid, self._temporary, with_segments=self._launch.owns_shared_memory)
+        self._ledger.write(self.pid, self._temporary, owns_segments=self._launch.owns_shared_memory)
 
     def is_ready(self) -> bool:
         """Ask once whether it answers 200."""
@@ -110,6 +110,7 @@ class Part:
         """Return when it answers; raise with its last words if it ends before or does not within these seconds."""
         deadline = time.monotonic() + within
         while not self.is_ready():
+            self.note()
             if self.exit_code is not None:
                 raise StackError(f"{self.obituary()}\n{self.last_lines()}")
             if time.monotonic() > deadline:
