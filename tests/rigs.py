@@ -38,7 +38,10 @@ def value(size: int = 5000) -> bytes:
 class Rig(Protocol):
     """One tier and its storage."""
 
-    tier: Tier
+    @property
+    def tier(self) -> Tier:
+        """The tier itself."""
+        ...
 
     def put(self, key: ObjectKey, value: bytes) -> None:
         """Write an object under LMCache's name."""
@@ -110,16 +113,21 @@ class RedisRig:
         self.client.set(str(key), value)
 
     def live(self, key: ObjectKey) -> bytes | None:
-        return self.client.get(str(key))
+        return self._get(str(key))
 
     def put_pin(self, key: ObjectKey, value: bytes) -> None:
         self.client.set(self._pin(key), value)
 
     def pinned(self, key: ObjectKey) -> bytes | None:
-        return self.client.get(self._pin(key))
+        return self._get(self._pin(key))
 
     def drop_pin(self, key: ObjectKey) -> None:
         self.client.delete(self._pin(key))
+
+    def _get(self, name: str) -> bytes | None:
+        found = self.client.get(name)
+        assert not isinstance(found, str)
+        return found
 
     def _pin(self, key: ObjectKey) -> str:
         return f"cwg:{self._store}:pin:{key}"

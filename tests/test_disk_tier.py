@@ -1,5 +1,6 @@
 """The disk tier on real directories: hard links, other file systems, full ones, and directories that are not there."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -125,7 +126,8 @@ async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskR
 
 
 @pytest.mark.xfail(
-    reason="DiskTier.remove takes pin and original of a key in two threads: both may see the other's link"
+    strict=False,  # it takes two threads at the same moment
+    reason="DiskTier.remove takes pin and original of a key in two threads: both may see the other's link",
 )
 async def test_remove_tells_the_bytes_it_freed_each_time(rig: DiskRig) -> None:
     for count in [1, 2, 3, 5, 8] * 30:
@@ -178,8 +180,9 @@ async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(r
     with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.kv}"):
         await rig.tier.restore(objects)
     rig.kv.mkdir()
-    assert await rig.tier.restore(objects) == [Restored.RELINKED] * 2
-    assert await rig.tier.sweep(set(keys(2))) in (1, 2)  # what the failed ones left on their way
+    assert all(state.usable for state in await rig.tier.restore(objects))
+    await rig.tier.sweep(set(keys(2)))  # what the failed ones left on their way
+    assert sorted(names(rig.pins)) == sorted(one.file_name for one in keys(2))
     assert [rig.live(one) for one in keys(2)] == values
 
 
@@ -202,6 +205,20 @@ async def test_a_pins_dir_that_cannot_be_made_is_told_at_the_start(tmp_path: Pat
 async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig: DiskRig) -> None:
     with pytest.raises(TierUnavailable, match="File name too long"):
         await rig.tier.present([key(1, model="m" * 300)])
+
+
+@pytest.mark.xfail(reason="DiskTier._each raises while its other slices still work, after their lock is let go")
+async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskRig) -> None:
+    fill(rig, 1)
+    slow = rig.kv / key(1).file_name
+    os.mkfifo(slow)  # opening it waits for a writer: a thread that takes its time
+    pinning = asyncio.create_task(rig.tier.pin([key(0, model="m" * 300), key(1)], {}))
+    done, _ = await asyncio.wait([pinning], timeout=0.3)
+    writer = os.open(slow, os.O_RDWR | os.O_NONBLOCK)
+    with pytest.raises(TierUnavailable, match="File name too long"):
+        await pinning
+    os.close(writer)
+    assert not done
 
 
 async def test_pins_on_another_file_system_are_refused_in_words(tmp_path: Path, elsewhere: Path) -> None:
@@ -246,5 +263,5 @@ async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) ->
         assert [rig.pinned(one) for one in keys(10)] == values
         for number in range(crowd):
             (few_inodes / f"crowd{number}").unlink()
-        assert await rig.tier.restore(objects) == [Restored.RELINKED] * 10
+        assert all(state.usable for state in await rig.tier.restore(objects))
         assert [rig.live(one) for one in keys(10)] == values
