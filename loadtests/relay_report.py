@@ -191,7 +191,7 @@ def ratio(run: Run, scenario: str, name: str, other: str) -> list[float]:
 
 
 def plot(run: Run, file: Path) -> None:
-    """Draw the four main numbers, a bar for the median and a dot for each round."""
+    """Draw the four main numbers: a large dot for the median, a small one for each round. A log axis allows no bars."""
     import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it, and it takes a second
 
     mpl.use("svg")
@@ -205,15 +205,18 @@ def plot(run: Run, file: Path) -> None:
         for place, name in enumerate(names):
             values = run.values(scenario, name, of)
             median = statistics.median(values)
-            axis.barh(place, median, color="#d2603a" if name == GATEWAY else "#9aa7b5", height=0.6)
-            axis.plot(values, [place] * len(values), "o", color="#222222", markersize=2.5)
-            axis.annotate(f"{median:,.3g}" if median < 100 else f"{median:,.0f}", (median, place), (6, 8),
-                          textcoords="offset points", fontsize=8)  # fmt: skip
+            colour = "#c8502a" if name == GATEWAY else "#5d7186"
+            axis.plot([min(values), max(values)], [place] * 2, color=colour, linewidth=1)
+            axis.plot(values, [place] * len(values), "o", color=colour, markersize=3)
+            axis.plot(median, place, "o", color=colour, markersize=9)
+            axis.annotate(f"{median:,.3g}" if median < 100 else f"{median:,.0f}", (median, place), (0, 8),
+                          textcoords="offset points", fontsize=8, ha="center")  # fmt: skip
         axis.set_yticks(range(len(names)), names)
         axis.set_xscale("log")
-        axis.margins(x=0.15)
+        axis.grid(axis="x", color="#e4e7eb")
+        axis.margins(x=0.1, y=0.2)
         axis.invert_yaxis()
-        axis.set_title(f"{title} ({'less' if of is _p50 else 'more'} is better)", fontsize=10)
+        axis.set_title(f"{title} ({'less' if of is _p50 else 'more'} is better, log scale)", fontsize=10)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
