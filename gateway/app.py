@@ -103,11 +103,10 @@ async def run(settings: Settings) -> None:
     """Serve until a signal. Raises StartError where something that is needed cannot be had."""
     sock = server.listen(settings)
     async with open_parts(settings) as parts, Health(parts) as health:
-        # What lives as long as the process need not be looked at again, and a request makes little garbage with cycles:
-        # collecting as often as the default does was a twelfth of the time (loadtests/).
+        # What lives as long as the process need not be looked at again at each collection: that was a twelfth of the time
+        # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(20_000, 50, 100)
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
         await server.serve(Gateway(parts, health), settings, sock)
 

@@ -95,7 +95,8 @@ def _streamed(chunks: Iterable[bytes]) -> Reply:
         elif "error" in event:
             error = str(event["error"])
         else:
-            usage = usage_of(event.get("usage")) or usage
+            if "usage" in event:
+                usage = usage_of(event["usage"]) or usage
             for choice in event.get("choices") or ():
                 if choice.get("index", 0) == 0:
                     message.add(choice.get("delta") or {})
