@@ -14,7 +14,7 @@ from gateway.stack.reaper import reaping
 from gateway.stack.terminal import Terminal
 
 _TICK = 0.2
-_NOTED_EVERY = 1.0
+_NOTED_EVERY = 0.5
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0
 _SOUND_AFTER = 60.0
 """Seconds a part has to be ready before its next death counts as its first."""
