@@ -1,0 +1,174 @@
+"""Settings: every row from every source, precedence, what is refused and how, and README's table."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.settings import Settings, SettingsError, load, table
+from tests.running import ROOT
+
+# Another value than the default for each row, as text and as TOML.
+OTHER: dict[str, tuple[str, str, Any]] = {
+    "host": ("localhost", '"localhost"', "localhost"),
+    "port": ("9", "9", 9),
+    "api_key": ("k", '"k"', "k"),
+    "engine_urls": ("https://e:1/x", '["https://e:1/x"]', ("https://e:1/x",)),
+    "engine_api_key": ("e", '"e"', "e"),
+    "cache_url": ("http://c", '"http://c"', "http://c"),
+    "kv_dir": ("kv", '"kv"', "kv"),
+    "kv_redis_url": ("rediss://r:1/2", '"rediss://r:1/2"', "rediss://r:1/2"),
+    "pins_dir": ("p", '"p"', "p"),
+    "chunk_size": ("16", "16", 16),
+    "data_dir": ("d", '"d"', "d"),
+    "store_url": ("sqlite:///x.db", '"sqlite:///x.db"', "sqlite:///x.db"),
+    "secret_file": ("s", '"s"', "s"),
+    "isolation": ("tenant", '"tenant"', "tenant"),
+    "model_fingerprint": ("f", '"f"', "f"),
+    "connect_timeout_s": ("0.5", "0.5", 0.5),
+    "engine_timeout_s": ("1", "1", 1.0),
+    "client_timeout_s": ("1e1", "1e1", 10.0),
+    "max_body_bytes": ("1", "1", 1),
+    "max_reply_bytes": ("2", "2", 2),
+    "turn_queue": ("3", "3", 3),
+    "turns_kept": ("4", "4", 4),
+    "busy_wait_s": ("5.5", "5.5", 5.5),
+    "freeze_timeout_s": ("6", "6", 6.0),
+    "thaw_timeout_s": ("7", "7", 7.0),
+    "log_level": ("debug", '"debug"', "debug"),
+}
+NAMES = [f.name for f in fields(Settings)]
+
+
+def toml(folder: Path, text: str) -> Path:
+    """A file of settings."""
+    path = folder / "gateway.toml"
+    path.write_text(text)
+    return path
+
+
+def test_this_file_knows_every_setting() -> None:
+    assert list(OTHER) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_read_from_every_source(tmp_path: Path, name: str) -> None:
+    text, spelt, value = OTHER[name]
+    default = getattr(Settings(), name)
+    assert default != value
+    assert getattr(load(environment={}), name) == default
+    for got in (
+        load(environment={f"CWG_{name.upper()}": text}),
+        load(environment={}, file=toml(tmp_path, f"{name} = {spelt}")),
+        load(environment={}, overrides={name: value}),
+    ):
+        assert getattr(got, name) == value
+        assert type(getattr(got, name)) is type(default)
+        assert [n for n in NAMES if getattr(got, n) != getattr(Settings(), n)] == [name]
+
+
+def test_the_command_line_beats_the_environment_which_beats_the_file(tmp_path: Path) -> None:
+    file = toml(tmp_path, "port = 1\nchunk_size = 1\nturns_kept = 1")
+    environment = {"CWG_PORT": "2", "CWG_CHUNK_SIZE": "2"}
+    got = load(file=file, environment=environment, overrides={"port": 3, "chunk_size": None})
+    assert (got.port, got.chunk_size, got.turns_kept, got.turn_queue) == (3, 2, 1, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("engine_url", "engine_urls"),
+        ("chunksize", "chunk_size"),
+        ("kv_redis", "kv_redis_url"),
+        ("Port", "port"),
+        ("zzz", ""),
+    ],
+)
+def test_an_unknown_key_stops_the_start_and_names_the_nearest(tmp_path: Path, name: str, near: str) -> None:
+    wanted = f"unknown setting '{name}'" + (f"; did you mean '{near}'?" if near else "")
+    with pytest.raises(SettingsError) as refused:
+        load(environment={}, file=toml(tmp_path, f'{name} = "x"'))
+    assert str(refused.value) == f"{tmp_path / 'gateway.toml'}: {wanted}"
+    if name.islower():
+        with pytest.raises(SettingsError) as refused:
+            load(environment={f"CWG_{name.upper()}": "x"})
+        assert str(refused.value) == f"environment variable CWG_{name.upper()}: {wanted}"
+
+
+def test_foreign_variables_never_stop_the_start() -> None:
+    foreign = {"PORT": "x", "CWGX": "1", "cwg_port": "1", "CWG_URL": "http://x", "VLLM_API_KEY": "k", "": ""}
+    assert load(environment=foreign) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "x"), ("port", ""), ("port", "1.0"), ("port", "-1"), ("port", "65536"), ("port", "0x10"),
+        ("chunk_size", "-1"), ("busy_wait_s", "0"), ("busy_wait_s", "-1"), ("busy_wait_s", "nan"), ("busy_wait_s", "x"),
+        ("busy_wait_s", ""), ("max_body_bytes", "0"), ("max_reply_bytes", "-5"), ("turn_queue", "0"),
+        ("turns_kept", "0"),
+        ("engine_urls", "localhost:8000"), ("engine_urls", "ftp://x"), ("engine_urls", "http://"),
+        ("engine_urls", "http://a,http://b"), ("engine_urls", "http://a,"), ("engine_urls", "http://a:99999"),
+        ("cache_url", "localhost"), ("kv_redis_url", "http://x"), ("kv_redis_url", "redis://"),
+        ("store_url", "redis://x"), ("store_url", "/path"), ("isolation", "none"), ("isolation", ""),
+        ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
+        pytest.param("engine_urls", "", marks=pytest.mark.xfail(reason="an empty engine_urls passes: _check skips it")),
+        pytest.param("busy_wait_s", "inf", marks=pytest.mark.xfail(reason="_check does not ask for a finite number")),
+        pytest.param("connect_timeout_s", "1e400", marks=pytest.mark.xfail(reason="the same")),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load(environment={f"CWG_{name.upper()}": text})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["port = 1.5", "port = true", 'port = []', "busy_wait_s = true", "host = 1", "engine_urls = 5", "engine_urls = []",
+     "api_key = true", "turns_kept = '0'", "[port]\nx = 1"],
+)  # fmt: skip
+def test_a_value_of_another_type_in_the_file_is_refused_and_named(tmp_path: Path, line: str) -> None:
+    with pytest.raises(SettingsError, match=line.strip("[").split()[0].strip("]")):
+        load(environment={}, file=toml(tmp_path, line))
+
+
+def test_a_file_that_cannot_be_read_is_refused_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"cannot read .*missing\.toml: No such file"):
+        load(environment={}, file=tmp_path / "missing.toml")
+    with pytest.raises(SettingsError, match=r"gateway\.toml is not TOML"):
+        load(environment={}, file=toml(tmp_path, "port: 1"))
+    (tmp_path / "gateway.toml").write_bytes(b'host = "\xff"')
+    with pytest.raises(SettingsError, match=r"gateway\.toml is not TOML"):
+        load(environment={}, file=tmp_path / "gateway.toml")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "127.0.0.1.example.org"])
+def test_beyond_loopback_there_is_a_key(host: str) -> None:
+    with pytest.raises(SettingsError, match="api_key"):
+        load(environment={"CWG_HOST": host})
+    assert load(environment={"CWG_HOST": host, "CWG_API_KEY": "k"}).host == host
+
+
+def test_paths_follow_from_the_data_dir_unless_they_are_given(tmp_path: Path) -> None:
+    plain = Settings(data_dir=str(tmp_path / "d"), kv_dir=str(tmp_path / "kv"))
+    assert (plain.store_path, plain.secret_path) == (tmp_path / "d" / "gateway.db", tmp_path / "d" / "secret")
+    assert (plain.kv_path, plain.pins_path) == (tmp_path / "kv", tmp_path / "kv-pins")
+    given = Settings(
+        store_url=f"sqlite:///{tmp_path}/x.db",
+        secret_file=str(tmp_path / "s"),
+        pins_dir=str(tmp_path / "p"),
+        kv_dir="kv",
+    )
+    assert (given.store_path, given.secret_path, given.pins_path) == (tmp_path / "x.db", tmp_path / "s", tmp_path / "p")
+    assert (Settings().kv_path, Settings().pins_path) == (None, None)
+    assert all(p.is_absolute() for p in (given.kv_path, Settings().store_path, Settings(data_dir="~/x").data_path) if p)
+
+
+def test_readme_has_every_setting_as_the_code_has_it() -> None:
+    _, rest = (ROOT / "README.md").read_text().split("<!-- settings -->")
+    listed, _ = rest.split("<!-- /settings -->")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in listed.strip().splitlines()]
+    assert rows[0] == ["setting", "default", "what it is"]
+    assert set(rows[1]) == {"---"}
+    assert rows[2:] == [[f"`{name}`", f"`{default}`" if default else "", text] for name, default, text in table()]
