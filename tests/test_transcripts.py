@@ -1,0 +1,162 @@
+"""What counts as the same message, and what a thawed session's turn then consists of."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from gateway.errors import GatewayError
+from gateway.transcripts import common, continued, has_media, same
+
+SYSTEM = {"role": "system", "content": "be terse"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, 2], "b": "x y"}'}}
+
+
+def u(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def a(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def with_arguments(text: str, **more: Any) -> dict[str, Any]:
+    return a("", tool_calls=[{**CALL, "function": {"name": "f", "arguments": text}, **more}])
+
+
+WINDOW = [SYSTEM, u("1"), a("one"), u("2"), a("two")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (a("x"), a("x", refusal=None, tool_calls=[], audio=None, function_call=None, annotations=[])),
+        (a("x", reasoning="because"), a("x")),
+        (a("x", reasoning_content="because"), a("x", reasoning_content="otherwise")),
+        (a("", tool_calls=[CALL]), {"role": "assistant", "content": None, "tool_calls": [CALL]}),
+        (a("", tool_calls=[CALL]), {"role": "assistant", "tool_calls": [CALL]}),
+        (u("xy"), {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}),
+        (u(""), {"role": "user", "content": []}),
+        (u("x"), {"content": "x", "role": "user", "name": None}),
+        (with_arguments('{"a": [1, 2], "b": "x y"}'), with_arguments('{"a":[1,2],"b":"x y"}')),
+        (with_arguments('{"a": [1, 2], "b": "x y"}'), with_arguments('{\n  "b": "x y",\n  "a": [1, 2]\n}')),
+        (with_arguments('{"a": "\\u00e9"}'), with_arguments('{"a": "é"}')),
+        (with_arguments("not json"), with_arguments("not json")),
+    ],
+)
+def test_what_clients_change_on_the_way_makes_no_other_message(one: dict[str, Any], other: dict[str, Any]) -> None:
+    before = copy.deepcopy((one, other))
+    assert same(one, other)
+    assert same(other, one)
+    assert (one, other) == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (u("x"), a("x")),
+        (u("x"), u("x ")),
+        (u("x"), u("X")),
+        (u("x"), {**u("x"), "name": "bob"}),
+        (u("x"), {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {}}]}),
+        (with_arguments('{"b": "x y"}'), with_arguments('{"b": "xy"}')),
+        (with_arguments('{"a": [1, 2]}'), with_arguments('{"a": [2, 1]}')),
+        (with_arguments("{}"), with_arguments("{}", id="2")),
+        (with_arguments("not json"), with_arguments("not  json")),
+        (a("", tool_calls=[CALL]), a("", tool_calls=[CALL, CALL])),
+        (a("", tool_calls=[CALL]), a("")),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, {"role": "tool", "content": "x", "tool_call_id": "2"}),
+        ({"role": "user"}, {"role": "user", "content": "x"}),
+    ],
+)
+def test_what_says_something_else_is_another_message(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert not same(one, other)
+    assert not same(other, one)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{}, {"role": 1}, {"role": "user", "content": 7}, {"role": "user", "content": [1, None]}, a("", tool_calls="x"),
+     a("", tool_calls=[None, 1, {}, {"function": None}, {"function": {"arguments": {"a": 1}}}])],
+)  # fmt: skip
+def test_an_odd_message_is_the_same_as_itself_and_as_no_other(odd: dict[str, Any]) -> None:
+    assert same(odd, copy.deepcopy(odd))
+    assert not same(odd, u("x"))
+    assert continued([u("1"), a("one")], [odd], "") == [u("1"), a("one"), odd]
+
+
+def test_the_common_beginning() -> None:
+    assert common(WINDOW, WINDOW) == 5
+    assert common(WINDOW, WINDOW[:2]) == common(WINDOW[:2], WINDOW) == 2
+    assert common(WINDOW, [SYSTEM, u("other"), *WINDOW[2:]]) == 1
+    assert common([], WINDOW) == common(WINDOW, []) == 0
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [*WINDOW, u("3")],
+        [*WINDOW[:2], {"role": "assistant", "content": "one", "refusal": None}, *WINDOW[3:], u("3")],
+        [SYSTEM, u("1"), a("one"), u("edited")],
+        [SYSTEM, u("1"), a("one"), u("2")],  # the last reply once more
+        WINDOW,
+    ],
+)
+def test_a_full_history_is_taken_as_it_was_sent(sent: list[dict[str, Any]]) -> None:
+    assert continued(WINDOW, sent, "") == sent
+
+
+@pytest.mark.parametrize(
+    "sent", [[u("3")], [u("1")], [u("3"), a("x"), u("4")], [{"role": "tool", "content": "x", "tool_call_id": "1"}]]
+)
+def test_what_is_new_gets_the_window_in_front(sent: list[dict[str, Any]]) -> None:
+    before = copy.deepcopy(WINDOW)
+    assert continued(WINDOW, sent, "") == [*WINDOW, *sent]
+    assert continued(WINDOW, [SYSTEM, *sent], "") == [*WINDOW, *sent]
+    assert before == WINDOW
+
+
+OTHER = {"role": "system", "content": "be verbose"}
+
+
+@pytest.mark.parametrize("sent", [[OTHER, u("3")], [OTHER, *WINDOW[1:], u("3")], [SYSTEM, OTHER, u("3")]])
+def test_another_system_message_is_a_conflict_unless_a_rule_decides(sent: list[dict[str, Any]]) -> None:
+    with pytest.raises(GatewayError) as conflict:
+        continued(WINDOW, sent, "")
+    assert conflict.value.code == "window_system_conflict"
+    assert "X-Window-System" in conflict.value.hint
+    assert continued(WINDOW, sent, "keep") == [*WINDOW, u("3")]
+    theirs = [m for m in sent if m["role"] == "system"]
+    assert continued(WINDOW, sent, "replace") == [*theirs, *WINDOW[1:], u("3")]
+
+
+def test_a_developer_message_is_a_system_message() -> None:
+    developer = {"role": "developer", "content": "be terse"}
+    with pytest.raises(GatewayError):
+        continued(WINDOW, [developer, u("3")], "")
+    assert continued([developer, *WINDOW[1:]], [developer, u("3")], "") == [developer, *WINDOW[1:], u("3")]
+
+
+def test_a_full_history_without_its_system_message_gets_it_back() -> None:
+    assert continued(WINDOW, [*WINDOW[1:], u("3")], "") == [*WINDOW, u("3")]
+    assert continued(WINDOW, [*WINDOW[1:], u("3")], "replace") == [*WINDOW, u("3")]
+
+
+def test_a_window_without_a_system_message_takes_none_unasked() -> None:
+    with pytest.raises(GatewayError):
+        continued(WINDOW[1:], [SYSTEM, u("3")], "")
+    assert continued(WINDOW[1:], [SYSTEM, u("3")], "keep") == [*WINDOW[1:], u("3")]
+    assert continued(WINDOW[1:], [SYSTEM, u("3")], "replace") == [*WINDOW, u("3")]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file", "anything", 7])
+def test_media_is_found_wherever_it_is(kind: Any) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": kind}]
+    assert has_media([*WINDOW, {"role": "user", "content": parts}, u("x")])
+
+
+def test_text_in_parts_is_no_media() -> None:
+    assert not has_media([])
+    assert not has_media(WINDOW)
+    assert not has_media([{"role": "user", "content": [{"type": "text", "text": "image_url"}, {"type": "refusal"}]}])
+    assert not has_media([{"role": "user", "content": None}, {"role": "user"}])
