@@ -10,7 +10,8 @@ from gateway.records import TAG, Session, check_session_id, check_window_name
 from tests.test_store import window
 
 BAD: list[Any] = [
-    "", " ", "a ", " a", "a\n", "\na", "a\r", "a b", "-a", ".a", "_a", "a" * 129, "é", "\u0430", "\uff41", "a/b", "a\\b", "a@b",
+    "", " ", "a ", " a", "a\n", "\na", "a\r", "a b", "-a", ".a", "_a", "a" * 129, "é", "\u0430", "\uff41",
+    "a/b", "a\\b", "a@b",
     "a\0", "a%b", "🎉", "\u202ea", None, 7, True, b"a", ["a"], {"a": 1},
 ]  # fmt: skip
 
