@@ -114,6 +114,7 @@ class FakeEngine:
         self.on_chat: Handler = self.answer_chat
         self.on_other: Handler = lambda exchange: exchange.json({"detail": "Not Found"}, 404)
         self.on_models: Handler = self._models
+        self.before_completion: Callable[[], object] = lambda: None
         self.leaks_salts = False
         with self._news:
             self.requests.clear()
@@ -191,6 +192,7 @@ class FakeEngine:
                 ids = plain or render(body["messages"], generation_prompt=body.get("add_generation_prompt", True))
                 exchange.json({"count": len(ids), "max_model_len": 4096, "tokens": ids})
             case "POST", "/v1/completions" if isinstance(request.json.get("prompt"), list):
+                self.before_completion()
                 usage = self._usage(request.json.get("cache_salt"), request.json["prompt"], completion=1)
                 exchange.json({"id": "cmpl-1", "object": "text_completion", "choices": [{"text": "x"}], "usage": usage})
             case "POST", "/v1/chat/completions":
