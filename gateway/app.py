@@ -103,7 +103,7 @@ async def run(settings: Settings) -> None:
     """Serve until a signal. Raises StartError where something that is needed cannot be had."""
     sock = server.listen(settings)
     async with open_parts(settings) as parts, Health(parts) as health:
-        # What lives as long as the process need not be looked at again at each collection: that was a twelfth of the time
+        # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
         gc.freeze()
