@@ -70,7 +70,7 @@ class Scenario:
 def main() -> None:
     """Measure, and write what was seen."""
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: told to end"))  # so that what was started is stopped
     wrk_version = wrk.version()
     with tempfile.TemporaryDirectory(prefix="relay-overhead-") as directory, ExitStack() as stack:
         work = Path(directory)
