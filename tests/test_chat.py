@@ -175,7 +175,13 @@ def whole(*messages: Any, usage: Any = USAGE) -> Reply:
 
 
 def test_a_whole_reply_loses_its_empty_fields() -> None:
-    empty = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": []}
+    empty: dict[str, Any] = {
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [],
+    }
     assert whole({"role": "assistant", "content": "Hi", **empty, "reasoning": None, "reasoning_content": ""}) == Reply(
         {"role": "assistant", "content": "Hi"}, Usage(120, 9, 96), ""
     )

@@ -122,7 +122,12 @@ def test_a_window_that_is_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
     assert gateway.freeze(session, f"w-{session}").status_code == 201
     assert gateway.http.delete(f"/admin/sessions/{session}").status_code == 200
     warming, go_on = threading.Event(), threading.Event()
-    engine.before_completion = lambda: (warming.set(), go_on.wait(WITHIN))
+
+    def wait() -> None:
+        warming.set()
+        go_on.wait(WITHIN)
+
+    engine.before_completion = wait
     with ThreadPoolExecutor(1) as pool:
         body = {"warm": "gpu", "new_session_id": f"t-{session}"}
         thawing = pool.submit(gateway.http.post, f"/admin/windows/w-{session}/thaw", json=body)

@@ -549,7 +549,7 @@ asyncio.run(write(sys.argv[2]))
 def writer(path: Path, name: str, count: int) -> subprocess.Popen[bytes]:
     """Another process that writes turns and windows, and tells what was committed."""
     argv = [sys.executable, "-c", WRITER, str(path), name, str(count)]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, bufsize=0)  # what was not read stays in the pipe
 
 
 def committed(process: subprocess.Popen[bytes]) -> int:
@@ -577,7 +577,7 @@ async def whole(store: Store, name: str) -> int:
     return count
 
 
-async def test_two_processes_write_one_file_at_once(tmp_path: Path) -> None:
+async def test_processes_that_start_at_once_make_one_store_and_write_it_together(tmp_path: Path) -> None:
     path = tmp_path / "gateway.db"
     others = [writer(path, name, 20) for name in ("a", "b")]
     assert [await asyncio.to_thread(committed, other) for other in others] == [20, 20]
@@ -589,7 +589,7 @@ async def test_two_processes_write_one_file_at_once(tmp_path: Path) -> None:
     sound(path)
 
 
-@pytest.mark.parametrize("after", [1, 7, 20])
+@pytest.mark.parametrize("after", [1, 15])
 async def test_a_kill_in_mid_write_loses_nothing_committed_and_leaves_nothing_half(tmp_path: Path, after: int) -> None:
     path = tmp_path / "gateway.db"
     other = writer(path, "a", 10_000)
@@ -650,12 +650,6 @@ async def test_the_schema_of_a_new_store_is_the_newest(tmp_path: Path) -> None:
         assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert (tmp_path / "gateway.db").stat().st_mode & 0o777 == 0o600
-
-
-async def test_many_processes_that_open_a_new_store_at_once_migrate_it_once(tmp_path: Path) -> None:
-    others = [writer(tmp_path / "gateway.db", str(n), 1) for n in range(3)]
-    assert [await asyncio.to_thread(committed, other) for other in others] == [1] * 3
-    sound(tmp_path / "gateway.db")
 
 
 async def test_a_store_of_a_newer_gateway_is_refused_and_not_touched(tmp_path: Path) -> None:
