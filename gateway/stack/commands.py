@@ -104,7 +104,7 @@ def engine_command(python: str, engine: Engine) -> Command:
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", engine.tool_parser]
     if not engine.on_cpu:
         return Command(tuple(argv), QUIET)
-    # Compiling needs g++ and costs 20 s to minutes at every start. It makes prefill no faster, only the decoding of very
+    # Compiling needs g++ and costs 20 s to minutes at every start. It makes prefill no faster, only decoding of very
     # small models (the demo: 80 to 155 tokens/s). Both the flag and the variable: with the flag alone, sampling still
     # compiles a little, on the first request that wants logprobs.
     argv += ["--block-size", str(CPU_BLOCK_SIZE), "--enforce-eager"]

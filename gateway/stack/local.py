@@ -10,7 +10,7 @@ from hashlib import blake2s
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from gateway.stack import commands, leftovers, models
+from gateway.stack import commands, leftovers, lock, models
 from gateway.stack.commands import LOOPBACK
 from gateway.stack.demo_model import Size
 from gateway.stack.part import Launch, Part
@@ -137,19 +137,25 @@ def parts(plan: Plan) -> Parts:
 @contextmanager
 def running(options: LocalStack) -> Iterator[tuple[Plan, Parts]]:
     """Cache and engine without a supervisor: up when this is entered, gone when it is left or the process dies."""
-    planned = plan(options)
-    leftovers.sweep(planned.run_dir)
+    options.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock.holding(options.data_dir) as held:
+        planned = plan(options)
+        leftovers.sweep(planned.run_dir)
+        with reaping(planned.run_dir, held):
+            yield from _running(planned)
+
+
+def _running(planned: Plan) -> Iterator[tuple[Plan, Parts]]:
     started = parts(planned)
-    with reaping(planned.run_dir):
-        try:
-            started.cache.start()
-            started.engine.start()
-            started.cache.wait_ready(CACHE_WITHIN)
-            started.engine.wait_ready(ENGINE_WITHIN)
-            yield planned, started
-        finally:
-            for part in (started.gateway, started.engine, started.cache):
-                part.stop()
+    try:
+        started.cache.start()
+        started.engine.start()
+        started.cache.wait_ready(CACHE_WITHIN)
+        started.engine.wait_ready(ENGINE_WITHIN)
+        yield planned, started
+    finally:
+        for part in (started.gateway, started.engine, started.cache):
+            part.stop()
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """From what the user names as `--model` to a directory and a name that stays the same for the cache's keys."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def _build_demo(directory: Path, size: demo_model.Size) -> None:
     """In a process of its own: transformers would stay in this one's memory for as long as the stack runs."""
     if demo_model.is_built(directory, size):
         return
+    for unfinished in directory.parent.glob(f".{directory.name}-*"):
+        shutil.rmtree(unfinished)  # of a build that was killed; the lock says that none is under way
     argv = [sys.executable, "-m", "gateway.stack.demo_model", str(directory), "--size", size]
     built = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if built.returncode:
