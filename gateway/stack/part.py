@@ -21,6 +21,8 @@ _TAIL_BYTES = 64 * 1024
 _LOG_BYTES = 64 * 2**20
 _CAUSE = re.compile(r"\b[A-Z]\w*(?:Error|Exception)\b: ")
 _CAUSES = 3
+_LINE_CHARS = 300
+"""vLLM logs its whole configuration as one line."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -156,7 +158,7 @@ class Part:
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             text = _COLOUR.sub("", log.read().decode("utf-8", "replace"))
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line[:_LINE_CHARS] for line in text.splitlines() if line.strip()]
         causes = [line for line in lines[:-count] if _CAUSE.search(line)]
         return "\n".join(causes[-_CAUSES:] + lines[-count:])
 
