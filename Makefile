@@ -18,7 +18,7 @@ INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
-.PHONY: up test lint bench clean
+.PHONY: up test lint bench bench-relay bench-thaw clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -32,9 +32,14 @@ lint: $(VENV)/with-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/with-bench $(PEERS)/bin/litellm
+bench: bench-relay bench-thaw
+
+bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 	$(BIN)/python -m loadtests.relay_overhead --litellm $(PEERS)/bin/litellm \
 		--vllm-router $(PEERS)/bin/vllm-router --agentic-api $(PEERS)/bin/agentic-api $(ARGS)
+
+bench-thaw: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.thaw_speed $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
