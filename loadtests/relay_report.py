@@ -59,7 +59,7 @@ def _head(run: Run) -> str:
         "- a body of 600 bytes, streams of 64 events and [DONE] (the gateway also asks for usage and takes it out "
         "again), 64 session ids in turn; the gateway with its defaults and its SQLite store, one process\n"
         "- the gateway's rates include the time in which it records the last turns after wrk has ended; processor time "
-        "is of the whole process tree, by what was answered"
+        "is of the whole process tree, by what was answered, and depends least on what else the machine does"
         f"{missing}"
     )
 
