@@ -171,7 +171,8 @@ def _check(s: Settings) -> None:
     _require(0 <= s.port <= 65535, f"port {s.port} is not between 0 and 65535")
     _require(len(s.engine_urls) == 1, f"engine_urls has {len(s.engine_urls)} entries; give one")
     for name, url in [("engine_urls", s.engine_urls[0]), ("cache_url", s.cache_url)]:
-        _require(not url or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
+        empty = not url and name == "cache_url"
+        _require(empty or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
     _require(
         not s.kv_redis_url or _is_url(s.kv_redis_url, ("redis", "rediss")),
         f"kv_redis_url {s.kv_redis_url!r} is not a redis URL",

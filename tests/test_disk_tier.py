@@ -123,10 +123,6 @@ async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskR
 # --- bytes freed
 
 
-@pytest.mark.xfail(
-    strict=False,  # it takes two threads at the same moment
-    reason="DiskTier.remove takes pin and original of a key in two threads: both may see the other's link",
-)
 async def test_remove_tells_the_bytes_it_freed_each_time(rig: DiskRig) -> None:
     for count in [1, 2, 3, 5, 8] * 30:
         values = fill(rig, count, size=100)
@@ -205,7 +201,6 @@ async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig
         await rig.tier.present([key(1, model="m" * 300)])
 
 
-@pytest.mark.xfail(reason="DiskTier._each raises while its other slices still work, after their lock is let go")
 async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskRig) -> None:
     fill(rig, 1)
     slow = rig.kv / key(1).file_name

@@ -57,7 +57,6 @@ def test_a_page_of_the_gateways_own_site_is_served(gateway: Gateway) -> None:
     assert gateway.http.get("/admin/sessions", headers={"origin": gateway.url}).status_code == 200
 
 
-@pytest.mark.xfail(reason="X-Window is passed to the engine and ignored: the turn runs without its window")
 @pytest.mark.parametrize("name", ["w", "no such name"])
 def test_a_window_asked_for_by_header_is_refused_rather_than_ignored(
     engine: FakeEngine, gateway: Gateway, session: str, name: str
@@ -114,7 +113,6 @@ def test_tool_arguments_written_down_again_with_other_spaces_are_the_same_messag
     assert engine.seen(CHAT)[-1].json["messages"] == full  # as the client has it, and not behind the window once more
 
 
-@pytest.mark.xfail(reason="thaw: the window may go while it is warmed, and with it the transcript of the new session")
 def test_a_window_that_is_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:

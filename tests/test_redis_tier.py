@@ -50,7 +50,6 @@ async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisRig) -> None
     assert rig.pinned(key(0)) == content
 
 
-@pytest.mark.xfail(reason="RedisTier._copy: COPY takes the original's time to live along, so a pin can expire")
 async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisRig) -> None:
     rig.client.set(str(key(0)), value(), ex=1000)
     await rig.tier.pin(keys(1), {})

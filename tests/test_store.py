@@ -476,9 +476,6 @@ async def test_who_gets_a_deleted_windows_name_is_nobodys_parent(store: Store) -
     assert (await store.list_windows(TENANT, WindowQuery(tags=("old",))))[1] == 0
 
 
-@pytest.mark.xfail(
-    reason="add_window writes the parent it is given: a window deleted during a freeze is a parent still"
-)
 async def test_a_parent_that_was_deleted_during_the_freeze_is_none(store: Store) -> None:
     await store.add_window(window("w", parent="w"), manifest("w"))
     await store.add_window(window("child", parent="gone"), manifest("child"))

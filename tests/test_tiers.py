@@ -125,12 +125,9 @@ async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: Ri
 
 
 async def test_a_pin_that_another_freeze_has_just_made_outlives_a_second_one_whose_original_is_gone(
-    rig: Rig, request: pytest.FixtureRequest
+    rig: Rig,
 ) -> None:
     # Two freezes of one lineage hold the lock together; between them LMCache evicts. The first is about to commit.
-    if rig.tier.name == "disk":
-        reason = "DiskTier._pin unlinks a pin that is not known yet before it knows that it can link it anew"
-        request.applymarker(pytest.mark.xfail(reason=reason))
     (content,), objects = await pinned(rig, 1)
     await rig.tier.lose(keys(1))
     await rig.tier.pin(keys(1), {})

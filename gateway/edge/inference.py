@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
+WINDOW_HEADER = b"x-window"
 TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
 _CHAT = TURNS[b"/v1/chat/completions"]
 
@@ -127,6 +128,12 @@ class Inference:
         settings = self._parts.settings
         tenant = auth.tenant(scope["headers"], settings.api_key)
         path, session_id = _route(scope)
+        if any(name == WINDOW_HEADER for name, _ in scope["headers"]):
+            raise GatewayError(
+                "invalid_request",
+                "X-Window is not served yet",
+                hint="thaw the window (POST /admin/windows/NAME/thaw) and name the session it answers in X-Session-ID",
+            )
         body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
         return Incoming(scope, receive, send, tenant, session_id, path, body)
 

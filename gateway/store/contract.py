@@ -102,7 +102,7 @@ class Store(Protocol):
         ...
 
     async def manifest(self, manifest_id: str) -> Manifest:
-        """Return a manifest."""
+        """Return a manifest. Raises `window_not_found` when its window has just been deleted."""
         ...
 
     async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:

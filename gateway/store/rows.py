@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 from blake3 import blake3
 
+from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
 from gateway.store.contract import Finished, WindowQuery
@@ -259,6 +260,7 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
     if manifest is not None:
         _add_manifest(db, manifest)
     values = {name: getattr(new, name) for name in _WINDOW_COLUMNS}
+    values["parent"] = new.parent if new.parent and window(db, new.tenant, new.parent) else None
     values["tags"] = orjson.dumps(new.tags).decode()
     values["receipt"] = orjson.dumps(dict(new.receipt)).decode()
     marks = ", ".join("?" * len(values))
@@ -281,13 +283,15 @@ def _add_manifest(db: sqlite3.Connection, new: Manifest) -> None:
 
 
 def manifest(db: sqlite3.Connection, manifest_id: str) -> Manifest:
-    (ids,) = db.execute("SELECT token_ids FROM manifests WHERE id = ?", (manifest_id,)).fetchone()
+    row = db.execute("SELECT token_ids FROM manifests WHERE id = ?", (manifest_id,)).fetchone()
+    if row is None:
+        raise GatewayError("window_not_found", "the window was deleted just now")
     found = db.execute(
         """SELECT o.key, o.tier, o.size, o.checksum FROM manifest_objects m JOIN objects o USING (key, tier)
         WHERE m.manifest = ? ORDER BY m.position, m.tier""",
         (manifest_id,),
     )
-    return Manifest(manifest_id, tuple(array("I", ids)), tuple(PinnedObject(*row) for row in found))
+    return Manifest(manifest_id, tuple(array("I", row[0])), tuple(PinnedObject(*row) for row in found))
 
 
 def delete_window(db: sqlite3.Connection, tenant: str, name: str) -> list[ObjectKey] | None:

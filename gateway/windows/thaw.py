@@ -82,8 +82,11 @@ async def thaw(
         await _warm(parts, window, model, manifest, warm, receipt, progress)
     elif warm == "gpu":
         await _through_engine(parts, window, model, manifest, receipt, progress)
-    if not await parts.store.add_session(session):
-        raise _taken(session_id)
+    # While we warmed, the window may have been deleted, and its transcript with it.
+    async with parts.pins.lock.hold(alone=False):
+        await found(parts, tenant, name)
+        if not await parts.store.add_session(session):
+            raise _taken(session_id)
     receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
     receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
     return session, window, receipt

@@ -71,7 +71,8 @@ class DiskTier:
 
     async def remove(self, keys: Iterable[ObjectKey]) -> int:
         """See `Tier.remove`."""
-        return sum(await self._each([path(key) for key in keys for path in (self._live, self._pin_path)], _unlink))
+        # Both links of a key one after the other: side by side, each would see the other and free nothing.
+        return sum(await self._each(list(keys), lambda key: _unlink(self._live(key)) + _unlink(self._pin_path(key))))
 
     async def lose(self, keys: Iterable[ObjectKey]) -> None:
         """See `Tier.lose`."""
@@ -99,11 +100,13 @@ class DiskTier:
             return known
         if known is not None and _same_file(pin, live):
             live.unlink(missing_ok=True)  # the damaged bytes are LMCache's too
-        pin.unlink(missing_ok=True)  # damaged, or left by a freeze that was not committed
+        if known is not None:
+            pin.unlink(missing_ok=True)  # damaged
         try:
-            pin.hardlink_to(live)
+            self._link_over(live, pin)
         except FileNotFoundError:
-            return None
+            if not pin.exists():  # else it is of a freeze that is about to commit, and LMCache has lost its own since
+                return None
         with pin.open("rb") as file:
             os.fsync(file.fileno())  # LMCache does not; a power cut must not turn "frozen" into a false word
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
@@ -131,6 +134,7 @@ class DiskTier:
         fresh = self._pins / f"{secrets.token_hex(8)}.link"  # here, where the next sweep finds it if we die
         fresh.hardlink_to(source)
         fresh.replace(target)
+        fresh.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
 
     def _verify(self, item: PinnedObject) -> Restored:
         pin = self._pin_path(ObjectKey.parse(item.key))
@@ -142,8 +146,12 @@ class DiskTier:
         """Do `work` on every item, in slices side by side; order is kept."""
         step = -(-len(items) // _THREADS) or 1
         slices = [items[i : i + step] for i in range(0, len(items), step)]
-        done = await asyncio.gather(*(self._run(partial(_map, work, part)) for part in slices))
-        return [result for part in done for result in part]
+        # All of them end before one's failure is told: who hears of it lets go of the lock.
+        done = await asyncio.gather(*(self._run(partial(_map, work, part)) for part in slices), return_exceptions=True)
+        for part in done:
+            if isinstance(part, BaseException):
+                raise part
+        return [result for part in done if not isinstance(part, BaseException) for result in part]
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:

@@ -31,7 +31,7 @@ class RedisTier:
     adapter = "resp"
 
     def __init__(self, url: str, store_id: str, timeout_s: float) -> None:
-        self._redis = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=max(timeout_s, 30.0))
+        self._redis = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=2 * timeout_s)
         self._prefix = f"cwg:{store_id}:pin:"
 
     async def __aenter__(self) -> "RedisTier":
@@ -131,6 +131,7 @@ class RedisTier:
             pipe = self._redis.pipeline(transaction=False)
             for source, target in pairs[start : start + _NAMES_PER_CALL]:
                 pipe.copy(source, target, replace=True)
+                pipe.persist(target)  # a copy takes the time to live along; a pin has none
             await self._call(pipe.execute)
 
     async def _free(self, names: Sequence[str]) -> int:
