@@ -18,7 +18,7 @@ from gateway.stack import local
 
 pytestmark = pytest.mark.stack
 
-START_S = 150.0
+START_S = 400.0
 CHUNK = 64
 PARTS = ("cache", "engine", "gateway")
 HISTORY = [
@@ -67,7 +67,7 @@ class Up:
         processes, segments = self.belongings(part)
         ready = self.said.count(f"{part} is ready")
         os.kill(next(pid for pid in processes if os.getpgid(pid) == pid), signal.SIGKILL)
-        eventually(lambda: f"{part} was killed by SIGKILL; again in 1 s" in self.said, f"{part} is reported dead", 10)
+        eventually(lambda: f"{part} was killed by SIGKILL; again in 1 s" in self.said, f"{part} is reported dead", 30)
         eventually(lambda: self.said.count(f"{part} is ready") > ready, f"{part} is back", START_S)
         assert not living(processes)
         assert not shared_memory() & segments
@@ -79,7 +79,7 @@ class Up:
 
     def close(self) -> int:
         """Wait for its end."""
-        code = self.process.wait(60)
+        code = self.process.wait(90)
         self._out.close()
         self._err.close()
         return code
@@ -182,5 +182,5 @@ def test_up_serves_repairs_itself_stops_clean_and_finds_everything_again(
 
     processes, segments = again.belongings()
     again.end(signal.SIGKILL)
-    eventually(lambda: not living(processes), "no orphan is left", 15)
-    eventually(lambda: not shared_memory() & segments, "no segment is left", 15)
+    eventually(lambda: not living(processes), "no orphan is left", 30)
+    eventually(lambda: not shared_memory() & segments, "no segment is left", 30)
