@@ -86,14 +86,18 @@ def test_a_thawed_conversation_goes_on_bit_for_bit_as_one_that_was_never_frozen(
     assert _logprobs(answer) == _logprobs(control)  # tokens and, to the last bit, their probabilities
 
 
-def test_a_thawed_session_takes_only_what_is_new_and_gives_the_same_answer(shelf: Shelf) -> None:
+def test_a_thawed_session_takes_only_what_is_new_and_asks_the_engine_the_same(shelf: Shelf) -> None:
     session = shelf.gateway.thaw("plain")["session_id"]
     new = _ask(shelf.gateway, session, [QUESTION])
+    assert new.usage.prompt_tokens == shelf.plain.control.usage.prompt_tokens
     assert _cached(new) >= shelf.plain.whole
-    assert new.choices[0].message.content == shelf.plain.control.choices[0].message.content
     kept = shelf.gateway.http.get(f"/admin/sessions/{session}").json()
     assert kept["token_count"] == new.usage.total_tokens
     assert kept["window"] == "plain"
+    shelf.gateway.freeze(session, "plain-went-on")
+    messages = shelf.gateway.http.get("/admin/windows/plain-went-on/messages").json()["messages"]
+    assert messages[:-1] == [*shelf.plain.messages, QUESTION]
+    assert messages[-1]["content"] == new.choices[0].message.content
 
 
 def test_pins_restore_what_was_removed_from_disk_and_redis(stack: Stack, shelf: Shelf) -> None:
