@@ -50,7 +50,7 @@ class Stack:
         self.parts.engine.wait_ready(local.ENGINE_WITHIN)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack() -> Iterator[Stack]:
     """Start it once; about a minute."""
     with tempfile.TemporaryDirectory(prefix="cwg-test-") as root, redis_server(Path(root)) as (client, _):
@@ -62,7 +62,7 @@ def stack() -> Iterator[Stack]:
             yield Stack(plan, parts, client, Path(root), engine)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared(stack: Stack) -> Iterator[Gateway]:
     """A gateway for the tests that need nothing of it but to be there."""
     gateway = Gateway(stack.settings(stack.root / "shared"), stack.root / "shared.log").start()
