@@ -28,6 +28,7 @@ class Sessions:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._in_flight: Counter[tuple[str, str]] = Counter()
+        self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
         self._quiet = asyncio.Event()  # set and replaced whenever a turn ends
 
     async def open(self, tenant: str, session_id: str) -> Session:
@@ -37,23 +38,26 @@ class Sessions:
         """
         return await self._store.session(tenant, session_id) or Session(tenant, session_id, lineage=session_id)
 
-    def enter(self, tenant: str, session_id: str) -> None:
+    def enter(self, tenant: str, session_id: str, lineage: str) -> None:
         """A turn begins."""
         self._in_flight[tenant, session_id] += 1
+        self._lineages[tenant, lineage] += 1
 
-    def leave(self, tenant: str, session_id: str) -> None:
+    def leave(self, tenant: str, session_id: str, lineage: str) -> None:
         """A turn is over and recorded."""
-        key = (tenant, session_id)
-        self._in_flight[key] -= 1
-        if self._in_flight[key] <= 0:
-            del self._in_flight[key]
+        if _drop(self._in_flight, (tenant, session_id)):
             self._quiet.set()
             self._quiet = asyncio.Event()
+        _drop(self._lineages, (tenant, lineage))
 
     @property
     def in_flight(self) -> int:
         """Turns that are going on or wait to be recorded."""
         return self._in_flight.total()
+
+    async def going_on(self, tenant: str, lineage: str) -> bool:
+        """Whether a session of the lineage is going on: in a turn just now, or not frozen since its last."""
+        return (tenant, lineage) in self._lineages or await self._store.lineage_in_use(tenant, lineage)
 
     async def at_rest(self, tenant: str, session_id: str, wait_s: float) -> None:
         """Return when no turn of the session is going on. Raises `session_busy` after `wait_s`."""
@@ -67,3 +71,11 @@ class Sessions:
                 f"session {session_id!r} has been in a turn for {wait_s:g} s",
                 hint="freeze it when the reply is complete",
             ) from error
+
+
+def _drop(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:
+    counter[key] -= 1
+    if counter[key] > 0:
+        return False
+    del counter[key]
+    return True

@@ -5,7 +5,7 @@ path: it hands every byte on untouched but for the one event that the gateway as
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 # An event ends at an empty line; a line ends at CRLF, LF or CR (WHATWG HTML, "Server-sent events", 9.2.6).
 # A CR at the very end of what has come may be half of a CRLF, so it is not an end yet.
@@ -64,6 +64,13 @@ class UsageFilter:
         self.stamp = stamp
         self._held: list[bytes] = []  # pieces of an event whose end has not come
         self._waiting: list[bytes] = []
+
+    def untouched(self, chunks: Sequence[bytes]) -> bool:
+        """Whether these chunks are whole events that may all go as they are, so that none needs to be fed."""
+        if self._held or self._waiting or not all(chunk.endswith(b"\n\n") for chunk in chunks):
+            return False
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return self.USAGE not in data and self.FINISH not in data
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what may go to the client now; empty if it is held back."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from gateway.dialects.contract import Call, Dialect, Reply
-from gateway.records import Outcome, Turn
+from gateway.records import Outcome, Session, Turn
 from gateway.sessions import Sessions
 from gateway.store.contract import Finished, Store
 
@@ -73,10 +73,10 @@ class Turns:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    async def enter(self, tenant: str, session_id: str) -> None:
+    async def enter(self, session: Session) -> None:
         """A turn begins; waits while too many finished ones are still unrecorded."""
         await self._room.acquire()
-        self._sessions.enter(tenant, session_id)
+        self._sessions.enter(session.tenant, session.id, session.lineage)
 
     def finish(self, ended: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
@@ -99,7 +99,7 @@ class Turns:
                 batch.append(self._queue.get_nowait())
             await self._record(await _all_finished(batch))
             for ended in batch:
-                self._sessions.leave(ended.tenant, ended.session_id)
+                self._sessions.leave(ended.tenant, ended.session_id, ended.lineage)
                 self._room.release()
                 self._queue.task_done()
             async with self._progress:

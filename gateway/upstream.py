@@ -8,7 +8,7 @@ keep up, and aborts by closing the socket, which is what makes vLLM stop generat
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -17,6 +17,7 @@ import httptools
 from gateway.errors import GatewayError
 
 Headers = Sequence[tuple[bytes, bytes]]
+Take = Callable[[Sequence[bytes]], bool]
 
 # vLLM (uvicorn) closes a connection that was idle for 5 s; one that is about to close is not worth the race.
 _KEEP_IDLE_S = 4.0
@@ -144,7 +145,7 @@ class Connection(asyncio.Protocol):
         self._silence_timeout_s = silence_timeout_s
         self._transport: asyncio.Transport
         self._closed = False
-        self._idle_since = 0.0
+        self._idle_since = 0.0  # 0 while an exchange is on it
         self._timer: asyncio.TimerHandle | None = None
         self._begin("")
 
@@ -164,6 +165,7 @@ class Connection(asyncio.Protocol):
         self._answered = False  # a byte of the answer has come
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Take | None = None
         self._heard = self._loop.time()
 
     # What the relay calls.
@@ -171,6 +173,7 @@ class Connection(asyncio.Protocol):
     async def request(self, method: str, head: bytes, body: bytes) -> None:
         """Write a request and wait for the answer's status and headers. Raises UpstreamError."""
         used = self._idle_since > 0
+        self._idle_since = 0.0
         self._begin(method)
         if self._closed:
             raise UpstreamError("stale", "connection was closed", began=False)
@@ -194,11 +197,42 @@ class Connection(asyncio.Protocol):
             await self._wait()
         chunk = self._chunks.popleft()
         self._size -= len(chunk)
-        if self._paused and self._size < _LOW_WATER:
+        if self._size < _LOW_WATER:
+            self.resume()
+        return chunk
+
+    async def pour(self, take: Take) -> Sequence[bytes]:
+        """Give `take` all chunks that have come, as soon as they come; return those that came with the end.
+
+        A task that wakes for each chunk would be a good part of what a chunk costs. `take` tells whether the client
+        keeps up; if not, nothing more is read from the engine until `resume`. Raises UpstreamError when `take` has had
+        all that came.
+        """
+        self._take = take
+        try:
+            while not self._complete and self._error is None:
+                self._hand_on()
+                await self._wait()
+        finally:
+            self._take = None
+        rest = self._all()
+        if self._error is not None:
+            take(rest)
+            raise self._error
+        return rest
+
+    def pause(self) -> None:
+        """Read nothing more from the engine for now."""
+        if not self._paused and not self._closed:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on after a pause."""
+        if self._paused and not self._closed:
             self._paused = False
             self._heard = self._loop.time()
             self._transport.resume_reading()
-        return chunk
 
     @property
     def exhausted(self) -> bool:
@@ -230,6 +264,9 @@ class Connection(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
+        if self._idle_since:  # nobody has asked for anything: it is not the answer to whatever is asked next
+            self.abort()
+            return
         self._heard = self._loop.time()
         self._answered = True
         try:
@@ -238,7 +275,10 @@ class Connection(asyncio.Protocol):
             self._fail("engine_unreachable", "the engine switched protocols, which was not asked for")
         except httptools.HttpParserError as error:
             self._fail("engine_unreachable", f"the engine did not speak HTTP: {error}")
-        self._wake()
+        if self._take is None or self._complete or self._error is not None:
+            self._wake()
+        else:
+            self._hand_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
@@ -278,9 +318,8 @@ class Connection(asyncio.Protocol):
             return
         self._chunks.append(body)
         self._size += len(body)
-        if self._size > _HIGH_WATER and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if self._size > _HIGH_WATER:
+            self.pause()
 
     def on_message_complete(self) -> None:
         if self._head_done and not self._surplus:
@@ -288,6 +327,19 @@ class Connection(asyncio.Protocol):
             # Asked here, because the parser forgets it with the message. After a HEAD it waits for a body that will not
             # come, so this is never reached and the connection is not used again.
             self._keep_alive = bool(self._parser.should_keep_alive())
+
+    def _hand_on(self) -> None:
+        if self._chunks and self._take is not None:
+            if self._take(self._all()):
+                self.resume()
+            else:
+                self.pause()
+
+    def _all(self) -> list[bytes]:
+        chunks = list(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        return chunks
 
     def _fail(self, code: str, message: str) -> None:
         if self._error is None and not self._complete:

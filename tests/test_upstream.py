@@ -1,5 +1,6 @@
 """Connections to the engine: kept, replaced when they went stale, given up in time, never mixed up."""
 
+import json
 import socket
 import threading
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import engine as fake
-from tests.fakes.engine import DONE, Exchange, FakeEngine, delta, usage_of, whole_reply
+from tests.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
 from tests.running import Gateway, free_port, gateway_before
 from tests.wire import Wire
 
@@ -190,14 +191,34 @@ def test_an_answer_too_many_is_not_taken_for_the_answer_to_the_next_request(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def twice(exchange: Exchange) -> None:
-        engine.answer_chat(exchange)
-        exchange.json(whole_reply("evil", usage_of(1, 1)))
+        answers = [json.dumps(whole_reply(text, usage_of(1, 1))).encode() for text in ("good", "evil")]
+        exchange.raw(b"".join(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(a), a) for a in answers))
 
+    engine.on_chat = twice
     for _ in range(5):
-        engine.on_chat = twice
-        assert b"evil" not in gateway.chat(session).content
-        engine.on_chat = engine.answer_chat
-        assert b"evil" not in gateway.chat(session).content
+        assert b"good" in gateway.chat(session).content
+    engine.on_chat = engine.answer_chat
+    assert b"Hello" in gateway.chat(session).content
+
+
+def test_an_answer_that_nobody_asked_for_closes_the_kept_connection(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    read, closed = threading.Event(), threading.Event()
+
+    def later(exchange: Exchange) -> None:
+        engine.answer_chat(exchange)
+        assert read.wait(WITHIN)
+        exchange.json(whole_reply("evil", usage_of(1, 1)))
+        if exchange.gone():
+            closed.set()
+
+    engine.on_chat = later
+    assert b"Hello" in gateway.chat(session).content
+    read.set()
+    assert closed.wait(WITHIN)
+    engine.on_chat = engine.answer_chat
+    assert b"Hello" in gateway.chat(session).content
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """What the doors share of ASGI: reading a body within its limits, and sending a small answer."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.edge.client import Client, client_of
 from gateway.errors import GatewayError
 
 Headers = list[tuple[bytes, bytes]]
@@ -21,6 +22,11 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: fl
     declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     if int(declared) > limit:  # httptools has checked that it is a number
         raise _too_large(limit)
+    whole = client_of(scope).body()
+    if whole is not None:
+        if len(whole) > limit:
+            raise _too_large(limit)
+        return whole
     message = await _next(receive, timeout_s)
     parts: list[bytes] = [message.get("body", b"")]
     size = len(parts[0])
@@ -54,31 +60,34 @@ async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tu
 class ClientWatch:
     """Cancels the block when the client leaves, and raises ClientGone in its place.
 
-    Enter it when the body has been read: the next message from the server is then `http.disconnect`. The cancellation
-    is told apart from anybody else's the way `asyncio.timeout` does it.
+    The cancellation is told apart from anybody else's the way `asyncio.timeout` does it.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, client: Client) -> None:
+        self._client = client
         self._gone = False
+        self.on_writable: Callable[[], None] | None = None
 
-    async def __aenter__(self) -> "ClientWatch":
+    def __enter__(self) -> "ClientWatch":
+        if self._client.gone:
+            raise ClientGone
         self._task = cast("asyncio.Task[None]", asyncio.current_task())  # ASGI always runs in one
         self._cancelling = self._task.cancelling()
-        self._listener = asyncio.ensure_future(self._receive())
-        self._listener.add_done_callback(self._on_message)
+        self._client.watch(self._on_gone, self._on_writable)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
-        self._listener.remove_done_callback(self._on_message)
-        self._listener.cancel()
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
+        self._client.watch(None, None)
         if self._gone and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise ClientGone from value
 
-    def _on_message(self, listener: "asyncio.Future[Message]") -> None:
-        if not listener.cancelled():
-            self._gone = True
-            self._task.cancel()
+    def _on_gone(self) -> None:
+        self._gone = True
+        self._task.cancel()
+
+    def _on_writable(self) -> None:
+        if self.on_writable is not None:
+            self.on_writable()
 
 
 async def _next(receive: Receive, timeout_s: float) -> Message:

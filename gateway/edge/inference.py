@@ -25,6 +25,7 @@ from gateway.dialects.contract import (
     write_json,
 )
 from gateway.edge import auth
+from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
 from gateway.edge.relay import Answer, Outgoing, relay, request_headers
 from gateway.engine import Model
@@ -153,9 +154,9 @@ class Inference:
             dialect, _session_headers(session, model), parts.settings.max_reply_bytes, call.hide_usage, self._stamp
         )
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(session.tenant, session.id)
+        await parts.turns.enter(session)
         try:
-            await relay(parts.upstream, outgoing, incoming.receive, incoming.send, answer)
+            await relay(parts.upstream, outgoing, client_of(incoming.scope), incoming.send, answer)
             if call.hide_usage:
                 self._stamp = answer.stamp
         finally:
@@ -185,7 +186,9 @@ class Inference:
             body = await self._sanitised(incoming)
         extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
         answer = Answer(_CHAT, extra, limit=0)
-        await relay(self._parts.upstream, self._outgoing(incoming, body), incoming.receive, incoming.send, answer)
+        await relay(
+            self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
+        )
 
     async def _sanitised(self, incoming: Incoming) -> bytes:
         body = parse_object(incoming.body)

@@ -4,12 +4,13 @@ Nothing in here waits for anything but the engine and the client. A client that 
 it, closes the engine's connection, which aborts its work.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from starlette.types import Receive, Send
+from starlette.types import Send
 
 from gateway.dialects.contract import Dialect
+from gateway.edge.client import Client
 from gateway.edge.http import ClientGone, ClientWatch, Headers, send_answer
 from gateway.records import Outcome
 from gateway.sse import UsageFilter
@@ -50,25 +51,57 @@ class Answer:
     outcome: Outcome = "gateway_error"
     detail: str = ""
 
-    def keep(self, chunk: bytes) -> None:
-        """Keep a chunk, or nothing at all once it is too much."""
+    def keep(self, chunks: Sequence[bytes]) -> None:
+        """Keep chunks, or nothing at all once it is too much."""
         if self.chunks is None:
             return
-        self.size += len(chunk)
+        self.size += sum(map(len, chunks))
         if self.size <= self.limit:
-            self.chunks.append(chunk)
+            self.chunks += chunks
         else:
             self.chunks = None
             self.detail = "the reply was larger than max_reply_bytes and was not kept"
 
 
-async def relay(upstream: Upstream, outgoing: Outgoing, receive: Receive, send: Send, answer: Answer) -> None:
+class _Pipe:
+    """What a client gets to see of the chunks that come from the engine, each still an HTTP chunk of its own."""
+
+    def __init__(self, client: Client, answer: Answer) -> None:
+        self._client = client
+        self._answer = answer
+        self.hidden = UsageFilter(answer.stamp) if answer.streamed and answer.hide_usage else None
+        self.broken = False  # whether the last byte shown was in the middle of an event
+
+    def take(self, chunks: Sequence[bytes]) -> bool:
+        """Pass chunks on; tell whether the client keeps up."""
+        shown = self.show(chunks)
+        return self._client.write(_framed(shown)) if shown else True
+
+    def end(self, chunks: Sequence[bytes]) -> bytes:
+        """Pass the last chunks on with what is sent next; return the one of them that the end may go with."""
+        shown = self.show(chunks)
+        if len(shown) > 1:
+            self._client.write(_framed(shown[:-1]), hold=True)
+        return shown[-1] if shown else b""
+
+    def show(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
+        """Keep chunks, and return what may be shown of them."""
+        self._answer.keep(chunks)
+        hidden = self.hidden
+        shown = chunks if hidden is None or hidden.untouched(chunks) else [*filter(None, map(hidden.feed, chunks))]
+        if shown:
+            self.broken = not shown[-1].endswith(b"\n\n")
+        return shown
+
+
+async def relay(upstream: Upstream, outgoing: Outgoing, client: Client, send: Send, answer: Answer) -> None:
     """Send `outgoing` to the engine and its answer to the client; `answer` tells afterwards how it went."""
     try:
-        async with ClientWatch(receive):
+        with ClientWatch(client) as watch:
             connection = await upstream.send(outgoing.method, outgoing.target, outgoing.headers, outgoing.body)
+            watch.on_writable = connection.resume
             try:
-                await _forward(connection, send, answer)
+                await _forward(connection, client, send, answer)
             finally:
                 upstream.release(connection)
     except ClientGone:
@@ -79,35 +112,41 @@ async def relay(upstream: Upstream, outgoing: Outgoing, receive: Receive, send: 
         await send_answer(send, refused.status, answer.dialect.error(refused), answer.extra_headers)
 
 
-async def _forward(connection: Connection, send: Send, answer: Answer) -> None:
+async def _forward(connection: Connection, client: Client, send: Send, answer: Answer) -> None:
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP]
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
-    hidden = UsageFilter(answer.stamp) if answer.streamed and answer.hide_usage else None
-    last = shown = b""
+    pipe = _Pipe(client, answer)
     try:
-        while chunk := await connection.read():
-            answer.keep(chunk)
-            shown = hidden.feed(chunk) if hidden else chunk
-            if connection.exhausted:
-                last = shown
-                break
-            if shown:
-                await send({"type": "http.response.body", "body": shown, "more_body": True})
+        last = pipe.end(await connection.pour(pipe.take)) if client.framed else await _read(connection, pipe, send)
     except UpstreamError as error:
         answer.outcome, answer.detail = "engine_cut", str(error)
         if not answer.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
         # Half an event may have gone out already; the error must not become its other half.
-        end = b"" if hidden or not shown or shown.endswith(b"\n\n") else b"\n\n"
+        end = b"\n\n" if pipe.broken and not pipe.hidden else b""
         await send({"type": "http.response.body", "body": end + answer.dialect.error_event(as_gateway_error(error))})
         return
     answer.outcome = "completed" if connection.status < 400 else "engine_error"
-    if hidden:
-        last += hidden.flush()
-        answer.stamp = hidden.stamp
+    if pipe.hidden:
+        last += pipe.hidden.flush()
+        answer.stamp = pipe.hidden.stamp
     await send({"type": "http.response.body", "body": last})
+
+
+async def _read(connection: Connection, pipe: _Pipe, send: Send) -> bytes:
+    """Pass on a body of known length; return the last of it."""
+    while chunk := await connection.read():
+        (shown,) = pipe.show((chunk,)) or (b"",)
+        if connection.exhausted:
+            return shown
+        await send({"type": "http.response.body", "body": shown, "more_body": True})
+    return b""
+
+
+def _framed(chunks: Sequence[bytes]) -> bytes:
+    return b"".join([b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks])
 
 
 def request_headers(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

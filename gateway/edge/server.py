@@ -3,12 +3,14 @@
 import asyncio
 import signal
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from gateway.edge.client import EXTENSION
 from gateway.errors import StartError
 from gateway.settings import Settings
 
@@ -40,6 +42,11 @@ class GatheringTransport:
             self._loop.call_soon(self._flush)
         self._waiting.append(data)
 
+    def write_now(self, data: bytes) -> None:
+        """Write it, and what waits, at once."""
+        self._waiting.append(data)
+        self._flush()
+
     def close(self) -> None:
         """Close when all is written."""
         self._flush()
@@ -56,6 +63,9 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with bounds on the head of every request: seconds, and bytes."""
 
     head_timeout_s: float
+    lost = False
+    on_gone: Callable[[], None] | None = None
+    on_writable: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
 
@@ -80,11 +90,21 @@ class BoundedProtocol(HttpToolsProtocol):
         """The head is complete."""
         self._cancel()
         super().on_headers_complete()
+        self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._cancel()
+        self.lost = True
         super().connection_lost(exc)
+        if self.on_gone is not None:
+            self.on_gone()
 
     def _expect_head(self) -> None:
         self._head_bytes = 0
@@ -94,6 +114,48 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+class UvicornClient:
+    """See `gateway.edge.client.Client`."""
+
+    __slots__ = ("_cycle", "_protocol")
+
+    def __init__(self, protocol: BoundedProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+
+    @property
+    def gone(self) -> bool:
+        """See `Client.gone`."""
+        return self._protocol.lost
+
+    @property
+    def framed(self) -> bool:
+        """See `Client.framed`."""
+        return bool(self._cycle.chunked_encoding)
+
+    def body(self) -> bytes | None:
+        """See `Client.body`."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.waiting_for_100_continue:
+            return None
+        cycle.flow.resume_reading()
+        cycle.message_event.clear()
+        body = bytes(cycle.body)
+        cycle.body = bytearray()
+        return body
+
+    def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
+        """See `Client.watch`."""
+        self._protocol.on_gone = on_gone
+        self._protocol.on_writable = on_writable
+
+    def write(self, data: bytes, *, hold: bool = False) -> bool:
+        """See `Client.write`."""
+        transport = cast(GatheringTransport, self._protocol.transport)
+        (transport.write if hold else transport.write_now)(data)
+        return not self._protocol.flow.write_paused
 
 
 def listen(settings: Settings) -> socket.socket:

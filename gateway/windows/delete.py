@@ -26,11 +26,12 @@ async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
     stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
     """
     window = await found(parts, tenant, name)
+    await parts.turns.settle()
     async with parts.pins.lock.hold(alone=True):
         orphans = await parts.store.delete_window(tenant, name)
         if orphans is None:  # somebody was faster
             raise not_found(name)
-        in_use = await parts.store.lineage_in_use(tenant, window.lineage)
+        in_use = await parts.sessions.going_on(tenant, window.lineage)
         freed, warnings = await parts.pins.remove(orphans, originals=not in_use)
     if in_use:
         warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")

@@ -293,11 +293,15 @@ def _read(stream: Any, number: int) -> Request | None:
         return None
     method, target, _ = first.decode("latin-1").split(" ", 2)
     headers: list[tuple[str, str]] = []
-    while (line := stream.readline()) not in (b"\r\n", b""):
+    while (line := stream.readline()) != b"\r\n":
+        if not line:
+            return None
         name, _, value = line.decode("latin-1").partition(":")
         headers.append((name.lower(), value.strip()))
     length = next((int(value) for name, value in headers if name == "content-length"), 0)
-    return Request(method, target, tuple(headers), stream.read(length), number)
+    body = stream.read(length)
+    # Who leaves in the middle of a request has asked for nothing.
+    return Request(method, target, tuple(headers), body, number) if len(body) == length else None
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
