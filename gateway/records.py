@@ -1,7 +1,7 @@
 """What the gateway remembers, as frozen records. Times are seconds since the epoch, UTC."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +74,19 @@ class Usage:
     prompt: int
     completion: int
     cached: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What a request lacks of the conversation that it goes on with: it is put before the client's own messages.
+
+    `system` takes the place of the client's leading system messages, None leaves those; `history` follows them;
+    `frame` has the template's fields that the client left out.
+    """
+
+    system: Sequence[Message] | None
+    history: Sequence[Message]
+    frame: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.records import Message
+from gateway.records import Front, Message
 
 SystemRule = Literal["", "keep", "replace"]
 
@@ -58,8 +58,8 @@ def common(a: Sequence[Message], b: Sequence[Message]) -> int:
     return length
 
 
-def continued(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule) -> list[Message]:
-    """Return the messages of a turn in a thawed session: the full history as it was sent, or the window's in front.
+def missing(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule) -> Front | None:
+    """Return what of a window's transcript a turn in a thawed session lacks; None where it was sent whole.
 
     `sent` is a full history if it begins with the window's messages, or if it shares at least the system message and
     the first exchange with them (then the client edited it later on, and putting the window in front would say it all
@@ -67,21 +67,27 @@ def continued(window: Sequence[Message], sent: Sequence[Message], rule: SystemRu
     Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does
     not say which to use.
     """
-    window_system, window_rest = _split(window)
-    sent_system, sent_rest = _split(sent)
+    window_system, window_rest = split(window)
+    sent_system, sent_rest = split(sent)
     shared = common(window_rest, sent_rest)
     full = shared == len(window_rest) or shared >= 2
     agree = len(window_system) == len(sent_system) and common(window_system, sent_system) == len(window_system)
     if full and agree:
-        return list(sent)
+        return None
     if sent_system and not agree and not rule:
         raise GatewayError(
             "window_system_conflict",
             "the request's system message differs from the window's",
             hint="send the window's own or none, or say which to use with X-Window-System: keep or replace",
         )
-    system = sent_system if sent_system and rule == "replace" else window_system
-    return [*system, *(sent_rest if full else [*window_rest, *sent_rest])]
+    theirs = agree or (sent_system and rule == "replace")
+    return Front(None if theirs else window_system, [] if full else window_rest)
+
+
+def merged(front: Front, sent: Sequence[Message]) -> list[Message]:
+    """Return the whole conversation: what `sent` lacked, and `sent`."""
+    system, rest = split(sent)
+    return [*(system if front.system is None else front.system), *front.history, *rest]
 
 
 def has_media(messages: Sequence[Message]) -> bool:
@@ -95,7 +101,7 @@ def has_media(messages: Sequence[Message]) -> bool:
     )
 
 
-def _split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+def split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
     """Leading system messages, and the rest."""
     count = 0
     while count < len(messages) and messages[count].get("role") in _SYSTEM_ROLES:

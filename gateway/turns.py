@@ -146,7 +146,7 @@ def _finished(ended: Ended) -> Finished:
         log.exception("could not read a reply of session %s", ended.session_id)
         reply = Reply(None, None, "the reply could not be read")
     # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-    messages = [*ended.call.messages, reply.message] if reply.message and ended.call.messages else None
+    messages = [*ended.call.whole, reply.message] if reply.message and ended.call.messages else None
     turn = Turn(
         tenant=ended.tenant,
         session_id=ended.session_id,
@@ -158,7 +158,7 @@ def _finished(ended: Ended) -> Finished:
         usage=reply.usage,
         detail=ended.detail or reply.error,
     )
-    return Finished(turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.frame)
+    return Finished(turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.whole_frame)
 
 
 def _reply(ended: Ended) -> Reply:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.transcripts import common, continued, has_media, same
+from gateway.transcripts import SystemRule, common, has_media, merged, missing, same
 
 SYSTEM = {"role": "system", "content": "be terse"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, 2], "b": "x y"}'}}
@@ -114,6 +114,12 @@ def test_what_is_new_gets_the_window_in_front(sent: list[dict[str, Any]]) -> Non
     assert continued(WINDOW, sent, "") == [*WINDOW, *sent]
     assert continued(WINDOW, [SYSTEM, *sent], "") == [*WINDOW, *sent]
     assert before == WINDOW
+
+
+def continued(window: list[dict[str, Any]], sent: list[dict[str, Any]], rule: SystemRule) -> list[dict[str, Any]]:
+    """What the engine gets to see."""
+    front = missing(window, sent, rule)
+    return sent if front is None else merged(front, sent)
 
 
 OTHER = {"role": "system", "content": "be verbose"}

@@ -50,14 +50,16 @@ class ChatDialect:
 
     def write(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
-        body = {**call.body, "messages": call.messages} if call.messages else dict(call.body)
+        body, raw = dict(call.body), call.raw
+        if call.front is not None:
+            body, raw = {**body, **call.front.frame, "messages": call.whole}, b""
         if not call.hide_usage:
-            return with_fields(call.raw, body, {"cache_salt": salt})
+            return with_fields(raw, body, {"cache_salt": salt})
         # Without the client's include_usage, vLLM would not have sent continuous usage either.
         usage = {"include_usage": True, "continuous_usage_stats": False}
         options = body.get("stream_options")
         if "stream_options" not in body:
-            return with_fields(call.raw, body, {"cache_salt": salt, "stream_options": usage})
+            return with_fields(raw, body, {"cache_salt": salt, "stream_options": usage})
         if isinstance(options, dict) or options is None:
             body["stream_options"] = {**(options or {}), **usage}
         return write_json({**body, "cache_salt": salt})

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import orjson
 
+from gateway import transcripts
 from gateway.errors import GatewayError
-from gateway.records import Message, Usage
+from gateway.records import Front, Message, Usage
 
 # What a client may not send to the engine as it likes: the salt is ours, transfer parameters can name token ids and
 # cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body).
@@ -34,7 +35,10 @@ INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents
 class Call:
     """One request of a session: the parsed body, and what the gateway needs of it.
 
-    `raw` is the body as it came, b"" where something in it has been changed since.
+    `raw` is the body as it came, b"" where something in it has been changed since. `messages` and `frame` are what
+    the client sent, in the words of the chat dialect whatever its own: the one form of a transcript, so that any
+    dialect can go on with what another began. `POST /v1/chat/completions/render` takes them, and renders them to the
+    tokens of the request itself. No messages: not a turn that can be recorded; the engine will say why.
     """
 
     body: dict[str, Any]
@@ -44,11 +48,25 @@ class Call:
     frame: Mapping[str, Any]
     hide_usage: bool
     client_salt: str
+    front: Front | None = None
+
+    @property
+    def whole(self) -> list[Message]:
+        """The conversation as the engine gets to see it."""
+        return self.messages if self.front is None else transcripts.merged(self.front, self.messages)
+
+    @property
+    def whole_frame(self) -> Mapping[str, Any]:
+        """What besides the messages its prompt is rendered from."""
+        return self.frame if self.front is None else {**self.front.frame, **self.frame}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a finished answer said. `message` is None when it was cut, an error, or is not to be sent back as it is."""
+    """What a finished answer said. `message` is None when it was cut, an error, or is not to be sent back as it is.
+
+    It is in the words of the chat dialect, as a client of this dialect will send it back and the dialect then reads it.
+    """
 
     message: Message | None
     usage: Usage | None
@@ -63,7 +81,10 @@ class Dialect(Protocol):
         ...
 
     def write(self, call: Call, salt: str) -> bytes:
-        """Return the body for the engine: the client's, with the salt, and with usage asked for."""
+        """Return the body for the engine: the client's, with `call.front`, the salt, and with usage asked for.
+
+        Raises `invalid_request` where the front cannot be said in this dialect.
+        """
         ...
 
     def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:

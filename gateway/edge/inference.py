@@ -208,14 +208,12 @@ class Inference:
         if session.window_transcript is None or not call.messages:
             return call
         history = await self._parts.store.messages(session.window_transcript)
-        messages = transcripts.continued(history, call.messages, _system_rule(incoming))
-        if messages == call.messages:
+        front = transcripts.missing(history, call.messages, _system_rule(incoming))
+        if front is None:
             return call
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
-        inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.body}
-        return replace(
-            call, raw=b"", body={**call.body, **inherited}, messages=messages, frame={**call.frame, **inherited}
-        )
+        inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
+        return replace(call, front=replace(front, frame=inherited))
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
