@@ -223,7 +223,8 @@ def _launch(plan: Plan, name: str, command: commands.Command, ready_url: str) ->
     return Launch(
         name=name,
         argv=command.argv,
-        env=command.env,
+        # torch would make a folder in /tmp, whether it compiles or not.
+        env={**command.env, "TORCHINDUCTOR_CACHE_DIR": str(plan.data_dir / "torchinductor")},
         ready_url=ready_url,
         log=plan.data_dir / "logs" / f"{name}.log",
         ledger=plan.run_dir / f"{name}.json",
