@@ -110,6 +110,10 @@ def find(peer: Peer, named: str | None) -> Path | None:
     return Path(found).absolute() if found else None
 
 
+class DoesNotStart(Exception):
+    """A contender ended or did not get ready; the message has the end of its log."""
+
+
 @contextmanager
 def upstream(work: Path) -> Iterator[Contender]:
     """Run the canned engine."""
@@ -165,7 +169,7 @@ def _wait_ready(name: str, process: "subprocess.Popen[bytes]", port: int, path: 
             return
         time.sleep(0.1)
     what = f"ended with {process.returncode}" if process.returncode is not None else f"not ready in {_READY_S:g} s"
-    raise RuntimeError(f"{name}: {what}\n{log.read_text(errors='replace')[-2000:]}")
+    raise DoesNotStart(f"{name}: {what}\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def _answers(port: int, path: str) -> bool:

@@ -118,10 +118,14 @@ def _start(stack: ExitStack, work: Path, options: Options) -> tuple[list[Contend
             continue
         executable = contenders.find(kind, options.paths[kind.name])
         if executable is None:
-            missing[kind.name] = kind.get_it
+            missing[kind.name] = f"not installed; {kind.get_it}"
             print(f"{kind.name} is not installed and is left out; to have it: {kind.get_it}")
             continue
-        running.append(stack.enter_context(contenders.peer(kind, executable, work, engine)))
+        try:
+            running.append(stack.enter_context(contenders.peer(kind, executable, work, engine)))
+        except contenders.DoesNotStart as error:  # a peer's own trouble is no reason to measure nothing
+            missing[kind.name] = "it did not start here"
+            print(f"{error}\n{kind.name} is left out")
     return running, missing
 
 

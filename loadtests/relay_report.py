@@ -47,7 +47,7 @@ def markdown(run: Run) -> str:
 def _head(run: Run) -> str:
     facts = run.machine
     versions = ", ".join(f"{name} {version}".strip() for name, version in run.versions.items() if name != UPSTREAM)
-    missing = "".join(f"\n- not measured: {name} (not installed; {how})" for name, how in run.missing.items())
+    missing = "".join(f"\n- not measured: {name} ({how})" for name, how in run.missing.items())
     return (
         "# Relay overhead\n\n"
         "Written by `python -m loadtests.relay_overhead`; the raw samples are in `relay_overhead.json`.\n\n"
