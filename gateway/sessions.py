@@ -123,7 +123,13 @@ class Sessions:
         return self._asking.get((session.tenant, session.id), []) if session else []
 
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
-        return identity.judge(request, *await self._store.beginning(tenant, request.candidates))
+        known, candidates = await self._store.beginning(tenant, request.candidates)
+        # Of sessions at the same point, one that is asking something else just now is the least likely.
+        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request.asked)))
+
+    def _asks_else(self, session: Session, asked: bytes) -> bool:
+        going_on = self._asked_of(session)
+        return bool(going_on) and asked not in going_on
 
     async def _fresh(self, tenant: str, key: Given | None, verdict: Verdict) -> Session:
         """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""

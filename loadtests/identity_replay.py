@@ -51,7 +51,10 @@ def main() -> None:
     requests = identity_traces.generate(options.seed, options.turns)
     with tempfile.TemporaryDirectory(prefix="identity-replay-") as directory:
         work = Path(directory)
-        with contenders.upstream(work, "loadtests.scripted_upstream") as engine, contenders.gateway(work, engine) as ours:
+        with (
+            contenders.upstream(work, "loadtests.scripted_upstream") as engine,
+            contenders.gateway(work, engine) as ours,
+        ):
             began = time.monotonic()
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 seen = runner.run(replay(ours.port, requests, options.workers))
@@ -79,7 +82,9 @@ def sessions(port: int, seen: Replay) -> dict[str, dict[str, Any]]:
     names = sorted({one.session for one in seen.seen if one.session})
     parts = [names[i::4] for i in range(4)]
     with ThreadPoolExecutor(len(parts)) as pool:
-        return {name: shown for part in pool.map(lambda some: _shown(port, some), parts) for name, shown in part.items()}
+        return {
+            name: shown for part in pool.map(lambda some: _shown(port, some), parts) for name, shown in part.items()
+        }
 
 
 def _shown(port: int, names: Iterable[str]) -> dict[str, dict[str, Any]]:

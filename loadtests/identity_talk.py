@@ -159,7 +159,7 @@ class Talk:
     def fork(self, keep: int) -> "Talk":
         """Another conversation that shares the first `keep` messages with this."""
         other = Talk(self.world, self.trace, self._system, client=self.client, tools=self._tools, at=self.at)
-        other.history, other._left = self.history[:keep], self.name  # noqa: SLF001
+        other.history, other._left = self.history[:keep], self.name
         other.waits_for = [self.last] if self.last else []
         return other
 
@@ -181,7 +181,50 @@ def waits(talks: Iterable[Talk]) -> list[Request]:
     return [talk.last for talk in talks if talk.last]
 
 
-_WORDS = (
-    "please find why this test fails only on the second run and fix what is wrong without touching its file then show "
-    "me a diff of the change in two lines import os return value if not known else raise Größe 数据 index query commit"
-).split()
+_WORDS = [
+    "please",
+    "find",
+    "why",
+    "this",
+    "test",
+    "fails",
+    "only",
+    "on",
+    "the",
+    "second",
+    "run",
+    "and",
+    "fix",
+    "what",
+    "is",
+    "wrong",
+    "without",
+    "touching",
+    "its",
+    "file",
+    "then",
+    "show",
+    "me",
+    "a",
+    "diff",
+    "of",
+    "the",
+    "change",
+    "in",
+    "two",
+    "lines",
+    "import",
+    "os",
+    "return",
+    "value",
+    "if",
+    "not",
+    "known",
+    "else",
+    "raise",
+    "Größe",
+    "数据",
+    "index",
+    "query",
+    "commit",
+]

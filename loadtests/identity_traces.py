@@ -26,7 +26,9 @@ _PROMPTS = (
     "You are a careful assistant. Answer briefly and name your sources.\n\nToday is 2026-11-20.",
     "You are the support desk of a railway. Be polite.",
 )
-_AGENT = "You are a coding agent in a terminal. Use the tools; do not guess.\n\n" + "- Keep the style of the file.\n" * 40
+_AGENT = (
+    "You are a coding agent in a terminal. Use the tools; do not guess.\n\n" + "- Keep the style of the file.\n" * 40
+)
 _SUBAGENT = "You are a sub-agent. Do the one task that you are given and report.\n\n" + "- Be brief.\n" * 20
 _TOOL_KINDS = (Kind.TOOL, Kind.TOOL, Kind.TOOL, Kind.TOOLS, Kind.THINKING_TOOL)
 _TEXT_KINDS = (Kind.TEXT, Kind.TEXT, Kind.THINKING)
@@ -273,7 +275,10 @@ def _clocked(world: World) -> None:
     """A system prompt that tells the time."""
 
     def system(at: float) -> Message:
-        return {"role": "system", "content": f"{_PROMPTS[2]}\nCurrent time: 2026-11-20 {9 + int(at) // 60:02}:{int(at) % 60:02}"}  # noqa: E501
+        return {
+            "role": "system",
+            "content": f"{_PROMPTS[2]}\nCurrent time: 2026-11-20 {9 + int(at) // 60:02}:{int(at) % 60:02}",
+        }
 
     talk = Talk(world, "clock", system, at=world.moment())
     _exchanges(talk, world.rng.randint(3, 8))

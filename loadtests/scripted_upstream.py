@@ -22,11 +22,68 @@ from loadtests.canned_upstream import Answering
 Message = dict[str, Any]
 
 MODEL = "canned"
-_WORDS = (
-    "the cache holds what was read before, and a prefix that is shared costs nothing twice; naïve keys collide when "
-    "their salt is missing — so look at the log, change one line, run the test again and tell me what it said: "
-    "passed, failed, or “never began” 🙂 path engine token window branch merge value error function return None"
-).split()
+_WORDS = [
+    "the",
+    "cache",
+    "holds",
+    "what",
+    "was",
+    "read",
+    "before,",
+    "and",
+    "a",
+    "prefix",
+    "that",
+    "is",
+    "shared",
+    "costs",
+    "nothing",
+    "twice;",
+    "naïve",
+    "keys",
+    "collide",
+    "when",
+    "their",
+    "salt",
+    "is",
+    "missing",
+    "—",
+    "so",
+    "look",
+    "at",
+    "the",
+    "log,",
+    "change",
+    "one",
+    "line,",
+    "run",
+    "the",
+    "test",
+    "again",
+    "and",
+    "tell",
+    "me",
+    "what",
+    "it",
+    "said:",
+    "passed,",
+    "failed,",
+    "or",
+    "“never",
+    "began”",
+    "🙂",
+    "path",
+    "engine",
+    "token",
+    "window",
+    "branch",
+    "merge",
+    "value",
+    "error",
+    "function",
+    "return",
+    "None",
+]
 _FILES = ("src/main.py", "src/store/rows.py", "tests/test_store.py", "README.md", "docs/über.md")
 _PIECE = 4  # words in an event of a stream
 _SEED = re.compile(rb'"seed":(\d+)')
@@ -147,34 +204,38 @@ _STREAM_HEAD = (
 )
 
 
+def answer(body: bytes) -> bytes:
+    """The whole answer to a chat completion, b"" where there will be none."""
+    found = _SEED.search(body)
+    if found is None:
+        return _json(400, b'{"error":{"message":"seed: the script needs one","code":400}}')
+    seed = int(found[1])
+    kind = kind_of(seed)
+    if kind is Kind.FAILS:
+        return _json(503, b'{"error":{"message":"overloaded","code":503}}')
+    return b"" if kind is Kind.STALLS else _answered(body, reply(seed), kind)
+
+
+def _answered(body: bytes, message: Message, kind: Kind) -> bytes:
+    prompt = len(body) // 4
+    usage = {"prompt_tokens": prompt, "completion_tokens": 20, "total_tokens": prompt + 20}
+    if not _STREAM.search(body):
+        return _json(200, _whole(message, usage))
+    events = [_event([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in _deltas(message)]
+    if kind is Kind.CUT:
+        return _STREAM_HEAD + b"".join(map(_chunk, events))
+    reason = "tool_calls" if "tool_calls" in message else "stop"
+    events.append(_event([{"index": 0, "delta": {}, "finish_reason": reason}]))
+    if _WITH_USAGE.search(body):
+        events.append(_event([], usage=usage))
+    return _STREAM_HEAD + b"".join(map(_chunk, [*events, b"data: [DONE]\n\n"])) + b"0\r\n\r\n"
+
+
 class Scripted(Answering):
     """One connection to the engine."""
 
     def _chat(self, body: bytes) -> None:
-        found = _SEED.search(body)
-        if found is None:
-            self._transport.write(_json(400, b'{"error":{"message":"seed: the script needs one","code":400}}'))
-            return
-        seed = int(found[1])
-        kind = kind_of(seed)
-        if kind is Kind.FAILS:
-            self._transport.write(_json(503, b'{"error":{"message":"overloaded","code":503}}'))
-        elif kind is not Kind.STALLS:
-            self._transport.write(self._answered(body, reply(seed), kind))
-
-    def _answered(self, body: bytes, message: Message, kind: Kind) -> bytes:
-        prompt = len(body) // 4
-        usage = {"prompt_tokens": prompt, "completion_tokens": 20, "total_tokens": prompt + 20}
-        if not _STREAM.search(body):
-            return _json(200, _whole(message, usage))
-        events = [_event([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in _deltas(message)]
-        if kind is Kind.CUT:
-            return _STREAM_HEAD + b"".join(map(_chunk, events))
-        reason = "tool_calls" if "tool_calls" in message else "stop"
-        events.append(_event([{"index": 0, "delta": {}, "finish_reason": reason}]))
-        if _WITH_USAGE.search(body):
-            events.append(_event([], usage=usage))
-        return _STREAM_HEAD + b"".join(map(_chunk, [*events, b"data: [DONE]\n\n"])) + b"0\r\n\r\n"
+        self._transport.write(answer(body))
 
 
 async def _serve(port: int) -> None:

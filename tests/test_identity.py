@@ -178,6 +178,11 @@ def test_what_clients_change_on_the_way_changes_no_link(sent: dict[str, Any]) ->
     assert identity.link(b"", sent) == identity.link(b"", assistant("1"))
 
 
+def test_a_tool_that_said_nothing_says_the_same_as_a_part_without_text() -> None:
+    silent = {"role": "tool", "tool_call_id": "c1", "content": ""}
+    assert identity.link(b"", {**silent, "content": [{"type": "text", "text": ""}]}) == identity.link(b"", silent)
+
+
 def test_tool_calls_are_the_same_however_their_arguments_are_spelt() -> None:
     def call(arguments: str, **more: Any) -> dict[str, Any]:
         function = {"name": "add", "arguments": arguments}
@@ -325,6 +330,30 @@ def test_two_first_requests_at_once_are_two_conversations(engine: FakeEngine, ga
     for thread in work:
         thread.join()
     assert len(set(found)) == 2
+
+
+def test_two_with_the_same_reply_that_go_on_at_once_go_on_in_two_sessions(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    strangers = {ask(gateway, [user(session)]) for _ in range(2)}
+    both = threading.Barrier(2, timeout=5)
+
+    def answer(exchange: Exchange) -> None:
+        both.wait()
+        engine.answer_chat(exchange)
+
+    engine.on_chat = answer
+    found: list[str] = []
+
+    def go_on(text: str) -> None:
+        found.append(ask(gateway, [user(session), assistant("Hello there!"), user(text)]))
+
+    work = [threading.Thread(target=go_on, args=(text,)) for text in ("one", "two")]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert set(found) == strangers
 
 
 def test_a_session_known_by_its_beginning_alone_is_deleted_whole(gateway: Gateway, session: str) -> None:
