@@ -181,50 +181,8 @@ def waits(talks: Iterable[Talk]) -> list[Request]:
     return [talk.last for talk in talks if talk.last]
 
 
-_WORDS = [
-    "please",
-    "find",
-    "why",
-    "this",
-    "test",
-    "fails",
-    "only",
-    "on",
-    "the",
-    "second",
-    "run",
-    "and",
-    "fix",
-    "what",
-    "is",
-    "wrong",
-    "without",
-    "touching",
-    "its",
-    "file",
-    "then",
-    "show",
-    "me",
-    "a",
-    "diff",
-    "of",
-    "the",
-    "change",
-    "in",
-    "two",
-    "lines",
-    "import",
-    "os",
-    "return",
-    "value",
-    "if",
-    "not",
-    "known",
-    "else",
-    "raise",
-    "Größe",
-    "数据",
-    "index",
-    "query",
-    "commit",
-]
+_PROSE = (
+    "please find why this test fails only on the second run and fix what is wrong without touching its file then show "
+    "me a diff of the change in two lines import os return value if not known else raise Größe 数据 index query commit"
+)
+_WORDS = _PROSE.split()

@@ -22,68 +22,12 @@ from loadtests.canned_upstream import Answering
 Message = dict[str, Any]
 
 MODEL = "canned"
-_WORDS = [
-    "the",
-    "cache",
-    "holds",
-    "what",
-    "was",
-    "read",
-    "before,",
-    "and",
-    "a",
-    "prefix",
-    "that",
-    "is",
-    "shared",
-    "costs",
-    "nothing",
-    "twice;",
-    "naïve",
-    "keys",
-    "collide",
-    "when",
-    "their",
-    "salt",
-    "is",
-    "missing",
-    "—",
-    "so",
-    "look",
-    "at",
-    "the",
-    "log,",
-    "change",
-    "one",
-    "line,",
-    "run",
-    "the",
-    "test",
-    "again",
-    "and",
-    "tell",
-    "me",
-    "what",
-    "it",
-    "said:",
-    "passed,",
-    "failed,",
-    "or",
-    "“never",
-    "began”",
-    "🙂",
-    "path",
-    "engine",
-    "token",
-    "window",
-    "branch",
-    "merge",
-    "value",
-    "error",
-    "function",
-    "return",
-    "None",
-]
+_PROSE = (
+    "the cache holds what was read before, and a prefix that is shared costs nothing twice; naïve keys collide when "
+    "their salt is missing — so look at the log, change one line, run the test again and tell me what it said: "
+    "passed, failed, or “never began” 🙂 path engine token window branch merge value error function return None"
+)
+_WORDS = _PROSE.split()
 _FILES = ("src/main.py", "src/store/rows.py", "tests/test_store.py", "README.md", "docs/über.md")
 _PIECE = 4  # words in an event of a stream
 _SEED = re.compile(rb'"seed":(\d+)')
