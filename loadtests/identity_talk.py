@@ -33,14 +33,14 @@ class Request:
     trace: str
     step: str
     truth: Truth
-    messages: list[Message]
+    messages: list[Message] = field(repr=False)
     seed: int
     stream: bool
     tools: bool
     client: str
     at: float
     of: str = ""
-    after: "list[Request]" = field(default_factory=list)
+    after: "list[Request]" = field(default_factory=list, repr=False)
     pause_s: float = 0.0
 
     @property
