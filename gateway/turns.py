@@ -146,7 +146,7 @@ def _finished(ended: Ended) -> Finished:
         log.exception("could not read a reply of session %s", ended.session_id)
         reply = Reply(None, None, "the reply could not be read")
     # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-    messages = [*ended.call.whole, reply.message] if reply.message and ended.call.messages else None
+    messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
     turn = Turn(
         tenant=ended.tenant,
         session_id=ended.session_id,

@@ -1,6 +1,7 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
 
-A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+A completion, of a chat or a text, is a turn of a session: read once, salted, relayed, and handed to `gateway.turns`
+when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import transcripts
 from gateway.dialects.chat import ChatDialect
+from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
     Call,
@@ -39,14 +41,13 @@ log = logging.getLogger(__name__)
 SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
+TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect(), b"/v1/completions": CompletionsDialect()}
 _CHAT = TURNS[b"/v1/chat/completions"]
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
-        b"/v1/completions",
         b"/v1/embeddings",
         b"/v1/messages",
         b"/v1/rerank",
