@@ -382,7 +382,8 @@ def test_the_openai_client_reads_a_stream_that_the_engine_cuts_as_an_error(
 
     engine.on_completion = cut
     with openai.OpenAI(base_url=f"{gateway.url}/s/{session}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(model=MODEL, prompt="Once", stream=True)
         with pytest.raises(openai.APIError, match="engine closed the connection"):
-            list(client.completions.create(model=MODEL, prompt="Once", stream=True))
+            list(stream)
     (turn,) = gateway.turns(session)
     assert turn["outcome"] == "engine_cut"

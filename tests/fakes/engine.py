@@ -115,6 +115,7 @@ class FakeEngine:
         self.on_completion: Handler = self.answer_completion
         self.on_other: Handler = lambda exchange: exchange.json({"detail": "Not Found"}, 404)
         self.on_models: Handler = self._models
+        self.on_tokenize: Handler = self._tokens
         self.before_completion: Callable[[], object] = lambda: None
         self.leaks_salts = False
         with self._news:
@@ -203,10 +204,7 @@ class FakeEngine:
             case "GET", "/v1/models":
                 self.on_models(exchange)
             case "POST", "/tokenize":
-                body = request.json
-                plain = list(str(body["prompt"]).encode()) if "prompt" in body else None
-                ids = plain or render(body["messages"], generation_prompt=body.get("add_generation_prompt", True))
-                exchange.json({"count": len(ids), "max_model_len": 4096, "tokens": ids})
+                self.on_tokenize(exchange)
             case "POST", "/v1/completions":
                 self.on_completion(exchange)
             case "POST", "/v1/chat/completions":
@@ -217,6 +215,12 @@ class FakeEngine:
     def _models(self, exchange: Exchange) -> None:
         card = {"id": MODEL, "object": "model", "root": "org/demo", "parent": None, "max_model_len": 4096}
         exchange.json({"object": "list", "data": [card]})
+
+    def _tokens(self, exchange: Exchange) -> None:
+        body = exchange.request.json
+        plain = list(str(body["prompt"]).encode()) if "prompt" in body else None
+        ids = plain or render(body["messages"], generation_prompt=body.get("add_generation_prompt", True))
+        exchange.json({"count": len(ids), "max_model_len": 4096, "tokens": ids})
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # the end of the listener

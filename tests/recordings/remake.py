@@ -46,9 +46,10 @@ REQUESTS |= {
 }
 
 
-def record(engine: httpx.Client, path: str, body: dict[str, Any]) -> bytes:
+def record(engine: httpx.Client, name: str) -> bytes:
     """One stream as the engine sends it, under a salt of its own."""
-    answer = engine.post(path, json={**_SAMPLED, **body, "stream": True, "cache_salt": f"recording{len(str(body))}"})
+    path, body = REQUESTS[name]
+    answer = engine.post(path, json={**_SAMPLED, **body, "stream": True, "cache_salt": name})
     answer.raise_for_status()
     return answer.content
 
@@ -58,8 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cwg-recordings-") as root:
         options = local.LocalStack(data_dir=Path(root), max_model_len=2048)
         with local.running(options) as (plan, _), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
-            for name, (path, body) in REQUESTS.items():
-                (FOLDER / f"{name}.sse").write_bytes(record(engine, path, body))
+            for name in REQUESTS:
+                (FOLDER / f"{name}.sse").write_bytes(record(engine, name))
 
 
 if __name__ == "__main__":
