@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
-from gateway.edge.inference import Inference
+from gateway.edge.inference import BESIDE, Inference
 from gateway.engine import Engine
 from gateway.errors import StartError
 from gateway.kv.lmcache import LMCache
@@ -31,6 +31,8 @@ from gateway.windows.freeze import release_strays
 
 log = logging.getLogger(__name__)
 
+_INFERENCE = ("/v1/", "/s/", *(path.decode() for path in BESIDE))
+
 
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
@@ -43,7 +45,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["path"].startswith(("/v1/", "/s/")):
+        if scope["path"].startswith(_INFERENCE):
             await self._inference(scope, receive, send)
         else:
             scope["state"] = self._state

@@ -57,6 +57,9 @@ SALTED = frozenset(
     }
 )
 
+# What vLLM has beside `/v1` and clients ask for: no KV comes of it.
+BESIDE = (b"/tokenize", b"/detokenize")
+
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
 # are between the client and us.
 _DROPPED = frozenset(
@@ -240,7 +243,7 @@ def _route(scope: Scope) -> tuple[bytes, str | None]:
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
-    if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
+    if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED:

@@ -54,7 +54,9 @@ class Http1Parser(httptools.HttpRequestParser):  # type: ignore[misc]
 
 def _closing(error: GatewayError) -> bytes:
     body = bytes(error_answer(error).body)
-    head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    head = (
+        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    )
     return head % len(body) + body
 
 
