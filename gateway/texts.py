@@ -25,7 +25,7 @@ _Row = TypeVar("_Row", str, list[int])
 
 def kind(messages: Sequence[Message]) -> str:
     """What a conversation begins as: `text`, `tokens`, or "" for one of chat messages."""
-    raw = bool(messages) and all(message.get("role") in _NAMES for message in messages)
+    raw = bool(messages) and all(message.get("role") in (TEXT, TOKENS) for message in messages)
     return str(messages[0]["role"]) if raw else ""
 
 

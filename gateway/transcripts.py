@@ -16,7 +16,7 @@ from gateway.records import Front, Message
 
 SystemRule = Literal["", "keep", "replace"]
 
-_SYSTEM_ROLES = frozenset({"system", "developer"})
+_SYSTEM_ROLES = ("system", "developer")  # no set: a client may send a list for a role, which has no hash
 # Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
 _IGNORED = frozenset({"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"})
 

@@ -141,12 +141,12 @@ async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
 def _finished(ended: Ended) -> Finished:
     try:
         reply = _reply(ended)
+        # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
+        messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
         log.exception("could not read a reply of session %s", ended.session_id)
-        reply = Reply(None, None, "the reply could not be read")
-    # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-    messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
+        reply, messages = Reply(None, None, "the reply could not be read"), None
     turn = Turn(
         tenant=ended.tenant,
         session_id=ended.session_id,

@@ -311,6 +311,7 @@ def test_10_mb_of_system_prompt_are_a_turn_like_any_other(engine: FakeEngine, ga
     system = "You are terse. 日本 " * (10 * MB // 22)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "hi"}]
     assert len(system.encode()) > 9.9 * MB
+    engine.on_tokenize = lambda exchange: exchange.json({"tokens": [1, 2, 3]})
     response = gateway.chat(session, messages=messages)
     assert response.status_code == 200
     assert engine.seen("/v1/chat/completions")[0].json["messages"] == messages
@@ -326,6 +327,8 @@ def test_a_history_of_a_million_tokens_is_kept_thawed_and_gone_on_with(
     roles = ("user", "assistant")
     history = [{"role": roles[n % 2], "content": f"{n} " + "word " * 400} for n in range(2501)]
     assert sum(len(m["content"]) for m in history) > 5_000_000
+    ids = list(range(1_000_000))
+    engine.on_tokenize = lambda exchange: exchange.json({"tokens": ids})
     assert gateway.chat(session, messages=history).status_code == 200
     assert gateway.freeze(session, f"w-{session}").status_code == 201
     new = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={}).json()["session_id"]
@@ -360,7 +363,7 @@ def test_a_row_of_a_million_token_ids_is_kept_thawed_and_gone_on_with(
 def test_unknown_roles_are_the_engines_to_refuse_and_are_kept_as_they_are(
     engine: FakeEngine, gateway: Gateway, session: str, role: Any
 ) -> None:
-    messages = [{"role": role, "content": "hi"}, {"content": "no role"}, {"role": "user", "content": "hi"}]
+    messages = [{"role": role, "content": "hi"}, {"role": "user", "content": "hi"}]
     whole = fake.whole_reply("Hello", USAGE)
     engine.on_chat = lambda exchange: exchange.json(whole)
     response = gateway.chat(session, messages=messages)
@@ -368,6 +371,14 @@ def test_unknown_roles_are_the_engines_to_refuse_and_are_kept_as_they_are(
     (request,) = engine.seen("/v1/chat/completions")
     assert request.json["messages"] == messages
     assert [turn["outcome"] for turn in gateway.turns(session)] == ["completed"]
+    gateway.freeze(session, f"w-{session}")
+    new = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={}).json()["session_id"]
+    engine.reset()
+    engine.on_chat = lambda exchange: exchange.json(whole)
+    more = [{"role": role, "content": "again"}, {"role": "user", "content": "and?"}]
+    assert gateway.chat(new, messages=more).status_code == 200
+    (request,) = engine.seen("/v1/chat/completions")
+    assert request.json["messages"] == [*messages, {"role": "assistant", "content": "Hello"}, *more]
     refusal = {"error": {"message": "unknown role", "code": 400}}
     engine.on_chat = lambda exchange: exchange.json(refusal, 400)
     response = gateway.chat(session, messages=messages)
