@@ -1,6 +1,7 @@
 """Sessions on the request path: what one is, under which salt it runs, and whether it is in a turn."""
 
 import asyncio
+import secrets
 from collections import Counter
 from dataclasses import dataclass
 
@@ -71,6 +72,11 @@ class Sessions:
                 f"session {session_id!r} has been in a turn for {wait_s:g} s",
                 hint="freeze it when the reply is complete",
             ) from error
+
+
+def new_id() -> str:
+    """Name a session that came without an id."""
+    return f"s-{secrets.token_hex(12)}"
 
 
 def _drop(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:

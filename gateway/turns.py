@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from gateway.dialects.contract import Call, Dialect, Reply
-from gateway.records import Outcome, Session, Turn
+from gateway.records import Outcome, Session, StoredResponse, Turn
 from gateway.sessions import Sessions
 from gateway.store.contract import Finished, Store
 
@@ -124,9 +124,9 @@ class Turns:
                 return
             (one,) = finished
             log.exception("could not record a turn of session %s", one.turn.session_id)
-            if one.messages is not None:  # perhaps it is the transcript: the turn was, all the same
+            if one.messages is not None or one.response:  # perhaps it is the transcript: the turn was, all the same
                 turn = replace(one.turn, detail="the transcript could not be kept")
-                await self._record([replace(one, turn=turn, messages=None)])
+                await self._record([replace(one, turn=turn, messages=None, response=None)])
 
 
 async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
@@ -158,7 +158,28 @@ def _finished(ended: Ended) -> Finished:
         usage=reply.usage,
         detail=ended.detail or reply.error,
     )
-    return Finished(turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.whole_frame)
+    response = _response(ended, reply)
+    asked = ended.call.storage.items if ended.call.storage and response else ()
+    return Finished(
+        turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.whole_frame, response, asked
+    )
+
+
+def _response(ended: Ended, reply: Reply) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer = ended.call.storage, reply.answer
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    first = ended.call.whole[0] if ended.call.messages else {}
+    return StoredResponse(
+        tenant=ended.tenant,
+        id=answer["id"],
+        session_id=ended.session_id,
+        lineage=ended.lineage,
+        created_at=ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=bool(storage.instructions) and first == {"role": "system", "content": storage.instructions},
+    )
 
 
 def _reply(ended: Ended) -> Reply:

@@ -1,11 +1,10 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
 
-A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+A dialect's request is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
 import logging
-import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +23,8 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
-from gateway.edge import auth
+from gateway.dialects.responses import ResponsesDialect
+from gateway.edge import auth, responses
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
 from gateway.edge.relay import Answer, Outgoing, relay, request_headers
@@ -32,6 +32,7 @@ from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.records import Session, check_session_id
+from gateway.sessions import new_id
 from gateway.turns import Ended
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
+TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect(), b"/v1/responses": ResponsesDialect()}
 _CHAT = TURNS[b"/v1/chat/completions"]
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
@@ -50,7 +51,6 @@ SALTED = frozenset(
         b"/v1/embeddings",
         b"/v1/messages",
         b"/v1/rerank",
-        b"/v1/responses",
         b"/v1/score",
         b"/v1/systemone",
     }
@@ -113,6 +113,8 @@ class Inference:
             dialect = TURNS.get(incoming.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
+            elif kept := await responses.serve(self._parts, incoming.tenant, scope["method"], incoming.target):
+                await send_answer(send, 200, kept)
             else:
                 await self._pass(incoming)
         except GatewayError as error:
@@ -145,7 +147,9 @@ class Inference:
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_session_id())
+        call, session = await responses.resume(parts, incoming.tenant, call, incoming.session_id)
+        if session is None:
+            session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_id())
         call = await self._continue(call, session, incoming)
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
@@ -205,7 +209,7 @@ class Inference:
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
-        if session.window_transcript is None or not call.messages:
+        if session.window_transcript is None or not call.messages or call.front is not None:
             return call
         history = await self._parts.store.messages(session.window_transcript)
         front = transcripts.missing(history, call.messages, _system_rule(incoming))
@@ -222,11 +226,6 @@ class Inference:
     def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
         return Outgoing(incoming.scope["method"], incoming.target, headers, body)
-
-
-def new_session_id() -> str:
-    """Name a session that came without an id."""
-    return f"s-{secrets.token_hex(12)}"
 
 
 def _route(scope: Scope) -> tuple[bytes, str | None]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Turn, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,10 @@ SORT_KEYS = ("name", "created_at", "token_count", "size")
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished turn on its way into the store. `messages` is None where the transcript does not move on."""
+    """A finished turn on its way into the store. `messages` is None where the transcript does not move on.
+
+    `response` is its answer where that is kept by its id, and `asked` what the request brought.
+    """
 
     turn: Turn
     lineage: str
@@ -37,6 +40,8 @@ class Finished:
     salt: str
     messages: Sequence[Message] | None
     frame: Mapping[str, object]
+    response: StoredResponse | None = None
+    asked: Sequence[Message] = ()
 
 
 class Store(Protocol):
@@ -66,7 +71,7 @@ class Store(Protocol):
         ...
 
     async def delete_session(self, tenant: str, session_id: str) -> bool:
-        """Delete the session and its turns; False if there is none. Windows stay."""
+        """Delete the session, its turns and its kept answers; False if there is none. Windows stay."""
         ...
 
     async def record(self, finished: Sequence[Finished]) -> None:
@@ -75,6 +80,14 @@ class Store(Protocol):
 
     async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
         """Return the last turns, newest first."""
+        ...
+
+    async def response(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """Return a kept answer, or None."""
+        ...
+
+    async def delete_response(self, tenant: str, response_id: str) -> bool:
+        """Delete a kept answer; False if there is none. Answers that go on from it stay."""
         ...
 
     async def messages(self, transcript: bytes) -> list[Message]:

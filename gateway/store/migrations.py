@@ -71,6 +71,25 @@ _M001 = (
 )
 
 
+@MIGRATIONS.append
+def m002_responses(db: sqlite3.Connection) -> None:
+    """Answers kept by their ids. What an answer repeats of its request (`echo`) is shared with other answers."""
+    for statement in _M002:
+        db.execute(statement)
+
+
+_M002 = (
+    """CREATE TABLE responses (
+        number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id TEXT NOT NULL, session_id TEXT NOT NULL,
+        lineage TEXT NOT NULL, created_at REAL NOT NULL, answer BLOB NOT NULL, echo BLOB NOT NULL,
+        instructed INTEGER NOT NULL, transcript BLOB, asked BLOB,
+        UNIQUE (tenant, id)
+    )""",
+    "CREATE INDEX responses_by_age ON responses (tenant, number)",
+    "CREATE INDEX responses_by_session ON responses (tenant, session_id)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 

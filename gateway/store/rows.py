@@ -3,7 +3,7 @@
 import sqlite3
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import orjson
@@ -11,7 +11,8 @@ from blake3 import blake3
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Turn, Usage, Window
+from gateway.store import response_rows
 from gateway.store.contract import Finished, WindowQuery
 
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
@@ -58,12 +59,13 @@ def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count:
 
 def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool:
     db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id))
+    response_rows.delete_of_session(db, tenant, session_id)
     gone = db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id)).rowcount == 1
     _collect(db)
     return gone
 
 
-def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int) -> None:
+def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int, responses_kept: int) -> None:
     by_session: dict[tuple[str, str], list[Finished]] = {}
     for item in finished:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
@@ -72,6 +74,7 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
         for item in items:
             _add_turn(db, item.turn)
         _prune_turns(db, items[-1].turn, turns_kept)
+    _add_responses(db, [item for item in finished if item.response], responses_kept)
 
 
 def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
@@ -132,6 +135,30 @@ def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> l
     ]
 
 
+# --- kept answers
+
+
+def _add_responses(db: sqlite3.Connection, finished: Sequence[Finished], keep: int) -> None:
+    for item in finished:
+        if item.response:
+            transcript = _add_transcript(db, item.messages) if item.messages else None
+            new = replace(item.response, transcript=transcript, asked=_add_transcript(db, item.asked))
+            response_rows.add(db, new, _add_content(db, response_rows.echo(new.answer)))
+    dropped = [response_rows.drop_oldest(db, tenant, keep) for tenant in {item.turn.tenant for item in finished}]
+    if any(dropped):
+        _collect(db)
+
+
+def response(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredResponse | None:
+    return response_rows.find(db, tenant, response_id)
+
+
+def delete_response(db: sqlite3.Connection, tenant: str, response_id: str) -> bool:
+    gone = response_rows.delete(db, tenant, response_id)
+    _collect(db)
+    return gone
+
+
 # --- transcripts: contents by hash, and Merkle lists of them
 
 
@@ -182,12 +209,14 @@ def _content(value: Mapping[str, object]) -> tuple[bytes, bytes]:
 
 
 def _collect(db: sqlite3.Connection) -> None:
-    """Delete links and contents that no session and no window reaches."""
+    """Delete links and contents that no session, no window and no kept answer reaches."""
     db.execute(
         """WITH RECURSIVE reached (id) AS (
             SELECT transcript FROM sessions WHERE transcript IS NOT NULL
             UNION SELECT window_transcript FROM sessions WHERE window_transcript IS NOT NULL
             UNION SELECT transcript FROM windows
+            UNION SELECT transcript FROM responses WHERE transcript IS NOT NULL
+            UNION SELECT asked FROM responses WHERE asked IS NOT NULL
             UNION SELECT l.parent FROM links l JOIN reached r ON l.id = r.id WHERE l.parent IS NOT NULL)
         DELETE FROM links WHERE id NOT IN (SELECT id FROM reached)"""
     )
@@ -195,7 +224,8 @@ def _collect(db: sqlite3.Connection) -> None:
         """DELETE FROM contents WHERE id NOT IN (
             SELECT content FROM links
             UNION SELECT frame FROM sessions WHERE frame IS NOT NULL
-            UNION SELECT frame FROM windows WHERE frame IS NOT NULL)"""
+            UNION SELECT frame FROM windows WHERE frame IS NOT NULL
+            UNION SELECT echo FROM responses)"""
     )
 
 
