@@ -15,11 +15,12 @@ from gateway.records import Message
 
 Item = dict[str, Any]
 
-_PLAIN_ROLES = frozenset({"user", "system", "developer"})
-_CALLS = frozenset({"function_call", "custom_tool_call"})
-_OUTPUTS = frozenset({"function_call_output", "custom_tool_call_output"})
-_TEXTS = frozenset({"input_text", "output_text", "text"})
-_UNFINISHED = frozenset({"in_progress", "incomplete"})
+# Tuples, not sets: what a client sends in such a place may be anything, and not everything has a hash.
+_PLAIN_ROLES = ("user", "system", "developer")
+_CALLS = ("function_call", "custom_tool_call")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_TEXTS = ("input_text", "output_text", "text")
+_UNFINISHED = ("in_progress", "incomplete")
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict", "defer_loading")
 # What the model is shown of a tool whose input is plain text: a function with one argument.
 _CUSTOM_INPUT = "input"

@@ -30,7 +30,7 @@ _FRAME_FIELDS = ("parallel_tool_calls", "chat_template_kwargs", "mm_processor_kw
 _OTHER_PROMPTS = ("prompt", "previous_input_messages")
 # What a window's conversation may have been rendered from, and this API has no field for.
 _CHAT_ONLY = ("chat_template", "documents")
-_FINAL = frozenset({"response.completed", "response.incomplete"})
+_FINAL = ("response.completed", "response.incomplete")
 _LAST_EVENT = b"\n\nevent: response.completed\n"
 _NUMBER = re.compile(rb'"sequence_number":(\d+)')
 
