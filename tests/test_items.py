@@ -55,9 +55,13 @@ ANSWER = {"role": "tool", "content": "12", "tool_call_id": "c1"}
         ),
         ([CALL, SAID], [{"role": "assistant", "tool_calls": [tool_call()], "content": "so"}]),
         ([SAID, SAID], [{"role": "assistant", "content": "so"}] * 2),
-        ([CALL, RESULT, CALL], [
-            {"role": "assistant", "tool_calls": [tool_call()]}, ANSWER, {"role": "assistant", "tool_calls": [tool_call()]}
-        ]),
+        (
+            [CALL, RESULT, CALL],
+            [
+                {"role": "assistant", "tool_calls": [tool_call()]}, ANSWER,
+                {"role": "assistant", "tool_calls": [tool_call()]},
+            ],
+        ),
         ([{**CALL, "namespace": "ns"}], [{"role": "assistant", "tool_calls": [tool_call(name="ns__now")]}]),
         (
             [{"type": "custom_tool_call", "call_id": "c1", "name": "now", "input": 'é"\n'},

@@ -209,10 +209,12 @@ class Inference:
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
-        if session.window_transcript is None or not call.messages or call.front is not None:
+        if session.window_transcript is None or not call.messages:
             return call
-        history = await self._parts.store.messages(session.window_transcript)
-        front = transcripts.missing(history, call.messages, _system_rule(incoming))
+        front = call.front
+        if front is None:
+            history = await self._parts.store.messages(session.window_transcript)
+            front = transcripts.missing(history, call.messages, _system_rule(incoming))
         if front is None:
             return call
         frame = await self._parts.store.frame(session.frame) if session.frame else {}

@@ -37,8 +37,8 @@ _PREFIXES = {
 async def resume(parts: Parts, tenant: str, call: Call, named: str | None) -> tuple[Call, Session | None]:
     """Put the conversation up to `previous_response_id` in front of a call, and say which session it goes on in.
 
-    That is the session of the response while that is its last answer, and a fork of it afterwards: another session in
-    the same lineage, so that what both share is found in the cache. The session that a client has `named` is taken as
+    That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
+    another session in the same lineage, so that what both share is found in the cache. The session that a client has `named` is taken as
     it is. None: the call goes on from nothing. Raises `previous_response_not_found`, `invalid_request`.
     """
     if call.storage is None or call.storage.previous is None:
@@ -72,10 +72,13 @@ def _front(call: Call, history: list[Message]) -> Front:
 
 async def _session(parts: Parts, tenant: str, before: StoredResponse, named: str | None) -> Session:
     session_id = named or before.session_id
+    if parts.sessions.in_turn(tenant, session_id):
+        await parts.turns.settle()  # where the session is by now decides whether this is a fork
     session = await parts.sessions.open(tenant, session_id)
-    if not session.created_at:  # nobody has seen it yet
+    in_turn = parts.sessions.in_turn(tenant, session_id)
+    if not session.created_at and not in_turn:  # nobody has seen it yet
         return replace(session, lineage=before.lineage)
-    if named or session.transcript == before.transcript:
+    if named or (session.transcript == before.transcript and not in_turn):
         return session
     return Session(tenant, new_id(), lineage=before.lineage)
 
