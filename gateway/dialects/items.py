@@ -214,8 +214,8 @@ def _part_of_item(part: object) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return {"type": "input_text", "text": _text(part, "text")}
-    if isinstance(part, dict) and kind == "image_url":
-        image = part.get("image_url")
+    image = part.get("image_url") if isinstance(part, dict) else None
+    if kind == "image_url" and isinstance(image, dict):
         return {"type": "input_image", "image_url": _text(image, "url"), "detail": image.get("detail") or "auto"}
     raise _Unsayable
 

@@ -181,8 +181,9 @@ def _error_in(event: Mapping[str, Any]) -> str:
     if event.get("type") == "error" or "error" in event:
         return str(event.get("message") or event.get("error"))
     answer = event.get("response")
-    failed = event.get("type") == "response.failed" and isinstance(answer, dict)
-    return str(answer.get("error") or "the response failed") if failed else ""
+    if event.get("type") == "response.failed" and isinstance(answer, dict):
+        return str(answer.get("error") or "the response failed")
+    return ""
 
 
 def _read(answer: Mapping[str, Any]) -> Reply:

@@ -38,8 +38,9 @@ async def resume(parts: Parts, tenant: str, call: Call, named: str | None) -> tu
     """Put the conversation up to `previous_response_id` in front of a call, and say which session it goes on in.
 
     That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
-    another session in the same lineage, so that what both share is found in the cache. The session that a client has `named` is taken as
-    it is. None: the call goes on from nothing. Raises `previous_response_not_found`, `invalid_request`.
+    another session in the same lineage, so that what both share is found in the cache. The session that a client has
+    `named` is taken as it is. None: the call goes on from nothing. Raises `previous_response_not_found`,
+    `invalid_request`.
     """
     if call.storage is None or call.storage.previous is None:
         return call, None
