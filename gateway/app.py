@@ -58,7 +58,9 @@ class Gateway:
 async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
+        store = await stack.enter_async_context(
+            SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
+        )
         sessions = Sessions(store)
         timeout = settings.connect_timeout_s
         parts = Parts(

@@ -47,9 +47,9 @@ class CompletionsDialect:
         """See `Dialect.error`."""
         return _CHAT.error(error)
 
-    def error_event(self, error: GatewayError) -> bytes:
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
-        return _CHAT.error_event(error)
+        return _CHAT.error_event(error, sent)
 
 
 def _conversation(body: dict[str, Any]) -> list[Message]:
