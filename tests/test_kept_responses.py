@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from gateway.records import StoredResponse, Turn
+from gateway.records import Session, StoredResponse, Trace, Turn
 from gateway.store.contract import Finished
 from gateway.store.sqlite import SqliteStore
 from tests.fakes.engine import MODEL, Exchange, FakeEngine
@@ -247,7 +247,9 @@ def finished(response_id: str, tenant: str = "default", session: str = "s", at: 
     answer = {"id": response_id, "output": [], "instructions": "long", "tools": []}
     messages = [{"role": "user", "content": response_id}, {"role": "assistant", "content": "a"}]
     response = StoredResponse(tenant, response_id, session, session, at, answer)
-    return Finished(turn, session, "fp", "salt", messages, {}, response, [{"role": "user", "content": response_id}])
+    asked = [{"role": "user", "content": response_id}]
+    trace = Trace(b"", b"", None)
+    return Finished(turn, Session(tenant, session, session), "fp", "salt", messages, {}, trace, "", response, asked)
 
 
 @pytest.mark.parametrize(

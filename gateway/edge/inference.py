@@ -234,9 +234,9 @@ class Inference:
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
-        if session.window_transcript is None or call.front is not None or not call.messages:
+        if session.window_transcript is None or not call.messages:
             return call
-        front = call.front
+        front = call.front  # what the dialect itself goes on from has the window in it
         if front is None:
             history = await self._parts.store.messages(session.window_transcript)
             front = transcripts.missing(history, call.messages, _system_rule(incoming))
