@@ -162,17 +162,26 @@ def _finished(ended: Ended) -> Finished:
         source=ended.place.source,
         engine=ended.engine,
     )
-    response = _response(ended, reply)
+    response = _response(ended, whole, reply)
     return Finished(
-        turn,
-        session,
-        ended.fingerprint,
-        ended.salt,
-        messages,
-        ended.call.whole_frame,
-        _trace(ended, whole, reply),
-        response=response,
-        asked=ended.call.storage.items if ended.call.storage and response else (),
+        turn, session, ended.fingerprint, ended.salt, messages, ended.call.whole_frame, _trace(ended, whole, reply),
+        response=response, asked=ended.call.storage.items if ended.call.storage and response else (),
+    )  # fmt: skip
+
+
+def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    return StoredResponse(
+        tenant=session.tenant,
+        id=answer["id"],
+        session_id=session.id,
+        lineage=session.lineage,
+        created_at=ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=whole[:1] == [{"role": "system", "content": storage.instructions}],
     )
 
 
@@ -182,23 +191,6 @@ def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)
-
-
-def _response(ended: Ended, reply: Reply) -> StoredResponse | None:
-    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
-    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
-    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
-        return None
-    first = ended.call.whole[0] if ended.call.messages else {}
-    return StoredResponse(
-        tenant=session.tenant,
-        id=answer["id"],
-        session_id=session.id,
-        lineage=session.lineage,
-        created_at=ended.started_at,
-        answer={**answer, "previous_response_id": storage.previous, "store": True},
-        instructed=bool(storage.instructions) and first == {"role": "system", "content": storage.instructions},
-    )
 
 
 def _reply(ended: Ended) -> Reply:

@@ -32,7 +32,7 @@ from gateway.edge.relay import Answer, Outgoing, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
-from gateway.records import Session, check_session_id, check_window_name
+from gateway.records import Front, Session, StoredResponse, check_session_id, check_window_name
 from gateway.sessions import Place
 from gateway.turns import Ended
 from gateway.windows import branch
@@ -160,7 +160,8 @@ class Inference:
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        call, place = await self._place(incoming, named, call)
+        call, before = await responses.resume(parts, incoming.tenant, call)
+        place = await self._place(incoming, named, call, before)
         session = place.session
         call = await self._continue(call, session, incoming)
         await resume(parts, session)
@@ -194,15 +195,15 @@ class Inference:
                 )
             )
 
-    async def _place(self, incoming: Incoming, named: identity.Given | None, call: Call) -> tuple[Call, Place]:
-        """Say which session the turn belongs to, and what of its conversation the call does not bring itself."""
-        parts, tenant = self._parts, incoming.tenant
+    async def _place(
+        self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
+    ) -> Place:
+        """Say which session the turn belongs to."""
+        parts = self._parts
         key = named.id if named and named.kind == "key" else ""
         seed = identity.seed(call.body, key, call.client_salt)
-        exact = named.id if named and named.kind == "session" else None
-        call, session = await responses.resume(parts, tenant, call, exact)
-        if session:
-            return call, Place(session, responses.SOURCE, seed, is_new=not session.created_at)
+        if before is not None:
+            return await responses.place(parts, before, named, seed)
         if incoming.base.window is None or not call.messages:
             return call, await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
         asked = branch.Asked(tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
@@ -233,18 +234,23 @@ class Inference:
         return with_fields(raw, body, {"cache_salt": salt})
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
-        """In a thawed session, put the window's transcript in front of what is new."""
-        if session.window_transcript is None or not call.messages:
+        """Put in front of what is new what the client need not send: the window's transcript, or the conversation's."""
+        if not call.messages:
             return call
-        front = call.front  # what the dialect itself goes on from has the window in it
-        if front is None:
-            history = await self._parts.store.messages(session.window_transcript)
-            front = transcripts.missing(history, call.messages, _system_rule(incoming))
-        if front is None:
-            return call
+        front = call.front or await self._missing(call, session, incoming)
+        if front is None or session.window_transcript is None:
+            return replace(call, front=front)
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
         return replace(call, front=replace(front, frame=inherited))
+
+    async def _missing(self, call: Call, session: Session, incoming: Incoming) -> Front | None:
+        conversed = call.storage is not None and call.storage.conversation
+        history = session.transcript if conversed else session.window_transcript
+        if history is None:
+            return None
+        rule = _system_rule(incoming) or ("replace" if conversed else "")
+        return transcripts.missing(await self._parts.store.messages(history), call.messages, rule)
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
