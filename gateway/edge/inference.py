@@ -199,15 +199,15 @@ class Inference:
         self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
     ) -> Place:
         """Say which session the turn belongs to."""
-        parts = self._parts
+        parts, tenant = self._parts, incoming.tenant
         key = named.id if named and named.kind == "key" else ""
         seed = identity.seed(call.body, key, call.client_salt)
         if before is not None:
             return await responses.place(parts, before, named, seed)
         if incoming.base.window is None or not call.messages:
-            return call, await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
+            return await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
         asked = branch.Asked(tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
-        return call, await branch.place(parts, asked, seed)
+        return await branch.place(parts, asked, seed)
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
@@ -238,7 +238,9 @@ class Inference:
         if not call.messages:
             return call
         front = call.front or await self._missing(call, session, incoming)
-        if front is None or session.window_transcript is None:
+        if front is None:
+            return call
+        if session.window_transcript is None:
             return replace(call, front=front)
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
