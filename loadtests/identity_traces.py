@@ -35,7 +35,7 @@ _TEXT_KINDS = (Kind.TEXT, Kind.TEXT, Kind.THINKING)
 _OVERLAP = 48  # conversations that go on at the same time, about
 
 
-def generate(seed: int, turns: int, pause_s: float = 0.05) -> list[Request]:
+def generate(seed: int, turns: int, pause_s: float = 0.25) -> list[Request]:
     """Return at least so many requests in the order in which they are sent, every kind with its share of them."""
     world = World(seed, span=turns / _OVERLAP, pause_s=pause_s)
     made = dict.fromkeys(SHARES, 0)
@@ -167,13 +167,12 @@ def _retries(world: World) -> None:
 
 
 def _overtaken(talk: Talk) -> None:
-    """The same request again while the first is still open."""
+    """The same request again while the first is still open; what comes next does not wait for it either."""
     before = waits([talk])
-    first = talk.ask(Kind.STALLS)
+    talk.ask(Kind.STALLS)
     second = talk.ask(step="again while the first is open")
     second.after = before
     talk.take(second)
-    talk.waits_for = [first]
 
 
 def _edits(world: World) -> None:

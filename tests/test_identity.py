@@ -1,5 +1,6 @@
 """Which session a request belongs to: by its id, by its own beginning, and what must never be taken for the same."""
 
+import secrets
 import threading
 from typing import Any
 
@@ -354,6 +355,40 @@ def test_two_with_the_same_reply_that_go_on_at_once_go_on_in_two_sessions(
     for thread in work:
         thread.join()
     assert set(found) == strangers
+
+
+def test_a_request_that_failed_and_comes_again_at_once_is_a_retry(engine: FakeEngine, gateway: Gateway) -> None:
+    for attempt in range(20):
+        engine.on_chat = lambda exchange: exchange.json({"error": {"message": "overloaded"}}, 503)
+        question = {"model": MODEL, "messages": [user(f"{attempt} {secrets.token_hex(8)}")]}
+        failed = gateway.http.post(CHAT, json=question)
+        engine.on_chat = engine.answer_chat
+        assert gateway.http.post(CHAT, json=question).headers["x-session-id"] == failed.headers["x-session-id"]
+
+
+def test_a_conversation_goes_on_beside_a_request_of_its_own_that_hangs(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    first = ask(gateway, [user(session)])
+    gone, hangs = threading.Event(), threading.Event()
+
+    def hang(exchange: Exchange) -> None:
+        engine.on_chat = engine.answer_chat
+        hangs.set()
+        gone.wait(5)
+        engine.answer_chat(exchange)
+
+    engine.on_chat = hang
+    second = [user(session), assistant("Hello there!"), user("two")]
+    found: list[str] = []
+    hung = threading.Thread(target=lambda: found.append(ask(gateway, second)))
+    hung.start()
+    assert hangs.wait(5)
+    found.append(ask(gateway, second))
+    found.append(ask(gateway, [*second, assistant("Hello there!"), user("three")]))
+    gone.set()
+    hung.join()
+    assert found == [first] * 3
 
 
 def test_a_session_known_by_its_beginning_alone_is_deleted_whole(gateway: Gateway, session: str) -> None:
