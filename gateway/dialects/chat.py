@@ -17,6 +17,7 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
+from gateway.dialects.events import json_object, objects
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -80,7 +81,7 @@ class ChatDialect:
 
 
 def _whole(chunks: Iterable[bytes]) -> Reply:
-    answer = _object(b"".join(chunks))
+    answer = json_object(b"".join(chunks))
     if answer is None:
         return Reply(None, None, "the reply is not a JSON object")
     choices = answer.get("choices")
@@ -153,9 +154,9 @@ def _read(events: list[bytes]) -> list[dict[str, Any] | None]:
     """
     texts = _texts(events[1:])
     if len(texts) < _RUN:
-        return _objects(events)
+        return objects(events)
     merged = {"choices": [{"index": 0, "delta": {"content": "".join(texts)}}]}
-    return [*_objects(events[:1]), merged, *_objects(events[1 + len(texts) :])]
+    return [*objects(events[:1]), merged, *objects(events[1 + len(texts) :])]
 
 
 def _texts(events: list[bytes]) -> list[str]:
@@ -173,22 +174,3 @@ def _texts(events: list[bytes]) -> list[str]:
     except orjson.JSONDecodeError:
         return []
     return texts if len(texts) == len(literals) else []
-
-
-def _objects(events: list[bytes]) -> list[dict[str, Any] | None]:
-    """Read the data of all events, None for each that is no JSON object; in one go where they all are."""
-    try:
-        found: list[Any] = orjson.loads(b"[" + b",".join(events) + b"]")
-    except orjson.JSONDecodeError:
-        found = []
-    if len(found) == len(events) and all(isinstance(value, dict) for value in found):
-        return found
-    return [_object(data) for data in events]
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None

@@ -1,6 +1,6 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
 
-A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+What `TURNS` has is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
@@ -24,6 +24,7 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
+from gateway.dialects.messages import MessagesDialect
 from gateway.edge import auth
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
@@ -39,8 +40,10 @@ log = logging.getLogger(__name__)
 SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
-_CHAT = TURNS[b"/v1/chat/completions"]
+_CHAT = ChatDialect()
+_MESSAGES = MessagesDialect()
+TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": _CHAT, b"/v1/messages": _MESSAGES}
+_COUNT = b"/v1/messages/count_tokens"
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
@@ -48,7 +51,6 @@ SALTED = frozenset(
         b"/v1/chat/completions/batch",
         b"/v1/completions",
         b"/v1/embeddings",
-        b"/v1/messages",
         b"/v1/rerank",
         b"/v1/responses",
         b"/v1/score",
@@ -113,17 +115,19 @@ class Inference:
             dialect = TURNS.get(incoming.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
+            elif incoming.path == _COUNT and scope["method"] == "POST":
+                await self._count(incoming)
             else:
                 await self._pass(incoming)
         except GatewayError as error:
-            await send_answer(send, error.status, _CHAT.error(error))
+            await send_answer(send, error.status, _spoken(scope).error(error))
         except ClientGone:
             return
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             failure = GatewayError("internal", "the gateway failed; its log says why")
             with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
-                await send_answer(send, failure.status, _CHAT.error(failure))
+                await send_answer(send, failure.status, _spoken(scope).error(failure))
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
@@ -181,11 +185,22 @@ class Inference:
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body, session_id = incoming.body, incoming.session_id
+        body = incoming.body
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
             body = await self._sanitised(incoming)
-        extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
-        answer = Answer(_CHAT, extra, limit=0)
+        await self._relay(incoming, body)
+
+    async def _count(self, incoming: Incoming) -> None:
+        """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
+        call = _MESSAGES.read(parse_object(incoming.body), incoming.body)
+        if incoming.session_id:
+            session = await self._parts.sessions.open(incoming.tenant, incoming.session_id)
+            call = await self._continue(call, session, incoming)
+        await self._relay(incoming, _MESSAGES.question(call))
+
+    async def _relay(self, incoming: Incoming, body: bytes) -> None:
+        extra: Headers = [(SESSION_HEADER, incoming.session_id.encode())] if incoming.session_id else []
+        answer = Answer(_spoken(incoming.scope), extra, limit=0)
         await relay(
             self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
         )
@@ -242,12 +257,20 @@ def _route(scope: Scope) -> tuple[bytes, str | None]:
     if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
-    if known in TURNS or known in SALTED:
+    if known in TURNS or known in SALTED or known == _COUNT:
         raw = known
     if named is None:
         sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
         named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None
     return raw, named
+
+
+def _spoken(scope: Scope) -> Dialect:
+    """The dialect whose errors the client of a path can read, whatever else is wrong with the request."""
+    path: str = scope["path"]
+    if path.startswith(("/s/", "/w/")):
+        path = "/" + path.split("/", 3)[-1]
+    return _MESSAGES if path.startswith("/v1/messages") else _CHAT
 
 
 def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
