@@ -105,7 +105,7 @@ def _streamed(chunks: Iterable[bytes]) -> Reply:
         return Reply(None, message.usage, message.error)
     content = message.content()
     if content is None:
-        return Reply(None, message.usage, "a tool call ended before its arguments did")
+        return Reply(None, message.usage, "the arguments of a tool call are not a JSON object")
     return _reply(content, message.usage)
 
 
@@ -154,7 +154,7 @@ class _Assembled:
             self.error = "the stream holds a delta that belongs to no block"
 
     def content(self) -> list[dict[str, Any]] | None:
-        """The blocks in their order; None where a tool's input is not whole."""
+        """The blocks in their order; None where the input of a tool is none."""
         for index, block in self._blocks.items():
             text, kind = "".join(self._texts[index]), block.get("type")
             if kind in ("text", "thinking"):

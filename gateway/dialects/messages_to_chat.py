@@ -60,7 +60,8 @@ def assistant(blocks: Sequence[Block]) -> Message:
 def tool_changes(message: Mapping[str, Any]) -> list[Block]:
     """The blocks of a system message that say no text, but change the tools."""
     content = message.get("content")
-    return [block for block in _blocks(content) if block.get("type") in _TOOL_CHANGES] if content else []
+    blocks = [] if isinstance(content, str) else _blocks(content)
+    return [block for block in blocks if block.get("type") in _TOOL_CHANGES]
 
 
 def _system(system: object) -> list[Message]:
