@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gateway.dialects.messages_to_chat import BILLING, tool_changes
+from gateway.dialects.messages_to_chat import BILLING, converted, tool_changes
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
 
@@ -27,7 +27,7 @@ _SAID_IN_FRAME = frozenset({"tools", "chat_template_kwargs"})
 def in_front(front: Front, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request body with `front` put before its own messages. Raises `invalid_request`."""
     sent = body["messages"]
-    count = next((i for i, message in enumerate(sent) if message.get("role") != "system"), len(sent))
+    count = next((i for i, message in enumerate(sent) if not _is_system(message)), len(sent))
     leading, rest = sent[:count], sent[count:]
     whole = dict(body)
     if front.system is not None:
@@ -54,6 +54,11 @@ def messages(sent: Sequence[Message]) -> list[dict[str, Any]]:
                 raise _unsayable(f"{name!r:.40} of a message of role {role}")
         _ROLES[role](message, said)
     return said
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    """Whether the engine makes nothing of a message but system messages, or nothing at all."""
+    return all(made["role"] == "system" for made in converted(message))
 
 
 def _system(message: Message, said: list[dict[str, Any]]) -> None:

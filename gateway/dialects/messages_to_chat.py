@@ -32,7 +32,7 @@ def conversation(body: Mapping[str, Any]) -> list[Message]:
         raise Unreadable
     found = _system(body.get("system"))
     for message in sent:
-        found += _converted(message)
+        found += converted(message)
     return found
 
 
@@ -51,9 +51,26 @@ def frame(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def converted(message: object) -> list[Message]:
+    """Return what the engine makes of one message: one, several, or none. Raises Unreadable."""
+    if not isinstance(message, dict):
+        raise Unreadable
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise Unreadable
+    if role == "system":
+        return [] if isinstance(content, str) and content.startswith(BILLING) else _system(content)
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    parts = _Parts(role)
+    for block in _blocks(content):
+        parts.add(block)
+    return parts.whole()
+
+
 def assistant(blocks: Sequence[Block]) -> Message:
     """Return what a reply's content is when it is sent back. Raises Unreadable."""
-    (message,) = _converted({"role": "assistant", "content": blocks})
+    (message,) = converted({"role": "assistant", "content": blocks})
     return message
 
 
@@ -74,22 +91,6 @@ def _system(system: object) -> list[Message]:
 def _system_texts(blocks: Iterable[Block]) -> Iterable[str]:
     texts = (_text(block, "text") for block in blocks if block.get("type") == "text")
     return (text for text in texts if not text.startswith(BILLING))
-
-
-def _converted(message: object) -> list[Message]:
-    if not isinstance(message, dict):
-        raise Unreadable
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant", "system"):
-        raise Unreadable
-    if role == "system":
-        return [] if isinstance(content, str) and content.startswith(BILLING) else _system(content)
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    parts = _Parts(role)
-    for block in _blocks(content):
-        parts.add(block)
-    return parts.whole()
 
 
 @dataclass(slots=True)
