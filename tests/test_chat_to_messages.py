@@ -63,7 +63,7 @@ def test_results_one_after_the_other_are_one_message_of_the_user() -> None:
             {"role": "assistant", "content": "a", "reasoning_content": "r"},
             {"role": "assistant", "content": "a", "reasoning": "r"},
         ),
-        ({"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "x"}] * 2}, 
+        ({"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "x"}] * 2},
          {"role": "tool", "tool_call_id": "a", "content": "x\nx"}),
         # The engine, too, takes arguments that are no object for an empty one.
         ({"role": "assistant", "content": "", "tool_calls": [call("a", "f", '{"cut": ')]},

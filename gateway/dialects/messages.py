@@ -18,6 +18,7 @@ _KINDS = {
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
+    409: "conflict_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -62,10 +63,10 @@ class MessagesDialect:
         return _streamed(chunks) if streamed else _in_one_piece(chunks)
 
     def error(self, error: GatewayError) -> bytes:
-        """See `Dialect.error`; `code` is ours, and Anthropic's clients overlook it."""
+        """See `Dialect.error`; newer clients of Anthropic's show the code as `error_code`."""
         message = f"{error.message} ({error.hint})" if error.hint else error.message
         kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-        told = {"type": kind, "message": message, "code": error.code}
+        told = {"type": kind, "message": message, "code": error.code, "details": {"error_code": error.code}}
         return orjson.dumps({"type": "error", "error": told, "request_id": None})
 
     def error_event(self, error: GatewayError) -> bytes:
