@@ -130,6 +130,19 @@ def has_media(messages: Sequence[Message]) -> bool:
     )
 
 
+def hoisted(messages: Sequence[Message]) -> list[Message] | None:
+    """Return the conversation with the text of all its system messages in one, in front.
+
+    So vLLM makes a prompt of an Anthropic conversation where the template wants the system message first. None where
+    none is elsewhere, or where one is of several parts, which that conversation never has.
+    """
+    texts = [message.get("content") for message in messages if message.get("role") == "system"]
+    rest = [message for message in messages if message.get("role") != "system"]
+    if list(messages[len(texts) :]) == rest or not all(isinstance(text, str) for text in texts):
+        return None
+    return [{"role": "system", "content": "".join(map(str, texts))}, *rest]
+
+
 def split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
     """Leading system messages, and the rest."""
     count = 0
