@@ -32,8 +32,8 @@ class SaltRule:
 class Place:
     """Where a request belongs: its session, how that was recognised, and the chain that it is part of.
 
-    `asked` is the chain's link of the whole request where it was needed on the way. `is_new`: nobody has seen the
-    session yet.
+    `asked` is the chain's link of the whole request where it was needed on the way, with the `roots` of its beginning.
+    `is_new`: nobody has seen the session yet.
     """
 
     session: Session
@@ -41,6 +41,7 @@ class Place:
     seed: bytes
     asked: bytes | None = None
     is_new: bool = False
+    roots: tuple[bytes, ...] = ()
 
 
 class Sessions:
@@ -107,9 +108,9 @@ class Sessions:
         request = Beginning.of(messages, seed)
         verdict = await self.look_up(tenant, request, settle)
         if verdict.session and not verdict.forks:
-            return Place(verdict.session, verdict.how, seed, request.asked)
+            return Place(verdict.session, verdict.how, seed, request.asked, roots=request.roots)
         session = await self._fresh(tenant, key, verdict)
-        return Place(session, session.source, seed, request.asked, is_new=True)
+        return Place(session, session.source, seed, request.asked, is_new=True, roots=request.roots)
 
     async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
@@ -129,7 +130,11 @@ class Sessions:
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
         known, candidates = await self._store.beginning(tenant, request.candidates)
         # Of sessions at the same point, one that is asking something else just now is the least likely.
-        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        verdict = identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        if (verdict.session and not verdict.forks) or not request.ends or verdict.depth >= request.replies[-1]:
+            return verdict
+        standing = await self._store.standing(tenant, request.ends)
+        return Verdict(standing[0], depth=request.replies[-1], how="last reply") if len(standing) == 1 else verdict
 
     def _asks_else(self, session: Session | None, request: Beginning) -> bool:
         """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""

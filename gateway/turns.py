@@ -187,7 +187,7 @@ def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredRes
 
 def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
     try:
-        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked)
+        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked, ended.place.roots)
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)

@@ -391,6 +391,37 @@ def test_a_conversation_goes_on_beside_a_request_of_its_own_that_hangs(
     assert found == [first] * 3
 
 
+def test_a_conversation_whose_system_prompt_tells_the_time_is_one_session(gateway: Gateway, session: str) -> None:
+    def at(minute: int, *rest: dict[str, Any]) -> str:
+        return ask(gateway, [{"role": "system", "content": f"It is 12:0{minute}."}, user(session), *rest])
+
+    first = at(1)
+    assert at(2, assistant("Hello there!"), user("two")) == first
+    whole = (assistant("Hello there!"), user("two"), assistant("Hello there!"), user("three"))
+    assert at(3, *whole) == first
+    gateway.turns(first, 3)
+    assert at(4, *whole[:2]) != first  # a fork that shares nothing word for word
+    (turn, *_) = gateway.turns(first, 3)
+    assert turn["recognised_by"] == "last reply"
+
+
+def test_a_conversation_whose_questions_come_back_shorter_is_one_session(gateway: Gateway, session: str) -> None:
+    messages = [user(session)]
+    found = {ask(gateway, messages)}
+    for text in ("two", "three", "four"):
+        messages += [assistant("Hello there!"), user(text)]
+        found.add(ask(gateway, [*messages[:-1], user(f"Passages: ... Question: {text}")]))
+    assert len(found) == 1
+
+
+def test_a_last_reply_that_two_sessions_share_names_neither(gateway: Gateway, session: str) -> None:
+    two = {ask(gateway, [{"role": "system", "content": who}, user(session)]) for who in ("Be Ada.", "Be Bob.")}
+    third = [{"role": "system", "content": "Be Eve."}, user(session), assistant("Hello there!"), user("on")]
+    for one in two:
+        gateway.turns(one)
+    assert len({*two, ask(gateway, third)}) == 3
+
+
 def test_a_session_known_by_its_beginning_alone_is_deleted_whole(gateway: Gateway, session: str) -> None:
     messages = [SYSTEM, user(session)]
     first = ask(gateway, messages)
