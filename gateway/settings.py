@@ -190,12 +190,7 @@ def _check(s: Settings) -> None:
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
     for f in fields(s):
         value = getattr(s, f.name)
-        if f.name.endswith(("_s", "_bytes")) or f.name in (
-            "turn_queue",
-            "turns_kept",
-            "sessions_kept",
-            "responses_kept",
-        ):
+        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name == "turn_queue":
             _require(value > 0, f"{f.name} must be more than 0, not {value}")
 
 

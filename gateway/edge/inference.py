@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import identity, transcripts
 from gateway.dialects.chat import ChatDialect
+from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
     Call,
@@ -41,14 +42,17 @@ log = logging.getLogger(__name__)
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect(), b"/v1/responses": ResponsesDialect()}
+TURNS: dict[bytes, Dialect] = {
+    b"/v1/chat/completions": ChatDialect(),
+    b"/v1/completions": CompletionsDialect(),
+    b"/v1/responses": ResponsesDialect(),
+}
 _CHAT = TURNS[b"/v1/chat/completions"]
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
-        b"/v1/completions",
         b"/v1/embeddings",
         b"/v1/messages",
         b"/v1/rerank",
@@ -56,6 +60,9 @@ SALTED = frozenset(
         b"/v1/systemone",
     }
 )
+
+# What vLLM has beside `/v1` and clients ask for: no KV comes of it.
+BESIDE = (b"/tokenize", b"/detokenize")
 
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
 # are between the client and us.
@@ -192,14 +199,14 @@ class Inference:
         self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
     ) -> Place:
         """Say which session the turn belongs to."""
-        parts = self._parts
+        parts, tenant = self._parts, incoming.tenant
         key = named.id if named and named.kind == "key" else ""
         seed = identity.seed(call.body, key, call.client_salt)
         if before is not None:
             return await responses.place(parts, before, named, seed)
         if incoming.base.window is None or not call.messages:
-            return await parts.sessions.place(incoming.tenant, named, call.messages, seed, parts.turns.settle)
-        asked = branch.Asked(incoming.tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
+            return await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
+        asked = branch.Asked(tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
         return await branch.place(parts, asked, seed)
 
     async def _pass(self, incoming: Incoming) -> None:
@@ -231,7 +238,9 @@ class Inference:
         if not call.messages:
             return call
         front = call.front or await self._missing(call, session, incoming)
-        if front is None or session.window_transcript is None:
+        if front is None:
+            return call
+        if session.window_transcript is None:
             return replace(call, front=front)
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
@@ -268,7 +277,7 @@ def _route(scope: Scope) -> Base:
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
-    if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
+    if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED:

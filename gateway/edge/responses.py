@@ -22,6 +22,7 @@ from gateway.sessions import Place, new_id
 
 Verb = Callable[[Parts, str, str, dict[str, str]], Awaitable[Any]]
 
+SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
 # A turn that is over may not be recorded yet, and a client knows an answer's id a moment before its stream has ended.
 _ENDING_S = (0.0, 0.02, 0.2)

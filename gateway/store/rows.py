@@ -72,6 +72,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release(db, gone.window_transcript)
     transcript_rows.release_content(db, gone.frame)
+    response_rows.delete_of_session(db, tenant, session_id)
     return True
 
 
