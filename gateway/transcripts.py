@@ -29,8 +29,8 @@ def canonical(message: Message) -> dict[str, Any]:
         kept["content"] = content = "".join(str(part.get("text", "")) for part in content)
     if isinstance(content, str) and message.get("role") == "assistant":
         kept["content"] = content.strip()  # many clients trim a reply
-        if not kept["content"]:
-            del kept["content"]
+    if kept.get("content") == "":
+        del kept["content"]
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_canonical_call(call) for call in kept["tool_calls"]]
     return kept
