@@ -43,6 +43,7 @@ class Ended:
     streamed: bool
     chunks: Sequence[bytes] | None
     detail: str = ""
+    normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
 
 
 class Turns:

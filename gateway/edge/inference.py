@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import transcripts
+from gateway import normalise, transcripts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
@@ -104,6 +104,7 @@ class Inference:
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
         self._stamp: bytes | None = None
+        self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,7 +142,8 @@ class Inference:
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        call = dialect.read(parse_object(incoming.body), incoming.body)
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.path, self._rules)
+        call = dialect.read(body, b"" if normalised else incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
@@ -176,6 +178,7 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
+                    normalised=normalised,
                 )
             )
 
@@ -191,8 +194,8 @@ class Inference:
         )
 
     async def _sanitised(self, incoming: Incoming) -> bytes:
-        body = parse_object(incoming.body)
-        raw = incoming.body if is_clean(body) else b""
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.path, self._rules)
+        raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
         if incoming.path not in SALTED:
             return raw or write_json(body)
