@@ -60,7 +60,7 @@ def read(path: Path) -> Encoding:
         return _encoding(orjson.loads(path.read_bytes()))
     except OSError as error:
         raise NoEncoding(f"{path} cannot be read: {error.strerror}") from error
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise NoEncoding(f"{path} is not a tokenizer.json: {error!r:.100}") from error
     except NoEncoding as error:
         raise NoEncoding(f"{path}: {error}") from error

@@ -96,13 +96,8 @@ class Estimator:
     def learn(self, model: str, root: str) -> None:
         """Look for the tokenizer of a model. For a thread: a large vocabulary takes seconds."""
         state = self._state(model)
-        path = self._file or find(root, self._hub)
         try:
-            if path is None:
-                raise NoEncoding(f"no tokenizer.json of {root!r} on this machine; tokenizer_file may name one")
-            if path not in self._read:
-                self._read[path] = read(path)
-            state.encoding, state.why = self._read[path], ""
+            state.encoding, state.why = self._encoding(root), ""
         except NoEncoding as error:
             state.why = str(error)
             log.info("tokens of %s are estimated by the bytes of a text: %s", model, error)
@@ -159,6 +154,14 @@ class Estimator:
     def report(self) -> dict[str, dict[str, Any]]:
         """How each model's tokens are estimated, and how wrong that was for the last prompts: |error| / tokens."""
         return {name: _report(state) for name, state in self._models.items()}
+
+    def _encoding(self, root: str) -> Encoding:
+        path = self._file or find(root, self._hub)
+        if path is None:
+            raise NoEncoding(f"no tokenizer.json of {root!r} on this machine; tokenizer_file may name one")
+        if path not in self._read:
+            self._read[path] = read(path)
+        return self._read[path]
 
     def _state(self, model: str) -> _Model:
         if model not in self._models and len(self._models) >= _MODELS:
