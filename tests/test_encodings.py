@@ -33,7 +33,7 @@ TEXTS = [
     "Grüße, naïve café; e\u0301 a\u030a ﬁ Å \u1e9b\u0323",
     "👩‍👩‍👧‍👦 🎉🎉 🇩🇪 👍🏽",
     "12345678 ٣٤٥ ½ ² ① 3.14e-10",
-    "it's IT'S I'LL we've ’s 'ſ 'K",
+    "it's IT'S I'LL we've \u2019s '\u017f '\u212a",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|><|im_start|>",
     "<|im_start<|im_start|>|>",
     "a" * 3000,
