@@ -1,15 +1,14 @@
 """Why did it miss? What a turn should have found in the cache, what it found, and the reason for the difference.
 
 Expected are all whole chunks of what the turn before has computed - its prompt and its reply, but for the last token,
-which no engine computes - as far as this prompt reaches, whose own last token is always computed. A chunk is the unit of
-the cache behind the engine; the engine's own blocks divide it, so they never find less.
+which no engine computes - as far as this prompt reaches, whose own last token is always computed. A chunk is the unit
+of the cache behind the engine; the engine's own blocks divide it, so they never find less.
 
 Nothing here tells what was said: roles, places, names of fields and counts are all that a detail holds.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Literal, get_args
 
 from gateway import transcripts
@@ -155,11 +154,19 @@ def first_change(before: Sequence[Message], now: Sequence[Message]) -> str | Non
 
 def _how(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     fields = _changed(old, new)
-    texts = old.get("content"), new.get("content")
-    if fields == ["content"] and all(isinstance(text, str) for text in texts):
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
-        return f"content, from character {same} on"
+    one, other = old.get("content"), new.get("content")
+    if fields == ["content"] and isinstance(one, str) and isinstance(other, str):
+        return f"content, from character {_shared(one, other)} on"
     return ", ".join(fields)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common; halving, for they may be long."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -29,17 +29,19 @@ class Reviews:
         turn = finished.turn
         if turn.usage is None or not call.messages:
             return finished
-        estimate = self._estimator.ahead(turn.model, finished.session.token_count, call.whole, call.whole_frame)
+        session = await self._before(finished.session, turn)
+        estimate = self._estimator.ahead(turn.model, session.token_count, call.whole, call.whole_frame)
         self._estimator.observe(turn.model, estimate, turn.usage.prompt)
-        evidence = await self._evidence(finished, call, turn, turn.usage)
-        miss = misses.why(evidence)
-        reviewed = replace(
-            turn, estimated_tokens=estimate.tokens, expected_tokens=miss.expected, miss=str(miss)
-        )
+        miss = misses.why(await self._evidence(finished, call, session, turn.usage))
+        reviewed = replace(turn, estimated_tokens=estimate.tokens, expected_tokens=miss.expected, miss=str(miss))
         return replace(finished, turn=reviewed)
 
-    async def _evidence(self, finished: Finished, call: Call, turn: Turn, usage: Usage) -> Evidence:
-        session = finished.session
+    async def _before(self, session: Session, turn: Turn) -> Session:
+        """The session as the turn found it: when it was read, the turn before may not have been recorded yet."""
+        now = await self._store.session(session.tenant, session.id)
+        return now if now is not None and now.last_active_at <= turn.started_at else session
+
+    async def _evidence(self, finished: Finished, call: Call, session: Session, usage: Usage) -> Evidence:
         evidence = Evidence(
             prompt=usage.prompt,
             cached=usage.cached,
@@ -49,8 +51,8 @@ class Reviews:
             frame=call.whole_frame,
             salt=finished.salt,
             fingerprint=finished.fingerprint,
-            engine=turn.engine,
-            idle_s=max(0.0, turn.started_at - session.last_active_at),
+            engine=finished.turn.engine,
+            idle_s=max(0.0, finished.turn.started_at - session.last_active_at),
         )
         if evidence.before is None or session.transcript is None or not evidence.missed:
             return evidence

@@ -53,6 +53,9 @@ class Settings:
     normalise: tuple[str, ...] = setting(
         rules.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
     )
+    tokenizer_file: str = setting(
+        "", "the served model's tokenizer.json; empty: looked for in its directory and in Hugging Face's cache"
+    )
     connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
     engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
     client_timeout_s: float = setting(
@@ -89,6 +92,11 @@ class Settings:
     def secret_path(self) -> Path:
         """File of the secret."""
         return Path(self.secret_file).expanduser().absolute() if self.secret_file else self.data_path / "secret"
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """File of the tokenizer, where one is named."""
+        return Path(self.tokenizer_file).expanduser().absolute() if self.tokenizer_file else None
 
     @property
     def kv_path(self) -> Path | None:

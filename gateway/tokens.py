@@ -61,6 +61,7 @@ class Estimate:
 class _Model:
     """What is known of one model's tokens."""
 
+    looked: bool = False
     why: str = "its tokenizer has not been read yet"
     encoding: Encoding | None = None
     bytes_per_token: float = _BYTES_PER_TOKEN
@@ -91,11 +92,12 @@ class Estimator:
 
     def knows(self, model: str) -> bool:
         """Whether the model's tokenizer has been looked for."""
-        return model in self._models
+        return model in self._models and self._models[model].looked
 
     def learn(self, model: str, root: str) -> None:
         """Look for the tokenizer of a model. For a thread: a large vocabulary takes seconds."""
         state = self._state(model)
+        state.looked = True
         try:
             state.encoding, state.why = self._encoding(root), ""
         except NoEncoding as error:

@@ -27,6 +27,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "isolation": ("tenant", '"tenant"', "tenant"),
     "model_fingerprint": ("f", '"f"', "f"),
     "normalise": ("timestamp-line", '["timestamp-line"]', ("timestamp-line",)),
+    "tokenizer_file": ("t", '"t"', "t"),
     "connect_timeout_s": ("0.5", "0.5", 0.5),
     "engine_timeout_s": ("1", "1", 1.0),
     "client_timeout_s": ("1e1", "1e1", 10.0),
