@@ -102,6 +102,7 @@ class Turns:
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             await self._record([await self._reviewed(*one) async for one in _all(batch)])
+            self._reviews.recorded()
             for ended in batch:
                 self._sessions.leave(ended.place)
                 self._room.release()

@@ -111,7 +111,9 @@ def test_the_first_change_of_a_history_is_named(now: list[dict[str, Any]], chang
     assert first_change(BEFORE, now) == change
 
 
-contents = st.none() | st.text(max_size=5) | st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3)), max_size=2)
+contents = (
+    st.none() | st.text(max_size=5) | st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3)), max_size=2)
+)
 messages = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name", "x" * 99]), contents, max_size=4),
     max_size=5,
@@ -122,12 +124,16 @@ messages = st.lists(
 def test_whatever_is_sent_there_is_a_short_verdict(
     before: list[Any], now: list[Any], prompt: int, cached: int | None, chunk: int
 ) -> None:
-    miss = why(evidence({"messages": now, "prompt": prompt, "cached": cached, "chunk_size": chunk}, {"messages": before}))
+    miss = why(
+        evidence({"messages": now, "prompt": prompt, "cached": cached, "chunk_size": chunk}, {"messages": before})
+    )
     assert len(miss.detail) <= MAX_DETAIL
     assert 0 <= miss.expected <= max(prompt - 1, 0)
     assert (miss.reason == "none") <= (cached is not None and cached >= miss.expected)
 
 
 @pytest.mark.parametrize(("turn", "left", "expected", "verdict"), CASES)
-def test_no_verdict_holds_what_was_said(turn: dict[str, Any], left: dict[str, Any], expected: int, verdict: str) -> None:
+def test_no_verdict_holds_what_was_said(
+    turn: dict[str, Any], left: dict[str, Any], expected: int, verdict: str
+) -> None:
     assert SECRET not in str(why(evidence(turn, left)))

@@ -1,0 +1,50 @@
+"""Estimates of prompts against the real engine's counts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from gateway.encodings import read
+from tests.stack.conftest import Stack
+from tests.stack.drive import Gateway, chat
+
+pytestmark = pytest.mark.stack
+
+TEXTS = [
+    "How long is a context window, and who pays for it?",
+    "def f(x):\n    return [y ** 2 for y in x if y % 3]\n" * 8,
+    "日本語のテキストと中文，🎉👩‍👩‍👧‍👦 naïve café\n",
+    '{"a": [1, 2, {"b": null}], "c": "\\u00e9"}\n' * 10,
+    "   \n\n\t spaces   and\r\n  tabs  \n" * 5,
+    "tell me of windows " * 80,
+]
+
+
+def test_a_conversations_prompts_are_estimated_with_the_models_own_tokenizer(stack: Stack, shared: Gateway) -> None:
+    client = shared.client("estimated")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "You are terse."}]
+    for text in TEXTS:
+        messages.append({"role": "user", "content": text})
+        reply = chat(client, messages, max_tokens=20)
+        messages.append({"role": "assistant", "content": reply.choices[0].message.content})
+        encoded = stack.engine.post("/tokenize", json={"model": "demo", "prompt": text, "add_special_tokens": False})
+        assert encoded.json()["count"] == read(Path(stack.plan.model.key) / "tokenizer.json").count(text)
+    shown = shared.http.get("/admin/sessions/estimated").json()
+    assert (shown["estimates"]["source"], shown["estimates"]["exact"]) == ("tokenizer", True)
+    off = [turn["estimated_tokens"] - turn["prompt_tokens"] for turn in reversed(shown["turns"])]
+    print("estimated - counted:", off, "of", [turn["prompt_tokens"] for turn in reversed(shown["turns"])])
+    print("estimates:", shown["estimates"])
+    # What is wrong is the last reply, which is rendered in other tokens than it was sampled in.
+    for turn, wrong in zip(reversed(shown["turns"]), off, strict=True):
+        assert abs(wrong) <= 20 + 8
+        assert abs(wrong) / turn["prompt_tokens"] < 0.15
+    assert shown["estimates"]["mean_error"] < 0.1
+
+
+def test_the_gateways_encoding_is_that_of_the_served_model(stack: Stack) -> None:
+    path = Path(stack.plan.model.key) / "tokenizer.json"
+    mine, theirs = read(path), Tokenizer.from_file(str(path))
+    for text in TEXTS:
+        assert mine.count(text) == len(theirs.encode(text, add_special_tokens=False).ids)
