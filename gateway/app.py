@@ -64,7 +64,7 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         sessions = Sessions(store)
         timeout = settings.connect_timeout_s
         cache = await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None
-        estimator = Estimator(file=settings.tokenizer_path, hub=hub_folder(os.environ))
+        estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
         reviews = Reviews(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
         parts = Parts(

@@ -75,8 +75,9 @@ class _Model:
 class Estimator:
     """Estimates prompts and learns from what the engine then counts. Of this process alone."""
 
-    def __init__(self, *, file: Path | None = None, hub: Path | None = None) -> None:
+    def __init__(self, *, file: Path | None = None, folders: Sequence[Path] = (), hub: Path | None = None) -> None:
         self._file = file
+        self._folders = folders
         self._hub = hub
         self._models: dict[str, _Model] = {}
         self._read: dict[Path, Encoding] = {}
@@ -158,7 +159,7 @@ class Estimator:
         return {name: _report(state) for name, state in self._models.items()}
 
     def _encoding(self, root: str) -> Encoding:
-        path = self._file or find(root, self._hub)
+        path = self._file or find(root, self._folders, self._hub)
         if path is None:
             raise NoEncoding(f"no tokenizer.json of {root!r} on this machine; tokenizer_file may name one")
         if path not in self._read:
@@ -179,11 +180,12 @@ def unseen(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[start:]
 
 
-def find(root: str, hub: Path | None) -> Path | None:
-    """The tokenizer.json of a model that is a directory, or a repository in Hugging Face's cache on this machine."""
-    folder = Path(root)
-    if folder.is_dir():
-        return _file(folder / "tokenizer.json")
+def find(root: str, folders: Sequence[Path] = (), hub: Path | None = None) -> Path | None:
+    """The tokenizer.json of a model: a directory, perhaps below one of `folders` if the engine was started there, or
+    a repository in Hugging Face's cache on this machine."""
+    for folder in (Path(root), *(folder / root for folder in folders)):
+        if folder.is_dir():
+            return _file(folder / "tokenizer.json")
     if hub is None or not _REPOSITORY.fullmatch(root):
         return None
     cached = hub / f"models--{root.replace('/', '--')}"

@@ -17,7 +17,7 @@ def m(role: str, content: Any = SECRET, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-# 300 tokens of prompt, 100 of reply; the next turn asks with 450. Chunks of 64: 384 are expected, 256 without the reply.
+# 300 tokens of prompt, 100 of reply; the next prompt has 450. Chunks of 64: 384 expected, 256 without the reply.
 BEFORE = [m("system"), m("user", "one"), m("assistant", "1"), m("user", "two"), m("assistant", "2")]
 NEXT = [*BEFORE, m("user", "three")]
 LEFT: dict[str, Any] = {"tokens": 400, "prompt": 300, "messages": BEFORE, "frame": {"tools": TOOLS}, "salt": "s",

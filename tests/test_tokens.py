@@ -149,19 +149,19 @@ def test_a_tokenizer_named_by_hand_is_taken_or_stops_the_start(demo: Path, tmp_p
 
 
 def test_a_tokenizer_is_found_in_the_models_directory_and_in_the_hub_cache(demo: Path, tmp_path: Path) -> None:
-    assert find(str(demo), None) == demo / "tokenizer.json"
-    assert find(str(tmp_path), tmp_path) is None
-    assert find("org/name", tmp_path) is None
+    assert find(str(demo)) == find(demo.name, (tmp_path, demo.parent)) == demo / "tokenizer.json"
+    assert find(str(tmp_path), hub=tmp_path) is None
+    assert find("org/name", hub=tmp_path) is None
     cached = tmp_path / "models--org--name"
     for revision in ("aaa", "bbb"):
         (cached / "snapshots" / revision).mkdir(parents=True)
         (cached / "snapshots" / revision / "tokenizer.json").write_text("{}")
-    assert find("org/name", tmp_path) is None  # which of the two is served?
+    assert find("org/name", hub=tmp_path) is None  # which of the two is served?
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("bbb\n")
-    assert find("org/name", tmp_path) == cached / "snapshots" / "bbb" / "tokenizer.json"
+    assert find("org/name", hub=tmp_path) == cached / "snapshots" / "bbb" / "tokenizer.json"
     for odd in ("../org/name", "org/../../name", "/", ""):
-        assert find(odd, tmp_path) in (None, Path(odd) / "tokenizer.json")
+        assert find(odd, hub=tmp_path) in (None, Path(odd) / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
