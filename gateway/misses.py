@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gateway import transcripts
+from gateway import texts, transcripts
 from gateway.records import Message
 
 Reason = Literal[
@@ -126,16 +126,22 @@ def _of_miss(e: Evidence, before: Left, cached: int) -> tuple[Reason, str]:
 
 def _of_same(e: Evidence, before: Left, messages: Sequence[Message], cached: int) -> tuple[Reason, str]:
     """The conversation goes on as it was, and yet less of it was found."""
-    again = len(e.messages) < len(messages)
-    if not again and cached >= _whole(min(before.prompt, e.prompt) - _ENDING, e.chunk_size):
+    shorter = e.prompt <= before.prompt if texts.kind(messages) else len(e.messages) < len(messages)
+    if not shorter and cached >= _whole(min(before.prompt, e.prompt) - _ENDING, e.chunk_size):
         return "reply-rerendered", f"found up to the last reply of {before.tokens - before.prompt} tokens"
-    if not again and cached and any(m.get("reasoning") or m.get("reasoning_content") for m in messages):
+    if not shorter and cached and any(m.get("reasoning") or m.get("reasoning_content") for m in messages):
         return "reply-rerendered", "earlier replies have reasoning, which templates drop later on; or it was evicted"
     return "evicted", f"nothing else explains it; {e.idle_s:.0f} s since the turn before"
 
 
 def first_change(before: Sequence[Message], now: Sequence[Message]) -> str | None:
     """Where a history differs first from what it was, and how; None where it goes on, or asks the last turn again."""
+    if texts.kind(before) or texts.kind(now):
+        return _change_of_text(before, now)
+    return _change_of_chat(before, now)
+
+
+def _change_of_chat(before: Sequence[Message], now: Sequence[Message]) -> str | None:
     place = transcripts.common(before, now)
     if place == len(before) or (place == len(now) == len(before) - 1 and before[-1].get("role") == "assistant"):
         return None
@@ -152,21 +158,24 @@ def first_change(before: Sequence[Message], now: Sequence[Message]) -> str | Non
     return f"{_named(place, old)}: {what} ({_how(transcripts.canonical(old), transcripts.canonical(new))})"
 
 
+def _change_of_text(before: Sequence[Message], now: Sequence[Message]) -> str | None:
+    """The same of a conversation that is one text, or one row of token ids."""
+    had, has = texts.kind(before), texts.kind(now)
+    if had != has:
+        return f"{has or 'a chat'} in place of {had or 'a chat'}"
+    one, other = before[0]["content"], now[0]["content"]
+    place = texts.shared(one, other)
+    if place in (len(one), len(other)):  # it goes on, or its last prompt is sent again
+        return None
+    return f"the text differs from character {place} on" if had == texts.TEXT else f"token {place} is another"
+
+
 def _how(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     fields = _changed(old, new)
     one, other = old.get("content"), new.get("content")
     if fields == ["content"] and isinstance(one, str) and isinstance(other, str):
-        return f"content, from character {_shared(one, other)} on"
+        return f"content, from character {texts.shared(one, other)} on"
     return ", ".join(fields)
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common; halving, for they may be long."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -49,8 +49,8 @@ _RULES: dict[str, re.Pattern[str]] = {
 RULES = tuple(_RULES)
 """The names of all rules, as the setting `normalise` takes them."""
 
-_SYSTEM_ROLES = frozenset({"system", "developer"})
-_TEXT_PARTS = frozenset({"text", "input_text"})
+_SYSTEM_ROLES = ("system", "developer")  # no sets: a client may send a list for a role, which has no hash
+_TEXT_PARTS = ("text", "input_text")
 
 Applied = tuple[str, ...]
 Rules = frozenset[str]

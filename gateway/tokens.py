@@ -18,6 +18,7 @@ import orjson
 from gateway.encodings import Encoding, NoEncoding, read
 from gateway.errors import StartError
 from gateway.records import Message
+from gateway.texts import TOKENS, kind
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,9 @@ class Estimator:
         texts = [text for message in messages for text in _texts(message)]
         tools = [orjson.dumps(tool).decode() for tool in frame.get("tools") or ()]
         size, text = _counted(state, [*texts, *tools], most)
-        return Estimate(known, text, size, len(messages), state.around, bool(tools))
+        ids = sum(len(m["content"]) for m in messages if m.get("role") == TOKENS)
+        wrapped = 0 if kind(messages) else len(messages)  # no template writes anything around a text
+        return Estimate(known, text + ids, size, wrapped, state.around, bool(tools))
 
     def observe(self, model: str, estimate: Estimate, actual: int) -> None:
         """Compare an estimate with the engine's `prompt_tokens`, and learn from it."""

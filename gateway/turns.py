@@ -150,15 +150,15 @@ async def _all(batch: Sequence[Ended]) -> AsyncIterator[tuple[Ended, Finished]]:
 
 
 def _finished(ended: Ended) -> Finished:
+    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
     try:
         reply = _reply(ended)
+        # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
+        messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", ended.place.session.id)
-        reply = Reply(None, None, "the reply could not be read")
-    # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
-    messages = [*whole, reply.message] if reply.message and whole else None
+        log.exception("could not read a reply of session %s", session.id)
+        reply, messages = Reply(None, None, "the reply could not be read"), None
     turn = Turn(
         tenant=session.tenant,
         session_id=session.id,

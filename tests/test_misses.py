@@ -106,6 +106,23 @@ CHANGES: list[tuple[list[dict[str, Any]], str | None]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "change"),
+    [
+        (m("text", "abc"), m("text", "abcd"), None),
+        (m("text", "abc"), m("text", "ab"), None),
+        (m("text", "abc"), m("text", "abX"), "the text differs from character 2 on"),
+        (m("tokens", [1, 2]), m("tokens", [1, 2, 3]), None),
+        (m("tokens", [1, 2]), m("tokens", [1, 3, 3]), "token 1 is another"),
+        (m("tokens", [1, 2]), m("text", "ab"), "text in place of tokens"),
+        (m("user", "x"), m("text", "ab"), "text in place of a chat"),
+        (m("text", "ab"), m("user", "x"), "a chat in place of text"),
+    ],
+)
+def test_the_first_change_of_a_text_is_named(before: dict[str, Any], now: dict[str, Any], change: str | None) -> None:
+    assert first_change([before], [now]) == change
+
+
 @pytest.mark.parametrize(("now", "change"), CHANGES)
 def test_the_first_change_of_a_history_is_named(now: list[dict[str, Any]], change: str | None) -> None:
     assert first_change(BEFORE, now) == change

@@ -108,6 +108,8 @@ def test_what_the_model_is_meant_to_read_is_left_where_it_is(content: str) -> No
         [system(["x", 1]), 7],
         ["x", None],
         [{"content": BILLING}],
+        [{"role": ["system"], "content": BILLING}],
+        [system([{"type": ["text"], "text": BILLING}]), USER],
     ],
 )
 def test_only_the_front_of_leading_system_messages_is_looked_at(messages: list[Any]) -> None:

@@ -67,6 +67,13 @@ def test_the_text_of_every_kind_of_message_counts_and_reasoning_does_not(demo: P
     assert estimate.size == sum(map(len, texts))
 
 
+def test_a_text_has_nothing_around_it_and_token_ids_are_counted(demo: Path, estimator: Estimator) -> None:
+    count = read(demo / "tokenizer.json").count
+    assert estimator.ahead(MODEL, 9, [{"role": "text", "content": TEXT[:999]}], {}).tokens == count(TEXT[:999])
+    assert estimator.ahead(MODEL, 9, [{"role": "tokens", "content": [1, 2, 3]}], {}).tokens == 3
+    assert estimator.estimate(MODEL, [{"role": ["odd"], "content": 7}], {}).text == 0
+
+
 def test_a_long_text_is_scaled_up_and_comes_out_near(demo: Path, estimator: Estimator) -> None:
     long = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("gateway/**/*.py")))
     exact = read(demo / "tokenizer.json").count(long)

@@ -1,6 +1,7 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
-A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+A completion, of a chat or a text, is a turn of a session: read once, salted, relayed, and handed to `gateway.turns`
+when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import identity, normalise, transcripts
 from gateway.dialects.chat import ChatDialect
+from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
     Call,
@@ -40,14 +42,13 @@ log = logging.getLogger(__name__)
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
+TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect(), b"/v1/completions": CompletionsDialect()}
 _CHAT = TURNS[b"/v1/chat/completions"]
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
-        b"/v1/completions",
         b"/v1/embeddings",
         b"/v1/messages",
         b"/v1/rerank",
@@ -56,6 +57,9 @@ SALTED = frozenset(
         b"/v1/systemone",
     }
 )
+
+# What vLLM has beside `/v1` and clients ask for: no KV comes of it.
+BESIDE = (b"/tokenize", b"/detokenize")
 
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
 # are between the client and us.
@@ -256,7 +260,7 @@ def _route(scope: Scope) -> Base:
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
-    if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
+    if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED:
