@@ -14,6 +14,7 @@ from gateway.records import Message, Session, Turn, Usage
 from gateway.store.contract import Finished, Store
 from gateway.tokens import Estimator
 
+_ENDS = 4096
 _USUAL_CHUNK = 256  # LMCache's own default, where the cache has not said yet, or there is none
 
 
@@ -34,6 +35,7 @@ class Reviews:
         self._estimator = estimator
         self._chunk_size = chunk_size
         self._unrecorded: dict[tuple[str, str], _Before] = {}
+        self._ends: dict[tuple[str, str], float] = {}  # when the last turns of sessions were over
 
     async def of(self, finished: Finished, call: Call) -> Finished:
         """Return the turn with its estimate and the verdict on what it found in the cache."""
@@ -45,7 +47,7 @@ class Reviews:
         self._estimator.observe(turn.model, estimate, turn.usage.prompt)
         miss = misses.why(await self._evidence(finished, call, before, turn.usage))
         if finished.messages is not None:
-            self._unrecorded[turn.tenant, turn.session_id] = _after(finished, turn.usage)
+            self._keep(_after(finished, turn.usage))
         reviewed = replace(turn, estimated_tokens=estimate.tokens, expected_tokens=miss.expected, miss=str(miss))
         return replace(finished, turn=reviewed)
 
@@ -53,9 +55,19 @@ class Reviews:
         """All that was looked at is in the store now."""
         self._unrecorded.clear()
 
+    def _keep(self, after: _Before) -> None:
+        key = after.session.tenant, after.session.id
+        self._unrecorded[key] = after
+        if len(self._ends) >= _ENDS:
+            self._ends.clear()
+        self._ends[key] = after.session.last_active_at
+
     async def _before(self, session: Session, turn: Turn) -> _Before:
         """What the turn found. When its session was read, the turn before may not have been recorded yet."""
-        just = self._unrecorded.get((turn.tenant, turn.session_id))
+        key = turn.tenant, turn.session_id
+        if self._ends.get(key, 0.0) <= session.last_active_at:
+            return _Before(session)
+        just = self._unrecorded.get(key)
         if just is not None and just.session.last_active_at <= turn.started_at:
             return just
         now = await self._store.session(turn.tenant, turn.session_id)

@@ -6,6 +6,7 @@ around a message. Both of these are learned from the engine's own counts, and so
 """
 
 import logging
+import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 QUICK_CHARS = 4 * 1024
 """As much text as may be encoded while a client waits: some 0.1 to 0.3 ms."""
-_ENCODED_CHARS = 32 * 1024  # off the path, but on the loop that serves streams; what is longer is scaled up
+_ENCODED_CHARS = 16 * 1024  # off the path, but on the loop that serves streams; what is longer is scaled up
 _BYTES_PER_TOKEN = 4.0  # until the engine has counted
 _AROUND = 4.0
 _NEWEST = 1 / 32  # what the newest count weighs in an average, at least
@@ -279,4 +280,4 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _p95(values: Sequence[float]) -> float | None:
-    return round(sorted(values)[int(0.95 * (len(values) - 1))], 5) if values else None
+    return round(sorted(values)[math.ceil(0.95 * len(values)) - 1], 5) if values else None

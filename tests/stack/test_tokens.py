@@ -53,11 +53,11 @@ def test_a_conversations_prompts_are_estimated_with_the_models_own_tokenizer(
     off = [turn["estimated_tokens"] - turn["prompt_tokens"] for turn in reversed(shown["turns"])]
     print("estimated - counted:", off, "of", [turn["prompt_tokens"] for turn in reversed(shown["turns"])])
     print("estimates:", shown["estimates"])
-    # What is wrong is the last reply, which is rendered in other tokens than it was sampled in.
-    for turn, wrong in zip(reversed(shown["turns"]), off, strict=True):
-        assert abs(wrong) <= 20 + 8
-        assert abs(wrong) / turn["prompt_tokens"] < 0.15
-    assert shown["estimates"]["mean_error"] < 0.1
+    # What the template puts around messages is learned from the first turn; what stays is the last reply, which is
+    # rendered in other tokens than it was sampled in.
+    assert abs(off[0]) <= 12
+    for turn, wrong in list(zip(reversed(shown["turns"]), off, strict=True))[1:]:
+        assert abs(wrong) / turn["prompt_tokens"] < 0.03
 
 
 def test_without_the_tokenizer_the_bytes_of_a_token_are_learned(shared: Gateway) -> None:
