@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import identity, transcripts
+from gateway import identity, normalise, transcripts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
@@ -125,6 +125,7 @@ class Inference:
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
         self._stamp: bytes | None = None
+        self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,9 +161,9 @@ class Inference:
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        body = parse_object(incoming.body)
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
         named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
-        call = dialect.read(body, incoming.body)
+        call = dialect.read(body, b"" if normalised else incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
@@ -198,6 +199,7 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
+                    normalised=normalised,
                 )
             )
 
@@ -245,8 +247,8 @@ class Inference:
         )
 
     async def _sanitised(self, incoming: Incoming) -> bytes:
-        body = parse_object(incoming.body)
-        raw = incoming.body if is_clean(body) else b""
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
         if incoming.base.path not in SALTED:
             return raw or write_json(body)
