@@ -173,10 +173,16 @@ def test_a_shared_system_prompt_or_question_makes_no_conversation() -> None:
         assistant(" 1\n"),
         {"role": "assistant", "content": [{"type": "text", "text": "1"}]},
         assistant("1", reasoning="because"),
+        assistant("<think>\nbecause\n</think>\n\n1"),
     ],
 )
 def test_what_clients_change_on_the_way_changes_no_link(sent: dict[str, Any]) -> None:
     assert identity.link(b"", sent) == identity.link(b"", assistant("1"))
+
+
+def test_reasoning_that_never_ends_is_all_that_was_said() -> None:
+    assert identity.link(b"", assistant("<think>1")) != identity.link(b"", assistant("<think>2"))
+    assert identity.link(b"", assistant("<think>1</think>")) != identity.link(b"", assistant("<think>2</think>"))
 
 
 def test_a_tool_that_said_nothing_says_the_same_as_a_part_without_text() -> None:
