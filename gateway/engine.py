@@ -5,6 +5,7 @@ Requests of clients do not come through here; the relay streams them over `gatew
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
 _ASK_AGAIN_S = 1.0
+Reply = httpx.Response  # for those who pass it on
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,84 @@ class Model:
     fingerprint: str
 
 
-class Engine:
+class Questions(ABC):
+    """What the gateway asks for itself; `ask` knows whom."""
+
+    @abstractmethod
+    async def ask(
+        self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
+    ) -> httpx.Response:
+        """Return the answer, whatever its status; `quick` is for what costs an engine nothing, however busy it is.
+
+        Raises `engine_unreachable`, `engine_timeout`.
+        """
+
+    @abstractmethod
+    async def models(self) -> dict[str, Model]:
+        """Ask which models are served. Raises `engine_unreachable`, `engine_timeout`."""
+
+    async def model(self, name: str) -> Model:
+        """Return one model as it is served now. Raises `model_mismatch` when it is not."""
+        served = await self.models()
+        if name not in served:
+            raise GatewayError(
+                "model_mismatch",
+                f"the engine does not serve model {name!r}",
+                hint=f"it serves {', '.join(sorted(served)) or 'nothing'}; start it with that model",
+                details={"model": name, "served": sorted(served)},
+            )
+        return served[name]
+
+    async def render(self, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a transcript as its next turn begins: no generation prompt at the end.
+
+        Asks `/v1/chat/completions/render` (needs `--enable-scale-out`), which renders as a request does; `/tokenize`
+        where that is not to be had, which knows fewer fields.
+        """
+        body = {**frame, "model": model, "messages": list(messages), "add_generation_prompt": False}
+        response = await self.ask("POST", "/v1/chat/completions/render", json=body)
+        if response.status_code in (403, 404):
+            response = await self.ask("POST", "/tokenize", json=body)
+            return list(_checked(response)["tokens"])
+        return list(_checked(response)["token_ids"])
+
+    async def tokenize(self, model: str, text: str) -> list[int]:
+        """Return the token ids of a plain text."""
+        response = await self.ask("POST", "/tokenize", json={"model": model, "prompt": text})
+        return list(_checked(response)["tokens"])
+
+    async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
+        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.
+
+        Without `store` the cache is asked to keep nothing of it.
+        """
+        extra = {} if store else {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
+        answer = await self.complete(model, token_ids, salt, max_tokens=1, **extra)
+        return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
+
+    async def complete(
+        self, model: str, token_ids: Sequence[int], salt: str, *, max_tokens: int, **extra: Any
+    ) -> dict[str, Any]:
+        """A greedy completion of exact token ids. Raises `engine_unreachable`, `engine_timeout`, `internal`."""
+        body = {
+            "model": model,
+            "prompt": list(token_ids),
+            "cache_salt": salt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **extra,
+        }
+        return _checked(await self.ask("POST", "/v1/completions", json=body))
+
+
+class Engine(Questions):
     """A client of one vLLM server."""
 
     def __init__(self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float) -> None:
         self.url = url
         self._fingerprint = fingerprint
-        self._quick = httpx.Timeout(connect_timeout_s)  # for what costs an engine nothing, however busy it is
+        self._quick = httpx.Timeout(connect_timeout_s)
+        self.cards: list[dict[str, Any]] = []  # the models as the engine itself describes them
         self._models: dict[str, Model] = {}
         self._asking: asyncio.Task[dict[str, Model]] | None = None
         self._asked_at = -_ASK_AGAIN_S
@@ -71,69 +144,27 @@ class Engine:
 
     async def models(self) -> dict[str, Model]:
         """Ask which models are served. Raises `engine_unreachable`, `engine_timeout`."""
-        answer = await self._call("GET", "/v1/models", timeout=self._quick)
-        listed = {card["id"]: card for card in answer["data"]}
-        self._models = {name: self._model(card, listed) for name, card in listed.items()}
+        answer = await self.ask("GET", "/v1/models", quick=True)
+        try:
+            cards = _checked(answer)["data"]
+            listed = {card["id"]: card for card in cards}
+            self._models = {name: self._model(card, listed) for name, card in listed.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GatewayError(
+                "engine_unreachable", f"engine at {self.url} sent a list of models that cannot be read: {error!r}"
+            ) from error
+        self.cards = cards
         return self._models
 
-    async def model(self, name: str) -> Model:
-        """Return one model as it is served now. Raises `model_mismatch` when it is not."""
-        served = await self.models()
-        if name not in served:
-            raise GatewayError(
-                "model_mismatch",
-                f"the engine does not serve model {name!r}",
-                hint=f"it serves {', '.join(sorted(served)) or 'nothing'}; start it with that model",
-                details={"model": name, "served": sorted(served)},
-            )
-        return served[name]
+    async def check(self) -> None:
+        """Find out whether it is well, and which models it serves now. Raises `engine_unreachable`, `engine_timeout`.
 
-    async def healthy(self) -> bool:
-        """Whether the engine answers and calls itself healthy."""
-        try:
-            return (await self._http.get("/health", timeout=self._quick)).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    async def render(self, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a transcript as its next turn begins: no generation prompt at the end.
-
-        Asks `/v1/chat/completions/render` (needs `--enable-scale-out`), which renders as a request does; `/tokenize`
-        where that is not to be had, which knows fewer fields.
+        Only a 5xx means that it is not: before some engines stands a proxy that shows nothing but `/v1`.
         """
-        body = {**frame, "model": model, "messages": list(messages), "add_generation_prompt": False}
-        response = await self._send("POST", "/v1/chat/completions/render", json=body)
-        if response.status_code in (403, 404):
-            answer = await self._call("POST", "/tokenize", json=body)
-            return list(answer["tokens"])
-        return list(_checked(response)["token_ids"])
-
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        """Return the token ids of a plain text."""
-        return list((await self._call("POST", "/tokenize", json={"model": model, "prompt": text}))["tokens"])
-
-    async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
-        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.
-
-        Without `store` the cache is asked to keep nothing of it.
-        """
-        extra = {} if store else {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
-        answer = await self.complete(model, token_ids, salt, max_tokens=1, **extra)
-        return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
-
-    async def complete(
-        self, model: str, token_ids: Sequence[int], salt: str, *, max_tokens: int, **extra: Any
-    ) -> dict[str, Any]:
-        """A greedy completion of exact token ids. Raises `engine_unreachable`, `engine_timeout`, `internal`."""
-        body = {
-            "model": model,
-            "prompt": list(token_ids),
-            "cache_salt": salt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            **extra,
-        }
-        return await self._call("POST", "/v1/completions", json=body)
+        answer = await self.ask("GET", "/health", quick=True)
+        if answer.status_code >= 500:
+            raise GatewayError("engine_unreachable", f"engine at {self.url} answered {answer.status_code} to /health")
+        await self.models()
 
     def _on_asked(self, _: object) -> None:
         self._asking = None
@@ -147,12 +178,13 @@ class Engine:
         text = "\0".join((root, self._fingerprint))
         return Model(name, base, int(card.get("max_model_len") or 0), blake3(text.encode()).hexdigest()[:32])
 
-    async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        return _checked(await self._send(method, path, **arguments))
-
-    async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def ask(
+        self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
+    ) -> httpx.Response:
+        """See `Questions.ask`."""
+        timeout = self._quick if quick else httpx.USE_CLIENT_DEFAULT
         try:
-            return await self._http.request(method, path, **arguments)
+            return await self._http.request(method, path, json=json, timeout=timeout)
         except httpx.TimeoutException as error:
             code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
             raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error

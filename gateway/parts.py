@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from gateway.engine import Engine
+from gateway.engines import Engines
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.contract import Store
 from gateway.turns import Turns
-from gateway.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +17,7 @@ class Parts:
 
     settings: Settings
     store: Store
-    upstream: Upstream
-    engine: Engine
+    engines: Engines
     cache: LMCache | None
     pins: Pins
     salts: SaltRule

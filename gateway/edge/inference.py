@@ -27,7 +27,7 @@ from gateway.dialects.contract import (
 from gateway.edge import auth
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
-from gateway.edge.relay import Answer, Outgoing, relay, request_headers
+from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
@@ -103,7 +103,7 @@ class Inference:
         own_key = bool(settings.api_key or settings.engine_api_key)
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
-        self._stamp: bytes | None = None
+        self._stamps = Stamps()
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,14 +151,18 @@ class Inference:
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
         answer = Answer(
-            dialect, _session_headers(session, model), parts.settings.max_reply_bytes, call.hide_usage, self._stamp
+            dialect,
+            _session_headers(session, model),
+            parts.settings.max_reply_bytes,
+            call.hide_usage,
+            self._stamps,
+            (incoming.path, call.model),
         )
+        route = parts.engines.route(session.lineage, model=call.model)
         started_at, clock = time.time(), time.monotonic()
         await parts.turns.enter(session)
         try:
-            await relay(parts.upstream, outgoing, client_of(incoming.scope), incoming.send, answer)
-            if call.hide_usage:
-                self._stamp = answer.stamp
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(
@@ -181,27 +185,31 @@ class Inference:
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body, session_id = incoming.body, incoming.session_id
-        if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body = await self._sanitised(incoming)
+        engines, session_id = self._parts.engines, incoming.session_id
         extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
+        if len(engines.members) > 1 and incoming.path == b"/v1/models" and incoming.scope["method"] == "GET":
+            await send_answer(incoming.send, 200, write_json({"object": "list", "data": engines.cards()}), extra)
+            return
+        lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
+        body, model = incoming.body, ""
+        if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
+            body, model = await self._sanitised(incoming, lineage)
+        route = engines.route(lineage, model=model)
         answer = Answer(_CHAT, extra, limit=0)
-        await relay(
-            self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
-        )
+        await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming) -> bytes:
+    async def _sanitised(self, incoming: Incoming, lineage: str) -> tuple[bytes, str]:
+        """The body as the engine gets it, and the model that it names."""
         body = parse_object(incoming.body)
         raw = incoming.body if is_clean(body) else b""
         client_salt = sanitise(body)
+        sent = body.get("model")
+        named = sent if isinstance(sent, str) else ""
         if incoming.path not in SALTED:
-            return raw or write_json(body)
-        named = body.get("model")
-        model = await self._model(named if isinstance(named, str) else "")
-        session_id = incoming.session_id
-        lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
+            return raw or write_json(body), named
+        model = await self._model(named)
         salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
-        return with_fields(raw, body, {"cache_salt": salt})
+        return with_fields(raw, body, {"cache_salt": salt}), named
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
@@ -217,7 +225,7 @@ class Inference:
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
-        return self._parts.engine.known(name) or await self._parts.engine.look_up(name)
+        return self._parts.engines.known(name) or await self._parts.engines.look_up(name)
 
     def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added

@@ -7,14 +7,16 @@ reasoning. So the engine renders the transcript with the reply, and what it rend
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.engine import Engine
+from gateway.engine import Questions
 from gateway.records import Message
 
 # Two beginnings of a next message that share no first token, whatever the tokeniser.
 _PROBES = ("a", "#")
 
 
-async def next_turn_ids(engine: Engine, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
+async def next_turn_ids(
+    engine: Questions, model: str, frame: Mapping[str, Any], messages: Sequence[Message]
+) -> list[int]:
     """Return the ids that every next turn shares. Raises what `Engine.render` raises."""
     ids = await engine.render(model, frame, messages)
     first = await engine.render(model, frame, [*messages, _next(messages[-1], _PROBES[0])])
