@@ -13,7 +13,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
 from typing import Any, TypeVar
 
 from gateway.engine import Model, Questions, Reply
@@ -37,17 +36,18 @@ class Engines(Questions):
         self._differing: dict[str, dict[str, str]] = {}
 
     async def __aenter__(self) -> "Engines":
-        async with AsyncExitStack() as stack:
-            for member in self.members:
-                await stack.enter_async_context(member)
-            for member in self.members:
-                watch = asyncio.create_task(member.watch(self._check_s, self._compare), name=f"watch {member.url}")
-                stack.push_async_callback(_end, watch)
-            self._stack = stack.pop_all()
+        self._watches = [
+            asyncio.create_task(member.watch(self._check_s, self._compare), name=f"watch {member.url}")
+            for member in self.members
+        ]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.wait(self._watches)
+        for member in self.members:
+            await member.close()
 
     # Whom to ask.
 
@@ -248,8 +248,11 @@ class Route:
 
     def release(self, connection: Connection) -> None:
         """See `Upstream.release`."""
-        if self._member is not None:
-            self._member.upstream.release(connection)
+        if self._member is None:
+            return
+        if connection.broken:
+            self._member.hasten()
+        self._member.upstream.release(connection)
 
     def _another_is_well(self, place: int) -> bool:
         now = time.monotonic()
@@ -270,9 +273,3 @@ async def _or_error(answer: Awaitable[_T]) -> _T | GatewayError:
         return await answer
     except GatewayError as error:
         return error
-
-
-async def _end(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from typing import Any, Literal
 
 from gateway.breaker import LIMIT, Breaker
@@ -41,17 +41,13 @@ class Member:
         self._seen = False  # it was well once
         self._failed_looks = 0
         self._slow_to_fail = False
+        self._looked_at = 0.0
         self._hasten = asyncio.Event()
 
-    async def __aenter__(self) -> "Member":
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.upstream)
-            await stack.enter_async_context(self.engine)
-            self._stack = stack.pop_all()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+    async def close(self) -> None:
+        """Close the connections of both clients."""
+        async with self.upstream, self.engine:
+            return  # leaving is what closes
 
     @property
     def up(self) -> bool:
@@ -103,10 +99,18 @@ class Member:
         self.last_error = why
         if self.breaker.open and not was_open:
             log.warning("engine %s rests: %d requests in a row got no answer; %s", self.url, LIMIT, why)
+        self.hasten()
+
+    def hasten(self) -> None:
+        """Have the next look soon."""
         self._hasten.set()
 
     async def look(self) -> None:
-        """Look at its health now."""
+        """Look at its health now, unless that has just been done: asking often must not make it look worse."""
+        if time.monotonic() - self._looked_at >= _SOON_S:
+            await self._look()
+
+    async def _look(self) -> None:
         clock = time.monotonic()
         try:
             await self.engine.check()
@@ -115,13 +119,14 @@ class Member:
             self._sick(error.message)
         else:
             self._well()
+        self._looked_at = time.monotonic()
 
     async def watch(self, every_s: float, looked: Callable[[], None]) -> None:
         """Look at it again and again, and tell so; ends only when cancelled."""
         while True:
             self._hasten.clear()
             try:
-                await self.look()
+                await self._look()
                 looked()
             except Exception:  # the watch must not end; what it saw last stands until the next look
                 log.exception("could not look at engine %s", self.url)

@@ -245,6 +245,11 @@ class Connection(asyncio.Protocol):
         """Whether the chunk that was read last ends the answer."""
         return self._complete and not self._chunks
 
+    @property
+    def broken(self) -> bool:
+        """Whether the exchange failed by the engine's doing."""
+        return self._error is not None
+
     def abort(self) -> None:
         """Close at once; the engine sees it and drops the request."""
         self._stop_timer()
