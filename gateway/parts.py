@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gateway.chores import Chores
 from gateway.engines import Engines
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
@@ -23,3 +24,4 @@ class Parts:
     salts: SaltRule
     sessions: Sessions
     turns: Turns
+    chores: Chores

@@ -1,19 +1,19 @@
-"""The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
+"""The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
 A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
 import logging
-import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import transcripts
+from gateway import identity, transcripts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
@@ -31,12 +31,14 @@ from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
-from gateway.records import Session, check_session_id
+from gateway.records import Session, check_session_id, check_window_name
+from gateway.sessions import Place
 from gateway.turns import Ended
+from gateway.windows import branch
+from gateway.windows.resume import resume
 
 log = logging.getLogger(__name__)
 
-SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
 TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
@@ -64,30 +66,39 @@ _DROPPED = frozenset(
         b"content-length",
         b"accept-encoding",
         b"expect",
-        SESSION_HEADER,
         SYSTEM_HEADER,
+        WINDOW_HEADER,
         b"x-vllm-priority",
+        *identity.HEADERS,
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """What the base URL says: the engine's path, and the session or the window that all under it belongs to."""
+
+    path: bytes
+    session_id: str | None = None
+    window: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Incoming:
-    """A request as it came: from whom, for which session, and how to answer it. `path` is the engine's."""
+    """A request as it came: from whom, for which session, and how to answer it."""
 
     scope: Scope
     receive: Receive
     send: Send
     tenant: str
-    session_id: str | None
-    path: bytes
+    base: "Base"
     body: bytes
 
     @property
     def target(self) -> bytes:
         """Path and query."""
         query: bytes = self.scope["query_string"]
-        return self.path + b"?" + query if query else self.path
+        return self.base.path + b"?" + query if query else self.base.path
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of that name."""
@@ -110,7 +121,7 @@ class Inference:
         """Serve one request."""
         try:
             incoming = await self._read(scope, receive, send)
-            dialect = TURNS.get(incoming.path)
+            dialect = TURNS.get(incoming.base.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
             else:
@@ -128,25 +139,23 @@ class Inference:
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
         tenant = auth.tenant(scope["headers"], settings.api_key)
-        path, session_id = _route(scope)
-        if any(name == WINDOW_HEADER for name, _ in scope["headers"]):
-            raise GatewayError(
-                "invalid_request",
-                "X-Window is not served yet",
-                hint="thaw the window (POST /admin/windows/NAME/thaw) and name the session it answers in X-Session-ID",
-            )
+        base = _route(scope)
         body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
-        return Incoming(scope, receive, send, tenant, session_id, path, body)
+        return Incoming(scope, receive, send, tenant, base, body)
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        call = dialect.read(parse_object(incoming.body), incoming.body)
+        body = parse_object(incoming.body)
+        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        call = dialect.read(body, incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_session_id())
+        place = await self._place(incoming, named, call)
+        session = place.session
         call = await self._continue(call, session, incoming)
+        await resume(parts, session)
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
@@ -156,19 +165,17 @@ class Inference:
             parts.settings.max_reply_bytes,
             call.hide_usage,
             self._stamps,
-            (incoming.path, call.model),
+            (incoming.base.path, call.model),
         )
-        route = parts.engines.route(session.lineage, model=call.model)
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(session)
+        await parts.turns.enter(place)
+        route = parts.engines.route(session.lineage, session.engine, call.model)
         try:
             await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(
-                    tenant=session.tenant,
-                    session_id=session.id,
-                    lineage=session.lineage,
+                    place=place,
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
@@ -180,36 +187,56 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
+                    engine=route.engine,
                 )
             )
 
+    async def _place(self, incoming: Incoming, named: identity.Given | None, call: Call) -> Place:
+        """Say which session the turn belongs to."""
+        parts = self._parts
+        key = named.id if named and named.kind == "key" else ""
+        seed = identity.seed(call.body, key, call.client_salt)
+        if incoming.base.window is None or not call.messages:
+            return await parts.sessions.place(incoming.tenant, named, call.messages, seed, parts.turns.settle)
+        asked = branch.Asked(incoming.tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
+        return await branch.place(parts, asked, seed)
+
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        engines, session_id = self._parts.engines, incoming.session_id
-        extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
-        if len(engines.members) > 1 and incoming.path == b"/v1/models" and incoming.scope["method"] == "GET":
+        engines, session_id = self._parts.engines, incoming.base.session_id
+        extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
+        if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
             await send_answer(incoming.send, 200, write_json({"object": "list", "data": engines.cards()}), extra)
             return
-        lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
-        body, model = incoming.body, ""
+        body, session, model = incoming.body, None, ""
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body, model = await self._sanitised(incoming, lineage)
-        route = engines.route(lineage, model=model)
+            body, session, model = await self._sanitised(incoming)
+        elif len(engines.members) > 1:
+            session = await self._session_of(incoming, {})
+        route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
         answer = Answer(_CHAT, extra, limit=0)
         await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming, lineage: str) -> tuple[bytes, str]:
-        """The body as the engine gets it, and the model that it names."""
+    async def _sanitised(self, incoming: Incoming) -> tuple[bytes, Session | None, str]:
+        """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""
         body = parse_object(incoming.body)
         raw = incoming.body if is_clean(body) else b""
         client_salt = sanitise(body)
         sent = body.get("model")
         named = sent if isinstance(sent, str) else ""
-        if incoming.path not in SALTED:
-            return raw or write_json(body), named
+        salted = incoming.base.path in SALTED
+        several = len(self._parts.engines.members) > 1
+        session = await self._session_of(incoming, body) if salted or several else None
+        if not salted:
+            return raw or write_json(body), session, named
         model = await self._model(named)
-        salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
-        return with_fields(raw, body, {"cache_salt": salt}), named
+        lineage, fingerprint = session.lineage if session else "", model.fingerprint if model else ""
+        salt = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
+        return with_fields(raw, body, {"cache_salt": salt}), session, named
+
+    async def _session_of(self, incoming: Incoming, body: dict[str, Any]) -> Session | None:
+        given = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        return await self._parts.sessions.open(incoming.tenant, given.id) if given else None
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """In a thawed session, put the window's transcript in front of what is new."""
@@ -232,18 +259,17 @@ class Inference:
         return Outgoing(incoming.scope["method"], incoming.target, headers, body)
 
 
-def new_session_id() -> str:
-    """Name a session that came without an id."""
-    return f"s-{secrets.token_hex(12)}"
-
-
-def _route(scope: Scope) -> tuple[bytes, str | None]:
-    """Return the engine's path and the session named by header or base URL."""
+def _route(scope: Scope) -> Base:
+    """Read the base URL, and what a header says in its place."""
     raw: bytes = scope["raw_path"]
-    named: str | None = None
-    if raw.startswith(b"/s/"):
-        _, _, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", b"", raw[3:], b"")
-        named = check_session_id(unquote(part.decode("latin-1")), "session id in the URL")
+    session_id = window = None
+    if raw.startswith((b"/s/", b"/w/")):
+        _, kind, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", raw[1:2], raw[3:], b"")
+        name = unquote(part.decode("latin-1"))
+        if kind == b"s":
+            session_id = check_session_id(name, "session id in the URL")
+        else:
+            window = check_window_name(name, "window name in the URL")
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
@@ -252,10 +278,10 @@ def _route(scope: Scope) -> tuple[bytes, str | None]:
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED:
         raw = known
-    if named is None:
-        sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
-        named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None
-    return raw, named
+    if window is None:
+        sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
+        window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
+    return Base(raw, session_id, window)
 
 
 def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
@@ -271,7 +297,7 @@ def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
 
 def _session_headers(session: Session, model: Model | None) -> Headers:
     headers: Headers = [
-        (SESSION_HEADER, session.id.encode()),
+        (identity.SESSION_HEADER, session.id.encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]
     if model and model.context_limit:

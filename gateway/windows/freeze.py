@@ -114,7 +114,7 @@ async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progre
     model = await parts.engines.model(session.model)
     progress("render", 0, 0)
     frame = await parts.store.frame(session.frame) if session.frame else {}
-    ids = await next_turn_ids(parts.engines.near(session.lineage), model.id, frame, messages)
+    ids = await next_turn_ids(parts.engines.near(session.lineage, session.engine), model.id, frame, messages)
     # What the turns ran under, a client's own salt folded in; other weights since then mean another salt.
     same = session.fingerprint == model.fingerprint
     salt = session.salt if same else parts.salts.of(tenant, session.lineage, model.fingerprint)
@@ -149,7 +149,7 @@ async def _keep(
     """Land, pin and commit; a second time where an object did not land or turned out to be damaged."""
     if wanted is None or not wanted.keys:
         return await _commit(parts, _window(snapshot, wanted, 0, (), naming, None, clock), snapshot.ids, (), progress)
-    engine = parts.engines.near(snapshot.session.lineage)
+    engine = parts.engines.near(snapshot.session.lineage, snapshot.session.engine)
     for again in (False, True):
         usage, unreachable = await land(parts, engine, wanted, again=again, progress=progress)
         progress("pin", 0, len(wanted.keys))
