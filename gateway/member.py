@@ -37,6 +37,7 @@ class Member:
         self.engine = engine
         self.breaker = Breaker()
         self.last_error = ""
+        self.lives = 0  # how often it has been ejected: what was found out before may not hold after
         self._seed = hashlib.blake2b(self.url.encode(), digest_size=8)
         self._seen = False  # it was well once
         self._failed_looks = 0
@@ -157,4 +158,5 @@ class Member:
         self._failed_looks += 1
         self.last_error = why
         if self._failed_looks == LIMIT:
+            self.lives += 1
             log.warning("engine %s is ejected: %s", self.url, why)

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway import __version__
@@ -23,6 +23,23 @@ log = logging.getLogger(__name__)
 COMPONENTS = ("engine", "cache", "tiers", "store", "isolation")
 _NOBODYS = ObjectKey("health", 0, 0, "0" * 64, "0" * 32)
 _EVERY_S = 0.5  # it costs no request: the engines watch themselves
+_TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What the self-test said of an engine, in which of its lives, and when."""
+
+    checks: list[Check]
+    life: int
+    at: float
+
+    @property
+    def leaks(self) -> bool:
+        return any(check.name == "isolation" and check.status == "failed" for check in self.checks)
+
+    def outdated(self, now: float) -> bool:
+        return self.leaks and now - self.at > _TRY_AGAIN_S
 
 
 class Health:
@@ -31,7 +48,7 @@ class Health:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started = time.monotonic()
-        self._proofs: dict[str, list[Check]] = {}  # by engine; what has gone is proved anew when it is back
+        self._proofs: dict[str, _Proof] = {}  # by engine
 
     async def __aenter__(self) -> "Health":
         self._task = asyncio.create_task(self._watch(), name="health")
@@ -45,7 +62,12 @@ class Health:
     @property
     def checks(self) -> list[Check] | None:
         """What the self-test said of the engines that are up; None if it has not run yet."""
-        return [check for proof in self._proofs.values() for check in proof] or None
+        return [check for proof in self._standing for check in proof.checks] or None
+
+    @property
+    def _standing(self) -> list[_Proof]:
+        found = ((member, self._proofs.get(member.url)) for member in self._parts.engines.up)
+        return [proof for member, proof in found if proof and proof.life == member.lives]
 
     @property
     def engine_up(self) -> bool:
@@ -55,12 +77,12 @@ class Health:
     @property
     def ready(self) -> bool:
         """Whether requests will succeed: the self-test has run on an engine that is up, and found no leak on any."""
-        return any(member.url in self._proofs for member in self._parts.engines.up) and not self.leaking
+        return bool(self._standing) and not self.leaking
 
     @property
     def leaking(self) -> bool:
         """Whether the self-test saw one salt's KV under another."""
-        return any(c.name == "isolation" and c.status == "failed" for c in self.checks or ())
+        return any(proof.leaks for proof in self._standing)
 
     async def test(self) -> list[Check]:
         """Run the self-test now, on every engine."""
@@ -68,11 +90,12 @@ class Health:
         return [check for member in members for check in await self._prove(member)]
 
     async def _prove(self, member: Member) -> list[Check]:
+        life = member.lives
         checks = await prove(self._parts, member.engine)
         if len(self._parts.engines.members) > 1:
             checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]
         if checks[0].status != "failed":  # it was there
-            self._proofs[member.url] = checks
+            self._proofs[member.url] = _Proof(checks, life, time.monotonic())
         for check in checks:
             if check.status != "ok":
                 level = logging.ERROR if check.status == "failed" else logging.WARNING
@@ -134,10 +157,9 @@ class Health:
             await asyncio.sleep(_EVERY_S)
 
     async def _look(self) -> None:
-        for member in self._parts.engines.members:
-            if not member.up:
-                self._proofs.pop(member.url, None)
-            elif member.url not in self._proofs:
+        for member in self._parts.engines.up:
+            proof = self._proofs.get(member.url)
+            if proof is None or proof.life != member.lives or proof.outdated(time.monotonic()):
                 await self._prove(member)
 
     async def _engine(self) -> tuple[str, str]:
