@@ -72,10 +72,10 @@ class Questions(ABC):
             return list(_checked(response)["tokens"])
         return list(_checked(response)["token_ids"])
 
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        """Return the token ids of a plain text."""
-        response = await self.ask("POST", "/tokenize", json={"model": model, "prompt": text})
-        return list(_checked(response)["tokens"])
+    async def tokenize(self, model: str, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a plain text, `special` ones added as a completion of it adds them."""
+        body = {"model": model, "prompt": text, "add_special_tokens": special}
+        return list(_checked(await self.ask("POST", "/tokenize", json=body))["tokens"])
 
     async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
         """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.

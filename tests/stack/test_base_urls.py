@@ -37,10 +37,8 @@ def cached(answer: Any) -> int:
 def _evict(stack: Stack, hashes: set[str]) -> None:
     """Take objects away from under LMCache's own names, in every tier; pins stay."""
     files = [file for file in stack.kv_dir.glob("*.data") if file.name.split("@")[3] in hashes]
-    names = [
-        key for key in stack.redis.scan_iter("*") if key.decode().split("@")[-2:-1] and not key.startswith(b"cwg:")
-    ]
-    gone = [key for key in names if key.decode().split("@")[-2] in hashes]
+    mine = [key for key in stack.redis.scan_iter("*@*", count=10**5) if not key.startswith(b"cwg:")]
+    gone = [key for key in mine if key.decode().split("@")[-2] in hashes]
     assert len(files) == len(gone) == len(hashes)
     for file in files:
         file.unlink()
