@@ -32,6 +32,13 @@ class Door:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> "Door":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            self.shut()
+
     def shut(self) -> None:
         """Close the port and every connection."""
         self._open = False
@@ -50,7 +57,11 @@ class Door:
 
     def _accept(self) -> None:
         mine, _ = self._listener.accept()
-        other = socket.create_connection(self._to)
+        try:
+            other = socket.create_connection(self._to)
+        except OSError:  # nobody behind it just now
+            mine.close()
+            return
         self._selector.register(mine, selectors.EVENT_READ, other)
         self._selector.register(other, selectors.EVENT_READ, mine)
 
@@ -101,8 +112,11 @@ def test_beside_a_dead_engine_sessions_are_served_frozen_and_thawed(stack: Stack
 
 
 def test_a_conversation_that_loses_its_engine_goes_on_at_another_with_its_kv(stack: Stack, tmp_path: Path) -> None:
-    doors = [Door(stack.plan.engine_url) for _ in range(2)]
-    with before(stack, tmp_path, *(door.url for door in doors)) as gateway:
+    with (
+        Door(stack.plan.engine_url) as one,
+        Door(stack.plan.engine_url) as two,
+        before(stack, tmp_path, one.url, two.url) as gateway,
+    ):
         until(lambda: set(states(gateway).values()) == {"healthy"}, "both are well")
         isolation = [
             c for c in gateway.http.post("/admin/doctor", json={}).json()["checks"] if c["name"] == "isolation"
@@ -111,7 +125,7 @@ def test_a_conversation_that_loses_its_engine_goes_on_at_another_with_its_kv(sta
         client = gateway.client("moved")
         messages = converse(client, "moved", turns=2)
         home = gateway.http.get("/admin/sessions/moved").json()["engine"]
-        lost, other = sorted(doors, key=lambda door: door.url != home)
+        lost, other = sorted((one, two), key=lambda door: door.url != home)
         lost.shut()
         # Two engines do not fit on one machine: what answers at the other door is started anew, with nothing in its
         # memory, as another engine would have nothing of this conversation.
@@ -125,4 +139,3 @@ def test_a_conversation_that_loses_its_engine_goes_on_at_another_with_its_kv(sta
         assert gateway.http.get("/admin/sessions/moved").json()["engine"] == other.url
         until(lambda: states(gateway)[lost.url] == "ejected", "the lost one is ejected")
         assert gateway.freeze("moved", "moved")["kv"] == "complete"
-        other.shut()
