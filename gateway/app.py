@@ -16,12 +16,14 @@ from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import BESIDE, Inference
 from gateway.engine import Engine
+from gateway.engines import Engines
 from gateway.errors import StartError
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Lock, Pins
 from gateway.kv.tiers.contract import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from gateway.kv.tiers.redis import RedisTier
+from gateway.member import Member
 from gateway.parts import Parts
 from gateway.reviews import Reviews
 from gateway.salts import read_secret
@@ -73,19 +75,8 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         parts = Parts(
             settings=settings,
             store=store,
-            upstream=await stack.enter_async_context(
-                Upstream(
-                    settings.engine_urls[0], connect_timeout_s=timeout, silence_timeout_s=settings.engine_timeout_s
-                )
-            ),
-            engine=await stack.enter_async_context(
-                Engine(
-                    settings.engine_urls[0],
-                    api_key=settings.engine_api_key,
-                    fingerprint=settings.model_fingerprint,
-                    connect_timeout_s=timeout,
-                    timeout_s=settings.engine_timeout_s,
-                )
+            engines=await stack.enter_async_context(
+                Engines([_member(url, settings) for url in settings.engine_urls], settings.engine_check_s)
             ),
             cache=cache,
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
@@ -100,6 +91,15 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
         yield parts
+
+
+def _member(url: str, settings: Settings) -> Member:
+    connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
+    key, fingerprint = settings.engine_api_key, settings.model_fingerprint
+    return Member(
+        Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence),
+        Engine(url, api_key=key, fingerprint=fingerprint, connect_timeout_s=connect, timeout_s=silence),
+    )
 
 
 async def _forget_idle(parts: Parts) -> None:

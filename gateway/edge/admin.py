@@ -44,7 +44,7 @@ async def get_session(call: Call) -> tuple[int, Any]:
         raise _no_session(call.session_id)
     turns = await call.parts.store.turns(call.tenant, session.id, limit=20)
     windows, _ = await call.parts.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
-    model = call.parts.engine.known(session.model)
+    model = call.parts.engines.known(session.model)
     return 200, {
         **show.session(session),
         "context_limit": model.context_limit if model else None,

@@ -120,7 +120,7 @@ def not_found(name: str) -> GatewayError:
 
 async def served(parts: Parts, window: Window) -> Model:
     """Return the window's model as it is served now. Raises `model_mismatch` where its KV would be wrong."""
-    model = await parts.engine.model(window.model)
+    model = await parts.engines.model(window.model)
     if model.fingerprint == window.fingerprint:
         return model
     raise GatewayError(
@@ -193,7 +193,7 @@ async def _through_engine(
     parts: Parts, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
 ) -> None:
     progress("prefill", 0, window.token_count)
-    usage = await parts.engine.prefill(model.id, manifest.token_ids, window.salt)
+    usage = await parts.engines.near(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
     receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
     if usage.cached is None:
         receipt.warnings.append("the engine does not tell cached_tokens: start it with --enable-prompt-tokens-details")
