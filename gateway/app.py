@@ -3,18 +3,21 @@
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
+from gateway import workers
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import Inference
 from gateway.engine import Engine
 from gateway.errors import StartError
+from gateway.inflight import TurnLocks
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Lock, Pins
 from gateway.kv.tiers.contract import Tier, TierUnavailable
@@ -55,7 +58,10 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
-        sessions = Sessions(store)
+        locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
+        if locks is not None:
+            stack.callback(locks.close)
+        sessions = Sessions(store, locks)
         timeout = settings.connect_timeout_s
         parts = Parts(
             settings=settings,
@@ -99,19 +105,28 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
     return tuple(tiers)
 
 
-async def run(settings: Settings) -> None:
-    """Serve until a signal. Raises StartError where something that is needed cannot be had."""
-    sock = server.listen(settings)
+async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
     async with open_parts(settings) as parts, Health(parts) as health:
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
         gc.freeze()
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+        ready()
         await server.serve(Gateway(parts, health), settings, sock)
 
 
 def main(settings: Settings) -> None:
-    """Serve in this process until a signal. Raises StartError."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(settings))
+    """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
+    sock = server.listen(settings)
+
+    def serve(ready: Callable[[], None]) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(settings, sock, ready))
+
+    if settings.workers == 1:
+        serve(lambda: None)
+    else:
+        gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
+        workers.supervise(settings.workers, sock, serve)

@@ -1,4 +1,8 @@
-"""Sessions on the request path: what one is, under which salt it runs, and whether it is in a turn."""
+"""Sessions on the request path: what one is, under which salt it runs, and whether it is in a turn.
+
+A turn is in flight from its beginning until it is recorded. This process counts its own; where there are other workers,
+the first turn of a session here takes a lock that they see, and the last one drops it (`gateway.inflight`).
+"""
 
 import asyncio
 from collections import Counter
@@ -6,8 +10,11 @@ from dataclasses import dataclass
 
 from gateway import salts
 from gateway.errors import GatewayError
+from gateway.inflight import TurnLocks
 from gateway.records import Session
 from gateway.store.contract import Store
+
+_POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +30,11 @@ class SaltRule:
 
 
 class Sessions:
-    """Sessions as this process sees them. What is in flight is of this process; everything else is in the store."""
+    """Sessions as this process sees them. `locks` is None where it is the only worker."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, locks: TurnLocks | None = None) -> None:
         self._store = store
+        self._locks = locks
         self._in_flight: Counter[tuple[str, str]] = Counter()
         self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
         self._quiet = asyncio.Event()  # set and replaced whenever a turn ends
@@ -40,15 +48,33 @@ class Sessions:
 
     def enter(self, tenant: str, session_id: str, lineage: str) -> None:
         """A turn begins."""
-        self._in_flight[tenant, session_id] += 1
-        self._lineages[tenant, lineage] += 1
+        first = _add(self._in_flight, (tenant, session_id))
+        first_of_lineage = _add(self._lineages, (tenant, lineage))
+        if self._locks is None:
+            return
+        if first:
+            self._locks.hold("session", tenant, session_id)
+        if first_of_lineage:
+            self._locks.hold("lineage", tenant, lineage)
 
     def leave(self, tenant: str, session_id: str, lineage: str) -> None:
         """A turn is over and recorded."""
-        if _drop(self._in_flight, (tenant, session_id)):
+        last = _drop(self._in_flight, (tenant, session_id))
+        last_of_lineage = _drop(self._lineages, (tenant, lineage))
+        if last:
             self._quiet.set()
             self._quiet = asyncio.Event()
-        _drop(self._lineages, (tenant, lineage))
+        if self._locks is None:
+            return
+        if last:
+            self._locks.let_go("session", tenant, session_id)
+        if last_of_lineage:
+            self._locks.let_go("lineage", tenant, lineage)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process is the only worker, and so knows of every turn by itself."""
+        return self._locks is None
 
     @property
     def in_flight(self) -> int:
@@ -57,20 +83,53 @@ class Sessions:
 
     async def going_on(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is going on: in a turn just now, or not frozen since its last."""
-        return (tenant, lineage) in self._lineages or await self._store.lineage_in_use(tenant, lineage)
+        if (tenant, lineage) in self._lineages:
+            return True
+        if self._locks is not None and self._locks.elsewhere("lineage", tenant, lineage):
+            return True
+        return await self._store.lineage_in_use(tenant, lineage)
 
     async def at_rest(self, tenant: str, session_id: str, wait_s: float) -> None:
-        """Return when no turn of the session is going on. Raises `session_busy` after `wait_s`."""
+        """Return when no turn of the session is going on in any worker. Raises `session_busy` after `wait_s`."""
         try:
             async with asyncio.timeout(wait_s):
-                while self._in_flight[tenant, session_id]:
-                    await self._quiet.wait()
+                await self._rest(tenant, session_id)
         except TimeoutError as error:
             raise GatewayError(
                 "session_busy",
                 f"session {session_id!r} has been in a turn for {wait_s:g} s",
                 hint="freeze it when the reply is complete",
             ) from error
+
+    async def recorded_elsewhere(self, tenant: str, session_id: str, wait_s: float) -> None:
+        """Return when no other worker has a turn of the session, or after `wait_s`: a long one is not waited for.
+
+        Without a session it is about the turns of all.
+        """
+        if self._locks is None:
+            return
+        end = asyncio.get_running_loop().time() + wait_s
+        while self._elsewhere(tenant, session_id) and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+    async def _rest(self, tenant: str, session_id: str) -> None:
+        while self._in_flight[tenant, session_id] or self._elsewhere(tenant, session_id):
+            if self._in_flight[tenant, session_id]:
+                await self._quiet.wait()
+            else:
+                await asyncio.sleep(_POLL_S)
+
+    def _elsewhere(self, tenant: str, session_id: str) -> bool:
+        # The lock is held until the turn is recorded. So who finds none here also finds every turn in the store, those
+        # of the other workers too, for which `Turns.settle` cannot speak.
+        if self._locks is None:
+            return False
+        return self._locks.elsewhere("session", tenant, session_id) if session_id else self._locks.any_elsewhere()
+
+
+def _add(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:
+    counter[key] += 1
+    return counter[key] == 1
 
 
 def _drop(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:

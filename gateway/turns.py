@@ -21,6 +21,7 @@ _TURNS_PER_RECORD = 256
 # A turn that is recorded alone costs six times one of a burst (a commit, and threads that hand over to each other), and
 # the next request pays for it.
 _GATHER_S = 0.02
+_OTHERS_S = 0.05  # what another worker needs for a turn that is over: `_GATHER_S`, and a commit
 _READ_AT_ONCE = 4  # replies read before streams have their turn again
 _STOP_S = 10.0
 
@@ -83,13 +84,17 @@ class Turns:
         self._finished += 1
         self._queue.put_nowait(ended)
 
-    async def settle(self) -> None:
-        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn."""
+    async def settle(self, tenant: str = "", session_id: str = "") -> None:
+        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
+
+        Other workers are given a moment for theirs, of this session or of all: whether they are over is not to be seen.
+        """
         goal = self._finished
         if self._recorded < goal:
             self._hurry.set()
         async with self._progress:
             await self._progress.wait_for(lambda: self._recorded >= goal)
+        await self._sessions.recorded_elsewhere(tenant, session_id, _OTHERS_S)
 
     async def _run(self) -> None:
         while True:

@@ -1,0 +1,205 @@
+"""Several worker processes on one port: the parent holds the socket, starts the workers, and looks after them.
+
+The parent serves nothing and has neither loop nor thread, so that it can fork at any time. Each worker opens parts of
+its own. The first one starts alone: what has to be done once (a secret, a schema, a sweep) is done when the others
+begin. A worker that dies is started again, later each time; one that cannot start, when none other serves, ends all.
+"""
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from gateway.errors import StartError
+
+log = logging.getLogger(__name__)
+
+Serve = Callable[[Callable[[], None]], None]
+"""What a worker does; it calls its argument when it serves. Raises StartError where it cannot."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_FIRST_DELAY_S = 0.25
+_LONGEST_DELAY_S = 30.0
+_SOUND_S = 60.0  # who has lived so long has not died of how it started
+_END_S = 30.0  # more than a worker takes to close its streams and to record its turns
+_READY = b"+"
+
+
+@dataclass(slots=True)
+class _Worker:
+    slot: int
+    pid: int
+    news: int  # it writes here that it is ready, or why it is not; its end is the worker's
+    started: float
+    ready: bool = False
+    said: bytes = b""
+
+
+def supervise(count: int, sock: socket.socket, serve: Serve) -> None:
+    """Keep `count` workers that serve `sock`, until SIGTERM or SIGINT. Raises StartError."""
+    _Crew(count, sock, serve).keep()
+
+
+class _Crew:
+    def __init__(self, count: int, sock: socket.socket, serve: Serve) -> None:
+        self._sock = sock
+        self._serve = serve
+        self._workers: dict[int, _Worker] = {}
+        self._due = {0: time.monotonic()}  # slots to fill, and when
+        self._waiting = list(range(1, count))  # slots that the first worker has to be ready for
+        self._delays: dict[int, float] = {}
+        self._failure = ""
+        self._told = 0
+        self._kill_at: float | None = None  # set when it is to end
+        self._news = selectors.DefaultSelector()
+        self._leash = os.pipe()  # nobody writes to it: a worker sees its end when the parent is gone
+
+    def keep(self) -> None:
+        woken, wake = socket.socketpair()
+        for end in (woken, wake):
+            end.setblocking(False)
+        self._news.register(woken, selectors.EVENT_READ)
+        signal.set_wakeup_fd(wake.fileno())
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        while self._workers or self._due:
+            for key, _ in self._news.select(self._patience()):
+                if key.data is None:
+                    woken.recv(64)
+                else:
+                    self._hear(key.data)
+            self._obey()
+            self._fill()
+        if self._failure:
+            raise StartError(self._failure)
+
+    def _on_signal(self, *_: object) -> None:
+        self._told += 1
+
+    def _patience(self) -> float | None:
+        times = [*self._due.values(), *([self._kill_at] if self._kill_at is not None else [])]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _obey(self) -> None:
+        """End when told; insist when told twice, or when it takes too long."""
+        if self._told and self._kill_at is None:
+            self._end()
+        if self._kill_at is not None and (self._told > 1 or time.monotonic() >= self._kill_at):
+            self._signal(signal.SIGKILL)
+            self._kill_at = time.monotonic() + _END_S
+
+    def _end(self) -> None:
+        self._kill_at = time.monotonic() + _END_S
+        self._due.clear()
+        self._waiting.clear()
+        self._sock.close()  # or else the kernel would go on taking connections that nobody serves
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        for worker in self._workers.values():
+            os.kill(worker.pid, number)  # it is there, if only as a zombie, until `_bury` has waited for it
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        for slot in [slot for slot, at in self._due.items() if at <= now]:
+            del self._due[slot]
+            self._start(slot)
+
+    def _start(self, slot: int) -> None:
+        news, tell = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a signal to a child must not find the parent's handler
+        pid = os.fork()
+        if pid == 0:
+            self._work(tell)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        os.close(tell)
+        worker = self._workers[slot] = _Worker(slot, pid, news, time.monotonic())
+        self._news.register(news, selectors.EVENT_READ, worker)
+
+    def _work(self, tell: int) -> NoReturn:
+        """Be a worker."""
+        code = 1
+        try:
+            self._become_worker()
+            self._serve(lambda: _say(tell, _READY))
+            code = 0
+        except StartError as error:
+            _say(tell, str(error).encode())
+        except Exception:  # nothing may get out of here: below are the parent's frames
+            log.exception("worker %d failed", os.getpid())
+        finally:
+            logging.shutdown()
+            os._exit(code)
+
+    def _become_worker(self) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # SIGINT stays blocked: a Ctrl-C on the terminal comes to all, and the parent says once what follows from it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        self._news.close()
+        held, given = self._leash
+        os.close(given)
+        threading.Thread(target=_follow, args=(held,), name="leash", daemon=True).start()
+
+    def _hear(self, worker: _Worker) -> None:
+        said = os.read(worker.news, 4096)
+        if not said:
+            self._bury(worker)
+        elif said == _READY:
+            worker.ready = True
+            now = time.monotonic()
+            self._due |= dict.fromkeys(self._waiting, now)
+            self._waiting.clear()
+        else:
+            worker.said += said
+
+    def _bury(self, worker: _Worker) -> None:
+        _, status = os.waitpid(worker.pid, 0)
+        self._news.unregister(worker.news)
+        os.close(worker.news)
+        del self._workers[worker.slot]
+        how = worker.said.decode() or _how(os.waitstatus_to_exitcode(status))
+        if self._kill_at is not None:
+            if status:
+                log.warning("worker %d: %s", worker.pid, how)
+        elif self._is_hopeless(worker):
+            self._failure = how if worker.said else f"a worker could not start: {how}"
+            self._end()
+        else:
+            self._start_again(worker, how)
+
+    def _is_hopeless(self, worker: _Worker) -> bool:
+        if worker.ready or any(other.ready for other in self._workers.values()):
+            return False
+        return bool(worker.said or self._waiting)
+
+    def _start_again(self, worker: _Worker, how: str) -> None:
+        sound = time.monotonic() - worker.started >= _SOUND_S
+        delay = _FIRST_DELAY_S if sound else self._delays.get(worker.slot, _FIRST_DELAY_S)
+        self._delays[worker.slot] = min(delay * 2, _LONGEST_DELAY_S)
+        self._due[worker.slot] = time.monotonic() + delay
+        log.error("worker %d: %s; another starts in %g s", worker.pid, how, delay)
+
+
+def _say(tell: int, what: bytes) -> None:
+    with suppress(BrokenPipeError):  # the parent is gone, and the leash says so
+        os.write(tell, what)
+
+
+def _follow(held: int) -> None:
+    """End with the parent, also where it was killed."""
+    os.read(held, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_END_S)
+    os._exit(1)
+
+
+def _how(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
