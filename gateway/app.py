@@ -121,12 +121,12 @@ def main(settings: Settings) -> None:
     """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
     sock = server.listen(settings)
 
-    def serve(ready: Callable[[], None]) -> None:
+    def serve(sock: socket.socket, ready: Callable[[], None]) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(settings, sock, ready))
 
     if settings.workers == 1:
-        serve(lambda: None)
+        serve(sock, lambda: None)
     else:
         gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
         workers.supervise(settings.workers, sock, serve)

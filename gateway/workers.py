@@ -1,4 +1,4 @@
-"""Several worker processes on one port: the parent holds the socket, starts the workers, and looks after them.
+"""Several worker processes on one port: the parent holds the sockets, starts the workers, and looks after them.
 
 The parent serves nothing and has neither loop nor thread, so that it can fork at any time. Each worker opens parts of
 its own. The first one starts alone: what has to be done once (a secret, a schema, a sweep) is done when the others
@@ -17,12 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
+from gateway.edge import server
 from gateway.errors import StartError
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[Callable[[], None]], None]
-"""What a worker does; it calls its argument when it serves. Raises StartError where it cannot."""
+Serve = Callable[[socket.socket, Callable[[], None]], None]
+"""What a worker does with its socket; it calls the second argument when it serves. Raises StartError."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FIRST_DELAY_S = 0.25
@@ -43,13 +44,13 @@ class _Worker:
 
 
 def supervise(count: int, sock: socket.socket, serve: Serve) -> None:
-    """Keep `count` workers that serve `sock`, until SIGTERM or SIGINT. Raises StartError."""
+    """Keep `count` workers on the address of `sock`, until SIGTERM or SIGINT. Raises StartError."""
     _Crew(count, sock, serve).keep()
 
 
 class _Crew:
     def __init__(self, count: int, sock: socket.socket, serve: Serve) -> None:
-        self._sock = sock
+        self._socks = {0: sock}  # by slot; of a worker that died only where there would be none left
         self._serve = serve
         self._workers: dict[int, _Worker] = {}
         self._due = {0: time.monotonic()}  # slots to fill, and when
@@ -99,7 +100,8 @@ class _Crew:
         self._kill_at = time.monotonic() + _END_S
         self._due.clear()
         self._waiting.clear()
-        self._sock.close()  # or else the kernel would go on taking connections that nobody serves
+        for sock in self._socks.values():  # or else the kernel would go on taking connections that nobody serves
+            sock.close()
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
@@ -113,22 +115,24 @@ class _Crew:
             self._start(slot)
 
     def _start(self, slot: int) -> None:
+        if slot not in self._socks:
+            self._socks[slot] = server.listen_beside(next(iter(self._socks.values())))
         news, tell = os.pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a signal to a child must not find the parent's handler
         pid = os.fork()
         if pid == 0:
-            self._work(tell)
+            self._work(slot, tell)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.close(tell)
         worker = self._workers[slot] = _Worker(slot, pid, news, time.monotonic())
         self._news.register(news, selectors.EVENT_READ, worker)
 
-    def _work(self, tell: int) -> NoReturn:
+    def _work(self, slot: int, tell: int) -> NoReturn:
         """Be a worker."""
         code = 1
         try:
-            self._become_worker()
-            self._serve(lambda: _say(tell, _READY))
+            self._become_worker(slot)
+            self._serve(self._socks[slot], lambda: _say(tell, _READY))
             code = 0
         except StartError as error:
             _say(tell, str(error).encode())
@@ -138,12 +142,15 @@ class _Crew:
             logging.shutdown()
             os._exit(code)
 
-    def _become_worker(self) -> None:
+    def _become_worker(self, slot: int) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # SIGINT stays blocked: a Ctrl-C on the terminal comes to all, and the parent says once what follows from it.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         self._news.close()
+        for other, sock in self._socks.items():
+            if other != slot:  # its queue has to end with its own worker
+                sock.close()
         held, given = self._leash
         os.close(given)
         threading.Thread(target=_follow, args=(held,), name="leash", daemon=True).start()
@@ -165,6 +172,8 @@ class _Crew:
         self._news.unregister(worker.news)
         os.close(worker.news)
         del self._workers[worker.slot]
+        if len(self._socks) > 1:  # connections that wait in its queue are lost as those it had; new ones go to others
+            self._socks.pop(worker.slot).close()
         how = worker.said.decode() or _how(os.waitstatus_to_exitcode(status))
         if self._kill_at is not None:
             if status:
