@@ -2,7 +2,8 @@
 
 The parent serves nothing and has neither loop nor thread, so that it can fork at any time. Each worker opens parts of
 its own. The first one starts alone: what has to be done once (a secret, a schema, a sweep) is done when the others
-begin. A worker that dies is started again, later each time; one that cannot start, when none other serves, ends all.
+begin. A worker that dies is started again, at once and then later each time; one that cannot start, when none other
+serves, ends all.
 """
 
 import logging
@@ -12,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +28,9 @@ Serve = Callable[[socket.socket, Callable[[], None]], None]
 """What a worker does with its socket; it calls the second argument when it serves. Raises StartError."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_FIRST_DELAY_S = 0.25
+_FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0
+_MANY = 16  # deaths, by when the delay has long been the longest
 _SOUND_S = 60.0  # who has lived so long has not died of how it started
 _END_S = 30.0  # more than a worker takes to close its streams and to record its turns
 _READY = b"+"
@@ -50,12 +53,12 @@ def supervise(count: int, sock: socket.socket, serve: Serve) -> None:
 
 class _Crew:
     def __init__(self, count: int, sock: socket.socket, serve: Serve) -> None:
-        self._socks = {0: sock}  # by slot; of a worker that died only where there would be none left
+        self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, if that comes soon
         self._serve = serve
         self._workers: dict[int, _Worker] = {}
         self._due = {0: time.monotonic()}  # slots to fill, and when
         self._waiting = list(range(1, count))  # slots that the first worker has to be ready for
-        self._delays: dict[int, float] = {}
+        self._deaths: Counter[int] = Counter()  # of each slot, one soon after the other
         self._failure = ""
         self._told = 0
         self._kill_at: float | None = None  # set when it is to end
@@ -172,8 +175,6 @@ class _Crew:
         self._news.unregister(worker.news)
         os.close(worker.news)
         del self._workers[worker.slot]
-        if len(self._socks) > 1:  # connections that wait in its queue are lost as those it had; new ones go to others
-            self._socks.pop(worker.slot).close()
         how = worker.said.decode() or _how(os.waitstatus_to_exitcode(status))
         if self._kill_at is not None:
             if status:
@@ -190,10 +191,15 @@ class _Crew:
         return bool(worker.said or self._waiting)
 
     def _start_again(self, worker: _Worker, how: str) -> None:
-        sound = time.monotonic() - worker.started >= _SOUND_S
-        delay = _FIRST_DELAY_S if sound else self._delays.get(worker.slot, _FIRST_DELAY_S)
-        self._delays[worker.slot] = min(delay * 2, _LONGEST_DELAY_S)
-        self._due[worker.slot] = time.monotonic() + delay
+        slot = worker.slot
+        if time.monotonic() - worker.started >= _SOUND_S:
+            del self._deaths[slot]
+        deaths = self._deaths[slot]
+        delay = min(_FIRST_DELAY_S * 2 ** (deaths - 1), _LONGEST_DELAY_S) if deaths else 0.0
+        self._deaths[slot] = min(deaths + 1, _MANY)
+        self._due[slot] = time.monotonic() + delay
+        if delay and len(self._socks) > 1:  # new connections go to the others; those in its queue are lost
+            self._socks.pop(slot).close()
         log.error("worker %d: %s; another starts in %g s", worker.pid, how, delay)
 
 

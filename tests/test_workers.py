@@ -107,6 +107,12 @@ def chat(wire: Wire, session: str, **body: Any) -> None:
     wire.body()
 
 
+def freeze(gateway: Gateway, session: str) -> httpx.Response:
+    """Freeze a session over a connection that is new: that of `gateway.http` may lead to a worker that is gone."""
+    with Wire(gateway.url) as wire:
+        return ask(wire, "POST", "/admin/windows", session_id=session, window_name=f"w-{session}")
+
+
 class Held:
     """A streamed reply that goes on until it is let go."""
 
@@ -169,12 +175,12 @@ def test_a_session_in_a_turn_of_one_worker_is_busy_in_another(
     held = Held(engine)
     with two_workers(gateway) as (one, other):
         begin_stream(one, session)
-        freeze = {"session_id": session, "window_name": f"w-{session}"}
-        assert error_of(ask(other, "POST", "/admin/windows", **freeze)) == (409, "session_busy")
+        named = {"session_id": session, "window_name": f"w-{session}"}
+        assert error_of(ask(other, "POST", "/admin/windows", **named)) == (409, "session_busy")
         assert error_of(ask(other, "DELETE", f"/admin/sessions/{session}")) == (409, "session_busy")
         held.go_on.set()
         one.chunks()
-        assert ask(other, "POST", "/admin/windows", **freeze).status_code == 201
+        assert ask(other, "POST", "/admin/windows", **named).status_code == 201
         assert ask(other, "DELETE", f"/admin/sessions/{session}").status_code == 200
 
 
@@ -184,8 +190,8 @@ def test_a_freeze_waits_for_the_turn_of_another_worker_and_has_it(
     held = Held(engine)
     with crew(engine, tmp_path) as gateway, two_workers(gateway) as (one, other), ThreadPoolExecutor(1) as pool:
         begin_stream(one, session)
-        freeze = {"session_id": session, "window_name": "w"}
-        freezing = pool.submit(ask, other, "POST", "/admin/windows", **freeze)
+        named = {"session_id": session, "window_name": "w"}
+        freezing = pool.submit(ask, other, "POST", "/admin/windows", **named)
         assert not freezing.done()
         held.go_on.set()
         one.chunks()
@@ -234,17 +240,18 @@ def test_a_worker_that_is_killed_takes_nobody_with_it_and_comes_back(
         held = Held(engine)
         begin_stream(one, session)
         begin_stream(other, f"other-{session}")
-        assert error_of(gateway.freeze(session, "w")) == (409, "session_busy")
+        assert error_of(freeze(gateway, session)) == (409, "session_busy")
         os.kill(victim, signal.SIGKILL)
         assert one.rest() == b""
         # Its lock went with it: the session is as it was before that turn.
-        assert gateway.freeze(session, "w").status_code == 201
+        assert freeze(gateway, session).status_code == 201
         held.go_on.set()
         assert other.chunks() == [DONE]
         eventually(lambda: len(pids(gateway) - {victim}) == COUNT, "another takes its place")
         assert len(before & pids(gateway)) == COUNT - 1
         assert f"worker {victim}: killed by SIGKILL" in gateway.log
-        assert gateway.turns(f"other-{session}")[0]["outcome"] == "completed"
+        (turn,) = ask(other, "GET", f"/admin/sessions/other-{session}").json()["turns"]
+        assert turn["outcome"] == "completed"
 
 
 def test_a_worker_that_cannot_start_again_is_tried_later_each_time_while_the_others_serve(
@@ -257,6 +264,7 @@ def test_a_worker_that_cannot_start_again_is_tried_later_each_time_while_the_oth
         victim = min(workers_of(gateway.process.pid))
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: gateway.log.count("a secret has at least 32; another starts in") >= 2, "it was tried twice")
+        assert "killed by SIGKILL; another starts in 0 s" in gateway.log
         assert "another starts in 0.5 s" in gateway.log
         assert "another starts in 1 s" in gateway.log
         assert gateway.chat(session).status_code == 200
