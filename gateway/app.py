@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvloop
@@ -28,6 +28,7 @@ from gateway.salts import read_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.sqlite import SqliteStore
+from gateway.telemetry import Shared, Telemetry, clear, forget
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
@@ -54,10 +55,11 @@ class Gateway:
 
 
 @asynccontextmanager
-async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
+        telemetry = await stack.enter_async_context(Telemetry(shared))
         locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
         if locks is not None:
             stack.callback(locks.close)
@@ -84,8 +86,11 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
-            turns=await stack.enter_async_context(Turns(store, sessions, room=settings.turn_queue)),
+            turns=await stack.enter_async_context(Turns(store, sessions, telemetry, room=settings.turn_queue)),
+            telemetry=telemetry,
         )
+        telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
+        telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
@@ -105,9 +110,9 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
     return tuple(tiers)
 
 
-async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> None:
+async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None], shared: Shared | None = None) -> None:
     """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
-    async with open_parts(settings) as parts, Health(parts) as health:
+    async with open_parts(settings, shared) as parts, Health(parts) as health:
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
@@ -120,13 +125,19 @@ async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]
 def main(settings: Settings) -> None:
     """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
     sock = server.listen(settings)
-
-    def serve(sock: socket.socket, ready: Callable[[], None]) -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(settings, sock, ready))
-
     if settings.workers == 1:
-        serve(sock, lambda: None)
-    else:
-        gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
-        workers.supervise(settings.workers, sock, serve)
+        _run(run(settings, sock, lambda: None))
+        return
+    folder = settings.data_path / "metrics"
+    clear(folder)
+
+    def serve(slot: int, sock: socket.socket, ready: Callable[[], None]) -> None:
+        _run(run(settings, sock, ready, Shared(folder, slot)))
+
+    gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
+    workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot))
+
+
+def _run(work: Coroutine[None, None, None]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)

@@ -8,6 +8,7 @@ from gateway.kv.pins import Pins
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.contract import Store
+from gateway.telemetry import Telemetry
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 
@@ -25,3 +26,4 @@ class Parts:
     salts: SaltRule
     sessions: Sessions
     turns: Turns
+    telemetry: Telemetry

@@ -14,6 +14,7 @@ from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.records import Outcome, Session, Turn
 from gateway.sessions import Sessions
 from gateway.store.contract import Finished, Store
+from gateway.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,16 @@ class Ended:
     streamed: bool
     chunks: Sequence[bytes] | None
     detail: str = ""
+    overhead_s: float = 0.0  # our own work before the engine was asked
 
 
 class Turns:
     """Takes finished turns to the store."""
 
-    def __init__(self, store: Store, sessions: Sessions, *, room: int) -> None:
+    def __init__(self, store: Store, sessions: Sessions, telemetry: Telemetry, *, room: int) -> None:
         self._store = store
         self._sessions = sessions
+        self._telemetry = telemetry
         self._queue: asyncio.Queue[Ended] = asyncio.Queue()
         self._recorded = 0  # turns that have left the queue, ever
         self._finished = 0  # turns that have entered it
@@ -96,14 +99,22 @@ class Turns:
             await self._progress.wait_for(lambda: self._recorded >= goal)
         await self._sessions.recorded_elsewhere(tenant, session_id, _OTHERS_S)
 
+    @property
+    def unrecorded(self) -> int:
+        """Turns that are over and wait for the store."""
+        return self._finished - self._recorded
+
     async def _run(self) -> None:
         while True:
             batch = [await self._queue.get()]
             await self._gather()
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            await self._record(await _all_finished(batch))
-            for ended in batch:
+            finished = await _all_finished(batch)
+            await self._record(finished)
+            for ended, one in zip(batch, finished, strict=True):
+                served = bool(ended.fingerprint)
+                self._telemetry.turn(one.turn, ended.dialect.name, ended.overhead_s, served=served)
                 self._sessions.leave(ended.tenant, ended.session_id, ended.lineage)
                 self._room.release()
                 self._queue.task_done()

@@ -24,8 +24,8 @@ from gateway.errors import StartError
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[socket.socket, Callable[[], None]], None]
-"""What a worker does with its socket; it calls the second argument when it serves. Raises StartError."""
+Serve = Callable[[int, socket.socket, Callable[[], None]], None]
+"""What a worker does: its number, its socket, and what it calls when it serves. Raises StartError."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FIRST_DELAY_S = 0.5
@@ -46,15 +46,19 @@ class _Worker:
     said: bytes = b""
 
 
-def supervise(count: int, sock: socket.socket, serve: Serve) -> None:
-    """Keep `count` workers on the address of `sock`, until SIGTERM or SIGINT. Raises StartError."""
-    _Crew(count, sock, serve).keep()
+def supervise(count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None]) -> None:
+    """Keep `count` workers on the address of `sock`, until SIGTERM or SIGINT. Raises StartError.
+
+    `mourn` is called with the number of a worker that has ended, before another takes its place.
+    """
+    _Crew(count, sock, serve, mourn).keep()
 
 
 class _Crew:
-    def __init__(self, count: int, sock: socket.socket, serve: Serve) -> None:
+    def __init__(self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None]) -> None:
         self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, if that comes soon
         self._serve = serve
+        self._mourn = mourn
         self._workers: dict[int, _Worker] = {}
         self._due = {0: time.monotonic()}  # slots to fill, and when
         self._waiting = list(range(1, count))  # slots that the first worker has to be ready for
@@ -135,7 +139,7 @@ class _Crew:
         code = 1
         try:
             self._become_worker(slot)
-            self._serve(self._socks[slot], lambda: _say(tell, _READY))
+            self._serve(slot, self._socks[slot], lambda: _say(tell, _READY))
             code = 0
         except StartError as error:
             _say(tell, str(error).encode())
@@ -175,6 +179,7 @@ class _Crew:
         self._news.unregister(worker.news)
         os.close(worker.news)
         del self._workers[worker.slot]
+        self._mourn(worker.slot)
         how = worker.said.decode() or _how(os.waitstatus_to_exitcode(status))
         if self._kill_at is not None:
             if status:

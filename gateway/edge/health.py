@@ -120,11 +120,15 @@ class Health:
         except GatewayError as error:
             if self.engine_up:
                 log.warning("%s", error.message)
-            self.engine_up = False
+            self._see(up=False)
             return
         if self.checks is None or self.checks[0].status == "failed":
             await self.test()
-        self.engine_up = True
+        self._see(up=True)
+
+    def _see(self, *, up: bool) -> None:
+        self.engine_up = up
+        self._parts.telemetry.engine_up(self._parts.engine.url, up=up)
 
     async def _engine(self) -> tuple[str, str]:
         try:

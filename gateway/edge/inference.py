@@ -140,7 +140,7 @@ class Inference:
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
-        parts = self._parts
+        parts, arrived = self._parts, time.monotonic()
         call = dialect.read(parse_object(incoming.body), incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
@@ -176,6 +176,7 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
+                    overhead_s=clock - arrived,
                 )
             )
 

@@ -22,6 +22,7 @@ from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Session, Window
+from gateway.windows.counted import counted
 
 Warm = Literal["none", "cpu", "gpu"]
 _MAX_ID = 128
@@ -43,6 +44,7 @@ class Receipt:
     warnings: list[str] = field(default_factory=list)
 
 
+@counted
 async def thaw(
     parts: Parts, tenant: str, name: str, *, new_session_id: str | None, warm: Warm, progress: Progress = silent
 ) -> tuple[Session, Window, Receipt]:
