@@ -64,9 +64,7 @@ METRICS = (
         "from a turn's last byte received to its request to the engine: our own work",
         buckets=_OVERHEAD_S,
     ),
-    Metric(
-        "cwg_verbs_total", "counter", ("result", "verb"), "freezes, thaws, clones, deletes: `ok` or the code"
-    ),
+    Metric("cwg_verbs_total", "counter", ("result", "verb"), "freezes, thaws, clones, deletes: `ok` or the code"),
     Metric("cwg_verb_seconds", "histogram", ("verb",), "how long those took that were `ok`", buckets=_VERB_S),
     Metric("cwg_turns_in_flight", "gauge", (), "turns that are going on or wait to be recorded"),
     Metric("cwg_turns_unrecorded", "gauge", (), "turns that are over and wait for the store"),
@@ -97,6 +95,18 @@ class Shared:
     slot: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """What a turn counts in; finding it by its labels costs as much as counting."""
+
+    turns: Counter
+    seconds: Histogram
+    overhead: Histogram
+    prompt: Counter
+    completion: Counter
+    cached: Counter
+
+
 class Telemetry:
     """The numbers of this process, and of its fellow workers when they are asked for."""
 
@@ -117,6 +127,7 @@ class Telemetry:
         self._verb_seconds = self._histogram("cwg_verb_seconds")
         self._lag = self._gauge("cwg_event_loop_lag_seconds")
         self._engine_up = self._gauge("cwg_engine_up")
+        self._series: dict[tuple[str, str, str], _Series] = {}
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self.watch("cwg_workers", lambda: 1)
 
@@ -135,14 +146,15 @@ class Telemetry:
 
     def turn(self, turn: Turn, dialect: str, overhead_s: float, *, served: bool) -> None:
         """Count a turn that is over. `served`: the engine knows the model; other names are a client's invention."""
-        model = turn.model if served else ""
-        self._turns.labels(dialect, model, turn.outcome).inc()
-        self._turn_seconds.labels(dialect).observe(turn.duration_ms / 1000)
-        self._overhead.labels(dialect).observe(overhead_s)
+        key = (dialect, turn.model if served else "", turn.outcome)
+        series = self._series.get(key) or self._series.setdefault(key, self._series_of(*key))
+        series.turns.inc()
+        series.seconds.observe(turn.duration_ms / 1000)
+        series.overhead.observe(overhead_s)
         if turn.usage:
-            self._prompt.labels(model).inc(turn.usage.prompt)
-            self._completion.labels(model).inc(turn.usage.completion)
-            self._cached.labels(model).inc(turn.usage.cached or 0)
+            series.prompt.inc(turn.usage.prompt)
+            series.completion.inc(turn.usage.completion)
+            series.cached.inc(turn.usage.cached or 0)
 
     def missed(self, reason: str) -> None:
         """Count a turn that hit less than it should have. Reasons are a few words of our own, never a client's."""
@@ -212,6 +224,16 @@ class Telemetry:
             await asyncio.sleep(_EVERY_S)
             late.append(max(0.0, time.monotonic() - clock - _EVERY_S))
             self._lag.set(max(late))
+
+    def _series_of(self, dialect: str, model: str, outcome: str) -> "_Series":
+        return _Series(
+            self._turns.labels(dialect, model, outcome),
+            self._turn_seconds.labels(dialect),
+            self._overhead.labels(dialect),
+            self._prompt.labels(model),
+            self._completion.labels(model),
+            self._cached.labels(model),
+        )
 
     def _counter(self, name: str) -> Counter:
         metric = _BY_NAME[name]
