@@ -184,7 +184,7 @@ class Telemetry:
 
     def text(self, stored: Stored) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(_Once(self._families(stored)))  # type: ignore[arg-type]
+        return generate_latest(_Once(self._families(stored)))
 
     def rows(self, stored: Stored) -> list[dict[str, Any]]:
         """The same as rows for JSON."""
