@@ -113,8 +113,8 @@ class Telemetry:
     def __init__(self, shared: Shared | None = None) -> None:
         """Raises StartError where the files of several workers cannot be made."""
         self._shared = shared
-        if shared is not None:
-            _use_files(shared)
+        # The library has no way to say it for one registry, and else follows a variable of the environment.
+        values.ValueClass = values.MutexValue if shared is None else _in_files(shared)
         self._registry = CollectorRegistry()
         self._turns = self._counter("cwg_turns_total")
         self._prompt = self._counter("cwg_prompt_tokens_total")
@@ -274,15 +274,15 @@ def forget(folder: Path, slot: int) -> None:
     mark_process_dead(slot, str(folder))  # type: ignore[no-untyped-call]
 
 
-def _use_files(shared: Shared) -> None:
-    """Make the library keep numbers in files, one set for each slot: it has no way to say so for one registry alone."""
+def _in_files(shared: Shared) -> Any:
+    """How numbers are kept in files, one set for each slot."""
     try:
         for kind in _FILES:
             _reserve(shared.folder / f"{kind}_{shared.slot}.db")
     except OSError as error:
         raise _unusable(shared.folder, error) from error
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared.folder)
-    values.ValueClass = MultiProcessValue(lambda: shared.slot)  # type: ignore[no-untyped-call]
+    return MultiProcessValue(lambda: shared.slot)  # type: ignore[no-untyped-call]
 
 
 def _reserve(path: Path) -> None:

@@ -170,6 +170,15 @@ def test_metrics_ask_for_the_key_as_every_door_does(engine: FakeEngine, tmp_path
             assert httpx.get(gateway.url + path, headers={"authorization": "Bearer k3y"}).status_code == 200
 
 
+def test_a_variable_meant_for_another_process_does_no_harm(
+    engine: FakeEngine, tmp_path: Path, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "elsewhere"))  # vLLM sets it for itself
+    with gateway_before(engine.url, tmp_path) as gateway:
+        gateway.chat(session)
+        assert value(scrape(gateway), "cwg_turn_seconds_count", dialect="chat") == 1
+
+
 def test_the_text_is_what_prometheus_reads(gateway: Gateway) -> None:
     response = gateway.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
