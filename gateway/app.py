@@ -12,9 +12,10 @@ from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from gateway import workers
+from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
-from gateway.edge.inference import Inference
+from gateway.edge.inference import BESIDE, Inference
 from gateway.engine import Engine
 from gateway.errors import StartError
 from gateway.inflight import TurnLocks
@@ -35,6 +36,9 @@ from gateway.windows.freeze import release_strays
 
 log = logging.getLogger(__name__)
 
+_FORGET_EVERY_S = 60.0
+_INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
+
 
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
@@ -47,7 +51,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["path"].startswith(("/v1/", "/s/")):
+        if scope["path"].startswith(_INFERENCE):
             await self._inference(scope, receive, send)
         else:
             scope["state"] = self._state
@@ -86,15 +90,25 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
-            turns=await stack.enter_async_context(Turns(store, sessions, telemetry, room=settings.turn_queue)),
+            turns=await stack.enter_async_context(Turns(store, sessions, telemetry, locks, room=settings.turn_queue)),
             telemetry=telemetry,
+            chores=await stack.enter_async_context(Chores()),
         )
         telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
         telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
+        parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
         yield parts
+
+
+async def _forget_idle(parts: Parts) -> None:
+    while True:
+        forgotten = await parts.store.forget_idle(parts.settings.sessions_kept)
+        if forgotten:
+            log.info("forgot %d sessions that were idle longest: more than sessions_kept", forgotten)
+        await asyncio.sleep(_FORGET_EVERY_S)
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:

@@ -1,16 +1,20 @@
 """Turns that are going on, told to the other workers on this machine by locks on single bytes of a few files.
 
-A worker holds a shared lock for each session and each lineage that is in a turn, from the turn's beginning until it is
-recorded; whoever wants to know asks the kernel. A worker that dies loses its locks with its files, so nothing has to be
-cleaned up after it. Which byte stands for a name is a hash: two names share one in 2^58.
+A worker holds a shared lock for each session and each lineage that is in a turn, and for what else tells its turn from
+another (`Mark`), from the turn's beginning until it is recorded; whoever wants to know asks the kernel. Which byte
+stands for a mark is a hash: two marks share one in 2^58. Another file tells which turns are over and not recorded yet:
+a byte for each batch of them, so that a worker can wait for just those of the others that are over by now.
 
-The locks are those of an open file (`F_OFD_SETLK`), not of a process: no thread and no second file handle can drop them
-by accident, and our own do not count when we ask for others'.
+A worker that dies loses its locks with its files, so nothing has to be cleaned up after it. The locks are those of an
+open file (`F_OFD_SETLK`), not of a process: no thread and no second file handle can drop them by accident, and our own
+do not count when we ask for others'.
 """
 
 import fcntl
 import os
 import struct
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -18,61 +22,92 @@ from blake3 import blake3
 
 from gateway.errors import StartError
 
-Kind = Literal["session", "lineage"]
+Mark = tuple[Literal["session", "lineage", "head", "asked"], str, str]
+"""What, of which tenant, and its name."""
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of Linux on 64 bits: type, whence, start, length, pid
 # The kernel keeps a file's locks in a list: with 1,000 turns one lock takes 13 us in one file, and 1 us in one of 16.
 _FILES = 16
-_WHOLE = 0  # a length: to the end of the file, wherever that is
+_BATCHES = 2**30
 
 
 class TurnLocks:
-    """This worker's turns, and the question for those of the others."""
+    """This worker's turns, and the questions for those of the others."""
 
     def __init__(self, folder: Path) -> None:
         """Open the files, in `folder`. Raises StartError where they cannot be had or cannot be locked."""
+        self._held: Counter[Mark] = Counter()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._files = [_open(folder / f"{number:02d}.lock") for number in range(_FILES)]
-            self.hold("session", "", "")
-            self.let_go("session", "", "")
+            self._over = _open(folder / "over.lock")
+            self.over(0)
+            self.recorded(0)
         except OSError as error:
             what = f"several workers need locks on files in {folder}: {error.strerror}"
             raise StartError(f"{what}; put data_dir on a local disk, or set workers to 1") from error
 
     def close(self) -> None:
         """Drop every lock."""
-        for file in self._files:
+        for file in (*self._files, self._over):
             os.close(file)
 
-    def hold(self, kind: Kind, tenant: str, name: str) -> None:
-        """Say that the session, or a session of the lineage, is in a turn. Never waits: nobody locks alone."""
-        file, byte = self._place(kind, tenant, name)
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    def hold(self, marks: Iterable[Mark]) -> None:
+        """Say that a turn with these marks has begun. Never waits: nobody locks alone."""
+        for mark in marks:
+            self._held[mark] += 1
+            if self._held[mark] == 1:
+                _lock(*self._place(mark), fcntl.F_RDLCK)
 
-    def let_go(self, kind: Kind, tenant: str, name: str) -> None:
-        """Say that it is so no more."""
-        file, byte = self._place(kind, tenant, name)
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+    def let_go(self, marks: Iterable[Mark]) -> None:
+        """Say that it is recorded."""
+        for mark in marks:
+            self._held[mark] -= 1
+            if not self._held[mark]:
+                del self._held[mark]
+                _lock(*self._place(mark), fcntl.F_UNLCK)
 
-    def elsewhere(self, kind: Kind, tenant: str, name: str) -> bool:
-        """Whether another worker holds it."""
-        return _held_by_others(*self._place(kind, tenant, name), 1)
+    def elsewhere(self, mark: Mark) -> bool:
+        """Whether another worker is in a turn with this mark."""
+        return _held_by_others(*self._place(mark), 1) is not None
 
-    def any_elsewhere(self) -> bool:
-        """Whether another worker has any turn."""
-        return any(_held_by_others(file, 0, _WHOLE) for file in self._files)
+    def over(self, batch: int) -> None:
+        """Say that turns of a batch are over and not recorded yet."""
+        _lock(self._over, _byte(batch), fcntl.F_RDLCK)
 
-    def _place(self, kind: Kind, tenant: str, name: str) -> tuple[int, int]:
-        digest = blake3(f"{kind}\0{tenant}\0{name}".encode()).digest(9)
+    def recorded(self, batch: int) -> None:
+        """Say that all turns of a batch are recorded."""
+        _lock(self._over, _byte(batch), fcntl.F_UNLCK)
+
+    def over_elsewhere(self) -> set[int]:
+        """What stands for the turns of other workers that are over and not recorded yet."""
+        found: set[int] = set()
+        start = 0
+        while (held := _held_by_others(self._over, start, 0)) is not None:
+            found.add(held)
+            start = held + 1
+        return found
+
+    def _place(self, mark: Mark) -> tuple[int, int]:
+        digest = blake3("\0".join(mark).encode()).digest(9)
         return self._files[digest[8] % _FILES], int.from_bytes(digest[:8], "little") >> 2
+
+
+def _byte(batch: int) -> int:
+    return os.getpid() << 32 | (batch % _BATCHES) << 1  # every other one: the kernel makes one lock of two neighbours
 
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _held_by_others(file: int, start: int, length: int) -> bool:
+def _lock(file: int, byte: int, kind: int) -> None:
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+
+def _held_by_others(file: int, start: int, length: int) -> int | None:
+    """The first byte from `start` on that another worker has locked; a `length` of 0 is to the end."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     answer: bytes = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    kind, _, held, *_ = _FLOCK.unpack(answer)
+    return None if kind == fcntl.F_UNLCK else held

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import GatewayError, StartError
-from gateway.inflight import TurnLocks
-from gateway.sessions import Sessions
-from gateway.store.sqlite import SqliteStore
+from gateway.errors import StartError
+from gateway.inflight import Mark, TurnLocks
 from tests.running import ROOT
 
 HOLDER = """
@@ -18,7 +16,7 @@ import sys
 from pathlib import Path
 from gateway.inflight import TurnLocks
 locks = TurnLocks(Path(sys.argv[1]))
-locks.hold("session", "t", "s")
+locks.hold([("session", "t", "s")])
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -35,38 +33,62 @@ def workers(tmp_path: Path) -> Iterator[tuple[TurnLocks, TurnLocks]]:
 
 def test_a_turn_is_seen_by_the_other_worker_and_not_by_its_own(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
-    ours.hold("session", "t", "s")
-    assert theirs.elsewhere("session", "t", "s")
-    assert theirs.any_elsewhere()
-    assert not ours.elsewhere("session", "t", "s")
-    assert not ours.any_elsewhere()
-    for other in (("session", "t", "s2"), ("session", "t2", "s"), ("lineage", "t", "s"), ("session", "", "ts")):
-        assert not theirs.elsewhere(*other)  # type: ignore[arg-type]
-    ours.let_go("session", "t", "s")
-    assert not theirs.elsewhere("session", "t", "s")
-    assert not theirs.any_elsewhere()
+    ours.hold([("session", "t", "s")])
+    assert theirs.elsewhere(("session", "t", "s"))
+    assert not ours.elsewhere(("session", "t", "s"))
+    others: list[Mark] = [("session", "t", "s2"), ("session", "t2", "s"), ("lineage", "t", "s"), ("session", "", "ts")]
+    assert not any(theirs.elsewhere(other) for other in others)
+    ours.let_go([("session", "t", "s")])
+    assert not theirs.elsewhere(("session", "t", "s"))
 
 
 def test_two_workers_may_be_in_a_turn_of_one_session(workers: tuple[TurnLocks, TurnLocks], tmp_path: Path) -> None:
     ours, theirs = workers
     third = TurnLocks(tmp_path / "turns")
     for locks in workers:
-        locks.hold("session", "t", "s")
-    ours.let_go("session", "t", "s")
-    assert third.elsewhere("session", "t", "s")
-    assert not theirs.elsewhere("session", "t", "s")
-    theirs.let_go("session", "t", "s")
-    assert not third.elsewhere("session", "t", "s")
+        locks.hold([("session", "t", "s")])
+    ours.let_go([("session", "t", "s")])
+    assert third.elsewhere(("session", "t", "s"))
+    assert not theirs.elsewhere(("session", "t", "s"))
+    theirs.let_go([("session", "t", "s")])
+    assert not third.elsewhere(("session", "t", "s"))
     third.close()
+
+
+def test_the_first_turn_takes_the_lock_and_the_last_one_drops_it(workers: tuple[TurnLocks, TurnLocks]) -> None:
+    ours, theirs = workers
+    for _ in range(3):
+        ours.hold([("session", "t", "s")])
+    for _ in range(2):
+        ours.let_go([("session", "t", "s")])
+    assert theirs.elsewhere(("session", "t", "s"))
+    ours.let_go([("session", "t", "s")])
+    assert not theirs.elsewhere(("session", "t", "s"))
+
+
+def test_turns_that_are_over_are_told_batch_by_batch(workers: tuple[TurnLocks, TurnLocks]) -> None:
+    ours, theirs = workers
+    for batch in range(5):
+        ours.over(batch)
+    assert ours.over_elsewhere() == set()
+    assert len(first := theirs.over_elsewhere()) == 5
+    for batch in (0, 1, 3):
+        ours.recorded(batch)
+    ours.over(5)
+    left = theirs.over_elsewhere()
+    assert (len(left), len(left & first)) == (3, 2)
+    for batch in (2, 4, 5):
+        ours.recorded(batch)
+    assert theirs.over_elsewhere() == set()
 
 
 def test_many_turns_do_not_disturb_each_other(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
     for number in range(2000):
-        ours.hold("session", "t", f"s{number}")
+        ours.hold([("session", "t", f"s{number}")])
     for number in range(0, 2000, 2):
-        ours.let_go("session", "t", f"s{number}")
-    assert [theirs.elsewhere("session", "t", f"s{number}") for number in range(2000)] == [False, True] * 1000
+        ours.let_go([("session", "t", f"s{number}")])
+    assert [theirs.elsewhere(("session", "t", f"s{number}")) for number in range(2000)] == [False, True] * 1000
 
 
 def test_the_locks_of_a_worker_that_is_killed_are_gone(tmp_path: Path) -> None:
@@ -75,10 +97,10 @@ def test_the_locks_of_a_worker_that_is_killed_are_gone(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         locks = TurnLocks(tmp_path / "turns")
-        assert locks.elsewhere("session", "t", "s")
+        assert locks.elsewhere(("session", "t", "s"))
         holder.kill()
         holder.wait()
-        assert not locks.elsewhere("session", "t", "s")
+        assert not locks.elsewhere(("session", "t", "s"))
         locks.close()
 
 
@@ -86,38 +108,3 @@ def test_a_folder_that_cannot_be_had_is_said_with_the_remedy(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match="set workers to 1"):
         TurnLocks(tmp_path / "file" / "turns")
-
-
-@pytest.mark.anyio
-async def test_the_first_turn_of_a_session_takes_the_lock_and_the_last_one_drops_it(
-    workers: tuple[TurnLocks, TurnLocks], tmp_path: Path
-) -> None:
-    async with SqliteStore(tmp_path / "store.db", turns_kept=1) as store:
-        here, there = Sessions(store, workers[0]), Sessions(store, workers[1])
-        here.enter("t", "a", "l")
-        here.enter("t", "a", "l")
-        here.enter("t", "b", "l")
-        assert await there.going_on("t", "l")
-        here.leave("t", "a", "l")
-        with pytest.raises(GatewayError) as busy:
-            await there.at_rest("t", "a", 0.02)
-        assert busy.value.code == "session_busy"
-        here.leave("t", "a", "l")
-        await there.at_rest("t", "a", 0.02)
-        assert await there.going_on("t", "l")
-        here.leave("t", "b", "l")
-        assert not await there.going_on("t", "l")
-        assert not workers[1].any_elsewhere()
-        assert (here.alone, Sessions(store).alone) == (False, True)
-
-
-@pytest.mark.anyio
-async def test_waiting_for_the_record_of_others_is_bounded(
-    workers: tuple[TurnLocks, TurnLocks], tmp_path: Path
-) -> None:
-    async with SqliteStore(tmp_path / "store.db", turns_kept=1) as store:
-        here, there = Sessions(store, workers[0]), Sessions(store, workers[1])
-        here.enter("t", "a", "a")
-        await there.recorded_elsewhere("t", "a", 0.02)
-        await there.recorded_elsewhere("", "", 0.02)
-        await here.at_rest("t", "b", 0.02)

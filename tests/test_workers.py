@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta
+from tests.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta
 from tests.running import Gateway, eventually, gateway_before
 from tests.test_admin import error_of
 from tests.test_server import DEAD, assert_one_clear_line, serve
@@ -226,6 +226,72 @@ def test_a_lineage_in_a_turn_of_another_worker_keeps_its_cache(
         assert any("still going on" in warning for warning in warnings)
         held.go_on.set()
         one.chunks()
+
+
+# --- conversations without an id, when each request comes to another worker
+
+
+def say(wire: Wire, messages: list[dict[str, str]], *headers: str, stream: bool = False) -> str:
+    """Send a turn that names no session of ours, read its head, and return the session that it was given."""
+    body = json.dumps({"model": MODEL, "messages": messages, "stream": stream}).encode()
+    wire.post("/v1/chat/completions", body, *headers)
+    assert wire.head() == 200
+    if not stream:
+        wire.body()
+    return wire.headers["x-session-id"]
+
+
+def question(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def answered(text: str) -> list[dict[str, str]]:
+    """A question, and what the fake engine says to all of them."""
+    return [question(text), {"role": "assistant", "content": "Hello there!"}]
+
+
+def test_a_conversation_goes_on_in_another_worker_right_after_its_reply(gateway: Gateway, session: str) -> None:
+    with two_workers(gateway) as wires:
+        for number in range(10):
+            history = answered(f"{session} {number}")
+            first = say(wires[number % 2], history[:1])
+            for turn in range(3):
+                wire = wires[(number + turn + 1) % 2]
+                assert say(wire, [*history, question(f"and {turn}")]) == first
+                history += answered(f"and {turn}")
+
+
+def test_two_questions_at_once_in_two_workers_are_a_branch_and_the_same_one_is_a_retry(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    history = answered(session)
+    with two_workers(gateway) as (one, other), two_workers(gateway) as others:
+        first = say(one, history[:1])
+        (again,) = [wire for wire in others if pid_of(wire) != pid_of(one)][:1]
+        held = Held(engine)
+        assert say(one, [*history, question("left")], stream=True) == first
+        assert say(other, [*history, question("right")], stream=True) != first
+        assert say(again, [*history, question("left")], stream=True) == first
+        held.go_on.set()
+        for wire in (one, other, again):
+            wire.chunks()
+
+
+def test_an_agents_side_conversation_in_another_worker_is_kept_apart(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    agent = f"session-id: {session}"
+    held = Held(engine)
+    with two_workers(gateway) as (one, other):
+        main, aside = [question("main")], [question("a title, please")]
+        assert say(one, main, agent, stream=True) == session
+        assert say(other, aside, agent, stream=True) != session
+        held.go_on.set()
+        for wire in (one, other):
+            wire.chunks()
+        chat_again = [*main, {"role": "assistant", "content": "held"}, question("go on")]
+        assert say(other, chat_again, agent, stream=True) == session
+        other.chunks()
 
 
 # --- deaths

@@ -28,7 +28,7 @@ RENDER_FIELDS = (
     "mm_processor_kwargs",
 )
 # Of these, what a thawed conversation keeps when a client sends only what is new.
-INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents")
+INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents", "add_special_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Call:
     hide_usage: bool
     client_salt: str
     front: Front | None = None
+    echoes: bool = False  # the reply's text begins with the prompt's
 
     @property
     def whole(self) -> list[Message]:
@@ -59,6 +60,10 @@ class Call:
     def whole_frame(self) -> Mapping[str, Any]:
         """What besides the messages its prompt is rendered from."""
         return self.frame if self.front is None else {**self.front.frame, **self.frame}
+
+    def followed_by(self, reply: Message) -> list[Message]:
+        """The conversation with its reply."""
+        return transcripts.followed(self.whole, reply, echoes=self.echoes)
 
 
 @dataclass(frozen=True, slots=True)

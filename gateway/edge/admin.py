@@ -38,7 +38,7 @@ async def list_sessions(call: Call) -> tuple[int, Any]:
 async def get_session(call: Call) -> tuple[int, Any]:
     """GET /admin/sessions/{session_id}."""
     call.query({})
-    await call.parts.turns.settle(call.tenant, call.session_id)
+    await call.parts.turns.settle()
     session = await call.parts.store.session(call.tenant, call.session_id)
     if session is None:
         raise _no_session(call.session_id)

@@ -99,7 +99,7 @@ def taken(name: str) -> GatewayError:
 
 
 async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
-    await parts.turns.settle(tenant, session_id)
+    await parts.turns.settle()
     await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
     session = await parts.store.session(tenant, session_id)
     if session is None:
