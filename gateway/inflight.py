@@ -29,6 +29,7 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock of Linux on 64 bits: type, whe
 # The kernel keeps a file's locks in a list: with 1,000 turns one lock takes 13 us in one file, and 1 us in one of 16.
 _FILES = 16
 _BATCHES = 2**30
+_END = 2**62
 
 
 class TurnLocks:
@@ -82,10 +83,13 @@ class TurnLocks:
     def over_elsewhere(self) -> set[int]:
         """What stands for the turns of other workers that are over and not recorded yet."""
         found: set[int] = set()
-        start = 0
-        while (held := _held_by_others(self._over, start, 0)) is not None:
-            found.add(held)
-            start = held + 1
+        parts = [(0, _END)]
+        while parts:  # the kernel names some lock of a part, not its first
+            start, end = parts.pop()
+            held = _held_by_others(self._over, start, end - start) if start < end else None
+            if held is not None:
+                found.add(held)
+                parts += [(start, held), (held + 1, end)]
         return found
 
     def _place(self, mark: Mark) -> tuple[int, int]:
@@ -106,7 +110,7 @@ def _lock(file: int, byte: int, kind: int) -> None:
 
 
 def _held_by_others(file: int, start: int, length: int) -> int | None:
-    """The first byte from `start` on that another worker has locked; a `length` of 0 is to the end."""
+    """A byte of these that another worker has locked."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     answer: bytes = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
     kind, _, held, *_ = _FLOCK.unpack(answer)

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,9 @@ locks.hold([("session", "t", "s")])
 print("held", flush=True)
 sys.stdin.read()
 """
+
+OVER = HOLDER.replace('locks.hold([("session", "t", "s")])', "[locks.over(batch) for batch in (1, 2, 9)]")
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
 @pytest.fixture
@@ -80,6 +85,23 @@ def test_turns_that_are_over_are_told_batch_by_batch(workers: tuple[TurnLocks, T
     for batch in (2, 4, 5):
         ours.recorded(batch)
     assert theirs.over_elsewhere() == set()
+
+
+def test_turns_that_are_over_are_told_of_every_worker(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OVER, str(tmp_path / "turns")]
+    locks = TurnLocks(tmp_path / "turns")
+    with ExitStack() as stack:
+        others = [stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **PIPES)) for _ in range(4)]
+        for other in others:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+        assert len(locks.over_elsewhere()) == 4 * 3
+        others[1].kill()
+        others[1].wait()
+        assert len(locks.over_elsewhere()) == 3 * 3
+        for other in others:
+            other.kill()
+    locks.close()
 
 
 def test_many_turns_do_not_disturb_each_other(workers: tuple[TurnLocks, TurnLocks]) -> None:
