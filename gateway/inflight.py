@@ -13,8 +13,8 @@ do not count when we ask for others'.
 import fcntl
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,12 +32,21 @@ _BATCHES = 2**30
 _END = 2**62
 
 
+@dataclass(slots=True)
+class _Held:
+    """A lock of ours, and how many of our turns it is for."""
+
+    file: int
+    byte: int
+    turns: int = 1
+
+
 class TurnLocks:
     """This worker's turns, and the questions for those of the others."""
 
     def __init__(self, folder: Path) -> None:
         """Open the files, in `folder`. Raises StartError where they cannot be had or cannot be locked."""
-        self._held: Counter[Mark] = Counter()
+        self._held: dict[Mark, _Held] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._files = [_open(folder / f"{number:02d}.lock") for number in range(_FILES)]
@@ -56,17 +65,21 @@ class TurnLocks:
     def hold(self, marks: Iterable[Mark]) -> None:
         """Say that a turn with these marks has begun. Never waits: nobody locks alone."""
         for mark in marks:
-            self._held[mark] += 1
-            if self._held[mark] == 1:
-                _lock(*self._place(mark), fcntl.F_RDLCK)
+            held = self._held.get(mark)
+            if held is not None:
+                held.turns += 1
+                continue
+            held = self._held[mark] = _Held(*self._place(mark))
+            _lock(held.file, held.byte, fcntl.F_RDLCK)
 
     def let_go(self, marks: Iterable[Mark]) -> None:
         """Say that it is recorded."""
         for mark in marks:
-            self._held[mark] -= 1
-            if not self._held[mark]:
+            held = self._held[mark]
+            held.turns -= 1
+            if not held.turns:
                 del self._held[mark]
-                _lock(*self._place(mark), fcntl.F_UNLCK)
+                _lock(held.file, held.byte, fcntl.F_UNLCK)
 
     def elsewhere(self, mark: Mark) -> bool:
         """Whether another worker is in a turn with this mark."""
