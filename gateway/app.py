@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,11 +26,13 @@ from gateway.kv.tiers.contract import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from gateway.kv.tiers.redis import RedisTier
 from gateway.parts import Parts
+from gateway.reviews import Reviews
 from gateway.salts import read_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.sqlite import SqliteStore
 from gateway.telemetry import Shared, Telemetry, clear, forget
+from gateway.tokens import Estimator, hub_folder
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
@@ -62,13 +65,19 @@ class Gateway:
 async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
+        store = await stack.enter_async_context(
+            SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
+        )
         telemetry = await stack.enter_async_context(Telemetry(shared))
         locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
         if locks is not None:
             stack.callback(locks.close)
         sessions = Sessions(store, locks)
         timeout = settings.connect_timeout_s
+        cache = await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None
+        estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
+        await asyncio.to_thread(estimator.check)
+        reviews = Reviews(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
         parts = Parts(
             settings=settings,
             store=store,
@@ -86,13 +95,16 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
                     timeout_s=settings.engine_timeout_s,
                 )
             ),
-            cache=await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None,
+            cache=cache,
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
-            turns=await stack.enter_async_context(Turns(store, sessions, telemetry, locks, room=settings.turn_queue)),
+            turns=await stack.enter_async_context(
+                Turns(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
+            ),
             telemetry=telemetry,
             chores=await stack.enter_async_context(Chores()),
+            estimator=estimator,
         )
         telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
         telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)

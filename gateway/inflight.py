@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from gateway.errors import StartError
 
-Mark = tuple[Literal["session", "lineage", "head", "asked"], str, str]
+Mark = tuple[Literal["session", "lineage", "head", "asked", "question"], str, str]
 """What, of which tenant, and its name."""
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of Linux on 64 bits: type, whence, start, length, pid

@@ -10,6 +10,7 @@ from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.contract import Store
 from gateway.telemetry import Telemetry
+from gateway.tokens import Estimator
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 
@@ -29,3 +30,4 @@ class Parts:
     turns: Turns
     chores: Chores
     telemetry: Telemetry
+    estimator: Estimator

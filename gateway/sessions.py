@@ -9,7 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gateway import identity, salts
 from gateway.errors import GatewayError
@@ -19,6 +19,8 @@ from gateway.records import Message, Session
 from gateway.store.contract import Store
 
 _POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Sessions:
         self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
         self._heads: dict[tuple[str, str], bytes] = {}  # of what is in flight: the store may not know it yet
         self._asking: dict[tuple[str, str], list[bytes | None]] = {}  # of the same: the link of what each turn asks
+        self._questions: Counter[tuple[str, bytes | None]] = Counter()  # the same links, by themselves
         self._quiet = asyncio.Event()  # set and replaced whenever a turn ends
 
     async def open(self, tenant: str, session_id: str, source: str = "") -> Session:
@@ -123,28 +126,33 @@ class Sessions:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
         verdict = await self._judge(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
-        if verdict.forks or verdict.depth < last_reply or self._is_in_turn(verdict.session):
+        asked_now = self._is_asked(tenant, request.asked) or self._is_in_turn(verdict.session)
+        if verdict.forks or verdict.depth < last_reply or asked_now:
             await settle()  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
             verdict = await self._judge(tenant, request)
         # Two questions at once after the same reply: one of them is a branch.
-        branches = self._is_in_turn(verdict.session) and not self._is_asked(verdict.session, request.asked)
-        return replace(verdict, forks=True, how="fork") if branches else verdict
+        return replace(verdict, forks=True, how="fork") if self._asks_else(verdict.session, request) else verdict
 
     def _is_in_turn(self, session: Session | None) -> bool:
-        if session is None:
-            return False
-        return (session.tenant, session.id) in self._asking or self._elsewhere(("session", session.tenant, session.id))
+        return session is not None and self.in_turn(session.tenant, session.id)
 
-    def _is_asked(self, session: Session | None, asked: bytes) -> bool:
-        """Whether a turn that is going on asks the very same."""
-        if session is None:
-            return False
-        if asked in self._asking.get((session.tenant, session.id), ()):
-            return True
-        return self._elsewhere(_of(session.tenant, "asked", session.id, asked))
+    def _is_asked(self, tenant: str, asked: bytes) -> bool:
+        """Whether a turn that is going on, of whatever session, asks the very same."""
+        return self._questions[tenant, asked] > 0 or self._elsewhere(("question", tenant, asked.hex()))
 
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
-        return identity.judge(request, *await self._store.beginning(tenant, request.candidates))
+        known, candidates = await self._store.beginning(tenant, request.candidates)
+        # Of sessions at the same point, one that is asking something else just now is the least likely.
+        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+
+    def _asks_else(self, session: Session | None, request: Beginning) -> bool:
+        """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""
+        if session is None or not self._is_in_turn(session):
+            return False
+        here = self._asking.get((session.tenant, session.id), ())
+        if any(one in request.links for one in here):
+            return False
+        return not any(self._elsewhere(_of(session.tenant, "asked", session.id, link)) for link in request.links)
 
     async def _fresh(self, tenant: str, key: Given | None, verdict: Verdict) -> Session:
         """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
@@ -157,7 +165,7 @@ class Sessions:
         return Session(tenant, session_id, lineage=session_id, source=key.source if key else "new")
 
     async def _is_free(self, tenant: str, session_id: str) -> bool:
-        if (tenant, session_id) in self._in_flight or self._elsewhere(("session", tenant, session_id)):
+        if self.in_turn(tenant, session_id):
             return False
         return await self._store.session(tenant, session_id) is None
 
@@ -170,6 +178,7 @@ class Sessions:
         self._in_flight[key] += 1
         self._lineages[session.tenant, session.lineage] += 1
         self._asking.setdefault(key, []).append(place.asked)
+        self._questions[session.tenant, place.asked] += 1
         if session.head is not None:
             self._heads.setdefault(key, session.head)
 
@@ -178,6 +187,7 @@ class Sessions:
         session = place.session
         key = session.tenant, session.id
         self._asking[key].remove(place.asked)
+        _drop(self._questions, (session.tenant, place.asked))
         if _drop(self._in_flight, key):
             del self._asking[key]
             self._heads.pop(key, None)
@@ -186,6 +196,10 @@ class Sessions:
         _drop(self._lineages, (session.tenant, session.lineage))
         if self._locks is not None:
             self._locks.let_go(_marks(place))
+
+    def in_turn(self, tenant: str, session_id: str) -> bool:
+        """Whether the session is in a turn, or has one that waits to be recorded."""
+        return (tenant, session_id) in self._in_flight or self._elsewhere(("session", tenant, session_id))
 
     @property
     def in_flight(self) -> int:
@@ -232,6 +246,7 @@ def _marks(place: Place) -> list[Mark]:
     ]
     if place.asked is not None:
         marks.append(_of(session.tenant, "asked", session.id, place.asked))
+        marks.append(("question", session.tenant, place.asked.hex()))
     if place.is_new and session.head is not None:
         marks.append(_of(session.tenant, "head", session.id, session.head))
     return marks
@@ -246,7 +261,7 @@ def new_id() -> str:
     return f"s-{secrets.token_hex(12)}"
 
 
-def _drop(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:
+def _drop(counter: Counter[Key], key: Key) -> bool:
     counter[key] -= 1
     if counter[key] > 0:
         return False

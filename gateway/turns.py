@@ -6,7 +6,7 @@ here too: on the path its bytes were only kept.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,8 @@ from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
 from gateway.inflight import TurnLocks
-from gateway.records import Message, Outcome, Trace, Turn
+from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
+from gateway.reviews import Reviews
 from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
 from gateway.telemetry import Telemetry
@@ -29,6 +30,7 @@ _OTHERS_S = 1.0  # far more than another worker needs for turns that are over: `
 _POLL_S = 0.005
 _READ_AT_ONCE = 4  # replies read before streams have their turn again
 _STOP_S = 10.0
+_NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,24 @@ class Ended:
     detail: str = ""
     engine: str = ""
     overhead_s: float = 0.0  # our own work before the engine was asked
+    normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
 
 
 class Turns:
     """Takes finished turns to the store."""
 
     def __init__(
-        self, store: Store, sessions: Sessions, telemetry: Telemetry, locks: TurnLocks | None, *, room: int
+        self,
+        store: Store,
+        sessions: Sessions,
+        reviews: Reviews,
+        telemetry: Telemetry,
+        locks: TurnLocks | None,
+        *,
+        room: int,
     ) -> None:
         self._store = store
+        self._reviews = reviews
         self._sessions = sessions
         self._telemetry = telemetry
         self._locks = locks
@@ -124,11 +135,11 @@ class Turns:
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closed = self._close_batch()
-            finished = await _all_finished(batch)
+            finished = [await self._reviewed(*one) async for one in _all(batch)]
             await self._record(finished)
+            self._reviews.recorded()
             for ended, one in zip(batch, finished, strict=True):
-                served = bool(ended.fingerprint)
-                self._telemetry.turn(one.turn, ended.dialect.name, ended.overhead_s, served=served)
+                self._count(ended, one)
                 self._sessions.leave(ended.place)
                 self._room.release()
                 self._queue.task_done()
@@ -137,6 +148,13 @@ class Turns:
             async with self._progress:
                 self._recorded += len(batch)
                 self._progress.notify_all()
+
+    def _count(self, ended: Ended, finished: Finished) -> None:
+        turn = finished.turn
+        self._telemetry.turn(turn, ended.dialect.name, ended.overhead_s, served=bool(ended.fingerprint))
+        reason, _, _ = turn.miss.partition(":")
+        if reason not in _NO_MISSES:
+            self._telemetry.missed(reason)
 
     def _close_batch(self) -> int | None:
         """End the batch that others know of, unless turns of it still wait in the queue; return which it was."""
@@ -153,6 +171,14 @@ class Turns:
                     await self._hurry.wait()
         self._hurry.clear()
 
+    async def _reviewed(self, ended: Ended, finished: Finished) -> Finished:
+        try:
+            return await self._reviews.of(finished, ended.call)
+        except Exception:
+            # What it came after may be taken away at any time, and no review is worth a turn.
+            log.exception("could not review a turn of session %s", ended.place.session.id)
+            return finished
+
     async def _record(self, finished: list[Finished]) -> None:
         try:
             await self._store.record(finished)
@@ -163,9 +189,9 @@ class Turns:
                 return
             (one,) = finished
             log.exception("could not record a turn of session %s", one.turn.session_id)
-            if one.messages is not None:  # perhaps it is the transcript: the turn was, all the same
+            if one.messages is not None or one.response:  # perhaps it is the transcript: the turn was, all the same
                 turn = replace(one.turn, detail="the transcript could not be kept")
-                await self._record([replace(one, turn=turn, messages=None)])
+                await self._record([replace(one, turn=turn, messages=None, response=None)])
 
 
 async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
@@ -175,13 +201,11 @@ async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
                 await asyncio.sleep(_POLL_S)
 
 
-async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
-    finished: list[Finished] = []
+async def _all(batch: Sequence[Ended]) -> AsyncIterator[tuple[Ended, Finished]]:
     for number, ended in enumerate(batch, 1):
-        finished.append(_finished(ended))
+        yield ended, _finished(ended)
         if number % _READ_AT_ONCE == 0:
             await asyncio.sleep(0)
-    return finished
 
 
 def _finished(ended: Ended) -> Finished:
@@ -207,8 +231,34 @@ def _finished(ended: Ended) -> Finished:
         source=ended.place.source,
         engine=ended.engine,
     )
+    response = _response(ended, whole, reply)
     return Finished(
-        turn, session, ended.fingerprint, ended.salt, messages, ended.call.whole_frame, _trace(ended, whole, reply)
+        turn=turn,
+        session=session,
+        fingerprint=ended.fingerprint,
+        salt=ended.salt,
+        messages=messages,
+        frame=ended.call.whole_frame,
+        trace=_trace(ended, whole, reply),
+        normalised=" ".join(ended.normalised),
+        response=response,
+        asked=ended.call.storage.items if ended.call.storage and response else (),
+    )
+
+
+def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    return StoredResponse(
+        tenant=session.tenant,
+        id=answer["id"],
+        session_id=session.id,
+        lineage=session.lineage,
+        created_at=ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=whole[:1] == [{"role": "system", "content": storage.instructions}],
     )
 
 

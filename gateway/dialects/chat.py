@@ -1,7 +1,7 @@
 """OpenAI chat completions: `/v1/chat/completions`."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -17,6 +17,8 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
+from gateway.dialects.events import json_object, objects
+from gateway.dialects.openai import error_body
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -72,17 +74,15 @@ class ChatDialect:
 
     def error(self, error: GatewayError) -> bytes:
         """See `Dialect.error`."""
-        message = f"{error.message} ({error.hint})" if error.hint else error.message
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-        return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": error.code}})
+        return error_body(error)
 
-    def error_event(self, error: GatewayError) -> bytes:
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
         return b"data: " + self.error(error) + b"\n\ndata: [DONE]\n\n"
 
 
 def _whole(chunks: Iterable[bytes]) -> Reply:
-    answer = _object(b"".join(chunks))
+    answer = json_object(b"".join(chunks))
     if answer is None:
         return Reply(None, None, "the reply is not a JSON object")
     choices = answer.get("choices")
@@ -155,9 +155,9 @@ def _read(events: list[bytes]) -> list[dict[str, Any] | None]:
     """
     texts = _texts(events[1:])
     if len(texts) < _RUN:
-        return _objects(events)
+        return objects(events)
     merged = {"choices": [{"index": 0, "delta": {"content": "".join(texts)}}]}
-    return [*_objects(events[:1]), merged, *_objects(events[1 + len(texts) :])]
+    return [*objects(events[:1]), merged, *objects(events[1 + len(texts) :])]
 
 
 def _texts(events: list[bytes]) -> list[str]:
@@ -175,22 +175,3 @@ def _texts(events: list[bytes]) -> list[str]:
     except orjson.JSONDecodeError:
         return []
     return texts if len(texts) == len(literals) else []
-
-
-def _objects(events: list[bytes]) -> list[dict[str, Any] | None]:
-    """Read the data of all events, None for each that is no JSON object; in one go where they all are."""
-    try:
-        found: list[Any] = orjson.loads(b"[" + b",".join(events) + b"]")
-    except orjson.JSONDecodeError:
-        found = []
-    if len(found) == len(events) and all(isinstance(value, dict) for value in found):
-        return found
-    return [_object(data) for data in events]
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None

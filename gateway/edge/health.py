@@ -116,7 +116,7 @@ class Health:
 
     async def _look(self) -> None:
         try:
-            await self._parts.engine.models()
+            models = await self._parts.engine.models()
         except GatewayError as error:
             if self.engine_up:
                 log.warning("%s", error.message)
@@ -125,6 +125,9 @@ class Health:
         if self.checks is None or self.checks[0].status == "failed":
             await self.test()
         self._see(up=True)
+        for model in models.values():
+            if not self._parts.estimator.knows(model.id):
+                await asyncio.to_thread(self._parts.estimator.learn, model.id, model.root)
 
     def _see(self, *, up: bool) -> None:
         self.engine_up = up

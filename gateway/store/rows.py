@@ -11,7 +11,7 @@ import orjson
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, PinnedObject, Session, SessionState, Turn, Usage, Window
-from gateway.store import transcript_rows
+from gateway.store import response_rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 
 T = TypeVar("T")
@@ -64,6 +64,7 @@ def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count:
 def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool:
     gone = session(db, tenant, session_id)
     db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id))
+    response_rows.delete_of_session(db, tenant, session_id)
     if gone is None:
         return False
     db.execute("DELETE FROM beginnings WHERE tenant = ? AND session_id = ?", (tenant, session_id))
@@ -71,6 +72,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release(db, gone.window_transcript)
     transcript_rows.release_content(db, gone.frame)
+    response_rows.delete_of_session(db, tenant, session_id)
     return True
 
 
