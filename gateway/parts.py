@@ -9,6 +9,7 @@ from gateway.kv.pins import Pins
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.contract import Store
+from gateway.telemetry import Telemetry
 from gateway.tokens import Estimator
 from gateway.turns import Turns
 
@@ -26,4 +27,5 @@ class Parts:
     sessions: Sessions
     turns: Turns
     chores: Chores
+    telemetry: Telemetry
     estimator: Estimator

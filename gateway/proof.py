@@ -13,6 +13,7 @@ from typing import Literal
 from gateway.engine import Engine, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.pins import Lock
 from gateway.kv.tiers.contract import Restored, Tier, TierUnavailable
 from gateway.parts import Parts
 from gateway.windows.landing import Plan, plan
@@ -127,10 +128,10 @@ async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | Non
 
 
 async def _tiers(parts: Parts, planned: Plan, a: str, b: str) -> list[Check]:
-    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b)]
+    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b, parts.pins.lock)]
 
 
-async def _tier(tier: Tier, planned: Plan, a: str, b: str) -> list[Check]:
+async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock) -> list[Check]:
     mine, theirs = _under(planned, a), _under(planned, b)
     name = f"{tier.name} tier"
     where = {
@@ -147,7 +148,8 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str) -> list[Check]:
         if await tier.present(theirs):
             return [Check(name, "failed", "objects of one salt were found under another", "use LMCacheMPConnector")]
         checks = [Check(name, "ok", f"{len(seen)} objects were found under their salt, none under another")]
-        return [*checks, await _pinning(tier, mine)]
+        async with lock.hold(alone=False):  # another worker that starts sweeps what no window holds
+            return [*checks, await _pinning(tier, mine)]
     except TierUnavailable as error:
         return [Check(name, "failed", str(error), where[tier.name])]
 

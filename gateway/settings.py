@@ -38,6 +38,7 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
     port: int = setting(8700, "port to listen on; 0 takes a free one")
+    workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
     api_key: str = setting("", "one key for every door (`Authorization: Bearer` or `x-api-key`); empty: no key")
     engine_urls: tuple[str, ...] = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
@@ -207,6 +208,7 @@ def _check(s: Settings) -> None:
         s.log_level in ("debug", "info", "warning", "error"),
         f"log_level {s.log_level!r} is not one of debug, info, warning, error",
     )
+    _require(1 <= s.workers <= 256, f"workers {s.workers} is not between 1 and 256")
     for name in s.normalise:
         near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
         _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")

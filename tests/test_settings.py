@@ -13,6 +13,7 @@ from tests.running import ROOT
 OTHER: dict[str, tuple[str, str, Any]] = {
     "host": ("localhost", '"localhost"', "localhost"),
     "port": ("9", "9", 9),
+    "workers": ("3", "3", 3),
     "api_key": ("k", '"k"', "k"),
     "engine_urls": ("https://e:1/x, http://f", '["https://e:1/x", "http://f"]', ("https://e:1/x", "http://f")),
     "engine_api_key": ("e", '"e"', "e"),
@@ -118,7 +119,8 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("port", "x"), ("port", ""), ("port", "1.0"), ("port", "-1"), ("port", "65536"), ("port", "0x10"),
         ("chunk_size", "-1"), ("busy_wait_s", "0"), ("busy_wait_s", "-1"), ("busy_wait_s", "nan"), ("busy_wait_s", "x"),
         ("busy_wait_s", ""), ("max_body_bytes", "0"), ("max_reply_bytes", "-5"), ("turn_queue", "0"),
-        ("turns_kept", "0"), ("sessions_kept", "0"),
+        ("turns_kept", "0"), ("sessions_kept", "0"), ("workers", "0"), ("workers", "-1"), ("workers", "257"),
+        ("workers", "auto"),
         ("engine_urls", "localhost:8000"), ("engine_urls", "ftp://x"), ("engine_urls", "http://"),
         ("engine_urls", "http://a,"), ("engine_urls", "http://a:99999"), ("engine_urls", "http://a,http://b,http://A/"),
         ("engine_urls", "http://a,ftp://b"), ("engine_check_s", "0"),

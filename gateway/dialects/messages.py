@@ -32,6 +32,8 @@ _TEXT_OF = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delt
 class MessagesDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
+    name = "messages"
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
         clean = is_clean(body)

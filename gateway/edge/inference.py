@@ -161,7 +161,7 @@ class Inference:
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
-        parts = self._parts
+        parts, arrived = self._parts, time.monotonic()
         body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
         named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
         call = dialect.read(body, b"" if normalised else incoming.body)
@@ -206,6 +206,7 @@ class Inference:
                     detail=answer.detail,
                     normalised=normalised,
                     engine=route.engine,
+                    overhead_s=clock - arrived,
                 )
             )
 

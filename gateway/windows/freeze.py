@@ -23,6 +23,7 @@ from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Message, PinnedObject, Session, Usage, Window
 from gateway.windows.canonical import next_turn_ids
+from gateway.windows.counted import counted
 from gateway.windows.landing import Plan, land, pin, plan
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class _Snapshot:
     salt: str
 
 
+@counted
 async def freeze(
     parts: Parts, tenant: str, session_id: str, naming: Naming, progress: Progress = silent
 ) -> tuple[Window, list[str]]:

@@ -23,6 +23,7 @@ from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Session, Window
+from gateway.windows.counted import counted
 
 Warm = Literal["none", "cpu", "gpu"]
 _MAX_ID = 128
@@ -44,6 +45,7 @@ class Receipt:
     warnings: list[str] = field(default_factory=list)
 
 
+@counted
 async def thaw(
     parts: Parts,
     tenant: str,
