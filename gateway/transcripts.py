@@ -1,8 +1,8 @@
 """Whether a request goes on from a transcript, and what the engine then gets to see.
 
 Clients do not send back exactly what they received: fields that are null or empty come and go, a text may be a string
-or a list of one text part, reasoning is usually dropped, or put in front of the text. `same` looks through that; what is
-sent to the engine stays as the client, or the window, has it.
+or a list of one text part, reasoning is usually dropped, or put in front of the text. `same` looks through that; what
+is sent to the engine stays as the client, or the window, has it.
 """
 
 from collections.abc import Sequence

@@ -152,6 +152,10 @@ class Store(Protocol):
         """Whether a session of the lineage is still going on (active or thawed)."""
         ...
 
+    async def window_counts(self) -> dict[str, int]:
+        """How many windows there are, by `kv`."""
+        ...
+
     async def tier_usage(self) -> dict[str, tuple[int, int]]:
         """Objects and bytes that windows hold, by tier, each object counted once."""
         ...

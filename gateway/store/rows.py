@@ -367,6 +367,10 @@ def lineage_in_use(db: sqlite3.Connection, tenant: str, name: str) -> bool:
     return row is not None
 
 
+def window_counts(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT kv, count(*) FROM windows GROUP BY kv"))
+
+
 def tier_usage(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     found = db.execute("SELECT tier, count(*), sum(size) FROM objects GROUP BY tier")
     return {tier: (count, size) for tier, count, size in found}

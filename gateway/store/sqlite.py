@@ -166,6 +166,10 @@ class SqliteStore:
         """See `Store.lineage_in_use`."""
         return await self._read(lambda db: rows.lineage_in_use(db, tenant, lineage))
 
+    async def window_counts(self) -> dict[str, int]:
+        """See `Store.window_counts`."""
+        return await self._read(rows.window_counts)
+
     async def tier_usage(self) -> dict[str, tuple[int, int]]:
         """See `Store.tier_usage`."""
         return await self._read(rows.tier_usage)
