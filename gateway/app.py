@@ -10,6 +10,7 @@ import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
+from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import BESIDE, Inference
@@ -31,7 +32,8 @@ from gateway.windows.freeze import release_strays
 
 log = logging.getLogger(__name__)
 
-_INFERENCE = ("/v1/", "/s/", *(path.decode() for path in BESIDE))
+_FORGET_EVERY_S = 60.0
+_INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
 
 
 class Gateway:
@@ -56,7 +58,9 @@ class Gateway:
 async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
+        store = await stack.enter_async_context(
+            SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
+        )
         sessions = Sessions(store)
         timeout = settings.connect_timeout_s
         parts = Parts(
@@ -81,11 +85,21 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
             turns=await stack.enter_async_context(Turns(store, sessions, room=settings.turn_queue)),
+            chores=await stack.enter_async_context(Chores()),
         )
+        parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
         yield parts
+
+
+async def _forget_idle(parts: Parts) -> None:
+    while True:
+        forgotten = await parts.store.forget_idle(parts.settings.sessions_kept)
+        if forgotten:
+            log.info("forgot %d sessions that were idle longest: more than sessions_kept", forgotten)
+        await asyncio.sleep(_FORGET_EVERY_S)
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
-from gateway.records import Outcome, Session, Turn
-from gateway.sessions import Sessions
+from gateway.errors import GatewayError
+from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
+from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
 
 log = logging.getLogger(__name__)
@@ -29,9 +31,7 @@ _STOP_S = 10.0
 class Ended:
     """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
 
-    tenant: str
-    session_id: str
-    lineage: str
+    place: Place
     fingerprint: str
     salt: str
     dialect: Dialect
@@ -43,6 +43,7 @@ class Ended:
     streamed: bool
     chunks: Sequence[bytes] | None
     detail: str = ""
+    engine: str = ""
 
 
 class Turns:
@@ -73,10 +74,10 @@ class Turns:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    async def enter(self, session: Session) -> None:
+    async def enter(self, place: Place) -> None:
         """A turn begins; waits while too many finished ones are still unrecorded."""
         await self._room.acquire()
-        self._sessions.enter(session.tenant, session.id, session.lineage)
+        self._sessions.enter(place)
 
     def finish(self, ended: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
@@ -99,7 +100,7 @@ class Turns:
                 batch.append(self._queue.get_nowait())
             await self._record(await _all_finished(batch))
             for ended in batch:
-                self._sessions.leave(ended.tenant, ended.session_id, ended.lineage)
+                self._sessions.leave(ended.place)
                 self._room.release()
                 self._queue.task_done()
             async with self._progress:
@@ -124,9 +125,9 @@ class Turns:
                 return
             (one,) = finished
             log.exception("could not record a turn of session %s", one.turn.session_id)
-            if one.messages is not None:  # perhaps it is the transcript: the turn was, all the same
+            if one.messages is not None or one.response:  # perhaps it is the transcript: the turn was, all the same
                 turn = replace(one.turn, detail="the transcript could not be kept")
-                await self._record([replace(one, turn=turn, messages=None)])
+                await self._record([replace(one, turn=turn, messages=None, response=None)])
 
 
 async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
@@ -139,17 +140,18 @@ async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
 
 
 def _finished(ended: Ended) -> Finished:
+    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
     try:
         reply = _reply(ended)
         # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
         messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", ended.session_id)
+        log.exception("could not read a reply of session %s", session.id)
         reply, messages = Reply(None, None, "the reply could not be read"), None
     turn = Turn(
-        tenant=ended.tenant,
-        session_id=ended.session_id,
+        tenant=session.tenant,
+        session_id=session.id,
         model=ended.call.model,
         outcome="engine_error" if reply.error else ended.outcome,
         status=ended.status,
@@ -157,8 +159,38 @@ def _finished(ended: Ended) -> Finished:
         duration_ms=ended.duration_ms,
         usage=reply.usage,
         detail=ended.detail or reply.error,
+        source=ended.place.source,
+        engine=ended.engine,
     )
-    return Finished(turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.whole_frame)
+    response = _response(ended, whole, reply)
+    return Finished(
+        turn, session, ended.fingerprint, ended.salt, messages, ended.call.whole_frame, _trace(ended, whole, reply),
+        response=response, asked=ended.call.storage.items if ended.call.storage and response else (),
+    )  # fmt: skip
+
+
+def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    return StoredResponse(
+        tenant=session.tenant,
+        id=answer["id"],
+        session_id=session.id,
+        lineage=session.lineage,
+        created_at=ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=whole[:1] == [{"role": "system", "content": storage.instructions}],
+    )
+
+
+def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
+    try:
+        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked)
+    except GatewayError:
+        # Who names the session need not send messages that can be told apart.
+        return Trace(b"", b"", None)
 
 
 def _reply(ended: Ended) -> Reply:

@@ -1,6 +1,6 @@
 """What a dialect must answer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,20 @@ INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """What a request says of stored answers: which one it goes on from, whether its own is kept, and with what.
+
+    `conversation`: it goes on from all that its session holds.
+    """
+
+    previous: str | None
+    conversation: bool
+    keep: bool
+    instructions: str
+    items: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One request of a session: the parsed body, and what the gateway needs of it.
 
@@ -50,6 +64,7 @@ class Call:
     client_salt: str
     front: Front | None = None
     echoes: bool = False  # the reply's text begins with the prompt's
+    storage: Storage | None = None
 
     @property
     def whole(self) -> list[Message]:
@@ -71,11 +86,13 @@ class Reply:
     """What a finished answer said. `message` is None when it was cut, an error, or is not to be sent back as it is.
 
     It is in the words of the chat dialect, as a client of this dialect will send it back and the dialect then reads it.
+    `answer` is the answer as it is, in an API where a client can ask for it again by its `id`.
     """
 
     message: Message | None
     usage: Usage | None
     error: str = ""
+    answer: Mapping[str, Any] | None = None
 
 
 class Dialect(Protocol):
@@ -100,8 +117,8 @@ class Dialect(Protocol):
         """Render an error in the dialect's own shape."""
         ...
 
-    def error_event(self, error: GatewayError) -> bytes:
-        """Render an error as the last event of a stream that has begun."""
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
+        """Render an error as the last event of a stream that has begun, of which `sent` was kept."""
         ...
 
 
