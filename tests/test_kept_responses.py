@@ -186,6 +186,29 @@ def test_the_next_request_finds_a_turn_that_waits_to_be_recorded(engine: FakeEng
     assert len(texts(engine.seen(PATH)[-1])) == 39
 
 
+def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(
+    engine: FakeEngine, gateway: Gateway
+) -> None:
+    usual, first = engine.on_other, response_of({}, [said("Hello there!")], usage_of(5, 3))
+
+    def slow_to_end(exchange: Exchange) -> None:
+        engine.on_other = usual
+        exchange.begin()
+        for one in stream_of(first):
+            exchange.chunk(one)
+        threading.Event().wait(0.05)
+        exchange.end()
+
+    engine.on_other = slow_to_end
+    body = {"model": MODEL, "input": "one", "stream": True}
+    with gateway.http.stream("POST", PATH, json=body) as response:
+        lines = response.iter_lines()  # held, as the response is closed with it
+        while next(lines) != "event: response.completed":
+            pass
+        ask(gateway, "two", first["id"])
+    assert len(texts(engine.seen(PATH)[1])) == 3
+
+
 @pytest.mark.parametrize("wrap", [str, lambda name: {"id": name}])
 def test_a_conversation_that_a_client_names_is_a_session_and_goes_on_with_all_it_holds(
     engine: FakeEngine, gateway: Gateway, session: str, wrap: Any

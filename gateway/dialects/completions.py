@@ -7,7 +7,7 @@ from typing import Any
 from gateway import sse, texts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.contract import Call, Reply, usage_of
-from gateway.dialects.openai import json_object
+from gateway.dialects.events import json_object
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 

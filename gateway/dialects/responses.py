@@ -21,7 +21,8 @@ from gateway.dialects.contract import (
     usage_of,
     with_fields,
 )
-from gateway.dialects.openai import error_body, json_object, sentence
+from gateway.dialects.events import json_object
+from gateway.dialects.openai import error_body, sentence
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 

@@ -1,6 +1,6 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
-A dialect's request is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+What `TURNS` has is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
@@ -24,6 +24,7 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
+from gateway.dialects.messages import MessagesDialect
 from gateway.dialects.responses import ResponsesDialect
 from gateway.edge import auth, responses
 from gateway.edge.client import client_of
@@ -37,24 +38,27 @@ from gateway.sessions import Place
 from gateway.turns import Ended
 from gateway.windows import branch
 from gateway.windows.resume import resume
+from gateway.windows.thaw import found
 
 log = logging.getLogger(__name__)
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
+_CHAT = ChatDialect()
+_MESSAGES = MessagesDialect()
 TURNS: dict[bytes, Dialect] = {
-    b"/v1/chat/completions": ChatDialect(),
+    b"/v1/chat/completions": _CHAT,
     b"/v1/completions": CompletionsDialect(),
     b"/v1/responses": ResponsesDialect(),
+    b"/v1/messages": _MESSAGES,
 }
-_CHAT = TURNS[b"/v1/chat/completions"]
+_COUNT = b"/v1/messages/count_tokens"
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
         b"/v1/embeddings",
-        b"/v1/messages",
         b"/v1/rerank",
         b"/v1/score",
         b"/v1/systemone",
@@ -130,19 +134,21 @@ class Inference:
             dialect = TURNS.get(incoming.base.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
+            elif incoming.base.path == _COUNT and scope["method"] == "POST":
+                await self._count(incoming)
             elif kept := await responses.serve(self._parts, incoming.tenant, scope["method"], incoming.target):
                 await send_answer(send, 200, kept)
             else:
                 await self._pass(incoming)
         except GatewayError as error:
-            await send_answer(send, error.status, _CHAT.error(error))
+            await send_answer(send, error.status, _spoken(scope).error(error))
         except ClientGone:
             return
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             failure = GatewayError("internal", "the gateway failed; its log says why")
             with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
-                await send_answer(send, failure.status, _CHAT.error(failure))
+                await send_answer(send, failure.status, _spoken(scope).error(failure))
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
@@ -211,11 +217,29 @@ class Inference:
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body, session_id = incoming.body, incoming.base.session_id
+        body = incoming.body
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
             body = await self._sanitised(incoming)
+        await self._relay(incoming, body)
+
+    async def _count(self, incoming: Incoming) -> None:
+        """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
+        body, parts = parse_object(incoming.body), self._parts
+        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        call = _MESSAGES.read(body, incoming.body)
+        if named and named.kind != "key":
+            session = await parts.sessions.open(incoming.tenant, named.id)
+            call = await self._continue(call, session, incoming)
+        elif incoming.base.window is not None:
+            window = await found(parts, incoming.tenant, incoming.base.window)
+            history = await parts.store.messages(window.transcript)
+            call = replace(call, front=transcripts.missing(history, call.messages, _system_rule(incoming)))
+        await self._relay(incoming, _MESSAGES.question(call))
+
+    async def _relay(self, incoming: Incoming, body: bytes) -> None:
+        session_id = incoming.base.session_id
         extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
-        answer = Answer(_CHAT, extra, limit=0)
+        answer = Answer(_spoken(incoming.scope), extra, limit=0)
         await relay(
             self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
         )
@@ -280,12 +304,20 @@ def _route(scope: Scope) -> Base:
     if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
-    if known in TURNS or known in SALTED:
+    if known in TURNS or known in SALTED or known == _COUNT:
         raw = known
     if window is None:
         sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
         window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
     return Base(raw, session_id, window)
+
+
+def _spoken(scope: Scope) -> Dialect:
+    """The dialect whose errors the client of a path can read, whatever else is wrong with the request."""
+    path: str = scope["path"]
+    if path.startswith(("/s/", "/w/")):
+        path = "/" + path.split("/", 3)[-1]
+    return _MESSAGES if path.startswith("/v1/messages") else _CHAT
 
 
 def _system_rule(incoming: Incoming) -> transcripts.SystemRule:

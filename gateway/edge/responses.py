@@ -3,6 +3,7 @@
 An id that another tenant has is an id that nobody has.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ Verb = Callable[[Parts, str, str, dict[str, str]], Awaitable[Any]]
 
 SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
+# A turn that is over may not be recorded yet, and a client knows an answer's id a moment before its stream has ended.
+_ENDING_S = (0.0, 0.02, 0.2)
 _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -96,8 +99,11 @@ async def place(parts: Parts, before: StoredResponse, named: Given | None, seed:
 
 async def _find(parts: Parts, tenant: str, response_id: str) -> StoredResponse | None:
     found = await parts.store.response(tenant, response_id)
-    if found is None:
-        await parts.turns.settle()  # its turn may be over, but not recorded yet
+    for wait_s in _ENDING_S:
+        if found or not parts.sessions.in_flight:
+            break
+        await asyncio.sleep(wait_s)
+        await parts.turns.settle()
         found = await parts.store.response(tenant, response_id)
     return found
 
