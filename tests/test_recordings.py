@@ -14,6 +14,8 @@ import pytest
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import Dialect, Reply
+from gateway.dialects.messages import MessagesDialect
+from gateway.dialects.responses import ResponsesDialect
 from gateway.sse import UsageFilter, events
 from tests.recordings.remake import FOLDER, REQUESTS
 
@@ -21,6 +23,8 @@ from tests.recordings.remake import FOLDER, REQUESTS
 DIALECTS: list[tuple[str, Dialect]] = [
     ("chat", ChatDialect()),
     ("completions", CompletionsDialect()),
+    ("responses", ResponsesDialect()),
+    ("messages", MessagesDialect()),
 ]
 
 _VOLATILE = re.compile(rb'"(id|created)":("[^"]*"|\d+)')
