@@ -320,7 +320,7 @@ def test_a_window_of_thoughts_and_tools_goes_on_in_either_dialect(stack: Stack, 
 
 
 def _go_on(stack: Stack, shared: Gateway, name: str, window: dict[str, Any]) -> None:
-    """Thaw into both dialects, sending only what is new; every whole chunk has to hit, and both prompts are the same."""
+    """Thaw into both dialects, sending only what is new: every whole chunk hits, and both prompts are the same."""
     chunks = window["receipt"]["chunks"]
     assert chunks > 2
     thawed = [shared.thaw(name)["session_id"] for _ in range(2)]
