@@ -145,7 +145,7 @@ class _Assembled:
             self.error = "the stream begins a block that is none"
 
     def _delta(self, index: Any, delta: Any) -> None:
-        name = _TEXT_OF.get(delta.get("type")) if isinstance(delta, dict) else ""
+        name = _TEXT_OF.get(str(delta.get("type"))) if isinstance(delta, dict) else ""
         if name is None:
             return  # a signature, a citation: nothing that a prompt holds
         piece = delta.get(name) if name else None
