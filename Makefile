@@ -18,7 +18,7 @@ INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
-.PHONY: up test lint bench bench-relay bench-thaw clean
+.PHONY: up test lint bench bench-relay bench-thaw bench-identity clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -32,7 +32,7 @@ lint: $(VENV)/with-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-relay bench-thaw
+bench: bench-relay bench-thaw bench-identity
 
 bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 	$(BIN)/python -m loadtests.relay_overhead --litellm $(PEERS)/bin/litellm \
@@ -40,6 +40,9 @@ bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 
 bench-thaw: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.thaw_speed $(ARGS)
+
+bench-identity: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.identity_replay $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

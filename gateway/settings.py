@@ -6,11 +6,14 @@ the start and names the nearest right one.
 
 import difflib
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
+
+from gateway import normalise as rules
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
@@ -35,9 +38,13 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
     port: int = setting(8700, "port to listen on; 0 takes a free one")
+    workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
     api_key: str = setting("", "one key for every door (`Authorization: Bearer` or `x-api-key`); empty: no key")
-    engine_urls: tuple[str, ...] = setting(("http://127.0.0.1:8000",), "base URLs of vLLM (one, for now)")
+    engine_urls: tuple[str, ...] = setting(
+        ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
+    )
     engine_api_key: str = setting("", "key sent to the engine in place of the client's")
+    engine_check_s: float = setting(5.0, "seconds between two looks at an engine's health")
     cache_url: str = setting("", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only")
     kv_dir: str = setting("", "directory of LMCache's `fs` tier, as this machine sees it; empty: no disk tier")
     kv_redis_url: str = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
@@ -48,6 +55,12 @@ class Settings:
     secret_file: str = setting("", "secret of the salts, made on first use; empty: `<data_dir>/secret`")
     isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
     model_fingerprint: str = setting("", "what tells the served weights apart from others of the same name")
+    normalise: tuple[str, ...] = setting(
+        rules.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
+    )
+    tokenizer_file: str = setting(
+        "", "the served model's tokenizer.json; empty: looked for in its directory and in Hugging Face's cache"
+    )
     connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
     engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
     client_timeout_s: float = setting(
@@ -59,6 +72,8 @@ class Settings:
     )
     turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns wait")
     turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
+    sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
+    responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
     freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
     thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
@@ -83,6 +98,11 @@ class Settings:
     def secret_path(self) -> Path:
         """File of the secret."""
         return Path(self.secret_file).expanduser().absolute() if self.secret_file else self.data_path / "secret"
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """File of the tokenizer, where one is named."""
+        return Path(self.tokenizer_file).expanduser().absolute() if self.tokenizer_file else None
 
     @property
     def kv_path(self) -> Path | None:
@@ -141,8 +161,9 @@ def _convert(name: str, value: Any, where: str) -> Any:
 
 def _as(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(str(p).strip() for p in parts)
+        if isinstance(value, str):
+            value = value.split(",") if value.strip() else ()
+        return tuple(str(p).strip() for p in value)
     if kind is bool and isinstance(value, str):
         if value.lower() in _TRUE | _FALSE:
             return value.lower() in _TRUE
@@ -169,10 +190,12 @@ def _check(s: Settings) -> None:
         s.host in LOOPBACK or bool(s.api_key), f"host {s.host!r} is beyond loopback: set api_key (CWG_API_KEY) first"
     )
     _require(0 <= s.port <= 65535, f"port {s.port} is not between 0 and 65535")
-    _require(len(s.engine_urls) == 1, f"engine_urls has {len(s.engine_urls)} entries; give one")
-    for name, url in [("engine_urls", s.engine_urls[0]), ("cache_url", s.cache_url)]:
+    _require(bool(s.engine_urls), "engine_urls is empty; give the base URL of each engine")
+    for name, url in [*(("engine_urls", url) for url in s.engine_urls), ("cache_url", s.cache_url)]:
         empty = not url and name == "cache_url"
         _require(empty or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
+    twice = [url for url, times in Counter(map(_bare, s.engine_urls)).items() if times > 1]
+    _require(not twice, f"engine_urls has {', '.join(twice)} more than once; give each engine once")
     _require(
         not s.kv_redis_url or _is_url(s.kv_redis_url, ("redis", "rediss")),
         f"kv_redis_url {s.kv_redis_url!r} is not a redis URL",
@@ -185,16 +208,26 @@ def _check(s: Settings) -> None:
         s.log_level in ("debug", "info", "warning", "error"),
         f"log_level {s.log_level!r} is not one of debug, info, warning, error",
     )
+    _require(1 <= s.workers <= 256, f"workers {s.workers} is not between 1 and 256")
+    for name in s.normalise:
+        near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
+        _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
     for f in fields(s):
         value = getattr(s, f.name)
-        if f.name.endswith(("_s", "_bytes")) or f.name in ("turn_queue", "turns_kept"):
+        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name == "turn_queue":
             _require(value > 0, f"{f.name} must be more than 0, not {value}")
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise SettingsError(message)
+
+
+def _bare(url: str) -> str:
+    """A URL without what makes no difference."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.lower(), path=parts.path.rstrip("/")).geturl()
 
 
 def _is_url(url: str, schemes: tuple[str, ...]) -> bool:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import orjson
 
+from gateway import texts
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
 
 SystemRule = Literal["", "keep", "replace"]
 
-_SYSTEM_ROLES = frozenset({"system", "developer"})
+_SYSTEM_ROLES = ("system", "developer")  # no set: a client may send a list for a role, which has no hash
 # Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
 _IGNORED = frozenset({"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"})
 
@@ -25,22 +26,39 @@ def canonical(message: Message) -> dict[str, Any]:
     kept = {name: value for name, value in message.items() if name not in _IGNORED and value not in (None, "", [], {})}
     content = kept.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        kept["content"] = "".join(str(part.get("text", "")) for part in content)
+        kept["content"] = content = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, str) and message.get("role") == "assistant":
+        kept["content"] = content.strip()  # many clients trim a reply
+    if kept.get("content") == "":
+        del kept["content"]
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_canonical_call(call) for call in kept["tool_calls"]]
     return kept
 
 
 def _canonical_call(call: Any) -> Any:
-    """A tool call with its arguments as a value: clients parse them and write them down again with other spaces."""
+    """A tool call with its arguments as a value: clients parse them and write them down again with other spaces.
+
+    A call in a stream has an index, which some clients keep.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
+    kept = {name: value for name, value in call.items() if name != "index"}
     try:
         arguments = orjson.loads(function["arguments"])
     except orjson.JSONDecodeError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+        return kept
+    return {**kept, "function": {**function, "arguments": _whole_numbers(arguments)}}
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A JSON value in which 1.0 is written as 1, as other languages do."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def same(a: Message, b: Message) -> bool:
@@ -65,8 +83,10 @@ def missing(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule
     the first exchange with them (then the client edited it later on, and putting the window in front would say it all
     twice).
     Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does
-    not say which to use.
+    not say which to use, and `invalid_request` where one is a chat and the other is not.
     """
+    if texts.kind(window) or texts.kind(sent):
+        return texts.missing(window, sent)
     window_system, window_rest = split(window)
     sent_system, sent_rest = split(sent)
     shared = common(window_rest, sent_rest)
@@ -86,8 +106,17 @@ def missing(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule
 
 def merged(front: Front, sent: Sequence[Message]) -> list[Message]:
     """Return the whole conversation: what `sent` lacked, and `sent`."""
+    if texts.kind(sent):
+        return texts.joined([*front.history, *sent])
     system, rest = split(sent)
     return [*(system if front.system is None else front.system), *front.history, *rest]
+
+
+def followed(conversation: Sequence[Message], reply: Message, *, echoes: bool) -> list[Message]:
+    """Return the conversation with its reply."""
+    if texts.kind(conversation):
+        return texts.followed(conversation, reply, echoes=echoes)
+    return [*conversation, reply]
 
 
 def has_media(messages: Sequence[Message]) -> bool:

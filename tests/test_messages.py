@@ -1,6 +1,7 @@
 """The Messages dialect: streams as vLLM sends them, requests with as few changed bytes as can be, and its errors."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -293,7 +294,7 @@ def test_a_model_is_a_text(model: Any, known: str) -> None:
 def test_a_front_comes_before_the_clients_own_words_which_stay_as_they_are() -> None:
     made, _ = read(AS_SENT)
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    fronted = Call(*(getattr(made, name) for name in Call.__slots__[:-1]), Front(None, history))
+    fronted = replace(made, front=Front(None, history))
     written = json.loads(MESSAGES.write(fronted, SALT))
     before = [history[0], {"role": "assistant", "content": [text("b")]}]
     assert written == {

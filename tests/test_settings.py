@@ -13,9 +13,11 @@ from tests.running import ROOT
 OTHER: dict[str, tuple[str, str, Any]] = {
     "host": ("localhost", '"localhost"', "localhost"),
     "port": ("9", "9", 9),
+    "workers": ("3", "3", 3),
     "api_key": ("k", '"k"', "k"),
-    "engine_urls": ("https://e:1/x", '["https://e:1/x"]', ("https://e:1/x",)),
+    "engine_urls": ("https://e:1/x, http://f", '["https://e:1/x", "http://f"]', ("https://e:1/x", "http://f")),
     "engine_api_key": ("e", '"e"', "e"),
+    "engine_check_s": ("2", "2", 2.0),
     "cache_url": ("http://c", '"http://c"', "http://c"),
     "kv_dir": ("kv", '"kv"', "kv"),
     "kv_redis_url": ("rediss://r:1/2", '"rediss://r:1/2"', "rediss://r:1/2"),
@@ -26,6 +28,8 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "secret_file": ("s", '"s"', "s"),
     "isolation": ("tenant", '"tenant"', "tenant"),
     "model_fingerprint": ("f", '"f"', "f"),
+    "normalise": ("timestamp-line", '["timestamp-line"]', ("timestamp-line",)),
+    "tokenizer_file": ("t", '"t"', "t"),
     "connect_timeout_s": ("0.5", "0.5", 0.5),
     "engine_timeout_s": ("1", "1", 1.0),
     "client_timeout_s": ("1e1", "1e1", 10.0),
@@ -33,6 +37,8 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "max_reply_bytes": ("2", "2", 2),
     "turn_queue": ("3", "3", 3),
     "turns_kept": ("4", "4", 4),
+    "sessions_kept": ("5", "5", 5),
+    "responses_kept": ("44", "44", 44),
     "busy_wait_s": ("5.5", "5.5", 5.5),
     "freeze_timeout_s": ("6", "6", 6.0),
     "thaw_timeout_s": ("7", "7", 7.0),
@@ -96,6 +102,12 @@ def test_an_unknown_key_stops_the_start_and_names_the_nearest(tmp_path: Path, na
         assert str(refused.value) == f"environment variable CWG_{name.upper()}: {wanted}"
 
 
+def test_an_unknown_rule_of_the_normaliser_stops_the_start_and_names_the_nearest() -> None:
+    with pytest.raises(SettingsError, match="unknown rule 'claude-billing'; did you mean 'claude-billing-header'"):
+        load(environment={"CWG_NORMALISE": "timestamp-line,claude-billing"})
+    assert load(environment={"CWG_NORMALISE": ""}).normalise == ()
+
+
 def test_foreign_variables_never_stop_the_start() -> None:
     foreign = {"PORT": "x", "CWGX": "1", "cwg_port": "1", "CWG_URL": "http://x", "VLLM_API_KEY": "k", "": ""}
     assert load(environment=foreign) == Settings()
@@ -107,9 +119,11 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("port", "x"), ("port", ""), ("port", "1.0"), ("port", "-1"), ("port", "65536"), ("port", "0x10"),
         ("chunk_size", "-1"), ("busy_wait_s", "0"), ("busy_wait_s", "-1"), ("busy_wait_s", "nan"), ("busy_wait_s", "x"),
         ("busy_wait_s", ""), ("max_body_bytes", "0"), ("max_reply_bytes", "-5"), ("turn_queue", "0"),
-        ("turns_kept", "0"),
+        ("turns_kept", "0"), ("sessions_kept", "0"), ("workers", "0"), ("workers", "-1"), ("workers", "257"),
+        ("workers", "auto"),
         ("engine_urls", "localhost:8000"), ("engine_urls", "ftp://x"), ("engine_urls", "http://"),
-        ("engine_urls", "http://a,http://b"), ("engine_urls", "http://a,"), ("engine_urls", "http://a:99999"),
+        ("engine_urls", "http://a,"), ("engine_urls", "http://a:99999"), ("engine_urls", "http://a,http://b,http://A/"),
+        ("engine_urls", "http://a,ftp://b"), ("engine_check_s", "0"),
         ("cache_url", "localhost"), ("kv_redis_url", "http://x"), ("kv_redis_url", "redis://"),
         ("store_url", "redis://x"), ("store_url", "/path"), ("isolation", "none"), ("isolation", ""),
         ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),

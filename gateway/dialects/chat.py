@@ -1,7 +1,7 @@
 """OpenAI chat completions: `/v1/chat/completions`."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -18,6 +18,7 @@ from gateway.dialects.contract import (
     write_json,
 )
 from gateway.dialects.events import json_object, objects
+from gateway.dialects.openai import error_body
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -31,6 +32,8 @@ _TEXTS = frozenset({"content", *_REASONING})
 
 class ChatDialect:
     """See `gateway.dialects.contract.Dialect`."""
+
+    name = "chat"
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
@@ -71,11 +74,9 @@ class ChatDialect:
 
     def error(self, error: GatewayError) -> bytes:
         """See `Dialect.error`."""
-        message = f"{error.message} ({error.hint})" if error.hint else error.message
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-        return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": error.code}})
+        return error_body(error)
 
-    def error_event(self, error: GatewayError) -> bytes:
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
         return b"data: " + self.error(error) + b"\n\ndata: [DONE]\n\n"
 

@@ -1,6 +1,6 @@
 """Anthropic Messages: `/v1/messages`, and how many tokens one has: `/v1/messages/count_tokens`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -31,6 +31,8 @@ _TEXT_OF = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delt
 
 class MessagesDialect:
     """See `gateway.dialects.contract.Dialect`."""
+
+    name = "messages"
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
@@ -69,7 +71,7 @@ class MessagesDialect:
         told = {"type": kind, "message": message, "code": error.code, "details": {"error_code": error.code}}
         return orjson.dumps({"type": "error", "error": told, "request_id": None})
 
-    def error_event(self, error: GatewayError) -> bytes:
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
         return b"event: error\ndata: " + self.error(error) + b"\n\n"
 

@@ -173,7 +173,7 @@ def _image(source: object) -> dict[str, Any]:
 
 def _tools(body: Mapping[str, Any]) -> Sequence[Block]:
     """The tools at the end of the conversation: those declared, and what system messages then added and removed."""
-    declared = _blocks(body.get("tools"))
+    declared: list[Block] = [*_blocks(body.get("tools"))]
     changes = [change for m in body["messages"] if m.get("role") == "system" for change in tool_changes(m)]
     if not changes:
         return declared

@@ -1,20 +1,21 @@
-"""The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
+"""The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
 What `TURNS` has is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
 import logging
-import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import transcripts
+from gateway import identity, normalise, transcripts
 from gateway.dialects.chat import ChatDialect
+from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
     Call,
@@ -25,38 +26,48 @@ from gateway.dialects.contract import (
     write_json,
 )
 from gateway.dialects.messages import MessagesDialect
-from gateway.edge import auth
+from gateway.dialects.responses import ResponsesDialect
+from gateway.edge import auth, responses
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
-from gateway.edge.relay import Answer, Outgoing, relay, request_headers
+from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
-from gateway.records import Session, check_session_id
+from gateway.records import Front, Session, StoredResponse, check_session_id, check_window_name
+from gateway.sessions import Place
 from gateway.turns import Ended
+from gateway.windows import branch
+from gateway.windows.resume import resume
+from gateway.windows.thaw import found
 
 log = logging.getLogger(__name__)
 
-SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
 _CHAT = ChatDialect()
 _MESSAGES = MessagesDialect()
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": _CHAT, b"/v1/messages": _MESSAGES}
+TURNS: dict[bytes, Dialect] = {
+    b"/v1/chat/completions": _CHAT,
+    b"/v1/completions": CompletionsDialect(),
+    b"/v1/responses": ResponsesDialect(),
+    b"/v1/messages": _MESSAGES,
+}
 _COUNT = b"/v1/messages/count_tokens"
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
-        b"/v1/completions",
         b"/v1/embeddings",
         b"/v1/rerank",
-        b"/v1/responses",
         b"/v1/score",
         b"/v1/systemone",
     }
 )
+
+# What vLLM has beside `/v1` and clients ask for: no KV comes of it.
+BESIDE = (b"/tokenize", b"/detokenize")
 
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
 # are between the client and us.
@@ -66,30 +77,39 @@ _DROPPED = frozenset(
         b"content-length",
         b"accept-encoding",
         b"expect",
-        SESSION_HEADER,
         SYSTEM_HEADER,
+        WINDOW_HEADER,
         b"x-vllm-priority",
+        *identity.HEADERS,
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """What the base URL says: the engine's path, and the session or the window that all under it belongs to."""
+
+    path: bytes
+    session_id: str | None = None
+    window: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Incoming:
-    """A request as it came: from whom, for which session, and how to answer it. `path` is the engine's."""
+    """A request as it came: from whom, for which session, and how to answer it."""
 
     scope: Scope
     receive: Receive
     send: Send
     tenant: str
-    session_id: str | None
-    path: bytes
+    base: "Base"
     body: bytes
 
     @property
     def target(self) -> bytes:
         """Path and query."""
         query: bytes = self.scope["query_string"]
-        return self.path + b"?" + query if query else self.path
+        return self.base.path + b"?" + query if query else self.base.path
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of that name."""
@@ -105,18 +125,21 @@ class Inference:
         own_key = bool(settings.api_key or settings.engine_api_key)
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
-        self._stamp: bytes | None = None
+        self._stamps = Stamps()
+        self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
             incoming = await self._read(scope, receive, send)
-            dialect = TURNS.get(incoming.path)
+            dialect = TURNS.get(incoming.base.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
-            elif incoming.path == _COUNT and scope["method"] == "POST":
+            elif incoming.base.path == _COUNT and scope["method"] == "POST":
                 await self._count(incoming)
+            elif kept := await responses.serve(self._parts, incoming.tenant, scope["method"], incoming.target):
+                await send_answer(send, 200, kept)
             else:
                 await self._pass(incoming)
         except GatewayError as error:
@@ -132,43 +155,44 @@ class Inference:
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
         tenant = auth.tenant(scope["headers"], settings.api_key)
-        path, session_id = _route(scope)
-        if any(name == WINDOW_HEADER for name, _ in scope["headers"]):
-            raise GatewayError(
-                "invalid_request",
-                "X-Window is not served yet",
-                hint="thaw the window (POST /admin/windows/NAME/thaw) and name the session it answers in X-Session-ID",
-            )
+        base = _route(scope)
         body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
-        return Incoming(scope, receive, send, tenant, session_id, path, body)
+        return Incoming(scope, receive, send, tenant, base, body)
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
-        parts = self._parts
-        call = dialect.read(parse_object(incoming.body), incoming.body)
+        parts, arrived = self._parts, time.monotonic()
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        call = dialect.read(body, b"" if normalised else incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_session_id())
+        call, before = await responses.resume(parts, incoming.tenant, call)
+        place = await self._place(incoming, named, call, before)
+        session = place.session
         call = await self._continue(call, session, incoming)
+        await resume(parts, session)
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
         answer = Answer(
-            dialect, _session_headers(session, model), parts.settings.max_reply_bytes, call.hide_usage, self._stamp
+            dialect,
+            _session_headers(session, model),
+            parts.settings.max_reply_bytes,
+            call.hide_usage,
+            self._stamps,
+            (incoming.base.path, call.model),
         )
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(session)
+        await parts.turns.enter(place)
+        route = parts.engines.route(session.lineage, session.engine, call.model)
         try:
-            await relay(parts.upstream, outgoing, client_of(incoming.scope), incoming.send, answer)
-            if call.hide_usage:
-                self._stamp = answer.stamp
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(
-                    tenant=session.tenant,
-                    session_id=session.id,
-                    lineage=session.lineage,
+                    place=place,
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
@@ -180,89 +204,134 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
+                    normalised=normalised,
+                    engine=route.engine,
+                    overhead_s=clock - arrived,
                 )
             )
 
+    async def _place(
+        self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
+    ) -> Place:
+        """Say which session the turn belongs to."""
+        parts, tenant = self._parts, incoming.tenant
+        key = named.id if named and named.kind == "key" else ""
+        seed = identity.seed(call.body, key, call.client_salt)
+        if before is not None:
+            return await responses.place(parts, before, named, seed)
+        if incoming.base.window is None or not call.messages:
+            return await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
+        asked = branch.Asked(tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
+        return await branch.place(parts, asked, seed)
+
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body = incoming.body
+        engines, session_id = self._parts.engines, incoming.base.session_id
+        if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
+            extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
+            await send_answer(incoming.send, 200, write_json({"object": "list", "data": engines.cards()}), extra)
+            return
+        body, session, model = incoming.body, None, ""
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body = await self._sanitised(incoming)
-        await self._relay(incoming, body)
+            body, session, model = await self._sanitised(incoming)
+        elif len(engines.members) > 1:
+            session = await self._session_of(incoming, {})
+        await self._relay(incoming, body, session, model)
 
     async def _count(self, incoming: Incoming) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
-        call = _MESSAGES.read(parse_object(incoming.body), incoming.body)
-        if incoming.session_id:
-            session = await self._parts.sessions.open(incoming.tenant, incoming.session_id)
+        body, parts = parse_object(incoming.body), self._parts
+        call = _MESSAGES.read(body, incoming.body)
+        session = await self._session_of(incoming, body)
+        if session:
             call = await self._continue(call, session, incoming)
-        await self._relay(incoming, _MESSAGES.question(call))
+        elif incoming.base.window is not None:
+            window = await found(parts, incoming.tenant, incoming.base.window)
+            history = await parts.store.messages(window.transcript)
+            call = replace(call, front=transcripts.missing(history, call.messages, _system_rule(incoming)))
+        await self._relay(incoming, _MESSAGES.question(call), session, call.model)
 
-    async def _relay(self, incoming: Incoming, body: bytes) -> None:
-        extra: Headers = [(SESSION_HEADER, incoming.session_id.encode())] if incoming.session_id else []
+    async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
+        session_id, engines = incoming.base.session_id, self._parts.engines
+        route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
+        extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
         answer = Answer(_spoken(incoming.scope), extra, limit=0)
-        await relay(
-            self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
-        )
+        await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming) -> bytes:
-        body = parse_object(incoming.body)
-        raw = incoming.body if is_clean(body) else b""
+    async def _sanitised(self, incoming: Incoming) -> tuple[bytes, Session | None, str]:
+        """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
-        if incoming.path not in SALTED:
-            return raw or write_json(body)
-        named = body.get("model")
-        model = await self._model(named if isinstance(named, str) else "")
-        session_id = incoming.session_id
-        lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
-        salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
-        return with_fields(raw, body, {"cache_salt": salt})
+        sent = body.get("model")
+        named = sent if isinstance(sent, str) else ""
+        salted = incoming.base.path in SALTED
+        several = len(self._parts.engines.members) > 1
+        session = await self._session_of(incoming, body) if salted or several else None
+        if not salted:
+            return raw or write_json(body), session, named
+        model = await self._model(named)
+        lineage, fingerprint = session.lineage if session else "", model.fingerprint if model else ""
+        salt = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
+        return with_fields(raw, body, {"cache_salt": salt}), session, named
+
+    async def _session_of(self, incoming: Incoming, body: dict[str, Any]) -> Session | None:
+        given = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        return await self._parts.sessions.open(incoming.tenant, given.id) if given else None
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
-        """In a thawed session, put the window's transcript in front of what is new."""
-        if session.window_transcript is None or not call.messages:
+        """Put in front of what is new what the client need not send: the window's transcript, or the conversation's."""
+        if not call.messages:
             return call
-        history = await self._parts.store.messages(session.window_transcript)
-        front = transcripts.missing(history, call.messages, _system_rule(incoming))
+        front = call.front or await self._missing(call, session, incoming)
         if front is None:
             return call
+        if session.window_transcript is None:
+            return replace(call, front=front)
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
         return replace(call, front=replace(front, frame=inherited))
 
+    async def _missing(self, call: Call, session: Session, incoming: Incoming) -> Front | None:
+        conversed = call.storage is not None and call.storage.conversation
+        history = session.transcript if conversed else session.window_transcript
+        if history is None:
+            return None
+        rule = _system_rule(incoming) or ("replace" if conversed else "")
+        return transcripts.missing(await self._parts.store.messages(history), call.messages, rule)
+
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
-        return self._parts.engine.known(name) or await self._parts.engine.look_up(name)
+        return self._parts.engines.known(name) or await self._parts.engines.look_up(name)
 
     def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
         return Outgoing(incoming.scope["method"], incoming.target, headers, body)
 
 
-def new_session_id() -> str:
-    """Name a session that came without an id."""
-    return f"s-{secrets.token_hex(12)}"
-
-
-def _route(scope: Scope) -> tuple[bytes, str | None]:
-    """Return the engine's path and the session named by header or base URL."""
+def _route(scope: Scope) -> Base:
+    """Read the base URL, and what a header says in its place."""
     raw: bytes = scope["raw_path"]
-    named: str | None = None
-    if raw.startswith(b"/s/"):
-        _, _, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", b"", raw[3:], b"")
-        named = check_session_id(unquote(part.decode("latin-1")), "session id in the URL")
+    session_id = window = None
+    if raw.startswith((b"/s/", b"/w/")):
+        _, kind, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", raw[1:2], raw[3:], b"")
+        name = unquote(part.decode("latin-1"))
+        if kind == b"s":
+            session_id = check_session_id(name, "session id in the URL")
+        else:
+            window = check_window_name(name, "window name in the URL")
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
-    if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
+    if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED or known == _COUNT:
         raw = known
-    if named is None:
-        sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
-        named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None
-    return raw, named
+    if window is None:
+        sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
+        window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
+    return Base(raw, session_id, window)
 
 
 def _spoken(scope: Scope) -> Dialect:
@@ -286,7 +355,7 @@ def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
 
 def _session_headers(session: Session, model: Model | None) -> Headers:
     headers: Headers = [
-        (SESSION_HEADER, session.id.encode()),
+        (identity.SESSION_HEADER, session.id.encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]
     if model and model.context_limit:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gateway import identity
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
@@ -22,6 +23,7 @@ from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Session, Window
+from gateway.windows.counted import counted
 
 Warm = Literal["none", "cpu", "gpu"]
 _MAX_ID = 128
@@ -43,10 +45,19 @@ class Receipt:
     warnings: list[str] = field(default_factory=list)
 
 
+@counted
 async def thaw(
-    parts: Parts, tenant: str, name: str, *, new_session_id: str | None, warm: Warm, progress: Progress = silent
+    parts: Parts,
+    tenant: str,
+    name: str,
+    *,
+    new_session_id: str | None,
+    warm: Warm,
+    source: str = "thaw",
+    head: bytes | None = None,
+    progress: Progress = silent,
 ) -> tuple[Session, Window, Receipt]:
-    """Thaw a window into a new session.
+    """Thaw a window into a new session; `source` and `head` are the session's (see `Session`).
 
     Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV
     that is lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine
@@ -77,6 +88,10 @@ async def thaw(
         window_transcript=window.transcript,
         created_at=now,
         last_active_at=now,
+        source=source,
+        head=head,
+        # Whoever sends the whole history, and no id, goes on here.
+        tip=identity.chain(await parts.store.messages(window.transcript), b"")[-1] if source == "thaw" else None,
     )
     if warm != "none" and receipt.chunks_found:
         await _warm(parts, window, model, manifest, warm, receipt, progress)
@@ -107,7 +122,7 @@ def not_found(name: str) -> GatewayError:
 
 async def served(parts: Parts, window: Window) -> Model:
     """Return the window's model as it is served now. Raises `model_mismatch` where its KV would be wrong."""
-    model = await parts.engine.model(window.model)
+    model = await parts.engines.model(window.model)
     if model.fingerprint == window.fingerprint:
         return model
     raise GatewayError(
@@ -180,7 +195,7 @@ async def _through_engine(
     parts: Parts, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
 ) -> None:
     progress("prefill", 0, window.token_count)
-    usage = await parts.engine.prefill(model.id, manifest.token_ids, window.salt)
+    usage = await parts.engines.near(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
     receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
     if usage.cached is None:
         receipt.warnings.append("the engine does not tell cached_tokens: start it with --enable-prompt-tokens-details")

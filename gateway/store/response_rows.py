@@ -1,0 +1,81 @@
+"""The SQL of kept answers (Responses API). Whoever calls owns the transaction."""
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from gateway.records import StoredResponse
+from gateway.store import transcript_rows
+from gateway.store.contract import Finished
+
+# What an answer repeats of its request: long, and the same from answer to answer of a conversation.
+_ECHOED = ("instructions", "tools")
+
+
+def record(db: sqlite3.Connection, finished: Sequence[Finished], keep: int) -> None:
+    """Keep the answers of finished turns, and of each tenant the last `keep`."""
+    kept = [(item, item.response) for item in finished if item.response]
+    for item, response in kept:
+        transcript = transcript_rows.add(db, item.messages) if item.messages else None
+        _add(db, replace(response, transcript=transcript, asked=transcript_rows.add(db, item.asked)))
+    for tenant in {response.tenant for _, response in kept}:
+        _drop_oldest(db, tenant, keep)
+
+
+def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
+    delete(db, new.tenant, new.id)  # an id that comes again names the later answer, as it does to the engine
+    answer = orjson.dumps({name: None if name in _ECHOED else value for name, value in new.answer.items()})
+    echo = transcript_rows.add_content(db, {name: new.answer[name] for name in _ECHOED if name in new.answer})
+    db.execute(
+        """INSERT INTO responses
+        (tenant, id, session_id, lineage, created_at, answer, echo, instructed, transcript, asked)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        (
+            new.tenant, new.id, new.session_id, new.lineage, new.created_at, answer, echo, new.instructed,
+            new.transcript, new.asked,
+        ),
+    )  # fmt: skip
+
+
+def find(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredResponse | None:
+    row = db.execute(
+        """SELECT session_id, lineage, created_at, answer, body, instructed, transcript, asked
+        FROM responses JOIN contents ON contents.id = echo WHERE tenant = ? AND responses.id = ?""",
+        (tenant, response_id),
+    ).fetchone()
+    if row is None:
+        return None
+    session_id, lineage, created_at, answer, echo, instructed, transcript, asked = row
+    whole: Mapping[str, Any] = {**orjson.loads(answer), **orjson.loads(echo)}
+    return StoredResponse(
+        tenant, response_id, session_id, lineage, created_at, whole, bool(instructed), transcript, asked
+    )
+
+
+def delete(db: sqlite3.Connection, tenant: str, response_id: str) -> bool:
+    return _delete(db, db.execute("SELECT number FROM responses WHERE tenant = ? AND id = ?", (tenant, response_id)))
+
+
+def delete_of_session(db: sqlite3.Connection, tenant: str, session_id: str) -> None:
+    _delete(db, db.execute("SELECT number FROM responses WHERE tenant = ? AND session_id = ?", (tenant, session_id)))
+
+
+def _drop_oldest(db: sqlite3.Connection, tenant: str, keep: int) -> None:
+    older = "SELECT number FROM responses WHERE tenant = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
+    _delete(db, db.execute(older, (tenant, keep)))
+
+
+def _delete(db: sqlite3.Connection, numbers: Iterable[tuple[int]]) -> bool:
+    """Delete answers, and what nothing but them held."""
+    gone = [
+        db.execute("DELETE FROM responses WHERE number = ? RETURNING transcript, asked, echo", number).fetchone()
+        for number in list(numbers)
+    ]
+    for transcript, asked, echo in gone:
+        transcript_rows.release(db, transcript)
+        transcript_rows.release(db, asked)
+        transcript_rows.release_content(db, echo)
+    return bool(gone)
