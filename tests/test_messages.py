@@ -506,8 +506,10 @@ def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_the_client_rais
         exchange.cut()
 
     engine.on_other = half
+    # Words of its own: the same ones without an id would be taken for another try of this turn.
+    body = {**BODY, "messages": [{"role": "user", "content": f"die, {session}"}]}
     with _client(gateway, session) as client, pytest.raises(anthropic.APIStatusError, match="closed") as raised:
-        for _ in client.messages.create(**BODY, stream=True):
+        for _ in client.messages.create(**body, stream=True):
             pass
     assert raised.value.error_code == "engine_unreachable"
     (turn,) = gateway.turns(session)
