@@ -240,15 +240,17 @@ class Inference:
 
     async def _count(self, incoming: Incoming) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
-        body, parts = parse_object(incoming.body), self._parts
-        call = _MESSAGES.read(body, incoming.body)
+        parts = self._parts
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
         session = await self._session_of(incoming, body)
-        if session:
+        call = _MESSAGES.read(body, b"" if normalised else incoming.body)
+        if session and session.window_transcript is not None:
             call = await self._continue(call, session, incoming)
-        elif incoming.base.window is not None:
+        elif incoming.base.window is not None and call.messages:
             window = await found(parts, incoming.tenant, incoming.base.window)
             history = await parts.store.messages(window.transcript)
-            call = replace(call, front=transcripts.missing(history, call.messages, _system_rule(incoming)))
+            front = transcripts.missing(history, call.messages, _system_rule(incoming))
+            call = await self._inheriting(call, front, window.frame)
         await self._relay(incoming, _MESSAGES.question(call), session, call.model)
 
     async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
@@ -284,11 +286,15 @@ class Inference:
         if not call.messages:
             return call
         front = call.front or await self._missing(call, session, incoming)
+        return await self._inheriting(call, front, None if session.window_transcript is None else session.frame)
+
+    async def _inheriting(self, call: Call, front: Front | None, frame_id: bytes | None) -> Call:
+        """The call with `front`, and with what of a window's frame the client left out."""
         if front is None:
             return call
-        if session.window_transcript is None:
+        if frame_id is None:
             return replace(call, front=front)
-        frame = await self._parts.store.frame(session.frame) if session.frame else {}
+        frame = await self._parts.store.frame(frame_id)
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
         return replace(call, front=replace(front, frame=inherited))
 
