@@ -72,7 +72,7 @@ _OPENCODE_LOOP = (
 )
 
 SCENARIOS = (
-    Scenario("a tool loop, continued, forked", ClaudeCode, _CLAUDE_LOOP, 6),
+    Scenario("a tool loop, continued, forked", ClaudeCode, _CLAUDE_LOOP, 4),
     Scenario(
         "a sub-agent",
         ClaudeCode,
@@ -86,17 +86,17 @@ SCENARIOS = (
         "compaction",
         ClaudeCode,
         [Doing(f"Remember. {_BASH}", expect=_ALL), Doing("/compact", "continue"), Doing("Go on.", "continue", _ALL)],
-        2,
+        1,
     ),
-    Scenario("--bare: a tool loop", _With(ClaudeCode, "bare", True), _CLAUDE_LOOP[:2], 4),
-    Scenario("a tool loop, continued, forked", Codex, _CODEX_LOOP, 6),
+    Scenario("--bare: a tool loop", _With(ClaudeCode, "bare", True), _CLAUDE_LOOP[:2], 3),
+    Scenario("a tool loop, continued, forked", Codex, _CODEX_LOOP, 4),
     Scenario(
         "a sub-agent",
         Codex,
         [Doing(f'Delegate. [[multi_agent_v1__spawn_agent {{"message":"{_EXEC_SUB}"}}]] {_WAIT}', expect=_ALL)],
-        3,
+        2,
     ),
-    Scenario("a tool loop, continued, forked", OpenCode, _OPENCODE_LOOP, 6),
+    Scenario("a tool loop, continued, forked", OpenCode, _OPENCODE_LOOP, 4),
     Scenario(
         "a sub-agent",
         OpenCode,

@@ -135,7 +135,8 @@ def _next(turns: Sequence[tuple[str, str, bool]], offered: Sequence[str], body: 
     since = turns[asked:]
     answered = sum(1 for _, _, called in since if called)
     results = [text for role, text, _ in since if role == "tool"]
-    new = sum(1 for _ in itertools.takewhile(lambda turn: turn[0] == "tool", reversed(turns)))
+    said = [role for role, _, _ in turns if role != "system"]  # Claude Code ends with words of its own
+    new = sum(1 for _ in itertools.takewhile(lambda role: role == "tool", reversed(said)))
     return answer(turns[asked][1] if turns else "", answered, offered, results, new, len(json.dumps(body)) // 4)
 
 
