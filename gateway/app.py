@@ -10,6 +10,7 @@ import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
+from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import Inference
@@ -31,6 +32,8 @@ from gateway.windows.freeze import release_strays
 
 log = logging.getLogger(__name__)
 
+_FORGET_EVERY_S = 60.0
+
 
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
@@ -43,7 +46,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["path"].startswith(("/v1/", "/s/")):
+        if scope["path"].startswith(("/v1/", "/s/", "/w/")):
             await self._inference(scope, receive, send)
         else:
             scope["state"] = self._state
@@ -79,11 +82,21 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
             turns=await stack.enter_async_context(Turns(store, sessions, room=settings.turn_queue)),
+            chores=await stack.enter_async_context(Chores()),
         )
+        parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
         yield parts
+
+
+async def _forget_idle(parts: Parts) -> None:
+    while True:
+        forgotten = await parts.store.forget_idle(parts.settings.sessions_kept)
+        if forgotten:
+            log.info("forgot %d sessions that were idle longest: more than sessions_kept", forgotten)
+        await asyncio.sleep(_FORGET_EVERY_S)
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:

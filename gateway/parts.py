@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gateway.chores import Chores
 from gateway.engine import Engine
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
@@ -25,3 +26,4 @@ class Parts:
     salts: SaltRule
     sessions: Sessions
     turns: Turns
+    chores: Chores

@@ -47,7 +47,12 @@ def check_window_name(value: object, where: str = "window_name") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation. `transcript` and `frame` are content ids in the store."""
+    """A conversation. `transcript` and `frame` are content ids in the store.
+
+    `source` says how it was recognised when it began, `parent` which session it is a fork of. `head`, `asked` and `tip`
+    are links of its chain (gateway.identity): what it began with, what its last turn asked, and its last reply;
+    `answered` tells whether what was asked last has its reply.
+    """
 
     tenant: str
     id: str
@@ -65,6 +70,24 @@ class Session:
     created_at: float = 0.0
     last_active_at: float = 0.0
     frozen_at: float | None = None
+    source: str = ""
+    parent: str | None = None
+    head: bytes | None = None
+    asked: bytes | None = None
+    tip: bytes | None = None
+    answered: bool = False
+    prompt_tokens: int = 0  # of its last turn
+    engine: str = ""  # that served its last turn
+    normalised: str = ""  # rules of gateway.normalise that took something out, separated by spaces
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Where a turn has left its conversation's chain; no `tip` where the reply is not known."""
+
+    head: bytes
+    asked: bytes
+    tip: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +125,11 @@ class Turn:
     duration_ms: float
     usage: Usage | None = None
     detail: str = ""
+    source: str = ""  # how its session was recognised
+    engine: str = ""
+    estimated_tokens: int | None = None  # of the prompt, before it was sent
+    expected_tokens: int | None = None  # of the prompt, that should have been cached
+    miss: str = ""  # why fewer were
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
-"""Sessions on the request path: what one is, under which salt it runs, and whether it is in a turn."""
+"""Sessions on the request path: which one a request belongs to, under which salt, and whether it is in a turn."""
 
 import asyncio
+import secrets
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
-from gateway import salts
+from gateway import identity, salts
 from gateway.errors import GatewayError
-from gateway.records import Session
+from gateway.identity import Beginning, Given, Verdict
+from gateway.records import Message, Session
 from gateway.store.contract import Store
 
 
@@ -22,6 +25,21 @@ class SaltRule:
         return salts.salt(self.secret, tenant, "" if self.per_tenant else lineage, fingerprint, client_salt)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request belongs: its session, how that was recognised, and the chain that it is part of.
+
+    `asked` is the chain's link of the whole request where it was needed on the way. `is_new`: nobody has seen the
+    session yet.
+    """
+
+    session: Session
+    source: str
+    seed: bytes
+    asked: bytes | None = None
+    is_new: bool = False
+
+
 class Sessions:
     """Sessions as this process sees them. What is in flight is of this process; everything else is in the store."""
 
@@ -29,26 +47,115 @@ class Sessions:
         self._store = store
         self._in_flight: Counter[tuple[str, str]] = Counter()
         self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
+        self._heads: dict[tuple[str, str], bytes] = {}  # of what is in flight: the store may not know it yet
+        self._asking: dict[tuple[str, str], list[bytes | None]] = {}  # of the same: the link of what each turn asks
         self._quiet = asyncio.Event()  # set and replaced whenever a turn ends
 
-    async def open(self, tenant: str, session_id: str) -> Session:
+    async def open(self, tenant: str, session_id: str, source: str = "") -> Session:
         """Return the session, or what it will be once its first turn is recorded.
 
         A session that nobody has seen begins its own lineage, named after it, so that two first requests at once agree.
         """
-        return await self._store.session(tenant, session_id) or Session(tenant, session_id, lineage=session_id)
+        known = await self._store.session(tenant, session_id)
+        return known or Session(tenant, session_id, lineage=session_id, source=source)
 
-    def enter(self, tenant: str, session_id: str, lineage: str) -> None:
+    async def place(
+        self,
+        tenant: str,
+        named: Given | None,
+        messages: Sequence[Message],
+        seed: bytes,
+        settle: Callable[[], Awaitable[None]],
+    ) -> Place:
+        """Say which session a request with `messages` belongs to; `settle` waits for the turns that are over."""
+        if named and named.kind == "session":
+            return self._named(await self.open(tenant, named.id, named.source), named, seed)
+        if not messages:
+            new = named.id if named and named.kind == "agent" else new_id()
+            session = await self.open(tenant, new, named.source if named else "new")
+            return Place(session, session.source, seed, is_new=not session.created_at)
+        if named and named.kind == "agent":
+            return self._named(await self._of_agent(tenant, named, identity.head(messages)), named, seed)
+        return await self._by_prefix(tenant, named, messages, seed, settle)
+
+    @staticmethod
+    def _named(session: Session, named: Given, seed: bytes) -> Place:
+        return Place(session, named.source, seed, is_new=not session.created_at)
+
+    async def _of_agent(self, tenant: str, named: Given, head: bytes) -> Session:
+        """The session of an agent's id, or one beside it: an agent holds side conversations under the same id."""
+        session = await self.open(tenant, named.id, named.source)
+        began_with = session.head or self._heads.get((tenant, named.id))
+        if began_with is None:
+            return replace(session, head=head)
+        if began_with == head:
+            return session
+        return await self.open(tenant, identity.side(named.id, head), f"{named.source}, beside {named.id}")
+
+    async def _by_prefix(
+        self,
+        tenant: str,
+        key: Given | None,
+        messages: Sequence[Message],
+        seed: bytes,
+        settle: Callable[[], Awaitable[None]],
+    ) -> Place:
+        request = Beginning.of(messages, seed)
+        verdict = await self.look_up(tenant, request, settle)
+        if verdict.session and not verdict.forks:
+            return Place(verdict.session, verdict.how, seed, request.asked)
+        session = await self._fresh(tenant, key, verdict)
+        return Place(session, session.source, seed, request.asked, is_new=True)
+
+    async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
+        """Judge a request by what the store knows of its beginning, and by what is going on just now."""
+        verdict = await self._judge(tenant, request)
+        last_reply = request.replies[-1] if request.replies else 0
+        if verdict.forks or verdict.depth < last_reply or self._asked_of(verdict.session):
+            await settle()  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
+            verdict = await self._judge(tenant, request)
+        asked = self._asked_of(verdict.session)
+        # Two questions at once after the same reply: one of them is a branch.
+        return replace(verdict, forks=True, how="fork") if asked and request.asked not in asked else verdict
+
+    def _asked_of(self, session: Session | None) -> list[bytes | None]:
+        """What the turns of a session ask that are going on."""
+        return self._asking.get((session.tenant, session.id), []) if session else []
+
+    async def _judge(self, tenant: str, request: Beginning) -> Verdict:
+        return identity.judge(request, *await self._store.beginning(tenant, request.candidates))
+
+    async def _fresh(self, tenant: str, key: Given | None, verdict: Verdict) -> Session:
+        """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
+        if verdict.session:
+            parent = verdict.session
+            return Session(tenant, new_id(), lineage=parent.lineage, source="fork", parent=parent.id)
+        if key and (tenant, key.id) not in self._in_flight and not await self._store.session(tenant, key.id):
+            return Session(tenant, key.id, lineage=key.id, source=key.source)
+        session_id = new_id()
+        return Session(tenant, session_id, lineage=session_id, source=key.source if key else "new")
+
+    def enter(self, place: Place) -> None:
         """A turn begins."""
-        self._in_flight[tenant, session_id] += 1
-        self._lineages[tenant, lineage] += 1
+        session = place.session
+        key = session.tenant, session.id
+        self._in_flight[key] += 1
+        self._lineages[session.tenant, session.lineage] += 1
+        self._asking.setdefault(key, []).append(place.asked)
+        if session.head is not None:
+            self._heads.setdefault(key, session.head)
 
-    def leave(self, tenant: str, session_id: str, lineage: str) -> None:
+    def leave(self, place: Place) -> None:
         """A turn is over and recorded."""
-        if _drop(self._in_flight, (tenant, session_id)):
+        session = place.session
+        key = session.tenant, session.id
+        self._asking[key].remove(place.asked)
+        if _drop(self._in_flight, key):
+            del self._asking[key]
+            self._heads.pop(key, None)
             self._quiet.set()
             self._quiet = asyncio.Event()
-        _drop(self._lineages, (tenant, lineage))
+        _drop(self._lineages, (session.tenant, session.lineage))
 
     @property
     def in_flight(self) -> int:
@@ -71,6 +178,11 @@ class Sessions:
                 f"session {session_id!r} has been in a turn for {wait_s:g} s",
                 hint="freeze it when the reply is complete",
             ) from error
+
+
+def new_id() -> str:
+    """Name a session that came without an id."""
+    return f"s-{secrets.token_hex(12)}"
 
 
 def _drop(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:

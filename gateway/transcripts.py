@@ -25,22 +25,39 @@ def canonical(message: Message) -> dict[str, Any]:
     kept = {name: value for name, value in message.items() if name not in _IGNORED and value not in (None, "", [], {})}
     content = kept.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        kept["content"] = "".join(str(part.get("text", "")) for part in content)
+        kept["content"] = content = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, str) and message.get("role") == "assistant":
+        kept["content"] = content.strip()  # many clients trim a reply
+        if not kept["content"]:
+            del kept["content"]
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_canonical_call(call) for call in kept["tool_calls"]]
     return kept
 
 
 def _canonical_call(call: Any) -> Any:
-    """A tool call with its arguments as a value: clients parse them and write them down again with other spaces."""
+    """A tool call with its arguments as a value: clients parse them and write them down again with other spaces.
+
+    A call in a stream has an index, which some clients keep.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
+    kept = {name: value for name, value in call.items() if name != "index"}
     try:
         arguments = orjson.loads(function["arguments"])
     except orjson.JSONDecodeError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+        return kept
+    return {**kept, "function": {**function, "arguments": _whole_numbers(arguments)}}
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A JSON value in which 1.0 is written as 1, as other languages do."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def same(a: Message, b: Message) -> bool:

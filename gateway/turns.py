@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
-from gateway.records import Outcome, Session, Turn
-from gateway.sessions import Sessions
+from gateway.errors import GatewayError
+from gateway.records import Message, Outcome, Trace, Turn
+from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
 
 log = logging.getLogger(__name__)
@@ -29,9 +31,7 @@ _STOP_S = 10.0
 class Ended:
     """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
 
-    tenant: str
-    session_id: str
-    lineage: str
+    place: Place
     fingerprint: str
     salt: str
     dialect: Dialect
@@ -43,6 +43,7 @@ class Ended:
     streamed: bool
     chunks: Sequence[bytes] | None
     detail: str = ""
+    engine: str = ""
 
 
 class Turns:
@@ -73,10 +74,10 @@ class Turns:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    async def enter(self, session: Session) -> None:
+    async def enter(self, place: Place) -> None:
         """A turn begins; waits while too many finished ones are still unrecorded."""
         await self._room.acquire()
-        self._sessions.enter(session.tenant, session.id, session.lineage)
+        self._sessions.enter(place)
 
     def finish(self, ended: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
@@ -99,7 +100,7 @@ class Turns:
                 batch.append(self._queue.get_nowait())
             await self._record(await _all_finished(batch))
             for ended in batch:
-                self._sessions.leave(ended.tenant, ended.session_id, ended.lineage)
+                self._sessions.leave(ended.place)
                 self._room.release()
                 self._queue.task_done()
             async with self._progress:
@@ -143,13 +144,14 @@ def _finished(ended: Ended) -> Finished:
         reply = _reply(ended)
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", ended.session_id)
+        log.exception("could not read a reply of session %s", ended.place.session.id)
         reply = Reply(None, None, "the reply could not be read")
     # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-    messages = [*ended.call.whole, reply.message] if reply.message and ended.call.messages else None
+    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
+    messages = [*whole, reply.message] if reply.message and whole else None
     turn = Turn(
-        tenant=ended.tenant,
-        session_id=ended.session_id,
+        tenant=session.tenant,
+        session_id=session.id,
         model=ended.call.model,
         outcome="engine_error" if reply.error else ended.outcome,
         status=ended.status,
@@ -157,8 +159,20 @@ def _finished(ended: Ended) -> Finished:
         duration_ms=ended.duration_ms,
         usage=reply.usage,
         detail=ended.detail or reply.error,
+        source=ended.place.source,
+        engine=ended.engine,
     )
-    return Finished(turn, ended.lineage, ended.fingerprint, ended.salt, messages, ended.call.whole_frame)
+    return Finished(
+        turn, session, ended.fingerprint, ended.salt, messages, ended.call.whole_frame, _trace(ended, whole, reply)
+    )
+
+
+def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
+    try:
+        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked)
+    except GatewayError:
+        # Who names the session need not send messages that can be told apart.
+        return Trace(b"", b"", None)
 
 
 def _reply(ended: Ended) -> Reply:

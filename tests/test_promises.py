@@ -57,12 +57,12 @@ def test_a_page_of_the_gateways_own_site_is_served(gateway: Gateway) -> None:
     assert gateway.http.get("/admin/sessions", headers={"origin": gateway.url}).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["w", "no such name"])
-def test_a_window_asked_for_by_header_is_refused_rather_than_ignored(
-    engine: FakeEngine, gateway: Gateway, session: str, name: str
+@pytest.mark.parametrize(("name", "status"), [("w-nobody-made", 404), ("no such name", 400)])
+def test_a_window_asked_for_by_header_that_cannot_be_had_is_an_error(
+    engine: FakeEngine, gateway: Gateway, session: str, name: str, status: int
 ) -> None:
     response = gateway.chat(session, headers={"x-window": name})
-    assert response.status_code == 400
+    assert response.status_code == status
     assert engine.seen(CHAT) == []
 
 

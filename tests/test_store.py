@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from gateway import identity
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, PinnedObject, Session, Turn, Usage, Window
+from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
 from gateway.store.contract import Finished, Store, WindowQuery
 from gateway.store.migrations import MIGRATIONS
 from gateway.store.sqlite import SqliteStore
@@ -52,7 +53,9 @@ def finished(
     """A turn that is over."""
     usage = None if messages is None else Usage(10 * len(messages), 1, 2)
     turn = Turn(tenant, session, "demo", "completed" if messages else "client_gone", 200, at, 500.0, usage)
-    return Finished(turn, session, "fp", f"salt-{session}", messages, more.pop("frame", {}), **more)
+    trace = identity.trace(b"", messages[:-1], messages[-1], None) if messages else Trace(b"", b"", None)
+    began = Session(tenant, session, session)
+    return Finished(turn, began, "fp", f"salt-{session}", messages, more.pop("frame", {}), trace, **more)
 
 
 def window(name: str, transcript: bytes = b"", **more: Any) -> Window:
@@ -101,6 +104,8 @@ async def test_a_first_turn_makes_its_session(store: Store) -> None:
     assert session == Session(
         TENANT, "a", "a", "demo", "fp", "salt-a", "active", token_count=21, turn_count=1,
         transcript=session.transcript, frame=session.frame, created_at=100.0, last_active_at=100.5,
+        head=identity.head(says("hi")), asked=identity.link(b"", says("hi")[0]), answered=True, prompt_tokens=20,
+        tip=identity.chain(says("hi", "hello"), b"")[-1],
     )  # fmt: skip
     assert await store.messages(session.transcript) == says("hi", "hello")
     assert await store.frame(session.frame) == {"tools": [1]}
@@ -140,14 +145,65 @@ async def test_a_batch_of_many_sessions_keeps_them_apart(store: Store) -> None:
     assert other.turn_count == 1
 
 
-async def test_a_turn_without_a_reply_moves_nothing_but_the_clock(store: Store) -> None:
+async def test_a_turn_without_a_reply_moves_the_clock_and_leaves_a_question_open(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     before = await store.session(TENANT, "s")
     await store.record([finished("s", None, at=200.0)])
     after = await store.session(TENANT, "s")
     assert before is not None
-    assert after == replace(before, last_active_at=200.5)
+    assert after == replace(before, last_active_at=200.5, asked=None, answered=False)
     assert [turn.outcome for turn in await store.turns(TENANT, "s", 9)] == ["client_gone", "completed"]
+
+
+def links(*texts: str) -> list[bytes]:
+    """The chain of a conversation, longest first."""
+    return identity.chain(says(*texts), b"")[::-1]
+
+
+async def test_the_longest_known_beginning_names_the_sessions_that_have_been_there(store: Store) -> None:
+    await store.record(
+        [finished("further", says("1", "a", "2", "b"), at=1.0), finished("here", says("1", "a"), at=0.0)]
+    )
+    await store.record([finished("further", says("1", "a"), at=3.0)])
+    found, sessions = await store.beginning(TENANT, links("1", "a", "2"))
+    assert found == links("1", "a", "2")[0]
+    assert [session.id for session in sessions] == ["further"]
+    found, sessions = await store.beginning(TENANT, links("1", "a", "x", "y"))
+    assert found == links("1", "a")[0]
+    assert [session.id for session in sessions] == ["further", "here"]
+    assert await store.beginning("other", links("1", "a")) == (None, [])
+    assert await store.beginning(TENANT, links("9")) == (None, [])
+
+
+async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(store: Store) -> None:
+    await store.record([finished("s", says("1", "a"))])
+    long = ("1", "a", *(str(n) for n in range(2000)))
+    found, sessions = await store.beginning(TENANT, links(*long))
+    assert (found, [session.id for session in sessions]) == (links("1", "a")[0], ["s"])
+
+
+async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(store: Store, tmp_path: Path) -> None:
+    await store.record([finished(f"s{n}", says("shared", "a", str(n), "b"), at=float(n)) for n in range(60)])
+    assert await store.forget_idle(2) == 58
+    left, total = await store.list_sessions(TENANT, state=None, model=None, limit=9, offset=0)
+    assert (total, [session.id for session in left]) == (2, ["s59", "s58"])
+    assert await messages_of(store, "s59") == says("shared", "a", "59", "b")
+    assert await store.beginning(TENANT, links("shared", "a", "5")) == (None, [])
+    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
+        counts = {
+            table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("links", "contents", "beginnings", "turns")
+        }
+    # Of each conversation that is left: a link for "shared", "a", its own number and its reply; and one frame for all.
+    assert counts == {"links": 6, "contents": 6, "beginnings": 4, "turns": 2}
+    assert await store.forget_idle(2) == 0
+
+
+async def test_a_reply_that_was_asked_anew_leaves_no_link_behind(store: Store, tmp_path: Path) -> None:
+    for reply in ("a", "b", "c"):
+        await store.record([finished("s", says("1", reply))])
+    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
+        assert db.execute("SELECT count(*) FROM links").fetchone() == (2,)
 
 
 async def test_a_session_whose_only_turn_failed_has_no_transcript(store: Store) -> None:

@@ -1,11 +1,10 @@
-"""The inference door: `/v1/*`, and the same under `/s/{session_id}`, before the engine.
+"""The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
 A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
 import logging
-import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import transcripts
+from gateway import identity, transcripts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
@@ -31,12 +30,14 @@ from gateway.edge.relay import Answer, Outgoing, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
-from gateway.records import Session, check_session_id
+from gateway.records import Session, check_session_id, check_window_name
+from gateway.sessions import Place
 from gateway.turns import Ended
+from gateway.windows import branch
+from gateway.windows.resume import resume
 
 log = logging.getLogger(__name__)
 
-SESSION_HEADER = b"x-session-id"
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
 TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
@@ -64,30 +65,39 @@ _DROPPED = frozenset(
         b"content-length",
         b"accept-encoding",
         b"expect",
-        SESSION_HEADER,
         SYSTEM_HEADER,
+        WINDOW_HEADER,
         b"x-vllm-priority",
+        *identity.HEADERS,
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """What the base URL says: the engine's path, and the session or the window that all under it belongs to."""
+
+    path: bytes
+    session_id: str | None = None
+    window: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Incoming:
-    """A request as it came: from whom, for which session, and how to answer it. `path` is the engine's."""
+    """A request as it came: from whom, for which session, and how to answer it."""
 
     scope: Scope
     receive: Receive
     send: Send
     tenant: str
-    session_id: str | None
-    path: bytes
+    base: "Base"
     body: bytes
 
     @property
     def target(self) -> bytes:
         """Path and query."""
         query: bytes = self.scope["query_string"]
-        return self.path + b"?" + query if query else self.path
+        return self.base.path + b"?" + query if query else self.base.path
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of that name."""
@@ -110,7 +120,7 @@ class Inference:
         """Serve one request."""
         try:
             incoming = await self._read(scope, receive, send)
-            dialect = TURNS.get(incoming.path)
+            dialect = TURNS.get(incoming.base.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
             else:
@@ -128,25 +138,23 @@ class Inference:
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
         tenant = auth.tenant(scope["headers"], settings.api_key)
-        path, session_id = _route(scope)
-        if any(name == WINDOW_HEADER for name, _ in scope["headers"]):
-            raise GatewayError(
-                "invalid_request",
-                "X-Window is not served yet",
-                hint="thaw the window (POST /admin/windows/NAME/thaw) and name the session it answers in X-Session-ID",
-            )
+        base = _route(scope)
         body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
-        return Incoming(scope, receive, send, tenant, session_id, path, body)
+        return Incoming(scope, receive, send, tenant, base, body)
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        call = dialect.read(parse_object(incoming.body), incoming.body)
+        body = parse_object(incoming.body)
+        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        call = dialect.read(body, incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        session = await parts.sessions.open(incoming.tenant, incoming.session_id or new_session_id())
+        place = await self._place(incoming, named, call)
+        session = place.session
         call = await self._continue(call, session, incoming)
+        await resume(parts, session)
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
@@ -154,7 +162,7 @@ class Inference:
             dialect, _session_headers(session, model), parts.settings.max_reply_bytes, call.hide_usage, self._stamp
         )
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(session)
+        await parts.turns.enter(place)
         try:
             await relay(parts.upstream, outgoing, client_of(incoming.scope), incoming.send, answer)
             if call.hide_usage:
@@ -162,9 +170,7 @@ class Inference:
         finally:
             parts.turns.finish(
                 Ended(
-                    tenant=session.tenant,
-                    session_id=session.id,
-                    lineage=session.lineage,
+                    place=place,
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
@@ -179,12 +185,22 @@ class Inference:
                 )
             )
 
+    async def _place(self, incoming: Incoming, named: identity.Given | None, call: Call) -> Place:
+        """Say which session the turn belongs to."""
+        parts = self._parts
+        key = named.id if named and named.kind == "key" else ""
+        seed = identity.seed(call.body, key, call.client_salt)
+        if incoming.base.window is None or not call.messages:
+            return await parts.sessions.place(incoming.tenant, named, call.messages, seed, parts.turns.settle)
+        asked = branch.Asked(incoming.tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
+        return await branch.place(parts, asked, seed)
+
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body, session_id = incoming.body, incoming.session_id
+        body, session_id = incoming.body, incoming.base.session_id
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
             body = await self._sanitised(incoming)
-        extra: Headers = [(SESSION_HEADER, session_id.encode())] if session_id else []
+        extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
         answer = Answer(_CHAT, extra, limit=0)
         await relay(
             self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
@@ -194,12 +210,12 @@ class Inference:
         body = parse_object(incoming.body)
         raw = incoming.body if is_clean(body) else b""
         client_salt = sanitise(body)
-        if incoming.path not in SALTED:
+        if incoming.base.path not in SALTED:
             return raw or write_json(body)
         named = body.get("model")
         model = await self._model(named if isinstance(named, str) else "")
-        session_id = incoming.session_id
-        lineage = (await self._parts.sessions.open(incoming.tenant, session_id)).lineage if session_id else ""
+        given = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        lineage = (await self._parts.sessions.open(incoming.tenant, given.id)).lineage if given else ""
         salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
         return with_fields(raw, body, {"cache_salt": salt})
 
@@ -224,18 +240,17 @@ class Inference:
         return Outgoing(incoming.scope["method"], incoming.target, headers, body)
 
 
-def new_session_id() -> str:
-    """Name a session that came without an id."""
-    return f"s-{secrets.token_hex(12)}"
-
-
-def _route(scope: Scope) -> tuple[bytes, str | None]:
-    """Return the engine's path and the session named by header or base URL."""
+def _route(scope: Scope) -> Base:
+    """Read the base URL, and what a header says in its place."""
     raw: bytes = scope["raw_path"]
-    named: str | None = None
-    if raw.startswith(b"/s/"):
-        _, _, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", b"", raw[3:], b"")
-        named = check_session_id(unquote(part.decode("latin-1")), "session id in the URL")
+    session_id = window = None
+    if raw.startswith((b"/s/", b"/w/")):
+        _, kind, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", raw[1:2], raw[3:], b"")
+        name = unquote(part.decode("latin-1"))
+        if kind == b"s":
+            session_id = check_session_id(name, "session id in the URL")
+        else:
+            window = check_window_name(name, "window name in the URL")
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
@@ -244,10 +259,10 @@ def _route(scope: Scope) -> tuple[bytes, str | None]:
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED:
         raw = known
-    if named is None:
-        sent = next((v for k, v in scope["headers"] if k == SESSION_HEADER), None)
-        named = check_session_id(sent.decode("latin-1"), "X-Session-ID") if sent is not None else None
-    return raw, named
+    if window is None:
+        sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
+        window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
+    return Base(raw, session_id, window)
 
 
 def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
@@ -263,7 +278,7 @@ def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
 
 def _session_headers(session: Session, model: Model | None) -> Headers:
     headers: Headers = [
-        (SESSION_HEADER, session.id.encode()),
+        (identity.SESSION_HEADER, session.id.encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]
     if model and model.context_limit:

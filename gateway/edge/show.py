@@ -29,7 +29,11 @@ def session(s: Session) -> dict[str, Any]:
         "token_count": s.token_count,
         "turn_count": s.turn_count,
         "lineage": s.lineage,
+        "recognised_by": s.source,
+        "forked_from": s.parent,
         "window": s.window,
+        "engine": s.engine or None,
+        "normalised": s.normalised.split(),
         "created_at": moment(s.created_at),
         "last_active_at": moment(s.last_active_at),
         "frozen_at": moment(s.frozen_at),
@@ -48,6 +52,11 @@ def turn(t: Turn) -> dict[str, Any]:
         "completion_tokens": t.usage.completion if t.usage else None,
         "cached_tokens": t.usage.cached if t.usage else None,
         "detail": t.detail,
+        "recognised_by": t.source,
+        "engine": t.engine or None,
+        "estimated_tokens": t.estimated_tokens,
+        "expected_cached_tokens": t.expected_tokens,
+        "miss": t.miss or None,
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Trace, Turn, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,19 @@ SORT_KEYS = ("name", "created_at", "token_count", "size")
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished turn on its way into the store. `messages` is None where the transcript does not move on."""
+    """A finished turn on its way into the store. `messages` is None where the transcript does not move on.
+
+    `session` is what the turn's session was when it began; the store makes it if it is new.
+    """
 
     turn: Turn
-    lineage: str
+    session: Session
     fingerprint: str
     salt: str
     messages: Sequence[Message] | None
     frame: Mapping[str, object]
+    trace: Trace
+    normalised: str = ""
 
 
 class Store(Protocol):
@@ -49,6 +54,13 @@ class Store(Protocol):
 
     async def session(self, tenant: str, session_id: str) -> Session | None:
         """Return the session, or None."""
+        ...
+
+    async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
+        """Return the first of `links` that is known, and sessions that have been there.
+
+        Those that are there now come first, then those that asked it last, then the last active ones.
+        """
         ...
 
     async def list_sessions(
@@ -67,6 +79,10 @@ class Store(Protocol):
 
     async def delete_session(self, tenant: str, session_id: str) -> bool:
         """Delete the session and its turns; False if there is none. Windows stay."""
+        ...
+
+    async def forget_idle(self, keep: int) -> int:
+        """Delete the sessions that were idle longest beyond `keep`; return how many."""
         ...
 
     async def record(self, finished: Sequence[Finished]) -> None:

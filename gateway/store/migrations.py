@@ -71,6 +71,44 @@ _M001 = (
 )
 
 
+@MIGRATIONS.append
+def m002_identity(db: sqlite3.Connection) -> None:
+    """How sessions are recognised, and what is needed to delete a transcript link by link."""
+    for statement in _M002:
+        db.execute(statement)
+
+
+_M002 = (
+    "ALTER TABLE sessions ADD COLUMN source TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN parent TEXT",
+    "ALTER TABLE sessions ADD COLUMN head BLOB",
+    "ALTER TABLE sessions ADD COLUMN asked BLOB",
+    "ALTER TABLE sessions ADD COLUMN tip BLOB",
+    "ALTER TABLE sessions ADD COLUMN answered INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE sessions ADD COLUMN prompt_tokens INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE sessions ADD COLUMN engine TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN normalised TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE turns ADD COLUMN source TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE turns ADD COLUMN engine TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE turns ADD COLUMN estimated_tokens INTEGER",
+    "ALTER TABLE turns ADD COLUMN expected_tokens INTEGER",
+    "ALTER TABLE turns ADD COLUMN miss TEXT NOT NULL DEFAULT ''",
+    # Each point of a conversation at which a turn asked or was answered, by its link in the prefix chain.
+    """CREATE TABLE beginnings (
+        tenant TEXT NOT NULL, link BLOB NOT NULL, session_id TEXT NOT NULL, PRIMARY KEY (tenant, link, session_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX beginnings_by_session ON beginnings (tenant, session_id)",
+    "CREATE INDEX sessions_by_age ON sessions (last_active_at)",
+    "CREATE INDEX links_by_parent ON links (parent)",
+    "CREATE INDEX links_by_content ON links (content)",
+    "CREATE INDEX sessions_by_transcript ON sessions (transcript)",
+    "CREATE INDEX sessions_by_window_transcript ON sessions (window_transcript)",
+    "CREATE INDEX sessions_by_frame ON sessions (frame)",
+    "CREATE INDEX windows_by_transcript ON windows (transcript)",
+    "CREATE INDEX windows_by_frame ON windows (frame)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 

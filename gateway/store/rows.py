@@ -2,24 +2,26 @@
 
 import sqlite3
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import orjson
-from blake3 import blake3
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
+from gateway.records import Manifest, PinnedObject, Session, SessionState, Turn, Usage, Window
+from gateway.store import transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 
+T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
 _WINDOW_COLUMNS = tuple(f.name for f in fields(Window))
 _SESSION = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions"
 _WINDOW = f"SELECT {', '.join(_WINDOW_COLUMNS)} FROM windows"
 _SORT = {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
-_ID_BYTES = 16
+_TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
+_CANDIDATES = 4  # sessions that share a beginning; the verdict needs to know whether there is more than one
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
 
 
@@ -43,9 +45,12 @@ def list_sessions(
 
 
 def add_session(db: sqlite3.Connection, new: Session) -> bool:
+    """Add a session; where it stands already, others may go on from there."""
     marks = ", ".join("?" * len(_SESSION_COLUMNS))
     values = [getattr(new, name) for name in _SESSION_COLUMNS]
     cursor = db.execute(f"INSERT OR IGNORE INTO sessions ({', '.join(_SESSION_COLUMNS)}) VALUES ({marks})", values)
+    if cursor.rowcount == 1 and new.tip is not None:
+        db.execute("INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", (new.tenant, new.tip, new.id))
     return cursor.rowcount == 1
 
 
@@ -57,10 +62,54 @@ def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count:
 
 
 def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool:
+    gone = session(db, tenant, session_id)
     db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id))
-    gone = db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id)).rowcount == 1
-    _collect(db)
-    return gone
+    if gone is None:
+        return False
+    db.execute("DELETE FROM beginnings WHERE tenant = ? AND session_id = ?", (tenant, session_id))
+    db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
+    transcript_rows.release(db, gone.transcript)
+    transcript_rows.release(db, gone.window_transcript)
+    transcript_rows.release_content(db, gone.frame)
+    return True
+
+
+def forget_idle(db: sqlite3.Connection, keep: int, at_once: int) -> int:
+    (count,) = db.execute("SELECT count(*) FROM sessions").fetchone()
+    excess = min(at_once, count - keep)
+    if excess <= 0:
+        return 0
+    oldest = db.execute("SELECT tenant, id FROM sessions ORDER BY last_active_at LIMIT ?", (excess,)).fetchall()
+    for tenant, session_id in oldest:
+        delete_session(db, tenant, session_id)
+    return len(oldest)
+
+
+def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
+    found = _longest(db, tenant, links)
+    if found is None:
+        return None, []
+    columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
+    rows = db.execute(
+        f"""SELECT {columns} FROM beginnings b JOIN sessions s ON s.tenant = b.tenant AND s.id = b.session_id
+        WHERE b.tenant = ?1 AND b.link = ?2
+        ORDER BY s.tip IS ?2 DESC, s.asked IS ?2 DESC, s.last_active_at DESC LIMIT ?3""",
+        (tenant, found, _CANDIDATES),
+    )
+    return found, [Session(*row) for row in rows]
+
+
+def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> bytes | None:
+    """The first of `links` that is known. Nearly always it is among the first three."""
+    for batch in (links[:3], *_batches(links[3:])):
+        marks = ", ".join("?" * len(batch))
+        found = db.execute(
+            f"SELECT DISTINCT link FROM beginnings WHERE tenant = ? AND link IN ({marks})", (tenant, *batch)
+        )
+        known = {link for (link,) in found}
+        if known:
+            return next(link for link in batch if link in known)
+    return None
 
 
 def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int) -> None:
@@ -71,44 +120,68 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
         _move_on(db, items)
         for item in items:
             _add_turn(db, item.turn)
+            _add_beginnings(db, item)
         _prune_turns(db, items[-1].turn, turns_kept)
 
 
 def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
     """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone."""
-    moving = [item for item in items if item.messages is not None]
-    last = moving[-1] if moving else items[-1]
-    turn, first = last.turn, items[0].turn
-    new = Session(turn.tenant, turn.session_id, last.lineage, turn.model, created_at=first.started_at)
-    add_session(db, new)
+    last, first = items[-1], items[0].turn
+    tenant, session_id = first.tenant, first.session_id
+    began = last.session
+    # Of a session that was deleted meanwhile, what it held is gone.
+    new = Session(tenant, session_id, began.lineage, last.turn.model, source=began.source, parent=began.parent)
+    add_session(db, replace(new, created_at=first.started_at))
+    head = next((item.trace.head for item in items if item.trace.head), None)
     now = max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items)
-    if last.messages is None:
-        db.execute(
-            "UPDATE sessions SET last_active_at = max(last_active_at, ?) WHERE tenant = ? AND id = ?",
-            (now, turn.tenant, turn.session_id),
-        )
-        return
-    tokens = turn.usage.prompt + turn.usage.completion if turn.usage else None
     db.execute(
-        """UPDATE sessions SET last_active_at = max(last_active_at, ?), turn_count = turn_count + ?, state = 'active',
-        model = ?, fingerprint = ?, salt = ?, token_count = coalesce(?, token_count), transcript = ?, frame = ?
-        WHERE tenant = ? AND id = ?""",
+        """UPDATE sessions SET last_active_at = max(last_active_at, ?), head = coalesce(head, ?), asked = ?,
+        answered = ? WHERE tenant = ? AND id = ?""",
+        (now, head, last.trace.asked or None, last.messages is not None, tenant, session_id),
+    )
+    moving = [item for item in items if item.messages is not None]
+    if moving:
+        _move_transcript(db, moving[-1], len(moving))
+
+
+def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int) -> None:
+    turn = last.turn
+    before = session(db, turn.tenant, turn.session_id)
+    usage = turn.usage
+    db.execute(
+        """UPDATE sessions SET turn_count = turn_count + ?, state = 'active', model = ?, fingerprint = ?, salt = ?,
+        token_count = coalesce(?, token_count), prompt_tokens = coalesce(?, prompt_tokens), transcript = ?, frame = ?,
+        tip = ?, engine = ?, normalised = ? WHERE tenant = ? AND id = ?""",
         (
-            now, len(moving), turn.model, last.fingerprint, last.salt, tokens, _add_transcript(db, last.messages),
-            _add_content(db, last.frame), turn.tenant, turn.session_id,
+            turns, turn.model, last.fingerprint, last.salt, usage and usage.prompt + usage.completion,
+            usage and usage.prompt, transcript_rows.add(db, last.messages or ()),
+            transcript_rows.add_content(db, last.frame), last.trace.tip, turn.engine, last.normalised,
+            turn.tenant, turn.session_id,
         ),
     )  # fmt: skip
+    if before is not None:  # what it had is part of what it has, unless the last turn was asked anew
+        transcript_rows.release(db, before.transcript)
+        transcript_rows.release_content(db, before.frame)
+
+
+def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:
+    links = [link for link in (item.trace.asked, item.trace.tip) if link]
+    turn = item.turn
+    db.executemany(
+        "INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", [(turn.tenant, link, turn.session_id) for link in links]
+    )
 
 
 def _add_turn(db: sqlite3.Connection, turn: Turn) -> None:
     usage = turn.usage
-    db.execute(
-        "INSERT INTO turns VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            turn.tenant, turn.session_id, turn.model, turn.outcome, turn.status, turn.started_at, turn.duration_ms,
-            usage and usage.prompt, usage and usage.completion, usage and usage.cached, turn.detail,
-        ),
-    )  # fmt: skip
+    values = {
+        **{name: getattr(turn, name) for name in _TURN_COLUMNS},
+        "prompt_tokens": usage and usage.prompt,
+        "completion_tokens": usage and usage.completion,
+        "cached_tokens": usage and usage.cached,
+    }
+    marks = ", ".join("?" * len(values))
+    db.execute(f"INSERT INTO turns ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
 
 
 def _prune_turns(db: sqlite3.Connection, turn: Turn, keep: int) -> None:
@@ -121,82 +194,17 @@ def _prune_turns(db: sqlite3.Connection, turn: Turn, keep: int) -> None:
 
 def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> list[Turn]:
     found = db.execute(
-        """SELECT model, outcome, status, started_at, duration_ms,
-            prompt_tokens, completion_tokens, cached_tokens, detail
+        f"""SELECT prompt_tokens, completion_tokens, cached_tokens, {", ".join(_TURN_COLUMNS)}
         FROM turns WHERE tenant = ? AND session_id = ? ORDER BY id DESC LIMIT ?""",
         (tenant, session_id, limit),
     )
     return [
-        Turn(tenant, session_id, model, outcome, status, at, ms, None if p is None else Usage(p, c, cached), detail)
-        for model, outcome, status, at, ms, p, c, cached, detail in found
+        Turn(
+            **dict(zip(_TURN_COLUMNS, rest, strict=True)),
+            usage=None if prompt is None else Usage(prompt, completion, cached),
+        )
+        for prompt, completion, cached, *rest in found
     ]
-
-
-# --- transcripts: contents by hash, and Merkle lists of them
-
-
-def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
-    found = db.execute(
-        """WITH RECURSIVE chain (parent, content, depth) AS (
-            SELECT parent, content, depth FROM links WHERE id = ?
-            UNION ALL SELECT l.parent, l.content, l.depth FROM links l JOIN chain c ON l.id = c.parent)
-        SELECT body FROM chain JOIN contents ON contents.id = chain.content ORDER BY depth""",
-        (transcript,),
-    )
-    return [orjson.loads(body) for (body,) in found]
-
-
-def content(db: sqlite3.Connection, content_id: bytes) -> dict[str, Any]:
-    (body,) = db.execute("SELECT body FROM contents WHERE id = ?", (content_id,)).fetchone()
-    value: dict[str, Any] = orjson.loads(body)
-    return value
-
-
-def _add_content(db: sqlite3.Connection, value: Mapping[str, object]) -> bytes:
-    content_id, body = _content(value)
-    db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
-    return content_id
-
-
-def _add_transcript(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
-    chain: list[tuple[bytes, bytes | None, bytes, bytes]] = []
-    parent: bytes | None = None
-    for message in transcript:
-        content_id, body = _content(message)
-        link = blake3((parent or b"") + content_id).digest(_ID_BYTES)
-        chain.append((link, parent, content_id, body))
-        parent = link
-    known = len(chain)
-    # From the end: all but the last turn's messages are there already.
-    while known and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[known - 1][0],)).fetchone():
-        known -= 1
-    for depth, (link, before, content_id, body) in enumerate(chain[known:], start=known):
-        db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
-        db.execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link, before, content_id, depth))
-    return parent
-
-
-def _content(value: Mapping[str, object]) -> tuple[bytes, bytes]:
-    body = orjson.dumps(value)
-    return blake3(body).digest(_ID_BYTES), body
-
-
-def _collect(db: sqlite3.Connection) -> None:
-    """Delete links and contents that no session and no window reaches."""
-    db.execute(
-        """WITH RECURSIVE reached (id) AS (
-            SELECT transcript FROM sessions WHERE transcript IS NOT NULL
-            UNION SELECT window_transcript FROM sessions WHERE window_transcript IS NOT NULL
-            UNION SELECT transcript FROM windows
-            UNION SELECT l.parent FROM links l JOIN reached r ON l.id = r.id WHERE l.parent IS NOT NULL)
-        DELETE FROM links WHERE id NOT IN (SELECT id FROM reached)"""
-    )
-    db.execute(
-        """DELETE FROM contents WHERE id NOT IN (
-            SELECT content FROM links
-            UNION SELECT frame FROM sessions WHERE frame IS NOT NULL
-            UNION SELECT frame FROM windows WHERE frame IS NOT NULL)"""
-    )
 
 
 # --- windows
@@ -295,15 +303,16 @@ def manifest(db: sqlite3.Connection, manifest_id: str) -> Manifest:
 
 
 def delete_window(db: sqlite3.Connection, tenant: str, name: str) -> list[ObjectKey] | None:
-    row = db.execute("SELECT manifest FROM windows WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
-    if row is None:
+    gone = window(db, tenant, name)
+    if gone is None:
         return None
-    (held,) = row
+    held = gone.manifest
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
     # Whoever gets the name next is a stranger to what came from this one.
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
     db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
-    _collect(db)
+    transcript_rows.release(db, gone.transcript)
+    transcript_rows.release_content(db, gone.frame)
     if db.execute("SELECT 1 FROM windows WHERE manifest = ?", (held,)).fetchone():
         return []
     mine = [key for (key,) in db.execute("SELECT DISTINCT key FROM manifest_objects WHERE manifest = ?", (held,))]
@@ -345,5 +354,5 @@ def tier_usage(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     return {tier: (count, size) for tier, count, size in found}
 
 
-def _batches(values: Sequence[str]) -> Iterable[Sequence[str]]:
+def _batches(values: Sequence[T]) -> Iterable[Sequence[T]]:
     return (values[i : i + _VARIABLES] for i in range(0, len(values), _VARIABLES))

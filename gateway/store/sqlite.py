@@ -1,7 +1,7 @@
 """The store on SQLite in WAL mode: one writer thread, one reader thread, and an inline read for the request path.
 
-The one read that a request waits for (`session`) is a point read from a page that SQLite has cached: some ten
-microseconds, less than handing it to a thread would cost. Everything else runs in a thread of its own. All waiting
+The reads that a request waits for (`session`, `beginning`) are point reads from pages that SQLite has cached: some ten
+microseconds, less than handing them to a thread would cost. Everything else runs in a thread of its own. All waiting
 writes go into one transaction, each under a savepoint, so that a burst of turns costs one commit and a failing write
 only itself.
 """
@@ -18,7 +18,7 @@ from typing import TypeVar
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
-from gateway.store import rows
+from gateway.store import rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 from gateway.store.migrations import migrate
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 _BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
 _WRITES_PER_COMMIT = 256
+_FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
 
 
 class SqliteStore:
@@ -67,6 +68,10 @@ class SqliteStore:
         """See `Store.session`."""
         return rows.session(self._inline, tenant, session_id)
 
+    async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
+        """See `Store.beginning`."""
+        return rows.beginning(self._inline, tenant, links)
+
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
     ) -> tuple[list[Session], int]:
@@ -85,6 +90,13 @@ class SqliteStore:
         """See `Store.delete_session`."""
         return await self._write(lambda db: rows.delete_session(db, tenant, session_id))
 
+    async def forget_idle(self, keep: int) -> int:
+        """See `Store.forget_idle`."""
+        forgotten = 0
+        while some := await self._write(lambda db: rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
+            forgotten += some
+        return forgotten
+
     async def record(self, finished: Sequence[Finished]) -> None:
         """See `Store.record`."""
         await self._write(lambda db: rows.record(db, finished, self._turns_kept))
@@ -95,11 +107,11 @@ class SqliteStore:
 
     async def messages(self, transcript: bytes) -> list[Message]:
         """See `Store.messages`."""
-        return await self._read(lambda db: rows.messages(db, transcript))
+        return await self._read(lambda db: transcript_rows.messages(db, transcript))
 
     async def frame(self, frame: bytes) -> Mapping[str, object]:
         """See `Store.frame`."""
-        return await self._read(lambda db: rows.content(db, frame))
+        return await self._read(lambda db: transcript_rows.content(db, frame))
 
     async def window(self, tenant: str, name: str) -> Window | None:
         """See `Store.window`."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gateway import identity
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
@@ -44,9 +45,17 @@ class Receipt:
 
 
 async def thaw(
-    parts: Parts, tenant: str, name: str, *, new_session_id: str | None, warm: Warm, progress: Progress = silent
+    parts: Parts,
+    tenant: str,
+    name: str,
+    *,
+    new_session_id: str | None,
+    warm: Warm,
+    source: str = "thaw",
+    head: bytes | None = None,
+    progress: Progress = silent,
 ) -> tuple[Session, Window, Receipt]:
-    """Thaw a window into a new session.
+    """Thaw a window into a new session; `source` and `head` are the session's (see `Session`).
 
     Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV
     that is lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine
@@ -77,6 +86,10 @@ async def thaw(
         window_transcript=window.transcript,
         created_at=now,
         last_active_at=now,
+        source=source,
+        head=head,
+        # Whoever sends the whole history, and no id, goes on here.
+        tip=identity.chain(await parts.store.messages(window.transcript), b"")[-1] if source == "thaw" else None,
     )
     if warm != "none" and receipt.chunks_found:
         await _warm(parts, window, model, manifest, warm, receipt, progress)

@@ -1,0 +1,251 @@
+"""Which conversation a request belongs to: by an id that it brings, else by its own beginning.
+
+Agents name their sessions in headers and body fields of their own (`given`). Who names nothing is recognised by the
+prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings. The store knows
+every point at which a turn asked or was answered; the longest known beginning of a request says which conversation it
+goes on with (`judge`). Nothing here reads a clock, a socket or a store.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+from blake3 import blake3
+
+from gateway import transcripts
+from gateway.errors import GatewayError
+from gateway.records import SESSION_ID, Message, Session, Trace, check_session_id
+
+# session: exactly this session · agent: an agent's id for all that it does, side conversations too ·
+# key: what conversations of one kind share
+Kind = Literal["session", "agent", "key"]
+
+SESSION_HEADER = b"x-session-id"
+_CLAUDE = b"x-claude-code-session-id"
+_CLAUDE_AGENT = b"x-claude-code-agent-id"
+_CODEX = b"x-codex-turn-metadata"
+_SUBAGENT = b"x-openai-subagent"
+# In this order, after the two above. Not among them: x-client-request-id and x-correlation-id, which most clients make
+# anew for each request.
+_AGENT_HEADERS = (
+    b"session-id",
+    b"session_id",
+    b"x-session-affinity",
+    b"x-litellm-session-id",
+    b"x-dynamo-session-id",
+    b"x-amp-thread-id",
+    b"x-nemo-relay-session-id",
+)
+# Between the client and us: no engine gets to see them.
+HEADERS = frozenset({SESSION_HEADER, _CLAUDE, _CLAUDE_AGENT, _CODEX, _SUBAGENT, *_AGENT_HEADERS})
+
+_DIGEST = 16
+_MAX_ID = 128
+_SIDE = 17  # characters that a side conversation adds to its agent's id
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An id that a request brings; `source` says where, in the words that the session's status shows."""
+
+    kind: Kind
+    id: str
+    source: str
+
+
+def given(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_url: str | None) -> Given | None:
+    """Return the id that a request brings, None if it brings none. Raises `invalid_session_id` for one of our own."""
+    if in_url is not None:
+        return Given("session", in_url, "base URL")
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name in HEADERS:
+            found.setdefault(name, value.decode("latin-1").strip())
+    if SESSION_HEADER in found:
+        return Given("session", check_session_id(found[SESSION_HEADER], "X-Session-ID"), "header x-session-id")
+    return (_in_headers(found) if found else None) or _in_body(body)
+
+
+def _in_headers(found: Mapping[bytes, str]) -> Given | None:
+    if found.get(_CLAUDE):
+        # A sub-agent carries its parent's session id, so only both together name a conversation.
+        return _agent((found[_CLAUDE], found.get(_CLAUDE_AGENT, "")), _CLAUDE)
+    if _CODEX in found:
+        turn = _object(found[_CODEX])
+        if named := _text(turn.get("thread_id")) or _text(turn.get("session_id")):
+            return _agent((named,), _CODEX)
+    for name in _AGENT_HEADERS:
+        if found.get(name):
+            return _agent((found[name], found.get(_SUBAGENT, "")), name)
+    return None
+
+
+def _agent(parts: Sequence[str], header: bytes) -> Given:
+    return Given("agent", fitting(":".join(filter(None, parts))), f"header {header.decode()}")
+
+
+def _in_body(body: Mapping[str, Any]) -> Given | None:
+    metadata = body.get("metadata")
+    if isinstance(metadata, dict):
+        if named := _text(metadata.get("session_id")):
+            return Given("session", fitting(named), "body metadata.session_id")
+        if named := _session_of_user(metadata.get("user_id")):
+            return Given("agent", fitting(named), "body metadata.user_id")
+    conversation = body.get("conversation")
+    if named := _text(conversation.get("id") if isinstance(conversation, dict) else conversation):
+        return Given("session", fitting(named), "body conversation")
+    if named := _text(body.get("prompt_cache_key")):
+        return Given("key", fitting(named), "body prompt_cache_key")
+    return None
+
+
+def _session_of_user(user_id: object) -> str:
+    """The session in Claude Code's `user_id`: a JSON object, or `user_..._session_ID` as older versions wrote it."""
+    text = _text(user_id)
+    return _text(_object(text).get("session_id")) or text.rpartition("_session_")[2] if "session" in text else ""
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def fitting(name: str) -> str:
+    """A foreign id as a session id of ours: itself, or a hash where it has other characters or is too long."""
+    return name if SESSION_ID.fullmatch(name) else f"x-{blake3(name.encode()).hexdigest(_DIGEST)}"
+
+
+def side(session_id: str, head: bytes) -> str:
+    """Name another conversation that an agent holds under the same id: its title maker, a skill, what follows a
+    compaction."""
+    return f"{session_id[: _MAX_ID - _SIDE]}:{head.hex()[: _SIDE - 1]}"
+
+
+# --- the prefix chain
+
+
+def seed(body: Mapping[str, Any], scope: str, client_salt: str) -> bytes:
+    """What a chain begins with: whatever says that equal beginnings of two requests are none of each other's."""
+    user = _text(body.get("user")) or _text(body.get("safety_identifier"))
+    return b"" if not (scope or client_salt or user) else _hash(orjson.dumps([scope, client_salt, user]))
+
+
+def chain(messages: Sequence[Message], start: bytes) -> list[bytes]:
+    """Return a hash for each message over all messages up to it."""
+    links: list[bytes] = []
+    for message in messages:
+        start = link(start, message)
+        links.append(start)
+    return links
+
+
+def link(before: bytes, message: Message) -> bytes:
+    """The hash of a message and of all before it. Raises `invalid_request` for one that nests over 254 levels deep."""
+    try:
+        return _hash(before + orjson.dumps(transcripts.canonical(message), option=orjson.OPT_SORT_KEYS))
+    except (orjson.JSONEncodeError, RecursionError) as error:
+        raise GatewayError("invalid_request", f"a message cannot be written as JSON: {error}") from error
+
+
+def head(messages: Sequence[Message]) -> bytes:
+    """What a conversation began with, whatever system prompt it has by now."""
+    _, rest = transcripts.split(messages)
+    return link(b"", rest[0]) if rest else b""
+
+
+def trace(start: bytes, messages: Sequence[Message], reply: Message | None, asked: bytes | None) -> Trace:
+    """Where a turn has left its conversation; `asked` is the last link of its messages where that is known already."""
+    if not messages:
+        return Trace(b"", b"", None)
+    last = asked or chain(messages, start)[-1]
+    return Trace(head(messages), last, link(last, reply) if reply else None)
+
+
+def _hash(data: bytes) -> bytes:
+    return blake3(data).digest(_DIGEST)
+
+
+# --- the verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The chain of a request, and how many of its first messages may end a turn or its question, longest first."""
+
+    links: Sequence[bytes]
+    points: Sequence[int]
+    replies: Sequence[int]  # how many messages there are up to each reply, and with it
+
+    @classmethod
+    def of(cls, messages: Sequence[Message], start: bytes) -> "Beginning":
+        """The beginning that a request is."""
+        replies = [i for i, message in enumerate(messages, 1) if message.get("role") == "assistant"]
+        points = {len(messages), *replies, *(i - 1 for i in replies)} - {0}
+        return cls(chain(messages, start), sorted(points, reverse=True), replies)
+
+    @property
+    def candidates(self) -> list[bytes]:
+        """The links to look for, longest beginning first."""
+        return [self.links[point - 1] for point in self.points]
+
+    @property
+    def asked(self) -> bytes:
+        """The link of the whole request."""
+        return self.links[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The session that a request goes on with, or forks from. `depth` is how many of its messages were known."""
+
+    session: Session | None
+    forks: bool = False
+    depth: int = 0
+    how: str = "new"
+
+
+_STRANGER = Verdict(None)
+
+
+def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]) -> Verdict:
+    """Say which of `candidates` a request goes on with: the sessions that have been at `known`, its longest known link.
+
+    - At a session's last reply: the next turn.
+    - The very request that a session asked last: a retry. But a first request that was answered is asked by the next
+      stranger: a reply makes a conversation, a question alone does not.
+    - The session's last question with another reply behind it: the reply was cut, or came back differently.
+    - Anywhere before: a fork, provided that a reply is part of what is shared.
+    """
+    if known is None or not candidates:
+        return _STRANGER
+    depth = request.links.index(known) + 1
+    answered_before = any(reply <= depth for reply in request.replies)
+    asking = [one for one in candidates if one.asked == known]
+    if depth == len(request.links):
+        return _again(depth, asking, candidates, answered_before)
+    going = next((one for one in candidates if one.tip == known), None)
+    if going:
+        return Verdict(going, depth=depth, how="prefix")
+    waiting = next((one for one in asking if not one.answered), None)
+    if waiting:
+        return Verdict(waiting, depth=depth, how="prefix")
+    # A client may send any reply back as it likes; two that asked the same cannot be told apart by that.
+    if depth + 1 in request.replies and len(asking) == 1 and (answered_before or len(candidates) == 1):
+        return Verdict(asking[0], depth=depth, how="prefix")
+    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else _STRANGER
+
+
+def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session], answered_before: bool) -> Verdict:
+    """The verdict on a request that was asked before, word for word."""
+    waiting = next((one for one in asking if not one.answered), None)
+    if waiting or (asking and answered_before):
+        return Verdict(waiting or asking[0], depth=depth, how="retry")
+    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else _STRANGER

@@ -1,0 +1,89 @@
+"""The SQL of transcripts: contents by hash, and Merkle lists of them. Whoever calls owns the transaction."""
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+from blake3 import blake3
+
+from gateway.records import Message
+
+_ID_BYTES = 16
+# Who may hold a link, and a content: what none of them names is gone.
+_LINK_HOLDERS = (
+    ("links", "parent"),
+    ("sessions", "transcript"),
+    ("sessions", "window_transcript"),
+    ("windows", "transcript"),
+)
+_CONTENT_HOLDERS = (("links", "content"), ("sessions", "frame"), ("windows", "frame"))
+
+
+def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
+    found = db.execute(
+        """WITH RECURSIVE chain (parent, content, depth) AS (
+            SELECT parent, content, depth FROM links WHERE id = ?
+            UNION ALL SELECT l.parent, l.content, l.depth FROM links l JOIN chain c ON l.id = c.parent)
+        SELECT body FROM chain JOIN contents ON contents.id = chain.content ORDER BY depth""",
+        (transcript,),
+    )
+    return [orjson.loads(body) for (body,) in found]
+
+
+def content(db: sqlite3.Connection, content_id: bytes) -> dict[str, Any]:
+    (body,) = db.execute("SELECT body FROM contents WHERE id = ?", (content_id,)).fetchone()
+    value: dict[str, Any] = orjson.loads(body)
+    return value
+
+
+def add_content(db: sqlite3.Connection, value: Mapping[str, object]) -> bytes:
+    content_id, body = _content(value)
+    db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
+    return content_id
+
+
+def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
+    chain: list[tuple[bytes, bytes | None, bytes, bytes]] = []
+    parent: bytes | None = None
+    for message in transcript:
+        content_id, body = _content(message)
+        link = blake3((parent or b"") + content_id).digest(_ID_BYTES)
+        chain.append((link, parent, content_id, body))
+        parent = link
+    known = len(chain)
+    # From the end: all but the last turn's messages are there already.
+    while known and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[known - 1][0],)).fetchone():
+        known -= 1
+    for depth, (link, before, content_id, body) in enumerate(chain[known:], start=known):
+        db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
+        db.execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link, before, content_id, depth))
+    return parent
+
+
+def release(db: sqlite3.Connection, transcript: bytes | None) -> None:
+    """Delete the links of a transcript from its end, up to the first that something else holds."""
+    while transcript is not None and not _held(db, _LINK_HOLDERS, transcript):
+        row = db.execute("SELECT parent, content FROM links WHERE id = ?", (transcript,)).fetchone()
+        if row is None:
+            return
+        db.execute("DELETE FROM links WHERE id = ?", (transcript,))
+        release_content(db, row[1])
+        transcript = row[0]
+
+
+def release_content(db: sqlite3.Connection, content_id: bytes | None) -> None:
+    """Delete a content unless something holds it."""
+    if content_id is not None and not _held(db, _CONTENT_HOLDERS, content_id):
+        db.execute("DELETE FROM contents WHERE id = ?", (content_id,))
+
+
+def _held(db: sqlite3.Connection, holders: Sequence[tuple[str, str]], name: bytes) -> bool:
+    return any(
+        db.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (name,)).fetchone() for table, column in holders
+    )
+
+
+def _content(value: Mapping[str, object]) -> tuple[bytes, bytes]:
+    body = orjson.dumps(value)
+    return blake3(body).digest(_ID_BYTES), body

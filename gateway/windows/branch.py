@@ -1,0 +1,75 @@
+"""A conversation under a window's base URL (`/w/NAME/v1`, `X-Window`): every new one is a branch of its own.
+
+The client need not know the window's transcript: it sends what is new, or all of it. Either way the chain is that of
+the whole conversation, begun with the window itself, so that the next turn finds its branch again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway import identity, transcripts
+from gateway.errors import GatewayError
+from gateway.identity import Beginning, Given
+from gateway.parts import Parts
+from gateway.records import Message, Session, Window
+from gateway.sessions import Place
+from gateway.transcripts import SystemRule
+from gateway.windows.thaw import found, thaw
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request under a window: `messages` as the client sent them, never empty."""
+
+    tenant: str
+    window: str
+    named: Given | None
+    messages: Sequence[Message]
+    rule: SystemRule
+
+
+async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
+    """Return the branch that the request belongs to, thawed just now if it is new.
+
+    Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session
+    that does not come from this window.
+    """
+    window = await found(parts, asked.tenant, asked.window)
+    named = asked.named
+    if named and named.kind != "key":
+        return await _named(parts, asked, named, seed)
+    history = await parts.store.messages(window.transcript)
+    front = transcripts.missing(history, asked.messages, asked.rule)
+    whole = asked.messages if front is None else transcripts.merged(front, asked.messages)
+    seed = identity.seed({}, f"{seed.hex()} {window.name} {window.created_at}", "")
+    request = Beginning.of(whole, seed)
+    verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
+    if verdict.session and not verdict.forks:
+        return Place(verdict.session, verdict.how, seed, request.asked)
+    return Place(await _new(parts, window, None), "window", seed, request.asked, is_new=True)
+
+
+async def _named(parts: Parts, asked: Asked, named: Given, seed: bytes) -> Place:
+    known = await parts.sessions.place(asked.tenant, named, asked.messages, seed, parts.turns.settle)
+    if known.is_new:
+        head = known.session.head
+        session, _, _ = await thaw(
+            parts, asked.tenant, asked.window, new_session_id=known.session.id, warm="none", source=known.source,
+            head=head,
+        )  # fmt: skip
+        return Place(session, known.source, seed, is_new=True)
+    if known.session.window != asked.window:
+        raise GatewayError(
+            "invalid_request",
+            f"session {known.session.id!r} does not come from window {asked.window!r}",
+            hint="send it to /v1, or leave its id away to begin a branch of the window",
+            details={"session_id": known.session.id, "window_name": known.session.window},
+        )
+    return known
+
+
+async def _new(parts: Parts, window: Window, session_id: str | None) -> Session:
+    session, _, _ = await thaw(
+        parts, window.tenant, window.name, new_session_id=session_id, warm="none", source="window"
+    )
+    return session
