@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 96  # characters of a text
+_ASKED = 1000  # characters of a question with tool calls
 _SCHEMAS = ("parameters", "input_schema")
 # They speak of the connection or of the client's machine.
 _DROPPED = frozenset(
@@ -67,6 +68,8 @@ def _conversation(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
     text = json.dumps(body)
     if "You are a title generator" in text:
         return "title"
+    if "This session is being continued from a previous conversation" in text:
+        return "compacted"
     if "Another way." in text:
         return "fork"
     users = [m for m in body.get("messages", body.get("input")) if _said_by_user(m)]
@@ -86,7 +89,8 @@ def _opening(message: Mapping[str, Any]) -> str:
 
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
-        return value if len(value) <= _SHOWN or value.startswith("{") else _short(value)
+        # A question with tool calls in it must still be understood by the engine that made it.
+        return value if value.startswith("{") or ("[[" in value and len(value) < _ASKED) else _short(value)
     if isinstance(value, list):
         return [_cut(item) for item in value]
     if isinstance(value, dict):

@@ -102,7 +102,7 @@ SCENARIOS = (
         OpenCode,
         [Doing(
             f'Delegate. [[task {{"description":"sub work","prompt":"{_SHELL_SUB}","subagent_type":"general"}}]]',
-            expect="from-sub",
+            expect="completed",
         )],
         2,
     ),

@@ -8,11 +8,13 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 CREATED = 1_760_000_000
 _REMINDER = "<system-reminder>"  # Claude Code puts texts of its own beside the user's
 _IN = "__"  # between a namespace and a tool in it, as vLLM shows them to the model
+_QUOTED = 80  # characters of a result
 _IDS = itertools.count(1)
 
 
@@ -66,13 +68,17 @@ def steps(question: str) -> list[list[tuple[str, dict[str, Any]]]]:
 def answer(question: str, answered: int, offered: Sequence[str], results: Sequence[str], new: int, size: int) -> Said:
     """The next answer to a question after `answered` steps. A tool that is not offered is not called."""
     plan = steps(question)
-    if answered < len(plan):
-        wanted = [(name, arguments) for name, arguments in plan[answered] if name in offered]
-        calls = [ToolCall(f"call_{next(_IDS):06d}", name, json.dumps(arguments)) for name, arguments in wanted]
-        if calls:
-            return Said("I will look.", tuple(calls), size, new)
-    last = f" The tool said: {' | '.join(results)[:200]}" if results else ""
-    return Said(f"That is all after {answered} steps.{last}", (), size, new)
+    wanted = [call for call in plan[answered] if call[0] in offered] if answered < len(plan) else []
+    if wanted:
+        calls = [ToolCall(_id(question, answered, at), name, json.dumps(a)) for at, (name, a) in enumerate(wanted)]
+        return Said("I will look.", tuple(calls), size, new)
+    said = " | ".join(result[:_QUOTED] for result in results)
+    return Said(f"That is all after {answered} steps.{f' The tool said: {said}' if said else ''}", (), size, new)
+
+
+def _id(*what: object) -> str:
+    """The same for the same: a recording that is played again gets the replies that it was made with."""
+    return f"call_{sha256(repr(what).encode()).hexdigest()[:12]}"
 
 
 # Reading: what was asked, how many steps are behind it, which tools there are.
