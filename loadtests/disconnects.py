@@ -19,7 +19,7 @@ import httpx
 
 from gateway.stack import local
 from loadtests import contenders, machine, thaw_stack
-from loadtests.leaving import WAYS, Gauge, leave
+from loadtests.leaving import WAYS, Gauge, leave, question
 
 GATEWAY, ALONE = "through the gateway", "engine alone"
 _LIMIT_S = 1.0
@@ -44,8 +44,9 @@ def main() -> int:
             urls = {GATEWAY: running.plan.url, ALONE: running.plan.engine_url}
             left = _all(urls, gauge, options.count, options.alone)
             outcomes = _outcomes(running.plan.url)
+            long = running.prompt_tokens(question("left-100", WAYS[0])["messages"])
             took = time.monotonic() - began
-    text = _report(left, outcomes, took)
+    text = _report(left, outcomes, took, long)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "disconnects.md").write_text(text)
     (options.out / "disconnects.json").write_text(json.dumps([asdict(one) for one in left]) + "\n")
@@ -76,14 +77,15 @@ def _outcomes(url: str) -> "Counter[str]":
         offset, more = 0, True
         while more:
             page = http.get("/admin/sessions", params={"limit": 100, "offset": offset}).raise_for_status().json()
-            for session in page["sessions"]:
+            # Those with a dot had their answer before they could leave.
+            for session in (each for each in page["sessions"] if "." not in each["id"]):
                 turns = http.get(f"/admin/sessions/{session['id']}").raise_for_status().json()["turns"]
                 found.update(turn["outcome"] for turn in turns)
             offset, more = offset + 100, page["has_more"]
     return found
 
 
-def _report(left: Sequence[Left], outcomes: "Counter[str]", took_s: float) -> str:
+def _report(left: Sequence[Left], outcomes: "Counter[str]", took_s: float, long: int) -> str:
     facts = machine.describe()
     rows = [_row(title, [one for one in left if one.where == where and way in ("", one.way)])
             for where in (GATEWAY, ALONE)
@@ -94,7 +96,7 @@ def _report(left: Sequence[Left], outcomes: "Counter[str]", took_s: float) -> st
         "Written by `python -m loadtests.disconnects`; the samples are in `disconnects.json`.\n\n"
         f"- {facts['date']}; {facts['cpu']}, {facts['cores']} cores, {facts['memory']}, {facts['system']}, "
         f"Python {facts['python']}\n"
-        "- vLLM and LMCache with the demo model; each prompt is new, a long one is about 6,000 tokens\n"
+        f"- vLLM and LMCache with the demo model; each prompt is new, a long one is {long:,} tokens\n"
         "- the time from the close of the client's socket until vLLM's own metrics show no running and no waiting "
         "request (`vllm:num_requests_running`, `vllm:num_requests_waiting`), asked for all the while; vLLM drops a "
         "request between two of its steps, so a part of it is a step of prefill\n"
