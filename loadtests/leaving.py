@@ -18,7 +18,7 @@ import httpx
 _GAUGES = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _BEGINS_WITHIN_S = 30.0
 _STOPS_WITHIN_S = 30.0
-# Words of a prompt that takes the engine a while, and of one that does not. vLLM stops between two steps and never within
+# Words of a prompt that takes the engine a while, and of one that does not. vLLM stops between two steps and not within
 # one, and a step may be a whole prompt: with a much longer one it is the length of a step that is measured.
 _LONG, _SHORT = 250, 1
 _TRIES = 5
