@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
-from gateway.edge.inference import Inference
+from gateway.edge.inference import BESIDE, Inference
 from gateway.engine import Engine
 from gateway.errors import StartError
 from gateway.kv.lmcache import LMCache
@@ -33,6 +33,7 @@ from gateway.windows.freeze import release_strays
 log = logging.getLogger(__name__)
 
 _FORGET_EVERY_S = 60.0
+_INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
 
 
 class Gateway:
@@ -46,7 +47,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["path"].startswith(("/v1/", "/s/", "/w/")):
+        if scope["path"].startswith(_INFERENCE):
             await self._inference(scope, receive, send)
         else:
             scope["state"] = self._state
@@ -57,7 +58,9 @@ class Gateway:
 async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(SqliteStore(settings.store_path, turns_kept=settings.turns_kept))
+        store = await stack.enter_async_context(
+            SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
+        )
         sessions = Sessions(store)
         timeout = settings.connect_timeout_s
         parts = Parts(

@@ -108,9 +108,10 @@ class Engine:
             return list(answer["tokens"])
         return list(_checked(response)["token_ids"])
 
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        """Return the token ids of a plain text."""
-        return list((await self._call("POST", "/tokenize", json={"model": model, "prompt": text}))["tokens"])
+    async def tokenize(self, model: str, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a plain text, `special` ones added as a completion of it adds them."""
+        body = {"model": model, "prompt": text, "add_special_tokens": special}
+        return list((await self._call("POST", "/tokenize", json=body))["tokens"])
 
     async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
         """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.

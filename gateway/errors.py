@@ -31,6 +31,8 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "not_found": Code(404),
         "session_not_found": Code(404),
         "window_not_found": Code(404),
+        "response_not_found": Code(404),
+        "previous_response_not_found": Code(404),
         "method_not_allowed": Code(405),
         "request_timeout": Code(408, retryable=True),
         "window_already_exists": Code(409),

@@ -133,6 +133,25 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """An answer that a client can ask for again, and go on from (Responses API).
+
+    `transcript` is the conversation up to this answer and with it, None where it cannot be gone on from; `instructed`:
+    its first message is the request's own instructions. `asked` is the request's input, as a list in the store.
+    """
+
+    tenant: str
+    id: str
+    session_id: str
+    lineage: str
+    created_at: float
+    answer: Mapping[str, Any]
+    instructed: bool = False
+    transcript: bytes | None = None
+    asked: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PinnedObject:
     """One KV object as it was seen in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes."""
 

@@ -167,6 +167,10 @@ class Sessions:
             self._quiet = asyncio.Event()
         _drop(self._lineages, (session.tenant, session.lineage))
 
+    def in_turn(self, tenant: str, session_id: str) -> bool:
+        """Whether the session is in a turn, or has one that waits to be recorded."""
+        return (tenant, session_id) in self._in_flight
+
     @property
     def in_flight(self) -> int:
         """Turns that are going on or wait to be recorded."""

@@ -60,6 +60,7 @@ class Settings:
     turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns wait")
     turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
     sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
+    responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
     freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
     thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
@@ -189,7 +190,7 @@ def _check(s: Settings) -> None:
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
     for f in fields(s):
         value = getattr(s, f.name)
-        if f.name.endswith(("_s", "_bytes")) or f.name in ("turn_queue", "turns_kept", "sessions_kept"):
+        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name == "turn_queue":
             _require(value > 0, f"{f.name} must be more than 0, not {value}")
 
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import orjson
 
+from gateway import texts
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
 
 SystemRule = Literal["", "keep", "replace"]
 
-_SYSTEM_ROLES = frozenset({"system", "developer"})
+_SYSTEM_ROLES = ("system", "developer")  # no set: a client may send a list for a role, which has no hash
 # Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
 _IGNORED = frozenset({"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"})
 
@@ -82,8 +83,10 @@ def missing(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule
     the first exchange with them (then the client edited it later on, and putting the window in front would say it all
     twice).
     Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does
-    not say which to use.
+    not say which to use, and `invalid_request` where one is a chat and the other is not.
     """
+    if texts.kind(window) or texts.kind(sent):
+        return texts.missing(window, sent)
     window_system, window_rest = split(window)
     sent_system, sent_rest = split(sent)
     shared = common(window_rest, sent_rest)
@@ -103,8 +106,17 @@ def missing(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule
 
 def merged(front: Front, sent: Sequence[Message]) -> list[Message]:
     """Return the whole conversation: what `sent` lacked, and `sent`."""
+    if texts.kind(sent):
+        return texts.joined([*front.history, *sent])
     system, rest = split(sent)
     return [*(system if front.system is None else front.system), *front.history, *rest]
+
+
+def followed(conversation: Sequence[Message], reply: Message, *, echoes: bool) -> list[Message]:
+    """Return the conversation with its reply."""
+    if texts.kind(conversation):
+        return texts.followed(conversation, reply, echoes=echoes)
+    return [*conversation, reply]
 
 
 def has_media(messages: Sequence[Message]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
-from gateway.records import Message, Outcome, Trace, Turn
+from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
 
@@ -125,9 +125,9 @@ class Turns:
                 return
             (one,) = finished
             log.exception("could not record a turn of session %s", one.turn.session_id)
-            if one.messages is not None:  # perhaps it is the transcript: the turn was, all the same
+            if one.messages is not None or one.response:  # perhaps it is the transcript: the turn was, all the same
                 turn = replace(one.turn, detail="the transcript could not be kept")
-                await self._record([replace(one, turn=turn, messages=None)])
+                await self._record([replace(one, turn=turn, messages=None, response=None)])
 
 
 async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
@@ -140,15 +140,15 @@ async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
 
 
 def _finished(ended: Ended) -> Finished:
+    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
     try:
         reply = _reply(ended)
+        # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
+        messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", ended.place.session.id)
-        reply = Reply(None, None, "the reply could not be read")
-    # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
-    messages = [*whole, reply.message] if reply.message and whole else None
+        log.exception("could not read a reply of session %s", session.id)
+        reply, messages = Reply(None, None, "the reply could not be read"), None
     turn = Turn(
         tenant=session.tenant,
         session_id=session.id,
@@ -162,8 +162,17 @@ def _finished(ended: Ended) -> Finished:
         source=ended.place.source,
         engine=ended.engine,
     )
+    response = _response(ended, reply)
     return Finished(
-        turn, session, ended.fingerprint, ended.salt, messages, ended.call.whole_frame, _trace(ended, whole, reply)
+        turn,
+        session,
+        ended.fingerprint,
+        ended.salt,
+        messages,
+        ended.call.whole_frame,
+        _trace(ended, whole, reply),
+        response=response,
+        asked=ended.call.storage.items if ended.call.storage and response else (),
     )
 
 
@@ -173,6 +182,23 @@ def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)
+
+
+def _response(ended: Ended, reply: Reply) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    first = ended.call.whole[0] if ended.call.messages else {}
+    return StoredResponse(
+        tenant=session.tenant,
+        id=answer["id"],
+        session_id=session.id,
+        lineage=session.lineage,
+        created_at=ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=bool(storage.instructions) and first == {"role": "system", "content": storage.instructions},
+    )
 
 
 def _reply(ended: Ended) -> Reply:

@@ -1,5 +1,7 @@
 """The token ids that every next turn begins with, asked of an engine whose template does what real ones do."""
 
+import re
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -137,3 +139,49 @@ async def test_an_engine_that_cannot_render_is_no_guess(
         await next_turn_ids(asks, MODEL, {}, TALK)
     assert failed.value.code == code
     assert engine.seen("/tokenize") == []
+
+
+# --- texts and rows of token ids
+
+
+def merging(engine: FakeEngine) -> None:
+    """A tokeniser with a token for each word and its space, `1` in front where special tokens are asked for."""
+
+    def answer(exchange: Exchange) -> None:
+        body = exchange.request.json
+        words = re.findall(r" ?\w+|\s+|[^\w\s]+", body["prompt"])
+        exchange.json({"tokens": [1] * body["add_special_tokens"] + [zlib.crc32(word.encode()) for word in words]})
+
+    engine.on_tokenize = answer
+
+
+@pytest.mark.parametrize(
+    ("text", "certain"), [("a b c", "a b"), ("a b.", "a b"), ("a b ", "a b"), ("a 12", "a"), ("word", "")]
+)
+async def test_the_end_of_a_text_that_may_grow_into_another_token_is_left_out(
+    engine: FakeEngine, asks: Engine, text: str, certain: str
+) -> None:
+    merging(engine)
+    ids = await next_turn_ids(asks, MODEL, {}, [{"role": "text", "content": text}])
+    assert ids == await asks.tokenize(MODEL, certain)
+    for following in ("x", "7", ".", " ", "\n", " d", ", e"):
+        assert (await asks.tokenize(MODEL, text + following))[: len(ids)] == ids
+
+
+async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(engine: FakeEngine, asks: Engine) -> None:
+    merging(engine)
+    conversation = [{"role": "text", "content": "a b c"}]
+    with_them = await next_turn_ids(asks, MODEL, {"add_special_tokens": True}, conversation)
+    without = await next_turn_ids(asks, MODEL, {"add_special_tokens": False}, conversation)
+    assert with_them == [1, *without]
+
+
+async def test_token_ids_are_what_they_are_and_a_reply_in_text_is_put_behind_them(
+    engine: FakeEngine, asks: Engine
+) -> None:
+    row = {"role": "tokens", "content": [7, 8, 9]}
+    assert await next_turn_ids(asks, MODEL, {}, [row]) == [7, 8, 9]
+    assert engine.requests == []
+    merging(engine)
+    reply = await asks.tokenize(MODEL, " d e", special=False)
+    assert await next_turn_ids(asks, MODEL, {}, [row, {"role": "text", "content": " d e"}]) == [7, 8, 9, *reply]

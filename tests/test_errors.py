@@ -16,7 +16,10 @@ PROMISED = {
     "model_mismatch": 409, "window_corrupted": 422, "payload_too_large": 413, "rate_limited": 429,
     "engine_unreachable": 502, "engine_timeout": 504, "cache_unavailable": 503, "storage_full": 507, "internal": 500,
 }  # fmt: skip
-ADDED = {"not_found": 404, "method_not_allowed": 405, "request_timeout": 408}
+ADDED = {
+    "not_found": 404, "response_not_found": 404, "previous_response_not_found": 404, "method_not_allowed": 405,
+    "request_timeout": 408,
+}  # fmt: skip
 RETRYABLE = {
     "session_busy", "rate_limited", "request_timeout", "engine_unreachable", "engine_timeout", "cache_unavailable",
 }  # fmt: skip

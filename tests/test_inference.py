@@ -257,7 +257,9 @@ def test_no_spelling_of_the_path_brings_a_completion_past_the_salt(
         ("/v1", "not_found"),
         ("/metricsx", "not_found"),
         ("/health", "not_found"),
-        ("/tokenize", "not_found"),
+        ("/tokenizex", "not_found"),
+        ("/tokenize/x", "not_found"),
+        ("/s/a/tokenizex", "not_found"),
     ],
 )
 def test_a_path_outside_the_api_never_reaches_the_engine(

@@ -34,6 +34,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "turn_queue": ("3", "3", 3),
     "turns_kept": ("4", "4", 4),
     "sessions_kept": ("5", "5", 5),
+    "responses_kept": ("44", "44", 44),
     "busy_wait_s": ("5.5", "5.5", 5.5),
     "freeze_timeout_s": ("6", "6", 6.0),
     "thaw_timeout_s": ("7", "7", 7.0),

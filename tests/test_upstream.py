@@ -273,7 +273,7 @@ def test_an_answer_without_a_body_ends_at_once_and_the_next_request_is_answered(
 
     engine.on_other = answer
     for _ in range(2):
-        assert gateway.http.delete("/v1/responses/r1").status_code == 204
+        assert gateway.http.delete("/v1/files/f1").status_code == 204
         head = gateway.http.head("/v1/files")
         assert (head.status_code, head.headers["content-length"]) == (200, "1234")
     assert gateway.chat(session).status_code == 200

@@ -1,7 +1,7 @@
 """OpenAI chat completions: `/v1/chat/completions`."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -17,6 +17,7 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
+from gateway.dialects.openai import error_body, json_object
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -70,17 +71,15 @@ class ChatDialect:
 
     def error(self, error: GatewayError) -> bytes:
         """See `Dialect.error`."""
-        message = f"{error.message} ({error.hint})" if error.hint else error.message
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-        return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": error.code}})
+        return error_body(error)
 
-    def error_event(self, error: GatewayError) -> bytes:
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
         return b"data: " + self.error(error) + b"\n\ndata: [DONE]\n\n"
 
 
 def _whole(chunks: Iterable[bytes]) -> Reply:
-    answer = _object(b"".join(chunks))
+    answer = json_object(b"".join(chunks))
     if answer is None:
         return Reply(None, None, "the reply is not a JSON object")
     choices = answer.get("choices")
@@ -183,12 +182,4 @@ def _objects(events: list[bytes]) -> list[dict[str, Any] | None]:
         found = []
     if len(found) == len(events) and all(isinstance(value, dict) for value in found):
         return found
-    return [_object(data) for data in events]
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
+    return [json_object(data) for data in events]

@@ -1,6 +1,6 @@
 """What a dialect must answer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,7 +28,17 @@ RENDER_FIELDS = (
     "mm_processor_kwargs",
 )
 # Of these, what a thawed conversation keeps when a client sends only what is new.
-INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents")
+INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents", "add_special_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What a request says of stored answers: which one it goes on from, whether its own is kept, and with what."""
+
+    previous: str | None
+    keep: bool
+    instructions: str
+    items: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,8 @@ class Call:
     hide_usage: bool
     client_salt: str
     front: Front | None = None
+    echoes: bool = False  # the reply's text begins with the prompt's
+    storage: Storage | None = None
 
     @property
     def whole(self) -> list[Message]:
@@ -60,17 +72,23 @@ class Call:
         """What besides the messages its prompt is rendered from."""
         return self.frame if self.front is None else {**self.front.frame, **self.frame}
 
+    def followed_by(self, reply: Message) -> list[Message]:
+        """The conversation with its reply."""
+        return transcripts.followed(self.whole, reply, echoes=self.echoes)
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a finished answer said. `message` is None when it was cut, an error, or is not to be sent back as it is.
 
     It is in the words of the chat dialect, as a client of this dialect will send it back and the dialect then reads it.
+    `answer` is the answer as it is, in an API where a client can ask for it again by its `id`.
     """
 
     message: Message | None
     usage: Usage | None
     error: str = ""
+    answer: Mapping[str, Any] | None = None
 
 
 class Dialect(Protocol):
@@ -95,8 +113,8 @@ class Dialect(Protocol):
         """Render an error in the dialect's own shape."""
         ...
 
-    def error_event(self, error: GatewayError) -> bytes:
-        """Render an error as the last event of a stream that has begun."""
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
+        """Render an error as the last event of a stream that has begun, of which `sent` was kept."""
         ...
 
 

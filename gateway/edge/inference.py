@@ -1,6 +1,6 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
-A chat completion is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+A dialect's request is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import identity, transcripts
 from gateway.dialects.chat import ChatDialect
+from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
     INHERITED_FIELDS,
     Call,
@@ -23,7 +24,8 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
-from gateway.edge import auth
+from gateway.dialects.responses import ResponsesDialect
+from gateway.edge import auth, responses
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
 from gateway.edge.relay import Answer, Outgoing, relay, request_headers
@@ -40,22 +42,27 @@ log = logging.getLogger(__name__)
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
-TURNS: dict[bytes, Dialect] = {b"/v1/chat/completions": ChatDialect()}
+TURNS: dict[bytes, Dialect] = {
+    b"/v1/chat/completions": ChatDialect(),
+    b"/v1/completions": CompletionsDialect(),
+    b"/v1/responses": ResponsesDialect(),
+}
 _CHAT = TURNS[b"/v1/chat/completions"]
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
-        b"/v1/completions",
         b"/v1/embeddings",
         b"/v1/messages",
         b"/v1/rerank",
-        b"/v1/responses",
         b"/v1/score",
         b"/v1/systemone",
     }
 )
+
+# What vLLM has beside `/v1` and clients ask for: no KV comes of it.
+BESIDE = (b"/tokenize", b"/detokenize")
 
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
 # are between the client and us.
@@ -123,6 +130,8 @@ class Inference:
             dialect = TURNS.get(incoming.base.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
+            elif kept := await responses.serve(self._parts, incoming.tenant, scope["method"], incoming.target):
+                await send_answer(send, 200, kept)
             else:
                 await self._pass(incoming)
         except GatewayError as error:
@@ -151,7 +160,7 @@ class Inference:
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        place = await self._place(incoming, named, call)
+        call, place = await self._place(incoming, named, call)
         session = place.session
         call = await self._continue(call, session, incoming)
         await resume(parts, session)
@@ -185,15 +194,19 @@ class Inference:
                 )
             )
 
-    async def _place(self, incoming: Incoming, named: identity.Given | None, call: Call) -> Place:
-        """Say which session the turn belongs to."""
-        parts = self._parts
+    async def _place(self, incoming: Incoming, named: identity.Given | None, call: Call) -> tuple[Call, Place]:
+        """Say which session the turn belongs to, and what of its conversation the call does not bring itself."""
+        parts, tenant = self._parts, incoming.tenant
         key = named.id if named and named.kind == "key" else ""
         seed = identity.seed(call.body, key, call.client_salt)
+        exact = named.id if named and named.kind == "session" else None
+        call, session = await responses.resume(parts, tenant, call, exact)
+        if session:
+            return call, Place(session, responses.SOURCE, seed, is_new=not session.created_at)
         if incoming.base.window is None or not call.messages:
-            return await parts.sessions.place(incoming.tenant, named, call.messages, seed, parts.turns.settle)
-        asked = branch.Asked(incoming.tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
-        return await branch.place(parts, asked, seed)
+            return call, await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
+        asked = branch.Asked(tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
+        return call, await branch.place(parts, asked, seed)
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
@@ -223,8 +236,10 @@ class Inference:
         """In a thawed session, put the window's transcript in front of what is new."""
         if session.window_transcript is None or not call.messages:
             return call
-        history = await self._parts.store.messages(session.window_transcript)
-        front = transcripts.missing(history, call.messages, _system_rule(incoming))
+        front = call.front  # what the dialect itself goes on from has the window in it
+        if front is None:
+            history = await self._parts.store.messages(session.window_transcript)
+            front = transcripts.missing(history, call.messages, _system_rule(incoming))
         if front is None:
             return call
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
@@ -254,7 +269,7 @@ def _route(scope: Scope) -> Base:
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
-    if not path.startswith(b"/v1/") or b".." in path.split(b"/"):
+    if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
     if known in TURNS or known in SALTED:

@@ -126,7 +126,8 @@ async def _forward(connection: Connection, client: Client, send: Send, answer: A
             return  # the client sees the connection close before the promised length: that is the truth
         # Half an event may have gone out already; the error must not become its other half.
         end = b"\n\n" if pipe.broken and not pipe.hidden else b""
-        await send({"type": "http.response.body", "body": end + answer.dialect.error_event(as_gateway_error(error))})
+        event = answer.dialect.error_event(as_gateway_error(error), answer.chunks or ())
+        await send({"type": "http.response.body", "body": end + event})
         return
     answer.outcome = "completed" if connection.status < 400 else "engine_error"
     if pipe.hidden:

@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from gateway.edge import upgrades
 from gateway.edge.client import EXTENSION
 from gateway.errors import StartError
 from gateway.settings import Settings
@@ -73,6 +74,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """A client has connected."""
         super().connection_made(transport)
         self.transport = GatheringTransport(transport, self.loop)  # type: ignore[assignment]
+        self.parser = upgrades.Http1Parser(self)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -88,9 +90,26 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
+        if self.parser.should_upgrade():
+            return  # it will be read again, or refused
         self._cancel()
         super().on_headers_complete()
         self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
+
+    def on_message_complete(self) -> None:
+        """The body is complete."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP."""
+        self.refuse(upgrades.NO_HTTP)
+
+    def refuse(self, answer: bytes) -> None:
+        """See `gateway.edge.upgrades.Owner.refuse`."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(answer)
+        self.transport.close()
 
     def resume_writing(self) -> None:
         """The client has caught up."""

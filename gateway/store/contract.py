@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Trace, Turn, Window
+from gateway.records import (
+    Manifest,
+    Message,
+    PinnedObject,
+    Session,
+    SessionState,
+    StoredResponse,
+    Trace,
+    Turn,
+    Window,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,8 @@ SORT_KEYS = ("name", "created_at", "token_count", "size")
 class Finished:
     """A finished turn on its way into the store. `messages` is None where the transcript does not move on.
 
-    `session` is what the turn's session was when it began; the store makes it if it is new.
+    `session` is what the turn's session was when it began; the store makes it if it is new. `response` is its answer
+    where that is kept by its id, and `asked` what the request brought.
     """
 
     turn: Turn
@@ -42,6 +53,8 @@ class Finished:
     frame: Mapping[str, object]
     trace: Trace
     normalised: str = ""
+    response: StoredResponse | None = None
+    asked: Sequence[Message] = ()
 
 
 class Store(Protocol):
@@ -78,7 +91,7 @@ class Store(Protocol):
         ...
 
     async def delete_session(self, tenant: str, session_id: str) -> bool:
-        """Delete the session and its turns; False if there is none. Windows stay."""
+        """Delete the session, its turns and its kept answers; False if there is none. Windows stay."""
         ...
 
     async def forget_idle(self, keep: int) -> int:
@@ -91,6 +104,14 @@ class Store(Protocol):
 
     async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
         """Return the last turns, newest first."""
+        ...
+
+    async def response(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """Return a kept answer, or None."""
+        ...
+
+    async def delete_response(self, tenant: str, response_id: str) -> bool:
+        """Delete a kept answer; False if there is none. Answers that go on from it stay."""
         ...
 
     async def messages(self, transcript: bytes) -> list[Message]:

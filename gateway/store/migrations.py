@@ -109,6 +109,28 @@ _M002 = (
 )
 
 
+@MIGRATIONS.append
+def m003_responses(db: sqlite3.Connection) -> None:
+    """Answers kept by their ids. What an answer repeats of its request (`echo`) is shared with other answers."""
+    for statement in _M003:
+        db.execute(statement)
+
+
+_M003 = (
+    """CREATE TABLE responses (
+        number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id TEXT NOT NULL, session_id TEXT NOT NULL,
+        lineage TEXT NOT NULL, created_at REAL NOT NULL, answer BLOB NOT NULL, echo BLOB NOT NULL,
+        instructed INTEGER NOT NULL, transcript BLOB, asked BLOB,
+        UNIQUE (tenant, id)
+    )""",
+    "CREATE INDEX responses_by_age ON responses (tenant, number)",
+    "CREATE INDEX responses_by_session ON responses (tenant, session_id)",
+    "CREATE INDEX responses_by_transcript ON responses (transcript)",
+    "CREATE INDEX responses_by_asked ON responses (asked)",
+    "CREATE INDEX responses_by_echo ON responses (echo)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 

@@ -11,7 +11,7 @@ import orjson
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, PinnedObject, Session, SessionState, Turn, Usage, Window
-from gateway.store import transcript_rows
+from gateway.store import response_rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release(db, gone.window_transcript)
     transcript_rows.release_content(db, gone.frame)
+    response_rows.delete_of_session(db, tenant, session_id)
     return True
 
 
@@ -112,7 +113,7 @@ def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> byt
     return None
 
 
-def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int) -> None:
+def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int, responses_kept: int) -> None:
     by_session: dict[tuple[str, str], list[Finished]] = {}
     for item in finished:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
@@ -122,6 +123,7 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
             _add_turn(db, item.turn)
             _add_beginnings(db, item)
         _prune_turns(db, items[-1].turn, turns_kept)
+    response_rows.record(db, [item for item in finished if item.response], responses_kept)
 
 
 def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:

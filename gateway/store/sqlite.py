@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Window
-from gateway.store import rows, transcript_rows
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Turn, Window
+from gateway.store import response_rows, rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 from gateway.store.migrations import migrate
 
@@ -32,9 +32,10 @@ _FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the 
 class SqliteStore:
     """See `gateway.store.contract.Store`."""
 
-    def __init__(self, path: Path, *, turns_kept: int) -> None:
+    def __init__(self, path: Path, *, turns_kept: int, responses_kept: int = 10_000) -> None:
         self._path = path
         self._turns_kept = turns_kept
+        self._responses_kept = responses_kept
         self._writes: queue.SimpleQueue[tuple[Work[object], Future[object]] | None] = queue.SimpleQueue()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._writer = threading.Thread(target=self._write_all, name="store-writer", daemon=True)
@@ -99,11 +100,19 @@ class SqliteStore:
 
     async def record(self, finished: Sequence[Finished]) -> None:
         """See `Store.record`."""
-        await self._write(lambda db: rows.record(db, finished, self._turns_kept))
+        await self._write(lambda db: rows.record(db, finished, self._turns_kept, self._responses_kept))
 
     async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
         """See `Store.turns`."""
         return await self._read(lambda db: rows.turns(db, tenant, session_id, limit))
+
+    async def response(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """See `Store.response`."""
+        return await self._read(lambda db: response_rows.find(db, tenant, response_id))
+
+    async def delete_response(self, tenant: str, response_id: str) -> bool:
+        """See `Store.delete_response`."""
+        return await self._write(lambda db: response_rows.delete(db, tenant, response_id))
 
     async def messages(self, transcript: bytes) -> list[Message]:
         """See `Store.messages`."""

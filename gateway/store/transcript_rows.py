@@ -16,8 +16,10 @@ _LINK_HOLDERS = (
     ("sessions", "transcript"),
     ("sessions", "window_transcript"),
     ("windows", "transcript"),
+    ("responses", "transcript"),
+    ("responses", "asked"),
 )
-_CONTENT_HOLDERS = (("links", "content"), ("sessions", "frame"), ("windows", "frame"))
+_CONTENT_HOLDERS = (("links", "content"), ("sessions", "frame"), ("windows", "frame"), ("responses", "echo"))
 
 
 def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:

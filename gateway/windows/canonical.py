@@ -7,15 +7,20 @@ reasoning. So the engine renders the transcript with the reply, and what it rend
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gateway import texts
 from gateway.engine import Engine
 from gateway.records import Message
 
 # Two beginnings of a next message that share no first token, whatever the tokeniser.
 _PROBES = ("a", "#")
+# What may follow a text and become one token with its end: a letter, a digit, a sign, a space, a line.
+_ENDS = ("a", "1", "#", " ", "\n")
 
 
 async def next_turn_ids(engine: Engine, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
     """Return the ids that every next turn shares. Raises what `Engine.render` raises."""
+    if texts.kind(messages):
+        return await _ids_of_text(engine, model, frame, messages)
     ids = await engine.render(model, frame, messages)
     first = await engine.render(model, frame, [*messages, _next(messages[-1], _PROBES[0])])
     if first[: len(ids)] == ids:
@@ -23,10 +28,23 @@ async def next_turn_ids(engine: Engine, model: str, frame: Mapping[str, Any], me
     # The template writes the last reply differently once there is a message behind it: what two next turns share is
     # safe.
     second = await engine.render(model, frame, [*messages, _next(messages[-1], _PROBES[1])])
-    shared = 0
-    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
-        shared += 1
-    return first[:shared]
+    return first[: texts.shared(first, second)]
+
+
+async def _ids_of_text(
+    engine: Engine, model: str, frame: Mapping[str, Any], conversation: Sequence[Message]
+) -> list[int]:
+    """The ids of a text that goes on, or those that are given; see `gateway.texts`."""
+    *before, last = conversation
+    if last["role"] == texts.TOKENS:
+        return list(last["content"])
+    if before:  # a reply to token ids, whose own ids will be sent in front of what is new
+        return [*before[0]["content"], *await engine.tokenize(model, last["content"], special=False)]
+    special = frame.get("add_special_tokens", True)
+    ids = await engine.tokenize(model, last["content"], special=special)
+    for end in _ENDS:
+        ids = ids[: texts.shared(ids, await engine.tokenize(model, last["content"] + end, special=special))]
+    return ids
 
 
 def _next(last: Message, text: str) -> Message:

@@ -1,4 +1,4 @@
-"""A frozen session goes on: its KV is put back where LMCache looks for it, and on its way into memory, by itself."""
+"""A frozen session goes on: its KV is put back where LMCache looks for it, and loaded into memory, by itself."""
 
 import logging
 
@@ -6,17 +6,19 @@ from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.parts import Parts
 from gateway.progress import silent
-from gateway.records import Session, Window
+from gateway.records import Session
 from gateway.store.contract import WindowQuery
 
 log = logging.getLogger(__name__)
 
 
 async def resume(parts: Parts, session: Session) -> None:
-    """Put back what eviction took of a frozen session's KV, and start to load it; return before it is loaded.
+    """Put back what eviction took of a frozen session's KV, and load it into the cache's memory.
 
-    The engine asks the cache when the request arrives, so what is missing must be there before; loading it into memory
-    only saves time. What cannot be put back is computed again, so nothing raises.
+    The engine would load it itself when the request arrives, and has to wait for it too. But who asks LMCache (0.5.6)
+    for objects that somebody else is just loading may be told that there are none: of 12 sessions that went on while
+    their prefetch was on its way, one had nothing cached. So the request follows when it is done. What cannot be put
+    back is computed again: nothing raises.
     """
     if session.state != "frozen" or parts.cache is None or not parts.pins.tiers:
         return
@@ -36,16 +38,10 @@ async def resume(parts: Parts, session: Session) -> None:
         warnings += more
     for warning in warnings:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
-    parts.chores.begin(_load(parts, window, manifest.token_ids), f"prefetch for session {session.id}")
-
-
-async def _load(parts: Parts, window: Window, ids: tuple[int, ...]) -> None:
-    if parts.cache is None:
-        return
-    whole = ids[: window.chunk_count * window.chunk_size]
+    whole = manifest.token_ids[: window.chunk_count * window.chunk_size]
     try:
         await parts.cache.prefetch(
             window.model_root, window.world_size, whole, window.salt, parts.settings.thaw_timeout_s, silent
         )
     except GatewayError as error:
-        log.warning("could not prefetch window %s: %s", window.name, error.message)
+        log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)

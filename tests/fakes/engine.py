@@ -112,8 +112,10 @@ class FakeEngine:
     def reset(self) -> None:
         """Be an ordinary engine again and forget what was asked."""
         self.on_chat: Handler = self.answer_chat
+        self.on_completion: Handler = self.answer_completion
         self.on_other: Handler = lambda exchange: exchange.json({"detail": "Not Found"}, 404)
         self.on_models: Handler = self._models
+        self.on_tokenize: Handler = self._tokens
         self.before_completion: Callable[[], object] = lambda: None
         self.leaks_salts = False
         with self._news:
@@ -172,6 +174,21 @@ class FakeEngine:
             exchange.chunk(event)
         exchange.end()
 
+    def answer_completion(self, exchange: Exchange) -> None:
+        """Answer a text completion as vLLM does."""
+        self.before_completion()
+        body = exchange.request.json
+        ids = body["prompt"] if isinstance(body["prompt"], list) else list(body["prompt"].encode())
+        usage = self._usage(body.get("cache_salt"), ids, completion=1)
+        if not body.get("stream"):
+            exchange.json({**text_event("x", "length"), "usage": usage})
+            return
+        exchange.begin()
+        asked = (body.get("stream_options") or {}).get("include_usage")
+        for one in texts_of(["x"], usage if asked else None):
+            exchange.chunk(one)
+        exchange.end()
+
     def _usage(self, salt: str | None, ids: list[int], completion: int) -> dict[str, Any]:
         with self._news:
             known = self._kv.setdefault("" if self.leaks_salts else salt or "", [])
@@ -187,14 +204,9 @@ class FakeEngine:
             case "GET", "/v1/models":
                 self.on_models(exchange)
             case "POST", "/tokenize":
-                body = request.json
-                plain = list(str(body["prompt"]).encode()) if "prompt" in body else None
-                ids = plain or render(body["messages"], generation_prompt=body.get("add_generation_prompt", True))
-                exchange.json({"count": len(ids), "max_model_len": 4096, "tokens": ids})
-            case "POST", "/v1/completions" if isinstance(request.json.get("prompt"), list):
-                self.before_completion()
-                usage = self._usage(request.json.get("cache_salt"), request.json["prompt"], completion=1)
-                exchange.json({"id": "cmpl-1", "object": "text_completion", "choices": [{"text": "x"}], "usage": usage})
+                self.on_tokenize(exchange)
+            case "POST", "/v1/completions":
+                self.on_completion(exchange)
             case "POST", "/v1/chat/completions":
                 self.on_chat(exchange)
             case _:
@@ -203,6 +215,12 @@ class FakeEngine:
     def _models(self, exchange: Exchange) -> None:
         card = {"id": MODEL, "object": "model", "root": "org/demo", "parent": None, "max_model_len": 4096}
         exchange.json({"object": "list", "data": [card]})
+
+    def _tokens(self, exchange: Exchange) -> None:
+        body = exchange.request.json
+        plain = list(str(body["prompt"]).encode()) if "prompt" in body else None
+        ids = plain or render(body["messages"], generation_prompt=body.get("add_generation_prompt", True))
+        exchange.json({"count": len(ids), "max_model_len": 4096, "tokens": ids})
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # the end of the listener
@@ -278,6 +296,20 @@ def chunk_event(choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any] |
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def text_event(text: str, finish: str | None = None, **fields: object) -> dict[str, Any]:
+    """A text completion, or a part of one."""
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": None, **fields}
+    return {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": MODEL, "choices": [choice]}
+
+
+def texts_of(words: Sequence[str], usage: Mapping[str, Any] | None = None) -> list[bytes]:
+    """The events of a streamed text completion."""
+    *before, last = words
+    parts = [*(text_event(word) for word in before), text_event(last, "length")]
+    counted = [event({**text_event(""), "choices": [], "usage": usage})] if usage else []
+    return [*map(event, parts), *counted, DONE]
 
 
 def stream_of(words: Sequence[str], usage: Mapping[str, Any] | None = None) -> list[bytes]:

@@ -1,0 +1,223 @@
+"""OpenAI Responses: `/v1/responses`.
+
+Answers are kept by the gateway, never by the engine: `previous_response_id` becomes a front of input items, `store`
+is false on the way to the engine, and `conversation` names a session of ours.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from gateway import sse
+from gateway.dialects import items
+from gateway.dialects.contract import (
+    Call,
+    Reply,
+    Storage,
+    is_clean,
+    sanitise,
+    usage_of,
+    with_fields,
+)
+from gateway.dialects.openai import error_body, json_object, sentence
+from gateway.errors import GatewayError
+from gateway.records import Message, Usage
+
+_FRAME_FIELDS = ("parallel_tool_calls", "chat_template_kwargs", "mm_processor_kwargs")
+# A prompt that is not made of instructions and input.
+_OTHER_PROMPTS = ("prompt", "previous_input_messages")
+# What a window's conversation may have been rendered from, and this API has no field for.
+_CHAT_ONLY = ("chat_template", "documents")
+_FINAL = ("response.completed", "response.incomplete")
+_LAST_EVENT = b"\n\nevent: response.completed\n"
+_NUMBER = re.compile(rb'"sequence_number":(\d+)')
+
+
+class ResponsesDialect:
+    """See `gateway.dialects.contract.Dialect`."""
+
+    def read(self, body: dict[str, Any], raw: bytes) -> Call:
+        """See `Dialect.read`. Raises `invalid_request` for what the gateway itself cannot do."""
+        clean = is_clean(body)
+        client_salt = sanitise(body)
+        sent = _items(body.get("input"))
+        before = len(body)
+        storage = _storage(body, sent)
+        return Call(
+            body=body,
+            raw=raw if clean and len(body) == before else b"",
+            model=body["model"] if isinstance(body.get("model"), str) else "",
+            messages=_messages(body, sent),
+            frame=_frame(body),
+            hide_usage=False,
+            client_salt=client_salt,
+            storage=storage,
+        )
+
+    def write(self, call: Call, salt: str) -> bytes:
+        """See `Dialect.write`."""
+        body, raw = (call.body, call.raw) if call.front is None else (_with_front(call), b"")
+        unsaid = {} if "store" in body else {"store": False}
+        return with_fields(raw, body, {"cache_salt": salt, **unsaid})
+
+    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
+        """See `Dialect.reply`."""
+        if streamed:
+            return _streamed(b"".join(chunks))
+        answer = json_object(b"".join(chunks))
+        return _read(answer) if answer else Reply(None, None, "the reply is not a JSON object")
+
+    def error(self, error: GatewayError) -> bytes:
+        """See `Dialect.error`."""
+        return error_body(error)
+
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
+        """See `Dialect.error_event`."""
+        shown = {
+            "type": "error",
+            "code": error.code,
+            "message": sentence(error),
+            "param": None,
+            "sequence_number": _last_number(sent) + 1,
+        }
+        return b"event: error\ndata: " + orjson.dumps(shown) + b"\n\n"
+
+
+# --- requests
+
+
+def instructions_message(instructions: str) -> Message:
+    """The message that `instructions` are to the model."""
+    return {"role": "system", "content": instructions}
+
+
+def _storage(body: dict[str, Any], sent: list[Any] | None) -> Storage:
+    """Take out of `body` what is the gateway's own to do, and say what it is."""
+    if body.get("background"):
+        raise _refused("background", "responses in the background are not served", "leave it out, or use stream")
+    previous, conversation, store = body.get("previous_response_id"), body.get("conversation"), body.get("store")
+    if previous is not None and not isinstance(previous, str):
+        raise _refused("previous_response_id", "previous_response_id must be a string", "send the id of a response")
+    if store is not None and not isinstance(store, bool):
+        raise _refused("store", f"store must be true or false, not {store!r:.50}", "leave it out for true")
+    if previous is not None and conversation is not None:
+        raise _refused(
+            "previous_response_id",
+            "previous_response_id and conversation exclude each other",
+            "send the one that the input goes on from",
+        )
+    for name, value in (("previous_response_id", previous), ("conversation", conversation), ("store", store)):
+        if value:  # what is null or false says to the engine what we want it to hear
+            del body[name]
+    instructions = body.get("instructions")
+    return Storage(previous, store is not False, instructions if isinstance(instructions, str) else "", sent or [])
+
+
+def _refused(field: str, message: str, hint: str) -> GatewayError:
+    return GatewayError("invalid_request", message, hint=hint, details={"field": field})
+
+
+def _items(sent: object) -> list[Any] | None:
+    if isinstance(sent, str):
+        return [{"type": "message", "role": "user", "content": sent}]
+    return sent if isinstance(sent, list) else None
+
+
+def _messages(body: Mapping[str, Any], sent: list[Any] | None) -> list[Message]:
+    """What the prompt is rendered from; nothing where chat has no words for it, or the engine will refuse it."""
+    instructions = body.get("instructions")
+    plain = instructions is None or isinstance(instructions, str)
+    if sent is None or not plain or items.continues_reply(sent) or any(body.get(name) for name in _OTHER_PROMPTS):
+        return []
+    said = items.read(sent)
+    return [*([instructions_message(instructions)] if instructions else []), *said] if said else []
+
+
+def _frame(body: Mapping[str, Any]) -> dict[str, Any]:
+    frame = {name: body[name] for name in _FRAME_FIELDS if body.get(name) is not None}
+    if tools := items.chat_tools(body.get("tools")):
+        frame["tools"] = tools
+        if choice := items.chat_tool_choice(body.get("tool_choice")):
+            frame["tool_choice"] = choice
+    reasoning = body.get("reasoning")
+    if isinstance(reasoning, dict) and reasoning.get("effort"):
+        frame["reasoning_effort"] = reasoning["effort"]
+    return frame
+
+
+def _with_front(call: Call) -> dict[str, Any]:
+    """The body with the whole conversation as its input."""
+    inherited = dict(call.front.frame) if call.front else {}
+    unsayable = next((name for name in _CHAT_ONLY if name in inherited), None)
+    if unsayable:
+        raise _refused(unsayable, f"the window's {unsayable} cannot be said in the Responses API", "use chat")
+    if "tools" in inherited:
+        inherited["tools"] = items.response_tools(inherited["tools"])
+    whole = call.whole
+    own = call.storage is not None and whole[:1] == [instructions_message(call.storage.instructions)]
+    kept = call.body if own else {name: value for name, value in call.body.items() if name != "instructions"}
+    return {**kept, **inherited, "input": items.write(whole[1:] if own else whole)}
+
+
+# --- replies
+
+
+def _streamed(stream: bytes) -> Reply:
+    # The event at the end says everything; what came before it need not be read.
+    start = stream.rfind(_LAST_EVENT)
+    events = [data for data in sse.events([stream[start:] if start >= 0 else stream]) if data != b"[DONE]"]
+    last = json_object(events[-1]) if events else {}
+    if last is None:
+        return Reply(None, None, "the stream ended with an event that is not a JSON object")
+    answer = last.get("response")
+    if last.get("type") in _FINAL and isinstance(answer, dict):
+        return _read(answer)
+    return Reply(None, None, _error_in(last) or "the stream ended before response.completed")
+
+
+def _error_in(event: Mapping[str, Any]) -> str:
+    if event.get("type") == "error" or "error" in event:
+        return str(event.get("message") or event.get("error"))
+    answer = event.get("response")
+    if event.get("type") == "response.failed" and isinstance(answer, dict):
+        return str(answer.get("error") or "the response failed")
+    return ""
+
+
+def _read(answer: Mapping[str, Any]) -> Reply:
+    usage = _usage(answer.get("usage"))
+    output = answer.get("output")
+    if answer.get("status") in ("failed", "cancelled"):
+        return Reply(None, usage, str(answer.get("error") or f"the response is {answer['status']}"))
+    if not isinstance(output, list):
+        return Reply(None, usage, "the reply holds no output")
+    return Reply(_message(output), usage, answer=answer)
+
+
+def _message(output: list[Any]) -> Message | None:
+    """The output as one assistant message; None where it is more than that."""
+    said = items.read(output)
+    if said is None or len(said) > 1:
+        return None
+    return said[0] if said else {"role": "assistant", "content": ""}
+
+
+def _usage(usage: object) -> Usage | None:
+    if not isinstance(usage, Mapping):
+        return None
+    return usage_of(
+        {
+            "prompt_tokens": usage.get("input_tokens"),
+            "completion_tokens": usage.get("output_tokens"),
+            "prompt_tokens_details": usage.get("input_tokens_details"),
+        }
+    )
+
+
+def _last_number(sent: Sequence[bytes]) -> int:
+    for chunk in reversed(sent):
+        if numbers := _NUMBER.findall(chunk):
+            return int(numbers[-1])
+    return -1

@@ -1,0 +1,82 @@
+"""Conversations that are one text, or one row of token ids, that grows: what the completions API has.
+
+In a transcript such a conversation is one message, `{"role": "text", "content": "..."}` or `{"role": "tokens",
+"content": [1, 2]}`, prompts and replies together: nothing in it tells them apart. Only a row of token ids whose last
+reply is known as text alone (the client did not ask for its ids) has that text behind it, as a second message.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from gateway.errors import GatewayError
+from gateway.records import Front, Message
+
+TEXT = "text"
+TOKENS = "tokens"
+_NAMES = {TEXT: "a text", TOKENS: "a row of token ids"}
+_HOW = {
+    TEXT: "send a text to /v1/completions",
+    TOKENS: "send a list of token ids to /v1/completions",
+    "": "send messages to /v1/chat/completions",
+}
+
+_Row = TypeVar("_Row", str, list[int])
+
+
+def kind(messages: Sequence[Message]) -> str:
+    """What a conversation begins as: `text`, `tokens`, or "" for one of chat messages."""
+    raw = bool(messages) and all(message.get("role") in (TEXT, TOKENS) for message in messages)
+    return str(messages[0]["role"]) if raw else ""
+
+
+def missing(window: Sequence[Message], sent: Sequence[Message]) -> Front | None:
+    """Return what of a window's text a turn in a thawed session lacks; None where it was sent whole.
+
+    It is whole if it begins with the window's text, or with more than half of it (then the client edited it further
+    on, or trimmed its end). Otherwise it is what is new. Raises `invalid_request` where one is a text and the other is
+    token ids or a chat.
+    """
+    had, has = kind(window), kind(sent)
+    if had != has:
+        raise GatewayError(
+            "invalid_request",
+            f"the session goes on from {_NAMES.get(had, 'a chat')}, which {_NAMES.get(has, 'a chat')} cannot follow",
+            hint=f"{_HOW[had]}, or use another session",
+        )
+    start = window[0]["content"]
+    whole = shared(start, sent[0]["content"]) * 2 > len(start)
+    return None if whole else Front(None, window)
+
+
+def joined(parts: Iterable[Message]) -> list[Message]:
+    """The conversation of these parts: neighbours of one kind are one message."""
+    conversation: list[Message] = []
+    for part in parts:
+        before = conversation[-1] if conversation else {}
+        if before.get("role") == part["role"]:
+            conversation[-1] = {"role": part["role"], "content": before["content"] + part["content"]}
+        else:
+            conversation.append({"role": part["role"], "content": part["content"]})
+    return conversation
+
+
+def followed(conversation: Sequence[Message], reply: Message, *, echoes: bool) -> list[Message]:
+    """The conversation with its reply, as text or as the token ids that came with it; an echo is all of it."""
+    if echoes:
+        return [{"role": TEXT, "content": reply["content"]}]
+    ids: Any = reply.get("token_ids")
+    if conversation[-1]["role"] == TOKENS and ids is not None:
+        return joined([*conversation, {"role": TOKENS, "content": ids}])
+    return joined([*conversation, reply])
+
+
+def shared(one: _Row, other: _Row) -> int:
+    """How long a beginning two texts, or two rows of ids, have in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,67 @@
+"""Take the recordings of this folder from a real engine: `python -m tests.recordings.remake` (about two minutes).
+
+It starts the local stack with the demo model, asks vLLM itself, past any gateway, and writes each stream as it came.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gateway.stack import local
+
+FOLDER = Path(__file__).parent
+_TOOL = {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}
+_SAY = [{"role": "user", "content": "Say something. 日本 🎉"}]
+_SAMPLED: dict[str, Any] = {"model": "demo", "seed": 7, "temperature": 1}
+_CHAT: dict[str, Any] = {"messages": _SAY, "max_tokens": 6, "ignore_eos": True}
+_TEXT: dict[str, Any] = {"prompt": "Once upon a time 日本", "max_tokens": 6, "ignore_eos": True}
+_USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": False}}
+_CALL: dict[str, Any] = {
+    "messages": _SAY,
+    "max_tokens": 60,
+    "tools": [{"type": "function", "function": _TOOL}],
+    "tool_choice": {"type": "function", "function": {"name": "now"}},
+}
+
+# name -> path, body. What ends in `-usage` is the same request as without, but for the usage that it asks for.
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", _CHAT),
+    "chat-logprobs": ("/v1/chat/completions", {**_CHAT, "logprobs": True, "top_logprobs": 2, "max_tokens": 3}),
+    "chat-two": ("/v1/chat/completions", {**_CHAT, "n": 2}),
+    "chat-tools": ("/v1/chat/completions", _CALL),
+    "completions": ("/v1/completions", _TEXT),
+    "completions-logprobs": ("/v1/completions", {**_TEXT, "logprobs": 2, "max_tokens": 3}),
+    "completions-two": ("/v1/completions", {**_TEXT, "n": 2}),
+    "completions-echo": ("/v1/completions", {**_TEXT, "echo": True}),
+    "completions-ids": ("/v1/completions", {**_TEXT, "prompt": [5, 6, 7, 8], "return_token_ids": True}),
+    "responses": ("/v1/responses", {"input": "Say something. 日本 🎉", "max_output_tokens": 16}),
+    "messages": ("/v1/messages", {"messages": _SAY, "max_tokens": 6}),
+}
+REQUESTS |= {
+    f"{name}-usage": (path, {**body, **_USAGE})
+    for name, (path, body) in REQUESTS.items()
+    if path in ("/v1/chat/completions", "/v1/completions")
+}
+
+
+def record(engine: httpx.Client, name: str) -> bytes:
+    """One stream as the engine sends it, under a salt of its own."""
+    path, body = REQUESTS[name]
+    answer = engine.post(path, json={**_SAMPLED, **body, "stream": True, "cache_salt": name})
+    answer.raise_for_status()
+    return answer.content
+
+
+def main() -> None:
+    """Write every recording."""
+    with tempfile.TemporaryDirectory(prefix="cwg-recordings-") as root:
+        options = local.LocalStack(data_dir=Path(root), max_model_len=2048)
+        with local.running(options) as (plan, _), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
+            for name in REQUESTS:
+                (FOLDER / f"{name}.sse").write_bytes(record(engine, name))
+
+
+if __name__ == "__main__":
+    main()
