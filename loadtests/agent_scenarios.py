@@ -108,7 +108,10 @@ SCENARIOS = (
     ),
     *(
         Scenario(
-            f"{api}, {how}", _With(AgentsSDK, "flags", (api, how)), _talk(f"Weather? {_WEATHER}", "Thank you."), 3
+            f"{api}, {how}",
+            _With(AgentsSDK, "flags", (api, how)),
+            _talk(f"Weather, {api}, {how}? {_WEATHER}", "Thank you."),
+            3,
         )
         for api in ("chat", "responses")
         for how in ("whole", "stream")
@@ -116,7 +119,7 @@ SCENARIOS = (
     Scenario(
         "responses, by previous_response_id",
         _With(AgentsSDK, "flags", ("responses", "stream", "previous")),
-        _talk(f"Weather? {_WEATHER}", "Thank you."),
+        _talk(f"Weather, by id? {_WEATHER}", "Thank you."),
         3,
     ),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """What real agents send (tests/recordings/agents.json), played back: each of their conversations is one session."""
 
 import json
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ RECORDINGS = [r for r in _ALL if r["requests"][0]["target"].partition("?")[0] in
 BY_RESPONSE = [r for r in RECORDINGS if any("previous_response_id" in q["body"] for q in r["requests"])]
 # Names of sessions and agents, and nothing that the conversation itself is made of.
 _ID_HEADERS = ("session", "agent-id", "thread", "codex", "subagent", "client-request-id")
+_RESPONSE_ID = re.compile(r'"(resp_[^"]+)"')
 _ID_FIELDS = ("metadata", "client_metadata", "prompt_cache_key")
 
 
@@ -66,11 +68,15 @@ def test_each_conversation_of_an_agent_is_a_session_without_any_id(
 def _played(gateway: Gateway, recording: Mapping[str, Any], scope: str) -> dict[str, list[str]]:
     """Play a recording; return the sessions of each of its conversations, request by request."""
     sessions: defaultdict[str, list[str]] = defaultdict(list)
+    last = ""
     for request in recording["requests"]:
         # A salt of its own keeps it apart from the same texts in another test.
         body = {**request["body"], "cache_salt": f"{_title(recording)}, {scope}"}
+        if "previous_response_id" in body:
+            body["previous_response_id"] = last
         answer = gateway.http.post(request["target"], json=body, headers=request["headers"])
         assert answer.status_code == 200, answer.text
+        last = (_RESPONSE_ID.findall(answer.text) or [""])[-1]
         sessions[request["conversation"]].append(answer.headers["x-session-id"])
     return dict(sessions)
 
