@@ -8,8 +8,10 @@ loadtests/results/soak_stack.md or soak_canned.md. Exits with 1 when a check has
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from loadtests import contenders, machine, soak_report
 from loadtests.soak_traffic import MESSAGES, RESPONSES, Pace, Traffic
 from loadtests.soak_watch import Sample, Watch, Watched
 
+_DATED = re.compile(r"\d{4}-\d\d-\d\d ")
 _READY_S, _DRAIN_S, _STOP_S = 120.0, 60.0, 30.0
 _IDLE_S = 8.0  # vLLM closes an idle connection after 5
 _PACES = {
@@ -171,9 +174,11 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
 
 
 def _complaints(log: Path) -> list[str]:
-    """What the gateway wrote as an error, and what it did not write as a log line at all."""
+    """The errors that the gateway wrote, each with its traceback."""
     lines = log.read_text(errors="replace").splitlines()
-    return [line[:300] for line in lines if " ERROR " in line or " CRITICAL " in line or "Traceback" in line]
+    starts = [at for at, line in enumerate(lines) if _DATED.match(line)]
+    entries = ["\n".join(lines[a:b]) for a, b in itertools.pairwise([*starts, len(lines)])]
+    return [entry[:2000] for entry in entries if " ERROR " in entry or " CRITICAL " in entry]
 
 
 def _say(sample: Sample) -> None:

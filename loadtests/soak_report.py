@@ -136,8 +136,8 @@ def _grown(run: Run) -> str:
 
 
 def _wrong(run: Run) -> str:
-    found = [f"- {text}" for text in (*run.failures, *run.log[:20])]
-    return "## What went wrong\n\n" + "\n".join(found) if found else ""
+    found = [f"```\n{text}\n```" for text in (*run.failures, *run.log[:20])]
+    return "## What went wrong\n\n" + "\n\n".join(found) if found else ""
 
 
 def _named(counts: dict[str, int]) -> str:
