@@ -19,7 +19,7 @@ INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
-.PHONY: up test lint bench bench-relay bench-thaw bench-disconnects soak agents-tour clean
+.PHONY: up test lint bench bench-relay bench-thaw bench-identity bench-disconnects soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -33,7 +33,7 @@ lint: $(VENV)/with-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-relay bench-thaw
+bench: bench-relay bench-thaw bench-identity
 
 bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 	$(BIN)/python -m loadtests.relay_overhead --litellm $(PEERS)/bin/litellm \
@@ -53,6 +53,9 @@ soak: $(VENV)/with-bench
 agents-tour: $(VENV)/with-local $(AGENTS)/bin/python $(AGENTS)/node_modules/.bin/claude
 	$(BIN)/python -m loadtests.agents_tour --agents-python $(AGENTS)/bin/python \
 		--npm-bin $(AGENTS)/node_modules/.bin $(ARGS)
+
+bench-identity: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.identity_replay $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

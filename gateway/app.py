@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -22,10 +23,12 @@ from gateway.kv.tiers.contract import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from gateway.kv.tiers.redis import RedisTier
 from gateway.parts import Parts
+from gateway.reviews import Reviews
 from gateway.salts import read_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.sqlite import SqliteStore
+from gateway.tokens import Estimator, hub_folder
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
@@ -63,6 +66,10 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         )
         sessions = Sessions(store)
         timeout = settings.connect_timeout_s
+        cache = await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None
+        estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
+        await asyncio.to_thread(estimator.check)
+        reviews = Reviews(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
         parts = Parts(
             settings=settings,
             store=store,
@@ -80,12 +87,13 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
                     timeout_s=settings.engine_timeout_s,
                 )
             ),
-            cache=await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None,
+            cache=cache,
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
-            turns=await stack.enter_async_context(Turns(store, sessions, room=settings.turn_queue)),
+            turns=await stack.enter_async_context(Turns(store, sessions, reviews, room=settings.turn_queue)),
             chores=await stack.enter_async_context(Chores()),
+            estimator=estimator,
         )
         parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
         swept = await release_strays(parts)

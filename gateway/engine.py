@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from blake3 import blake3
 
+from gateway import transcripts
 from gateway.dialects.contract import usage_of
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
@@ -102,11 +103,12 @@ class Engine:
         where that is not to be had, which knows fewer fields.
         """
         body = {**frame, "model": model, "messages": list(messages), "add_generation_prompt": False}
-        response = await self._send("POST", "/v1/chat/completions/render", json=body)
-        if response.status_code in (403, 404):
-            answer = await self._call("POST", "/tokenize", json=body)
-            return list(answer["tokens"])
-        return list(_checked(response)["token_ids"])
+        response = await self._render(body)
+        if response.status_code == 400 and (hoisted := transcripts.hoisted(messages)):
+            # The template wants its system message first: what was said in Messages was rendered like this as well.
+            response = await self._render({**body, "messages": hoisted})
+        answer = _checked(response)
+        return list(answer["token_ids"] if "token_ids" in answer else answer["tokens"])
 
     async def tokenize(self, model: str, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a plain text, `special` ones added as a completion of it adds them."""
@@ -147,6 +149,11 @@ class Engine:
         base = str(parent.get("root") or parent["id"]) if parent else root
         text = "\0".join((root, self._fingerprint))
         return Model(name, base, int(card.get("max_model_len") or 0), blake3(text.encode()).hexdigest()[:32])
+
+    async def _render(self, body: Mapping[str, Any]) -> httpx.Response:
+        response = await self._send("POST", "/v1/chat/completions/render", json=body)
+        unknown = response.status_code in (403, 404)
+        return await self._send("POST", "/tokenize", json=body) if unknown else response
 
     async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         return _checked(await self._send(method, path, **arguments))

@@ -9,6 +9,7 @@ from gateway.kv.pins import Pins
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.contract import Store
+from gateway.tokens import Estimator
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 
@@ -27,3 +28,4 @@ class Parts:
     sessions: Sessions
     turns: Turns
     chores: Chores
+    estimator: Estimator

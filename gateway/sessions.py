@@ -5,12 +5,15 @@ import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from gateway import identity, salts
 from gateway.errors import GatewayError
 from gateway.identity import Beginning, Given, Verdict
 from gateway.records import Message, Session
 from gateway.store.contract import Store
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Sessions:
         self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
         self._heads: dict[tuple[str, str], bytes] = {}  # of what is in flight: the store may not know it yet
         self._asking: dict[tuple[str, str], list[bytes | None]] = {}  # of the same: the link of what each turn asks
+        self._questions: Counter[tuple[str, bytes | None]] = Counter()  # the same links, by themselves
         self._quiet = asyncio.Event()  # set and replaced whenever a turn ends
 
     async def open(self, tenant: str, session_id: str, source: str = "") -> Session:
@@ -121,19 +125,26 @@ class Sessions:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
         verdict = await self._judge(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
-        if verdict.forks or verdict.depth < last_reply or self._asked_of(verdict.session):
+        asked_now = self._questions[tenant, request.asked] or self._asked_of(verdict.session)
+        if verdict.forks or verdict.depth < last_reply or asked_now:
             await settle()  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
             verdict = await self._judge(tenant, request)
-        asked = self._asked_of(verdict.session)
         # Two questions at once after the same reply: one of them is a branch.
-        return replace(verdict, forks=True, how="fork") if asked and request.asked not in asked else verdict
+        return replace(verdict, forks=True, how="fork") if self._asks_else(verdict.session, request) else verdict
 
     def _asked_of(self, session: Session | None) -> list[bytes | None]:
         """What the turns of a session ask that are going on."""
         return self._asking.get((session.tenant, session.id), []) if session else []
 
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
-        return identity.judge(request, *await self._store.beginning(tenant, request.candidates))
+        known, candidates = await self._store.beginning(tenant, request.candidates)
+        # Of sessions at the same point, one that is asking something else just now is the least likely.
+        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+
+    def _asks_else(self, session: Session | None, request: Beginning) -> bool:
+        """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""
+        asked = self._asked_of(session)
+        return bool(asked) and not any(one in request.links for one in asked)
 
     async def _fresh(self, tenant: str, key: Given | None, verdict: Verdict) -> Session:
         """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
@@ -152,6 +163,7 @@ class Sessions:
         self._in_flight[key] += 1
         self._lineages[session.tenant, session.lineage] += 1
         self._asking.setdefault(key, []).append(place.asked)
+        self._questions[session.tenant, place.asked] += 1
         if session.head is not None:
             self._heads.setdefault(key, session.head)
 
@@ -160,6 +172,7 @@ class Sessions:
         session = place.session
         key = session.tenant, session.id
         self._asking[key].remove(place.asked)
+        _drop(self._questions, (session.tenant, place.asked))
         if _drop(self._in_flight, key):
             del self._asking[key]
             self._heads.pop(key, None)
@@ -199,7 +212,7 @@ def new_id() -> str:
     return f"s-{secrets.token_hex(12)}"
 
 
-def _drop(counter: Counter[tuple[str, str]], key: tuple[str, str]) -> bool:
+def _drop(counter: Counter[Key], key: Key) -> bool:
     counter[key] -= 1
     if counter[key] > 0:
         return False

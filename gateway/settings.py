@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
+from gateway import normalise as rules
+
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
 # Variables of ours that are not settings of the server: the client side of the CLI.
@@ -48,6 +50,12 @@ class Settings:
     secret_file: str = setting("", "secret of the salts, made on first use; empty: `<data_dir>/secret`")
     isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
     model_fingerprint: str = setting("", "what tells the served weights apart from others of the same name")
+    normalise: tuple[str, ...] = setting(
+        rules.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
+    )
+    tokenizer_file: str = setting(
+        "", "the served model's tokenizer.json; empty: looked for in its directory and in Hugging Face's cache"
+    )
     connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
     engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
     client_timeout_s: float = setting(
@@ -85,6 +93,11 @@ class Settings:
     def secret_path(self) -> Path:
         """File of the secret."""
         return Path(self.secret_file).expanduser().absolute() if self.secret_file else self.data_path / "secret"
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """File of the tokenizer, where one is named."""
+        return Path(self.tokenizer_file).expanduser().absolute() if self.tokenizer_file else None
 
     @property
     def kv_path(self) -> Path | None:
@@ -143,8 +156,9 @@ def _convert(name: str, value: Any, where: str) -> Any:
 
 def _as(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(str(p).strip() for p in parts)
+        if isinstance(value, str):
+            value = value.split(",") if value.strip() else ()
+        return tuple(str(p).strip() for p in value)
     if kind is bool and isinstance(value, str):
         if value.lower() in _TRUE | _FALSE:
             return value.lower() in _TRUE
@@ -187,6 +201,9 @@ def _check(s: Settings) -> None:
         s.log_level in ("debug", "info", "warning", "error"),
         f"log_level {s.log_level!r} is not one of debug, info, warning, error",
     )
+    for name in s.normalise:
+        near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
+        _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
     for f in fields(s):
         value = getattr(s, f.name)

@@ -20,6 +20,10 @@ def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
     if _is_plain(whole, len(blocks) - 1):
         yield from (block[6:] for block in blocks[:-1])
         return
+    named = _named(whole, blocks[:-1])
+    if named is not None:
+        yield from named
+        return
     data: list[bytes] = []
     lines = _LINE.split(whole)
     for line in lines[:-1]:  # what follows the last line end is not a line yet
@@ -40,6 +44,16 @@ def _is_plain(whole: bytes, events: int) -> bool:
         and whole.count(b"\n") == 2 * events
         and whole.count(b"\n\ndata: ") == events - 1
     )
+
+
+def _named(whole: bytes, blocks: Sequence[bytes]) -> list[bytes] | None:
+    """The data of a stream whose every event is one line of name and one of data; None if it is another."""
+    count = len(blocks)
+    fits = whole.startswith(b"event: ") and whole.endswith(b"\n\n") and b"\r" not in whole
+    if not fits or whole.count(b"\n") != 3 * count or whole.count(b"\n\nevent: ") != count - 1:
+        return None
+    data = [block.partition(b"\ndata: ")[2] for block in blocks]
+    return data if all(data) else None
 
 
 class UsageFilter:

@@ -29,8 +29,8 @@ def canonical(message: Message) -> dict[str, Any]:
         kept["content"] = content = "".join(str(part.get("text", "")) for part in content)
     if isinstance(content, str) and message.get("role") == "assistant":
         kept["content"] = content.strip()  # many clients trim a reply
-        if not kept["content"]:
-            del kept["content"]
+    if kept.get("content") == "":
+        del kept["content"]
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_canonical_call(call) for call in kept["tool_calls"]]
     return kept
@@ -128,6 +128,19 @@ def has_media(messages: Sequence[Message]) -> bool:
         if isinstance(message.get("content"), list)
         for part in message["content"]
     )
+
+
+def hoisted(messages: Sequence[Message]) -> list[Message] | None:
+    """Return the conversation with the text of all its system messages in one, in front.
+
+    So vLLM makes a prompt of an Anthropic conversation where the template wants the system message first. None where
+    none is elsewhere, or where one is of several parts, which that conversation never has.
+    """
+    texts = [message.get("content") for message in messages if message.get("role") == "system"]
+    rest = [message for message in messages if message.get("role") != "system"]
+    if list(messages[len(texts) :]) == rest or not all(isinstance(text, str) for text in texts):
+        return None
+    return [{"role": "system", "content": "".join(map(str, texts))}, *rest]
 
 
 def split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

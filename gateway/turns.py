@@ -6,7 +6,7 @@ here too: on the path its bytes were only kept.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -14,6 +14,7 @@ from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
 from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
+from gateway.reviews import Reviews
 from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
 
@@ -44,13 +45,15 @@ class Ended:
     chunks: Sequence[bytes] | None
     detail: str = ""
     engine: str = ""
+    normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
 
 
 class Turns:
     """Takes finished turns to the store."""
 
-    def __init__(self, store: Store, sessions: Sessions, *, room: int) -> None:
+    def __init__(self, store: Store, sessions: Sessions, reviews: Reviews, *, room: int) -> None:
         self._store = store
+        self._reviews = reviews
         self._sessions = sessions
         self._queue: asyncio.Queue[Ended] = asyncio.Queue()
         self._recorded = 0  # turns that have left the queue, ever
@@ -98,7 +101,8 @@ class Turns:
             await self._gather()
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            await self._record(await _all_finished(batch))
+            await self._record([await self._reviewed(*one) async for one in _all(batch)])
+            self._reviews.recorded()
             for ended in batch:
                 self._sessions.leave(ended.place)
                 self._room.release()
@@ -115,6 +119,14 @@ class Turns:
                     await self._hurry.wait()
         self._hurry.clear()
 
+    async def _reviewed(self, ended: Ended, finished: Finished) -> Finished:
+        try:
+            return await self._reviews.of(finished, ended.call)
+        except Exception:
+            # What it came after may be taken away at any time, and no review is worth a turn.
+            log.exception("could not review a turn of session %s", ended.place.session.id)
+            return finished
+
     async def _record(self, finished: list[Finished]) -> None:
         try:
             await self._store.record(finished)
@@ -130,13 +142,11 @@ class Turns:
                 await self._record([replace(one, turn=turn, messages=None, response=None)])
 
 
-async def _all_finished(batch: Sequence[Ended]) -> list[Finished]:
-    finished: list[Finished] = []
+async def _all(batch: Sequence[Ended]) -> AsyncIterator[tuple[Ended, Finished]]:
     for number, ended in enumerate(batch, 1):
-        finished.append(_finished(ended))
+        yield ended, _finished(ended)
         if number % _READ_AT_ONCE == 0:
             await asyncio.sleep(0)
-    return finished
 
 
 def _finished(ended: Ended) -> Finished:
@@ -162,17 +172,34 @@ def _finished(ended: Ended) -> Finished:
         source=ended.place.source,
         engine=ended.engine,
     )
-    response = _response(ended, reply)
+    response = _response(ended, whole, reply)
     return Finished(
-        turn,
-        session,
-        ended.fingerprint,
-        ended.salt,
-        messages,
-        ended.call.whole_frame,
-        _trace(ended, whole, reply),
+        turn=turn,
+        session=session,
+        fingerprint=ended.fingerprint,
+        salt=ended.salt,
+        messages=messages,
+        frame=ended.call.whole_frame,
+        trace=_trace(ended, whole, reply),
+        normalised=" ".join(ended.normalised),
         response=response,
         asked=ended.call.storage.items if ended.call.storage and response else (),
+    )
+
+
+def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    return StoredResponse(
+        tenant=session.tenant,
+        id=answer["id"],
+        session_id=session.id,
+        lineage=session.lineage,
+        created_at=ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=whole[:1] == [{"role": "system", "content": storage.instructions}],
     )
 
 
@@ -182,23 +209,6 @@ def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)
-
-
-def _response(ended: Ended, reply: Reply) -> StoredResponse | None:
-    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
-    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
-    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
-        return None
-    first = ended.call.whole[0] if ended.call.messages else {}
-    return StoredResponse(
-        tenant=session.tenant,
-        id=answer["id"],
-        session_id=session.id,
-        lineage=session.lineage,
-        created_at=ended.started_at,
-        answer={**answer, "previous_response_id": storage.previous, "store": True},
-        instructed=bool(storage.instructions) and first == {"role": "system", "content": storage.instructions},
-    )
 
 
 def _reply(ended: Ended) -> Reply:

@@ -70,6 +70,8 @@ def _conversation(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
         return "title"
     if "This session is being continued from a previous conversation" in text:
         return "compacted"
+    if "Respond with TEXT ONLY" in text and "detailed summary" in text:
+        return "compacting"
     if "Another way." in text:
         return "fork"
     users = [m for m in body.get("messages", body.get("input")) if _said_by_user(m)]

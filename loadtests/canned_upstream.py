@@ -21,7 +21,7 @@ import uvloop
 MODELS = ("canned", "canned-5ms", "canned-100ms", "canned-ragged")
 EVENTS = 64  # of a reply: the role, 62 tokens, the finish reason; usage and [DONE] come after them
 CONTEXT_LIMIT = 262_144
-_BACKLOG = 4096
+BACKLOG = 4096
 _CREATED = 1_760_000_000
 _ID = "chatcmpl-6f1d2c0e9b7a4d53"
 _USAGE = {
@@ -240,7 +240,7 @@ def _shown(path: bytes) -> bytes:
 async def _serve(port: int) -> None:
     loop = asyncio.get_running_loop()
     seen: set[object] = set()
-    server = await loop.create_server(lambda: Answering(loop, seen), "127.0.0.1", port, backlog=_BACKLOG)
+    server = await loop.create_server(lambda: Answering(loop, seen), "127.0.0.1", port, backlog=BACKLOG)
     await server.serve_forever()
 
 

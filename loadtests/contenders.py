@@ -115,10 +115,10 @@ class DoesNotStart(Exception):
 
 
 @contextmanager
-def upstream(work: Path) -> Iterator[Contender]:
-    """Run the canned engine."""
+def upstream(work: Path, module: str = "loadtests.canned_upstream") -> Iterator[Contender]:
+    """Run the canned engine, or another of its kind."""
     port = free_port()
-    launch = Launch([sys.executable, "-m", "loadtests.canned_upstream", "--port", str(port)], "/health")
+    launch = Launch([sys.executable, "-m", module, "--port", str(port)], "/health")
     with _running(UPSTREAM, "", port, launch, work) as running:
         yield running
 

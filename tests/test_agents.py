@@ -49,7 +49,8 @@ def _title(recording: Mapping[str, Any]) -> str:
 def test_each_conversation_of_an_agent_is_a_session_by_its_ids(
     before_script: Gateway, recording: dict[str, Any]
 ) -> None:
-    _check(before_script, _played(before_script, recording, "with ids"))
+    # The conversation itself is asked for its summary.
+    _check(before_script, _played(before_script, _named(recording, {"compacting": "main"}), "with ids"))
 
 
 @pytest.mark.parametrize("recording", [r for r in RECORDINGS if r not in BY_RESPONSE], ids=_title)
@@ -57,12 +58,15 @@ def test_each_conversation_of_an_agent_is_a_session_without_any_id(
     before_script: Gateway, recording: dict[str, Any]
 ) -> None:
     # Nobody went on from where it forked but the fork: without ids, that is how a conversation goes on.
-    stem = {"fork": "main"}
-    requests = [
-        {**_stripped(request), "conversation": stem.get(request["conversation"], request["conversation"])}
-        for request in recording["requests"]
-    ]
-    _check(before_script, _played(before_script, {**recording, "requests": requests}, "without ids"))
+    requests = [_stripped(request) for request in recording["requests"]]
+    named = _named({**recording, "requests": requests}, {"fork": "main"})
+    _check(before_script, _played(before_script, named, "without ids"))
+
+
+def _named(recording: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The recording with other names for some conversations."""
+    requests = [{**r, "conversation": names.get(r["conversation"], r["conversation"])} for r in recording["requests"]]
+    return {**recording, "requests": requests}
 
 
 def _played(gateway: Gateway, recording: Mapping[str, Any], scope: str) -> dict[str, list[str]]:

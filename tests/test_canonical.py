@@ -120,6 +120,22 @@ async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: En
         assert "cache_salt" not in request.json
 
 
+async def test_a_template_that_wants_the_system_message_first_gets_all_of_them_there(
+    engine: FakeEngine, asks: Engine
+) -> None:
+    def answer(exchange: Exchange) -> None:
+        messages = exchange.request.json["messages"]
+        if any(message["role"] == "system" for message in messages[1:]):
+            exchange.json({"error": {"message": "System message must be at the beginning.", "code": 400}}, 400)
+        else:
+            exchange.json({"token_ids": [ord(c) for c in append_only(messages)]})
+
+    engine.on_other = answer
+    between = [TALK[0], {"role": "system", "content": "hurry"}, TALK[1]]
+    assert text(await next_turn_ids(asks, MODEL, {}, between)) == append_only([between[1], *TALK])
+    assert text(await next_turn_ids(asks, MODEL, {}, TALK)) == append_only(TALK)
+
+
 @pytest.mark.parametrize("status", [403, 404])
 async def test_an_engine_without_rendering_is_asked_to_tokenize(engine: FakeEngine, asks: Engine, status: int) -> None:
     engine.on_other = lambda exchange: exchange.json({"error": {"message": "no"}}, status)

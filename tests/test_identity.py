@@ -1,5 +1,6 @@
 """Which session a request belongs to: by its id, by its own beginning, and what must never be taken for the same."""
 
+import secrets
 import threading
 from typing import Any
 
@@ -178,6 +179,11 @@ def test_what_clients_change_on_the_way_changes_no_link(sent: dict[str, Any]) ->
     assert identity.link(b"", sent) == identity.link(b"", assistant("1"))
 
 
+def test_a_tool_that_said_nothing_says_the_same_as_a_part_without_text() -> None:
+    silent = {"role": "tool", "tool_call_id": "c1", "content": ""}
+    assert identity.link(b"", {**silent, "content": [{"type": "text", "text": ""}]}) == identity.link(b"", silent)
+
+
 def test_tool_calls_are_the_same_however_their_arguments_are_spelt() -> None:
     def call(arguments: str, **more: Any) -> dict[str, Any]:
         function = {"name": "add", "arguments": arguments}
@@ -325,6 +331,64 @@ def test_two_first_requests_at_once_are_two_conversations(engine: FakeEngine, ga
     for thread in work:
         thread.join()
     assert len(set(found)) == 2
+
+
+def test_two_with_the_same_reply_that_go_on_at_once_go_on_in_two_sessions(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    strangers = {ask(gateway, [user(session)]) for _ in range(2)}
+    both = threading.Barrier(2, timeout=5)
+
+    def answer(exchange: Exchange) -> None:
+        both.wait()
+        engine.answer_chat(exchange)
+
+    engine.on_chat = answer
+    found: list[str] = []
+
+    def go_on(text: str) -> None:
+        found.append(ask(gateway, [user(session), assistant("Hello there!"), user(text)]))
+
+    work = [threading.Thread(target=go_on, args=(text,)) for text in ("one", "two")]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert set(found) == strangers
+
+
+def test_a_request_that_failed_and_comes_again_at_once_is_a_retry(engine: FakeEngine, gateway: Gateway) -> None:
+    for attempt in range(20):
+        engine.on_chat = lambda exchange: exchange.json({"error": {"message": "overloaded"}}, 503)
+        question = {"model": MODEL, "messages": [user(f"{attempt} {secrets.token_hex(8)}")]}
+        failed = gateway.http.post(CHAT, json=question)
+        engine.on_chat = engine.answer_chat
+        assert gateway.http.post(CHAT, json=question).headers["x-session-id"] == failed.headers["x-session-id"]
+
+
+def test_a_conversation_goes_on_beside_a_request_of_its_own_that_hangs(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    first = ask(gateway, [user(session)])
+    gone, hangs = threading.Event(), threading.Event()
+
+    def hang(exchange: Exchange) -> None:
+        engine.on_chat = engine.answer_chat
+        hangs.set()
+        gone.wait(5)
+        engine.answer_chat(exchange)
+
+    engine.on_chat = hang
+    second = [user(session), assistant("Hello there!"), user("two")]
+    found: list[str] = []
+    hung = threading.Thread(target=lambda: found.append(ask(gateway, second)))
+    hung.start()
+    assert hangs.wait(5)
+    found.append(ask(gateway, second))
+    found.append(ask(gateway, [*second, assistant("Hello there!"), user("three")]))
+    gone.set()
+    hung.join()
+    assert found == [first] * 3
 
 
 def test_a_session_known_by_its_beginning_alone_is_deleted_whole(gateway: Gateway, session: str) -> None:

@@ -186,6 +186,67 @@ def test_the_next_request_finds_a_turn_that_waits_to_be_recorded(engine: FakeEng
     assert len(texts(engine.seen(PATH)[-1])) == 39
 
 
+def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(
+    engine: FakeEngine, gateway: Gateway
+) -> None:
+    usual, first = engine.on_other, response_of({}, [said("Hello there!")], usage_of(5, 3))
+
+    def slow_to_end(exchange: Exchange) -> None:
+        engine.on_other = usual
+        exchange.begin()
+        for one in stream_of(first):
+            exchange.chunk(one)
+        threading.Event().wait(0.05)
+        exchange.end()
+
+    engine.on_other = slow_to_end
+    body = {"model": MODEL, "input": "one", "stream": True}
+    with gateway.http.stream("POST", PATH, json=body) as response:
+        lines = response.iter_lines()  # held, as the response is closed with it
+        while next(lines) != "event: response.completed":
+            pass
+        ask(gateway, "two", first["id"])
+    assert len(texts(engine.seen(PATH)[1])) == 3
+
+
+@pytest.mark.parametrize("wrap", [str, lambda name: {"id": name}])
+def test_a_conversation_that_a_client_names_is_a_session_and_goes_on_with_all_it_holds(
+    engine: FakeEngine, gateway: Gateway, session: str, wrap: Any
+) -> None:
+    for text in ("one", "two", "three"):
+        response = ask(gateway, text, conversation=wrap(session))
+        assert response.headers["x-session-id"] == session
+    one, two, three = engine.seen(PATH)
+    assert texts(three)[::2] == [("user", "one"), ("user", "two"), ("user", "three")]
+    assert len(texts(two)) == 3
+    # Who sends all of it, has it not twice.
+    whole = [{"role": role, "content": text} for role, text in [*texts(three), ("assistant", "Hello there!")]]
+    ask(gateway, [*whole, {"role": "user", "content": "four"}], conversation=wrap(session), instructions="be kind")
+    last = engine.seen(PATH)[3]
+    assert len(texts(last)) == 7
+    assert last.json["instructions"] == "be kind"
+    assert all("conversation" not in request.json for request in (one, two, three, last))
+
+
+def test_who_sends_the_whole_history_is_recognised_by_it_in_either_dialect(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    question = {"role": "user", "content": f"one {session}"}
+    first = gateway.http.post("/v1/chat/completions", json={"model": MODEL, "messages": [question]})
+    reply = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello there!"}]}
+    second = ask(gateway, [question, reply, {"role": "user", "content": "two"}])
+    history = [question, {"role": "assistant", "content": "Hello there!"}, {"role": "user", "content": "two"}]
+    answer = {"role": "assistant", "content": answer_of(second)["output"][0]["content"][0]["text"]}
+    messages = [*history, answer, {"role": "user", "content": "three"}]
+    third = gateway.http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages})
+    assert len({response.headers["x-session-id"] for response in (first, second, third)}) == 1
+    by_id = ask(gateway, "four", answer_of(second)["id"])  # an older point by now
+    assert by_id.headers["x-session-id"] != first.headers["x-session-id"]
+    gateway.turns(by_id.headers["x-session-id"])
+    shown = gateway.http.get(f"/admin/sessions/{by_id.headers['x-session-id']}").json()
+    assert (shown["recognised_by"], shown["forked_from"]) == ("fork", first.headers["x-session-id"])
+
+
 def test_a_session_thawed_from_a_window_goes_on_by_id_with_its_system_message(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
@@ -247,9 +308,10 @@ def finished(response_id: str, tenant: str = "default", session: str = "s", at: 
     answer = {"id": response_id, "output": [], "instructions": "long", "tools": []}
     messages = [{"role": "user", "content": response_id}, {"role": "assistant", "content": "a"}]
     response = StoredResponse(tenant, response_id, session, session, at, answer)
-    asked = [{"role": "user", "content": response_id}]
-    trace = Trace(b"", b"", None)
-    return Finished(turn, Session(tenant, session, session), "fp", "salt", messages, {}, trace, "", response, asked)
+    return Finished(
+        turn, Session(tenant, session, session), "fp", "salt", messages, {}, Trace(b"", b"", None),
+        response=response, asked=[{"role": "user", "content": response_id}],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_the_frame_is_what_a_template_sees_beside_the_messages() -> None:
 def fronted(body: Any, front: Front) -> dict[str, Any]:
     """What the engine gets of a request with something in front."""
     made, _ = read(body)
-    call = Call(made.body, made.raw, made.model, made.messages, made.frame, False, "", front, made.storage)
+    call = Call(made.body, made.raw, made.model, made.messages, made.frame, False, "", front, storage=made.storage)
     written: dict[str, Any] = json.loads(RESPONSES.write(call, SALT))
     return written
 

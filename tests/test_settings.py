@@ -26,6 +26,8 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "secret_file": ("s", '"s"', "s"),
     "isolation": ("tenant", '"tenant"', "tenant"),
     "model_fingerprint": ("f", '"f"', "f"),
+    "normalise": ("timestamp-line", '["timestamp-line"]', ("timestamp-line",)),
+    "tokenizer_file": ("t", '"t"', "t"),
     "connect_timeout_s": ("0.5", "0.5", 0.5),
     "engine_timeout_s": ("1", "1", 1.0),
     "client_timeout_s": ("1e1", "1e1", 10.0),
@@ -96,6 +98,12 @@ def test_an_unknown_key_stops_the_start_and_names_the_nearest(tmp_path: Path, na
         with pytest.raises(SettingsError) as refused:
             load(environment={f"CWG_{name.upper()}": "x"})
         assert str(refused.value) == f"environment variable CWG_{name.upper()}: {wanted}"
+
+
+def test_an_unknown_rule_of_the_normaliser_stops_the_start_and_names_the_nearest() -> None:
+    with pytest.raises(SettingsError, match="unknown rule 'claude-billing'; did you mean 'claude-billing-header'"):
+        load(environment={"CWG_NORMALISE": "timestamp-line,claude-billing"})
+    assert load(environment={"CWG_NORMALISE": ""}).normalise == ()
 
 
 def test_foreign_variables_never_stop_the_start() -> None:

@@ -38,6 +38,30 @@ def test_an_event_of_several_data_lines_is_one_and_other_fields_are_skipped() ->
     assert list(events([stream])) == [b"a\nb\n c", b""]
 
 
+NAMED = b'event: a\ndata: {"x": 1}\n\nevent: b\ndata: event: c\n\n'
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_events_with_names_are_the_same_wherever_a_recording_was_cut(line_end: bytes) -> None:
+    stream = spelt(NAMED, line_end)
+    for cut in range(len(stream)):
+        assert list(events([stream[:cut], stream[cut:]])) == [b'{"x": 1}', b"event: c"]
+
+
+@pytest.mark.parametrize(
+    ("stream", "data"),
+    [
+        (b"event: a\ndata: one\ndata: two\n\nevent: b\nid: 7\n\n", [b"one\ntwo"]),
+        (b"event: a\ndata: \n\n", [b""]),
+        (b"event: a\nevent: b\n\nevent: c\ndata: one\n\n", [b"one"]),
+        (b"event: a\ndata: one\n\ndata: two\n\n", [b"one", b"two"]),
+        (b"event: a\n\n", []),
+    ],
+)
+def test_streams_that_are_named_oddly_are_read_all_the_same(stream: bytes, data: list[bytes]) -> None:
+    assert list(events([stream])) == data
+
+
 def test_an_event_whose_end_never_came_is_no_event() -> None:
     assert list(events([b"data: one\n\ndata: two\n"])) == [b"one"]
     assert list(events([b"data: one\n\ndata: two"])) == [b"one"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.transcripts import SystemRule, common, has_media, merged, missing, same
+from gateway.transcripts import SystemRule, common, has_media, hoisted, merged, missing, same
 
 SYSTEM = {"role": "system", "content": "be terse"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, 2], "b": "x y"}'}}
@@ -166,3 +166,16 @@ def test_text_in_parts_is_no_media() -> None:
     assert not has_media(WINDOW)
     assert not has_media([{"role": "user", "content": [{"type": "text", "text": "image_url"}, {"type": "refusal"}]}])
     assert not has_media([{"role": "user", "content": None}, {"role": "user"}])
+
+
+def test_system_messages_between_others_are_put_in_front_as_one() -> None:
+    one, two, user = (
+        {"role": "system", "content": "a"},
+        {"role": "system", "content": "b"},
+        {"role": "user", "content": "c"},
+    )
+    assert hoisted([one, user, two, user]) == [{"role": "system", "content": "ab"}, user, user]
+    assert hoisted([user, two]) == [two, user]
+    assert hoisted([one, two, user]) is None
+    assert hoisted([user]) is None
+    assert hoisted([user, {"role": "system", "content": [{"type": "text", "text": "a"}]}]) is None

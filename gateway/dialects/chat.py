@@ -17,7 +17,8 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
-from gateway.dialects.openai import error_body, json_object
+from gateway.dialects.events import json_object, objects
+from gateway.dialects.openai import error_body
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -152,9 +153,9 @@ def _read(events: list[bytes]) -> list[dict[str, Any] | None]:
     """
     texts = _texts(events[1:])
     if len(texts) < _RUN:
-        return _objects(events)
+        return objects(events)
     merged = {"choices": [{"index": 0, "delta": {"content": "".join(texts)}}]}
-    return [*_objects(events[:1]), merged, *_objects(events[1 + len(texts) :])]
+    return [*objects(events[:1]), merged, *objects(events[1 + len(texts) :])]
 
 
 def _texts(events: list[bytes]) -> list[str]:
@@ -172,14 +173,3 @@ def _texts(events: list[bytes]) -> list[str]:
     except orjson.JSONDecodeError:
         return []
     return texts if len(texts) == len(literals) else []
-
-
-def _objects(events: list[bytes]) -> list[dict[str, Any] | None]:
-    """Read the data of all events, None for each that is no JSON object; in one go where they all are."""
-    try:
-        found: list[Any] = orjson.loads(b"[" + b",".join(events) + b"]")
-    except orjson.JSONDecodeError:
-        found = []
-    if len(found) == len(events) and all(isinstance(value, dict) for value in found):
-        return found
-    return [json_object(data) for data in events]

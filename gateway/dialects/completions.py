@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import orjson
-
 from gateway import sse, texts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.contract import Call, Reply, usage_of
+from gateway.dialects.events import json_object
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -86,7 +85,7 @@ def _prompt(conversation: Sequence[Message]) -> Any:
 
 
 def _whole(chunks: Iterable[bytes]) -> Reply:
-    answer = _object(b"".join(chunks))
+    answer = json_object(b"".join(chunks))
     if answer is None:
         return Reply(None, None, "the reply is not a JSON object")
     text = _Assembled()
@@ -100,7 +99,7 @@ def _streamed(chunks: Iterable[bytes]) -> Reply:
     error = ""
     events = list(sse.events(chunks))
     done = events[-1:] == [_DONE]
-    for event in map(_object, events[:-1] if done else events):
+    for event in map(json_object, events[:-1] if done else events):
         if event is None:
             error = "the stream holds an event that is not a JSON object"
         elif "error" in event:
@@ -138,11 +137,3 @@ class _Assembled:
             return None
         message: Message = {"role": texts.TEXT, "content": "".join(self._texts)}
         return message if self._ids is None else {**message, "token_ids": self._ids}
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None

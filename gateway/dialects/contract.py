@@ -33,9 +33,13 @@ INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a request says of stored answers: which one it goes on from, whether its own is kept, and with what."""
+    """What a request says of stored answers: which one it goes on from, whether its own is kept, and with what.
+
+    `conversation`: it goes on from all that its session holds.
+    """
 
     previous: str | None
+    conversation: bool
     keep: bool
     instructions: str
     items: list[Any]

@@ -1,7 +1,5 @@
 """What OpenAI's APIs share."""
 
-from typing import Any
-
 import orjson
 
 from gateway.errors import GatewayError
@@ -17,12 +15,3 @@ def error_body(error: GatewayError) -> bytes:
 def sentence(error: GatewayError) -> str:
     """What is wrong, and what to do about it."""
     return f"{error.message} ({error.hint})" if error.hint else error.message
-
-
-def json_object(data: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None for whatever else an engine may send."""
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None

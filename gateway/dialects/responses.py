@@ -21,7 +21,8 @@ from gateway.dialects.contract import (
     usage_of,
     with_fields,
 )
-from gateway.dialects.openai import error_body, json_object, sentence
+from gateway.dialects.events import json_object
+from gateway.dialects.openai import error_body, sentence
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
@@ -112,7 +113,8 @@ def _storage(body: dict[str, Any], sent: list[Any] | None) -> Storage:
         if value:  # what is null or false says to the engine what we want it to hear
             del body[name]
     instructions = body.get("instructions")
-    return Storage(previous, store is not False, instructions if isinstance(instructions, str) else "", sent or [])
+    said = instructions if isinstance(instructions, str) else ""
+    return Storage(previous, conversation is not None, store is not False, said, sent or [])
 
 
 def _refused(field: str, message: str, hint: str) -> GatewayError:

@@ -48,6 +48,7 @@ async def get_session(call: Call) -> tuple[int, Any]:
     return 200, {
         **show.session(session),
         "context_limit": model.context_limit if model else None,
+        "estimates": call.parts.estimator.report().get(session.model),
         "turns": [show.turn(t) for t in turns],
         "windows": [w.name for w in windows],
     }

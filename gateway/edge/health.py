@@ -111,7 +111,7 @@ class Health:
 
     async def _look(self) -> None:
         try:
-            await self._parts.engine.models()
+            models = await self._parts.engine.models()
         except GatewayError as error:
             if self.engine_up:
                 log.warning("%s", error.message)
@@ -120,6 +120,9 @@ class Health:
         if self.checks is None or self.checks[0].status == "failed":
             await self.test()
         self.engine_up = True
+        for model in models.values():
+            if not self._parts.estimator.knows(model.id):
+                await asyncio.to_thread(self._parts.estimator.learn, model.id, model.root)
 
     async def _engine(self) -> tuple[str, str]:
         try:

@@ -1,6 +1,6 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
-A dialect's request is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
+What `TURNS` has is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
 Everything else passes through, without what a client may not send, and with a salt where it makes the engine keep KV.
 """
 
@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import identity, transcripts
+from gateway import identity, normalise, transcripts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import (
@@ -24,6 +24,7 @@ from gateway.dialects.contract import (
     with_fields,
     write_json,
 )
+from gateway.dialects.messages import MessagesDialect
 from gateway.dialects.responses import ResponsesDialect
 from gateway.edge import auth, responses
 from gateway.edge.client import client_of
@@ -32,29 +33,32 @@ from gateway.edge.relay import Answer, Outgoing, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
-from gateway.records import Session, check_session_id, check_window_name
+from gateway.records import Front, Session, StoredResponse, check_session_id, check_window_name
 from gateway.sessions import Place
 from gateway.turns import Ended
 from gateway.windows import branch
 from gateway.windows.resume import resume
+from gateway.windows.thaw import found
 
 log = logging.getLogger(__name__)
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
+_CHAT = ChatDialect()
+_MESSAGES = MessagesDialect()
 TURNS: dict[bytes, Dialect] = {
-    b"/v1/chat/completions": ChatDialect(),
+    b"/v1/chat/completions": _CHAT,
     b"/v1/completions": CompletionsDialect(),
     b"/v1/responses": ResponsesDialect(),
+    b"/v1/messages": _MESSAGES,
 }
-_CHAT = TURNS[b"/v1/chat/completions"]
+_COUNT = b"/v1/messages/count_tokens"
 
 # Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
 SALTED = frozenset(
     {
         b"/v1/chat/completions/batch",
         b"/v1/embeddings",
-        b"/v1/messages",
         b"/v1/rerank",
         b"/v1/score",
         b"/v1/systemone",
@@ -121,6 +125,7 @@ class Inference:
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
         self._stamp: bytes | None = None
+        self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,19 +135,21 @@ class Inference:
             dialect = TURNS.get(incoming.base.path)
             if dialect and scope["method"] == "POST":
                 await self._turn(incoming, dialect)
+            elif incoming.base.path == _COUNT and scope["method"] == "POST":
+                await self._count(incoming)
             elif kept := await responses.serve(self._parts, incoming.tenant, scope["method"], incoming.target):
                 await send_answer(send, 200, kept)
             else:
                 await self._pass(incoming)
         except GatewayError as error:
-            await send_answer(send, error.status, _CHAT.error(error))
+            await send_answer(send, error.status, _spoken(scope).error(error))
         except ClientGone:
             return
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             failure = GatewayError("internal", "the gateway failed; its log says why")
             with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
-                await send_answer(send, failure.status, _CHAT.error(failure))
+                await send_answer(send, failure.status, _spoken(scope).error(failure))
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
         settings = self._parts.settings
@@ -154,13 +161,14 @@ class Inference:
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts = self._parts
-        body = parse_object(incoming.body)
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
         named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
-        call = dialect.read(body, incoming.body)
+        call = dialect.read(body, b"" if normalised else incoming.body)
         model = await self._model(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        call, place = await self._place(incoming, named, call)
+        call, before = await responses.resume(parts, incoming.tenant, call)
+        place = await self._place(incoming, named, call, before)
         session = place.session
         call = await self._continue(call, session, incoming)
         await resume(parts, session)
@@ -191,37 +199,56 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
+                    normalised=normalised,
                 )
             )
 
-    async def _place(self, incoming: Incoming, named: identity.Given | None, call: Call) -> tuple[Call, Place]:
-        """Say which session the turn belongs to, and what of its conversation the call does not bring itself."""
+    async def _place(
+        self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
+    ) -> Place:
+        """Say which session the turn belongs to."""
         parts, tenant = self._parts, incoming.tenant
         key = named.id if named and named.kind == "key" else ""
         seed = identity.seed(call.body, key, call.client_salt)
-        exact = named.id if named and named.kind == "session" else None
-        call, session = await responses.resume(parts, tenant, call, exact)
-        if session:
-            return call, Place(session, responses.SOURCE, seed, is_new=not session.created_at)
+        if before is not None:
+            return await responses.place(parts, before, named, seed)
         if incoming.base.window is None or not call.messages:
-            return call, await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
+            return await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
         asked = branch.Asked(tenant, incoming.base.window, named, call.messages, _system_rule(incoming))
-        return call, await branch.place(parts, asked, seed)
+        return await branch.place(parts, asked, seed)
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body, session_id = incoming.body, incoming.base.session_id
+        body = incoming.body
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
             body = await self._sanitised(incoming)
+        await self._relay(incoming, body)
+
+    async def _count(self, incoming: Incoming) -> None:
+        """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
+        body, parts = parse_object(incoming.body), self._parts
+        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        call = _MESSAGES.read(body, incoming.body)
+        if named and named.kind != "key":
+            session = await parts.sessions.open(incoming.tenant, named.id)
+            call = await self._continue(call, session, incoming)
+        elif incoming.base.window is not None:
+            window = await found(parts, incoming.tenant, incoming.base.window)
+            history = await parts.store.messages(window.transcript)
+            call = replace(call, front=transcripts.missing(history, call.messages, _system_rule(incoming)))
+        await self._relay(incoming, _MESSAGES.question(call))
+
+    async def _relay(self, incoming: Incoming, body: bytes) -> None:
+        session_id = incoming.base.session_id
         extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
-        answer = Answer(_CHAT, extra, limit=0)
+        answer = Answer(_spoken(incoming.scope), extra, limit=0)
         await relay(
             self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
         )
 
     async def _sanitised(self, incoming: Incoming) -> bytes:
-        body = parse_object(incoming.body)
-        raw = incoming.body if is_clean(body) else b""
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
         if incoming.base.path not in SALTED:
             return raw or write_json(body)
@@ -233,18 +260,25 @@ class Inference:
         return with_fields(raw, body, {"cache_salt": salt})
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
-        """In a thawed session, put the window's transcript in front of what is new."""
-        if session.window_transcript is None or not call.messages:
+        """Put in front of what is new what the client need not send: the window's transcript, or the conversation's."""
+        if not call.messages:
             return call
-        front = call.front  # what the dialect itself goes on from has the window in it
-        if front is None:
-            history = await self._parts.store.messages(session.window_transcript)
-            front = transcripts.missing(history, call.messages, _system_rule(incoming))
+        front = call.front or await self._missing(call, session, incoming)
         if front is None:
             return call
+        if session.window_transcript is None:
+            return replace(call, front=front)
         frame = await self._parts.store.frame(session.frame) if session.frame else {}
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
         return replace(call, front=replace(front, frame=inherited))
+
+    async def _missing(self, call: Call, session: Session, incoming: Incoming) -> Front | None:
+        conversed = call.storage is not None and call.storage.conversation
+        history = session.transcript if conversed else session.window_transcript
+        if history is None:
+            return None
+        rule = _system_rule(incoming) or ("replace" if conversed else "")
+        return transcripts.missing(await self._parts.store.messages(history), call.messages, rule)
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
@@ -272,12 +306,20 @@ def _route(scope: Scope) -> Base:
     if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
-    if known in TURNS or known in SALTED:
+    if known in TURNS or known in SALTED or known == _COUNT:
         raw = known
     if window is None:
         sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
         window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
     return Base(raw, session_id, window)
+
+
+def _spoken(scope: Scope) -> Dialect:
+    """The dialect whose errors the client of a path can read, whatever else is wrong with the request."""
+    path: str = scope["path"]
+    if path.startswith(("/s/", "/w/")):
+        path = "/" + path.split("/", 3)[-1]
+    return _MESSAGES if path.startswith("/v1/messages") else _CHAT
 
 
 def _system_rule(incoming: Incoming) -> transcripts.SystemRule:

@@ -3,6 +3,7 @@
 An id that another tenant has is an id that nobody has.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,17 @@ from gateway import transcripts
 from gateway.dialects.contract import Call
 from gateway.edge import fields
 from gateway.errors import GatewayError
+from gateway.identity import Given
 from gateway.parts import Parts
 from gateway.records import Front, Message, Session, StoredResponse
-from gateway.sessions import new_id
+from gateway.sessions import Place, new_id
 
 Verb = Callable[[Parts, str, str, dict[str, str]], Awaitable[Any]]
 
 SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
+# A turn that is over may not be recorded yet, and a client knows an answer's id a moment before its stream has ended.
+_ENDING_S = (0.0, 0.02, 0.2)
 _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -35,21 +39,21 @@ _PREFIXES = {
 # --- going on from one
 
 
-async def resume(parts: Parts, tenant: str, call: Call, named: str | None) -> tuple[Call, Session | None]:
-    """Put the conversation up to `previous_response_id` in front of a call, and say which session it goes on in.
+async def resume(parts: Parts, tenant: str, call: Call) -> tuple[Call, StoredResponse | None]:
+    """Put the conversation up to `previous_response_id` in front of a call; return that response, None without one.
 
-    That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
-    another session in the same lineage, so that what both share is found in the cache. The session that a client has
-    `named` is taken as it is. None: the call goes on from nothing. Raises `previous_response_not_found`,
-    `invalid_request`.
+    Raises `previous_response_not_found`, `invalid_request`.
     """
-    if call.storage is None or call.storage.previous is None:
+    storage = call.storage
+    if storage is None or storage.previous is None:
+        if storage and storage.conversation:
+            await parts.turns.settle()  # what its session holds is what was recorded
         return call, None
-    before = await _find(parts, tenant, call.storage.previous)
+    before = await _find(parts, tenant, storage.previous)
     if before is None:
         raise GatewayError(
             "previous_response_not_found",
-            f"Previous response with id '{call.storage.previous:.100}' not found.",
+            f"Previous response with id '{storage.previous:.100}' not found.",
             details={"field": "previous_response_id"},
         )
     history = await parts.store.messages(before.transcript) if before.transcript else []
@@ -61,8 +65,7 @@ async def resume(parts: Parts, tenant: str, call: Call, named: str | None) -> tu
         raise _refused(
             "input", "this input cannot follow a response", "send text, images, tool calls and their outputs"
         )
-    front = _front(call, history[1:] if before.instructed else history)
-    return replace(call, front=front), await _session(parts, tenant, before, named)
+    return replace(call, front=_front(call, history[1:] if before.instructed else history)), before
 
 
 def _front(call: Call, history: list[Message]) -> Front:
@@ -72,23 +75,35 @@ def _front(call: Call, history: list[Message]) -> Front:
     return Front(call.messages[:count], [*history, *leading])
 
 
-async def _session(parts: Parts, tenant: str, before: StoredResponse, named: str | None) -> Session:
-    session_id = named or before.session_id
-    if parts.sessions.in_turn(tenant, session_id):
+async def place(parts: Parts, before: StoredResponse, named: Given | None, seed: bytes) -> Place:
+    """Say which session goes on from a response.
+
+    That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
+    another session in the same lineage, so that what both share is found in the cache. The session that a client has
+    `named` is taken as it is.
+    """
+    own = Given("session", before.session_id, "body previous_response_id")
+    given = named if named and named.kind == "session" else own
+    tenant = before.tenant
+    if parts.sessions.in_turn(tenant, given.id):
         await parts.turns.settle()  # where the session is by now decides whether this is a fork
-    session = await parts.sessions.open(tenant, session_id)
-    in_turn = parts.sessions.in_turn(tenant, session_id)
+    session = await parts.sessions.open(tenant, given.id, given.source)
+    in_turn = parts.sessions.in_turn(tenant, given.id)
     if not session.created_at and not in_turn:  # nobody has seen it yet
-        return replace(session, lineage=before.lineage, source=SOURCE, parent=before.session_id)
-    if named or (session.transcript == before.transcript and not in_turn):
-        return session
-    return Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=before.session_id)
+        return Place(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
+    if given is named or (session.transcript == before.transcript and not in_turn):
+        return Place(session, given.source, seed)
+    fork = Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id)
+    return Place(fork, "fork", seed, is_new=True)
 
 
 async def _find(parts: Parts, tenant: str, response_id: str) -> StoredResponse | None:
     found = await parts.store.response(tenant, response_id)
-    if found is None:
-        await parts.turns.settle()  # its turn may be over, but not recorded yet
+    for wait_s in _ENDING_S:
+        if found or not parts.sessions.in_flight:
+            break
+        await asyncio.sleep(wait_s)
+        await parts.turns.settle()
         found = await parts.store.response(tenant, response_id)
     return found
 

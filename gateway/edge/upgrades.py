@@ -6,7 +6,7 @@ httptools takes what follows such a head for bytes of the other protocol, the bo
 without the wish.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import httptools
 
@@ -17,7 +17,7 @@ from gateway.errors import GatewayError
 class Owner(Protocol):
     """The protocol that a parser reads for: uvicorn's, with what its callbacks have gathered of a head."""
 
-    parser: "Http1Parser"
+    parser: httptools.HttpRequestParser
     url: bytes
     headers: list[tuple[bytes, bytes]]
 
@@ -26,14 +26,14 @@ class Owner(Protocol):
         ...
 
 
-class Http1Parser(httptools.HttpRequestParser):  # type: ignore[misc]
+class Http1Parser(httptools.HttpRequestParser):
     """A parser of requests that never leaves HTTP/1.1. Its owner passes over a head while `should_upgrade`."""
 
     def __init__(self, owner: Owner) -> None:
         super().__init__(owner)
         self._owner = owner
 
-    def feed_data(self, data: bytes) -> None:
+    def feed_data(self, data: Any) -> None:
         """Read what came. Raises what httptools raises, but for HttpParserUpgrade."""
         try:
             super().feed_data(data)

@@ -29,6 +29,7 @@ class LMCache:
     """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
+        self.chunk_size = 0  # as it was last told; 0 before that
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
         )
@@ -47,8 +48,9 @@ class LMCache:
         storage: dict[str, Any] = next(
             (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
         )
+        self.chunk_size = int(status["chunk_size"])
         return CacheInfo(
-            chunk_size=int(status["chunk_size"]),
+            chunk_size=self.chunk_size,
             hash_algorithm=str(status["hash_algorithm"]),
             world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
             adapters=tuple(storage.get("adapters", ())),

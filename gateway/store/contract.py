@@ -5,17 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import (
-    Manifest,
-    Message,
-    PinnedObject,
-    Session,
-    SessionState,
-    StoredResponse,
-    Trace,
-    Turn,
-    Window,
-)
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Trace, Turn, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +31,8 @@ SORT_KEYS = ("name", "created_at", "token_count", "size")
 class Finished:
     """A finished turn on its way into the store. `messages` is None where the transcript does not move on.
 
-    `session` is what the turn's session was when it began; the store makes it if it is new. `response` is its answer
-    where that is kept by its id, and `asked` what the request brought.
+    `session` is what the turn's session was when it began; the store makes it if it is new.
+    `response` is its answer where that is kept by its id, and `asked` what the request brought.
     """
 
     turn: Turn

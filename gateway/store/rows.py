@@ -64,6 +64,7 @@ def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count:
 def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool:
     gone = session(db, tenant, session_id)
     db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id))
+    response_rows.delete_of_session(db, tenant, session_id)
     if gone is None:
         return False
     db.execute("DELETE FROM beginnings WHERE tenant = ? AND session_id = ?", (tenant, session_id))
@@ -113,7 +114,7 @@ def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> byt
     return None
 
 
-def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int, responses_kept: int) -> None:
+def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int) -> None:
     by_session: dict[tuple[str, str], list[Finished]] = {}
     for item in finished:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
@@ -123,7 +124,6 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
             _add_turn(db, item.turn)
             _add_beginnings(db, item)
         _prune_turns(db, items[-1].turn, turns_kept)
-    response_rows.record(db, [item for item in finished if item.response], responses_kept)
 
 
 def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:

@@ -100,7 +100,11 @@ class SqliteStore:
 
     async def record(self, finished: Sequence[Finished]) -> None:
         """See `Store.record`."""
-        await self._write(lambda db: rows.record(db, finished, self._turns_kept, self._responses_kept))
+        await self._write(lambda db: self._record(db, finished))
+
+    def _record(self, db: sqlite3.Connection, finished: Sequence[Finished]) -> None:
+        rows.record(db, finished, self._turns_kept)
+        response_rows.record(db, finished, self._responses_kept)
 
     async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
         """See `Store.turns`."""

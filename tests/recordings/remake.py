@@ -20,7 +20,7 @@ _TEXT: dict[str, Any] = {"prompt": "Once upon a time 日本", "max_tokens": 6, "
 _USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": False}}
 _CALL: dict[str, Any] = {
     "messages": _SAY,
-    "max_tokens": 60,
+    "max_tokens": 16,
     "tools": [{"type": "function", "function": _TOOL}],
     "tool_choice": {"type": "function", "function": {"name": "now"}},
 }
@@ -36,8 +36,26 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "completions-two": ("/v1/completions", {**_TEXT, "n": 2}),
     "completions-echo": ("/v1/completions", {**_TEXT, "echo": True}),
     "completions-ids": ("/v1/completions", {**_TEXT, "prompt": [5, 6, 7, 8], "return_token_ids": True}),
-    "responses": ("/v1/responses", {"input": "Say something. 日本 🎉", "max_output_tokens": 16}),
+    "responses": ("/v1/responses", {"input": _SAY, "max_output_tokens": 6}),
+    "responses-tools": (
+        "/v1/responses",
+        {
+            "input": _SAY,
+            "max_output_tokens": 16,
+            "tools": [{"type": "function", **_TOOL}],
+            "tool_choice": {"type": "function", "name": "now"},
+        },
+    ),
     "messages": ("/v1/messages", {"messages": _SAY, "max_tokens": 6}),
+    "messages-tools": (
+        "/v1/messages",
+        {
+            "messages": _SAY,
+            "max_tokens": 16,
+            "tools": [{"name": "now", "description": "The time", "input_schema": _TOOL["parameters"]}],
+            "tool_choice": {"type": "tool", "name": "now"},
+        },
+    ),
 }
 REQUESTS |= {
     f"{name}-usage": (path, {**body, **_USAGE})

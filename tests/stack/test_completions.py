@@ -58,7 +58,9 @@ def test_what_a_client_gets_is_the_engines_own_but_for_ids_and_times(
     direct = stack.engine.post("/v1/completions", json={**body, "cache_salt": request.node.name})
     relayed = shared.http.post("/v1/completions", json=body)
     assert relayed.status_code == direct.status_code
-    assert _VOLATILE.sub(b"", relayed.content) == _VOLATILE.sub(b"", direct.content)
+    # Choices that are made at once come in the order that the engine makes them in.
+    one, other = (sorted(_VOLATILE.sub(b"", a.content).split(b"\n\n")) for a in (relayed, direct))
+    assert one == other
 
 
 def test_the_openai_client_completes_and_streams_and_is_counted(shared: Gateway) -> None:
@@ -148,8 +150,8 @@ def test_a_thawed_conversation_hits_and_goes_on_as_one_that_was_never_frozen(she
     assert cached(answer) >= told.whole
     assert answer.usage.prompt_tokens == told.control.usage.prompt_tokens
     assert answer.choices[0].text == told.control.choices[0].text
-    if cached(answer) == cached(told.control):  # how many are computed in one go changes the last bits
-        assert answer.choices[0].logprobs == told.control.choices[0].logprobs
+    one, other = (a.choices[0].logprobs.token_logprobs for a in (answer, told.control))
+    assert one == pytest.approx(other, abs=1e-3)  # how many are computed in one go changes the last bits
 
 
 @pytest.mark.parametrize("name", ["text", "row"])

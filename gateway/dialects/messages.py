@@ -1,0 +1,183 @@
+"""Anthropic Messages: `/v1/messages`, and how many tokens one has: `/v1/messages/count_tokens`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from gateway import sse
+from gateway.dialects import chat_to_messages, messages_to_chat
+from gateway.dialects.contract import Call, Reply, is_clean, sanitise, usage_of, with_fields, write_json
+from gateway.dialects.events import json_object, objects
+from gateway.errors import GatewayError
+from gateway.records import Usage
+
+# What Anthropic calls the errors of a status; 400 and whatever else is below 500 is the request's fault.
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+# Anthropic, and vLLM with it, counts a prompt in three parts.
+_PROMPT = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+_TEXT_OF = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+
+class MessagesDialect:
+    """See `gateway.dialects.contract.Dialect`."""
+
+    def read(self, body: dict[str, Any], raw: bytes) -> Call:
+        """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
+        clean = is_clean(body)
+        client_salt = sanitise(body)
+        try:
+            messages, frame = messages_to_chat.conversation(body), messages_to_chat.frame(body)
+        except messages_to_chat.Unreadable:
+            messages, frame = [], {}
+        return Call(
+            body=body,
+            raw=raw if clean else b"",
+            model=body["model"] if isinstance(body.get("model"), str) else "",
+            messages=messages,
+            frame=frame,
+            hide_usage=False,  # it is part of the protocol
+            client_salt=client_salt,
+        )
+
+    def write(self, call: Call, salt: str) -> bytes:
+        """See `Dialect.write`."""
+        return with_fields(call.raw if call.front is None else b"", _whole(call), {"cache_salt": salt})
+
+    def question(self, call: Call) -> bytes:
+        """Return the body that asks how many tokens the prompt of this call has. Raises as `write` does."""
+        return (call.raw if call.front is None else b"") or write_json(_whole(call))
+
+    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
+        """See `Dialect.reply`."""
+        return _streamed(chunks) if streamed else _in_one_piece(chunks)
+
+    def error(self, error: GatewayError) -> bytes:
+        """See `Dialect.error`; newer clients of Anthropic's show the code as `error_code`."""
+        message = f"{error.message} ({error.hint})" if error.hint else error.message
+        kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        told = {"type": kind, "message": message, "code": error.code, "details": {"error_code": error.code}}
+        return orjson.dumps({"type": "error", "error": told, "request_id": None})
+
+    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
+        """See `Dialect.error_event`."""
+        return b"event: error\ndata: " + self.error(error) + b"\n\n"
+
+
+def _whole(call: Call) -> Mapping[str, Any]:
+    return call.body if call.front is None else chat_to_messages.in_front(call.front, call.body)
+
+
+def _in_one_piece(chunks: Iterable[bytes]) -> Reply:
+    answer = json_object(b"".join(chunks))
+    if answer is None:
+        return Reply(None, None, "the reply is not a JSON object")
+    return _reply(answer.get("content"), _usage(answer.get("usage")))
+
+
+def _reply(content: Any, usage: Usage | None) -> Reply:
+    if not isinstance(content, list):
+        return Reply(None, usage, "the reply holds no message")
+    try:
+        return Reply(messages_to_chat.assistant(content), usage)
+    except messages_to_chat.Unreadable:
+        return Reply(None, usage, "the reply holds what cannot be sent back")
+
+
+def _streamed(chunks: Iterable[bytes]) -> Reply:
+    message = _Assembled()
+    for event in objects(list(sse.events(chunks))):
+        if event is None:
+            return Reply(None, message.usage, "the stream holds an event that is not a JSON object")
+        message.add(event)
+    if not message.error and not message.complete:
+        message.error = "the stream ended before message_stop"
+    if message.error:
+        return Reply(None, message.usage, message.error)
+    content = message.content()
+    if content is None:
+        return Reply(None, message.usage, "the arguments of a tool call are not a JSON object")
+    return _reply(content, message.usage)
+
+
+class _Assembled:
+    """A message put together from its events."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, dict[str, Any]] = {}
+        self._texts: dict[int, list[str]] = {}
+        self.usage: Usage | None = None
+        self.complete = False
+        self.error = ""
+
+    def add(self, event: dict[str, Any]) -> None:
+        match event.get("type"):
+            case "content_block_delta":
+                self._delta(event.get("index"), event.get("delta"))
+            case "content_block_start":
+                self._start(event.get("index"), event.get("content_block"))
+            case "message_start":
+                message = event.get("message")
+                self.usage = _usage(message.get("usage")) if isinstance(message, dict) else None
+            case "message_delta":
+                # How much of the prompt was cached is known here only, and then the first count was another.
+                self.usage = _usage(event.get("usage"), self.usage) or self.usage
+            case "message_stop":
+                self.complete = True
+            case "error":
+                self.error = str(event.get("error"))
+
+    def _start(self, index: Any, block: Any) -> None:
+        if isinstance(index, int) and isinstance(block, dict):
+            self._blocks[index] = block
+            self._texts[index] = []
+        else:
+            self.error = "the stream begins a block that is none"
+
+    def _delta(self, index: Any, delta: Any) -> None:
+        name = _TEXT_OF.get(delta.get("type")) if isinstance(delta, dict) else ""
+        if name is None:
+            return  # a signature, a citation: nothing that a prompt holds
+        piece = delta.get(name) if name else None
+        if index in self._texts and isinstance(piece, str):
+            self._texts[index].append(piece)
+        else:
+            self.error = "the stream holds a delta that belongs to no block"
+
+    def content(self) -> list[dict[str, Any]] | None:
+        """The blocks in their order; None where the input of a tool is none."""
+        for index, block in self._blocks.items():
+            text, kind = "".join(self._texts[index]), block.get("type")
+            if kind in ("text", "thinking"):
+                block[kind] = (block.get(kind) or "") + text
+            elif text:
+                block["input"] = json_object(text.encode())
+                if block["input"] is None:
+                    return None
+        return [self._blocks[index] for index in sorted(self._blocks)]
+
+
+def _usage(usage: Any, before: Usage | None = None) -> Usage | None:
+    """Read a `usage` object; where it tells the completion alone, the prompt is that of `before`."""
+    if not isinstance(usage, dict):
+        return None
+    counts = [usage.get(name) or 0 for name in _PROMPT]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return None
+    prompt: dict[str, Any] = {"prompt_tokens": sum(counts), "cached": usage.get("cache_read_input_tokens")}
+    if usage.get("input_tokens") is None:
+        if before is None:
+            return None
+        prompt = {"prompt_tokens": before.prompt, "cached": before.cached}
+    details = {"cached_tokens": prompt.pop("cached")}
+    return usage_of({**prompt, "completion_tokens": usage.get("output_tokens"), "prompt_tokens_details": details})

@@ -1,0 +1,200 @@
+"""An engine whose every reply is known beforehand: it says what the request's `seed` stands for.
+
+`python -m loadtests.scripted_upstream --port 9000`. With an engine, a seed and a prompt decide the reply; here the seed
+alone does, so that whoever writes a trace knows what each turn will be answered. Everything else is as in
+`canned_upstream`.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+from enum import IntEnum
+from typing import Any
+
+import orjson
+import uvloop
+
+from loadtests import canned_upstream
+from loadtests.canned_upstream import Answering
+
+Message = dict[str, Any]
+
+MODEL = "canned"
+_PROSE = (
+    "the cache holds what was read before, and a prefix that is shared costs nothing twice; naïve keys collide when "
+    "their salt is missing — so look at the log, change one line, run the test again and tell me what it said: "
+    "passed, failed, or “never began” 🙂 path engine token window branch merge value error function return None"
+)
+_WORDS = _PROSE.split()
+_FILES = ("src/main.py", "src/store/rows.py", "tests/test_store.py", "README.md", "docs/über.md")
+_PIECE = 4  # words in an event of a stream
+_SEED = re.compile(rb'"seed":(\d+)')
+_STREAM = re.compile(rb'"stream":true')
+_WITH_USAGE = re.compile(rb'"include_usage":\s*true')
+
+
+class Kind(IntEnum):
+    """What becomes of a request; the part of a seed that is not chance."""
+
+    TEXT = 0
+    TOOL = 1
+    TOOLS = 2  # several at once
+    THINKING = 3
+    THINKING_TOOL = 4
+    FAILS = 5  # 503
+    CUT = 6  # half of a stream, and nothing after it until the client leaves
+    STALLS = 7  # nothing at all until the client leaves
+
+
+def seed_of(kind: Kind, luck: int) -> int:
+    """The seed that makes the engine answer in this way; `luck` is what a sampler would throw."""
+    return luck * len(Kind) + kind
+
+
+def kind_of(seed: int) -> Kind:
+    """What the engine will do with a seed."""
+    return Kind(seed % len(Kind))
+
+
+def reply(seed: int) -> Message:
+    """The message that a seed stands for: of a cut one what the client gets to see."""
+    rng, kind = random.Random(seed), kind_of(seed)
+    message: Message = {"role": "assistant", "content": _text(rng, 5, 60)}
+    if kind in (Kind.THINKING, Kind.THINKING_TOOL):
+        message["reasoning"] = _text(rng, 10, 80)
+    if kind in (Kind.TOOL, Kind.TOOLS, Kind.THINKING_TOOL):
+        message["content"] = _text(rng, 3, 12) if rng.random() < 0.4 else None
+        message["tool_calls"] = [_call(rng) for _ in range(rng.randint(2, 4) if kind is Kind.TOOLS else 1)]
+    if kind is Kind.CUT:
+        message["content"] = "".join(_pieces(message["content"])[:2])
+    return message
+
+
+def _text(rng: random.Random, least: int, most: int) -> str:
+    words = " ".join(rng.choices(_WORDS, k=rng.randint(least, most)))
+    return words + rng.choice(("", "", ".", "\n", ".\n\n"))  # models do end with blank lines
+
+
+def _call(rng: random.Random) -> dict[str, Any]:
+    arguments = rng.choice((
+        {"path": rng.choice(_FILES), "offset": float(rng.randint(1, 900)), "limit": 200},
+        {"command": f"pytest -q {rng.choice(_FILES)}", "timeout": 1.5, "env": {}},
+        {"path": rng.choice(_FILES), "old": _text(rng, 3, 20), "new": _text(rng, 3, 20)},
+        {"todos": [{"id": rng.randint(1, 9), "done": False, "note": None}], "ratio": 1e-3},
+    ))  # fmt: skip
+    name = "read" if "offset" in arguments else "bash" if "command" in arguments else "edit"
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": f"chatcmpl-tool-{rng.getrandbits(64):016x}", "type": "function", "function": function}
+
+
+def _pieces(text: str) -> list[str]:
+    words = re.findall(r"\S+\s*", text)
+    return ["".join(words[i : i + _PIECE]) for i in range(0, len(words), _PIECE)]
+
+
+def _whole(message: Message, usage: dict[str, int]) -> bytes:
+    empty = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": [],
+             "reasoning": None}  # fmt: skip
+    reason = "tool_calls" if "tool_calls" in message else "stop"
+    choice = {"index": 0, "message": {**empty, **message}, "logprobs": None, "finish_reason": reason}
+    return orjson.dumps({"id": "chatcmpl-1", "object": "chat.completion", "model": MODEL, "choices": [choice],
+                         "usage": usage})  # fmt: skip
+
+
+def _deltas(message: Message) -> list[dict[str, Any]]:
+    calls = [
+        {"tool_calls": [{**part, "index": index}]}
+        for index, call in enumerate(message.get("tool_calls", ()))
+        for part in _call_parts(call)
+    ]
+    thoughts = [{"reasoning": piece} for piece in _pieces(message.get("reasoning") or "")]
+    return [
+        {"role": "assistant", "content": ""},
+        *thoughts,
+        *({"content": piece} for piece in _pieces(message["content"] or "")),
+        *calls,
+    ]
+
+
+def _call_parts(call: dict[str, Any]) -> list[dict[str, Any]]:
+    arguments = call["function"]["arguments"]
+    half = len(arguments) // 2
+    return [
+        {**call, "function": {"name": call["function"]["name"], "arguments": ""}},
+        {"function": {"arguments": arguments[:half]}},
+        {"function": {"arguments": arguments[half:]}},
+    ]
+
+
+def _event(choices: list[dict[str, Any]], **more: object) -> bytes:
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    return b"data: %b\n\n" % orjson.dumps({**head, "choices": choices, **more})
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _json(status: int, body: bytes) -> bytes:
+    return b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
+        status, len(body), body,
+    )  # fmt: skip
+
+
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+
+
+def answer(body: bytes) -> bytes:
+    """The whole answer to a chat completion, b"" where there will be none."""
+    found = _SEED.search(body)
+    if found is None:
+        return _json(400, b'{"error":{"message":"seed: the script needs one","code":400}}')
+    seed = int(found[1])
+    kind = kind_of(seed)
+    if kind is Kind.FAILS:
+        return _json(503, b'{"error":{"message":"overloaded","code":503}}')
+    return b"" if kind is Kind.STALLS else _answered(body, reply(seed), kind)
+
+
+def _answered(body: bytes, message: Message, kind: Kind) -> bytes:
+    prompt = len(body) // 4
+    usage = {"prompt_tokens": prompt, "completion_tokens": 20, "total_tokens": prompt + 20}
+    if not _STREAM.search(body):
+        return _json(200, _whole(message, usage))
+    events = [_event([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in _deltas(message)]
+    if kind is Kind.CUT:
+        return _STREAM_HEAD + b"".join(map(_chunk, events))
+    reason = "tool_calls" if "tool_calls" in message else "stop"
+    events.append(_event([{"index": 0, "delta": {}, "finish_reason": reason}]))
+    if _WITH_USAGE.search(body):
+        events.append(_event([], usage=usage))
+    return _STREAM_HEAD + b"".join(map(_chunk, [*events, b"data: [DONE]\n\n"])) + b"0\r\n\r\n"
+
+
+class Scripted(Answering):
+    """One connection to the engine."""
+
+    def _chat(self, body: bytes) -> None:
+        self._transport.write(answer(body))
+
+
+async def _serve(port: int) -> None:
+    loop = asyncio.get_running_loop()
+    seen: set[object] = set()
+    server = await loop.create_server(lambda: Scripted(loop, seen), "127.0.0.1", port, backlog=canned_upstream.BACKLOG)
+    await server.serve_forever()
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=9000)
+    uvloop.run(_serve(parser.parse_args().port))
+
+
+if __name__ == "__main__":
+    main()

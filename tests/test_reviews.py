@@ -1,0 +1,113 @@
+"""What the session's status says of each turn: how its prompt was estimated, and what it found in the cache."""
+
+from typing import Any
+
+import pytest
+
+from tests.fakes.engine import Exchange, FakeEngine, whole_reply
+from tests.running import Gateway
+
+CHAT = "/v1/chat/completions"
+SYSTEM = {"role": "system", "content": "be terse " * 60}
+REPLY = {"role": "assistant", "content": "Hello there!"}
+
+
+def u(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+LONG = [SYSTEM, u("tell me " * 60)]
+
+
+def last(gateway: Gateway, session: str, count: int) -> dict[str, Any]:
+    """The last of `count` turns."""
+    return gateway.turns(session, count)[0]
+
+
+def test_a_conversation_that_goes_on_misses_nothing(gateway: Gateway, session: str) -> None:
+    messages = [*LONG]
+    for count in (1, 2, 3):
+        gateway.chat(session, messages=messages)
+        turn = last(gateway, session, count)
+        # The fake engine has a token for each byte, and caches by sixteen; without a cache a chunk is taken for 256.
+        assert turn["miss"] == ("first-turn" if count == 1 else "none")
+        assert turn["expected_cached_tokens"] == (0 if count == 1 else 1024)
+        assert turn["expected_cached_tokens"] <= turn["cached_tokens"]
+        messages += [REPLY, u("and then?")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "why"),
+    [
+        ([{**SYSTEM, "content": "be kind"}, *LONG[1:], REPLY, u("?")], {}, "message-changed: message 0 (system)"),
+        ([LONG[0], u("ask me " * 90), REPLY, u("?")], {}, "message-changed: message 1 (user): differs (content"),
+        ([LONG[0], u("?"), *LONG[1:], REPLY, u("?")], {}, "message-changed: message 1 (user) was put in"),
+        ([*LONG, REPLY, u("?")], {"cache_salt": "another"}, "new-salt"),
+    ],
+)
+def test_a_turn_that_missed_says_why(
+    gateway: Gateway, session: str, messages: list[dict[str, Any]], more: dict[str, Any], why: str
+) -> None:
+    gateway.chat(session, messages=LONG)
+    gateway.turns(session)
+    gateway.chat(session, messages=messages, **more)
+    turn = last(gateway, session, 2)
+    assert turn["miss"].startswith(why)
+    assert turn["cached_tokens"] < turn["expected_cached_tokens"]
+    assert "tell me" not in turn["miss"]
+
+
+def test_an_engine_that_forgot_or_says_nothing_is_told_apart(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    def silent(exchange: Exchange) -> None:
+        exchange.json(whole_reply("x", {"prompt_tokens": 2000, "completion_tokens": 3}))
+
+    gateway.chat(session, messages=LONG)
+    gateway.turns(session)
+    engine._kv.clear()
+    gateway.chat(session, messages=[*LONG, REPLY, u("?")])
+    assert last(gateway, session, 2)["miss"].startswith("evicted: nothing else explains it")
+    engine.on_chat = silent
+    gateway.chat(session, messages=[*LONG, REPLY, u("?"), REPLY, u("?")])
+    assert last(gateway, session, 3)["miss"].startswith("unknown: the engine does not say")
+
+
+def test_a_turn_that_follows_at_once_is_compared_with_the_one_just_before(gateway: Gateway, session: str) -> None:
+    messages = [*LONG]
+    for _ in range(6):  # faster than turns are recorded
+        gateway.chat(session, messages=messages)
+        messages += [REPLY, u("and then? " * 60)]
+    turns = gateway.turns(session, 6)
+    assert [turn["miss"] for turn in turns] == ["none"] * 5 + ["first-turn"]
+    expected = [turn["expected_cached_tokens"] for turn in reversed(turns)]
+    assert sorted(set(expected)) == expected
+
+
+def test_the_estimate_and_how_wrong_it_was_are_shown(gateway: Gateway, session: str) -> None:
+    messages = [*LONG]
+    for count in (1, 2, 3):
+        gateway.chat(session, messages=messages)
+        turn = last(gateway, session, count)
+        assert turn["estimated_tokens"] > 0
+        messages += [REPLY, u("and then? " * 30)]
+    shown = gateway.http.get(f"/admin/sessions/{session}").json()["estimates"]
+    assert (shown["source"], shown["exact"]) == ("bytes_per_token", False)
+    assert "org/demo" in shown["why"]
+    assert shown["prompts"] >= 3
+    assert shown["mean_error"] is not None
+
+
+def test_a_turn_that_failed_is_not_reviewed(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "no"}}, 400)
+    gateway.chat(session, messages=LONG)
+    turn = last(gateway, session, 1)
+    assert (turn["estimated_tokens"], turn["expected_cached_tokens"], turn["miss"]) == (None, None, None)
+
+
+def test_the_rules_that_normalised_a_prompt_are_in_the_sessions_status(gateway: Gateway, session: str) -> None:
+    front = "x-anthropic-billing-header: cc_version=2.1.117.48f; cc_entrypoint=cli; cch=71fea;\n2026-03-09T18:00:31Z\n"
+    gateway.chat(session, messages=[{**SYSTEM, "content": front + SYSTEM["content"]}, u("hi")])
+    gateway.turns(session)
+    shown = gateway.http.get(f"/admin/sessions/{session}").json()
+    assert shown["normalised"] == ["claude-billing-header", "timestamp-line"]
