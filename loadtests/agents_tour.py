@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from loadtests import agent_recordings, contenders
 from loadtests.agent_kinds import MODEL
 from loadtests.agent_scenarios import SCENARIOS, Scenario
 from loadtests.scripted_engine import ScriptedEngine
+
+_FREEZE_S = 60.0
 
 
 def main() -> int:
@@ -64,7 +67,25 @@ def _through(
     new = {name: turns for name, turns in _sessions(gateway).items() if turns != before.get(name)}
     if not new:
         raise RuntimeError("the gateway has no session of it")
+    for session in new:
+        _check_kept(gateway, session)
     return f"{agent.version()}; {len(new)} sessions of {', '.join(map(str, new.values()))} turns"
+
+
+def _check_kept(gateway: contenders.Contender, session: str) -> None:
+    """Insist that every turn is there with its reply: the conversation can be frozen as it was held."""
+    turns = httpx.get(gateway.url(f"/admin/sessions/{session}")).raise_for_status().json()["turns"]
+    if {turn["outcome"] for turn in turns} != {"completed"}:
+        raise RuntimeError(f"the turns of {session} ended otherwise: {[turn['outcome'] for turn in turns]}")
+    name = f"tour-{time.monotonic_ns()}"
+    frozen = httpx.post(
+        gateway.url("/admin/windows"), json={"session_id": session, "window_name": name}, timeout=_FREEZE_S
+    )
+    if frozen.status_code != 201:
+        raise RuntimeError(f"{session} was not frozen: {frozen.text}")
+    last = httpx.get(gateway.url(f"/admin/windows/{name}/messages")).raise_for_status().json()["messages"][-1]
+    if last["role"] != "assistant":
+        raise RuntimeError(f"the window of {session} ends with {last}")
 
 
 def _record(scenario: Scenario, found: Path, work: Path) -> agent_recordings.Recording:
