@@ -123,3 +123,21 @@ SCENARIOS = (
         3,
     ),
 )  # fmt: skip
+
+_PLAIN = (Doing("Say something."), Doing("And something else.", "continue"))
+# The demo model calls no tools, and has room for 32,768 tokens: Claude Code's long prompt has more.
+PLAIN = (
+    Scenario("--bare: two turns", _With(ClaudeCode, "bare", True), _PLAIN, 0),
+    Scenario("two turns", Codex, _PLAIN, 0),
+    Scenario("two turns", OpenCode, _PLAIN, 0),
+    *(
+        Scenario(
+            f"{api}, {how}, two turns",
+            _With(AgentsSDK, "flags", (api, how)),
+            (Doing(f"Say something, {api}, {how}.\nAnd something else."),),
+            0,
+        )
+        for api in ("chat", "responses")
+        for how in ("whole", "stream")
+    ),
+)

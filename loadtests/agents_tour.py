@@ -1,34 +1,39 @@
 """Agents from the package indexes hold tool-using conversations through the gateway.
 
 `python -m loadtests.agents_tour --agents-python ENV/bin/python --npm-bin DIR/node_modules/.bin`. The engine behind the
-gateway is `loadtests.scripted_engine`. With `--record FILE` the agents speak to the engine without a gateway, and what
-they send is written to FILE: that is where tests/recordings/agents.json comes from.
+gateway is `loadtests.scripted_engine`; with `--stack` it is vLLM with the demo model, and no tool is called. With
+`--record FILE` the agents speak to the scripted engine without a gateway, and what they send is written to FILE: that is
+where tests/recordings/agents.json comes from.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
-from loadtests import agent_recordings, contenders
+from gateway.stack import demo_model, local
+from loadtests import agent_recordings, contenders, thaw_stack
 from loadtests.agent_kinds import MODEL
-from loadtests.agent_scenarios import SCENARIOS, Scenario
+from loadtests.agent_scenarios import PLAIN, SCENARIOS, Scenario
 from loadtests.scripted_engine import ScriptedEngine
 
 _FREEZE_S = 60.0
+Before = tuple[str, Callable[[], int]]  # the gateway's address, and how many tool results its engine has seen
 
 
 def main() -> int:
     """Run the tour and return an exit code."""
     options = _options()
-    chosen = [s for s in SCENARIOS if not options.only or s.kind.name in options.only]
+    known = PLAIN if options.stack else SCENARIOS
+    chosen = [s for s in known if not options.only or s.kind.name in options.only]
     with tempfile.TemporaryDirectory(prefix="cwg-agents-") as folder:
         work = Path(folder)
         if options.record:
@@ -37,53 +42,65 @@ def main() -> int:
             ]
             agent_recordings.write(options.record, recorded, work)
             return 0
-        return _tour(chosen, options, work)
+        opened = _real(work) if options.stack else _scripted(work)
+        with opened as (gateway, results):
+            return _tour(chosen, options, work, gateway, results)
 
 
-def _tour(chosen: Sequence[Scenario], options: argparse.Namespace, work: Path) -> int:
-    failed = 0
+@contextmanager
+def _scripted(work: Path) -> Iterator[Before]:
     with _engine(None) as engine, contenders.gateway(work, _address(engine)) as gateway:
-        for number, scenario in enumerate(chosen):
-            title = f"{scenario.kind.name}: {scenario.name}"
-            try:
-                print(f"ok    {title}: {_through(gateway, engine, scenario, options, work / str(number))}", flush=True)
-            except RuntimeError as error:
-                failed += 1
-                print(f"FAIL  {title}: {error}", flush=True)
+        yield gateway.url(""), lambda: engine.results
+
+
+@contextmanager
+def _real(work: Path) -> Iterator[Before]:
+    options = local.LocalStack(data_dir=work / "stack", port=contenders.free_port(), max_model_len=demo_model.CONTEXT)
+    with thaw_stack.running(options) as stack:
+        yield stack.plan.url, lambda: 0
+
+
+def _tour(
+    chosen: Sequence[Scenario], options: argparse.Namespace, work: Path, url: str, results: Callable[[], int]
+) -> int:
+    failed = 0
+    for number, scenario in enumerate(chosen):
+        title = f"{scenario.kind.name}: {scenario.name}"
+        agent = scenario.agent(_found(options, scenario), work / str(number), url)
+        before, seen = _sessions(url), results()
+        try:
+            for doing in scenario.doings:
+                agent.do(doing)
+            new = {name: turns for name, turns in _sessions(url).items() if turns != before.get(name)}
+            _check(url, scenario, new, results() - seen)
+            print(f"ok    {title}: {agent.version()}; turns: {', '.join(map(str, new.values()))}", flush=True)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            failed += 1
+            print(f"FAIL  {title}: {error}", flush=True)
     return 1 if failed else 0
 
 
-def _through(
-    gateway: contenders.Contender, engine: ScriptedEngine, scenario: Scenario, options: argparse.Namespace, work: Path
-) -> str:
-    """Hold one conversation; say what the gateway knows of it."""
-    before = _sessions(gateway)
-    engine.results = 0
-    agent = scenario.agent(_found(options, scenario), work, gateway.url(""))
-    for doing in scenario.doings:
-        agent.do(doing)
-    if engine.results < scenario.tools:
-        raise RuntimeError(f"{engine.results} tool results reached the engine, not {scenario.tools}")
-    new = {name: turns for name, turns in _sessions(gateway).items() if turns != before.get(name)}
+def _check(url: str, scenario: Scenario, new: Mapping[str, int], results: int) -> None:
+    """Insist that what was asked for has happened."""
+    if results < scenario.tools:
+        raise RuntimeError(f"{results} tool results reached the engine, not {scenario.tools}")
     if not new:
         raise RuntimeError("the gateway has no session of it")
     for session in new:
-        _check_kept(gateway, session)
-    return f"{agent.version()}; {len(new)} sessions of {', '.join(map(str, new.values()))} turns"
+        _check_kept(url, session)
 
 
-def _check_kept(gateway: contenders.Contender, session: str) -> None:
+def _check_kept(url: str, session: str) -> None:
     """Insist that every turn is there with its reply: the conversation can be frozen as it was held."""
-    turns = httpx.get(gateway.url(f"/admin/sessions/{session}")).raise_for_status().json()["turns"]
+    turns = httpx.get(f"{url}/admin/sessions/{session}").raise_for_status().json()["turns"]
     if {turn["outcome"] for turn in turns} != {"completed"}:
         raise RuntimeError(f"the turns of {session} ended otherwise: {[turn['outcome'] for turn in turns]}")
     name = f"tour-{time.monotonic_ns()}"
-    frozen = httpx.post(
-        gateway.url("/admin/windows"), json={"session_id": session, "window_name": name}, timeout=_FREEZE_S
-    )
+    body = {"session_id": session, "window_name": name}
+    frozen = httpx.post(f"{url}/admin/windows", json=body, timeout=_FREEZE_S)
     if frozen.status_code != 201:
         raise RuntimeError(f"{session} was not frozen: {frozen.text}")
-    last = httpx.get(gateway.url(f"/admin/windows/{name}/messages")).raise_for_status().json()["messages"][-1]
+    last = httpx.get(f"{url}/admin/windows/{name}/messages").raise_for_status().json()["messages"][-1]
     if last["role"] != "assistant":
         raise RuntimeError(f"the window of {session} ends with {last}")
 
@@ -99,9 +116,9 @@ def _record(scenario: Scenario, found: Path, work: Path) -> agent_recordings.Rec
         return agent_recordings.Recording(agent.name, agent.version(), scenario.name, file.read_text().splitlines())
 
 
-def _sessions(gateway: contenders.Contender) -> dict[str, int]:
+def _sessions(url: str) -> dict[str, int]:
     """Every session of the gateway and how many turns it has."""
-    answer = httpx.get(gateway.url("/admin/sessions"), params={"limit": 100}).raise_for_status().json()
+    answer = httpx.get(f"{url}/admin/sessions", params={"limit": 100}).raise_for_status().json()
     return {session["id"]: session["turn_count"] for session in answer["sessions"]}
 
 
@@ -136,6 +153,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--agents-python", type=Path, help="the Python that has openai-agents")
     parser.add_argument("--npm-bin", type=Path, default=Path("node_modules/.bin"), help="where claude, codex are")
     parser.add_argument("--only", action="append", help="the name of an agent; may be given several times")
+    parser.add_argument("--stack", action="store_true", help="before vLLM with the demo model, which calls no tools")
     parser.add_argument("--record", type=Path, help="write what the agents send to this file, without a gateway")
     return parser.parse_args()
 
