@@ -2,8 +2,8 @@
 
 `python -m loadtests.agents_tour --agents-python ENV/bin/python --npm-bin DIR/node_modules/.bin`. The engine behind the
 gateway is `loadtests.scripted_engine`; with `--stack` it is vLLM with the demo model, and no tool is called. With
-`--record FILE` the agents speak to the scripted engine without a gateway, and what they send is written to FILE: that is
-where tests/recordings/agents.json comes from.
+`--record FILE` the agents speak to the scripted engine without a gateway, and what they send is written to FILE: that
+is where tests/recordings/agents.json comes from.
 """
 
 import argparse

@@ -181,11 +181,11 @@ class Traffic:
 
     async def leave_early(self) -> None:
         """Leave before the first byte."""
-        await self._leave(read=0)
+        await self._leave(reads=False)
 
     async def leave_midway(self) -> None:
         """Leave in the middle of the stream."""
-        await self._leave(read=1)
+        await self._leave(reads=True)
 
     async def bad_input(self) -> None:
         """A body that nobody can use, or an id that is none."""
@@ -196,16 +196,22 @@ class Traffic:
         content = self._random.choice(_BAD_BODIES)
         await self.ask("POST", path, self._refusals, content=content, headers=headers)
 
-    async def _leave(self, read: int) -> None:
+    async def _leave(self, *, reads: bool) -> None:
         address = urlsplit(self._url)
         body = json.dumps(self._body([self._question()], stream=True) | {"max_tokens": 400}).encode()
         name = f"left-{next(self._number)}"
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nx-session-id: {name}\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-session-id: {name}\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
         try:
             writer.write(head.encode() + body)
             await writer.drain()
-            for _ in range(read):
+            if reads:
+                status = await asyncio.wait_for(reader.readline(), 60)
+                if b" 200 " not in status:
+                    raise Unexpected(f"a stream was answered {status.decode()}")
                 await asyncio.wait_for(reader.readuntil(b"data: "), 60)
         finally:
             writer.transport.abort()
