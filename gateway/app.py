@@ -4,30 +4,36 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
+from gateway import workers
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import BESIDE, Inference
 from gateway.engine import Engine
+from gateway.engines import Engines
 from gateway.errors import StartError
+from gateway.inflight import TurnLocks
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Lock, Pins
 from gateway.kv.tiers.contract import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from gateway.kv.tiers.redis import RedisTier
+from gateway.member import Member
 from gateway.parts import Parts
 from gateway.reviews import Reviews
 from gateway.salts import read_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.sqlite import SqliteStore
+from gateway.telemetry import Shared, Telemetry, clear, forget
 from gateway.tokens import Estimator, hub_folder
 from gateway.turns import Turns
 from gateway.upstream import Upstream
@@ -58,13 +64,17 @@ class Gateway:
 
 
 @asynccontextmanager
-async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(
             SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
         )
-        sessions = Sessions(store)
+        telemetry = await stack.enter_async_context(Telemetry(shared))
+        locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
+        if locks is not None:
+            stack.callback(locks.close)
+        sessions = Sessions(store, locks)
         timeout = settings.connect_timeout_s
         cache = await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
@@ -73,33 +83,36 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         parts = Parts(
             settings=settings,
             store=store,
-            upstream=await stack.enter_async_context(
-                Upstream(
-                    settings.engine_urls[0], connect_timeout_s=timeout, silence_timeout_s=settings.engine_timeout_s
-                )
-            ),
-            engine=await stack.enter_async_context(
-                Engine(
-                    settings.engine_urls[0],
-                    api_key=settings.engine_api_key,
-                    fingerprint=settings.model_fingerprint,
-                    connect_timeout_s=timeout,
-                    timeout_s=settings.engine_timeout_s,
-                )
+            engines=await stack.enter_async_context(
+                Engines([_member(url, settings) for url in settings.engine_urls], settings.engine_check_s)
             ),
             cache=cache,
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
             salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
             sessions=sessions,
-            turns=await stack.enter_async_context(Turns(store, sessions, reviews, room=settings.turn_queue)),
+            turns=await stack.enter_async_context(
+                Turns(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
+            ),
+            telemetry=telemetry,
             chores=await stack.enter_async_context(Chores()),
             estimator=estimator,
         )
+        telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
+        telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
         parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
         yield parts
+
+
+def _member(url: str, settings: Settings) -> Member:
+    connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
+    key, fingerprint = settings.engine_api_key, settings.model_fingerprint
+    return Member(
+        Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence),
+        Engine(url, api_key=key, fingerprint=fingerprint, connect_timeout_s=connect, timeout_s=silence),
+    )
 
 
 async def _forget_idle(parts: Parts) -> None:
@@ -123,19 +136,34 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
     return tuple(tiers)
 
 
-async def run(settings: Settings) -> None:
-    """Serve until a signal. Raises StartError where something that is needed cannot be had."""
-    sock = server.listen(settings)
-    async with open_parts(settings) as parts, Health(parts) as health:
+async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None], shared: Shared | None = None) -> None:
+    """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
+    async with open_parts(settings, shared) as parts, Health(parts) as health:
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
         gc.freeze()
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+        ready()
         await server.serve(Gateway(parts, health), settings, sock)
 
 
 def main(settings: Settings) -> None:
-    """Serve in this process until a signal. Raises StartError."""
+    """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
+    sock = server.listen(settings)
+    if settings.workers == 1:
+        _run(run(settings, sock, lambda: None))
+        return
+    folder = settings.data_path / "metrics"
+    clear(folder)
+
+    def serve(slot: int, sock: socket.socket, ready: Callable[[], None]) -> None:
+        _run(run(settings, sock, ready, Shared(folder, slot)))
+
+    gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
+    workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot))
+
+
+def _run(work: Coroutine[None, None, None]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(settings))
+        runner.run(work)

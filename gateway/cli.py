@@ -72,12 +72,13 @@ def up(**options: Any) -> None:
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="settings file (TOML)")
 @click.option("--host", help="address to listen on")
 @click.option("--port", type=int, help="port to listen on")
-def serve(config: Path | None, host: str | None, port: int | None) -> None:
+@click.option("--workers", type=int, help="processes that serve the port")
+def serve(config: Path | None, **options: Any) -> None:
     """Run the gateway alone, before an engine and a cache that run elsewhere."""
     from gateway import app  # noqa: PLC0415 - a verb of the CLI should not pay for the server's imports
 
     try:
-        settings = load(file=config, environment=os.environ, overrides={"host": host, "port": port})
+        settings = load(file=config, environment=os.environ, overrides=options)
         _log_to_stderr(settings)
         app.main(settings)
     except (SettingsError, StartError) as error:
@@ -85,9 +86,9 @@ def serve(config: Path | None, host: str | None, port: int | None) -> None:
 
 
 def _log_to_stderr(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    who = "%(process)d " if settings.workers > 1 else ""
+    line = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format=line)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

@@ -5,7 +5,8 @@ Requests of clients do not come through here; the relay streams them over `gatew
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
 _ASK_AGAIN_S = 1.0
+Reply = httpx.Response  # for those who pass it on
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,52 +32,21 @@ class Model:
     fingerprint: str
 
 
-class Engine:
-    """A client of one vLLM server."""
+class Questions(ABC):
+    """What the gateway asks for itself; `ask` knows whom."""
 
-    def __init__(self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float) -> None:
-        self.url = url
-        self._fingerprint = fingerprint
-        self._quick = httpx.Timeout(connect_timeout_s)  # for what costs an engine nothing, however busy it is
-        self._models: dict[str, Model] = {}
-        self._asking: asyncio.Task[dict[str, Model]] | None = None
-        self._asked_at = -_ASK_AGAIN_S
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s),
-            # vLLM closes idle connections after 5 s; its own transport retries a connection that failed to open.
-            limits=httpx.Limits(keepalive_expiry=4.0),
-        )
-
-    async def __aenter__(self) -> "Engine":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
-
-    def known(self, name: str) -> Model | None:
-        """The model as last seen, without asking. No name means the engine's first, as it does to the engine itself."""
-        return self._models.get(name) if name else next(iter(self._models.values()), None)
-
-    async def look_up(self, name: str) -> Model | None:
-        """Ask the engine for a model not known yet, at most once a second: clients may name anything.
+    @abstractmethod
+    async def ask(
+        self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
+    ) -> httpx.Response:
+        """Return the answer, whatever its status; `quick` is for what costs an engine nothing, however busy it is.
 
         Raises `engine_unreachable`, `engine_timeout`.
         """
-        if self._asking is None and time.monotonic() - self._asked_at >= _ASK_AGAIN_S:
-            self._asking = asyncio.create_task(self.models())
-            self._asking.add_done_callback(self._on_asked)
-        if self._asking is not None:  # everybody who does not know waits for the same answer
-            await asyncio.shield(self._asking)
-        return self.known(name)
 
+    @abstractmethod
     async def models(self) -> dict[str, Model]:
         """Ask which models are served. Raises `engine_unreachable`, `engine_timeout`."""
-        answer = await self._call("GET", "/v1/models", timeout=self._quick)
-        listed = {card["id"]: card for card in answer["data"]}
-        self._models = {name: self._model(card, listed) for name, card in listed.items()}
-        return self._models
 
     async def model(self, name: str) -> Model:
         """Return one model as it is served now. Raises `model_mismatch` when it is not."""
@@ -88,13 +59,6 @@ class Engine:
                 details={"model": name, "served": sorted(served)},
             )
         return served[name]
-
-    async def healthy(self) -> bool:
-        """Whether the engine answers and calls itself healthy."""
-        try:
-            return (await self._http.get("/health", timeout=self._quick)).status_code == 200
-        except httpx.HTTPError:
-            return False
 
     async def render(self, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a transcript as its next turn begins: no generation prompt at the end.
@@ -110,10 +74,15 @@ class Engine:
         answer = _checked(response)
         return list(answer["token_ids"] if "token_ids" in answer else answer["tokens"])
 
+    async def _render(self, body: Mapping[str, Any]) -> httpx.Response:
+        response = await self.ask("POST", "/v1/chat/completions/render", json=body)
+        unknown = response.status_code in (403, 404)
+        return await self.ask("POST", "/tokenize", json=body) if unknown else response
+
     async def tokenize(self, model: str, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a plain text, `special` ones added as a completion of it adds them."""
         body = {"model": model, "prompt": text, "add_special_tokens": special}
-        return list((await self._call("POST", "/tokenize", json=body))["tokens"])
+        return list(_checked(await self.ask("POST", "/tokenize", json=body))["tokens"])
 
     async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
         """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.
@@ -136,7 +105,78 @@ class Engine:
             "temperature": 0,
             **extra,
         }
-        return await self._call("POST", "/v1/completions", json=body)
+        return _checked(await self.ask("POST", "/v1/completions", json=body))
+
+
+class Engine(Questions):
+    """A client of one vLLM server."""
+
+    def __init__(self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float) -> None:
+        self.url = url
+        self._fingerprint = fingerprint
+        self._quick = httpx.Timeout(connect_timeout_s)
+        self.cards: list[dict[str, Any]] = []  # the models as the engine itself describes them
+        self._models: dict[str, Model] = {}
+        self._asking: asyncio.Task[dict[str, Model]] | None = None
+        self._asked_at = -_ASK_AGAIN_S
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s),
+            # vLLM closes idle connections after 5 s; its own transport retries a connection that failed to open.
+            limits=httpx.Limits(keepalive_expiry=4.0),
+        )
+
+    async def __aenter__(self) -> "Engine":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    def known(self, name: str) -> Model | None:
+        """The model as last seen, without asking. No name means the engine's first, as it does to the engine itself."""
+        return self._models.get(name) if name else next(iter(self._models.values()), None)
+
+    @property
+    def served(self) -> Collection[Model]:
+        """The models as last seen."""
+        return self._models.values()
+
+    async def look_up(self, name: str) -> Model | None:
+        """Ask the engine for a model not known yet, at most once a second: clients may name anything.
+
+        Raises `engine_unreachable`, `engine_timeout`.
+        """
+        if self._asking is None and time.monotonic() - self._asked_at >= _ASK_AGAIN_S:
+            self._asking = asyncio.create_task(self.models())
+            self._asking.add_done_callback(self._on_asked)
+        if self._asking is not None:  # everybody who does not know waits for the same answer
+            await asyncio.shield(self._asking)
+        return self.known(name)
+
+    async def models(self) -> dict[str, Model]:
+        """Ask which models are served. Raises `engine_unreachable`, `engine_timeout`."""
+        answer = await self.ask("GET", "/v1/models", quick=True)
+        try:
+            cards = _checked(answer)["data"]
+            listed = {card["id"]: card for card in cards}
+            self._models = {name: self._model(card, listed) for name, card in listed.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GatewayError(
+                "engine_unreachable", f"engine at {self.url} sent a list of models that cannot be read: {error!r}"
+            ) from error
+        self.cards = cards
+        return self._models
+
+    async def check(self) -> None:
+        """Find out whether it is well, and which models it serves now. Raises `engine_unreachable`, `engine_timeout`.
+
+        Only a 5xx means that it is not: before some engines stands a proxy that shows nothing but `/v1`.
+        """
+        answer = await self.ask("GET", "/health", quick=True)
+        if answer.status_code >= 500:
+            raise GatewayError("engine_unreachable", f"engine at {self.url} answered {answer.status_code} to /health")
+        await self.models()
 
     def _on_asked(self, _: object) -> None:
         self._asking = None
@@ -150,17 +190,13 @@ class Engine:
         text = "\0".join((root, self._fingerprint))
         return Model(name, base, int(card.get("max_model_len") or 0), blake3(text.encode()).hexdigest()[:32])
 
-    async def _render(self, body: Mapping[str, Any]) -> httpx.Response:
-        response = await self._send("POST", "/v1/chat/completions/render", json=body)
-        unknown = response.status_code in (403, 404)
-        return await self._send("POST", "/tokenize", json=body) if unknown else response
-
-    async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        return _checked(await self._send(method, path, **arguments))
-
-    async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def ask(
+        self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
+    ) -> httpx.Response:
+        """See `Questions.ask`."""
+        timeout = self._quick if quick else httpx.USE_CLIENT_DEFAULT
         try:
-            return await self._http.request(method, path, **arguments)
+            return await self._http.request(method, path, json=json, timeout=timeout)
         except httpx.TimeoutException as error:
             code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
             raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 from gateway.chores import Chores
-from gateway.engine import Engine
+from gateway.engines import Engines
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.store.contract import Store
+from gateway.telemetry import Telemetry
 from gateway.tokens import Estimator
 from gateway.turns import Turns
-from gateway.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,12 @@ class Parts:
 
     settings: Settings
     store: Store
-    upstream: Upstream
-    engine: Engine
+    engines: Engines
     cache: LMCache | None
     pins: Pins
     salts: SaltRule
     sessions: Sessions
     turns: Turns
     chores: Chores
+    telemetry: Telemetry
     estimator: Estimator

@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.engine import Model
+from gateway.engine import Engine, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.pins import Lock
 from gateway.kv.tiers.contract import Restored, Tier, TierUnavailable
 from gateway.parts import Parts
 from gateway.windows.landing import Plan, plan
@@ -34,24 +35,24 @@ class Check:
     remedy: str = ""
 
 
-async def prove(parts: Parts) -> list[Check]:
-    """Try everything that the promises rest on. Raises nothing; what fails is in the list."""
+async def prove(parts: Parts, engine: Engine) -> list[Check]:
+    """Try everything that the promises rest on, on one engine. Raises nothing; what fails is in the list."""
     checks: list[Check] = []
     try:
-        models = await parts.engine.models()
+        models = await engine.models()
     except GatewayError as error:
         return [Check("engine", "failed", error.message, error.hint)]
     model = next(iter(models.values()))
-    checks.append(Check("engine", "ok", f"{parts.engine.url} serves {', '.join(models)}"))
-    first = await _plan(parts, model, checks)
+    checks.append(Check("engine", "ok", f"{engine.url} serves {', '.join(models)}"))
+    first = await _plan(parts, engine, model, checks)
     try:
-        checks += await _salts(parts, model, first)
+        checks += await _salts(parts, engine, model, first)
     except GatewayError as error:
         checks.append(Check("isolation", "failed", error.message, error.hint))
     return checks
 
 
-async def _plan(parts: Parts, model: Model, checks: list[Check]) -> Plan | None:
+async def _plan(parts: Parts, engine: Engine, model: Model, checks: list[Check]) -> Plan | None:
     if parts.cache is None:
         checks.append(
             Check("cache", "warning", "no cache is configured: windows keep text and ids only", "set cache_url")
@@ -85,19 +86,19 @@ async def _plan(parts: Parts, model: Model, checks: list[Check]) -> Plan | None:
             )
         )
     try:
-        ids = await _random_ids(parts, model, (wanted or info.chunk_size) * _CHUNKS + 1)
+        ids = await _random_ids(engine, model, (wanted or info.chunk_size) * _CHUNKS + 1)
         return plan(model, "", ids, info, wanted)
     except GatewayError as error:
         checks.append(Check("cache", "failed", error.message, error.hint))
         return None
 
 
-async def _salts(parts: Parts, model: Model, planned: Plan | None) -> list[Check]:
+async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | None) -> list[Check]:
     """The same prompt under salt A, A again, then B: A must hit its own, B must hit nothing."""
-    ids = planned.ids if planned else await _random_ids(parts, model, _DEFAULT_TOKENS)
+    ids = planned.ids if planned else await _random_ids(engine, model, _DEFAULT_TOKENS)
     a, b = secrets.token_hex(16), secrets.token_hex(16)
-    await parts.engine.prefill(model.id, ids, a)
-    again = await parts.engine.prefill(model.id, ids, a)
+    await engine.prefill(model.id, ids, a)
+    again = await engine.prefill(model.id, ids, a)
     checks: list[Check] = []
     if again.cached is None:
         flag = "start vLLM with --enable-prompt-tokens-details"
@@ -113,7 +114,7 @@ async def _salts(parts: Parts, model: Model, planned: Plan | None) -> list[Check
     )
     if planned:
         checks += await _tiers(parts, planned, a, b)
-    other = await parts.engine.prefill(model.id, ids, b, store=False)
+    other = await engine.prefill(model.id, ids, b, store=False)
     leak = f"the same prompt under another salt hit {other.cached} tokens: sessions are NOT isolated"
     remedy = "use --kv-transfer-config with LMCacheMPConnector; LMCacheConnectorV1 ignores the salt"
     checks.append(
@@ -127,10 +128,10 @@ async def _salts(parts: Parts, model: Model, planned: Plan | None) -> list[Check
 
 
 async def _tiers(parts: Parts, planned: Plan, a: str, b: str) -> list[Check]:
-    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b)]
+    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b, parts.pins.lock)]
 
 
-async def _tier(tier: Tier, planned: Plan, a: str, b: str) -> list[Check]:
+async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock) -> list[Check]:
     mine, theirs = _under(planned, a), _under(planned, b)
     name = f"{tier.name} tier"
     where = {
@@ -147,7 +148,8 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str) -> list[Check]:
         if await tier.present(theirs):
             return [Check(name, "failed", "objects of one salt were found under another", "use LMCacheMPConnector")]
         checks = [Check(name, "ok", f"{len(seen)} objects were found under their salt, none under another")]
-        return [*checks, await _pinning(tier, mine)]
+        async with lock.hold(alone=False):  # another worker that starts sweeps what no window holds
+            return [*checks, await _pinning(tier, mine)]
     except TierUnavailable as error:
         return [Check(name, "failed", str(error), where[tier.name])]
 
@@ -184,9 +186,9 @@ def _under(planned: Plan, salt: str) -> list[ObjectKey]:
     return [ObjectKey(k.model, k.rank, k.group, k.chunk_hash, salt) for k in planned.keys]
 
 
-async def _random_ids(parts: Parts, model: Model, count: int) -> tuple[int, ...]:
+async def _random_ids(engine: Engine, model: Model, count: int) -> tuple[int, ...]:
     """Ids that the model knows and nobody has sent before."""
     ids: list[int] = []
     while len(ids) < count:
-        ids += await parts.engine.tokenize(model.id, secrets.token_hex(4 * count))
+        ids += await engine.tokenize(model.id, secrets.token_hex(4 * count))
     return tuple(ids[:count])

@@ -1,17 +1,24 @@
-"""Sessions on the request path: which one a request belongs to, under which salt, and whether it is in a turn."""
+"""Sessions on the request path: which one a request belongs to, under which salt, and whether it is in a turn.
+
+A turn is in flight from its beginning until it is recorded. What is in flight in other workers is known by locks that
+they hold (`gateway.inflight`).
+"""
 
 import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from gateway import identity, salts
 from gateway.errors import GatewayError
 from gateway.identity import Beginning, Given, Verdict
+from gateway.inflight import Mark, TurnLocks
 from gateway.records import Message, Session
 from gateway.store.contract import Store
+
+_POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
 
 Key = TypeVar("Key")
 
@@ -32,8 +39,8 @@ class SaltRule:
 class Place:
     """Where a request belongs: its session, how that was recognised, and the chain that it is part of.
 
-    `asked` is the chain's link of the whole request where it was needed on the way. `is_new`: nobody has seen the
-    session yet.
+    `asked` is the chain's link of the whole request where it was needed on the way, with the `roots` of its beginning.
+    `is_new`: nobody has seen the session yet.
     """
 
     session: Session
@@ -41,13 +48,15 @@ class Place:
     seed: bytes
     asked: bytes | None = None
     is_new: bool = False
+    roots: tuple[bytes, ...] = ()
 
 
 class Sessions:
-    """Sessions as this process sees them. What is in flight is of this process; everything else is in the store."""
+    """Sessions as this process sees them. `locks` is None where it is the only worker."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, locks: TurnLocks | None = None) -> None:
         self._store = store
+        self._locks = locks
         self._in_flight: Counter[tuple[str, str]] = Counter()
         self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
         self._heads: dict[tuple[str, str], bytes] = {}  # of what is in flight: the store may not know it yet
@@ -91,9 +100,12 @@ class Sessions:
 
     async def _of_agent(self, tenant: str, named: Given, head: bytes) -> Session:
         """The session of an agent's id, or one beside it: an agent holds side conversations under the same id."""
+        # Asked before the store: what is recorded in between, is found there.
+        elsewhere = self._elsewhere(("session", tenant, named.id))
+        as_there = elsewhere and self._elsewhere(_of(tenant, "head", named.id, head))
         session = await self.open(tenant, named.id, named.source)
         began_with = session.head or self._heads.get((tenant, named.id))
-        if began_with is None:
+        if began_with is None and (as_there or not elsewhere):
             return replace(session, head=head)
         if began_with == head:
             return session
@@ -117,49 +129,67 @@ class Sessions:
         request = Beginning.of(messages, seed)
         verdict = await self.look_up(tenant, request, settle)
         if verdict.session and not verdict.forks:
-            return Place(verdict.session, verdict.how, seed, request.asked)
+            return Place(verdict.session, verdict.how, seed, request.asked, roots=request.roots)
         session = await self._fresh(tenant, key, verdict)
-        return Place(session, session.source, seed, request.asked, is_new=True)
+        return Place(session, session.source, seed, request.asked, is_new=True, roots=request.roots)
 
     async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
         verdict = await self._judge(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
-        asked_now = self._questions[tenant, request.asked] or self._asked_of(verdict.session)
+        asked_now = self._is_asked(tenant, request.asked) or self._is_in_turn(verdict.session)
         if verdict.forks or verdict.depth < last_reply or asked_now:
             await settle()  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
             verdict = await self._judge(tenant, request)
         # Two questions at once after the same reply: one of them is a branch.
         return replace(verdict, forks=True, how="fork") if self._asks_else(verdict.session, request) else verdict
 
-    def _asked_of(self, session: Session | None) -> list[bytes | None]:
-        """What the turns of a session ask that are going on."""
-        return self._asking.get((session.tenant, session.id), []) if session else []
+    def _is_in_turn(self, session: Session | None) -> bool:
+        return session is not None and self.in_turn(session.tenant, session.id)
+
+    def _is_asked(self, tenant: str, asked: bytes) -> bool:
+        """Whether a turn that is going on, of whatever session, asks the very same."""
+        return self._questions[tenant, asked] > 0 or self._elsewhere(("question", tenant, asked.hex()))
 
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
         known, candidates = await self._store.beginning(tenant, request.candidates)
         # Of sessions at the same point, one that is asking something else just now is the least likely.
-        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        verdict = identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        if (verdict.session and not verdict.forks) or not request.ends or verdict.depth >= request.replies[-1]:
+            return verdict
+        standing = await self._store.standing(tenant, request.ends)
+        return Verdict(standing[0], depth=request.replies[-1], how="last reply") if len(standing) == 1 else verdict
 
     def _asks_else(self, session: Session | None, request: Beginning) -> bool:
         """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""
-        asked = self._asked_of(session)
-        return bool(asked) and not any(one in request.links for one in asked)
+        if session is None or not self._is_in_turn(session):
+            return False
+        here = self._asking.get((session.tenant, session.id), ())
+        if any(one in request.links for one in here):
+            return False
+        return not any(self._elsewhere(_of(session.tenant, "asked", session.id, link)) for link in request.links)
 
     async def _fresh(self, tenant: str, key: Given | None, verdict: Verdict) -> Session:
         """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
         if verdict.session:
             parent = verdict.session
             return Session(tenant, new_id(), lineage=parent.lineage, source="fork", parent=parent.id)
-        if key and (tenant, key.id) not in self._in_flight and not await self._store.session(tenant, key.id):
+        if key and await self._is_free(tenant, key.id):
             return Session(tenant, key.id, lineage=key.id, source=key.source)
         session_id = new_id()
         return Session(tenant, session_id, lineage=session_id, source=key.source if key else "new")
+
+    async def _is_free(self, tenant: str, session_id: str) -> bool:
+        if self.in_turn(tenant, session_id):
+            return False
+        return await self._store.session(tenant, session_id) is None
 
     def enter(self, place: Place) -> None:
         """A turn begins."""
         session = place.session
         key = session.tenant, session.id
+        if self._locks is not None:
+            self._locks.hold(_marks(place))
         self._in_flight[key] += 1
         self._lineages[session.tenant, session.lineage] += 1
         self._asking.setdefault(key, []).append(place.asked)
@@ -179,10 +209,12 @@ class Sessions:
             self._quiet.set()
             self._quiet = asyncio.Event()
         _drop(self._lineages, (session.tenant, session.lineage))
+        if self._locks is not None:
+            self._locks.let_go(_marks(place))
 
     def in_turn(self, tenant: str, session_id: str) -> bool:
         """Whether the session is in a turn, or has one that waits to be recorded."""
-        return (tenant, session_id) in self._in_flight
+        return (tenant, session_id) in self._in_flight or self._elsewhere(("session", tenant, session_id))
 
     @property
     def in_flight(self) -> int:
@@ -191,20 +223,52 @@ class Sessions:
 
     async def going_on(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is going on: in a turn just now, or not frozen since its last."""
-        return (tenant, lineage) in self._lineages or await self._store.lineage_in_use(tenant, lineage)
+        if (tenant, lineage) in self._lineages or self._elsewhere(("lineage", tenant, lineage)):
+            return True
+        return await self._store.lineage_in_use(tenant, lineage)
 
     async def at_rest(self, tenant: str, session_id: str, wait_s: float) -> None:
-        """Return when no turn of the session is going on. Raises `session_busy` after `wait_s`."""
+        """Return when no turn of the session is going on in any worker. Raises `session_busy` after `wait_s`."""
         try:
             async with asyncio.timeout(wait_s):
-                while self._in_flight[tenant, session_id]:
-                    await self._quiet.wait()
+                await self._rest(tenant, session_id)
         except TimeoutError as error:
             raise GatewayError(
                 "session_busy",
                 f"session {session_id!r} has been in a turn for {wait_s:g} s",
                 hint="freeze it when the reply is complete",
             ) from error
+
+    async def _rest(self, tenant: str, session_id: str) -> None:
+        # The lock is held until the turn is recorded: who finds none here finds every turn in the store, those of the
+        # other workers too.
+        while self._in_flight[tenant, session_id] or self._elsewhere(("session", tenant, session_id)):
+            if self._in_flight[tenant, session_id]:
+                await self._quiet.wait()
+            else:
+                await asyncio.sleep(_POLL_S)
+
+    def _elsewhere(self, mark: Mark) -> bool:
+        return self._locks is not None and self._locks.elsewhere(mark)
+
+
+def _marks(place: Place) -> list[Mark]:
+    """What tells other workers of a turn: whose it is, and what they would have to know of a session they do not."""
+    session = place.session
+    marks: list[Mark] = [
+        ("session", session.tenant, session.id),
+        ("lineage", session.tenant, session.lineage),
+    ]
+    if place.asked is not None:
+        marks.append(_of(session.tenant, "asked", session.id, place.asked))
+        marks.append(("question", session.tenant, place.asked.hex()))
+    if place.is_new and session.head is not None:
+        marks.append(_of(session.tenant, "head", session.id, session.head))
+    return marks
+
+
+def _of(tenant: str, what: Literal["asked", "head"], session_id: str, digest: bytes) -> Mark:
+    return what, tenant, f"{session_id}\0{digest.hex()}"
 
 
 def new_id() -> str:

@@ -6,6 +6,7 @@ the start and names the nearest right one.
 
 import difflib
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -37,9 +38,13 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
     port: int = setting(8700, "port to listen on; 0 takes a free one")
+    workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
     api_key: str = setting("", "one key for every door (`Authorization: Bearer` or `x-api-key`); empty: no key")
-    engine_urls: tuple[str, ...] = setting(("http://127.0.0.1:8000",), "base URLs of vLLM (one, for now)")
+    engine_urls: tuple[str, ...] = setting(
+        ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
+    )
     engine_api_key: str = setting("", "key sent to the engine in place of the client's")
+    engine_check_s: float = setting(5.0, "seconds between two looks at an engine's health")
     cache_url: str = setting("", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only")
     kv_dir: str = setting("", "directory of LMCache's `fs` tier, as this machine sees it; empty: no disk tier")
     kv_redis_url: str = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
@@ -185,10 +190,12 @@ def _check(s: Settings) -> None:
         s.host in LOOPBACK or bool(s.api_key), f"host {s.host!r} is beyond loopback: set api_key (CWG_API_KEY) first"
     )
     _require(0 <= s.port <= 65535, f"port {s.port} is not between 0 and 65535")
-    _require(len(s.engine_urls) == 1, f"engine_urls has {len(s.engine_urls)} entries; give one")
-    for name, url in [("engine_urls", s.engine_urls[0]), ("cache_url", s.cache_url)]:
+    _require(bool(s.engine_urls), "engine_urls is empty; give the base URL of each engine")
+    for name, url in [*(("engine_urls", url) for url in s.engine_urls), ("cache_url", s.cache_url)]:
         empty = not url and name == "cache_url"
         _require(empty or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
+    twice = [url for url, times in Counter(map(_bare, s.engine_urls)).items() if times > 1]
+    _require(not twice, f"engine_urls has {', '.join(twice)} more than once; give each engine once")
     _require(
         not s.kv_redis_url or _is_url(s.kv_redis_url, ("redis", "rediss")),
         f"kv_redis_url {s.kv_redis_url!r} is not a redis URL",
@@ -201,6 +208,7 @@ def _check(s: Settings) -> None:
         s.log_level in ("debug", "info", "warning", "error"),
         f"log_level {s.log_level!r} is not one of debug, info, warning, error",
     )
+    _require(1 <= s.workers <= 256, f"workers {s.workers} is not between 1 and 256")
     for name in s.normalise:
         near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
         _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
@@ -214,6 +222,12 @@ def _check(s: Settings) -> None:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise SettingsError(message)
+
+
+def _bare(url: str) -> str:
+    """A URL without what makes no difference."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.lower(), path=parts.path.rstrip("/")).geturl()
 
 
 def _is_url(url: str, schemes: tuple[str, ...]) -> bool:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
+from gateway.inflight import TurnLocks
 from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.reviews import Reviews
 from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
+from gateway.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,11 @@ _TURNS_PER_RECORD = 256
 # A turn that is recorded alone costs six times one of a burst (a commit, and threads that hand over to each other), and
 # the next request pays for it.
 _GATHER_S = 0.02
+_OTHERS_S = 1.0  # far more than another worker needs for turns that are over: `_GATHER_S`, and a commit
+_POLL_S = 0.005
 _READ_AT_ONCE = 4  # replies read before streams have their turn again
 _STOP_S = 10.0
+_NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +50,30 @@ class Ended:
     chunks: Sequence[bytes] | None
     detail: str = ""
     engine: str = ""
+    overhead_s: float = 0.0  # our own work before the engine was asked
     normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
 
 
 class Turns:
     """Takes finished turns to the store."""
 
-    def __init__(self, store: Store, sessions: Sessions, reviews: Reviews, *, room: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        sessions: Sessions,
+        reviews: Reviews,
+        telemetry: Telemetry,
+        locks: TurnLocks | None,
+        *,
+        room: int,
+    ) -> None:
         self._store = store
         self._reviews = reviews
         self._sessions = sessions
+        self._telemetry = telemetry
+        self._locks = locks
+        self._batch = 0  # that of the turns which are over now, where there are other workers
+        self._batch_is_told = False
         self._queue: asyncio.Queue[Ended] = asyncio.Queue()
         self._recorded = 0  # turns that have left the queue, ever
         self._finished = 0  # turns that have entered it
@@ -85,15 +104,29 @@ class Turns:
     def finish(self, ended: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
         self._finished += 1
+        if self._locks and not self._batch_is_told:
+            self._locks.over(self._batch)
+            self._batch_is_told = True
         self._queue.put_nowait(ended)
 
     async def settle(self) -> None:
-        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn."""
+        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
+
+        That goes for the turns of other workers too, unless one of them does not get on.
+        """
+        theirs = self._locks.over_elsewhere() if self._locks else set()
         goal = self._finished
         if self._recorded < goal:
             self._hurry.set()
         async with self._progress:
             await self._progress.wait_for(lambda: self._recorded >= goal)
+        if self._locks and theirs:
+            await _recorded_elsewhere(self._locks, theirs)
+
+    @property
+    def unrecorded(self) -> int:
+        """Turns that are over and wait for the store."""
+        return self._finished - self._recorded
 
     async def _run(self) -> None:
         while True:
@@ -101,15 +134,34 @@ class Turns:
             await self._gather()
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            await self._record([await self._reviewed(*one) async for one in _all(batch)])
+            closed = self._close_batch()
+            finished = [await self._reviewed(*one) async for one in _all(batch)]
+            await self._record(finished)
             self._reviews.recorded()
-            for ended in batch:
+            for ended, one in zip(batch, finished, strict=True):
+                self._count(ended, one)
                 self._sessions.leave(ended.place)
                 self._room.release()
                 self._queue.task_done()
+            if self._locks and closed is not None:
+                self._locks.recorded(closed)
             async with self._progress:
                 self._recorded += len(batch)
                 self._progress.notify_all()
+
+    def _count(self, ended: Ended, finished: Finished) -> None:
+        turn = finished.turn
+        self._telemetry.turn(turn, ended.dialect.name, ended.overhead_s, served=bool(ended.fingerprint))
+        reason, _, _ = turn.miss.partition(":")
+        if reason not in _NO_MISSES:
+            self._telemetry.missed(reason)
+
+    def _close_batch(self) -> int | None:
+        """End the batch that others know of, unless turns of it still wait in the queue; return which it was."""
+        if not self._locks or self._queue.qsize():
+            return None
+        self._batch, self._batch_is_told, closed = self._batch + 1, False, self._batch
+        return closed
 
     async def _gather(self) -> None:
         """Wait a moment for more turns, unless enough are there or somebody is waiting for one."""
@@ -140,6 +192,13 @@ class Turns:
             if one.messages is not None or one.response:  # perhaps it is the transcript: the turn was, all the same
                 turn = replace(one.turn, detail="the transcript could not be kept")
                 await self._record([replace(one, turn=turn, messages=None, response=None)])
+
+
+async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_OTHERS_S):
+            while turns & locks.over_elsewhere():  # noqa: ASYNC110 - the kernel wakes no task
+                await asyncio.sleep(_POLL_S)
 
 
 async def _all(batch: Sequence[Ended]) -> AsyncIterator[tuple[Ended, Finished]]:
@@ -205,7 +264,7 @@ def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredRes
 
 def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
     try:
-        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked)
+        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked, ended.place.roots)
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)

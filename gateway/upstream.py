@@ -28,12 +28,16 @@ _LOW_WATER = 64 * 1024
 
 
 class UpstreamError(Exception):
-    """The exchange with the engine failed; `began` tells whether the client may have seen a byte of it."""
+    """The exchange with the engine failed.
 
-    def __init__(self, code: str, message: str, *, began: bool) -> None:
+    `began` tells whether the client may have seen a byte of it, `sent` whether the engine may have seen the request.
+    """
+
+    def __init__(self, code: str, message: str, *, began: bool, sent: bool = True) -> None:
         super().__init__(message)
         self.code = code
         self.began = began
+        self.sent = sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,9 @@ class Upstream:
             reason = (
                 f"no connection within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
             )
-            raise UpstreamError("engine_unreachable", f"engine at {self.url}: {reason}", began=False) from error
+            raise UpstreamError(
+                "engine_unreachable", f"engine at {self.url}: {reason}", began=False, sent=False
+            ) from error
         return connection
 
     def _head(self, method: str, target: bytes, headers: Headers, length: int) -> bytes:
@@ -238,6 +244,11 @@ class Connection(asyncio.Protocol):
     def exhausted(self) -> bool:
         """Whether the chunk that was read last ends the answer."""
         return self._complete and not self._chunks
+
+    @property
+    def broken(self) -> bool:
+        """Whether the exchange failed by the engine's doing."""
+        return self._error is not None
 
     def abort(self) -> None:
         """Close at once; the engine sees it and drops the request."""

@@ -426,6 +426,26 @@ def test_tokens_are_counted_with_what_the_engine_would_get_in_front(
     assert gateway.http.get(f"/admin/sessions/{session}-new").status_code == 404
 
 
+def test_tokens_are_counted_as_a_conversation_begun_under_a_window_would_have_them(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    engine.on_other = answer
+    tool = {"name": "now", "input_schema": {"type": "object"}}
+    talk(gateway, session, tools=[tool])
+    gateway.freeze(session, f"w-{session}").raise_for_status()
+    billing = text("x-anthropic-billing-header: cc_version=2.1.0; cch=a1b2c;")
+    for headers in ({}, {"x-session-id": f"{session}-new"}):
+        response = gateway.http.post(f"/w/w-{session}{COUNT}", json={**BODY, "system": [billing]}, headers=headers)
+        assert response.json() == {"input_tokens": 3}
+        asked = engine.seen(COUNT)[-1].json
+        assert asked["tools"] == [tool]
+        assert "billing" not in json.dumps(asked)
+    assert _failed(gateway, f"/w/nobody{COUNT}", BODY, {}) == (404, "not_found_error", "window_not_found")
+    refused = gateway.http.post(f"/w/w-{session}{COUNT}", json={**BODY, "messages": "x"})
+    assert engine.seen(COUNT)[-1].json["messages"] == "x"
+    assert refused.status_code == 200  # that is for the engine to say
+
+
 def test_what_the_messages_api_has_no_words_for_is_refused_before_the_engine_sees_it(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
@@ -486,8 +506,10 @@ def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_the_client_rais
         exchange.cut()
 
     engine.on_other = half
+    # Words of its own: the same ones without an id would be taken for another try of this turn.
+    body = {**BODY, "messages": [{"role": "user", "content": f"die, {session}"}]}
     with _client(gateway, session) as client, pytest.raises(anthropic.APIStatusError, match="closed") as raised:
-        for _ in client.messages.create(**BODY, stream=True):
+        for _ in client.messages.create(**body, stream=True):
             pass
     assert raised.value.error_code == "engine_unreachable"
     (turn,) = gateway.turns(session)

@@ -1,17 +1,15 @@
 """Connections to the engine: kept, replaced when they went stale, given up in time, never mixed up."""
 
 import json
-import socket
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.fakes import engine as fake
 from tests.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
-from tests.running import Gateway, free_port, gateway_before
+from tests.running import Gateway, free_port, gateway_before, not_accepting
 from tests.wire import Wire
 
 CHAT = "/v1/chat/completions"
@@ -55,19 +53,16 @@ def test_an_engine_that_goes_down_is_a_502_and_the_turn_is_recorded(
 
 
 def test_an_engine_that_does_not_accept_is_given_up_after_the_connect_timeout(tmp_path: Path, session: str) -> None:
-    with ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):  # once its queue is full, the kernel lets further connections wait
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        gateway = Gateway(tmp_path, f"http://127.0.0.1:{full.getsockname()[1]}", connect_timeout_s=0.5)
-        stack.callback(gateway.close)
-        gateway.start().wait("/healthz")
-        clock = time.monotonic()
-        for _ in range(2):
-            assert gateway.chat(session).json()["error"]["code"] == "engine_unreachable"
-        assert 0.4 < time.monotonic() - clock < 3
+    with not_accepting() as url:
+        gateway = Gateway(tmp_path, url, connect_timeout_s=0.5)
+        try:
+            gateway.start().wait("/healthz")
+            clock = time.monotonic()
+            for _ in range(2):
+                assert gateway.chat(session).json()["error"]["code"] == "engine_unreachable"
+            assert 0.4 < time.monotonic() - clock < 3
+        finally:
+            gateway.close()
 
 
 def test_an_engine_that_says_nothing_is_a_504_and_its_work_is_aborted(

@@ -33,6 +33,8 @@ _TEXTS = frozenset({"content", *_REASONING})
 class ChatDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
+    name = "chat"
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
         clean = is_clean(body)

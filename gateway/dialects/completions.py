@@ -20,6 +20,8 @@ _NO_TURN = ("suffix", "prompt_embeds")
 class CompletionsDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
+    name = "completions"
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. Several prompts at once are answered, but are no turn of one conversation."""
         call = _CHAT.read(body, raw)

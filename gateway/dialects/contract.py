@@ -98,6 +98,9 @@ class Reply:
 class Dialect(Protocol):
     """One client API."""
 
+    name: str
+    """As metrics have it."""
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """Take a request apart; `body` is `raw` parsed, and the caller's to give away."""
         ...

@@ -32,6 +32,8 @@ _TEXT_OF = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delt
 class MessagesDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
+    name = "messages"
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
         clean = is_clean(body)
@@ -145,7 +147,7 @@ class _Assembled:
             self.error = "the stream begins a block that is none"
 
     def _delta(self, index: Any, delta: Any) -> None:
-        name = _TEXT_OF.get(delta.get("type")) if isinstance(delta, dict) else ""
+        name = _TEXT_OF.get(str(delta.get("type"))) if isinstance(delta, dict) else ""
         if name is None:
             return  # a signature, a citation: nothing that a prompt holds
         piece = delta.get(name) if name else None

@@ -171,9 +171,9 @@ def _image(source: object) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _tools(body: Mapping[str, Any]) -> list[Block]:
+def _tools(body: Mapping[str, Any]) -> Sequence[Block]:
     """The tools at the end of the conversation: those declared, and what system messages then added and removed."""
-    declared = _blocks(body.get("tools"))
+    declared: list[Block] = [*_blocks(body.get("tools"))]
     changes = [change for m in body["messages"] if m.get("role") == "system" for change in tool_changes(m)]
     if not changes:
         return declared
@@ -230,7 +230,7 @@ def _items(content: object) -> list[dict[str, Any]]:
 def _blocks(value: object) -> list[dict[str, Any]]:
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+    if not isinstance(value, list) or not {*map(type, value)} <= {dict}:
         raise Unreadable
     return value
 

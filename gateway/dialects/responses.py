@@ -39,6 +39,8 @@ _NUMBER = re.compile(rb'"sequence_number":(\d+)')
 class ResponsesDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
+    name = "responses"
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. Raises `invalid_request` for what the gateway itself cannot do."""
         clean = is_clean(body)

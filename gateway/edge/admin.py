@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.edge import fields, show
+from gateway.edge import fields, metrics, show
 from gateway.edge.endpoint import Call, Endpoint, Methods, Verb, json_answer
 from gateway.edge.health import COMPONENTS, Health
 from gateway.errors import GatewayError
@@ -44,7 +44,7 @@ async def get_session(call: Call) -> tuple[int, Any]:
         raise _no_session(call.session_id)
     turns = await call.parts.store.turns(call.tenant, session.id, limit=20)
     windows, _ = await call.parts.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
-    model = call.parts.engine.known(session.model)
+    model = call.parts.engines.known(session.model)
     return 200, {
         **show.session(session),
         "context_limit": model.context_limit if model else None,
@@ -226,12 +226,18 @@ def routes() -> list[BaseRoute]:
         ("GET", "/admin/windows/{name}/messages", window_messages),
         ("GET", "/admin/health", health),
         ("POST", "/admin/doctor", doctor),
+        ("GET", "/admin/metrics", metrics.as_json),
     ]
     by_path: dict[str, dict[str, ASGIApp]] = {}
     for method, path, verb in served:
         by_path.setdefault(path, {})[method] = Endpoint(verb)
     admin: list[BaseRoute] = [Route(path, Methods(methods), methods=list(methods)) for path, methods in by_path.items()]
-    return [*admin, Route("/healthz", healthz), Route("/readyz", readyz)]
+    return [
+        *admin,
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/metrics", metrics.prometheus),
+    ]
 
 
 def _model(name: str, value: object) -> str:

@@ -5,15 +5,18 @@ The parts are watched in the background, so that asking is cheap.
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway import __version__
-from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.pins import Lock
 from gateway.kv.tiers.contract import TierUnavailable
+from gateway.member import Member
 from gateway.parts import Parts
 from gateway.proof import Check, prove
 
@@ -21,8 +24,24 @@ log = logging.getLogger(__name__)
 
 COMPONENTS = ("engine", "cache", "tiers", "store", "isolation")
 _NOBODYS = ObjectKey("health", 0, 0, "0" * 64, "0" * 32)
-_EVERY_S = 5.0
-_UNTIL_UP_S = 0.5
+_EVERY_S = 0.5  # it costs no request: the engines watch themselves
+_TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What the self-test said of an engine, in which of its lives, and when."""
+
+    checks: list[Check]
+    life: int
+    at: float
+
+    @property
+    def leaks(self) -> bool:
+        return any(check.name == "isolation" and check.status == "failed" for check in self.checks)
+
+    def outdated(self, now: float) -> bool:
+        return self.leaks and now - self.at > _TRY_AGAIN_S
 
 
 class Health:
@@ -31,8 +50,8 @@ class Health:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started = time.monotonic()
-        self.checks: list[Check] | None = None
-        self.engine_up = False
+        self._proofs: dict[str, _Proof] = {}  # by engine
+        self._one_by_one = Lock(parts.settings.data_path / "proof.lock")
 
     async def __aenter__(self) -> "Health":
         self._task = asyncio.create_task(self._watch(), name="health")
@@ -44,19 +63,45 @@ class Health:
             await self._task
 
     @property
+    def checks(self) -> list[Check] | None:
+        """What the self-test said of the engines that are up; None if it has not run yet."""
+        return [check for proof in self._standing for check in proof.checks] or None
+
+    @property
+    def _standing(self) -> list[_Proof]:
+        found = ((member, self._proofs.get(member.url)) for member in self._parts.engines.up)
+        return [proof for member, proof in found if proof and proof.life == member.lives]
+
+    @property
+    def engine_up(self) -> bool:
+        """Whether an engine is up."""
+        return bool(self._parts.engines.up)
+
+    @property
     def ready(self) -> bool:
-        """Whether requests will succeed: the engine is up, and the self-test has run and found no leak."""
-        return self.engine_up and self.checks is not None and not self.leaking
+        """Whether requests will succeed: the self-test has run on an engine that is up, and found no leak on any."""
+        return bool(self._standing) and not self.leaking
 
     @property
     def leaking(self) -> bool:
         """Whether the self-test saw one salt's KV under another."""
-        return any(c.name == "isolation" and c.status == "failed" for c in self.checks or ())
+        return any(proof.leaks for proof in self._standing)
 
     async def test(self) -> list[Check]:
-        """Run the self-test now."""
-        self.checks = await prove(self._parts)
-        for check in self.checks:
+        """Run the self-test now, on every engine."""
+        members = self._parts.engines.members
+        return [check for member in members for check in await self._prove(member)]
+
+    async def _prove(self, member: Member) -> list[Check]:
+        """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""
+        life = member.lives
+        async with self._one_by_one.hold(alone=True):
+            checks = await prove(self._parts, member.engine)
+        if len(self._parts.engines.members) > 1:
+            checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]
+        if checks[0].status != "failed":  # it was there
+            self._proofs[member.url] = _Proof(checks, life, time.monotonic())
+        for check in checks:
             if check.status != "ok":
                 level = logging.ERROR if check.status == "failed" else logging.WARNING
                 log.log(
@@ -66,7 +111,7 @@ class Health:
                     check.message,
                     f" ({check.remedy})" if check.remedy else "",
                 )
-        return self.checks
+        return checks
 
     async def components(self, only: str | None = None) -> dict[str, Mapping[str, Any]]:
         """Look at the parts now; `only` names one of them."""
@@ -86,8 +131,15 @@ class Health:
                 "status": status,
                 "message": message,
                 "latency_ms": round((time.monotonic() - clock) * 1000, 1),
+                **self._details(name),
             }
         return found
+
+    def _details(self, name: str) -> dict[str, Any]:
+        if name != "engine":
+            return {}
+        engines = self._parts.engines
+        return {"engines": [m.report() for m in engines.members], "models_differ": engines.differing}
 
     def summary(self, components: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All components in one word: the gateway serves without a cache, but not without an engine or isolation."""
@@ -97,6 +149,7 @@ class Health:
         return {
             "status": status,
             "version": __version__,
+            "pid": os.getpid(),
             "uptime_seconds": round(time.monotonic() - self._started, 1),
             "components": dict(components),
         }
@@ -107,29 +160,33 @@ class Health:
                 await self._look()
             except Exception:  # the watch must not end; what it saw last stands until the next look
                 log.exception("could not look at the parts")
-            await asyncio.sleep(_EVERY_S if self.engine_up else _UNTIL_UP_S)
+            await asyncio.sleep(_EVERY_S)
 
     async def _look(self) -> None:
-        try:
-            models = await self._parts.engine.models()
-        except GatewayError as error:
-            if self.engine_up:
-                log.warning("%s", error.message)
-            self.engine_up = False
-            return
-        if self.checks is None or self.checks[0].status == "failed":
-            await self.test()
-        self.engine_up = True
-        for model in models.values():
-            if not self._parts.estimator.knows(model.id):
-                await asyncio.to_thread(self._parts.estimator.learn, model.id, model.root)
+        for member in self._parts.engines.members:
+            self._parts.telemetry.engine_up(member.url, up=member in self._parts.engines.up)
+        for member in self._parts.engines.up:
+            proof = self._proofs.get(member.url)
+            if proof is None or proof.life != member.lives or proof.outdated(time.monotonic()):
+                await self._prove(member)
+            for model in member.engine.served:
+                if not self._parts.estimator.knows(model.id):
+                    await asyncio.to_thread(self._parts.estimator.learn, model.id, model.root)
 
     async def _engine(self) -> tuple[str, str]:
-        try:
-            models = await self._parts.engine.models()
-        except GatewayError as error:
-            return "unhealthy", error.message
-        return "healthy", f"serves {', '.join(models)}"
+        engines = self._parts.engines
+        await engines.look()
+        well = [member for member in engines.members if member.state == "healthy"]
+        if not well:
+            return "unhealthy", engines.trouble()
+        models = dict.fromkeys(str(card["id"]) for member in well for card in member.engine.cards)
+        serving = f"serves {', '.join(models)}"
+        if len(engines.members) == 1:
+            return "healthy", serving
+        if engines.differing:
+            serving += f"; not the same on all of them: {', '.join(engines.differing)}"
+        whole = len(well) == len(engines.members) and not engines.differing
+        return "healthy" if whole else "degraded", f"{len(well)} of {len(engines.members)} engines; {serving}"
 
     async def _cache(self) -> tuple[str, str]:
         cache = self._parts.cache

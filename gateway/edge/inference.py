@@ -8,6 +8,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.types import Receive, Scope, Send
@@ -29,7 +30,7 @@ from gateway.dialects.responses import ResponsesDialect
 from gateway.edge import auth, responses
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
-from gateway.edge.relay import Answer, Outgoing, relay, request_headers
+from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
@@ -124,7 +125,7 @@ class Inference:
         own_key = bool(settings.api_key or settings.engine_api_key)
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
-        self._stamp: bytes | None = None
+        self._stamps = Stamps()
         self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
@@ -160,7 +161,7 @@ class Inference:
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
-        parts = self._parts
+        parts, arrived = self._parts, time.monotonic()
         body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
         named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
         call = dialect.read(body, b"" if normalised else incoming.body)
@@ -176,14 +177,18 @@ class Inference:
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
         answer = Answer(
-            dialect, _session_headers(session, model), parts.settings.max_reply_bytes, call.hide_usage, self._stamp
+            dialect,
+            _session_headers(session, model),
+            parts.settings.max_reply_bytes,
+            call.hide_usage,
+            self._stamps,
+            (incoming.base.path, call.model),
         )
         started_at, clock = time.time(), time.monotonic()
         await parts.turns.enter(place)
+        route = parts.engines.route(session.lineage, session.engine, call.model)
         try:
-            await relay(parts.upstream, outgoing, client_of(incoming.scope), incoming.send, answer)
-            if call.hide_usage:
-                self._stamp = answer.stamp
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(
@@ -200,6 +205,8 @@ class Inference:
                     chunks=answer.chunks,
                     detail=answer.detail,
                     normalised=normalised,
+                    engine=route.engine,
+                    overhead_s=clock - arrived,
                 )
             )
 
@@ -219,56 +226,75 @@ class Inference:
 
     async def _pass(self, incoming: Incoming) -> None:
         """Relay what is no turn."""
-        body = incoming.body
+        engines, session_id = self._parts.engines, incoming.base.session_id
+        if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
+            extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
+            await send_answer(incoming.send, 200, write_json({"object": "list", "data": engines.cards()}), extra)
+            return
+        body, session, model = incoming.body, None, ""
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body = await self._sanitised(incoming)
-        await self._relay(incoming, body)
+            body, session, model = await self._sanitised(incoming)
+        elif len(engines.members) > 1:
+            session = await self._session_of(incoming, {})
+        await self._relay(incoming, body, session, model)
 
     async def _count(self, incoming: Incoming) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
-        body, parts = parse_object(incoming.body), self._parts
-        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
-        call = _MESSAGES.read(body, incoming.body)
-        if named and named.kind != "key":
-            session = await parts.sessions.open(incoming.tenant, named.id)
+        parts = self._parts
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        session = await self._session_of(incoming, body)
+        call = _MESSAGES.read(body, b"" if normalised else incoming.body)
+        if session and session.window_transcript is not None:
             call = await self._continue(call, session, incoming)
-        elif incoming.base.window is not None:
+        elif incoming.base.window is not None and call.messages:
             window = await found(parts, incoming.tenant, incoming.base.window)
             history = await parts.store.messages(window.transcript)
-            call = replace(call, front=transcripts.missing(history, call.messages, _system_rule(incoming)))
-        await self._relay(incoming, _MESSAGES.question(call))
+            front = transcripts.missing(history, call.messages, _system_rule(incoming))
+            call = await self._inheriting(call, front, window.frame)
+        await self._relay(incoming, _MESSAGES.question(call), session, call.model)
 
-    async def _relay(self, incoming: Incoming, body: bytes) -> None:
-        session_id = incoming.base.session_id
+    async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
+        session_id, engines = incoming.base.session_id, self._parts.engines
+        route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
         extra: Headers = [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
         answer = Answer(_spoken(incoming.scope), extra, limit=0)
-        await relay(
-            self._parts.upstream, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer
-        )
+        await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming) -> bytes:
+    async def _sanitised(self, incoming: Incoming) -> tuple[bytes, Session | None, str]:
+        """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""
         body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
         raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
-        if incoming.base.path not in SALTED:
-            return raw or write_json(body)
-        named = body.get("model")
-        model = await self._model(named if isinstance(named, str) else "")
+        sent = body.get("model")
+        named = sent if isinstance(sent, str) else ""
+        salted = incoming.base.path in SALTED
+        several = len(self._parts.engines.members) > 1
+        session = await self._session_of(incoming, body) if salted or several else None
+        if not salted:
+            return raw or write_json(body), session, named
+        model = await self._model(named)
+        lineage, fingerprint = session.lineage if session else "", model.fingerprint if model else ""
+        salt = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
+        return with_fields(raw, body, {"cache_salt": salt}), session, named
+
+    async def _session_of(self, incoming: Incoming, body: dict[str, Any]) -> Session | None:
         given = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
-        lineage = (await self._parts.sessions.open(incoming.tenant, given.id)).lineage if given else ""
-        salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
-        return with_fields(raw, body, {"cache_salt": salt})
+        return await self._parts.sessions.open(incoming.tenant, given.id) if given else None
 
     async def _continue(self, call: Call, session: Session, incoming: Incoming) -> Call:
         """Put in front of what is new what the client need not send: the window's transcript, or the conversation's."""
         if not call.messages:
             return call
         front = call.front or await self._missing(call, session, incoming)
+        return await self._inheriting(call, front, None if session.window_transcript is None else session.frame)
+
+    async def _inheriting(self, call: Call, front: Front | None, frame_id: bytes | None) -> Call:
+        """The call with `front`, and with what of a window's frame the client left out."""
         if front is None:
             return call
-        if session.window_transcript is None:
+        if frame_id is None:
             return replace(call, front=front)
-        frame = await self._parts.store.frame(session.frame) if session.frame else {}
+        frame = await self._parts.store.frame(frame_id)
         inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
         return replace(call, front=replace(front, frame=inherited))
 
@@ -282,7 +308,7 @@ class Inference:
 
     async def _model(self, name: str) -> Model | None:
         """The model as the engine serves it; None when it does not (the engine then says so itself)."""
-        return self._parts.engine.known(name) or await self._parts.engine.look_up(name)
+        return self._parts.engines.known(name) or await self._parts.engines.look_up(name)
 
     def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added

@@ -12,9 +12,10 @@ from starlette.types import Send
 from gateway.dialects.contract import Dialect
 from gateway.edge.client import Client
 from gateway.edge.http import ClientGone, ClientWatch, Headers, send_answer
+from gateway.engines import Route
 from gateway.records import Outcome
 from gateway.sse import UsageFilter
-from gateway.upstream import Connection, Upstream, UpstreamError, as_gateway_error
+from gateway.upstream import Connection, UpstreamError, as_gateway_error
 
 # RFC 9110, 7.6.1: these speak of one connection, not of the message. Length and encoding of the body are set anew.
 HOP_BY_HOP = frozenset(
@@ -35,6 +36,28 @@ class Outgoing:
     body: bytes
 
 
+class Stamps:
+    """What `UsageFilter` has learnt of the engines: the stamp of each, by path and model. The oldest make room."""
+
+    ROOM = 1024  # clients choose the models' names
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, bytes, str], bytes] = {}
+
+    def of(self, engine: str, about: tuple[bytes, str]) -> bytes | None:
+        """The stamp of an engine, None if it is not known yet."""
+        return self._known.get((engine, *about))
+
+    def learn(self, engine: str, about: tuple[bytes, str], stamp: bytes | None) -> None:
+        """Keep a stamp that a stream had, if it came as far."""
+        key = (engine, *about)
+        if stamp is None or self._known.get(key) == stamp:
+            return
+        self._known[key] = stamp
+        if len(self._known) > self.ROOM:
+            del self._known[next(iter(self._known))]
+
+
 @dataclass(slots=True)
 class Answer:
     """How to answer, and afterwards how it went. `chunks` is a copy of it, None once it is over `limit` bytes."""
@@ -43,7 +66,8 @@ class Answer:
     extra_headers: Headers
     limit: int
     hide_usage: bool = False
-    stamp: bytes | None = b""  # what `UsageFilter` has learnt of the engine
+    stamps: Stamps = field(default_factory=Stamps)
+    about: tuple[bytes, str] = (b"", "")  # path and model, for `stamps`
     status: int = 0
     streamed: bool = False
     chunks: list[bytes] | None = field(default_factory=list)
@@ -66,10 +90,12 @@ class Answer:
 class _Pipe:
     """What a client gets to see of the chunks that come from the engine, each still an HTTP chunk of its own."""
 
-    def __init__(self, client: Client, answer: Answer) -> None:
+    def __init__(self, client: Client, answer: Answer, engine: str) -> None:
         self._client = client
         self._answer = answer
-        self.hidden = UsageFilter(answer.stamp) if answer.streamed and answer.hide_usage else None
+        self.hidden: UsageFilter | None = None
+        if answer.streamed and answer.hide_usage:
+            self.hidden = UsageFilter(answer.stamps.of(engine, answer.about))
         self.broken = False  # whether the last byte shown was in the middle of an event
 
     def take(self, chunks: Sequence[bytes]) -> bool:
@@ -94,16 +120,16 @@ class _Pipe:
         return shown
 
 
-async def relay(upstream: Upstream, outgoing: Outgoing, client: Client, send: Send, answer: Answer) -> None:
+async def relay(route: Route, outgoing: Outgoing, client: Client, send: Send, answer: Answer) -> None:
     """Send `outgoing` to the engine and its answer to the client; `answer` tells afterwards how it went."""
     try:
         with ClientWatch(client) as watch:
-            connection = await upstream.send(outgoing.method, outgoing.target, outgoing.headers, outgoing.body)
+            connection = await route.send(outgoing.method, outgoing.target, outgoing.headers, outgoing.body)
             watch.on_writable = connection.resume
             try:
-                await _forward(connection, client, send, answer)
+                await _forward(connection, client, send, answer, route.engine)
             finally:
-                upstream.release(connection)
+                route.release(connection)
     except ClientGone:
         answer.outcome = "client_gone"
     except UpstreamError as error:  # nothing was sent yet
@@ -112,12 +138,12 @@ async def relay(upstream: Upstream, outgoing: Outgoing, client: Client, send: Se
         await send_answer(send, refused.status, answer.dialect.error(refused), answer.extra_headers)
 
 
-async def _forward(connection: Connection, client: Client, send: Send, answer: Answer) -> None:
+async def _forward(connection: Connection, client: Client, send: Send, answer: Answer, engine: str) -> None:
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP]
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
-    pipe = _Pipe(client, answer)
+    pipe = _Pipe(client, answer, engine)
     try:
         last = pipe.end(await connection.pour(pipe.take)) if client.framed else await _read(connection, pipe, send)
     except UpstreamError as error:
@@ -132,7 +158,7 @@ async def _forward(connection: Connection, client: Client, send: Send, answer: A
     answer.outcome = "completed" if connection.status < 400 else "engine_error"
     if pipe.hidden:
         last += pipe.hidden.flush()
-        answer.stamp = pipe.hidden.stamp
+        answer.stamps.learn(engine, answer.about, pipe.hidden.stamp)
     await send({"type": "http.response.body", "body": last})
 
 

@@ -66,6 +66,10 @@ class Store(Protocol):
         """
         ...
 
+    async def standing(self, tenant: str, ends: Sequence[bytes]) -> list[Session]:
+        """Return sessions whose last reply has one of these names (`Trace.ends`): at most two, no more is asked."""
+        ...
+
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
     ) -> tuple[list[Session], int]:
@@ -146,6 +150,10 @@ class Store(Protocol):
 
     async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is still going on (active or thawed)."""
+        ...
+
+    async def window_counts(self) -> dict[str, int]:
+        """How many windows there are, by `kv`."""
         ...
 
     async def tier_usage(self) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway import texts
-from gateway.engine import Engine
+from gateway.engine import Questions
 from gateway.records import Message
 
 # Two beginnings of a next message that share no first token, whatever the tokeniser.
@@ -17,7 +17,9 @@ _PROBES = ("a", "#")
 _ENDS = ("a", "1", "#", " ", "\n")
 
 
-async def next_turn_ids(engine: Engine, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
+async def next_turn_ids(
+    engine: Questions, model: str, frame: Mapping[str, Any], messages: Sequence[Message]
+) -> list[int]:
     """Return the ids that every next turn shares. Raises what `Engine.render` raises."""
     if texts.kind(messages):
         return await _ids_of_text(engine, model, frame, messages)
@@ -32,7 +34,7 @@ async def next_turn_ids(engine: Engine, model: str, frame: Mapping[str, Any], me
 
 
 async def _ids_of_text(
-    engine: Engine, model: str, frame: Mapping[str, Any], conversation: Sequence[Message]
+    engine: Questions, model: str, frame: Mapping[str, Any], conversation: Sequence[Message]
 ) -> list[int]:
     """The ids of a text that goes on, or those that are given; see `gateway.texts`."""
     *before, last = conversation

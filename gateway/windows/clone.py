@@ -5,10 +5,12 @@ from dataclasses import replace
 
 from gateway.parts import Parts
 from gateway.records import Window
+from gateway.windows.counted import counted
 from gateway.windows.freeze import Naming, taken
 from gateway.windows.thaw import found
 
 
+@counted
 async def clone(parts: Parts, tenant: str, source: str, naming: Naming) -> Window:
     """Give a window a second name with a life of its own. Raises `window_not_found`, `window_already_exists`.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.parts import Parts
+from gateway.windows.counted import counted
 from gateway.windows.thaw import found, not_found
 
 
@@ -19,6 +20,7 @@ class Deleted:
     warnings: tuple[str, ...]
 
 
+@counted
 async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
     """Delete a window. Raises `window_not_found`.
 

@@ -23,6 +23,7 @@ from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Message, PinnedObject, Session, Usage, Window
 from gateway.windows.canonical import next_turn_ids
+from gateway.windows.counted import counted
 from gateway.windows.landing import Plan, land, pin, plan
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class _Snapshot:
     salt: str
 
 
+@counted
 async def freeze(
     parts: Parts, tenant: str, session_id: str, naming: Naming, progress: Progress = silent
 ) -> tuple[Window, list[str]]:
@@ -111,10 +113,10 @@ async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progre
             hint="freeze it after its first reply",
         )
     messages = await parts.store.messages(session.transcript)
-    model = await parts.engine.model(session.model)
+    model = await parts.engines.model(session.model)
     progress("render", 0, 0)
     frame = await parts.store.frame(session.frame) if session.frame else {}
-    ids = await next_turn_ids(parts.engine, model.id, frame, messages)
+    ids = await next_turn_ids(parts.engines.near(session.lineage, session.engine), model.id, frame, messages)
     # What the turns ran under, a client's own salt folded in; other weights since then mean another salt.
     same = session.fingerprint == model.fingerprint
     salt = session.salt if same else parts.salts.of(tenant, session.lineage, model.fingerprint)
@@ -149,8 +151,9 @@ async def _keep(
     """Land, pin and commit; a second time where an object did not land or turned out to be damaged."""
     if wanted is None or not wanted.keys:
         return await _commit(parts, _window(snapshot, wanted, 0, (), naming, None, clock), snapshot.ids, (), progress)
+    engine = parts.engines.near(snapshot.session.lineage, snapshot.session.engine)
     for again in (False, True):
-        usage, unreachable = await land(parts, wanted, again=again, progress=progress)
+        usage, unreachable = await land(parts, engine, wanted, again=again, progress=progress)
         progress("pin", 0, len(wanted.keys))
         # From the first pin to the commit nobody may unpin.
         async with parts.pins.lock.hold(alone=False):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.engine import Model
+from gateway.engine import Model, Questions
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import CacheInfo
@@ -61,7 +61,9 @@ def plan(model: Model, salt: str, ids: Sequence[int], info: CacheInfo, chunk_siz
     return Plan(model, salt, tuple(ids), size, world, tuple(object_keys(model.root, ids, size, world, salt)))
 
 
-async def land(parts: Parts, wanted: Plan, *, again: bool, progress: Progress) -> tuple[Usage | None, list[str]]:
+async def land(
+    parts: Parts, engine: Questions, wanted: Plan, *, again: bool, progress: Progress
+) -> tuple[Usage | None, list[str]]:
     """Have every object of the plan in some tier: compute what is missing, and wait until it is seen.
 
     With `again`, what is missing is first dropped from LMCache's memory: an object that is resident there is not
@@ -77,9 +79,7 @@ async def land(parts: Parts, wanted: Plan, *, again: bool, progress: Progress) -
         if again and parts.cache:
             await parts.cache.delete(missing, tier="l1")
         progress("prefill", 0, len(missing))
-        usage = await parts.engine.prefill(
-            wanted.model.id, wanted.ids[: wanted.chunks * wanted.chunk_size], wanted.salt
-        )
+        usage = await engine.prefill(wanted.model.id, wanted.ids[: wanted.chunks * wanted.chunk_size], wanted.salt)
     await _barrier(parts, wanted, progress)
     return usage, warnings
 

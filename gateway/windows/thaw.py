@@ -23,6 +23,7 @@ from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Session, Window
+from gateway.windows.counted import counted
 
 Warm = Literal["none", "cpu", "gpu"]
 _MAX_ID = 128
@@ -44,6 +45,7 @@ class Receipt:
     warnings: list[str] = field(default_factory=list)
 
 
+@counted
 async def thaw(
     parts: Parts,
     tenant: str,
@@ -120,7 +122,7 @@ def not_found(name: str) -> GatewayError:
 
 async def served(parts: Parts, window: Window) -> Model:
     """Return the window's model as it is served now. Raises `model_mismatch` where its KV would be wrong."""
-    model = await parts.engine.model(window.model)
+    model = await parts.engines.model(window.model)
     if model.fingerprint == window.fingerprint:
         return model
     raise GatewayError(
@@ -193,7 +195,7 @@ async def _through_engine(
     parts: Parts, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
 ) -> None:
     progress("prefill", 0, window.token_count)
-    usage = await parts.engine.prefill(model.id, manifest.token_ids, window.salt)
+    usage = await parts.engines.near(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
     receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
     if usage.cached is None:
         receipt.warnings.append("the engine does not tell cached_tokens: start it with --enable-prompt-tokens-details")

@@ -115,11 +115,17 @@ class FakeEngine:
         self.on_completion: Handler = self.answer_completion
         self.on_other: Handler = lambda exchange: exchange.json({"detail": "Not Found"}, 404)
         self.on_models: Handler = self._models
+        self.on_health: Handler = lambda exchange: exchange.json({})
         self.on_tokenize: Handler = self._tokens
         self.before_completion: Callable[[], object] = lambda: None
         self.leaks_salts = False
         with self._news:
             self.requests.clear()
+
+    @property
+    def listening(self) -> bool:
+        """Whether it runs."""
+        return bool(self._threads)
 
     @property
     def url(self) -> str:
@@ -200,7 +206,7 @@ class FakeEngine:
         request = exchange.request
         match request.method, request.path:
             case "GET", "/health":
-                exchange.json({})
+                self.on_health(exchange)
             case "GET", "/v1/models":
                 self.on_models(exchange)
             case "POST", "/tokenize":

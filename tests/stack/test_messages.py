@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 
 from gateway.dialects import chat_to_messages, messages_to_chat
+from gateway.dialects.contract import INHERITED_FIELDS
 from gateway.dialects.messages import MessagesDialect
+from gateway.records import Front
+from gateway.transcripts import split
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, chat, converse
 from tests.test_chat_to_messages import MESSAGES
@@ -147,8 +150,9 @@ def test_what_is_recorded_of_a_request_renders_to_the_tokens_that_the_engine_mad
     recorded = {"model": "demo", "messages": call.messages, **call.frame}
     assert _rendered(stack, "/v1/chat/completions/render", recorded) == expected
     # Said once more in Messages, as a thawed session has it said, it is the same again.
-    said = {**body, "messages": chat_to_messages.messages(call.messages)}
-    said.pop("system", None)
+    system, rest = split(call.messages)
+    front = Front(system, rest, {name: call.frame[name] for name in INHERITED_FIELDS if name in call.frame})
+    said = chat_to_messages.in_front(front, {**body, "messages": []})
     assert _rendered(stack, "/v1/messages/render", said) == expected
     counted = stack.engine.post("/v1/messages/count_tokens", json=MessagesDialect().read(body, b"").body)
     assert counted.json()["input_tokens"] == len(expected)
@@ -226,9 +230,9 @@ def client(shared: Gateway, request: pytest.FixtureRequest) -> Iterator[anthropi
 
 
 def test_the_anthropic_client_talks_and_streams_through_the_base_url(client: anthropic.Anthropic) -> None:
-    whole = client.messages.create(**_BODY)
+    whole = _ask(client, _BODY)
     assert (whole.stop_reason, whole.usage.output_tokens) == ("max_tokens", 12)
-    with client.messages.stream(**_BODY) as stream:
+    with client.messages.stream(**_arguments(_BODY)) as stream:
         assert "".join(stream.text_stream) == whole.content[0].text
         assert stream.get_final_message().usage.cache_read_input_tokens is not None
     assert [model.id for model in client.models.list()] == ["demo"]
@@ -240,17 +244,13 @@ def test_a_session_counts_the_whole_prompt_and_what_of_it_was_cached(
     body = {**_BODY, "messages": [{"role": "user", "content": "count me " * 60}]}
     prompt = client.messages.count_tokens(model="demo", messages=body["messages"]).input_tokens
     for stream in (False, True, False):
-        if stream:
-            with client.messages.stream(**body) as streamed:
-                answer = streamed.get_final_message()
-        else:
-            answer = client.messages.create(**body)
+        answer = _ask(client, body, stream)
         session = shared.http.get(f"/admin/sessions/{_session(client)}").json()
-        usage = session["turns"][0]["usage"]
+        turn = session["turns"][0]
         assert session["token_count"] == prompt + 12
-        assert usage["prompt"] == prompt
-        assert usage["cached"] == answer.usage.cache_read_input_tokens
-    assert usage["cached"] > 0
+        assert turn["prompt_tokens"] == prompt
+        assert turn["cached_tokens"] == answer.usage.cache_read_input_tokens
+    assert turn["cached_tokens"] > 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -267,7 +267,7 @@ def test_a_tool_is_called_and_its_result_goes_on_from_the_recorded_transcript(
     assert [call["id"] for call in recorded["messages"][-1]["tool_calls"]] == [call.id for call in calls]
     results = user(*(result(call.id, "9:00") for call in calls))
     following = {**asked, "messages": [*_HI, {"role": "assistant", "content": called.content}, results]}
-    answer = client.messages.create(**{**following, "tool_choice": {"type": "none"}})
+    answer = _ask(client, {**following, "tool_choice": {"type": "none"}})
     # The next turn begins with the very tokens that were frozen.
     said = {**following, "messages": [*_HI, assistant(*(b.to_dict() for b in called.content)), results]}
     ids = _rendered(stack, "/v1/messages/render", said)
@@ -284,7 +284,8 @@ def test_a_tool_is_called_and_its_result_goes_on_from_the_recorded_transcript(
 def test_parallel_calls_are_recorded_as_the_client_sends_them_back(
     shared: Gateway, client: anthropic.Anthropic
 ) -> None:
-    asked = {**_BODY, "tools": _TOOLS, "tool_choice": {"type": "any"}, "temperature": 1.0, "max_tokens": 300}
+    # So hot that whether another call follows is a toss of a coin: what the grammar allows is all equally likely.
+    asked = {**_BODY, "tools": _TOOLS, "tool_choice": {"type": "any"}, "temperature": 100.0, "max_tokens": 400}
     called = _until_called(client, asked, stream=True, calls=2)
     shared.freeze(_session(client), "w-parallel")
     recorded = shared.http.get("/admin/windows/w-parallel/messages").json()["messages"]
@@ -314,13 +315,13 @@ def test_a_window_begun_in_chat_goes_on_in_messages_and_in_chat_with_its_cache(s
 def test_a_window_of_thoughts_and_tools_goes_on_in_either_dialect(stack: Stack, shared: Gateway) -> None:
     with _client(shared, "thoughts") as client:
         body = {**_BODY, **CONVERSATIONS["thinking"], "system": "You are terse. " * 20}
-        client.messages.create(**{**body, "tool_choice": {"type": "none"}})
+        _ask(client, {**body, "tool_choice": {"type": "none"}})
     window = shared.freeze("thoughts", "thoughts")
     _go_on(stack, shared, "thoughts", window)
 
 
 def _go_on(stack: Stack, shared: Gateway, name: str, window: dict[str, Any]) -> None:
-    """Thaw into both dialects, sending only what is new; every whole chunk has to hit, both prompts are one."""
+    """Thaw into both dialects, sending only what is new: every whole chunk hits, and both prompts are the same."""
     chunks = window["receipt"]["chunks"]
     assert chunks > 2
     thawed = [shared.thaw(name)["session_id"] for _ in range(2)]
@@ -329,17 +330,17 @@ def _go_on(stack: Stack, shared: Gateway, name: str, window: dict[str, Any]) -> 
     with _client(shared, thawed[1]) as client:
         new = {**_BODY, "messages": [{"role": "user", "content": "go on"}]}
         counted = client.messages.count_tokens(model="demo", messages=new["messages"]).input_tokens
-        said = client.messages.create(**new)
+        said = _ask(client, new)
         usage = said.usage
         assert usage.cache_read_input_tokens >= chunks * _CHUNK
         whole = usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens
         assert whole == counted == answer.usage.prompt_tokens
         # A client that has kept what it said since, and one that has the whole history.
         since = [*new["messages"], {"role": "assistant", "content": said.content}, *_HI]
-        again = client.messages.create(**{**new, "messages": since})
-        history = chat_to_messages.messages(shared.http.get(f"/admin/windows/{name}/messages").json()["messages"])
-        system = {"system": history.pop(0)["content"]} if history[0]["role"] == "system" else {}
-        full = client.messages.create(**{**new, **system, "messages": [*history, *since]})
+        again = _ask(client, {**new, "messages": since})
+        kept = shared.http.get(f"/admin/windows/{name}/messages").json()
+        front = Front(*split(kept["messages"]), {n: kept["frame"][n] for n in INHERITED_FIELDS if n in kept["frame"]})
+        full = _ask(client, chat_to_messages.in_front(front, {**new, "messages": since}))
         for usage in (again.usage, full.usage):
             assert usage.cache_read_input_tokens >= whole // _CHUNK * _CHUNK
     session = shared.http.get(f"/admin/sessions/{thawed[1]}").json()
@@ -350,6 +351,21 @@ def _client(gateway: Gateway, session: str) -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=f"{gateway.url}/s/{session}", api_key="none", max_retries=0, timeout=120)
 
 
+def _ask(client: anthropic.Anthropic, body: dict[str, Any], stream: bool = False) -> Any:
+    if not stream:
+        return client.messages.create(**_arguments(body))
+    with client.messages.stream(**_arguments(body)) as streamed:
+        return streamed.get_final_message()
+
+
+def _arguments(body: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for a body; newer clients have none for the temperature."""
+    return {
+        **{name: body[name] for name in body if name != "temperature"},
+        "extra_body": {"temperature": body["temperature"]},
+    }
+
+
 def _session(client: anthropic.Anthropic) -> str:
     return str(client.base_url).rstrip("/").rsplit("/", 1)[-1]
 
@@ -358,18 +374,14 @@ def _converse(client: anthropic.Anthropic, topic: str, turns: int = 3) -> None:
     messages: list[Any] = []
     for turn in range(turns):
         messages.append({"role": "user", "content": [text(f"{topic} {turn} " * 60, **_EPHEMERAL)]})
-        reply = client.messages.create(**{**_BODY, "system": "You are terse.", "max_tokens": 40, "messages": messages})
+        reply = _ask(client, {**_BODY, "system": "You are terse.", "max_tokens": 40, "messages": messages})
         messages.append({"role": "assistant", "content": reply.content})
 
 
 def _until_called(client: anthropic.Anthropic, asked: dict[str, Any], stream: bool, calls: int = 1) -> Any:
     """Ask until so many tools are called: the model is random."""
     for _ in range(200):
-        if stream:
-            with client.messages.stream(**asked) as streamed:
-                answer = streamed.get_final_message()
-        else:
-            answer = client.messages.create(**asked)
+        answer = _ask(client, asked, stream)
         if answer.stop_reason == "tool_use" and sum(block.type == "tool_use" for block in answer.content) >= calls:
             return answer
     raise AssertionError(f"never {calls} calls in one reply")
