@@ -50,7 +50,7 @@ soak: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.soak $(or $(ARGS),--stack)
 
 # Agents as people install them, through the gateway. Needs npm.
-agents-tour: $(VENV)/with-local $(AGENTS)/bin/python $(AGENTS)/node_modules/.bin/claude
+agents-tour: $(VENV)/with-local $(VENV)/with-agents
 	$(BIN)/python -m loadtests.agents_tour --agents-python $(AGENTS)/bin/python \
 		--npm-bin $(AGENTS)/node_modules/.bin $(ARGS)
 
@@ -82,12 +82,11 @@ $(PEERS)/bin/litellm: $(BIN)/uv
 	@$(INSTALL) --python $(PEERS)/bin/python 'litellm[proxy]>=1.80,<2' 'vllm-router>=0.1.17,<0.2' 'agentic-api>=0.9,<1'
 
 # openai-agents wants another version of websockets than vLLM does.
-$(AGENTS)/bin/python: $(BIN)/uv
+$(VENV)/with-agents: $(BIN)/uv
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(AGENTS)
-	@$(INSTALL) --python $(AGENTS)/bin/python 'openai-agents>=0.24,<1' || { rm -rf $(AGENTS); exit 1; }
-
-$(AGENTS)/node_modules/.bin/claude: $(AGENTS)/bin/python
+	@$(INSTALL) --python $(AGENTS)/bin/python 'openai-agents>=0.24,<1'
 	@npm install --silent --no-fund --no-audit --prefix $(AGENTS) @anthropic-ai/claude-code @openai/codex opencode-ai
+	@touch $@
 
 $(VENV)/with-torch: $(BIN)/uv pyproject.toml constraints.txt overrides-cpu.txt
 	@echo "installing torch into $(VENV)" >&2
