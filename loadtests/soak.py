@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
@@ -30,6 +30,7 @@ from loadtests.soak_watch import Sample, Watch, Watched
 
 _DATED = re.compile(r"\d{4}-\d\d-\d\d ")
 _READY_S, _DRAIN_S, _STOP_S = 120.0, 60.0, 30.0
+_LOOKS = 4
 _IDLE_S = 8.0  # vLLM closes an idle connection after 5
 _PACES = {
     "stack": Pace(per_s=2, at_once=4, words=60, tokens=12),
@@ -76,7 +77,7 @@ async def _soak(kind: str, watched: Watched, options: argparse.Namespace) -> soa
         await _delete_all(http, "/admin/windows", "windows", "name")
         await _delete_all(http, "/admin/sessions", "sessions", "id")
     await asyncio.sleep(_IDLE_S)
-    samples.append(await _sample(watch, traffic, "all deleted"))
+    samples.append(await _at_rest(watch, traffic))
     _say(samples[-1])
     return soak_report.Run(
         kind=kind,
@@ -95,6 +96,16 @@ async def _soak(kind: str, watched: Watched, options: argparse.Namespace) -> soa
 
 async def _sample(watch: Watch, traffic: Traffic, note: str) -> Sample:
     return await asyncio.to_thread(watch.sample, traffic.requests, traffic.failed, note)
+
+
+async def _at_rest(watch: Watch, traffic: Traffic) -> Sample:
+    """The last sample. A task counts that is there each time: the engine is looked at now and then."""
+    seen = []
+    for _ in range(_LOOKS):
+        seen.append(await _sample(watch, traffic, "all deleted"))
+        await asyncio.sleep(0.5)
+    lasting = {name: min(sample.tasks.get(name, 0) for sample in seen) for name in seen[-1].tasks}
+    return replace(seen[-1], tasks={name: count for name, count in lasting.items() if count})
 
 
 async def _dialects(url: str, model: str) -> Collection[str]:

@@ -22,9 +22,14 @@ def look() -> dict[str, Any]:
     """What is in this process now."""
     gc.collect()
     found = gc.get_objects()
-    tasks = Counter(task.get_name() for task in found if isinstance(task, asyncio.Task) and not task.done())
+    tasks = Counter(_what(task) for task in found if isinstance(task, asyncio.Task) and not task.done())
     names = Counter(type(each).__qualname__ for each in found)
     return {"tasks": dict(tasks), "objects": len(found), "types": dict(names.most_common(_TYPES))}
+
+
+def _what(task: "asyncio.Task[Any]") -> str:
+    coroutine = task.get_coro()
+    return str(getattr(coroutine, "__qualname__", coroutine))
 
 
 class Answering(BaseHTTPRequestHandler):
