@@ -28,12 +28,13 @@ _CLAUDE = b"x-claude-code-session-id"
 _CLAUDE_AGENT = b"x-claude-code-agent-id"
 _CODEX = b"x-codex-turn-metadata"
 _SUBAGENT = b"x-openai-subagent"
+_AFFINITY = b"x-session-affinity"
 # In this order, after the two above. Not among them: x-client-request-id and x-correlation-id, which most clients make
 # anew for each request.
 _AGENT_HEADERS = (
     b"session-id",
     b"session_id",
-    b"x-session-affinity",
+    _AFFINITY,
     b"x-litellm-session-id",
     b"x-dynamo-session-id",
     b"x-amp-thread-id",
@@ -65,7 +66,9 @@ def given(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_ur
         if name in HEADERS:
             found.setdefault(name, value.decode("latin-1").strip())
     if SESSION_HEADER in found:
-        return Given("session", check_session_id(found[SESSION_HEADER], "X-Session-ID"), "header x-session-id")
+        named = check_session_id(found[SESSION_HEADER], "X-Session-ID")
+        # OpenCode sends both, and makes its titles under the same id.
+        return Given("agent" if found.get(_AFFINITY) == named else "session", named, "header x-session-id")
     return (_in_headers(found) if found else None) or _in_body(body)
 
 

@@ -88,7 +88,10 @@ class Sessions:
             session = await self.open(tenant, new, named.source if named else "new")
             return Place(session, session.source, seed, is_new=not session.created_at)
         if named and named.kind == "agent":
-            return self._named(await self._of_agent(tenant, named, identity.head(messages)), named, seed)
+            session = await self._of_agent(tenant, named, identity.head(messages))
+            if not session.created_at:
+                session = await self._forked(session, Beginning.of(messages, seed), settle)
+            return self._named(session, named, seed)
         return await self._by_prefix(tenant, named, messages, seed, settle)
 
     @staticmethod
@@ -107,6 +110,13 @@ class Sessions:
         if began_with == head:
             return session
         return await self.open(tenant, identity.side(named.id, head), f"{named.source}, beside {named.id}")
+
+    async def _forked(self, new: Session, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Session:
+        """An agent's new session, in the lineage of the conversation that it is a fork of, if it is one."""
+        stem = (await self.look_up(new.tenant, request, settle)).session
+        if stem is None or stem.id == new.id:  # itself: its first turn was recorded just now
+            return stem or new
+        return replace(new, lineage=stem.lineage, parent=stem.id)
 
     async def _by_prefix(
         self,

@@ -32,6 +32,8 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
     ("headers", "body", "expected"),
     [
         ({"x-session-id": "mine"}, {"metadata": {"session_id": "b"}}, Given("session", "mine", "header x-session-id")),
+        ({"x-session-id": "o1", "x-session-affinity": "o1"}, {}, Given("agent", "o1", "header x-session-id")),
+        ({"x-session-id": "o1", "x-session-affinity": "p"}, {}, Given("session", "o1", "header x-session-id")),
         (
             {"x-claude-code-session-id": "c1"},
             {"metadata": {"user_id": "user_1_account__session_zzz"}},
