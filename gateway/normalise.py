@@ -9,7 +9,8 @@ The rules, and where they come from:
 
 - `claude-billing-header`: Claude Code's `x-anthropic-billing-header: cc_version=...; cc_entrypoint=...; cch=...;`, the
   first block of its system prompt or the first line of a joined one; `cch` and the version's suffix are hashes of the
-  request (anthropics/claude-code#24168, #68900; vllm#36829 takes it out of blocks, not out of strings).
+  request (anthropics/claude-code#24168, #68900). vLLM 0.32 takes it out of system messages too, not out of a
+  developer's, and a conversation is recognised here by what it begins with.
 - `request-id-line`: a first line with nothing but a request, trace or correlation id, as some frameworks stamp it.
 - `timestamp-line`: a first line with nothing but a time stamp of the request, to the second or finer, in ISO 8601.
 """
