@@ -61,6 +61,7 @@ async def _soak(kind: str, watched: Watched, options: argparse.Namespace) -> soa
     model = "canned" if kind == "canned" else "demo"
     pace = _PACES[kind]
     watch = Watch(watched)
+    await asyncio.sleep(_IDLE_S)  # what looks at the engine now and then has looked once
     samples = [await asyncio.to_thread(watch.sample, note="start")]
     traffic = Traffic(url, model, pace, await _dialects(url, model), strict=kind == "stack")
     began = time.monotonic()
