@@ -44,7 +44,7 @@ def main() -> int:
     kind = "canned" if options.canned else "stack"
     with tempfile.TemporaryDirectory(prefix="cwg-soak-") as folder:
         work = Path(folder)
-        opened = _canned(work) if options.canned else _stack(work)
+        opened = _canned(work) if options.canned else _stack(work, options.redis)
         with opened as watched:
             run = asyncio.run(_soak(kind, watched, options))
         run.log = _complaints(work / "gateway.log")
@@ -61,6 +61,7 @@ async def _soak(kind: str, watched: Watched, options: argparse.Namespace) -> soa
     model = "canned" if kind == "canned" else "demo"
     pace = _PACES[kind]
     watch = Watch(watched)
+    await asyncio.sleep(_IDLE_S)  # what looks at the engine now and then has looked once
     samples = [await asyncio.to_thread(watch.sample, note="start")]
     traffic = Traffic(url, model, pace, await _dialects(url, model), strict=kind == "stack")
     began = time.monotonic()
@@ -140,17 +141,19 @@ def _canned(work: Path) -> Iterator[Watched]:
 
 
 @contextmanager
-def _stack(work: Path) -> Iterator[Watched]:
-    with local.running(local.LocalStack(data_dir=work / "stack", max_model_len=8192)) as (plan, _):
+def _stack(work: Path, redis_url: str) -> Iterator[Watched]:
+    options = local.LocalStack(data_dir=work / "stack", max_model_len=8192, redis_url=redis_url or None)
+    with local.running(options) as (plan, _):
         settings = {
             "CWG_ENGINE_URLS": plan.engine_url,
             "CWG_CACHE_URL": plan.cache_url,
             "CWG_KV_DIR": str(plan.kv_dir),
+            "CWG_KV_REDIS_URL": redis_url,
             "CWG_MODEL_FINGERPRINT": plan.model.fingerprint,
             "CWG_DATA_DIR": str(work / "data"),
         }
         with _gateway(work, settings) as (pid, port, eye):
-            yield Watched(pid, eye, port, plan.engine_port, work / "data" / "gateway.db", plan.kv_dir, "")
+            yield Watched(pid, eye, port, plan.engine_port, work / "data" / "gateway.db", plan.kv_dir, redis_url)
 
 
 @contextmanager
@@ -207,6 +210,7 @@ def _options() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--stack", action="store_true", help="before vLLM and LMCache")
     which.add_argument("--canned", action="store_true", help="before an engine that costs nothing")
+    parser.add_argument("--redis", default="", help="with --stack: a Redis for LMCache's second tier, in use by nobody")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
