@@ -9,6 +9,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := $(VENV)/peers
+AGENTS := $(VENV)/agents
 IS_FIT := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c "$(IS_FIT)" 2>/dev/null && echo $(p))))
 
@@ -18,7 +19,7 @@ INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
-.PHONY: up test lint bench bench-relay bench-thaw bench-identity clean
+.PHONY: up test lint bench bench-relay bench-thaw bench-identity bench-disconnects soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -40,6 +41,18 @@ bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 
 bench-thaw: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.thaw_speed $(ARGS)
+
+bench-disconnects: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.disconnects $(ARGS)
+
+# An hour before the real stack; `make soak ARGS="--canned --minutes 10"` is another.
+soak: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.soak $(or $(ARGS),--stack)
+
+# Agents as people install them, through the gateway. Needs npm.
+agents-tour: $(VENV)/with-local $(VENV)/with-agents
+	$(BIN)/python -m loadtests.agents_tour --agents-python $(AGENTS)/bin/python \
+		--npm-bin $(AGENTS)/node_modules/.bin $(ARGS)
 
 bench-identity: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.identity_replay $(ARGS)
@@ -67,6 +80,13 @@ $(VENV)/with-bench: $(VENV)/with-local
 $(PEERS)/bin/litellm: $(BIN)/uv
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
 	@$(INSTALL) --python $(PEERS)/bin/python 'litellm[proxy]>=1.80,<2' 'vllm-router>=0.1.17,<0.2' 'agentic-api>=0.9,<1'
+
+# openai-agents wants another version of websockets than vLLM does.
+$(VENV)/with-agents: $(BIN)/uv
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(AGENTS)
+	@$(INSTALL) --python $(AGENTS)/bin/python 'openai-agents>=0.24,<1'
+	@npm install --silent --no-fund --no-audit --prefix $(AGENTS) @anthropic-ai/claude-code @openai/codex opencode-ai
+	@touch $@
 
 $(VENV)/with-torch: $(BIN)/uv pyproject.toml constraints.txt overrides-cpu.txt
 	@echo "installing torch into $(VENV)" >&2

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import uvloop
 from starlette.applications import Starlette
@@ -97,6 +98,8 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             chores=await stack.enter_async_context(Chores()),
             estimator=estimator,
         )
+        for member in parts.engines.members:
+            telemetry.watch_engine(member.url, partial(getattr, member, "up"))
         telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
         telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
         parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")

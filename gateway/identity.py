@@ -3,7 +3,9 @@
 Agents name their sessions in headers and body fields of their own (`given`). Who names nothing is recognised by the
 prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings. The store knows
 every point at which a turn asked or was answered; the longest known beginning of a request says which conversation it
-goes on with (`judge`). Nothing here reads a clock, a socket or a store.
+goes on with (`judge`). Where a client changed something before the last reply, a system prompt that tells the time or
+a question that came with passages, that reply is found by what did not change (`Beginning.ends`). Nothing here reads a
+clock, a socket or a store.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +28,13 @@ _CLAUDE = b"x-claude-code-session-id"
 _CLAUDE_AGENT = b"x-claude-code-agent-id"
 _CODEX = b"x-codex-turn-metadata"
 _SUBAGENT = b"x-openai-subagent"
+_AFFINITY = b"x-session-affinity"
 # In this order, after the two above. Not among them: x-client-request-id and x-correlation-id, which most clients make
 # anew for each request.
 _AGENT_HEADERS = (
     b"session-id",
     b"session_id",
-    b"x-session-affinity",
+    _AFFINITY,
     b"x-litellm-session-id",
     b"x-dynamo-session-id",
     b"x-amp-thread-id",
@@ -63,7 +66,9 @@ def given(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_ur
         if name in HEADERS:
             found.setdefault(name, value.decode("latin-1").strip())
     if SESSION_HEADER in found:
-        return Given("session", check_session_id(found[SESSION_HEADER], "X-Session-ID"), "header x-session-id")
+        named = check_session_id(found[SESSION_HEADER], "X-Session-ID")
+        # OpenCode sends both, and makes its titles under the same id.
+        return Given("agent" if found.get(_AFFINITY) == named else "session", named, "header x-session-id")
     return (_in_headers(found) if found else None) or _in_body(body)
 
 
@@ -140,17 +145,25 @@ def seed(body: Mapping[str, Any], scope: str, client_salt: str) -> bytes:
 
 def chain(messages: Sequence[Message], start: bytes) -> list[bytes]:
     """Return a hash for each message over all messages up to it."""
+    return _linked(map(_digest, messages), start)
+
+
+def _linked(digests: Iterable[bytes], start: bytes) -> list[bytes]:
     links: list[bytes] = []
-    for message in messages:
-        start = link(start, message)
+    for digest in digests:
+        start = _hash(start + digest)
         links.append(start)
     return links
 
 
 def link(before: bytes, message: Message) -> bytes:
     """The hash of a message and of all before it. Raises `invalid_request` for one that nests over 254 levels deep."""
+    return _hash(before + _digest(message))
+
+
+def _digest(message: Message) -> bytes:
     try:
-        return _hash(before + orjson.dumps(transcripts.canonical(message), option=orjson.OPT_SORT_KEYS))
+        return _hash(orjson.dumps(transcripts.canonical(message), option=orjson.OPT_SORT_KEYS))
     except (orjson.JSONEncodeError, RecursionError) as error:
         raise GatewayError("invalid_request", f"a message cannot be written as JSON: {error}") from error
 
@@ -161,12 +174,24 @@ def head(messages: Sequence[Message]) -> bytes:
     return link(b"", rest[0]) if rest else b""
 
 
-def trace(start: bytes, messages: Sequence[Message], reply: Message | None, asked: bytes | None) -> Trace:
-    """Where a turn has left its conversation; `asked` is the last link of its messages where that is known already."""
+def trace(
+    start: bytes,
+    messages: Sequence[Message],
+    reply: Message | None,
+    asked: bytes | None,
+    roots: Sequence[bytes] = (),
+) -> Trace:
+    """Where a turn has left its conversation; `asked` is the last link of its messages where that is known already.
+
+    `roots` are those of its `Beginning`.
+    """
     if not messages:
         return Trace(b"", b"", None)
     last = asked or chain(messages, start)[-1]
-    return Trace(head(messages), last, link(last, reply) if reply else None)
+    if reply is None:
+        return Trace(head(messages), last, None)
+    said = _digest(reply)
+    return Trace(head(messages), last, _hash(last + said), tuple(_hash(root + said) for root in roots))
 
 
 def _hash(data: bytes) -> bytes:
@@ -183,13 +208,21 @@ class Beginning:
     links: Sequence[bytes]
     points: Sequence[int]
     replies: Sequence[int]  # how many messages there are up to each reply, and with it
+    roots: tuple[bytes, ...] = ()  # what `ends` of the next reply begin with
+    ends: tuple[bytes, ...] = ()  # names of the last reply that hold for other prompts too, see `_roots`
 
     @classmethod
     def of(cls, messages: Sequence[Message], start: bytes) -> "Beginning":
         """The beginning that a request is."""
         replies = [i for i, message in enumerate(messages, 1) if message.get("role") == "assistant"]
-        points = {len(messages), *replies, *(i - 1 for i in replies)} - {0}
-        return cls(chain(messages, start), sorted(points, reverse=True), replies)
+        points = sorted({len(messages), *replies, *(i - 1 for i in replies)} - {0}, reverse=True)
+        digests = [_digest(message) for message in messages]
+        links = _linked(digests, start)
+        system = len(messages) - len(transcripts.split(messages)[1])
+        roots = _roots(start, digests, links, system, replies)
+        last = replies[-1] - 1 if replies else 0
+        before = _roots(start, digests[:last], links, system, replies[:-1]) if last else ()
+        return cls(links, points, replies, roots, tuple(_hash(root + digests[last]) for root in before))
 
     @property
     def candidates(self) -> list[bytes]:
@@ -200,6 +233,19 @@ class Beginning:
     def asked(self) -> bytes:
         """The link of the whole request."""
         return self.links[-1]
+
+
+def _roots(
+    start: bytes, digests: Sequence[bytes], links: Sequence[bytes], system: int, replies: Sequence[int]
+) -> tuple[bytes, ...]:
+    """What else names what stands after these messages: all but the system prompt, all but the last question.
+
+    The last question is whatever came after the reply before; without one, nothing would be left but the system prompt.
+    """
+    roots = [_hash(b"any system prompt" + start + b"".join(digests[system:]))] if system else []
+    if replies:
+        roots.append(_hash(b"any question" + links[replies[-1] - 1]))
+    return tuple(roots)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,11 +83,15 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Where a turn has left its conversation's chain; no `tip` where the reply is not known."""
+    """Where a turn has left its conversation's chain; no `tip` where the reply is not known.
+
+    `ends` are other names of the tip, under which it is found when something before it has changed.
+    """
 
     head: bytes
     asked: bytes
     tip: bytes | None
+    ends: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ class SaltRule:
 class Place:
     """Where a request belongs: its session, how that was recognised, and the chain that it is part of.
 
-    `asked` is the chain's link of the whole request where it was needed on the way. `is_new`: nobody has seen the
-    session yet.
+    `asked` is the chain's link of the whole request where it was needed on the way, with the `roots` of its beginning.
+    `is_new`: nobody has seen the session yet.
     """
 
     session: Session
@@ -48,6 +48,7 @@ class Place:
     seed: bytes
     asked: bytes | None = None
     is_new: bool = False
+    roots: tuple[bytes, ...] = ()
 
 
 class Sessions:
@@ -87,7 +88,10 @@ class Sessions:
             session = await self.open(tenant, new, named.source if named else "new")
             return Place(session, session.source, seed, is_new=not session.created_at)
         if named and named.kind == "agent":
-            return self._named(await self._of_agent(tenant, named, identity.head(messages)), named, seed)
+            session = await self._of_agent(tenant, named, identity.head(messages))
+            if not session.created_at:
+                session = await self._forked(session, Beginning.of(messages, seed), settle)
+            return self._named(session, named, seed)
         return await self._by_prefix(tenant, named, messages, seed, settle)
 
     @staticmethod
@@ -107,6 +111,13 @@ class Sessions:
             return session
         return await self.open(tenant, identity.side(named.id, head), f"{named.source}, beside {named.id}")
 
+    async def _forked(self, new: Session, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Session:
+        """An agent's new session, in the lineage of the conversation that it is a fork of, if it is one."""
+        stem = (await self.look_up(new.tenant, request, settle)).session
+        if stem is None or stem.id == new.id:  # itself: its first turn was recorded just now
+            return stem or new
+        return replace(new, lineage=stem.lineage, parent=stem.id)
+
     async def _by_prefix(
         self,
         tenant: str,
@@ -118,9 +129,9 @@ class Sessions:
         request = Beginning.of(messages, seed)
         verdict = await self.look_up(tenant, request, settle)
         if verdict.session and not verdict.forks:
-            return Place(verdict.session, verdict.how, seed, request.asked)
+            return Place(verdict.session, verdict.how, seed, request.asked, roots=request.roots)
         session = await self._fresh(tenant, key, verdict)
-        return Place(session, session.source, seed, request.asked, is_new=True)
+        return Place(session, session.source, seed, request.asked, is_new=True, roots=request.roots)
 
     async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
@@ -143,7 +154,11 @@ class Sessions:
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
         known, candidates = await self._store.beginning(tenant, request.candidates)
         # Of sessions at the same point, one that is asking something else just now is the least likely.
-        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        verdict = identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        if (verdict.session and not verdict.forks) or not request.ends or verdict.depth >= request.replies[-1]:
+            return verdict
+        standing = await self._store.standing(tenant, request.ends)
+        return Verdict(standing[0], depth=request.replies[-1], how="last reply") if len(standing) == 1 else verdict
 
     def _asks_else(self, session: Session | None, request: Beginning) -> bool:
         """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""

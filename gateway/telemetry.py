@@ -30,7 +30,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _EVERY_S = 0.5
 _LAG_KEPT = 20  # looks at the event loop: ten seconds
 _FILE_BYTES = 2**18  # a thousand time series
-_FILES = ("counter", "histogram", "gauge_livesum", "gauge_livemax", "gauge_mostrecent")
+_FILES = ("counter", "histogram", "gauge_livesum", "gauge_livemax")
 _TURN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1)
 _VERB_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -46,7 +46,7 @@ class Metric:
     kind: Kind
     labels: tuple[str, ...]
     help: str
-    merge: Literal["livesum", "livemax", "mostrecent"] = "livesum"
+    merge: Literal["livesum", "livemax"] = "livesum"
     buckets: tuple[float, ...] = ()
 
 
@@ -70,7 +70,7 @@ METRICS = (
     Metric("cwg_turns_unrecorded", "gauge", (), "turns that are over and wait for the store"),
     Metric("cwg_event_loop_lag_seconds", "gauge", (), "longest delay of the event loop in ten seconds", "livemax"),
     Metric("cwg_workers", "gauge", (), "worker processes that serve"),
-    Metric("cwg_engine_up", "gauge", ("engine",), "1 when the engine answered last time, else 0", "mostrecent"),
+    Metric("cwg_engine_up", "gauge", ("engine",), "1 when the engine answered last time, else 0", "livemax"),
     Metric("cwg_windows", "gauge", ("kv",), "windows, by how much of their KV is pinned"),
     Metric("cwg_pinned_objects", "gauge", ("tier",), "KV objects that windows hold"),
     Metric("cwg_pinned_bytes", "gauge", ("tier",), "bytes of these objects"),
@@ -144,6 +144,10 @@ class Telemetry:
         """Take a gauge's value from `value`, now and then and whenever the numbers are read."""
         self._watched.append((self._gauge(name), value))
 
+    def watch_engine(self, url: str, is_up: Callable[[], bool]) -> None:
+        """Watch whether an engine is up. A password in its URL is nobody's business."""
+        self._watched.append((self._engine_up.labels(urlsplit(url).netloc.rpartition("@")[2]), is_up))
+
     def turn(self, turn: Turn, dialect: str, overhead_s: float, *, served: bool) -> None:
         """Count a turn that is over. `served`: the engine knows the model; other names are a client's invention."""
         key = (dialect, turn.model if served else "", turn.outcome)
@@ -177,10 +181,6 @@ class Telemetry:
             raise
         finally:
             self._verbs.labels(result, verb).inc()
-
-    def engine_up(self, url: str, *, up: bool) -> None:
-        """Say whether the engine answered. A password in its URL is nobody's business."""
-        self._engine_up.labels(urlsplit(url).netloc.rpartition("@")[2]).set(up)
 
     def text(self, stored: Stored) -> bytes:
         """Everything in Prometheus' text format."""

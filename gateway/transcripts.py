@@ -1,8 +1,8 @@
 """Whether a request goes on from a transcript, and what the engine then gets to see.
 
 Clients do not send back exactly what they received: fields that are null or empty come and go, a text may be a string
-or a list of one text part, reasoning is usually dropped. `same` looks through that; what is sent to the engine stays
-as the client, or the window, has it.
+or a list of one text part, reasoning is usually dropped, or put in front of the text. `same` looks through that; what
+is sent to the engine stays as the client, or the window, has it.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,17 @@ def canonical(message: Message) -> dict[str, Any]:
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         kept["content"] = content = "".join(str(part.get("text", "")) for part in content)
     if isinstance(content, str) and message.get("role") == "assistant":
-        kept["content"] = content.strip()  # many clients trim a reply
+        kept["content"] = _unthought(content).strip()  # many clients trim a reply
     if kept.get("content") == "":
         del kept["content"]
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_canonical_call(call) for call in kept["tool_calls"]]
     return kept
+
+
+def _unthought(text: str) -> str:
+    """A reply without the reasoning in front, which engines and clients put there and take away."""
+    return text.partition("</think>")[2] or text if text.lstrip().startswith("<think>") else text
 
 
 def _canonical_call(call: Any) -> Any:

@@ -222,7 +222,7 @@ def _finished(ended: Ended) -> Finished:
         tenant=session.tenant,
         session_id=session.id,
         model=ended.call.model,
-        outcome="engine_error" if reply.error else ended.outcome,
+        outcome="engine_error" if reply.error else "completed" if reply.message else ended.outcome,
         status=ended.status,
         started_at=ended.started_at,
         duration_ms=ended.duration_ms,
@@ -264,13 +264,17 @@ def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredRes
 
 def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
     try:
-        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked)
+        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked, ended.place.roots)
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)
 
 
 def _reply(ended: Ended) -> Reply:
-    if ended.outcome != "completed" or ended.chunks is None:
+    if ended.chunks is None or ended.outcome not in ("completed", "client_gone"):
         return Reply(None, None)
-    return ended.dialect.reply(ended.chunks, streamed=ended.streamed)
+    if ended.outcome == "completed":
+        return ended.dialect.reply(ended.chunks, streamed=ended.streamed)
+    # Codex closes the connection at the last event, before the stream has ended: it has had its answer.
+    reply = ended.dialect.reply(ended.chunks, streamed=True) if ended.streamed else Reply(None, None)
+    return reply if reply.message and not reply.error else Reply(None, None)

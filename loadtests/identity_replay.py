@@ -70,7 +70,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=12_000, help="how many requests (default 12,000)")
+    parser.add_argument("--turns", type=int, default=20_000, help="how many requests (default 20,000)")
     parser.add_argument("--workers", type=int, default=32, help="how many at the same time (default 32)")
     parser.add_argument("--seed", type=int, default=1, help="of the traces (default 1)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="where results go")

@@ -114,6 +114,11 @@ def _notes(run: Run) -> str:
         f"- A first question that comes again after it was answered, or an edited first message ({again.turns} turns), "
         "is a new conversation by our rule, for two strangers who say the same are two sessions. Called the same "
         f"conversation, as its author would, each is a miss, and recall is {human:.2%}.",
+        "- Strangers with the same first reply have said and heard the very same when they go on: which session is "
+        "whose cannot be known. No reply is made of the other's words, but the session that the first answer named may "
+        "be the other's from then on. A swap spoils both for the count.",
+        "- Retrieval: the client sends its first question with passages and later without them, so that the first "
+        "reply has nothing known before it but the system prompt; from the second reply on it is recognised by that.",
         f"- {run.unseen} requests were given up by their client before it saw a session; the turns after them are "
         "judged.",
         "- Not in the traces: clients that drop the oldest messages of a long history, whose every request begins "

@@ -20,11 +20,13 @@ ROOT = Path(__file__).parents[1]
 SERVE = [sys.executable, "-m", "gateway", "serve"]
 
 
-def eventually(holds: Callable[[], bool], what: str, within: float = WITHIN) -> None:
-    """Wait until something holds; fail when it does not come true."""
+def eventually(
+    holds: Callable[[], bool], what: str, within: float = WITHIN, more: Callable[[], str] = lambda: ""
+) -> None:
+    """Wait until something holds; fail when it does not come true, with `more` to say of it."""
     end = time.monotonic() + within
     while not holds():
-        assert time.monotonic() < end, f"not within {within:g} s: {what}"
+        assert time.monotonic() < end, f"not within {within:g} s: {what}\n{more()}"
         threading.Event().wait(0.01)
 
 
@@ -73,7 +75,7 @@ class Gateway:
 
     def wait(self, path: str = "/readyz") -> "Gateway":
         """Wait until it is ready."""
-        eventually(lambda: self._answers(path), f"200 at {path}\n{self.log}", within=15)
+        eventually(lambda: self._answers(path), f"200 at {path}", within=15, more=lambda: self.log)
         return self
 
     def stop(self) -> int:

@@ -17,6 +17,7 @@ from tests.wire import Wire
 COMPLETIONS = "/v1/completions"
 DIALECT = CompletionsDialect()
 SALT = "5a" * 16
+HI = {"role": "user", "content": "hi"}
 USAGE = usage_of(120, 9, cached=96)
 
 
@@ -387,3 +388,17 @@ def test_the_openai_client_reads_a_stream_that_the_engine_cuts_as_an_error(
             list(stream)
     (turn,) = gateway.turns(session)
     assert turn["outcome"] == "engine_cut"
+
+
+def test_a_window_as_a_base_url_begins_branches_from_a_text(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    complete(gateway, session, "Once")
+    thawed(gateway, session)
+    engine.reset()
+    path = f"/w/w-{session}{COMPLETIONS}"
+    answers = [gateway.http.post(path, json={"model": MODEL, "prompt": p}) for p in (" upon", "Oncex upon")]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert len({answer.headers["x-session-id"] for answer in answers} - {session}) == 2
+    assert prompts(engine) == ["Oncex upon"] * 2
+    assert len({r.json["cache_salt"] for r in engine.seen(COMPLETIONS)}) == 1
+    refused = gateway.http.post(f"/w/w-{session}/v1/chat/completions", json={"model": MODEL, "messages": [HI]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")

@@ -32,6 +32,8 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
     ("headers", "body", "expected"),
     [
         ({"x-session-id": "mine"}, {"metadata": {"session_id": "b"}}, Given("session", "mine", "header x-session-id")),
+        ({"x-session-id": "o1", "x-session-affinity": "o1"}, {}, Given("agent", "o1", "header x-session-id")),
+        ({"x-session-id": "o1", "x-session-affinity": "p"}, {}, Given("session", "o1", "header x-session-id")),
         (
             {"x-claude-code-session-id": "c1"},
             {"metadata": {"user_id": "user_1_account__session_zzz"}},
@@ -173,10 +175,16 @@ def test_a_shared_system_prompt_or_question_makes_no_conversation() -> None:
         assistant(" 1\n"),
         {"role": "assistant", "content": [{"type": "text", "text": "1"}]},
         assistant("1", reasoning="because"),
+        assistant("<think>\nbecause\n</think>\n\n1"),
     ],
 )
 def test_what_clients_change_on_the_way_changes_no_link(sent: dict[str, Any]) -> None:
     assert identity.link(b"", sent) == identity.link(b"", assistant("1"))
+
+
+def test_reasoning_that_never_ends_is_all_that_was_said() -> None:
+    assert identity.link(b"", assistant("<think>1")) != identity.link(b"", assistant("<think>2"))
+    assert identity.link(b"", assistant("<think>1</think>")) != identity.link(b"", assistant("<think>2</think>"))
 
 
 def test_a_tool_that_said_nothing_says_the_same_as_a_part_without_text() -> None:
@@ -389,6 +397,37 @@ def test_a_conversation_goes_on_beside_a_request_of_its_own_that_hangs(
     gone.set()
     hung.join()
     assert found == [first] * 3
+
+
+def test_a_conversation_whose_system_prompt_tells_the_time_is_one_session(gateway: Gateway, session: str) -> None:
+    def at(minute: int, *rest: dict[str, Any]) -> str:
+        return ask(gateway, [{"role": "system", "content": f"It is 12:0{minute}."}, user(session), *rest])
+
+    first = at(1)
+    assert at(2, assistant("Hello there!"), user("two")) == first
+    whole = (assistant("Hello there!"), user("two"), assistant("Hello there!"), user("three"))
+    assert at(3, *whole) == first
+    gateway.turns(first, 3)
+    assert at(4, *whole[:2]) != first  # a fork that shares nothing word for word
+    (turn, *_) = gateway.turns(first, 3)
+    assert turn["recognised_by"] == "last reply"
+
+
+def test_a_conversation_whose_questions_come_back_shorter_is_one_session(gateway: Gateway, session: str) -> None:
+    messages = [user(session)]
+    found = {ask(gateway, messages)}
+    for text in ("two", "three", "four"):
+        messages += [assistant("Hello there!"), user(text)]
+        found.add(ask(gateway, [*messages[:-1], user(f"Passages: ... Question: {text}")]))
+    assert len(found) == 1
+
+
+def test_a_last_reply_that_two_sessions_share_names_neither(gateway: Gateway, session: str) -> None:
+    two = {ask(gateway, [{"role": "system", "content": who}, user(session)]) for who in ("Be Ada.", "Be Bob.")}
+    third = [{"role": "system", "content": "Be Eve."}, user(session), assistant("Hello there!"), user("on")]
+    for one in two:
+        gateway.turns(one)
+    assert len({*two, ask(gateway, third)}) == 3
 
 
 def test_a_session_known_by_its_beginning_alone_is_deleted_whole(gateway: Gateway, session: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.completions import CompletionsDialect
 from gateway.dialects.contract import Dialect, Reply
+from gateway.dialects.messages import MessagesDialect
+from gateway.dialects.responses import ResponsesDialect
 from gateway.sse import UsageFilter, events
 from tests.recordings.remake import FOLDER, REQUESTS
 
@@ -21,6 +23,8 @@ from tests.recordings.remake import FOLDER, REQUESTS
 DIALECTS: list[tuple[str, Dialect]] = [
     ("chat", ChatDialect()),
     ("completions", CompletionsDialect()),
+    ("responses", ResponsesDialect()),
+    ("messages", MessagesDialect()),
 ]
 
 _VOLATILE = re.compile(rb'"(id|created)":("[^"]*"|\d+)')
@@ -28,6 +32,9 @@ NAMES = sorted(REQUESTS)
 WITH_USAGE = [name for name in NAMES if name.endswith("-usage")]
 READ = [(name, dialect) for name in NAMES for api, dialect in DIALECTS if name.partition("-")[0] == api]
 read = pytest.mark.parametrize(("name", "dialect"), READ, ids=[name for name, _ in READ])
+
+# The random model calls a tool with arguments that are no JSON; who has to send them back as an object cannot.
+_NO_REPLY = {"messages-tools": "the arguments of a tool call are not a JSON object"}
 
 
 def recording(name: str) -> bytes:
@@ -94,7 +101,8 @@ def test_a_client_that_did_not_ask_for_usage_sees_what_it_would_have_seen_withou
     wanted = filtered([stream], None)
     alone = recording(name.removesuffix("-usage"))
     assert b'"choices":[]' in stream
-    assert _VOLATILE.sub(b"", wanted) == _VOLATILE.sub(b"", alone)
+    # Two choices come in the order in which the engine makes them.
+    assert sorted(_VOLATILE.sub(b"", wanted).split(b"\n\n")) == sorted(_VOLATILE.sub(b"", alone).split(b"\n\n"))
     stream, wanted = stream.replace(b"\n", line_end), wanted.replace(b"\n", line_end)
     stamps = [None, *re.findall(rb',"system_fingerprint":"[^"]*"', stream)[-1:]]
     assert len(stamps) == 2, "vLLM stamps its usage"
@@ -117,8 +125,8 @@ def test_what_holds_no_usage_event_is_untouched_by_the_filter_at_every_cut(name:
 def test_a_reply_is_the_same_at_every_cut(name: str, dialect: Dialect) -> None:
     stream = recording(name)
     whole = dialect.reply([stream], streamed=True)
-    assert whole.message
-    assert whole.error == ""
+    assert whole.error == _NO_REPLY.get(name, "")
+    assert (whole.message is None) is (name in _NO_REPLY)
     assert (whole.usage is not None) is (b'"usage":{' in stream)
     for line_end in (b"\n", b"\r\n"):
         spelt = stream.replace(b"\n", line_end)

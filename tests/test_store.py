@@ -182,6 +182,22 @@ async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(s
     assert (found, [session.id for session in sessions]) == (links("1", "a")[0], ["s"])
 
 
+async def test_the_ends_of_a_session_are_those_of_its_last_turn(store: Store) -> None:
+    def ending(session: str, *ends: bytes) -> Finished:
+        turn = finished(session, says("1", "a"))
+        return replace(turn, trace=replace(turn.trace, ends=ends))
+
+    await store.record([ending("s", b"old", b"both"), ending("t", b"both"), ending("u", b"u")])
+    await store.record([ending("s", b"new", b"both")])
+    assert [session.id for session in await store.standing(TENANT, [b"new", b"none"])] == ["s"]
+    assert await store.standing(TENANT, [b"old"]) == []
+    assert await store.standing("other", [b"new"]) == []
+    assert {session.id for session in await store.standing(TENANT, [b"both"])} == {"s", "t"}
+    assert len(await store.standing(TENANT, [b"both", b"u"])) == 2
+    assert await store.delete_session(TENANT, "u")
+    assert await store.standing(TENANT, [b"u"]) == []
+
+
 async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(store: Store, tmp_path: Path) -> None:
     await store.record([finished(f"s{n}", says("shared", "a", str(n), "b"), at=float(n)) for n in range(60)])
     assert await store.forget_idle(2) == 58

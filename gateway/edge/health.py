@@ -163,8 +163,6 @@ class Health:
             await asyncio.sleep(_EVERY_S)
 
     async def _look(self) -> None:
-        for member in self._parts.engines.members:
-            self._parts.telemetry.engine_up(member.url, up=member in self._parts.engines.up)
         for member in self._parts.engines.up:
             proof = self._proofs.get(member.url)
             if proof is None or proof.life != member.lives or proof.outdated(time.monotonic()):

@@ -57,7 +57,10 @@ class GatheringTransport:
         if self._waiting:
             data = b"".join(self._waiting)
             self._waiting.clear()
-            self._transport.write(data)
+            # A reset closes it before `connection_lost` is called, and uvloop raises for a write in between: into the
+            # callback of whoever wrote, which is the engine's connection.
+            if not self._transport.is_closing():
+                self._transport.write(data)
 
 
 class BoundedProtocol(HttpToolsProtocol):

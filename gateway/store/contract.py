@@ -66,6 +66,10 @@ class Store(Protocol):
         """
         ...
 
+    async def standing(self, tenant: str, ends: Sequence[bytes]) -> list[Session]:
+        """Return sessions whose last reply has one of these names (`Trace.ends`): at most two, no more is asked."""
+        ...
+
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
     ) -> tuple[list[Session], int]:

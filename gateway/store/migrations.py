@@ -131,6 +131,17 @@ _M003 = (
 )
 
 
+@MIGRATIONS.append
+def m004_ends(db: sqlite3.Connection) -> None:
+    """Other names of the last reply of each session, see `gateway.records.Trace`."""
+    db.execute(
+        """CREATE TABLE ends (
+            tenant TEXT NOT NULL, link BLOB NOT NULL, session_id TEXT NOT NULL, PRIMARY KEY (tenant, link, session_id)
+        ) WITHOUT ROWID"""
+    )
+    db.execute("CREATE INDEX ends_by_session ON ends (tenant, session_id)")
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 

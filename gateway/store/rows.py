@@ -68,6 +68,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool
     if gone is None:
         return False
     db.execute("DELETE FROM beginnings WHERE tenant = ? AND session_id = ?", (tenant, session_id))
+    db.execute("DELETE FROM ends WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release(db, gone.window_transcript)
@@ -99,6 +100,14 @@ def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tu
         (tenant, found, _CANDIDATES),
     )
     return found, [Session(*row) for row in rows]
+
+
+def standing(db: sqlite3.Connection, tenant: str, ends: Sequence[bytes]) -> list[Session]:
+    marks = ", ".join("?" * len(ends))
+    found = db.execute(
+        f"SELECT DISTINCT session_id FROM ends WHERE tenant = ? AND link IN ({marks}) LIMIT 2", (tenant, *ends)
+    ).fetchall()
+    return [there for (session_id,) in found if (there := session(db, tenant, session_id))]
 
 
 def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> bytes | None:
@@ -161,9 +170,16 @@ def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int) -> None
             turn.tenant, turn.session_id,
         ),
     )  # fmt: skip
+    _move_ends(db, turn, last.trace.ends)
     if before is not None:  # what it had is part of what it has, unless the last turn was asked anew
         transcript_rows.release(db, before.transcript)
         transcript_rows.release_content(db, before.frame)
+
+
+def _move_ends(db: sqlite3.Connection, turn: Turn, ends: Sequence[bytes]) -> None:
+    db.execute("DELETE FROM ends WHERE tenant = ? AND session_id = ?", (turn.tenant, turn.session_id))
+    if ends:
+        db.executemany("INSERT OR IGNORE INTO ends VALUES (?, ?, ?)", [(turn.tenant, e, turn.session_id) for e in ends])
 
 
 def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:

@@ -1,9 +1,9 @@
 """The store on SQLite in WAL mode: one writer thread, one reader thread, and an inline read for the request path.
 
-The reads that a request waits for (`session`, `beginning`) are point reads from pages that SQLite has cached: some ten
-microseconds, less than handing them to a thread would cost. Everything else runs in a thread of its own. All waiting
-writes go into one transaction, each under a savepoint, so that a burst of turns costs one commit and a failing write
-only itself.
+The reads that a request waits for (`session`, `beginning`, `standing`) are point reads from pages that SQLite has
+cached: some ten microseconds, less than handing them to a thread would cost. Everything else runs in a thread of its
+own. All waiting writes go into one transaction, each under a savepoint, so that a burst of turns costs one commit and a
+failing write only itself.
 """
 
 import asyncio
@@ -72,6 +72,10 @@ class SqliteStore:
     async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
         """See `Store.beginning`."""
         return rows.beginning(self._inline, tenant, links)
+
+    async def standing(self, tenant: str, ends: Sequence[bytes]) -> list[Session]:
+        """See `Store.standing`."""
+        return rows.standing(self._inline, tenant, ends)
 
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int

@@ -45,8 +45,8 @@ async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
     request = Beginning.of(whole, seed)
     verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
     if verdict.session and not verdict.forks:
-        return Place(verdict.session, verdict.how, seed, request.asked)
-    return Place(await _new(parts, window, None), "window", seed, request.asked, is_new=True)
+        return Place(verdict.session, verdict.how, seed, request.asked, roots=request.roots)
+    return Place(await _new(parts, window, None), "window", seed, request.asked, is_new=True, roots=request.roots)
 
 
 async def _named(parts: Parts, asked: Asked, named: Given, seed: bytes) -> Place:

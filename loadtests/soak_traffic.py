@@ -1,0 +1,364 @@
+"""Mixed traffic: conversations by id and without, tool loops, every verb, clients that leave, and what is not right."""
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
+_MAX_SESSIONS, _MAX_WINDOWS, _MAX_TURNS = 60, 24, 8
+_FAILURES_KEPT = 40
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "The time.", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+_BAD_BODIES = (
+    b"no json", b"[1, 2]", b"{}", b'{"model": 7}', b'{"model": "demo", "messages": "no list"}',
+    b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}', b'{"messages": [{"role": 7}]}', b"\xff\xfe",
+)  # fmt: skip
+
+Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Talk:
+    """A conversation by id; nobody else has it while a turn of it goes on."""
+
+    name: str
+    messages: list[Message] = field(default_factory=list)
+    turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much is asked for. `words` of a question, `tokens` of an answer."""
+
+    per_s: float
+    at_once: int
+    words: int
+    tokens: int
+
+
+class Unexpected(Exception):
+    """An answer that nothing explains."""
+
+
+class Traffic:
+    """Asks at an even rate until it is told to stop; remembers what went wrong."""
+
+    def __init__(self, url: str, model: str, pace: Pace, dialects: Collection[str], *, strict: bool) -> None:
+        """`strict`: the engine refuses what is wrong."""
+        self._url, self._model, self._pace = url, model, pace
+        self._refusals = (400, 404, 405, 422) if strict else (200, 400, 404, 405, 422)
+        self._random = random.Random(1)
+        self._number = itertools.count()
+        self._http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=pace.at_once))
+        self._talks: list[Talk] = []
+        self._strays: list[str] = []  # sessions that the gateway named
+        self._windows: list[str] = []
+        self.done: Counter[str] = Counter()
+        self.answers: Counter[tuple[str, int]] = Counter()
+        self.failures: list[str] = []
+        self.failed = 0
+        self._weights = {**_ALWAYS, **{_DIALECTS[path]: 8 for path in dialects}}
+
+    @property
+    def requests(self) -> int:
+        """Actions that are over."""
+        return self.done.total()
+
+    async def run(self, seconds: float) -> None:
+        """Ask for so many seconds, and return when every answer has come."""
+        room = asyncio.Semaphore(self._pace.at_once)
+        end, due = time.monotonic() + seconds, time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            while time.monotonic() < end:
+                await room.acquire()
+                action = self._random.choices(list(self._weights), list(self._weights.values()))[0]
+                group.create_task(self._act(action, room))
+                due = max(due + 1 / self._pace.per_s, time.monotonic() - 1)
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._http.aclose()
+
+    async def _act(self, action: Callable[["Traffic"], Awaitable[None]], room: asyncio.Semaphore) -> None:
+        name = action.__name__
+        try:
+            await action(self)
+        except (Unexpected, httpx.HTTPError, OSError, TimeoutError) as error:
+            self.failed += 1
+            if len(self.failures) < _FAILURES_KEPT:
+                self.failures.append(f"{name}: {type(error).__name__}: {error}"[:400])
+        finally:
+            self.done[name] += 1
+            room.release()
+
+    async def ask(
+        self, method: str, path: str, expected: Sequence[int], *, headers: dict[str, str] | None = None, **more: Any
+    ) -> httpx.Response:
+        """Send a request and insist on one of the expected answers."""
+        answer = await self._http.request(method, path, headers=headers, **more)
+        self.answers[_route(method, path), answer.status_code] += 1
+        if answer.status_code not in expected:
+            raise Unexpected(f"{method} {path} was answered {answer.status_code}: {answer.text[:200]}")
+        return answer
+
+    # Turns.
+
+    async def chat(self) -> None:
+        """The next turn of a conversation by id, in one piece."""
+        await self._turn(stream=False)
+
+    async def stream(self) -> None:
+        """The next turn of a conversation by id, streamed."""
+        await self._turn(stream=True)
+
+    async def anonymous(self) -> None:
+        """A conversation of two turns without an id."""
+        messages = [self._question()]
+        for _ in range(2):
+            reply = await self._say(CHAT, self._body(messages, stream=False), None)
+            messages += [reply, self._question()]
+
+    async def tool_loop(self) -> None:
+        """A turn whose history has two calls of a tool and their results, by an id."""
+        async with _Taken(self) as talk:
+            call = f"call_{next(self._number)}"
+            calls = [{"id": call, "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+            talk.messages += [
+                self._question(),
+                {"role": "assistant", "content": None, "tool_calls": calls},
+                {"role": "tool", "tool_call_id": call, "content": time.ctime()},
+            ]
+            body = {**self._body(talk.messages, stream=True), "tools": _TOOLS}
+            talk.messages.append(await self._say(CHAT, body, talk.name))
+
+    async def completion(self) -> None:
+        """A completion of a text."""
+        body = {"model": self._model, "prompt": self._question()["content"], "max_tokens": self._pace.tokens}
+        await self.ask("POST", COMPLETIONS, (200,), json=body)
+
+    async def responses(self) -> None:
+        """A Responses request, streamed or not."""
+        body = {"model": self._model, "input": self._question()["content"], "max_output_tokens": self._pace.tokens}
+        await self.ask("POST", RESPONSES, (200,), json={**body, "stream": self._random.random() < 0.5})
+
+    async def messages(self) -> None:
+        """A Messages request, streamed or not."""
+        body = {"model": self._model, "messages": [self._question()], "max_tokens": self._pace.tokens}
+        await self.ask("POST", MESSAGES, (200,), json={**body, "stream": self._random.random() < 0.5})
+
+    async def _turn(self, *, stream: bool) -> None:
+        async with _Taken(self) as talk:
+            talk.messages.append(self._question())
+            # A session is named by a header or by the base URL.
+            by_url = self._random.random() < 0.3
+            path = f"/s/{talk.name}{CHAT}" if by_url else CHAT
+            body = self._body(talk.messages, stream=stream)
+            talk.messages.append(await self._say(path, body, None if by_url else talk.name))
+
+    async def _say(self, path: str, body: dict[str, Any], session: str | None) -> Message:
+        headers = {"x-session-id": session} if session else {}
+        answer = await self.ask("POST", path, (200,), json=body, headers=headers)
+        if session is None and not path.startswith("/s/"):
+            self._strays.append(answer.headers["x-session-id"])
+        text = _streamed_text(answer.text) if body["stream"] else answer.json()["choices"][0]["message"]["content"]
+        return {"role": "assistant", "content": text or "..."}
+
+    # Clients that leave, and those that are wrong.
+
+    async def leave_early(self) -> None:
+        """Leave before the first byte."""
+        await self._leave(reads=False)
+
+    async def leave_midway(self) -> None:
+        """Leave in the middle of the stream."""
+        await self._leave(reads=True)
+
+    async def bad_input(self) -> None:
+        """A body that nobody can use, or an id that is none."""
+        headers = {"x-session-id": "no good/"} if self._random.random() < 0.2 else {}
+        path = self._random.choice(
+            (CHAT, CHAT, "/admin/windows", "/v1/nothing", "/w/no-such-window/v1/chat/completions")
+        )
+        content = self._random.choice(_BAD_BODIES)
+        await self.ask("POST", path, self._refusals, content=content, headers=headers)
+
+    async def _leave(self, *, reads: bool) -> None:
+        address = urlsplit(self._url)
+        body = json.dumps(self._body([self._question()], stream=True) | {"max_tokens": 400}).encode()
+        name = f"left-{next(self._number)}"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-session-id: {name}\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        try:
+            writer.write(head.encode() + body)
+            await writer.drain()
+            if reads:
+                status = await asyncio.wait_for(reader.readline(), 60)
+                if b" 200 " not in status:
+                    raise Unexpected(f"a stream was answered {status.decode()}")
+                await asyncio.wait_for(reader.readuntil(b"data: "), 60)
+        finally:
+            writer.transport.abort()
+        self._strays.append(name)
+
+    # Verbs and lists.
+
+    async def freeze(self) -> None:
+        """Freeze a conversation, if there is room for a window."""
+        if len(self._windows) >= _MAX_WINDOWS:
+            await self.delete_window()
+            return
+        async with _Taken(self, old=True) as talk:
+            if not talk.turns:
+                return
+            name = f"w-{next(self._number)}"
+            body = {"session_id": talk.name, "window_name": name, "tags": ["soak"]}
+            await self.ask("POST", "/admin/windows", (201,), json=body)
+            self._windows.append(name)
+
+    async def thaw(self) -> None:
+        """Thaw a window, and go on in the session that it gives."""
+        if not self._windows:
+            return
+        name = self._random.choice(self._windows)
+        warm = self._random.choice(("none", "cpu", "gpu"))
+        answer = await self.ask("POST", f"/admin/windows/{name}/thaw", (200, 404), json={"warm": warm})
+        if answer.status_code == 200:  # else it was deleted meanwhile
+            session = answer.json()["session_id"]
+            self._strays.append(session)
+            await self._say(CHAT, self._body([self._question()], stream=False), session)
+
+    async def branch(self) -> None:
+        """Begin a conversation from a window by its base URL."""
+        if self._windows:
+            name = self._random.choice(self._windows)
+            body = self._body([self._question()], stream=False)
+            answer = await self.ask("POST", f"/w/{name}{CHAT}", (200, 404), json=body)
+            if answer.status_code == 200:
+                self._strays.append(answer.headers["x-session-id"])
+
+    async def clone(self) -> None:
+        """Clone a window."""
+        if self._windows and len(self._windows) < _MAX_WINDOWS:
+            source, target = self._random.choice(self._windows), f"c-{next(self._number)}"
+            body = {"target_window": target}
+            answer = await self.ask("POST", f"/admin/windows/{source}/clone", (201, 404), json=body)
+            if answer.status_code == 201:
+                self._windows.append(target)
+
+    async def delete_window(self) -> None:
+        """Delete a window."""
+        if self._windows:
+            name = self._windows.pop(self._random.randrange(len(self._windows)))
+            await self.ask("DELETE", f"/admin/windows/{name}", (200,))
+
+    async def delete_session(self) -> None:
+        """Delete a session: one that nobody uses any more, or the oldest of too many."""
+        if self._strays:
+            name = self._strays.pop(0)
+            # Two of them may be one, a client may have left before its session began, or its turn goes on yet.
+            await self.ask("DELETE", f"/admin/sessions/{name}", (200, 404, 409))
+        elif len(self._talks) > _MAX_SESSIONS // 2:
+            await self.ask("DELETE", f"/admin/sessions/{self._talks.pop(0).name}", (200, 404))
+
+    async def lists(self) -> None:
+        """What an operator looks at."""
+        path = self._random.choice(
+            ("/admin/sessions?limit=20", "/admin/windows?sort_by=size", "/admin/windows?tags=soak", "/admin/health",
+             "/v1/models", "/healthz", "/readyz", "/admin/sessions?state=frozen")
+        )  # fmt: skip
+        await self.ask("GET", path, (200,))
+        if self._windows:
+            name = self._random.choice(self._windows)
+            await self.ask("GET", f"/admin/windows/{name}?include_blocks=true&include_lineage=true", (200, 404))
+
+    # What they share.
+
+    def take(self, *, old: bool) -> Talk:
+        """A conversation to go on with: a new one now and then, none that is in use or has become long."""
+        if self._talks and (old or len(self._talks) >= _MAX_SESSIONS or self._random.random() < 0.8):
+            return self._talks.pop(self._random.randrange(len(self._talks)))
+        return Talk(f"soak-{next(self._number)}")
+
+    def give_back(self, talk: Talk) -> None:
+        """The turn is over."""
+        talk.turns += 1
+        if talk.turns >= _MAX_TURNS:
+            self._strays.append(talk.name)
+        else:
+            self._talks.append(talk)
+
+    def _question(self) -> Message:
+        words = (f"{self._random.randrange(10**6)}" for _ in range(self._random.randint(3, self._pace.words)))
+        return {"role": "user", "content": f"{next(self._number)}: {' '.join(words)}?"}
+
+    def _body(self, messages: Sequence[Message], *, stream: bool) -> dict[str, Any]:
+        return {"model": self._model, "messages": list(messages), "stream": stream, "max_tokens": self._pace.tokens}
+
+
+class _Taken:
+    """A conversation that is this action's alone."""
+
+    def __init__(self, traffic: Traffic, *, old: bool = False) -> None:
+        self._traffic = traffic
+        self._old = old
+
+    async def __aenter__(self) -> Talk:
+        self._talk = self._traffic.take(old=self._old)
+        return self._talk
+
+    async def __aexit__(self, *failed: object) -> None:
+        if failed[0] is None:
+            self._traffic.give_back(self._talk)
+
+
+_ALWAYS: dict[Callable[[Traffic], Awaitable[None]], int] = {
+    Traffic.chat: 16,
+    Traffic.stream: 22,
+    Traffic.anonymous: 8,
+    Traffic.tool_loop: 8,
+    Traffic.completion: 3,
+    Traffic.leave_early: 5,
+    Traffic.leave_midway: 5,
+    Traffic.bad_input: 8,
+    Traffic.freeze: 4,
+    Traffic.thaw: 4,
+    Traffic.branch: 3,
+    Traffic.clone: 2,
+    Traffic.delete_window: 4,
+    Traffic.delete_session: 30,  # as many as begin
+    Traffic.lists: 6,
+}
+_DIALECTS = {RESPONSES: Traffic.responses, MESSAGES: Traffic.messages}
+
+
+def _route(method: str, path: str) -> str:
+    """A path without names."""
+    parts = path.partition("?")[0].split("/")
+    named = {"s": 2, "w": 2, "admin": 3}.get(parts[1], 99)
+    return f"{method} {'/'.join('*' if at == named else part for at, part in enumerate(parts))}"
+
+
+def _streamed_text(text: str) -> str:
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    if any("error" in event for event in events):
+        raise Unexpected(f"an error in mid-stream: {text[-300:]}")
+    if not text.rstrip().endswith("data: [DONE]"):
+        raise Unexpected(f"a stream without an end: {text[-300:]}")
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
