@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -86,6 +87,16 @@ def test_an_unchanged_client_goes_on_from_a_window_by_its_base_url_after_a_resta
         reply = {"role": "assistant", "content": first.choices[0].message.content}
         on, _ = ask(client, [question, reply, {"role": "user", "content": "Go on."}])
         assert on == delta
+    with anthropic.Anthropic(base_url=f"{own.url}/w/by-url", api_key="none", max_retries=0, timeout=120) as claude:
+        message = claude.messages.create(
+            model="demo", max_tokens=20, messages=[{"role": "user", "content": "In short?"}]
+        )
+        assert (message.usage.cache_read_input_tokens or 0) >= chunks * CHUNK
+        with claude.messages.stream(
+            model="demo", max_tokens=20, messages=[{"role": "user", "content": "In short, and streamed?"}]
+        ) as stream:
+            streamed = stream.get_final_message()
+        assert (streamed.usage.cache_read_input_tokens or 0) >= chunks * CHUNK
 
 
 def test_a_fork_hits_what_it_shares_with_the_session_that_it_left(own: Gateway, plain: openai.OpenAI) -> None:
