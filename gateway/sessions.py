@@ -116,7 +116,7 @@ class Sessions:
         stem = (await self.look_up(new.tenant, request, settle)).session
         if stem is None or stem.id == new.id:  # itself: its first turn was recorded just now
             return stem or new
-        return replace(new, lineage=stem.lineage, parent=stem.id)
+        return replace(new, lineage=stem.lineage, parent=stem.id, engine=stem.engine)
 
     async def _by_prefix(
         self,
@@ -173,7 +173,9 @@ class Sessions:
         """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
         if verdict.session:
             parent = verdict.session
-            return Session(tenant, new_id(), lineage=parent.lineage, source="fork", parent=parent.id)
+            return Session(
+                tenant, new_id(), lineage=parent.lineage, source="fork", parent=parent.id, engine=parent.engine
+            )
         if key and await self._is_free(tenant, key.id):
             return Session(tenant, key.id, lineage=key.id, source=key.source)
         session_id = new_id()

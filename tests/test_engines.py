@@ -118,6 +118,33 @@ def test_what_is_no_turn_follows_its_session_and_is_spread_without_one(
     assert [len(engine.seen("/v1/rerank")) for engine in engines] == [2, 2, 2]
 
 
+def test_a_fork_goes_where_the_cache_of_what_it_shares_is(
+    engines: list[FakeEngine], before: Before, session: str
+) -> None:
+    gateway = before(*engines)
+    all_healthy(gateway)
+    history: list[dict[str, str]] = [{"role": "user", "content": session}]
+
+    def ask(text: str) -> str:
+        asked = [*history, {"role": "user", "content": text}] if text else history
+        answer = gateway.http.post(CHAT, json={"model": MODEL, "messages": asked})
+        return str(answer.headers["x-session-id"])
+
+    first = ask("")
+    drawn_to = next(engine for engine in engines if engine.seen(CHAT))
+    gateway.turns(first)
+    drawn_to.stop()
+    history.append({"role": "assistant", "content": "Hello there!"})
+    assert ask("one way") == first
+    home = server_of(gateway, first, 2)
+    eventually(lambda: shown(gateway)[drawn_to.url]["state"] == "ejected", "the dead one is ejected")
+    drawn_to.start()
+    all_healthy(gateway)
+    fork = ask("another way")
+    assert fork != first
+    assert server_of(gateway, fork) == home != drawn_to.url
+
+
 # --- an engine dies
 
 

@@ -93,7 +93,7 @@ async def place(parts: Parts, before: StoredResponse, named: Given | None, seed:
         return Place(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
     if given is named or (session.transcript == before.transcript and not in_turn):
         return Place(session, given.source, seed)
-    fork = Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id)
+    fork = Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id, engine=session.engine)
     return Place(fork, "fork", seed, is_new=True)
 
 
