@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.edge import auth, fields
 from gateway.edge.health import Health
-from gateway.edge.http import ClientGone, not_found, parse_object, read_body
+from gateway.edge.http import ClientGone, not_found, parse_object, read_body, stream_body
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
@@ -60,6 +60,13 @@ class Call:
         )
         return fields.read(parse_object(raw) if raw else {}, table, required)
 
+    def stream(self) -> AsyncIterator[bytes]:
+        """The body of a request that is too large to be read whole."""
+        limits, request = self.parts.settings, self._request
+        return stream_body(
+            request.scope, request.receive, limit=limits.max_import_bytes, timeout_s=limits.client_timeout_s
+        )
+
     @property
     def window_name(self) -> str:
         """The window in the path."""
@@ -87,7 +94,8 @@ class Endpoint:
             if request.headers.get("accept") == _NDJSON:
                 answer: ASGIApp = _Progressing(self._verb, call)
             else:
-                answer = json_answer(*await self._verb(call))
+                status, value = await self._verb(call)
+                answer = value if callable(value) else json_answer(status, value)  # a stream answers for itself
         except (ClientGone, ClientDisconnect):
             return
         except GatewayError as error:
@@ -124,6 +132,8 @@ class _Progressing:
     async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
         try:
             status, result = await self._verb(self._call)
+            if callable(result):
+                raise GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {_NDJSON}")
             lines.put_nowait(orjson.dumps({"status": status, "result": result}) + b"\n")
         except ClientGone:
             pass

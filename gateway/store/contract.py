@@ -132,6 +132,15 @@ class Store(Protocol):
         """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
         ...
 
+    async def import_window(
+        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+    ) -> bool:
+        """Commit a window with a transcript and a frame that the store does not know yet; False if the name is taken.
+
+        The window's own `transcript` and `frame` do not count.
+        """
+        ...
+
     async def manifest(self, manifest_id: str) -> Manifest:
         """Return a manifest. Raises `window_not_found` when its window has just been deleted."""
         ...

@@ -2,7 +2,7 @@
 
 import sqlite3
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, PinnedObject, Session, SessionState, Turn, Usage, Window
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
 from gateway.store import response_rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 
@@ -293,6 +293,17 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
     db.execute(f"INSERT INTO windows ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
     db.executemany("INSERT INTO window_tags VALUES (?, ?, ?)", [(new.tenant, tag, new.name) for tag in new.tags])
     return True
+
+
+def import_window(
+    db: sqlite3.Connection, new: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+) -> bool:
+    if window(db, new.tenant, new.name):
+        return False
+    transcript = transcript_rows.add(db, messages)
+    return add_window(
+        db, replace(new, transcript=transcript or b"", frame=transcript_rows.add_content(db, frame)), manifest
+    )
 
 
 def _add_manifest(db: sqlite3.Connection, new: Manifest) -> None:

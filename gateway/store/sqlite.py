@@ -146,6 +146,12 @@ class SqliteStore:
         """See `Store.add_window`."""
         return await self._write(lambda db: rows.add_window(db, window, manifest))
 
+    async def import_window(
+        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+    ) -> bool:
+        """See `Store.import_window`."""
+        return await self._write(lambda db: rows.import_window(db, window, manifest, messages, frame))
+
     async def manifest(self, manifest_id: str) -> Manifest:
         """See `Store.manifest`."""
         return await self._read(lambda db: rows.manifest(db, manifest_id))

@@ -74,6 +74,18 @@ class RedisTier:
             out += [_judge(pin, objects[start + i]) for i, pin in enumerate(pins)]
         return out
 
+    async def read(self, item: PinnedObject) -> bytes | None:
+        """See `Tier.read`."""
+        value: Any = await self._call(partial(self._redis.get, self._pin_name(item.key)))
+        seen = await asyncio.to_thread(lambda: None if value is None else (len(value), blake3(value).digest()))
+        return value if _judge(seen, item).usable else None
+
+    async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
+        """See `Tier.put`."""
+        await self._call(partial(self._redis.set, self._pin_name(str(key)), value))
+        digest = await asyncio.to_thread(lambda: blake3(value).digest())
+        return PinnedObject(str(key), self.name, len(value), digest)
+
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
         """See `Tier.unpin`."""
         return await self._free([self._pin_name(str(key)) for key in keys])
