@@ -132,9 +132,7 @@ class _Progressing:
     async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
         try:
             status, result = await self._verb(self._call)
-            if callable(result):
-                raise GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {_NDJSON}")
-            lines.put_nowait(orjson.dumps({"status": status, "result": result}) + b"\n")
+            lines.put_nowait(_result_line(status, result))
         except ClientGone:
             pass
         except GatewayError as error:
@@ -176,6 +174,12 @@ HANDLERS = {404: _no_route, 405: _no_method}
 def error_answer(error: GatewayError) -> Response:
     """An error in the admin API's shape."""
     return json_answer(error.status, _shape(error))
+
+
+def _result_line(status: int, result: Any) -> bytes:
+    if callable(result):
+        return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {_NDJSON}"))
+    return orjson.dumps({"status": status, "result": result}) + b"\n"
 
 
 def _error_line(error: GatewayError) -> bytes:

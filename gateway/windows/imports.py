@@ -72,15 +72,15 @@ async def import_window(
         await _refuse_taken(parts, tenant, name)
     reader = Reader(source)
     contents = await reader.manifest()
-    record = replace(contents.record, name=name or contents.record.name)
+    record = contents.record
     _refuse_too_large(parts, contents)
-    await _refuse_taken(parts, tenant, record.name)
+    await _refuse_taken(parts, tenant, name or record.name)
     here, warnings = await (_as_text(parts, record) if as_text else _as_it_is(parts, record))
     with _spool(parts) as spool:
         text = await _read_text(reader, contents)
         await _read_objects(reader, contents, spool if here.keeps_kv else None, progress)
         await reader.finish()
-        window = _window(parts, tenant, record, here)
+        window = _window(parts, tenant, name or record.name, record, here)
         if here.model is not None:
             engine = parts.engines.near(window.lineage)
             ids = tuple(await next_turn_ids(engine, here.model.id, text.frame, text.messages))
@@ -208,11 +208,11 @@ async def _read_objects(reader: Reader, contents: Contents, spool: IO[bytes] | N
         progress("read", index + 1, count)
 
 
-def _window(parts: Parts, tenant: str, record: Record, here: _Here) -> Window:
+def _window(parts: Parts, tenant: str, name: str, record: Record, here: _Here) -> Window:
     lineage = f"import:{uuid4().hex}"
     return Window(
         tenant=tenant,
-        name=record.name,
+        name=name,
         session_id=record.session_id,
         lineage=lineage,
         salt=parts.salts.of(tenant, lineage, here.fingerprint),
