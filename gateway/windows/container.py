@@ -275,41 +275,6 @@ def _tags(value: object) -> bool:
     return all(isinstance(tag, str) and TAG.fullmatch(tag) for tag in value)
 
 
-_FITS.items() if not fits(value[name])), None)
-    if wrong is not None:
-        raise corrupted(f"{wrong} in {MANIFEST} is {value[wrong]!r:.80}, which it cannot be")
-    record = Record(**value)
-    if record.chunk_count * record.chunk_size > record.token_count or (record.chunk_count and not record.chunk_size):
-        raise corrupted(f"{record.chunk_count} chunks are more than the window's {record.token_count} tokens")
-    return record
-
-
-def _members(value: object, largest: int) -> tuple[Member, ...]:
-    if not isinstance(value, list):
-        raise corrupted(f"{MANIFEST} has no list of members")
-    for one in value:
-        if not isinstance(one, dict) or set(one) != {"size", "blake3"} or not _whole(one["size"], 2**62):
-            raise corrupted(f"{MANIFEST} names a member {one!r:.80}, which it cannot have")
-        if not isinstance(one["blake3"], str) or not _HEX.fullmatch(one["blake3"]):
-            raise corrupted(f"{MANIFEST} names a member without a checksum")
-        if one["size"] > largest:
-            raise _too_large("a member", one["size"])
-    return tuple(Member(**one) for one in value)
-
-
-def _whole(value: object, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _line(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 1000 and "\0" not in value
-
-
-def _tags(value: object) -> bool:
-    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) <= MAX_TAGS
-    return good and all(isinstance(tag, str) and TAG.fullmatch(tag) for tag in value)  # type: ignore[union-attr]
-
-
 _FITS: Mapping[str, Any] = {
     **dict.fromkeys(("session_id", "lineage", "model", "model_root", "fingerprint"), _line),
     "name": lambda v: isinstance(v, str) and WINDOW_NAME.fullmatch(v),
