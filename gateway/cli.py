@@ -163,6 +163,52 @@ def clone(source: str, target: str, description: str | None, tags: tuple[str, ..
 
 @_verb
 @click.argument("name")
+@click.option("--description", help="what the window is; empty clears it")
+@click.option("--tag", "tags", multiple=True, help="the tags it has from now on; may be given more than once")
+@click.option("--no-tags", is_flag=True, help="take all tags away")
+@click.option("--ttl", "ttl_seconds", type=float, help="seconds from now until the window expires")
+@click.option("--no-ttl", is_flag=True, help="keep it for good")
+def describe(
+    name: str,
+    description: str | None,
+    tags: tuple[str, ...],
+    no_tags: bool,
+    ttl_seconds: float | None,
+    no_ttl: bool,
+    as_json: bool,
+) -> None:
+    """Change what is said of the window NAME: description, tags, time to live."""
+    if (tags and no_tags) or (ttl_seconds is not None and no_ttl):
+        raise click.UsageError("--tag and --no-tags, --ttl and --no-ttl exclude each other")
+    given = {"description": description, "tags": list(tags) or None, "ttl_seconds": ttl_seconds}
+    cleared = {"tags": no_tags, "ttl_seconds": no_ttl}
+    body = {field: value for field, value in given.items() if value is not None or cleared.get(field)}
+    answer = _call("PATCH", f"/admin/windows/{_part(name)}", body=body, nulls=True)
+    _show(answer, as_json, {k: answer[k] for k in ("name", "description", "tags", "expires_at")})
+
+
+@_verb
+@click.argument("name")
+def verify(name: str, as_json: bool) -> None:
+    """Check every KV object of the window NAME, byte for byte; exit code 1 where one is missing or damaged."""
+    answer = _watched(f"/admin/windows/{_part(name)}/verify", {})
+    tiers = {
+        tier: f"{t['intact']} of {t['objects']} intact, {t['damaged']} damaged, {t['missing']} missing"
+        if t["checked"]
+        else "could not be checked"
+        for tier, t in answer["tiers"].items()
+    }
+    chunks = {k: answer[k] for k in ("chunks_expected", "chunks_pinned", "chunks_usable")}
+    _show(answer, as_json, {"window": answer["window_name"], "ok": answer["ok"], "kv": answer["kv"], **chunks, **tiers})
+    if not as_json:
+        for one in answer["damaged"]:
+            click.echo(f"chunk {one['chunk']} {one['hash']}: {one['state']} in {one['tier'] or 'every tier'}", err=True)
+    if not answer["ok"]:
+        raise SystemExit(1)
+
+
+@_verb
+@click.argument("name")
 def delete(name: str, as_json: bool) -> None:
     """Delete the window NAME, and every KV object that nobody else holds."""
     answer = _call("DELETE", f"/admin/windows/{_part(name)}")

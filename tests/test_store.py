@@ -520,6 +520,18 @@ async def test_an_object_that_was_made_anew_has_its_new_checksum_for_every_windo
 # --- lineage
 
 
+async def test_what_is_said_of_a_window_changes_and_its_tags_are_found_by_their_new_names(store: Store) -> None:
+    before = await add(store, "w", tags=("a", "b"), description="d", expires_at=5.0)
+    after = await store.describe_window(TENANT, "w", {"tags": ("b", "c")})
+    assert after == replace(before, tags=("b", "c")) == await store.window(TENANT, "w")
+    for tag, names in (("a", []), ("b", ["w"]), ("c", ["w"])):
+        assert [w.name for w in (await store.list_windows(TENANT, WindowQuery(tags=(tag,))))[0]] == names
+    cleared = await store.describe_window(TENANT, "w", {"tags": (), "description": "", "expires_at": None})
+    assert cleared == replace(before, tags=(), description="", expires_at=None)
+    assert await store.describe_window("another", "w", {"description": "x"}) is None
+    assert await store.window(TENANT, "w") == cleared
+
+
 async def test_lineage_goes_up_to_the_root_and_down_to_the_clones(store: Store) -> None:
     await add(store, "root")
     for name, parent in (("a", "root"), ("b", "root"), ("aa", "a"), ("aaa", "aa")):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Trace, Turn, Window
@@ -130,6 +130,10 @@ class Store(Protocol):
 
     async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
         """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
+        ...
+
+    async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
+        """Change `description`, `tags` or `expires_at`; return the window as it is now, or None."""
         ...
 
     async def manifest(self, manifest_id: str) -> Manifest:

@@ -142,7 +142,7 @@ async def _restore(parts: Parts, window: Window, manifest: Manifest, receipt: Re
     progress("restore", 0, window.chunk_count)
     by_tier, warnings = await parts.pins.restore(manifest.objects)
     receipt.warnings += warnings
-    keys = _keys(window, manifest)
+    keys = object_names(window, manifest)
     chunks = [keys[i : i + window.world_size] for i in range(0, len(keys), window.world_size)]
     for index, chunk in enumerate(chunks):
         states = [[have[key] for have in by_tier.values() if key in have] for key in chunk]
@@ -206,7 +206,8 @@ async def _through_engine(
     progress("prefill", window.token_count, window.token_count)
 
 
-def _keys(window: Window, manifest: Manifest) -> list[ObjectKey]:
+def object_names(window: Window, manifest: Manifest) -> list[ObjectKey]:
+    """The KV objects that the window pinned, named anew from its token ids, in chunk order."""
     ids = manifest.token_ids[: window.chunk_count * window.chunk_size]
     if not ids:
         return []
