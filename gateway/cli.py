@@ -189,6 +189,36 @@ def describe(
 
 @_verb
 @click.argument("name")
+@click.argument("question")
+@click.option("--max-tokens", type=int, help="length of the answer, at most")
+def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None:
+    """Ask the window NAME a QUESTION; the window does not change, and nothing is kept of it."""
+    answer = _watched(f"/admin/windows/{_part(name)}/ask", {"question": question, "max_tokens": max_tokens})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    click.echo(answer["answer"])
+    receipt = answer["receipt"]
+    cached = "?" if receipt["cached_tokens"] is None else receipt["cached_tokens"]
+    click.echo(
+        f"{receipt['prompt_tokens']} tokens, {cached} from the cache; {receipt['completion_tokens']} of answer "
+        f"({answer['finish_reason']}); {receipt['duration_ms']:.0f} ms",
+        err=True,
+    )
+    for warning in answer["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@_verb
+@click.argument("name")
+def prefetch(name: str, as_json: bool) -> None:
+    """Load the KV of the window NAME into the cache's memory, before anybody asks for it."""
+    answer = _watched(f"/admin/windows/{_part(name)}/prefetch", {})
+    _show(answer, as_json, {"window": answer["window_name"], **_flat(answer["receipt"])})
+
+
+@_verb
+@click.argument("name")
 def verify(name: str, as_json: bool) -> None:
     """Check every KV object of the window NAME, byte for byte; exit code 1 where one is missing or damaged."""
     answer = _watched(f"/admin/windows/{_part(name)}/verify", {})

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.engine import FakeEngine, usage_of, whole_reply
 from tests.running import Gateway
 from tests.test_admin import error_of, freeze
 from tests.test_cli import assert_failed, cwg
@@ -93,3 +94,123 @@ def test_a_verification_takes_no_parameters_and_needs_a_window(gateway: Gateway,
     assert_refused(answer, "unknown_parameter", "deep")
     assert error_of(gateway.http.post("/admin/windows/nobody/verify")) == (404, "window_not_found")
     assert_failed(cwg("verify", "nobody", url=gateway.url), "nobody")
+
+
+# --- ask
+
+
+def test_a_question_is_answered_under_the_windows_salt_and_leaves_nothing_behind(
+    engine: FakeEngine, gateway: Gateway, window: str
+) -> None:
+    before = gateway.http.get(f"/admin/windows/{window}").json()
+    sessions = gateway.http.get("/admin/sessions").json()["total"]
+    answer = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "What was said?", "max_tokens": 7})
+    assert answer.status_code == 200, answer.text
+    said = answer.json()
+    turn, asked = (request.json for request in engine.seen("/v1/chat/completions"))
+    assert asked["cache_salt"] == turn["cache_salt"]
+    assert [m["content"] for m in asked["messages"]] == ["hi", "Hello there!", "What was said?"]
+    assert (asked["max_tokens"], asked["temperature"]) == (7, 0)
+    assert asked["kv_transfer_params"] == {"lmcache.max_offload_tokens": 0}
+    receipt = said["receipt"]
+    assert (said["answer"], said["finish_reason"], said["window_name"]) == ("Hello there!", "stop", window)
+    assert receipt["prompt_tokens"] > receipt["cached_tokens"] >= 16
+    assert receipt["computed_tokens"] == receipt["prompt_tokens"] - receipt["cached_tokens"]
+    assert "no KV" in said["warnings"][0]
+    assert gateway.http.get(f"/admin/windows/{window}").json() == before
+    assert gateway.http.get("/admin/sessions").json()["total"] == sessions
+
+
+def test_tools_stay_in_the_prompt_and_are_not_called(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    gateway.chat(session, tools=tools)
+    gateway.freeze(session, f"w-{session}")
+    assert gateway.http.post(f"/admin/windows/w-{session}/ask", json={"question": "q"}).status_code == 200
+    asked = engine.seen("/v1/chat/completions")[-1].json
+    assert (asked["tools"], asked["tool_choice"]) == (tools, "none")
+
+
+def test_an_open_tool_call_cannot_be_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    reply = whole_reply("", usage_of(10, 1))
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    reply["choices"][0]["message"]["tool_calls"] = [call]
+    engine.on_chat = lambda exchange: exchange.json(reply)
+    gateway.chat(session)
+    gateway.freeze(session, f"w-{session}")
+    assert_refused(
+        gateway.http.post(f"/admin/windows/w-{session}/ask", json={"question": "q"}), "invalid_request", "tool call"
+    )
+    assert len(engine.seen("/v1/chat/completions")) == 1
+
+
+def test_a_text_cannot_be_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    headers = {"x-session-id": session}
+    gateway.http.post("/v1/completions", json={"model": "demo", "prompt": "Once upon a time"}, headers=headers)
+    assert gateway.freeze(session, f"w-{session}").status_code == 201
+    answer = gateway.http.post(f"/admin/windows/w-{session}/ask", json={"question": "q"})
+    assert_refused(answer, "invalid_request", "/v1/completions")
+    assert engine.seen("/v1/chat/completions") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "question is missing"),
+        ({"question": None}, "question is missing"),
+        ({"question": ""}, "question"),
+        ({"question": " \n"}, "question"),
+        ({"question": ["q"]}, "question"),
+        ({"question": "q" * 10_001}, "question"),
+        ({"question": "q\0"}, "question"),
+        ({"question": "q", "max_tokens": 0}, "max_tokens"),
+        ({"question": "q", "max_tokens": 4097}, "max_tokens"),
+        ({"question": "q", "max_tokens": "7"}, "max_tokens"),
+        ({"question": "q", "max_tokens": 1.5}, "max_tokens"),
+        ({"question": "q", "max_tokens": True}, "max_tokens"),
+        ({"question": "q", "max_tokens": 4090}, "max_tokens"),  # the window and so many are more than the model takes
+    ],
+)
+def test_a_question_that_is_wrong_names_the_field_and_asks_nobody(
+    engine: FakeEngine, gateway: Gateway, window: str, body: dict[str, Any], says: str
+) -> None:
+    answer = gateway.http.post(f"/admin/windows/{window}/ask", json=body)
+    assert_refused(answer, "invalid_request", says)
+    assert len(engine.seen("/v1/chat/completions")) == 1
+
+
+def test_asking_nobody_or_with_more_than_is_known_is_refused(gateway: Gateway, window: str) -> None:
+    wrong = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "q", "maxtokens": 1})
+    assert_refused(wrong, "unknown_parameter", "max_tokens")
+    assert error_of(gateway.http.post("/admin/windows/nobody/ask", json={"question": "q"})) == (404, "window_not_found")
+
+
+def test_what_the_engine_says_of_a_question_is_told(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
+    answer = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "q"})
+    assert_refused(answer, "invalid_request", "too long for me")
+    engine.on_chat = lambda exchange: exchange.cut()
+    answer = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "q"})
+    assert error_of(answer) == (502, "engine_unreachable")
+
+
+def test_the_cli_asks(gateway: Gateway, window: str) -> None:
+    done = cwg("ask", window, "What was said?", url=gateway.url)
+    assert (done.returncode, done.stdout) == (0, "Hello there!\n")
+    assert "from the cache" in done.stderr
+    answer = json.loads(cwg("ask", window, "What?", "--max-tokens", "5", "--json", url=gateway.url).stdout)
+    assert answer["receipt"]["completion_tokens"] == 3
+    assert_failed(cwg("ask", "nobody", "What?", url=gateway.url), "nobody")
+    assert cwg("ask", window, url=gateway.url).returncode == 2
+
+
+# --- prefetch
+
+
+def test_a_prefetch_without_a_cache_is_refused_with_the_remedy(gateway: Gateway, window: str) -> None:
+    answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={})
+    assert error_of(answer) == (503, "cache_unavailable")
+    assert "cache_url" in answer.text
+    assert_failed(cwg("prefetch", window, url=gateway.url), "cache_url")
+    answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={"tier": "l1"})
+    assert_refused(answer, "unknown_parameter", "tier")
+    assert error_of(gateway.http.post("/admin/windows/nobody/prefetch")) == (404, "window_not_found")

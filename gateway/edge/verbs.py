@@ -5,7 +5,7 @@ from typing import Any
 
 from gateway.edge import fields, show
 from gateway.edge.endpoint import Call, Verb
-from gateway.windows import describe, verify
+from gateway.windows import ask, describe, prefetch, verify
 
 
 async def describe_window(call: Call) -> tuple[int, Any]:
@@ -27,7 +27,63 @@ async def verify_window(call: Call) -> tuple[int, Any]:
     return 200, asdict(await verify.verify(call.parts, call.tenant, call.window_name, call.progress))
 
 
+async def ask_window(call: Call) -> tuple[int, Any]:
+    """POST /admin/windows/{name}/ask."""
+    body = await call.body(
+        {"question": _question, "max_tokens": fields.count(1, ask.MAX_TOKENS)}, required=("question",)
+    )
+    said = await ask.ask(
+        call.parts, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
+    )
+    return 200, {
+        "window_name": said.window.name,
+        "model": said.window.model,
+        "answer": said.text,
+        "reasoning": said.reasoning,
+        "finish_reason": said.finish_reason,
+        "receipt": {
+            "prompt_tokens": said.usage.prompt,
+            "cached_tokens": said.usage.cached,
+            "computed_tokens": said.computed_tokens,
+            "completion_tokens": said.usage.completion,
+            "chunks_expected": said.restored.chunks_expected,
+            "chunks_found": said.restored.chunks_found,
+            "partial": said.restored.partial,
+            "duration_ms": said.duration_ms,
+        },
+        "warnings": said.restored.warnings,
+    }
+
+
+async def prefetch_window(call: Call) -> tuple[int, Any]:
+    """POST /admin/windows/{name}/prefetch."""
+    await call.body({})
+    receipt = await prefetch.prefetch(call.parts, call.tenant, call.window_name, call.progress)
+    shown = {name: getattr(receipt, name) for name in _PREFETCHED}
+    return 200, {"window_name": call.window_name, "receipt": shown, "warnings": receipt.warnings}
+
+
+def _question(name: str, value: object) -> str:
+    question = fields.text(name, value, longest=ask.MAX_QUESTION)
+    if not question.strip():
+        raise fields.invalid(name, "a question, not blank", value)
+    return question
+
+
+# A prefetch makes no session and asks no engine: of a thaw's receipt, what it saw.
+_PREFETCHED = (
+    "chunks_expected",
+    "chunks_found",
+    "chunks_relinked",
+    "chunks_corrupt",
+    "chunks_prefetched",
+    "partial",
+    "duration_ms",
+)
+
 SERVED: list[tuple[str, str, Verb]] = [
     ("PATCH", "/admin/windows/{name}", describe_window),
     ("POST", "/admin/windows/{name}/verify", verify_window),
+    ("POST", "/admin/windows/{name}/ask", ask_window),
+    ("POST", "/admin/windows/{name}/prefetch", prefetch_window),
 ]

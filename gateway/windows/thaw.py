@@ -19,6 +19,7 @@ from gateway import identity
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
@@ -71,7 +72,7 @@ async def thaw(
         raise _taken(session_id)
     manifest = await parts.store.manifest(window.manifest)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await _restore(parts, window, manifest, receipt, progress)
+    await restore(parts, window, manifest, receipt, progress)
     now = time.time()
     session = Session(
         tenant=tenant,
@@ -138,7 +139,8 @@ def whole_chunks(window: Window) -> int:
     return window.token_count // window.chunk_size if window.chunk_size else 0
 
 
-async def _restore(parts: Parts, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress) -> None:
+async def restore(parts: Parts, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress) -> None:
+    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises."""
     progress("restore", 0, window.chunk_count)
     by_tier, warnings = await parts.pins.restore(manifest.objects)
     receipt.warnings += warnings
@@ -179,16 +181,23 @@ async def _warm(
     parts: Parts, window: Window, model: Model, manifest: Manifest, warm: Warm, receipt: Receipt, progress: Progress
 ) -> None:
     if parts.cache is not None:
-        ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
         try:
-            objects, _ = await parts.cache.prefetch(
-                model.root, window.world_size, ids, window.salt, parts.settings.thaw_timeout_s, progress
-            )
-            receipt.chunks_prefetched = objects // window.world_size
+            await load(parts, parts.cache, window, manifest, receipt, progress)
         except GatewayError as error:
             receipt.warnings.append(error.message)
     if warm == "gpu":
         await _through_engine(parts, window, model, manifest, receipt, progress)
+
+
+async def load(
+    parts: Parts, cache: LMCache, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress
+) -> None:
+    """Load what was found from the tiers into LMCache's memory. Raises `cache_unavailable`."""
+    ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
+    objects, _ = await cache.prefetch(
+        window.model_root, window.world_size, ids, window.salt, parts.settings.thaw_timeout_s, progress
+    )
+    receipt.chunks_prefetched = objects // window.world_size
 
 
 async def _through_engine(
