@@ -211,6 +211,22 @@ def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None
 
 @_verb
 @click.argument("name")
+@click.argument("count", type=int)
+@click.option("--prefix", help="what the new sessions are named after: PREFIX-1, PREFIX-2 and so on")
+def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
+    """Thaw the window NAME into COUNT sessions at once; they share its KV, no byte is copied."""
+    answer = _watched(f"/admin/windows/{_part(name)}/fanout", {"count": count, "prefix": prefix})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for session in answer["sessions"]:
+        click.echo(session)
+    for warning in answer["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@_verb
+@click.argument("name")
 def prefetch(name: str, as_json: bool) -> None:
     """Load the KV of the window NAME into the cache's memory, before anybody asks for it."""
     answer = _watched(f"/admin/windows/{_part(name)}/prefetch", {})

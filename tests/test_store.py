@@ -290,6 +290,14 @@ async def test_two_sessions_of_one_id_at_once_are_one(store: Store) -> None:
     assert await store.add_session(Session("other", "s", "x"))
 
 
+async def test_sessions_that_are_added_at_once_are_added_all_or_none(store: Store) -> None:
+    first = [Session(TENANT, f"s{n}", "lineage") for n in range(3)]
+    assert await store.add_sessions(first) is None
+    assert await store.add_sessions([Session(TENANT, "new", "l"), Session(TENANT, "s1", "l")]) == "s1"
+    assert await store.session(TENANT, "new") is None
+    assert (await store.list_sessions(TENANT, state=None, model=None, limit=10, offset=0))[1] == 3
+
+
 async def test_a_session_that_went_on_while_it_was_frozen_stays_active(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     await store.record([finished("s", says("1", "a", "2", "b"))])

@@ -214,3 +214,64 @@ def test_a_prefetch_without_a_cache_is_refused_with_the_remedy(gateway: Gateway,
     answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={"tier": "l1"})
     assert_refused(answer, "unknown_parameter", "tier")
     assert error_of(gateway.http.post("/admin/windows/nobody/prefetch")) == (404, "window_not_found")
+
+
+# --- fanout
+
+
+def test_a_fanout_makes_sessions_of_their_own_that_share_the_windows_salt(
+    engine: FakeEngine, gateway: Gateway, window: str, session: str
+) -> None:
+    answer = gateway.http.post(f"/admin/windows/{window}/fanout", json={"count": 3, "prefix": f"b-{session}"})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["sessions"] == [f"b-{session}-{n}" for n in (1, 2, 3)]
+    for number in (1, 2, 3):
+        assert gateway.chat(f"b-{session}-{number}", f"go {number}").status_code == 200
+    first, *branches = (request.json for request in engine.seen("/v1/chat/completions"))
+    assert {b["cache_salt"] for b in branches} == {first["cache_salt"]}
+    for number, branch in enumerate(branches, 1):
+        assert [m["content"] for m in branch["messages"]] == ["hi", "Hello there!", f"go {number}"]
+        kept = gateway.http.get(f"/admin/sessions/b-{session}-{number}").json()
+        assert (kept["window"], kept["turn_count"]) == (window, 1)
+
+
+def test_a_fanout_without_a_prefix_names_them_after_the_window(gateway: Gateway, window: str) -> None:
+    one, two = (gateway.http.post(f"/admin/windows/{window}/fanout", json={"count": 2}).json() for _ in range(2))
+    assert len({*one["sessions"], *two["sessions"]}) == 4
+    assert all(name.startswith(window) for name in one["sessions"])
+
+
+def test_a_fanout_that_meets_a_session_makes_none(gateway: Gateway, window: str, session: str) -> None:
+    gateway.chat(f"b-{session}-2")
+    gateway.turns(f"b-{session}-2")
+    answer = gateway.http.post(f"/admin/windows/{window}/fanout", json={"count": 3, "prefix": f"b-{session}"})
+    assert error_of(answer) == (409, "session_already_exists")
+    assert f"b-{session}-2" in answer.text
+    for number in (1, 3):
+        assert gateway.http.get(f"/admin/sessions/b-{session}-{number}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        ({}, "invalid_request", "count is missing"),
+        ({"count": 0}, "invalid_request", "count"),
+        ({"count": 101}, "invalid_request", "count"),
+        ({"count": "3"}, "invalid_request", "count"),
+        ({"count": True}, "invalid_request", "count"),
+        ({"count": 2, "prefix": "a b"}, "invalid_session_id", "prefix"),
+        ({"count": 2, "prefix": "p" * 128}, "invalid_session_id", "prefix"),
+        ({"count": 2, "prefx": "p"}, "unknown_parameter", "prefix"),
+    ],
+)
+def test_a_fanout_that_is_wrong_names_the_field(
+    gateway: Gateway, window: str, body: dict[str, Any], code: str, says: str
+) -> None:
+    assert_refused(gateway.http.post(f"/admin/windows/{window}/fanout", json=body), code, says)
+
+
+def test_the_cli_fans_out(gateway: Gateway, window: str, session: str) -> None:
+    done = cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url)
+    assert (done.returncode, done.stdout) == (0, f"c-{session}-1\nc-{session}-2\n")
+    assert_failed(cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url), "already")
+    assert_failed(cwg("fanout", "nobody", "2", url=gateway.url), "nobody")

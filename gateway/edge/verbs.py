@@ -5,7 +5,8 @@ from typing import Any
 
 from gateway.edge import fields, show
 from gateway.edge.endpoint import Call, Verb
-from gateway.windows import ask, describe, prefetch, verify
+from gateway.records import check_session_id
+from gateway.windows import ask, describe, fanout, prefetch, thaw, verify
 
 
 async def describe_window(call: Call) -> tuple[int, Any]:
@@ -59,8 +60,30 @@ async def prefetch_window(call: Call) -> tuple[int, Any]:
     """POST /admin/windows/{name}/prefetch."""
     await call.body({})
     receipt = await prefetch.prefetch(call.parts, call.tenant, call.window_name, call.progress)
-    shown = {name: getattr(receipt, name) for name in _PREFETCHED}
-    return 200, {"window_name": call.window_name, "receipt": shown, "warnings": receipt.warnings}
+    return 200, {"window_name": call.window_name, "receipt": _seen(receipt), "warnings": receipt.warnings}
+
+
+async def fan_out_window(call: Call) -> tuple[int, Any]:
+    """POST /admin/windows/{name}/fanout."""
+    body = await call.body(
+        {"count": fields.count(1, fanout.MOST), "prefix": lambda name, value: check_session_id(value, name)},
+        required=("count",),
+    )
+    sessions, window, receipt = await fanout.fanout(
+        call.parts, call.tenant, call.window_name, body["count"], body.get("prefix"), call.progress
+    )
+    return 201, {
+        "window_name": window.name,
+        "model": window.model,
+        "token_count": window.token_count,
+        "sessions": [session.id for session in sessions],
+        "receipt": _seen(receipt),
+        "warnings": receipt.warnings,
+    }
+
+
+def _seen(receipt: thaw.Receipt) -> dict[str, Any]:
+    return {name: getattr(receipt, name) for name in _SEEN}
 
 
 def _question(name: str, value: object) -> str:
@@ -70,8 +93,8 @@ def _question(name: str, value: object) -> str:
     return question
 
 
-# A prefetch makes no session and asks no engine: of a thaw's receipt, what it saw.
-_PREFETCHED = (
+# Where no engine is asked: of a thaw's receipt, what was seen in the tiers.
+_SEEN = (
     "chunks_expected",
     "chunks_found",
     "chunks_relinked",
@@ -86,4 +109,5 @@ SERVED: list[tuple[str, str, Verb]] = [
     ("POST", "/admin/windows/{name}/verify", verify_window),
     ("POST", "/admin/windows/{name}/ask", ask_window),
     ("POST", "/admin/windows/{name}/prefetch", prefetch_window),
+    ("POST", "/admin/windows/{name}/fanout", fan_out_window),
 ]

@@ -80,6 +80,10 @@ class Store(Protocol):
         """Add a session; False if its id is taken."""
         ...
 
+    async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
+        """Add all of these sessions of one tenant, or none where an id is taken: then return that id."""
+        ...
+
     async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
         """Mark the session frozen, unless it has gone on since `turn_count`."""
         ...

@@ -54,6 +54,14 @@ def add_session(db: sqlite3.Connection, new: Session) -> bool:
     return cursor.rowcount == 1
 
 
+def add_sessions(db: sqlite3.Connection, new: Sequence[Session]) -> str | None:
+    taken = next((one.id for one in new if session(db, one.tenant, one.id)), None)
+    if taken is None:
+        for one in new:
+            add_session(db, one)
+    return taken
+
+
 def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count: int, at: float) -> None:
     db.execute(
         "UPDATE sessions SET state = 'frozen', frozen_at = ? WHERE tenant = ? AND id = ? AND turn_count = ?",

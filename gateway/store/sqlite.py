@@ -87,6 +87,10 @@ class SqliteStore:
         """See `Store.add_session`."""
         return await self._write(lambda db: rows.add_session(db, session))
 
+    async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
+        """See `Store.add_sessions`."""
+        return await self._write(lambda db: rows.add_sessions(db, sessions))
+
     async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
         """See `Store.set_frozen`."""
         await self._write(lambda db: rows.set_frozen(db, tenant, session_id, turn_count, at))
