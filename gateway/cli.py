@@ -154,11 +154,15 @@ def thaw(name: str, new_session_id: str | None, warm: str, as_json: bool) -> Non
 @click.argument("target")
 @click.option("--description", help="what the clone is for")
 @click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
-def clone(source: str, target: str, description: str | None, tags: tuple[str, ...], as_json: bool) -> None:
+@click.option("--isolate", is_flag=True, help="under a salt of its own: neither finds the other's KV")
+def clone(
+    source: str, target: str, description: str | None, tags: tuple[str, ...], isolate: bool, as_json: bool
+) -> None:
     """Give the window SOURCE a second name, TARGET; no KV byte is copied."""
-    body = {"target_window": target, "description": description, "tags": list(tags) or None}
+    body = {"target_window": target, "description": description, "tags": list(tags) or None, "isolate": isolate or None}
     answer = _call("POST", f"/admin/windows/{_part(source)}/clone", body=body)
-    _show(answer, as_json, {k: answer[k] for k in ("source_window", "target_window", "shared_blocks")})
+    shown = ("source_window", "target_window", "shared_blocks", "isolated", "kv")
+    _show(answer, as_json, {k: answer[k] for k in shown})
 
 
 @_verb

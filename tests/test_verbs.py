@@ -1,12 +1,13 @@
 """What one does with a window that is there: each parameter checked, each error named, at the admin API and the CLI."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes.engine import FakeEngine, usage_of, whole_reply
-from tests.running import Gateway
+from tests.running import Gateway, gateway_before
 from tests.test_admin import error_of, freeze
 from tests.test_cli import assert_failed, cwg
 
@@ -275,3 +276,56 @@ def test_the_cli_fans_out(gateway: Gateway, window: str, session: str) -> None:
     assert (done.returncode, done.stdout) == (0, f"c-{session}-1\nc-{session}-2\n")
     assert_failed(cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url), "already")
     assert_failed(cwg("fanout", "nobody", "2", url=gateway.url), "nobody")
+
+
+# --- clone, isolated
+
+
+def test_an_isolated_clone_goes_on_under_another_salt(
+    engine: FakeEngine, gateway: Gateway, window: str, session: str
+) -> None:
+    salts = set()
+    for name in ("one", "two"):
+        body = {"target_window": f"{name}-{session}", "isolate": True, "tags": ["i"]}
+        answer = gateway.http.post(f"/admin/windows/{window}/clone", json=body)
+        assert answer.status_code == 201, answer.text
+        clone = answer.json()
+        assert (clone["isolated"], clone["shared_blocks"], clone["parent_window"]) == (True, 0, window)
+        assert (clone["description"], clone["tags"], clone["expires_at"]) == ("first", ["i"], None)
+        thawed = gateway.http.post(f"/admin/windows/{name}-{session}/thaw", json={}).json()
+        gateway.chat(thawed["session_id"], "go on")
+        asked = engine.seen("/v1/chat/completions")[-1].json
+        assert [m["content"] for m in asked["messages"]] == ["hi", "Hello there!", "go on"]
+        assert asked["cache_salt"] == thawed["cache_salt"]
+        salts.add(asked["cache_salt"])
+    salts.add(engine.seen("/v1/chat/completions")[0].json["cache_salt"])
+    assert len(salts) == 3
+    assert gateway.http.delete(f"/admin/windows/{window}").status_code == 200
+    left = gateway.http.get(f"/admin/windows/one-{session}/messages").json()["messages"]
+    assert [m["content"] for m in left] == ["hi", "Hello there!"]
+
+
+def test_an_isolated_clone_that_is_wrong_is_refused(gateway: Gateway, window: str) -> None:
+    for wrong in ("yes", 1, "true"):
+        body = {"target_window": "x", "isolate": wrong}
+        assert_refused(gateway.http.post(f"/admin/windows/{window}/clone", json=body), "invalid_request", "isolate")
+    taken = gateway.http.post(f"/admin/windows/{window}/clone", json={"target_window": window, "isolate": True})
+    assert error_of(taken) == (409, "window_already_exists")
+    missing = gateway.http.post("/admin/windows/nobody/clone", json={"target_window": "x", "isolate": True})
+    assert error_of(missing) == (404, "window_not_found")
+
+
+def test_the_cli_clones_isolated(gateway: Gateway, window: str) -> None:
+    done = cwg("clone", window, f"i-{window}", "--isolate", "--json", url=gateway.url)
+    assert (done.returncode, json.loads(done.stdout)["isolated"]) == (0, True)
+
+
+def test_an_isolated_clone_is_apart_even_where_a_tenant_shares_one_salt(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path, isolation="tenant") as gateway:
+        freeze(gateway, "s", "w")
+        gateway.http.post("/admin/windows/w/clone", json={"target_window": "i", "isolate": True})
+        for name, session in (("w", "shared"), ("i", "apart")):
+            gateway.http.post(f"/admin/windows/{name}/thaw", json={"new_session_id": session})
+            assert gateway.chat(session, "go on").status_code == 200
+        first, shared, apart = (request.json["cache_salt"] for request in engine.seen("/v1/chat/completions"))
+        assert first == shared != apart
