@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from gateway import __version__
+from gateway import __version__, drawing
 from gateway.client import Admin, AdminError
 from gateway.errors import StartError
 from gateway.settings import Settings, SettingsError, load
@@ -298,6 +298,20 @@ def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as
         answer["windows"],
         ("name", "session_id", "model", "token_count", "size_bytes", "kv", "created_at"),
     )
+
+
+@_verb
+@click.option("--limit", type=int, default=1000, show_default=True, help="windows, and sessions, at most")
+def tree(limit: int, as_json: bool) -> None:
+    """Draw which window and which session came from which."""
+    answer = _call("GET", "/admin/tree", query={"limit": limit})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for root in drawing.trees(answer["nodes"]):
+        _OUT.print(root, highlight=False)
+    if answer["truncated"]:
+        click.echo(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
 
 
 @_verb

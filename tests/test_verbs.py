@@ -329,3 +329,65 @@ def test_an_isolated_clone_is_apart_even_where_a_tenant_shares_one_salt(engine: 
             assert gateway.chat(session, "go on").status_code == 200
         first, shared, apart = (request.json["cache_salt"] for request in engine.seen("/v1/chat/completions"))
         assert first == shared != apart
+
+
+# --- tree
+
+
+def test_the_tree_tells_what_came_from_what(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path) as gateway:
+        assert gateway.http.get("/admin/tree").json()["nodes"] == []
+        freeze(gateway, "root", "first")
+        gateway.http.post("/admin/windows/first/thaw", json={"new_session_id": "branch"})
+        gateway.http.post("/admin/windows/first/clone", json={"target_window": "copy"})
+        freeze(gateway, "branch", "second")
+        gateway.http.post("/admin/windows/second/clone", json={"target_window": "apart", "isolate": True})
+        answer = gateway.http.get("/admin/tree").json()
+        came = {n["name"]: (n["parent"] and n["parent"]["name"], n["relation"]) for n in answer["nodes"]}
+        assert came == {
+            "root": (None, None),
+            "first": ("root", "frozen from"),
+            "branch": ("first", "thawed from"),
+            "copy": ("first", "cloned from"),
+            "second": ("branch", "frozen from"),
+            "apart": ("second", "cloned from"),
+        }
+        assert (answer["windows"], answer["sessions"], answer["truncated"]) == (4, 2, False)
+        drawn = cwg("tree", url=gateway.url)
+        assert drawn.returncode == 0
+        names = ("root", "first", "branch", "copy", "second", "apart")
+        lines = drawn.stdout.splitlines()
+        depth = {name: next(line.index(name) for line in lines if f"{name}  " in line) for name in names}
+        assert depth["root"] < depth["first"] < depth["branch"] == depth["copy"] < depth["second"] < depth["apart"]
+        assert json.loads(cwg("tree", "--json", url=gateway.url).stdout) == answer
+        # Where what was between has gone, the nearest that is left stands for it.
+        gateway.http.delete("/admin/sessions/branch")
+        left = {n["name"]: (n["parent"], n["relation"]) for n in gateway.http.get("/admin/tree").json()["nodes"]}
+        assert left["second"] == ({"kind": "window", "name": "first"}, "went on from")
+        gateway.http.delete("/admin/windows/first")
+        left = {n["name"]: (n["parent"], n["relation"]) for n in gateway.http.get("/admin/tree").json()["nodes"]}
+        assert left["copy"] == ({"kind": "session", "name": "root"}, "frozen from")
+        assert left["second"] == (None, None)
+        few = gateway.http.get("/admin/tree?limit=1").json()
+        assert (len(few["nodes"]), few["truncated"]) == (2, True)
+        assert cwg("tree", "--limit", "1", url=gateway.url).returncode == 0
+
+
+def test_a_session_that_takes_the_id_of_its_own_ancestor_makes_no_circle(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path) as gateway:
+        freeze(gateway, "s", "w")
+        gateway.http.delete("/admin/sessions/s")
+        gateway.http.post("/admin/windows/w/thaw", json={"new_session_id": "s"})
+        came = {n["name"]: n["parent"] for n in gateway.http.get("/admin/tree").json()["nodes"]}
+        assert came == {"w": None, "s": {"kind": "window", "name": "w"}}
+        assert cwg("tree", url=gateway.url).stdout.index("w  window") < cwg("tree", url=gateway.url).stdout.index(
+            "s  s"
+        )
+
+
+@pytest.mark.parametrize(("query", "code", "says"), [
+    ("limit=0", "invalid_request", "limit"), ("limit=10001", "invalid_request", "limit"),
+    ("limits=3", "unknown_parameter", "limit"),
+])  # fmt: skip
+def test_a_tree_that_is_wrong_names_the_field(gateway: Gateway, query: str, code: str, says: str) -> None:
+    assert_refused(gateway.http.get(f"/admin/tree?{query}"), code, says)

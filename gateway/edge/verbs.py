@@ -6,7 +6,7 @@ from typing import Any
 from gateway.edge import fields, show
 from gateway.edge.endpoint import Call, Verb
 from gateway.records import check_session_id
-from gateway.windows import ask, describe, fanout, prefetch, thaw, verify
+from gateway.windows import ask, describe, fanout, prefetch, thaw, tree, verify
 
 
 async def describe_window(call: Call) -> tuple[int, Any]:
@@ -82,6 +82,33 @@ async def fan_out_window(call: Call) -> tuple[int, Any]:
     }
 
 
+async def show_tree(call: Call) -> tuple[int, Any]:
+    """GET /admin/tree."""
+    limit = call.query({"limit": fields.whole(1, tree.MOST)}).get("limit", 1000)
+    seen = await tree.tree(call.parts, call.tenant, limit)
+    return 200, {
+        "nodes": [_node(node) for node in seen.nodes],
+        "windows": seen.windows,
+        "sessions": seen.sessions,
+        "truncated": seen.truncated,
+        "limit": limit,
+    }
+
+
+def _node(node: tree.Node) -> dict[str, Any]:
+    kind, name = node.parent or (None, None)
+    return {
+        "kind": node.kind,
+        "name": node.name,
+        "state": node.state,
+        "model": node.model,
+        "token_count": node.token_count,
+        "created_at": show.moment(node.created_at),
+        "parent": {"kind": kind, "name": name} if node.parent else None,
+        "relation": node.relation,
+    }
+
+
 def _seen(receipt: thaw.Receipt) -> dict[str, Any]:
     return {name: getattr(receipt, name) for name in _SEEN}
 
@@ -110,4 +137,5 @@ SERVED: list[tuple[str, str, Verb]] = [
     ("POST", "/admin/windows/{name}/ask", ask_window),
     ("POST", "/admin/windows/{name}/prefetch", prefetch_window),
     ("POST", "/admin/windows/{name}/fanout", fan_out_window),
+    ("GET", "/admin/tree", show_tree),
 ]
