@@ -1,5 +1,6 @@
 """The admin API from outside: what the CLI speaks to a running gateway."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 

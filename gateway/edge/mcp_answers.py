@@ -3,7 +3,7 @@
 from gateway.edge.mcp_params import Json
 
 
-def object(about: str = "", **properties: Json) -> Json:
+def shape_of(about: str = "", **properties: Json) -> Json:
     schema: Json = {"type": "object", "properties": properties, "required": list(properties)}
     return {**schema, "description": about} if about else schema
 
@@ -33,9 +33,9 @@ LINE = {
     "created_at": TEXT,
     "expires_at": or_null(TEXT),
 }
-FROZEN = {**LINE, "state": TEXT, "block_count": WHOLE, "receipt": object("what was seen when it was frozen")}
+_FROZEN = {**LINE, "state": TEXT, "block_count": WHOLE, "receipt": shape_of("what was seen when it was frozen")}
 PAGE = {"total": WHOLE, "has_more": {"type": "boolean"}, "limit": WHOLE, "offset": WHOLE}
-METRIC = object(name=TEXT, type=TEXT, labels=object(), value={"type": "number"})
+METRIC = shape_of(name=TEXT, type=TEXT, labels=shape_of(), value={"type": "number"})
 
 
 def typed(answer: Json) -> Json:
@@ -64,3 +64,37 @@ def cache_stats(answer: Json) -> Json:
         "cached_tokens": cached,
         "hit_rate": round(cached / prompt, 4) if prompt else None,
     }
+
+
+THAWED = shape_of(
+    session_id=TEXT,
+    window_name=TEXT,
+    model=TEXT,
+    token_count=WHOLE,
+    cache_salt=TEXT,
+    receipt=shape_of("what was found when thawing"),
+    warnings=WARNINGS,
+)
+WINDOWS = shape_of(windows=list_of(shape_of(**LINE)), **PAGE)
+STATUS = shape_of(type={"type": "string", "enum": ["window", "session"]}, model=TEXT, token_count=WHOLE, state=TEXT)
+CLONED = shape_of(source_window=TEXT, target_window=TEXT, shared_blocks=WHOLE, **_FROZEN)
+DELETED = shape_of(window_name=TEXT, blocks_deleted=WHOLE, space_freed_bytes=WHOLE)
+SESSIONS = shape_of(
+    sessions=list_of(shape_of(id=TEXT, state=TEXT, model=TEXT, token_count=WHOLE, created_at=TEXT)), **PAGE
+)
+CACHE = shape_of(
+    windows=WHOLE,
+    total_blocks=WHOLE,
+    total_bytes=WHOLE,
+    tiers=shape_of(),
+    prompt_tokens=WHOLE,
+    cached_tokens=WHOLE,
+    hit_rate={"type": ["number", "null"]},
+)
+HEALTH = shape_of(status=TEXT, components=shape_of("each with its status and message"))
+METRICS: Json = {
+    "type": "object",
+    "properties": {"format": TEXT, "metrics": list_of(METRIC), "content": TEXT},
+    "required": ["format"],
+}
+FROZEN = shape_of(**_FROZEN, warnings=WARNINGS)

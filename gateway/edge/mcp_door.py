@@ -21,6 +21,8 @@ from gateway.settings import Settings
 if TYPE_CHECKING:
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
+OverHttp = Callable[[Callable[[Any], Ask], int], "StreamableHTTPSessionManager"]
+
 PATH = "/mcp"
 _MAX_BODY_BYTES = 2**20  # names, a description, a question: nothing that a tool takes is long
 
@@ -33,6 +35,7 @@ class McpDoor:
         self._settings = settings
         self._limit = min(_MAX_BODY_BYTES, settings.max_body_bytes)
         self._opened = asyncio.Event()
+        self._loading: asyncio.Task[OverHttp] | None = None
         self._running: asyncio.Task[None] | None = None
         self._manager: StreamableHTTPSessionManager
 
@@ -59,10 +62,8 @@ class McpDoor:
                 answer.headers["allow"] = "POST"
             await answer(scope, receive, send)
             return
-        if self._running is None:
-            self._running = asyncio.create_task(self._run(), name="mcp")
-        await self._opened.wait()
-        await self._manager.handle_request(scope, _again(body, receive), send)
+        manager = await self._open()
+        await manager.handle_request(scope, _again(body, receive), send)
 
     async def _let_in(self, scope: Scope, receive: Receive) -> bytes:
         refuse_foreign(Request(scope))
@@ -72,9 +73,17 @@ class McpDoor:
             raise GatewayError("method_not_allowed", f"{scope['method']} is not served here: {why}", hint="use POST")
         return await read_body(scope, receive, limit=self._limit, timeout_s=self._settings.client_timeout_s)
 
+    async def _open(self) -> "StreamableHTTPSessionManager":
+        if self._loading is None:
+            self._loading = asyncio.create_task(asyncio.to_thread(_load))
+        over_http = await asyncio.shield(self._loading)
+        if self._running is None:
+            self._manager = over_http(self._ask_of, self._limit)
+            self._running = asyncio.create_task(self._run(), name="mcp")
+        await self._opened.wait()
+        return self._manager
+
     async def _run(self) -> None:
-        over_http = await asyncio.to_thread(_load)
-        self._manager = over_http(self._ask_of, self._limit)
         async with self._manager.run():
             self._opened.set()
             await asyncio.Event().wait()
@@ -163,7 +172,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return once_more
 
 
-def _load() -> "Callable[[Callable[[Any], Ask], int], StreamableHTTPSessionManager]":
+def _load() -> OverHttp:
     from gateway.edge.mcp_server import over_http  # noqa: PLC0415 - see McpDoor
 
     return over_http

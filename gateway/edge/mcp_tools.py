@@ -111,11 +111,11 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "window_freeze",
         ("POST /admin/windows",),
-        "Save a session's whole context as a named window that can be restored later without loss. Use it before a risky "
-        "step, at a milestone, or when the context is nearly full. Costs seconds: the last reply is computed once more "
-        "and KV is pinned; the session itself goes on unharmed. Waits shortly for a turn that is going on, else "
-        "`session_busy`: then try again. Returns the window with a receipt of what was really stored; read `kv` and "
-        "`warnings`.",
+        "Save a session's whole context as a named window that can be restored later without loss. Use it before "
+        "a risky step, at a milestone, or when the context is nearly full. Costs seconds: the last reply is "
+        "computed once more and KV is pinned; the session itself goes on unharmed. Waits shortly for a turn that "
+        "is going on, else `session_busy`: then try again. Returns the window with a receipt of what was really "
+        "stored; read `kv` and `warnings`.",
         {
             "session_id": params.session(required=True),
             "window_name": params.window(required=True),
@@ -123,15 +123,15 @@ TOOLS: tuple[Tool, ...] = (
             "tags": params.tags(),
             "ttl_seconds": params.seconds("seconds it is kept for"),
         },
-        answers.object(**answers.FROZEN, warnings=answers.WARNINGS),
+        answers.FROZEN,
     ),
     Tool(
         "window_thaw",
         ("POST /admin/windows/{window_name}/thaw",),
-        "Restore a window into a new session, to go on from there. The window stays as it is and can be thawed any number "
-        "of times. Costs the loading of its KV, and computing what is missing of it. Returns the new `session_id` (send "
-        "it as header X-Session-ID, or use the base URL /s/SESSION_ID/v1) and a receipt: `cached_tokens` is what the "
-        "engine really did not have to compute.",
+        "Restore a window into a new session, to go on from there. The window stays as it is and can be thawed "
+        "any number of times. Costs the loading of its KV, and computing what is missing of it. Returns the new "
+        "`session_id` (send it as header X-Session-ID, or use the base URL /s/SESSION_ID/v1) and a receipt: "
+        "`cached_tokens` is what the engine really did not have to compute.",
         {
             "window_name": params.window(required=True),
             "new_session_id": params.session("id for the new session; made up if not given"),
@@ -142,16 +142,14 @@ TOOLS: tuple[Tool, ...] = (
                 also=("warm",),
             ),
         },
-        answers.object(
-            session_id=answers.TEXT, window_name=answers.TEXT, model=answers.TEXT, token_count=answers.WHOLE, cache_salt=answers.TEXT,
-            receipt=answers.object("what was found when thawing"), warnings=answers.WARNINGS,
-        ),
+        answers.THAWED,
+        defaults={"warm_cache": "gpu"},
     ),
     Tool(
         "window_list",
         ("GET /admin/windows",),
-        "Find windows, newest first unless sorted otherwise. Cheap. Filters are ANDed, tags too. Returns one line for each "
-        "window, and `has_more` where `offset` would show more.",
+        "Find windows, newest first unless sorted otherwise. Cheap. Filters are ANDed, tags too. Returns one line"
+        " for each window, and `has_more` where `offset` would show more.",
         {
             "tags": params.tags("only with all of these tags"),
             "model": params.text(500)("only of this model"),
@@ -164,14 +162,15 @@ TOOLS: tuple[Tool, ...] = (
             "limit": params.limit("how many to answer with"),
             "offset": params.offset("how many to leave out first"),
         },
-        answers.object(windows=answers.list_of(answers.object(**answers.LINE)), **answers.PAGE),
+        answers.WINDOWS,
     ),
     Tool(
         "window_status",
         ("GET /admin/windows/{window_name}", "GET /admin/sessions/{session_id}"),
-        "Look closely at one window or at one session; give exactly one of the two. Cheap, but for `include_blocks`, which "
-        "lists every KV object. Returns for a window its tokens, where its bytes are now by tier, and its receipt; for a "
-        "session its state, tokens, context limit, last turns with cached tokens, and its windows.",
+        "Look closely at one window or at one session; give exactly one of the two. Cheap, but for "
+        "`include_blocks`, which lists every KV object. Returns for a window its tokens, where its bytes are now "
+        "by tier, and its receipt; for a session its state, tokens, context limit, last turns with cached tokens,"
+        " and its windows.",
         {
             "window_name": params.window(),
             "session_id": params.session(),
@@ -179,40 +178,40 @@ TOOLS: tuple[Tool, ...] = (
             "include_lineage": params.flag("windows only: its parent, ancestors and clones"),
             "include_cache_stats": params.flag("accepted; a window's cache is always told", wire=""),
         },
-        answers.object(type={"enum": ["window", "session"]}, model=answers.TEXT, token_count=answers.WHOLE, state=answers.TEXT),
+        answers.STATUS,
         shape=answers.typed,
     ),
     Tool(
         "window_clone",
         ("POST /admin/windows/{source_window}/clone",),
-        "Give a window a second name, to branch off it or to keep it when the first is deleted. Cheap: no KV byte is "
-        "copied. Returns the new window and `shared_blocks`.",
+        "Give a window a second name, to branch off it or to keep it when the first is deleted. Cheap: no KV byte"
+        " is copied. Returns the new window and `shared_blocks`.",
         {
             "source_window": params.window(required=True),
             "target_window": params.window("name of the clone", required=True, also=("new_window_name",)),
             "description": params.description("what it is, for whoever finds it later"),
             "tags": params.tags(),
         },
-        answers.object(source_window=answers.TEXT, target_window=answers.TEXT, shared_blocks=answers.WHOLE, **answers.FROZEN),
+        answers.CLONED,
     ),
     Tool(
         "window_delete",
         ("DELETE /admin/windows/{window_name}",),
-        "Delete a window for good. KV that other windows hold stays; sessions thawed from it go on. Cannot be undone. "
-        "Returns how many KV objects went, and the bytes really freed.",
+        "Delete a window for good. KV that other windows hold stays; sessions thawed from it go on. Cannot be "
+        "undone. Returns how many KV objects went, and the bytes really freed.",
         {
             "window_name": params.window(required=True),
             "delete_blocks": params.one_of(True)("KV that nobody else holds always goes with it", wire=""),
             "force": params.flag("accepted; nothing asks for confirmation", wire=""),
         },
-        answers.object(window_name=answers.TEXT, blocks_deleted=answers.WHOLE, space_freed_bytes=answers.WHOLE),
+        answers.DELETED,
         destroys=True,
     ),
     Tool(
         "session_list",
         ("GET /admin/sessions",),
-        "List conversations that the gateway knows, last active first; use it to find the session to freeze. Your own is "
-        "likely the first. Cheap. Returns id, state, model and tokens of each.",
+        "List conversations that the gateway knows, last active first; use it to find the session to freeze. Your"
+        " own is likely the first. Cheap. Returns id, state, model and tokens of each.",
         {
             "state_filter": params.one_of("active", "frozen", "thawed", "expired")(
                 "only in this state", wire="state", also=("state",)
@@ -221,39 +220,36 @@ TOOLS: tuple[Tool, ...] = (
             "limit": params.limit("how many to answer with"),
             "offset": params.offset("how many to leave out first"),
         },
-        answers.object(
-            sessions=answers.list_of(answers.object(id=answers.TEXT, state=answers.TEXT, model=answers.TEXT, token_count=answers.WHOLE, created_at=answers.TEXT)), **answers.PAGE
-        ),
+        answers.SESSIONS,
     ),
     Tool(
         "cache_stats",
         ("GET /admin/metrics",),
-        "Tell how much the windows hold (KV objects and bytes, by tier) and how much the cache has saved: `hit_rate` is the "
-        "share of prompt tokens that the engine did not have to compute since the gateway started. Cheap.",
+        "Tell how much the windows hold (KV objects and bytes, by tier) and how much the cache has saved: "
+        "`hit_rate` is the share of prompt tokens that the engine did not have to compute since the gateway "
+        "started. Cheap.",
         {},
-        answers.object(
-            windows=answers.WHOLE, total_blocks=answers.WHOLE, total_bytes=answers.WHOLE, tiers=answers.object(), prompt_tokens=answers.WHOLE,
-            cached_tokens=answers.WHOLE, hit_rate={"type": ["number", "null"]},
-        ),
+        answers.CACHE,
         shape=answers.cache_stats,
     ),
     Tool(
         "health_check",
         ("GET /admin/health",),
-        "Tell whether engine, cache, tiers, store and the isolation of sessions are well. Use it when something fails. "
-        "Cheap. Returns each component with its status and, where it is not well, a message.",
+        "Tell whether engine, cache, tiers, store and the isolation of sessions are well. Use it when something "
+        "fails. Cheap. Returns each component with its status and, where it is not well, a message.",
         {"component": params.one_of(*COMPONENTS, kv_store="cache", vllm="engine", registry="store")("only this one")},
-        answers.object(status=answers.TEXT, components=answers.object("each with its status and message")),
+        answers.HEALTH,
     ),
     Tool(
         "get_metrics_data",
         ("GET /admin/metrics",),
-        "All counters of the gateway since it started: turns, tokens, cache hits, verbs, windows. Long; for a summary of "
-        "the cache use cache_stats. Returns `metrics`, or with format `prometheus` the text for Prometheus in `content`.",
+        "All counters of the gateway since it started: turns, tokens, cache hits, verbs, windows. Long; for a "
+        "summary of the cache use cache_stats. Returns `metrics`, or with format `prometheus` the text for "
+        "Prometheus in `content`.",
         {"format": params.one_of("json", "prometheus")("default json")},
-        answers.object(format=answers.TEXT) | {"properties": {"format": answers.TEXT, "metrics": answers.list_of(answers.METRIC), "content": answers.TEXT}},
+        answers.METRICS,
     ),
-)  # fmt: skip
+)
 
 RESOURCES: tuple[Resource, ...] = (
     Resource("cwg://windows", "windows", "The 100 newest windows.", "/admin/windows?limit=100"),
