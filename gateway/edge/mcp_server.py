@@ -23,8 +23,8 @@ AskOf = Callable[[Context], Ask]
 
 INSTRUCTIONS = (
     "This gateway stands between clients and a vLLM engine, and keeps conversations. A session is a conversation that "
-    "goes on; a window is a frozen, named copy of one, with its KV cache. Find your session with session_list, freeze it "
-    "with window_freeze before you risk or lose its context, find windows with window_list, and go on from one with "
+    "goes on; a window is a frozen, named copy of one, with its KV cache. Find your session with session_list, freeze "
+    "it with window_freeze before you risk or lose its context, find windows with window_list, and go on from one with "
     "window_thaw: what thaws is the very same context, not a summary. Every answer tells what was measured; read its "
     "warnings."
 )

@@ -148,8 +148,8 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "window_list",
         ("GET /admin/windows",),
-        "Find windows, newest first unless sorted otherwise. Cheap. Filters are ANDed, tags too. Returns one line"
-        " for each window, and `has_more` where `offset` would show more.",
+        "Find windows, newest first unless sorted otherwise. Cheap. Filters are ANDed, tags too. Returns one line "
+        "for each window, and `has_more` where `offset` would show more.",
         {
             "tags": params.tags("only with all of these tags"),
             "model": params.text(500)("only of this model"),
@@ -169,8 +169,8 @@ TOOLS: tuple[Tool, ...] = (
         ("GET /admin/windows/{window_name}", "GET /admin/sessions/{session_id}"),
         "Look closely at one window or at one session; give exactly one of the two. Cheap, but for "
         "`include_blocks`, which lists every KV object. Returns for a window its tokens, where its bytes are now "
-        "by tier, and its receipt; for a session its state, tokens, context limit, last turns with cached tokens,"
-        " and its windows.",
+        "by tier, and its receipt; for a session its state, tokens, context limit, last turns with cached tokens, "
+        "and its windows.",
         {
             "window_name": params.window(),
             "session_id": params.session(),
@@ -184,8 +184,8 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "window_clone",
         ("POST /admin/windows/{source_window}/clone",),
-        "Give a window a second name, to branch off it or to keep it when the first is deleted. Cheap: no KV byte"
-        " is copied. Returns the new window and `shared_blocks`.",
+        "Give a window a second name, to branch off it or to keep it when the first is deleted. Cheap: no KV byte "
+        "is copied. Returns the new window and `shared_blocks`.",
         {
             "source_window": params.window(required=True),
             "target_window": params.window("name of the clone", required=True, also=("new_window_name",)),
@@ -210,8 +210,8 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "session_list",
         ("GET /admin/sessions",),
-        "List conversations that the gateway knows, last active first; use it to find the session to freeze. Your"
-        " own is likely the first. Cheap. Returns id, state, model and tokens of each.",
+        "List conversations that the gateway knows, last active first; use it to find the session to freeze. Your "
+        "own is likely the first. Cheap. Returns id, state, model and tokens of each.",
         {
             "state_filter": params.one_of("active", "frozen", "thawed", "expired")(
                 "only in this state", wire="state", also=("state",)
@@ -225,9 +225,9 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "cache_stats",
         ("GET /admin/metrics",),
-        "Tell how much the windows hold (KV objects and bytes, by tier) and how much the cache has saved: "
-        "`hit_rate` is the share of prompt tokens that the engine did not have to compute since the gateway "
-        "started. Cheap.",
+        "Ask whether caching pays, and how much room the windows take. Cheap. Returns KV objects and bytes that "
+        "windows hold, by tier, and `hit_rate`: the share of prompt tokens that the engine did not have to compute "
+        "since the gateway started; null before the first.",
         {},
         answers.CACHE,
         shape=answers.cache_stats,
