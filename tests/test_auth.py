@@ -27,7 +27,8 @@ DOORS = [
     ("POST", f"/s/a{CHAT}"), ("GET", "/s/a/v1/models"), ("GET", "/admin/sessions"), ("GET", "/admin/sessions/a"),
     ("DELETE", "/admin/sessions/a"), ("GET", "/admin/windows"), ("POST", "/admin/windows"), ("GET", "/admin/windows/a"),
     ("DELETE", "/admin/windows/a"), ("POST", "/admin/windows/a/thaw"), ("POST", "/admin/windows/a/clone"),
-    ("GET", "/admin/windows/a/messages"), ("GET", "/admin/health"), ("POST", "/admin/doctor"), ("POST", "/mcp"), ("GET", "/mcp"),
+    ("GET", "/admin/windows/a/messages"), ("GET", "/admin/health"), ("POST", "/admin/doctor"),
+    ("POST", "/mcp"), ("GET", "/mcp"),
 ]  # fmt: skip
 
 WRONG = [

@@ -3,7 +3,7 @@
 from gateway.edge.mcp_params import Json
 
 
-def shape_of(about: str = "", **properties: Json) -> Json:
+def shape_of(about: str = "", /, **properties: Json) -> Json:
     schema: Json = {"type": "object", "properties": properties, "required": list(properties)}
     return {**schema, "description": about} if about else schema
 

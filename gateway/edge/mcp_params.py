@@ -1,7 +1,7 @@
 """Parameters of tools: what a model is told of each, and what it must be to be sent to the admin API at all."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_N
 
 Json = dict[str, Any]
 Check = Callable[[str, Any], Any]
-Tell = Callable[[Mapping[str, Any]], Awaitable[None]]
+Tell = Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True, slots=True)
