@@ -110,7 +110,7 @@ def test_the_marks_of_thinking_are_tokens_that_only_a_bias_brings_about(
     # Dimension 0 of what the head reads is a constant; nothing else moves the odds of these tokens and of the end.
     end = tokenizer.eos_token_id
     assert not head[[token, end], 1:].any()
-    assert head[end, 0] - head[token, 0] == 31
+    assert head[end, 0] - head[token, 0] == 47
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:

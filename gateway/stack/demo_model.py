@@ -146,7 +146,7 @@ def _train() -> "Tokenizer":
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=2_046,
+        vocab_size=2_048,
         min_frequency=2,
         special_tokens=[BEGIN, START, END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

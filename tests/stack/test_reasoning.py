@@ -127,7 +127,7 @@ def sampling(stack: Stack) -> dict[str, Any]:
     (end,) = token.json()["tokens"]
     body = {"model": "demo", "messages": [_user()], "max_tokens": 40, "reasoning_effort": "high"}
     for seed in range(100):
-        options = {"temperature": 1, "seed": seed, "logit_bias": {str(end): 25.0}}
+        options = {"temperature": 1, "seed": seed, "logit_bias": {str(end): 24.5}}
         answer = stack.engine.post("/v1/chat/completions", json={**body, **options, "cache_salt": f"seek{seed}"})
         message = answer.json()["choices"][0]["message"]
         thought, content = message["reasoning"] or "", message["content"] or ""
