@@ -4,7 +4,6 @@ The demo model thinks where a request asks for it, and ends its thoughts where a
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,12 +122,11 @@ class Talk:
         return Reply(thought, text, prompt, cached, [{"role": "assistant", "content": blocks}], plain)
 
 
-@pytest.fixture(scope="module")
-def sampling(stack: Stack) -> dict[str, Any]:
-    """Options under which the model, which is random, ends its thoughts once and says something after them."""
+def _sampling(stack: Stack, text: str) -> dict[str, Any]:
+    """Options under which the model, which is random, ends its thoughts about a text once and says something then."""
     token = stack.engine.post("/tokenize", json={"model": "demo", "prompt": "</think>", "add_special_tokens": False})
     (end,) = token.json()["tokens"]
-    body = {"model": "demo", "messages": [_user()], "max_tokens": 40, "reasoning_effort": "high"}
+    body = {"model": "demo", "messages": [_user(text)], "max_tokens": 40, "reasoning_effort": "high"}
     for seed in range(100):
         options = {"temperature": 1, "seed": seed, "logit_bias": {str(end): 24.5}}
         answer = stack.engine.post("/v1/chat/completions", json={**body, **options, "cache_salt": f"seek{seed}"})
@@ -137,12 +135,6 @@ def sampling(stack: Stack) -> dict[str, Any]:
         if len(thought) > 20 and len(content.strip()) > 20 and "think>" not in thought + content:
             return options
     raise AssertionError("no seed with which it thinks and then speaks")
-
-
-@pytest.fixture
-def talk(shared: Gateway, sampling: dict[str, Any]) -> Iterator[Talk]:
-    with Talk(shared.url, sampling) as talk:
-        yield talk
 
 
 def _user(text: str = TOPIC) -> dict[str, str]:
@@ -166,14 +158,16 @@ def test_without_being_asked_to_the_model_does_not_think(stack: Stack) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
 def test_what_a_client_receives_is_the_engines_own_but_for_ids_and_times(
-    stack: Stack, shared: Gateway, sampling: dict[str, Any], dialect: str, stream: bool
+    stack: Stack, shared: Gateway, dialect: str, stream: bool
 ) -> None:
     path, body = {
         "chat": ("/v1/chat/completions", {"messages": [_user()], "max_tokens": 40, "reasoning_effort": "high"}),
         "responses": ("/v1/responses", {"input": TOPIC, "max_output_tokens": 40, "reasoning": {"effort": "high"}}),
         "messages": ("/v1/messages", {"messages": [_user()], "max_tokens": 40, "output_config": {"effort": "high"}}),
     }[dialect]
-    body |= {"model": "demo", "stream": stream} | ({"temperature": 0} if dialect == "messages" else sampling)
+    body |= {"model": "demo", "stream": stream} | (
+        {"temperature": 0} if dialect == "messages" else _sampling(stack, TOPIC)
+    )
     if dialect == "messages" and stream:  # takes a while, so once
         body |= {"max_tokens": 1048, "thinking": _BUDGET}
     # Each salt's first request misses, so that the counts of what was cached are equal.
@@ -219,14 +213,19 @@ def _cut(event: dict[str, Any]) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
 def test_a_thought_is_recorded_and_the_conversation_goes_on_with_and_without_it(
-    shared: Gateway, talk: Talk, dialect: str, stream: bool
+    stack: Stack, shared: Gateway, dialect: str, stream: bool
 ) -> None:
-    asked = [_user(f"{dialect} {stream} {TOPIC}")]
+    text = f"{dialect} {stream} {TOPIC}"
+    with Talk(shared.url, _sampling(stack, text)) as talk:
+        _goes_on(shared, talk, dialect, stream, text)
+
+
+def _goes_on(shared: Gateway, talk: Talk, dialect: str, stream: bool, text: str) -> None:
+    asked = [_user(text)]
     first = talk.ask(dialect, asked, stream=stream)
     session = talk.sessions[-1]
     assert first.thought
-    if dialect == "messages":
-        assert first.said
+    assert first.said
     name = f"thought-{dialect}-{stream}"
     kept = shared.freeze(session, name)
     window = shared.http.get(f"/admin/windows/{name}/messages").json()
@@ -256,25 +255,32 @@ def _in_chat(dialect: str, said: list[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
 def test_a_window_of_thoughts_thaws_into_every_dialect_with_all_whole_chunks(
-    shared: Gateway, sampling: dict[str, Any], dialect: str
+    stack: Stack, shared: Gateway, dialect: str
 ) -> None:
-    with Talk(f"{shared.url}/s/thinker-{dialect}", sampling) as talk:
-        first = talk.ask("chat", [_user(f"for {dialect} {TOPIC}")])
+    text = f"for {dialect} {TOPIC}"
+    with Talk(f"{shared.url}/s/thinker-{dialect}", _sampling(stack, text)) as talk:
+        first = talk.ask("chat", [_user(text)])
+    assert first.thought
+    assert first.said
     window = shared.freeze(f"thinker-{dialect}", f"thinker-{dialect}")
     whole = window["receipt"]["chunks"] * CHUNK
     assert whole > first.prompt
     thawed = shared.thaw(f"thinker-{dialect}", warm="gpu")
     assert thawed["receipt"]["cached_tokens"] == whole
-    with Talk(f"{shared.url}/s/{thawed['session_id']}", sampling) as talk:
+    with Talk(f"{shared.url}/s/{thawed['session_id']}", {}) as talk:
         following = talk.ask(dialect, [MORE], short=True)
     assert following.prompt > window["token_count"]
     assert following.cached >= whole
 
 
-def test_a_chain_of_responses_keeps_its_thoughts(stack: Stack, shared: Gateway, talk: Talk) -> None:
-    asked = [_user(f"chain {TOPIC}")]
-    first = talk.ask("responses", asked)
-    following = talk.ask("responses", [MORE], short=True, previous_response_id=first.id)
+def test_a_chain_of_responses_keeps_its_thoughts(stack: Stack, shared: Gateway) -> None:
+    text = f"chain {TOPIC}"
+    asked = [_user(text)]
+    with Talk(shared.url, _sampling(stack, text)) as talk:
+        first = talk.ask("responses", asked)
+        following = talk.ask("responses", [MORE], short=True, previous_response_id=first.id)
+    assert first.thought
+    assert first.said
     assert talk.sessions[0] == talk.sessions[1]
     whole = {"model": "demo", "input": [*asked, *first.whole, MORE], "reasoning": {"effort": "high"}}
     rendered = stack.engine.post("/v1/responses/render", json=whole).json()["token_ids"]
@@ -283,9 +289,9 @@ def test_a_chain_of_responses_keeps_its_thoughts(stack: Stack, shared: Gateway, 
 
 
 @pytest.mark.parametrize("asked", ["thinking", "enable_thinking"])
-def test_arguments_of_the_template_are_part_of_the_frame(shared: Gateway, sampling: dict[str, Any], asked: str) -> None:
+def test_arguments_of_the_template_are_part_of_the_frame(stack: Stack, shared: Gateway, asked: str) -> None:
     client = shared.client(f"frame-{asked}")
-    body = {**sampling, "chat_template_kwargs": {asked: True}}
+    body = {**_sampling(stack, TOPIC), "chat_template_kwargs": {asked: True}}
     answer = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": TOPIC}], max_tokens=40, extra_body=body
     )
