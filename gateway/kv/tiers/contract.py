@@ -43,6 +43,11 @@ class Tier(Protocol):
         """LMCache's name for the kind of storage behind it."""
         ...
 
+    @property
+    def shares_bytes(self) -> bool:
+        """Whether the same bytes under another name (`adopt`) take no room."""
+        ...
+
     async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
         """Which of `keys` LMCache would find here now. Raises TierUnavailable."""
         ...
@@ -71,6 +76,14 @@ class Tier(Protocol):
 
     async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
         """Pin bytes that LMCache has not written; `restore` shows them to it. Raises TierFull, TierUnavailable."""
+        ...
+
+    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
+        """Pin the bytes of each pin of `objects` under another name too, that of `names` at its place.
+
+        No byte is read; the size and checksum are those of the pin that there is. The answer has those that could be
+        pinned. Raises TierFull, TierUnavailable.
+        """
         ...
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
