@@ -238,10 +238,9 @@ async def test_a_flipped_bit_anywhere_leaves_nothing(house: House) -> None:
     data = await file_of(house.parts)
     # A bit of every block: headers, members, what fills them up, and the end.
     for at in range(0, len(data), container.BLOCK):
-        for place in {at + at // container.BLOCK % container.BLOCK, at + container.BLOCK - 1}:
-            harmed = bytearray(data)
-            harmed[place] ^= 1 << place % 8
-            await refused(house, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
+        harmed = bytearray(data)
+        harmed[at + at // container.BLOCK * 101 % container.BLOCK] ^= 1 << at // container.BLOCK % 8
+        await refused(house, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
 
 
 Change = Callable[[dict[str, object]], object]

@@ -180,7 +180,7 @@ def error_answer(error: GatewayError) -> Response:
 
 def _result_line(status: int, result: Any) -> bytes:
     if callable(result):
-        return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {_NDJSON}"))
+        return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {NDJSON}"))
     return orjson.dumps({"status": status, "result": result}) + b"\n"
 
 
