@@ -45,11 +45,17 @@ class Admin:
             raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
 
     def call(
-        self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        nulls: bool = False,
     ) -> dict[str, Any]:
-        """Send one request and return its answer. Raises AdminError."""
+        """Send one request and return its answer. With `nulls`, what is None in the body is sent. Raises AdminError."""
         try:
-            response = self._http.request(method, path, params=_given(query), json=_given(body))
+            response = self._http.request(method, path, params=_given(query), json=body if nulls else _given(body))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         return _checked(response.status_code, _json(response.content))

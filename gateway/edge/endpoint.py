@@ -50,7 +50,9 @@ class Call:
             given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
         return fields.read(given, table)
 
-    async def body(self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    async def body(
+        self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = (), *, nulls: bool = False
+    ) -> dict[str, Any]:
         """Read the JSON body; none is an empty object."""
         fields.refuse_unknown(self._request.query_params.keys(), ())
         limits = self.parts.settings
@@ -58,7 +60,7 @@ class Call:
         raw = await read_body(
             request.scope, request.receive, limit=limits.max_body_bytes, timeout_s=limits.client_timeout_s
         )
-        return fields.read(parse_object(raw) if raw else {}, table, required)
+        return fields.read(parse_object(raw) if raw else {}, table, required, nulls=nulls)
 
     @property
     def window_name(self) -> str:
