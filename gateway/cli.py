@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 """
 
+import asyncio
 import functools
 import json
 import logging
@@ -85,11 +86,24 @@ def serve(config: Path | None, **options: Any) -> None:
         raise Failure(str(error)) from error
 
 
+@main.command()
+def mcp() -> None:
+    """Serve MCP over stdin and stdout, before a running gateway (CWG_URL, CWG_API_KEY)."""
+    from gateway.edge.mcp_server import over_stdio  # noqa: PLC0415 - see `serve`
+
+    try:
+        admin = _admin()
+    except AdminError as error:
+        raise _failure(error) from error
+    asyncio.run(over_stdio(admin.ask))
+
+
 def _log_to_stderr(settings: Settings) -> None:
     who = "%(process)d " if settings.workers > 1 else ""
     line = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format=line)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "mcp"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 # --- verbs

@@ -1,10 +1,13 @@
 """The admin API from outside: what the CLI speaks to a running gateway."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 import orjson
+
+from gateway.edge.mcp_params import AdminRequest, Json, Tell
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 
@@ -12,11 +15,20 @@ OnProgress = Callable[[Mapping[str, Any]], None]
 class AdminError(Exception):
     """What the gateway answered instead, or that it did not answer."""
 
-    def __init__(self, message: str, hint: str = "", code: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        code: str = "gateway_unreachable",
+        retryable: bool = True,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.code = code
+        self.retryable = retryable
+        self.details = dict(details or {})
 
 
 class Admin:
@@ -62,6 +74,21 @@ class Admin:
             raise self._unreachable(error) from error
         raise AdminError("the gateway closed the connection before it was done", "look at its log")
 
+    async def ask(self, request: AdminRequest, tell: Tell) -> Json:
+        """Send one request from an event loop; what it answers has `error` in it where it failed."""
+        loop = asyncio.get_running_loop()
+
+        def step(progress: Mapping[str, Any]) -> None:
+            asyncio.run_coroutine_threadsafe(tell(progress), loop).result()
+
+        try:
+            if request.body is not None:
+                return await asyncio.to_thread(self.watch, request.path, request.body, step)
+            return await asyncio.to_thread(self.call, request.method, request.path, query=request.query)
+        except AdminError as error:
+            names = ("code", "message", "hint", "retryable", "details")
+            return {"error": {name: getattr(error, name) for name in names}}
+
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
         hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
         return AdminError(f"no gateway answers at {self.url}: {error or type(error).__name__}", hint)
@@ -88,5 +115,9 @@ def _checked(status: int, answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(error, dict):
         raise AdminError(f"HTTP {status}: {answer!r:.200}", "is CWG_URL a gateway's address?")
     raise AdminError(
-        str(error.get("message", f"HTTP {status}")), str(error.get("hint", "")), str(error.get("code", ""))
+        str(error.get("message", f"HTTP {status}")),
+        str(error.get("hint", "")),
+        str(error.get("code", "")),
+        bool(error.get("retryable")),
+        error.get("details"),
     )
