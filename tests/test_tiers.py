@@ -294,3 +294,19 @@ async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Ri
     assert await rig.tier.sweep([]) == 30
     assert [rig.pinned(one) for one in keys(30)] == [None] * 30
     assert [rig.live(one) for one in keys(30)] == values
+
+
+# --- under
+
+
+async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: Rig) -> None:
+    models = ["org/model", "plain", "/abs/path", "with space", "é/ü", "[glob]*?"]
+    live = {key(1, model=model, salt=salt) for model in models for salt in ("a", "b", "xa")}
+    pins = {key(2, model="plain", salt="a"), key(2, model="plain", salt="b")}
+    for one in (*live, *pins):
+        rig.put(one, value(10))
+    await rig.tier.pin(list(pins), {})
+    await rig.tier.lose(pins)
+    assert await rig.tier.under({"a"}) == {one for one in live | pins if one.salt == "a"}
+    assert await rig.tier.under({"a", "b", "none"}) == {one for one in live | pins if one.salt in ("a", "b")}
+    assert await rig.tier.under(set()) == set()

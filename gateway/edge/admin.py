@@ -14,7 +14,7 @@ from gateway.edge.health import COMPONENTS, Health
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.store.contract import SORT_KEYS, WindowQuery
-from gateway.windows import clone, delete, freeze, thaw
+from gateway.windows import clone, delete, forget, freeze, thaw
 
 _LIMIT = fields.whole(1, 100)
 _OFFSET = fields.whole(0, 2**31)
@@ -57,11 +57,14 @@ async def get_session(call: Call) -> tuple[int, Any]:
 async def delete_session(call: Call) -> tuple[int, Any]:
     """DELETE /admin/sessions/{session_id}."""
     call.query({})
-    # A turn that is going on would make the session anew when it is recorded.
-    await call.parts.sessions.at_rest(call.tenant, call.session_id, call.parts.settings.busy_wait_s)
-    if not await call.parts.store.delete_session(call.tenant, call.session_id):
-        raise _no_session(call.session_id)
-    return 200, {"session_id": call.session_id, "deleted": True}
+    done = await forget.delete_session(call.parts, call.tenant, call.session_id)
+    return 200, {
+        "session_id": call.session_id,
+        "deleted": True,
+        "blocks_deleted": done.blocks_deleted,
+        "space_freed_bytes": done.space_freed_bytes,
+        "warnings": done.warnings,
+    }
 
 
 async def freeze_session(call: Call) -> tuple[int, Any]:

@@ -38,12 +38,12 @@ async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
     if in_use:
         warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")
     else:
-        warnings += await _forget(parts, orphans)
+        warnings += await drop_from_cache(parts, orphans)
     deleted = 0 if in_use else len(orphans)
     return Deleted(deleted, freed, window.chunk_count * window.world_size - deleted, tuple(warnings))
 
 
-async def _forget(parts: Parts, keys: Sequence[ObjectKey]) -> list[str]:
+async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey]) -> list[str]:
     """Drop the objects from LMCache's memory, and from its books in each tier."""
     if parts.cache is None or not keys:
         return []

@@ -80,6 +80,14 @@ class Tier(Protocol):
         """Remove LMCache's objects and leave the pins, as an eviction does. Raises TierUnavailable."""
         ...
 
+    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+        """Return every object and every pin of ours that lies under one of `salts`, in one look at the tier.
+
+        The model of a key may be spelled otherwise than when it was stored (`ObjectKey.parse_file_name`): compare
+        `address`. Raises TierUnavailable.
+        """
+        ...
+
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
         """Let go of every pin of this store but those of `keep`; return how many. Raises TierUnavailable."""
         ...

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -78,12 +78,22 @@ class DiskTier:
         """See `Tier.lose`."""
         await self._each([self._live(key) for key in keys], _unlink)
 
+    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+        """See `Tier.under`."""
+        wanted = frozenset(salts)
+        return await self._run(lambda: {key for key in self._named() if key.salt in wanted})
+
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
         """See `Tier.sweep`."""
         names = {key.file_name for key in keep}
         stray = await self._run(lambda: [path for path in self._pins.iterdir() if path.name not in names])
         await self._each(stray, _unlink)
         return len(stray)
+
+    def _named(self) -> Iterator[ObjectKey]:
+        for folder in (self._kv, self._pins):
+            with os.scandir(folder) as entries:
+                yield from filter(None, (ObjectKey.parse_file_name(entry.name) for entry in entries))
 
     def _open(self) -> None:
         self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -86,17 +86,27 @@ class RedisTier:
         """See `Tier.lose`."""
         await self._unlink([str(key) for key in keys])
 
+    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+        """See `Tier.under`."""
+        wanted = frozenset(salts)
+        names = await self._scan(f"*@{next(iter(wanted))}" if len(wanted) == 1 else "*@*")
+        keys = (ObjectKey.parse_or_none(name.removeprefix(self._prefix)) for name in names)
+        return {key for key in keys if key is not None and key.salt in wanted and not key.model.startswith("cwg:")}
+
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
         """See `Tier.sweep`."""
         names = {self._pin_name(str(key)) for key in keep}
-        found = self._redis.scan_iter(match=f"{self._prefix}*", count=_NAMES_PER_CALL)
-
-        async def scan() -> list[str]:
-            return [name.decode() async for name in found]
-
-        stray = [name for name in await self._call(scan) if name not in names]
+        stray = [name for name in await self._scan(f"{self._prefix}*") if name not in names]
         await self._unlink(stray)
         return len(stray)
+
+    async def _scan(self, match: str) -> list[str]:
+        found = self._redis.scan_iter(match=match, count=_NAMES_PER_CALL)
+
+        async def scan() -> list[str]:
+            return [name.decode(errors="replace") async for name in found]
+
+        return await self._call(scan)
 
     def _pin_name(self, name: str) -> str:
         return self._prefix + name

@@ -1,0 +1,255 @@
+"""What nobody needs any more goes from the tiers, and nothing else does: real files, a real Redis, a real store."""
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from gateway.app import open_parts
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey
+from gateway.parts import Parts
+from gateway.records import Manifest, Session, Window
+from gateway.sessions import Place
+from gateway.settings import Settings
+from gateway.windows import forget, garbage
+from gateway.windows.delete import delete
+from tests.fakes.engine import FakeEngine
+from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, value
+from tests.running import Gateway, eventually, gateway_before
+
+pytestmark = pytest.mark.anyio
+
+TENANT = "default"
+SIZE = 5000
+
+
+def under(salt: str, count: int = 3) -> list[ObjectKey]:
+    """Objects of a conversation."""
+    return [key(number, salt=salt) for number in range(count)]
+
+
+class House:
+    """The parts of a gateway on both tiers, and what stands behind those."""
+
+    def __init__(self, parts: Parts, rigs: tuple[Rig, ...]) -> None:
+        self.parts = parts
+        self.rigs = rigs
+
+    def stored(self, keys: list[ObjectKey]) -> None:
+        """LMCache has written objects to both tiers."""
+        for rig in self.rigs:
+            for one in keys:
+                rig.put(one, value(SIZE))
+
+    def there(self, keys: list[ObjectKey]) -> list[list[ObjectKey]]:
+        """Which of them are there, pinned or not, in each tier."""
+        return [[one for one in keys if rig.live(one) or rig.pinned(one)] for rig in self.rigs]
+
+    async def session(self, name: str, salt: str, *, lineage: str = "", idle_s: float = 0.0) -> None:
+        """A session that had turns under a salt."""
+        now = time.time() - idle_s
+        session = Session(
+            TENANT, name, lineage or name, salt=salt, created_at=now, last_active_at=now, transcript=None
+        )  # fmt: skip
+        assert await self.parts.store.add_session(session)
+
+    async def window(self, name: str, keys: list[ObjectKey], *, expires_at: float | None = None) -> None:
+        """A window that holds objects."""
+        async with self.parts.pins.lock.hold(alone=False):
+            by_tier, _ = await self.parts.pins.pin(keys, [])
+            objects = tuple(one for tier in by_tier.values() for one in tier.values())
+            window = Window(
+                TENANT, name, "gone", "l", keys[0].salt, "demo", "org/demo", "fp", 1, 48, 16, len(keys), SIZE,
+                "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
+            )  # fmt: skip
+            assert await self.parts.store.add_window(window, Manifest(window.manifest, (1,) * 48, objects))
+
+
+def settings(folder: Path, engine: FakeEngine, redis: RedisServer, **more: object) -> Settings:
+    return Settings(
+        engine_urls=(engine.url,), data_dir=str(folder / "data"), kv_dir=str(folder / "kv"),
+        kv_redis_url=f"redis://127.0.0.1:{redis.port}", **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def house(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
+    async with AsyncExitStack() as stack:
+        disk = DiskRig(tmp_path)
+        parts = await stack.enter_async_context(open_parts(settings(tmp_path, engine, redis_server)))
+        disk.pins = tmp_path / "kv-pins" / parts.store.store_id
+        redis = RedisRig(redis_server.port, parts.store.store_id)
+        stack.callback(redis.client.close)
+        yield House(parts, (disk, redis))
+
+
+# --- sessions
+
+
+async def test_a_deleted_session_takes_its_kv_along_from_every_tier(house: House) -> None:
+    await house.session("a", "salt-a")
+    house.stored(under("salt-a"))
+    house.stored(under("salt-b"))
+    done = await forget.delete_session(house.parts, TENANT, "a")
+    assert (done.blocks_deleted, done.space_freed_bytes, done.warnings) == (3, 2 * 3 * SIZE, ())
+    assert house.there(under("salt-a")) == [[], []]
+    assert house.there(under("salt-b")) == [under("salt-b")] * 2
+    with pytest.raises(GatewayError, match="no session 'a'"):
+        await forget.delete_session(house.parts, TENANT, "a")
+
+
+async def test_what_a_window_holds_stays_until_the_window_goes(house: House) -> None:
+    keys = under("salt-a", 5)
+    await house.session("a", "salt-a")
+    house.stored(keys)
+    await house.window("w", keys[:2])
+    done = await forget.delete_session(house.parts, TENANT, "a")
+    assert done.blocks_deleted == 3
+    assert house.there(keys) == [keys[:2]] * 2
+    assert [rig.live(one) for rig in house.rigs for one in keys[:2]].count(None) == 0
+    assert (await delete(house.parts, TENANT, "w")).blocks_deleted == 2
+    assert house.there(keys) == [[], []]
+
+
+async def test_the_kv_that_two_sessions_share_goes_with_the_last_of_them(house: House) -> None:
+    await house.session("a", "shared", lineage="a")
+    await house.session("b", "shared", lineage="a")
+    house.stored(under("shared"))
+    first = await forget.delete_session(house.parts, TENANT, "b")
+    assert (first.blocks_deleted, first.space_freed_bytes) == (0, 0)
+    assert "another session" in first.warnings[0]
+    assert house.there(under("shared")) == [under("shared")] * 2
+    assert (await forget.delete_session(house.parts, TENANT, "a")).blocks_deleted == 3
+    assert house.there(under("shared")) == [[], []]
+
+
+async def test_a_window_that_was_deleted_first_leaves_nothing_when_its_session_goes(house: House) -> None:
+    await house.session("a", "salt-a", lineage="l")
+    house.stored(under("salt-a"))
+    await house.window("w", under("salt-a", 2))
+    kept = await delete(house.parts, TENANT, "w")
+    assert (kept.blocks_deleted, kept.space_freed_bytes) == (0, 2 * SIZE)  # the copies in Redis; links cost nothing
+    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+    await forget.delete_session(house.parts, TENANT, "a")
+    assert house.there(under("salt-a")) == [[], []]
+
+
+async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_next_sweep(house: House) -> None:
+    await house.session("a", "salt-a", lineage="l")
+    house.stored(under("salt-a"))
+    fork = Place(Session(TENANT, "fork", "l"), "fork", b"")
+    house.parts.sessions.enter(fork)
+    assert (await forget.delete_session(house.parts, TENANT, "a")).blocks_deleted == 0
+    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+    house.parts.sessions.leave(fork)
+    await garbage.sweep(house.parts)
+    assert house.there(under("salt-a")) == [[], []]
+
+
+async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(house: House) -> None:
+    await house.session("a", "salt-a")
+    await forget.delete_session(house.parts, TENANT, "a")
+    house.stored(under("salt-a"))
+    await garbage.sweep(house.parts)
+    assert house.there(under("salt-a")) == [[], []]
+    assert [one.salt for one in await house.parts.store.loose_salts()] == ["salt-a"]  # it may not have been the last
+
+
+async def test_sessions_beyond_sessions_kept_take_their_kv_along(
+    tmp_path: Path, engine: FakeEngine, redis_server: RedisServer
+) -> None:
+    disk = DiskRig(tmp_path)
+    async with open_parts(settings(tmp_path, engine, redis_server, sessions_kept=1)) as parts:
+        house = House(parts, (disk,))
+        for number in range(3):
+            await house.session(f"s{number}", f"salt-{number}", idle_s=10 - number)
+            house.stored(under(f"salt-{number}"))
+        await garbage.sweep(parts)
+        assert [house.there(under(f"salt-{number}")) for number in range(3)] == [[[]], [[]], [under("salt-2")]]
+
+
+async def test_sessions_that_are_idle_longer_than_session_ttl_s_go_unless_they_are_in_a_turn(
+    tmp_path: Path, engine: FakeEngine, redis_server: RedisServer
+) -> None:
+    disk = DiskRig(tmp_path)
+    async with open_parts(settings(tmp_path, engine, redis_server, session_ttl_s=5)) as parts:
+        house = House(parts, (disk,))
+        for name, idle_s in (("idle", 6), ("fresh", 3), ("turning", 7)):
+            await house.session(name, f"salt-{name}", idle_s=idle_s)
+            house.stored(under(f"salt-{name}"))
+        turning = await parts.store.session(TENANT, "turning")
+        assert turning
+        parts.sessions.enter(Place(turning, "", b""))
+        await garbage.sweep(parts)
+        assert house.there(under("salt-idle")) == [[]]
+        assert house.there(under("salt-fresh")) == [under("salt-fresh")]
+        assert house.there(under("salt-turning")) == [under("salt-turning")]
+        assert await parts.store.session(TENANT, "idle") is None
+
+
+async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds(house: House) -> None:
+    """`x-SEP-y` and `x/y` are one name on disk."""
+    held, free = key(1, model="x-SEP-y", salt="s"), key(2, model="x-SEP-y", salt="s")
+    await house.session("a", "s")
+    house.stored([held, free])
+    await house.window("w", [held])
+    await forget.delete_session(house.parts, TENANT, "a")
+    assert house.there([held, free]) == [[held], [held]]
+
+
+async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(house: House, tmp_path: Path) -> None:
+    await house.session("a", "salt-a")
+    house.stored(under("salt-a"))
+    (tmp_path / "kv").rename(tmp_path / "away")
+    done = await forget.delete_session(house.parts, TENANT, "a")
+    assert "disk tier" in done.warnings[0]
+    (tmp_path / "away").rename(tmp_path / "kv")
+    await garbage.sweep(house.parts)
+    assert house.there(under("salt-a")) == [[], []]
+
+
+# --- as a user sees it
+
+
+@pytest.fixture
+def swept(tmp_path: Path, engine: FakeEngine) -> Iterator[tuple[Gateway, DiskRig]]:
+    """A gateway of two workers that sweeps often."""
+    disk = DiskRig(tmp_path)
+    with gateway_before(
+        engine.url, tmp_path, kv_dir=disk.kv, workers=2, sweep_every_s=0.2, session_ttl_s=1.5
+    ) as gateway:
+        yield gateway, disk
+
+
+def salt_of(engine: FakeEngine) -> str:
+    """The salt of the last turn."""
+    return str(engine.seen("/v1/chat/completions")[-1].json["cache_salt"])
+
+
+def test_deleting_a_session_over_http_says_what_was_freed(
+    engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str
+) -> None:
+    gateway, disk = swept
+    gateway.chat(session)
+    for one in under(salt_of(engine)):
+        disk.put(one, value(SIZE))
+    assert gateway.http.delete(f"/admin/sessions/{session}").json() == {
+        "session_id": session, "deleted": True, "blocks_deleted": 3, "space_freed_bytes": 3 * SIZE, "warnings": [],
+    }  # fmt: skip
+    assert list(disk.kv.iterdir()) == []
+
+
+def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too(
+    engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str
+) -> None:
+    gateway, disk = swept
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "no", "type": "x", "code": 500}}, 500)
+    gateway.chat(session)
+    for one in under(salt_of(engine)):
+        disk.put(one, value(SIZE))
+    eventually(lambda: not list(disk.kv.iterdir()), "the KV of an idle session is gone", more=lambda: gateway.log)
+    eventually(lambda: gateway.http.get(f"/admin/sessions/{session}").status_code == 404, "the session is gone")
+    eventually(lambda: "removed 3 KV objects" in gateway.log, "the log says so")
