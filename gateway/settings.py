@@ -21,7 +21,7 @@ PREFIX = "CWG_"
 CLIENT_VARIABLES = frozenset({"CWG_URL"})
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
-_NONE_IS_0 = frozenset({"session_ttl_s"})
+_NONE_IS_0 = frozenset({"expiry_grace_s", "session_ttl_s"})
 
 
 class SettingsError(Exception):
@@ -74,6 +74,7 @@ class Settings:
     turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns wait")
     turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
     sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
+    expiry_grace_s: float = setting(60.0, "seconds for which the text of an expired window can still be read")
     session_ttl_s: float = setting(0.0, "seconds after which an idle session is forgotten with its KV; 0: never")
     sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
     responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")

@@ -1,5 +1,6 @@
 """What nobody needs any more goes from the tiers, and nothing else does: real files, a real Redis, a real store."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -211,6 +212,41 @@ async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(house: House
     assert house.there(under("salt-a")) == [[], []]
 
 
+# --- windows
+
+
+async def test_an_expired_window_is_deleted_when_its_grace_is_over_and_one_that_was_given_time_is_not(
+    house: House,
+) -> None:
+    grace = house.parts.settings.expiry_grace_s
+    now = time.time()
+    for name, expires_at in (("over", now - grace - 1), ("grace", now - 1), ("alive", now + 60), ("for-ever", None)):
+        keys = under(f"salt-{name}")
+        house.stored(keys)
+        await house.window(name, keys, expires_at=expires_at)
+    with pytest.raises(GatewayError, match="no window 'grace'"):
+        await delete(house.parts, TENANT, "grace", expired_by=now - grace)
+    await garbage.sweep(house.parts)
+    left = [name for name in ("over", "grace", "alive", "for-ever") if await house.parts.store.window(TENANT, name)]
+    assert left == ["grace", "alive", "for-ever"]
+    assert house.there(under("salt-over")) == [[], []]
+    assert house.there(under("salt-grace")) == [under("salt-grace")] * 2
+
+
+async def test_many_expired_windows_and_two_sweeps_at_once_delete_each_once(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = under("salt", 1)
+    house.stored(keys)
+    for number in range(250):
+        await house.window(f"w{number}", keys, expires_at=1.0)
+    with caplog.at_level("INFO"):
+        await asyncio.gather(garbage.sweep(house.parts), garbage.sweep(house.parts))
+    assert await house.parts.store.window_counts() == {}
+    assert house.there(keys) == [[], []]
+    assert sum("has expired" in line for line in caplog.messages) == 250
+
+
 # --- as a user sees it
 
 
@@ -253,3 +289,27 @@ def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too
     eventually(lambda: not list(disk.kv.iterdir()), "the KV of an idle session is gone", more=lambda: gateway.log)
     eventually(lambda: gateway.http.get(f"/admin/sessions/{session}").status_code == 404, "the session is gone")
     eventually(lambda: "removed 3 KV objects" in gateway.log, "the log says so")
+
+
+def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    with gateway_before(engine.url, tmp_path, sweep_every_s=0.1, expiry_grace_s=1.5) as gateway:
+        gateway.chat(session)
+        assert gateway.freeze(session, "w", ttl_seconds=0.2).json()["state"] == "frozen"
+
+        def state() -> str:
+            return str(gateway.http.get("/admin/windows/w").json().get("state"))
+
+        eventually(lambda: state() == "expired", "it has expired")
+        assert gateway.http.get("/admin/windows").json()["windows"][0]["state"] == "expired"
+        refused = [
+            gateway.http.post("/admin/windows/w/thaw", json={}),
+            gateway.http.post("/admin/windows/w/clone", json={"target_window": "v"}),
+            gateway.http.post("/w/w/v1/chat/completions", json={"model": "demo", "messages": [{"role": "user"}]}),
+        ]
+        for answer in refused:
+            assert answer.status_code == 404
+            assert answer.json()["error"]["code"] == "window_not_found"
+            assert "window 'w' expired at 20" in answer.json()["error"]["message"]
+        assert len(gateway.http.get("/admin/windows/w/messages").json()["messages"]) == 2
+        eventually(lambda: gateway.http.get("/admin/windows/w").status_code == 404, "it is deleted")
+        eventually(lambda: "window w has expired and was deleted" in gateway.log, "the log says so")

@@ -38,6 +38,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "turn_queue": ("3", "3", 3),
     "turns_kept": ("4", "4", 4),
     "sessions_kept": ("5", "5", 5),
+    "expiry_grace_s": ("0", "0", 0.0),
     "session_ttl_s": ("8", "8", 8.0),
     "sweep_every_s": ("9.5", "9.5", 9.5),
     "responses_kept": ("44", "44", 44),
@@ -129,7 +130,8 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("cache_url", "localhost"), ("kv_redis_url", "http://x"), ("kv_redis_url", "redis://"),
         ("store_url", "redis://x"), ("store_url", "/path"), ("isolation", "none"), ("isolation", ""),
         ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
-        ("engine_urls", ""), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"), ("sweep_every_s", "0"),
+        ("engine_urls", ""), ("expiry_grace_s", "-1"), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"),
+        ("sweep_every_s", "0"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) -> None:

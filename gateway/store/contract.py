@@ -187,8 +187,15 @@ class Store(Protocol):
         """Return a manifest. Raises `window_not_found` when its window has just been deleted."""
         ...
 
-    async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:
-        """Delete a window; return the objects that no window holds any more, or None if there is no such window."""
+    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> list[ObjectKey] | None:
+        """Delete a window; return the objects that no window holds any more, or None if there is no such window.
+
+        With `expired_by` only if it had expired by then. Its salt is loose.
+        """
+        ...
+
+    async def expired_windows(self, by: float, limit: int) -> list[Window]:
+        """Return windows of every tenant that had expired by then, the first to expire first."""
         ...
 
     async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:

@@ -332,9 +332,16 @@ def manifest(db: sqlite3.Connection, manifest_id: str) -> Manifest:
     return Manifest(manifest_id, tuple(array("I", row[0])), tuple(PinnedObject(*row) for row in found))
 
 
-def delete_window(db: sqlite3.Connection, tenant: str, name: str) -> list[ObjectKey] | None:
+def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Window]:
+    found = db.execute(f"{_WINDOW} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (by, limit))
+    return [_window(row) for row in found]
+
+
+def delete_window(
+    db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None
+) -> list[ObjectKey] | None:
     gone = window(db, tenant, name)
-    if gone is None:
+    if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
         return None
     held = gone.manifest
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))

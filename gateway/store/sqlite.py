@@ -178,9 +178,13 @@ class SqliteStore:
         """See `Store.manifest`."""
         return await self._read(lambda db: rows.manifest(db, manifest_id))
 
-    async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:
+    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> list[ObjectKey] | None:
         """See `Store.delete_window`."""
-        return await self._write(lambda db: rows.delete_window(db, tenant, name))
+        return await self._write(lambda db: rows.delete_window(db, tenant, name, expired_by))
+
+    async def expired_windows(self, by: float, limit: int) -> list[Window]:
+        """See `Store.expired_windows`."""
+        return await self._read(lambda db: rows.expired_windows(db, by, limit))
 
     async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
         """See `Store.objects`."""

@@ -21,8 +21,8 @@ class Deleted:
 
 
 @counted
-async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
-    """Delete a window. Raises `window_not_found`.
+async def delete(parts: Parts, tenant: str, name: str, *, expired_by: float | None = None) -> Deleted:
+    """Delete a window; with `expired_by` only one that had expired by then. Raises `window_not_found`.
 
     Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
     stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
@@ -30,8 +30,8 @@ async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
     window = await found(parts, tenant, name)
     await parts.turns.settle()
     async with parts.pins.lock.hold(alone=True):
-        orphans = await parts.store.delete_window(tenant, name)
-        if orphans is None:  # somebody was faster
+        orphans = await parts.store.delete_window(tenant, name, expired_by=expired_by)
+        if orphans is None:  # somebody was faster, or has given it more time
             raise not_found(name)
         in_use = await parts.sessions.going_on(tenant, window.lineage)
         freed, warnings = await parts.pins.remove(orphans, originals=not in_use)

@@ -2,28 +2,55 @@
 
 import asyncio
 import logging
+import time
 
+from gateway.errors import GatewayError
 from gateway.kv.pins import Lock
 from gateway.parts import Parts
+from gateway.records import Window
 from gateway.windows import forget
+from gateway.windows.delete import delete
 
 log = logging.getLogger(__name__)
 
+_WINDOWS_AT_ONCE = 100
+
 
 async def keep_tidy(parts: Parts) -> None:
-    """Sweep every `sweep_every_s`, for ever; a round that fails is logged, and the next one comes."""
+    """Sweep every `sweep_every_s`, for ever."""
     every = parts.settings.sweep_every_s
     # Held for life: a worker that dies lets go of it, and another takes over.
     async with Lock(parts.settings.data_path / "sweep.lock", poll_s=every).hold(alone=True):
         while True:
-            await parts.chores.attempt(sweep(parts), "the sweep")
+            await sweep(parts)
             await asyncio.sleep(every)
 
 
 async def sweep(parts: Parts) -> None:
-    """One round."""
-    await _sessions(parts)
-    await _loose(parts)
+    """One round. A step that fails is logged and keeps the others from nothing."""
+    await parts.chores.attempt(_windows(parts), "deleting expired windows")
+    await parts.chores.attempt(_sessions(parts), "forgetting idle sessions")
+    await parts.chores.attempt(_loose(parts), "removing KV that nobody needs")
+
+
+async def _windows(parts: Parts) -> None:
+    by = time.time() - parts.settings.expiry_grace_s
+    while expired := await parts.store.expired_windows(by, _WINDOWS_AT_ONCE):
+        for window in expired:
+            await _expire(parts, window, by)
+
+
+async def _expire(parts: Parts, window: Window, by: float) -> None:
+    try:
+        done = await delete(parts, window.tenant, window.name, expired_by=by)
+    except GatewayError as error:
+        if error.code != "window_not_found":  # else somebody was faster, or has given it more time
+            raise
+        return
+    freed = f"{done.blocks_deleted} KV objects, {done.space_freed_bytes} bytes"
+    log.info("window %s has expired and was deleted: %s", window.name, freed)
+    for warning in done.warnings:
+        log.warning("window %s: %s", window.name, warning)
 
 
 async def _sessions(parts: Parts) -> None:

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from gateway import identity
@@ -64,7 +65,7 @@ async def thaw(
     recomputes.
     """
     clock = time.monotonic()
-    window = await found(parts, tenant, name)
+    window = await usable(parts, tenant, name)
     model = await served(parts, window)
     session_id = new_session_id or _fresh_id(name)
     if await parts.store.session(tenant, session_id):
@@ -113,6 +114,20 @@ async def found(parts: Parts, tenant: str, name: str) -> Window:
     if window is None:
         raise not_found(name)
     return window
+
+
+async def usable(parts: Parts, tenant: str, name: str) -> Window:
+    """Return a window that has not expired. Raises `window_not_found`: an expired one is there to be read only."""
+    window = await found(parts, tenant, name)
+    if window.expires_at is None or not window.has_expired(time.time()):
+        return window
+    when = datetime.fromtimestamp(window.expires_at, UTC).isoformat(timespec="seconds")
+    raise GatewayError(
+        "window_not_found",
+        f"window {name!r} expired at {when}",
+        hint=f"until it is deleted its text can be read: GET /admin/windows/{name}/messages",
+        details={"window_name": name, "expired_at": when},
+    )
 
 
 def not_found(name: str) -> GatewayError:
