@@ -11,12 +11,14 @@ import pytest
 from gateway.app import open_parts
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.tiers.contract import TierFull
 from gateway.parts import Parts
 from gateway.records import Manifest, Session, Window
 from gateway.sessions import Place
 from gateway.settings import Settings
 from gateway.windows import forget, garbage
 from gateway.windows.delete import delete
+from gateway.windows.usage import Share, TierUse, usage
 from tests.fakes.engine import FakeEngine
 from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, value
 from tests.running import Gateway, eventually, gateway_before
@@ -67,6 +69,18 @@ class House:
                 "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
             )  # fmt: skip
             assert await self.parts.store.add_window(window, Manifest(window.manifest, (1,) * 48, objects))
+
+
+def redis_of(house: House) -> RedisRig:
+    """The second of its rigs."""
+    rig = house.rigs[1]
+    assert isinstance(rig, RedisRig)
+    return rig
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of all objects and pins, each file once however many names it has."""
+    return sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("kv*/**/*.data")}.values())
 
 
 def settings(folder: Path, engine: FakeEngine, redis: RedisServer, **more: object) -> Settings:
@@ -247,6 +261,108 @@ async def test_many_expired_windows_and_two_sweeps_at_once_delete_each_once(
     assert sum("has expired" in line for line in caplog.messages) == 250
 
 
+# --- usage
+
+
+async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(house: House, tmp_path: Path) -> None:
+    await house.session("a", "salt-a")
+    await house.session("b", "salt-b")
+    for salt in ("salt-a", "salt-b", "salt-unknown"):
+        house.stored(under(salt, 4))
+    await house.window("w", under("salt-a", 2))
+    for rig in house.rigs:
+        await rig.tier.lose([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
+    assert await house.parts.store.delete_session(TENANT, "b")
+    (tmp_path / "kv" / "being-written.tmp").write_bytes(b"x")
+    tiers, warnings = await usage(house.parts)
+    assert warnings == []
+    disk, redis = tiers
+    assert (disk.name, redis.name) == ("disk", "redis")
+    assert disk == TierUse(
+        "disk", total=Share(12, 12 * SIZE), pinned=Share(2, 2 * SIZE), windows=Share(2, 2 * SIZE),
+        sessions=Share(2, 2 * SIZE), forgotten=Share(4, 4 * SIZE), unknown=Share(4, 4 * SIZE),
+    )  # fmt: skip
+    # A pin in Redis is a copy.
+    assert redis == TierUse(
+        "redis", total=Share(12, 13 * SIZE), pinned=Share(2, 2 * SIZE), windows=Share(2, 3 * SIZE),
+        sessions=Share(2, 2 * SIZE), forgotten=Share(4, 4 * SIZE), unknown=Share(4, 4 * SIZE),
+    )  # fmt: skip
+    assert disk.total.bytes == on_disk(tmp_path)
+    client = redis_of(house).client
+    assert redis.total.bytes == sum(client.strlen(name) for name in client.scan_iter("*"))  # type: ignore[misc]
+
+
+async def test_a_tier_that_cannot_be_read_is_a_warning_and_the_other_is_told(house: House, tmp_path: Path) -> None:
+    (tmp_path / "kv").rename(tmp_path / "away")
+    tiers, warnings = await usage(house.parts)
+    assert [tier.name for tier in tiers] == ["redis"]
+    assert "disk tier" in warnings[0]
+
+
+# --- budgets
+
+
+@pytest.fixture
+async def tight(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
+    """A budget of ten objects on disk and of twelve in Redis."""
+    more = {"disk_budget_bytes": 10 * SIZE, "redis_budget_bytes": 12 * SIZE}
+    async with AsyncExitStack() as stack:
+        disk = DiskRig(tmp_path)
+        parts = await stack.enter_async_context(open_parts(settings(tmp_path, engine, redis_server, **more)))
+        disk.pins = tmp_path / "kv-pins" / parts.store.store_id
+        redis = RedisRig(redis_server.port, parts.store.store_id)
+        stack.callback(redis.client.close)
+        yield House(parts, (disk, redis))
+
+
+async def test_past_its_budget_a_tier_loses_the_kv_of_the_sessions_that_were_idle_longest(tight: House) -> None:
+    for number in range(5):
+        await tight.session(f"s{number}", f"salt-{number}", idle_s=100 - number)
+        tight.stored(under(f"salt-{number}"))
+    await garbage.sweep(tight.parts)
+    left = [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
+    # The disk has room for three sessions, Redis for four.
+    assert left == [[0, 0], [0, 3], [3, 3], [3, 3], [3, 3]]
+    assert await tight.parts.store.session(TENANT, "s0") is not None
+    await garbage.sweep(tight.parts)
+    assert left == [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
+
+
+async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and_the_log_says_so(
+    tight: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    await tight.session("idle", "salt-idle", idle_s=100)
+    await tight.session("turning", "salt-turning", idle_s=200)
+    for salt in ("salt-idle", "salt-turning", "salt-unknown"):
+        tight.stored(under(salt, 6))
+    await tight.window("w", under("salt-idle", 2))
+    turning = await tight.parts.store.session(TENANT, "turning")
+    assert turning
+    tight.parts.sessions.enter(Place(turning, "", b""))
+    await garbage.sweep(tight.parts)
+    assert tight.there(under("salt-idle", 6)) == [under("salt-idle", 2)] * 2
+    for salt in ("salt-turning", "salt-unknown"):
+        assert tight.there(under(salt, 6)) == [under(salt, 6)] * 2
+    assert f"disk tier holds {14 * SIZE} bytes, {4 * SIZE} more than its budget" in caplog.text
+
+
+async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House) -> None:
+    await tight.session("old", "shared", lineage="l", idle_s=300)
+    await tight.session("fork", "shared", lineage="l", idle_s=1)
+    await tight.session("middle", "salt-middle", idle_s=100)
+    tight.stored(under("shared", 6))
+    tight.stored(under("salt-middle", 6))
+    await garbage.sweep(tight.parts)
+    assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
+    assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
+
+
+async def test_below_the_reserve_there_is_no_room(house: House) -> None:
+    await house.parts.pins.check_room(1)
+    with pytest.raises(TierFull, match="disk_reserve_bytes"):
+        await house.parts.pins.check_room(2**62)
+
+
 # --- as a user sees it
 
 
@@ -313,3 +429,21 @@ def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp
         assert len(gateway.http.get("/admin/windows/w/messages").json()["messages"]) == 2
         eventually(lambda: gateway.http.get("/admin/windows/w").status_code == 404, "it is deleted")
         eventually(lambda: "window w has expired and was deleted" in gateway.log, "the log says so")
+
+
+def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str) -> None:
+    gateway, disk = swept
+    gateway.chat(session)
+    for one in under(salt_of(engine)):
+        disk.put(one, value(SIZE))
+    gateway.http.get(f"/admin/sessions/{session}")  # waits until the turn is recorded
+    answer = gateway.http.get("/admin/cache").json()
+    nothing = {"objects": 0, "bytes": 0}
+    assert answer == {
+        "chunk_size": None, "lmcache": {"status": "not configured"}, "warnings": [],
+        "tiers": {"disk": {
+            "objects": 3, "bytes": 3 * SIZE, "sessions": {"objects": 3, "bytes": 3 * SIZE}, "windows": nothing,
+            "pinned": nothing, "forgotten": nothing, "unknown": nothing,
+        }},
+    }  # fmt: skip
+    assert gateway.http.get("/admin/cache?x=1").json()["error"]["code"] == "unknown_parameter"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from gateway.kv.tiers.contract import Restored
+from gateway.kv.tiers.contract import Restored, Stored
 from gateway.records import PinnedObject
 from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, keys, value
 
@@ -310,3 +310,20 @@ async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: R
     assert await rig.tier.under({"a"}) == {one for one in live | pins if one.salt == "a"}
     assert await rig.tier.under({"a", "b", "none"}) == {one for one in live | pins if one.salt in ("a", "b")}
     assert await rig.tier.under(set()) == set()
+
+
+# --- inventory
+
+
+async def test_the_inventory_has_every_object_and_pin_once_with_its_bytes(rig: Rig) -> None:
+    for number, size in enumerate((10, 20, 30, 40)):
+        rig.put(key(number), value(size))
+    await rig.tier.pin([key(1), key(2), key(3)], {})
+    await rig.tier.lose([key(2)])
+    rig.put(key(3), value(45))  # LMCache has written it anew
+    both = 20 if isinstance(rig, DiskRig) else 40
+    assert sorted(await rig.tier.inventory(), key=lambda one: str(one.key)) == [
+        Stored(key(0), 10, 0, 10), Stored(key(1), 20, 20, both), Stored(key(2), 0, 30, 30), Stored(key(3), 45, 40, 85),
+    ]  # fmt: skip
+    free = await rig.tier.free()
+    assert (free is None) == isinstance(rig, RedisRig)

@@ -126,6 +126,16 @@ class Pins:
                 warnings.append(str(error))
         return found, warnings
 
+    async def check_room(self, reserve: int) -> None:
+        """Raise TierFull where a tier has less than `reserve` bytes free."""
+        for tier in self.tiers:
+            try:
+                free = await tier.free()
+            except TierUnavailable:  # whoever goes on to use it is told
+                continue
+            if free is not None and free < reserve:
+                raise TierFull(f"{tier.name} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
+
     async def sweep(self, held: Collection[ObjectKey]) -> tuple[int, list[str]]:
         """Unpin what no window holds: what a gateway left that died in mid-freeze. Call it under the exclusive lock."""
         swept = 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.tiers.contract import Tier
 from gateway.parts import Parts
 from gateway.windows.counted import counted
 from gateway.windows.thaw import found, not_found
@@ -43,12 +44,12 @@ async def delete(parts: Parts, tenant: str, name: str, *, expired_by: float | No
     return Deleted(deleted, freed, window.chunk_count * window.world_size - deleted, tuple(warnings))
 
 
-async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey]) -> list[str]:
-    """Drop the objects from LMCache's memory, and from its books in each tier."""
+async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None) -> list[str]:
+    """Drop the objects from LMCache's memory, and from its books in each tier, or in `tiers`."""
     if parts.cache is None or not keys:
         return []
     try:
-        for tier in parts.pins.tiers:
+        for tier in parts.pins.tiers if tiers is None else tiers:
             await parts.cache.delete(keys, tier="all", adapter=tier.adapter)
     except GatewayError as error:
         return [error.message]

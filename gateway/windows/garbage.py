@@ -9,6 +9,7 @@ from gateway.kv.pins import Lock
 from gateway.parts import Parts
 from gateway.records import Window
 from gateway.windows import forget
+from gateway.windows.budget import keep_budgets
 from gateway.windows.delete import delete
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ async def keep_tidy(parts: Parts) -> None:
     # Held for life: a worker that dies lets go of it, and another takes over.
     async with Lock(parts.settings.data_path / "sweep.lock", poll_s=every).hold(alone=True):
         while True:
-            await sweep(parts)
             await asyncio.sleep(every)
+            await sweep(parts)
 
 
 async def sweep(parts: Parts) -> None:
@@ -31,6 +32,7 @@ async def sweep(parts: Parts) -> None:
     await parts.chores.attempt(_windows(parts), "deleting expired windows")
     await parts.chores.attempt(_sessions(parts), "forgetting idle sessions")
     await parts.chores.attempt(_loose(parts), "removing KV that nobody needs")
+    await parts.chores.attempt(keep_budgets(parts), "keeping the budgets")
 
 
 async def _windows(parts: Parts) -> None:
