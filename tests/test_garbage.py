@@ -270,8 +270,8 @@ async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(house: House
     for salt in ("salt-a", "salt-b", "salt-unknown"):
         house.stored(under(salt, 4))
     await house.window("w", under("salt-a", 2))
-    for rig in house.rigs:
-        await rig.tier.lose([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
+    for tier in house.parts.pins.tiers:
+        await tier.lose([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
     assert await house.parts.store.delete_session(TENANT, "b")
     (tmp_path / "kv" / "being-written.tmp").write_bytes(b"x")
     tiers, warnings = await usage(house.parts)
