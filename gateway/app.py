@@ -40,10 +40,10 @@ from gateway.tokens import Estimator, hub_folder
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
+from gateway.windows.garbage import keep_tidy
 
 log = logging.getLogger(__name__)
 
-_FORGET_EVERY_S = 60.0
 _INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
 
 
@@ -116,7 +116,7 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             telemetry.watch_engine(member.url, partial(getattr, member, "up"))
         telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
         telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
-        parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
+        parts.chores.begin(keep_tidy(parts), "sweeping")
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
@@ -130,14 +130,6 @@ def _member(url: str, settings: Settings) -> Member:
         Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence),
         Engine(url, api_key=key, fingerprint=fingerprint, connect_timeout_s=connect, timeout_s=silence),
     )
-
-
-async def _forget_idle(parts: Parts) -> None:
-    while True:
-        forgotten = await parts.store.forget_idle(parts.settings.sessions_kept)
-        if forgotten:
-            log.info("forgot %d sessions that were idle longest: more than sessions_kept", forgotten)
-        await asyncio.sleep(_FORGET_EVERY_S)
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:

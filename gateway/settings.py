@@ -21,6 +21,7 @@ PREFIX = "CWG_"
 CLIENT_VARIABLES = frozenset({"CWG_URL"})
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
+_NONE_IS_0 = frozenset({"disk_budget_bytes", "expiry_grace_s", "redis_budget_bytes", "session_ttl_s"})
 
 
 class SettingsError(Exception):
@@ -73,6 +74,14 @@ class Settings:
     turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns wait")
     turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
     sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
+    expiry_grace_s: float = setting(60.0, "seconds for which the text of an expired window can still be read")
+    session_ttl_s: float = setting(0.0, "seconds after which an idle session is forgotten with its KV; 0: never")
+    disk_budget_bytes: int = setting(
+        0, "bytes for the disk tier; past it, KV of the sessions that were idle longest goes first; 0: no bound"
+    )
+    redis_budget_bytes: int = setting(0, "the same for the Redis tier")
+    disk_reserve_bytes: int = setting(256 * 2**20, "free bytes on the disk tier below which a freeze is `storage_full`")
+    sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
     responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
     freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
@@ -216,7 +225,8 @@ def _check(s: Settings) -> None:
     for f in fields(s):
         value = getattr(s, f.name)
         if f.name.endswith(("_s", "_bytes", "_kept")) or f.name == "turn_queue":
-            _require(value > 0, f"{f.name} must be more than 0, not {value}")
+            fits = value > 0 or (value == 0 and f.name in _NONE_IS_0)
+            _require(fits, f"{f.name} must be more than 0, not {value}")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -38,6 +38,12 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "turn_queue": ("3", "3", 3),
     "turns_kept": ("4", "4", 4),
     "sessions_kept": ("5", "5", 5),
+    "expiry_grace_s": ("0", "0", 0.0),
+    "session_ttl_s": ("8", "8", 8.0),
+    "disk_budget_bytes": ("10", "10", 10),
+    "redis_budget_bytes": ("11", "11", 11),
+    "disk_reserve_bytes": ("12", "12", 12),
+    "sweep_every_s": ("9.5", "9.5", 9.5),
     "responses_kept": ("44", "44", 44),
     "busy_wait_s": ("5.5", "5.5", 5.5),
     "freeze_timeout_s": ("6", "6", 6.0),
@@ -127,7 +133,8 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("cache_url", "localhost"), ("kv_redis_url", "http://x"), ("kv_redis_url", "redis://"),
         ("store_url", "redis://x"), ("store_url", "/path"), ("isolation", "none"), ("isolation", ""),
         ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
-        ("engine_urls", ""),
+        ("engine_urls", ""), ("expiry_grace_s", "-1"), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"),
+        ("sweep_every_s", "0"), ("disk_budget_bytes", "-1"), ("redis_budget_bytes", "1.5"), ("disk_reserve_bytes", "0"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) -> None:

@@ -142,6 +142,27 @@ def m004_ends(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX ends_by_session ON ends (tenant, session_id)")
 
 
+@MIGRATIONS.append
+def m005_salts(db: sqlite3.Connection) -> None:
+    """Under which salts a session's turns ran, and which salts somebody has let go of, so that their KV can go."""
+    for statement in _M005:
+        db.execute(statement)
+
+
+_M005 = (
+    """CREATE TABLE session_salts (
+        salt TEXT NOT NULL, tenant TEXT NOT NULL, session_id TEXT NOT NULL, PRIMARY KEY (salt, tenant, session_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX session_salts_by_session ON session_salts (tenant, session_id)",
+    "INSERT INTO session_salts SELECT salt, tenant, id FROM sessions WHERE salt != ''",
+    """CREATE TABLE loose_salts (
+        salt TEXT PRIMARY KEY, tenant TEXT NOT NULL, lineage TEXT NOT NULL, since REAL NOT NULL
+    ) WITHOUT ROWID""",
+    "CREATE INDEX windows_by_salt ON windows (salt)",
+    "CREATE INDEX windows_by_expiry ON windows (expires_at)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 
