@@ -68,6 +68,7 @@ class Settings:
         30.0, "seconds a client may take for its headers, and between two parts of a body"
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
+    max_import_bytes: int = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
     max_reply_bytes: int = setting(
         64 * 2**20, "largest reply that is kept for the transcript; a larger one only passes"
     )

@@ -34,6 +34,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "engine_timeout_s": ("1", "1", 1.0),
     "client_timeout_s": ("1e1", "1e1", 10.0),
     "max_body_bytes": ("1", "1", 1),
+    "max_import_bytes": ("1", "1", 1),
     "max_reply_bytes": ("2", "2", 2),
     "turn_queue": ("3", "3", 3),
     "turns_kept": ("4", "4", 4),

@@ -187,6 +187,15 @@ class Store(Protocol):
         """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
         ...
 
+    async def import_window(
+        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+    ) -> bool:
+        """Commit a window with a transcript and a frame that the store does not know yet; False if the name is taken.
+
+        The window's own `transcript` and `frame` do not count.
+        """
+        ...
+
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
         """Change `description`, `tags` or `expires_at`; return the window as it is now, or None."""
         ...

@@ -178,6 +178,12 @@ class SqliteStore:
         """See `Store.add_window`."""
         return await self._write(lambda db: rows.add_window(db, window, manifest))
 
+    async def import_window(
+        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+    ) -> bool:
+        """See `Store.import_window`."""
+        return await self._write(lambda db: rows.import_window(db, window, manifest, messages, frame))
+
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
         """See `Store.describe_window`."""
         return await self._write(lambda db: rows.describe_window(db, tenant, name, changes))
