@@ -1,0 +1,21 @@
+"""Freeze when one of several policies says so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.contract import Freeze, Observation, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """Freezes for the reason of the first policy that has one."""
+
+    policies: Sequence[Policy]
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise ValueError("policies must be a list of at least one policy")
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        """See `Policy.decide`."""
+        return next((decision for policy in self.policies if (decision := policy.decide(seen))), None)
