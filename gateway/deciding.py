@@ -32,6 +32,7 @@ class Deciding:
     """One thread at a time asks; while it hangs, nothing is decided."""
 
     def __init__(self) -> None:
+        self._alone = asyncio.Lock()
         self._late: Future[object] | None = None
         self._complained: dict[str, float] = {}
 
@@ -48,8 +49,12 @@ class Deciding:
         return await self._beside(lambda: [self._ask(named, seen) for named in policies]) or []
 
     async def _beside(self, work: Callable[[], T]) -> T | None:
-        if self._late is not None and not self._late.done():
-            return None
+        async with self._alone:
+            if self._late is not None and not self._late.done():
+                return None
+            return await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T | None:
         done: Future[T] = Future()
         threading.Thread(target=lambda: done.set_result(work()), name="policies", daemon=True).start()
         self._late = done  # type: ignore[assignment]

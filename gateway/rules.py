@@ -86,8 +86,9 @@ def _thresholds(specs: list[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, i
     for field, spec in specs:
         if spec["use"] == "token_threshold":
             found.append((field, spec["tokens"]))
-        inner = spec.get("policies", ())
-        found += _thresholds([(f"{field}.policies[{i}]", one) for i, one in enumerate(inner)])
+        inner = spec.get("policies")
+        if isinstance(inner, list | tuple):  # of a combination; a stranger may have something else there
+            found += _thresholds([(f"{field}.policies[{i}]", one) for i, one in enumerate(inner)])
     return found
 
 

@@ -55,4 +55,6 @@ def check_number(name: str, value: object, *, most: float, whole: bool = False) 
     """Raise ValueError unless a policy's parameter is a number, more than 0 and at most `most`."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not 0 < value <= most:
-        raise ValueError(f"{name} must be a {'whole ' * whole}number, more than 0 and at most {most:g}, not {value!r:.100}")
+        raise ValueError(
+            f"{name} must be a {'whole ' * whole}number, more than 0 and at most {most:g}, not {value!r:.100}"
+        )

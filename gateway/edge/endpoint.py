@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.autofreeze import Autofreeze
 from gateway.edge import auth, fields
 from gateway.edge.health import Health
 from gateway.edge.http import ClientGone, not_found, parse_object, read_body
@@ -34,6 +35,7 @@ class Call:
         self.tenant = tenant
         self.parts: Parts = request.state.parts
         self.health: Health = request.state.health
+        self.autofreeze: Autofreeze = request.state.autofreeze
         self.progress: Progress = silent
         self.path: dict[str, str] = request.path_params
         self._request = request
@@ -52,13 +54,22 @@ class Call:
 
     async def body(self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = ()) -> dict[str, Any]:
         """Read the JSON body; none is an empty object."""
+        return fields.read(await self._object(), table, required)
+
+    async def changes(self, known: tuple[str, ...]) -> dict[str, Any]:
+        """Read the JSON body as it is; only names that are not `known` are refused. Null is a value."""
+        given = await self._object()
+        fields.refuse_unknown(given.keys(), known)
+        return given
+
+    async def _object(self) -> dict[str, Any]:
         fields.refuse_unknown(self._request.query_params.keys(), ())
         limits = self.parts.settings
         request = self._request
         raw = await read_body(
             request.scope, request.receive, limit=limits.max_body_bytes, timeout_s=limits.client_timeout_s
         )
-        return fields.read(parse_object(raw) if raw else {}, table, required)
+        return parse_object(raw) if raw else {}
 
     @property
     def window_name(self) -> str:
