@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.contract import Freeze, Observation, Policy
+from policies.contract import Freeze, Observation, Policy, check_policies
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +13,7 @@ class AnyOf:
     policies: Sequence[Policy]
 
     def __post_init__(self) -> None:
-        if not self.policies:
-            raise ValueError("policies must be a list of at least one policy")
+        check_policies(self.policies)
 
     def decide(self, seen: Observation, /) -> Freeze | None:
         """See `Policy.decide`."""

@@ -120,8 +120,9 @@ def test_combinations_have_an_end() -> None:
     ("field", "value"),
     [
         ("enabled", 1), ("at_shutdown", "yes"), ("idle_timeout_minutes", 0), ("idle_timeout_minutes", -1),
-        ("idle_timeout_minutes", "30"), ("idle_timeout_minutes", 1e9), ("token_threshold", 0), ("token_threshold", 0.75),
-        ("token_threshold", True), ("context_share", 0), ("context_share", 1.5), ("context_share", float("nan")),
+        ("idle_timeout_minutes", "30"), ("idle_timeout_minutes", 1e9), ("token_threshold", 0),
+        ("token_threshold", 0.75), ("token_threshold", True), ("context_share", 0), ("context_share", 1.5),
+        ("context_share", float("nan")),
         ("cooldown_seconds", 0), ("cooldown_seconds", None), ("keep", 0), ("keep", 101), ("ttl_seconds", 0),
         ("policies", {}), ("policies", [{}] * 33), ("naming_pattern", "auto"), ("naming_pattern", ""),
         ("naming_pattern", None), ("naming_pattern", "{session_id}"), ("naming_pattern", "{timestamp}"),
