@@ -60,12 +60,14 @@ def test_w5_a_session_left_alone_is_a_window_and_is_frozen_once(engine: FakeEngi
         assert window["name"].startswith("auto-user-7-20")
         assert (window["session_id"], window["tags"]) == ("user:7", ["auto"])
         assert window["description"].startswith("Frozen automatically: idle for")
+        eventually(lambda: check(gateway, "user:7")["held_back"] is not None, "the session is marked")
         assert gateway.http.get("/admin/sessions/user:7").json()["state"] == "frozen"
         time.sleep(1.5)  # several sweeps of two workers
         assert [w["name"] for w in windows(gateway)] == [window["name"]]
         gateway.chat("user:7", "more")
         assert wait_for(gateway, 2)[0]["token_count"] > window["token_count"]
-        assert check(gateway, "user:7")["held_back"] == "it is frozen and has not gone on since"
+        frozen = "it is frozen and has not gone on since"
+        eventually(lambda: check(gateway, "user:7")["held_back"] == frozen, frozen)
 
 
 def test_w5_a_threshold_freezes_once_after_the_turn_that_crosses_it(engine: FakeEngine, tmp_path: Path) -> None:
