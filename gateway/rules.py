@@ -3,7 +3,7 @@
 import math
 import string
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
@@ -175,4 +175,3 @@ READERS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
         "ttl_seconds": _or_none(_number(0, 1e9)),
     }
 )
-FIELDS = tuple(f.name for f in fields(Rules))

@@ -17,7 +17,7 @@ async def get_policies(call: Call) -> tuple[int, Any]:
 
 async def put_policies(call: Call) -> tuple[int, Any]:
     """PUT /admin/policies: set the fields that are given, leave the others."""
-    given = await call.changes(rules.FIELDS)
+    given = await call.body(dict(rules.READERS), nulls=True)
     warnings = await call.autofreeze.change(given)
     return 200, {**await _shown(call), "warnings": warnings}
 
