@@ -148,7 +148,7 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
         ("engine_urls", ""), ("expiry_grace_s", "-1"), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"),
         ("sweep_every_s", "0"), ("disk_budget_bytes", "-1"), ("redis_budget_bytes", "1.5"), ("disk_reserve_bytes", "0"),
-        ("engine_urls", ""), ("auto_freeze", "maybe"), ("auto_freeze_idle_minutes", "-1"),
+        ("auto_freeze", "maybe"), ("auto_freeze_idle_minutes", "-1"),
         ("auto_freeze_tokens", "-1"), ("auto_freeze_share", "1.1"), ("auto_freeze_name", "auto"),
         ("auto_freeze_name", "auto-{session_id}-{timestamp}-{nope}"), ("auto_freeze_keep", "0"),
     ],
