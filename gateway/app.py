@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from gateway import workers
+from gateway.autofreeze import Autofreeze
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
@@ -40,19 +41,19 @@ from gateway.tokens import Estimator, hub_folder
 from gateway.turns import Turns
 from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
+from gateway.windows.garbage import keep_tidy
 
 log = logging.getLogger(__name__)
 
-_FORGET_EVERY_S = 60.0
 _INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
 
 
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
 
-    def __init__(self, parts: Parts, health: Health) -> None:
+    def __init__(self, parts: Parts, health: Health, autofreeze: Autofreeze) -> None:
         self._inference = Inference(parts)
-        self._state = {"parts": parts, "health": health}
+        self._state = {"parts": parts, "health": health, "autofreeze": autofreeze}
         self._rest = Starlette(routes=admin.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
         self._mcp = McpDoor(self._admin, parts.settings)
@@ -116,7 +117,7 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             telemetry.watch_engine(member.url, partial(getattr, member, "up"))
         telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
         telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
-        parts.chores.begin(_forget_idle(parts), "forgetting idle sessions")
+        parts.chores.begin(keep_tidy(parts), "sweeping")
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
@@ -130,14 +131,6 @@ def _member(url: str, settings: Settings) -> Member:
         Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence),
         Engine(url, api_key=key, fingerprint=fingerprint, connect_timeout_s=connect, timeout_s=silence),
     )
-
-
-async def _forget_idle(parts: Parts) -> None:
-    while True:
-        forgotten = await parts.store.forget_idle(parts.settings.sessions_kept)
-        if forgotten:
-            log.info("forgot %d sessions that were idle longest: more than sessions_kept", forgotten)
-        await asyncio.sleep(_FORGET_EVERY_S)
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:
@@ -155,7 +148,12 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
 
 async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None], shared: Shared | None = None) -> None:
     """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
-    async with open_parts(settings, shared) as parts, Health(parts) as health, Gateway(parts, health) as gateway:
+    async with (
+        open_parts(settings, shared) as parts,
+        Health(parts) as health,
+        Autofreeze(parts) as autofreeze,
+        Gateway(parts, health, autofreeze) as gateway,
+    ):
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
@@ -178,7 +176,9 @@ def main(settings: Settings) -> None:
         _run(run(settings, sock, ready, Shared(folder, slot)))
 
     gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
-    workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot))
+    workers.supervise(
+        settings.workers, sock, serve, lambda slot: forget(folder, slot), longer_s=settings.shutdown_freeze_s
+    )
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

@@ -28,6 +28,13 @@ class Chores:
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
+    async def attempt(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do `work` that is done again later; a failure is logged under `name`."""
+        try:
+            await work
+        except Exception:
+            log.exception("%s failed", name)
+
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

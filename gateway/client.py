@@ -119,9 +119,10 @@ class Admin:
             asyncio.run_coroutine_threadsafe(tell(progress), loop).result()
 
         try:
-            if request.body is not None:
-                return await asyncio.to_thread(self.watch, request.path, request.body, step)
-            return await asyncio.to_thread(self.call, request.method, request.path, query=request.query)
+            if request.method == "POST":
+                return await asyncio.to_thread(self.watch, request.path, request.body or {}, step)
+            query, body = request.query, request.body
+            return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body)
         except AdminError as error:
             names = ("code", "message", "hint", "retryable", "details")
             return {"error": {name: getattr(error, name) for name in names}}

@@ -198,6 +198,10 @@ class Window:
         """Tokens after the last whole pinned chunk: what a thaw recomputes."""
         return self.token_count - self.chunk_count * self.chunk_size
 
+    def has_expired(self, at: float) -> bool:
+        """Whether its time to live was over by then."""
+        return self.expires_at is not None and self.expires_at <= at
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:

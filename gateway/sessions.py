@@ -227,9 +227,11 @@ class Sessions:
 
     async def going_on(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is going on: in a turn just now, or not frozen since its last."""
-        if (tenant, lineage) in self._lineages or self._elsewhere(("lineage", tenant, lineage)):
-            return True
-        return await self._store.lineage_in_use(tenant, lineage)
+        return self.lineage_in_turn(tenant, lineage) or await self._store.lineage_in_use(tenant, lineage)
+
+    def lineage_in_turn(self, tenant: str, lineage: str) -> bool:
+        """Whether a session of the lineage, known or new, is in a turn or has one that waits to be recorded."""
+        return (tenant, lineage) in self._lineages or self._elsewhere(("lineage", tenant, lineage))
 
     async def at_rest(self, tenant: str, session_id: str, wait_s: float) -> None:
         """Return when no turn of the session is going on in any worker. Raises `session_busy` after `wait_s`."""

@@ -200,7 +200,9 @@ def test_a_deleted_window_is_gone_from_every_verb(gateway: Gateway, session: str
 
 def test_a_deleted_session_is_gone_and_its_windows_stay(gateway: Gateway, session: str) -> None:
     freeze(gateway, session, f"w-{session}")
-    assert gateway.http.delete(f"/admin/sessions/{session}").json() == {"session_id": session, "deleted": True}
+    assert gateway.http.delete(f"/admin/sessions/{session}").json() == {
+        "session_id": session, "deleted": True, "blocks_deleted": 0, "space_freed_bytes": 0, "warnings": [],
+    }  # fmt: skip
     assert error_of(gateway.http.get(f"/admin/sessions/{session}")) == (404, "session_not_found")
     assert error_of(gateway.http.delete(f"/admin/sessions/{session}")) == (404, "session_not_found")
     assert gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"][0]["content"] == "hi"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from gateway.kv.tiers.contract import Restored
+from gateway.kv.tiers.contract import Restored, Stored
 from gateway.records import PinnedObject
 from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, keys, value
 
@@ -318,3 +318,36 @@ async def test_a_pin_that_is_gone_cannot_be_adopted(rig: Rig) -> None:
     rig.drop_pin(key(0))
     names = [key(number, salt="other") for number in range(2)]
     assert [o.key for o in await rig.tier.adopt(objects, names)] == [str(names[1])]
+
+
+# --- under
+
+
+async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: Rig) -> None:
+    models = ["org/model", "plain", "/abs/path", "with space", "é/ü", "[glob]*?"]
+    live = {key(1, model=model, salt=salt) for model in models for salt in ("a", "b", "xa")}
+    pins = {key(2, model="plain", salt="a"), key(2, model="plain", salt="b")}
+    for one in (*live, *pins):
+        rig.put(one, value(10))
+    await rig.tier.pin(list(pins), {})
+    await rig.tier.lose(pins)
+    assert await rig.tier.under({"a"}) == {one for one in live | pins if one.salt == "a"}
+    assert await rig.tier.under({"a", "b", "none"}) == {one for one in live | pins if one.salt in ("a", "b")}
+    assert await rig.tier.under(set()) == set()
+
+
+# --- inventory
+
+
+async def test_the_inventory_has_every_object_and_pin_once_with_its_bytes(rig: Rig) -> None:
+    for number, size in enumerate((10, 20, 30, 40)):
+        rig.put(key(number), value(size))
+    await rig.tier.pin([key(1), key(2), key(3)], {})
+    await rig.tier.lose([key(2)])
+    rig.put(key(3), value(45))  # LMCache has written it anew
+    both = 20 if isinstance(rig, DiskRig) else 40
+    assert sorted(await rig.tier.inventory(), key=lambda one: str(one.key)) == [
+        Stored(key(0), 10, 0, 10), Stored(key(1), 20, 20, both), Stored(key(2), 0, 30, 30), Stored(key(3), 45, 40, 85),
+    ]  # fmt: skip
+    free = await rig.tier.free()
+    assert (free is None) == isinstance(rig, RedisRig)

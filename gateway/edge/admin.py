@@ -8,13 +8,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.edge import fields, metrics, show, transfer, verbs
+from gateway.edge import cache, fields, metrics, policies, show, transfer, verbs
 from gateway.edge.endpoint import Call, Endpoint, Methods, Verb, json_answer
 from gateway.edge.health import COMPONENTS, Health
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.store.contract import SORT_KEYS, WindowQuery
-from gateway.windows import clone, delete, freeze, isolate, thaw
+from gateway.windows import clone, delete, forget, freeze, isolate, thaw
 
 _LIMIT = fields.whole(1, 100)
 _OFFSET = fields.whole(0, 2**31)
@@ -57,11 +57,14 @@ async def get_session(call: Call) -> tuple[int, Any]:
 async def delete_session(call: Call) -> tuple[int, Any]:
     """DELETE /admin/sessions/{session_id}."""
     call.query({})
-    # A turn that is going on would make the session anew when it is recorded.
-    await call.parts.sessions.at_rest(call.tenant, call.session_id, call.parts.settings.busy_wait_s)
-    if not await call.parts.store.delete_session(call.tenant, call.session_id):
-        raise _no_session(call.session_id)
-    return 200, {"session_id": call.session_id, "deleted": True}
+    done = await forget.delete_session(call.parts, call.tenant, call.session_id)
+    return 200, {
+        "session_id": call.session_id,
+        "deleted": True,
+        "blocks_deleted": done.blocks_deleted,
+        "space_freed_bytes": done.space_freed_bytes,
+        "warnings": done.warnings,
+    }
 
 
 async def freeze_session(call: Call) -> tuple[int, Any]:
@@ -239,6 +242,11 @@ def routes() -> list[BaseRoute]:
         ("GET", "/admin/windows/{name}/export", transfer.export_window),
         ("POST", "/admin/windows/import", transfer.import_window),
         *verbs.SERVED,
+        ("GET", "/admin/cache", cache.statistics),
+        ("GET", "/admin/policies", policies.get_policies),
+        ("PUT", "/admin/policies", policies.put_policies),
+        ("DELETE", "/admin/policies", policies.delete_policies),
+        ("POST", "/admin/policies/check", policies.check_policies),
         ("GET", "/admin/health", health),
         ("POST", "/admin/doctor", doctor),
         ("GET", "/admin/metrics", metrics.as_json),

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.autofreeze import Autofreeze
 from gateway.edge import auth, fields
 from gateway.edge.health import Health
 from gateway.edge.http import ClientGone, not_found, parse_object, read_body, stream_body
@@ -34,6 +35,7 @@ class Call:
         self.tenant = tenant
         self.parts: Parts = request.state.parts
         self.health: Health = request.state.health
+        self.autofreeze: Autofreeze = request.state.autofreeze
         self.progress: Progress = silent
         self.path: dict[str, str] = request.path_params
         self._request = request

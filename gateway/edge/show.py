@@ -1,5 +1,6 @@
 """Records as JSON: one word for a thing wherever it is shown."""
 
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -72,6 +73,7 @@ def window_line(w: Window) -> dict[str, Any]:
         "size_bytes": w.size_bytes,
         "kv": w.kv,
         "parent_window": w.parent,
+        "state": "expired" if w.has_expired(time.time()) else "frozen",
         "created_at": moment(w.created_at),
         "expires_at": moment(w.expires_at),
     }
@@ -81,7 +83,6 @@ def window(w: Window) -> dict[str, Any]:
     """A window with its receipt, as freeze and clone answer it."""
     return {
         **window_line(w),
-        "state": "frozen",
         "block_count": w.chunk_count * w.world_size,
         "receipt": dict(w.receipt),
     }

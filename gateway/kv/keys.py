@@ -15,6 +15,7 @@ from blake3 import blake3
 
 _ROOT = blake3((0).to_bytes(8, "big", signed=True) + struct.pack(">I", 0)).digest()
 DISK_SUFFIX = ".data"
+_HASH_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,30 @@ class ObjectKey:
         """The name in LMCache's disk tier."""
         model = self.model.replace("/", "-SEP-")
         return f"{model}@0x{self.rank:08x}@{self.group:x}@{self.chunk_hash}@{self.salt}{DISK_SUFFIX}"
+
+    @classmethod
+    def parse_file_name(cls, name: str) -> "ObjectKey | None":
+        """Read back a `file_name`, None where it is none. Its own `file_name` is the same again.
+
+        A model called `a-SEP-b` comes back as `a/b`: LMCache gives both one name.
+        """
+        if not name.endswith(DISK_SUFFIX):
+            return None
+        return cls.parse_or_none(name.removesuffix(DISK_SUFFIX).replace("-SEP-", "/"))
+
+    @classmethod
+    def parse_or_none(cls, text: str) -> "ObjectKey | None":
+        """Like `parse`, of what others may have written."""
+        try:
+            key = cls.parse(text)
+        except ValueError:
+            return None
+        return key if len(key.chunk_hash) == _HASH_CHARS else None
+
+    @property
+    def address(self) -> tuple[int, int, str, str]:
+        """The key without its model, which a file name does not tell for sure."""
+        return self.rank, self.group, self.chunk_hash, self.salt
 
     def wire(self) -> dict[str, Any]:
         """The key as LMCache's HTTP interface takes it."""

@@ -24,8 +24,9 @@ _POLL_S = 0.005
 class Lock:
     """A shared or exclusive lock on a file, let go by the kernel when its process dies."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, poll_s: float = _POLL_S) -> None:
         self._path = path
+        self._poll_s = poll_s
 
     @asynccontextmanager
     async def hold(self, *, alone: bool) -> AsyncIterator[None]:
@@ -33,7 +34,7 @@ class Lock:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             while not _try(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):  # noqa: ASYNC110 - the kernel wakes no task
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(self._poll_s)
             yield
         finally:
             os.close(fd)
@@ -137,6 +138,27 @@ class Pins:
             except TierUnavailable as error:
                 warnings.append(str(error))
         return freed, warnings
+
+    async def under(self, salts: Collection[str]) -> tuple[set[ObjectKey], list[str]]:
+        """Return what lies under `salts` in the tiers that can be reached, and a warning for each that cannot."""
+        found: set[ObjectKey] = set()
+        warnings: list[str] = []
+        for tier in self.tiers:
+            try:
+                found |= await tier.under(salts)
+            except TierUnavailable as error:
+                warnings.append(str(error))
+        return found, warnings
+
+    async def check_room(self, reserve: int) -> None:
+        """Raise TierFull where a tier has less than `reserve` bytes free."""
+        for tier in self.tiers:
+            try:
+                free = await tier.free()
+            except TierUnavailable:  # whoever goes on to use it is told
+                continue
+            if free is not None and free < reserve:
+                raise TierFull(f"{tier.name} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
 
     async def sweep(self, held: Collection[ObjectKey]) -> tuple[int, list[str]]:
         """Unpin what no window holds: what a gateway left that died in mid-freeze. Call it under the exclusive lock."""

@@ -24,6 +24,20 @@ class WindowQuery:
     offset: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Unfrozen:
+    """A session, and what is known of its automatic freezes.
+
+    `covered_tokens`: see `policies.contract.Observation`. It is not frozen before `not_before`, for a cool-down or for
+    its `failures` in a row.
+    """
+
+    session: Session
+    covered_tokens: int = 0
+    not_before: float = 0.0
+    failures: int = 0
+
+
 SORT_KEYS = ("name", "created_at", "token_count", "size")
 
 
@@ -45,6 +59,26 @@ class Finished:
     normalised: str = ""
     response: StoredResponse | None = None
     asked: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LooseSalt:
+    """A salt that a session or a window has let go of at `since`; another one may still use it."""
+
+    salt: str
+    tenant: str
+    lineage: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaltUse:
+    """A salt that sessions of a lineage have turns under, and when one of them was last active."""
+
+    salt: str
+    tenant: str
+    lineage: str
+    last_active_at: float
 
 
 class Store(Protocol):
@@ -88,12 +122,43 @@ class Store(Protocol):
         """Mark the session frozen, unless it has gone on since `turn_count`."""
         ...
 
-    async def delete_session(self, tenant: str, session_id: str) -> bool:
-        """Delete the session, its turns and its kept answers; False if there is none. Windows stay."""
+    async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
+        """Delete the session, its turns and its kept answers; False if there is none.
+
+        Windows stay, its salts are loose. With `idle_since` only if it was not active since then.
+        """
         ...
 
     async def forget_idle(self, keep: int) -> int:
         """Delete the sessions that were idle longest beyond `keep`; return how many."""
+        ...
+
+    async def idle_sessions(self, since: float, limit: int) -> list[tuple[str, str]]:
+        """Return sessions (tenant, id) that were not active since then, idle longest first."""
+        ...
+
+    async def salts_of(self, tenant: str, session_id: str) -> list[str]:
+        """Return the salts that the session's turns ran under, of turns that failed too."""
+        ...
+
+    async def salt_uses(self) -> list[SaltUse]:
+        """Return every salt that a session has, idle longest first."""
+        ...
+
+    async def salt_in_use(self, salt: str) -> bool:
+        """Whether a session has turns under the salt. Windows hold their objects, not their salt."""
+        ...
+
+    async def loose_salts(self) -> list[LooseSalt]:
+        """Return the salts that were let go of, and that nobody has settled since."""
+        ...
+
+    async def settle_salt(self, gone: LooseSalt) -> None:
+        """Say that what lay under a loose salt was seen to, unless it was let go of once more."""
+        ...
+
+    async def held_under(self, salt: str) -> set[ObjectKey]:
+        """Return the objects under a salt that windows hold."""
         ...
 
     async def record(self, finished: Sequence[Finished]) -> None:
@@ -153,8 +218,15 @@ class Store(Protocol):
         """Return a manifest. Raises `window_not_found` when its window has just been deleted."""
         ...
 
-    async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:
-        """Delete a window; return the objects that no window holds any more, or None if there is no such window."""
+    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> list[ObjectKey] | None:
+        """Delete a window; return the objects that no window holds any more, or None if there is no such window.
+
+        With `expired_by` only if it had expired by then. Its salt is loose.
+        """
+        ...
+
+    async def expired_windows(self, by: float, limit: int) -> list[Window]:
+        """Return windows of every tenant that had expired by then, the first to expire first."""
         ...
 
     async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
@@ -167,6 +239,44 @@ class Store(Protocol):
 
     async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is still going on (active or thawed)."""
+        ...
+
+    async def unfrozen(self, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
+        """Return sessions active since `since` that have gone on since they were last frozen, last active first.
+
+        `before` is where the page before ended: when its last session was active, its tenant and its id.
+        """
+        ...
+
+    async def unfrozen_session(self, tenant: str, session_id: str) -> Unfrozen | None:
+        """Return one session as above, whatever its state, or None."""
+        ...
+
+    async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
+        """Take the automatic freeze of a session for oneself, until it is reported or `until` is over.
+
+        False where another has it, where the session is not as it was `seen`, and, with `cool`, before `not_before`.
+        """
+        ...
+
+    async def report_freeze(self, seen: Session, *, window: str | None, not_before: float) -> None:
+        """Give a claim back: with the window that was made, or None where that failed."""
+        ...
+
+    async def uncover(self, seen: Session) -> None:
+        """Note that a session has shrunk: what it has now is all that is covered."""
+        ...
+
+    async def auto_windows(self, tenant: str, session_id: str) -> list[str]:
+        """Return the names of a session's automatic windows, newest first; one without tag `auto` is none any more."""
+        ...
+
+    async def auto_freeze(self) -> str | None:
+        """Return the rules of automatic freezing that were set at run time, as JSON."""
+        ...
+
+    async def set_auto_freeze(self, rules: str | None) -> None:
+        """Keep them; None forgets them."""
         ...
 
     async def window_counts(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ import orjson
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
-from gateway.store import response_rows, transcript_rows
+from gateway.store import response_rows, salt_rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 
 T = TypeVar("T")
@@ -51,6 +51,8 @@ def add_session(db: sqlite3.Connection, new: Session) -> bool:
     cursor = db.execute(f"INSERT OR IGNORE INTO sessions ({', '.join(_SESSION_COLUMNS)}) VALUES ({marks})", values)
     if cursor.rowcount == 1 and new.tip is not None:
         db.execute("INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", (new.tenant, new.tip, new.id))
+    if cursor.rowcount == 1:
+        salt_rows.use(db, new.tenant, new.id, [new.salt])
     return cursor.rowcount == 1
 
 
@@ -69,8 +71,10 @@ def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count:
     )
 
 
-def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool:
+def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, idle_since: float | None = None) -> bool:
     gone = session(db, tenant, session_id)
+    if idle_since is not None and (gone is None or gone.last_active_at >= idle_since):
+        return False
     db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     response_rows.delete_of_session(db, tenant, session_id)
     if gone is None:
@@ -78,6 +82,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str) -> bool
     db.execute("DELETE FROM beginnings WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     db.execute("DELETE FROM ends WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
+    salt_rows.leave(db, tenant, session_id, gone.lineage)
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release(db, gone.window_transcript)
     transcript_rows.release_content(db, gone.frame)
@@ -94,6 +99,12 @@ def forget_idle(db: sqlite3.Connection, keep: int, at_once: int) -> int:
     for tenant, session_id in oldest:
         delete_session(db, tenant, session_id)
     return len(oldest)
+
+
+def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tuple[str, str]]:
+    return db.execute(
+        "SELECT tenant, id FROM sessions WHERE last_active_at < ? ORDER BY last_active_at LIMIT ?", (since, limit)
+    ).fetchall()
 
 
 def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
@@ -158,6 +169,7 @@ def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
         answered = ? WHERE tenant = ? AND id = ?""",
         (now, head, last.trace.asked or None, last.messages is not None, tenant, session_id),
     )
+    salt_rows.use(db, tenant, session_id, [item.salt for item in items])  # one that failed may have left KV too
     moving = [item for item in items if item.messages is not None]
     if moving:
         _move_transcript(db, moving[-1], len(moving))
@@ -357,15 +369,23 @@ def manifest(db: sqlite3.Connection, manifest_id: str) -> Manifest:
     return Manifest(manifest_id, tuple(array("I", row[0])), tuple(PinnedObject(*row) for row in found))
 
 
-def delete_window(db: sqlite3.Connection, tenant: str, name: str) -> list[ObjectKey] | None:
+def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Window]:
+    found = db.execute(f"{_WINDOW} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (by, limit))
+    return [_window(row) for row in found]
+
+
+def delete_window(
+    db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None
+) -> list[ObjectKey] | None:
     gone = window(db, tenant, name)
-    if gone is None:
+    if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
         return None
     held = gone.manifest
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
     # Whoever gets the name next is a stranger to what came from this one.
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
     db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
+    salt_rows.loosen(db, gone.salt, tenant, gone.lineage)
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release_content(db, gone.frame)
     if db.execute("SELECT 1 FROM windows WHERE manifest = ?", (held,)).fetchone():

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Turn, Window
-from gateway.store import response_rows, rows, transcript_rows
-from gateway.store.contract import Finished, WindowQuery
+from gateway.store import autofreeze_rows, response_rows, rows, salt_rows, transcript_rows
+from gateway.store.contract import Finished, LooseSalt, SaltUse, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
 
 T = TypeVar("T")
@@ -95,9 +95,9 @@ class SqliteStore:
         """See `Store.set_frozen`."""
         await self._write(lambda db: rows.set_frozen(db, tenant, session_id, turn_count, at))
 
-    async def delete_session(self, tenant: str, session_id: str) -> bool:
+    async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
         """See `Store.delete_session`."""
-        return await self._write(lambda db: rows.delete_session(db, tenant, session_id))
+        return await self._write(lambda db: rows.delete_session(db, tenant, session_id, idle_since))
 
     async def forget_idle(self, keep: int) -> int:
         """See `Store.forget_idle`."""
@@ -105,6 +105,34 @@ class SqliteStore:
         while some := await self._write(lambda db: rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
             forgotten += some
         return forgotten
+
+    async def idle_sessions(self, since: float, limit: int) -> list[tuple[str, str]]:
+        """See `Store.idle_sessions`."""
+        return await self._read(lambda db: rows.idle_sessions(db, since, limit))
+
+    async def salts_of(self, tenant: str, session_id: str) -> list[str]:
+        """See `Store.salts_of`."""
+        return await self._read(lambda db: salt_rows.of_session(db, tenant, session_id))
+
+    async def salt_uses(self) -> list[SaltUse]:
+        """See `Store.salt_uses`."""
+        return await self._read(salt_rows.uses)
+
+    async def salt_in_use(self, salt: str) -> bool:
+        """See `Store.salt_in_use`."""
+        return await self._read(lambda db: salt_rows.in_use(db, salt))
+
+    async def loose_salts(self) -> list[LooseSalt]:
+        """See `Store.loose_salts`."""
+        return await self._read(salt_rows.loose)
+
+    async def settle_salt(self, gone: LooseSalt) -> None:
+        """See `Store.settle_salt`."""
+        await self._write(lambda db: salt_rows.settle(db, gone))
+
+    async def held_under(self, salt: str) -> set[ObjectKey]:
+        """See `Store.held_under`."""
+        return await self._read(lambda db: salt_rows.held_under(db, salt))
 
     async def record(self, finished: Sequence[Finished]) -> None:
         """See `Store.record`."""
@@ -164,9 +192,13 @@ class SqliteStore:
         """See `Store.manifest`."""
         return await self._read(lambda db: rows.manifest(db, manifest_id))
 
-    async def delete_window(self, tenant: str, name: str) -> list[ObjectKey] | None:
+    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> list[ObjectKey] | None:
         """See `Store.delete_window`."""
-        return await self._write(lambda db: rows.delete_window(db, tenant, name))
+        return await self._write(lambda db: rows.delete_window(db, tenant, name, expired_by))
+
+    async def expired_windows(self, by: float, limit: int) -> list[Window]:
+        """See `Store.expired_windows`."""
+        return await self._read(lambda db: rows.expired_windows(db, by, limit))
 
     async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
         """See `Store.objects`."""
@@ -187,6 +219,38 @@ class SqliteStore:
     async def tier_usage(self) -> dict[str, tuple[int, int]]:
         """See `Store.tier_usage`."""
         return await self._read(rows.tier_usage)
+
+    async def unfrozen(self, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
+        """See `Store.unfrozen`."""
+        return await self._read(lambda db: autofreeze_rows.unfrozen(db, since, before, limit))
+
+    async def unfrozen_session(self, tenant: str, session_id: str) -> Unfrozen | None:
+        """See `Store.unfrozen_session`."""
+        return await self._read(lambda db: autofreeze_rows.unfrozen_session(db, tenant, session_id))
+
+    async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
+        """See `Store.claim_freeze`."""
+        return await self._write(lambda db: autofreeze_rows.claim(db, seen, now, until, cool=cool))
+
+    async def report_freeze(self, seen: Session, *, window: str | None, not_before: float) -> None:
+        """See `Store.report_freeze`."""
+        await self._write(lambda db: autofreeze_rows.report(db, seen, window, not_before))
+
+    async def uncover(self, seen: Session) -> None:
+        """See `Store.uncover`."""
+        await self._write(lambda db: autofreeze_rows.uncover(db, seen))
+
+    async def auto_windows(self, tenant: str, session_id: str) -> list[str]:
+        """See `Store.auto_windows`."""
+        return await self._read(lambda db: autofreeze_rows.auto_windows(db, tenant, session_id))
+
+    async def auto_freeze(self) -> str | None:
+        """See `Store.auto_freeze`."""
+        return await self._read(autofreeze_rows.rules)
+
+    async def set_auto_freeze(self, rules: str | None) -> None:
+        """See `Store.set_auto_freeze`."""
+        await self._write(lambda db: autofreeze_rows.set_rules(db, rules))
 
     def _connect(self) -> sqlite3.Connection:
         # Python's own transaction handling is off: every BEGIN and COMMIT is written here.

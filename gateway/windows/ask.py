@@ -16,7 +16,7 @@ from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Message, Usage, Window
 from gateway.windows.counted import counted
-from gateway.windows.thaw import Receipt, found, load, restore, served, whole_chunks
+from gateway.windows.thaw import Receipt, load, restore, served, usable, whole_chunks
 
 MAX_QUESTION = 10_000  # characters
 MAX_TOKENS = 4096  # of an answer
@@ -51,7 +51,7 @@ async def ask(
     KV that is lost raises nothing: the engine computes it again, and the receipt says so.
     """
     clock = time.monotonic()
-    window = await found(parts, tenant, name)
+    window = await usable(parts, tenant, name)
     model = await served(parts, window)
     room = _room(window, model, max_tokens)
     messages = await parts.store.messages(window.transcript)

@@ -14,7 +14,7 @@ from gateway.parts import Parts
 from gateway.records import Message, Session, Window
 from gateway.sessions import Place
 from gateway.transcripts import SystemRule
-from gateway.windows.thaw import found, thaw
+from gateway.windows.thaw import thaw, usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
     Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session
     that does not come from this window.
     """
-    window = await found(parts, asked.tenant, asked.window)
+    window = await usable(parts, asked.tenant, asked.window)
     named = asked.named
     if named and named.kind != "key":
         return await _named(parts, asked, named, seed)

@@ -7,7 +7,7 @@ from gateway.parts import Parts
 from gateway.records import Window
 from gateway.windows.counted import counted
 from gateway.windows.freeze import Naming, taken
-from gateway.windows.thaw import found
+from gateway.windows.thaw import found, usable
 
 
 @counted
@@ -16,7 +16,7 @@ async def clone(parts: Parts, tenant: str, source: str, naming: Naming) -> Windo
 
     What `naming` leaves empty is the source's.
     """
-    original = await found(parts, tenant, source)
+    original = await usable(parts, tenant, source)
     copy = replace(
         original,
         name=naming.name,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.tiers.contract import Tier
 from gateway.parts import Parts
 from gateway.windows.counted import counted
 from gateway.windows.thaw import found, not_found
@@ -21,8 +22,8 @@ class Deleted:
 
 
 @counted
-async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
-    """Delete a window. Raises `window_not_found`.
+async def delete(parts: Parts, tenant: str, name: str, *, expired_by: float | None = None) -> Deleted:
+    """Delete a window; with `expired_by` only one that had expired by then. Raises `window_not_found`.
 
     Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
     stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
@@ -30,25 +31,25 @@ async def delete(parts: Parts, tenant: str, name: str) -> Deleted:
     window = await found(parts, tenant, name)
     await parts.turns.settle()
     async with parts.pins.lock.hold(alone=True):
-        orphans = await parts.store.delete_window(tenant, name)
-        if orphans is None:  # somebody was faster
+        orphans = await parts.store.delete_window(tenant, name, expired_by=expired_by)
+        if orphans is None:  # somebody was faster, or has given it more time
             raise not_found(name)
         in_use = await parts.sessions.going_on(tenant, window.lineage)
         freed, warnings = await parts.pins.remove(orphans, originals=not in_use)
     if in_use:
         warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")
     else:
-        warnings += await _forget(parts, orphans)
+        warnings += await drop_from_cache(parts, orphans)
     deleted = 0 if in_use else len(orphans)
     return Deleted(deleted, freed, window.chunk_count * window.world_size - deleted, tuple(warnings))
 
 
-async def _forget(parts: Parts, keys: Sequence[ObjectKey]) -> list[str]:
-    """Drop the objects from LMCache's memory, and from its books in each tier."""
+async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None) -> list[str]:
+    """Drop the objects from LMCache's memory, and from its books in each tier, or in `tiers`."""
     if parts.cache is None or not keys:
         return []
     try:
-        for tier in parts.pins.tiers:
+        for tier in parts.pins.tiers if tiers is None else tiers:
             await parts.cache.delete(keys, tier="all", adapter=tier.adapter)
     except GatewayError as error:
         return [error.message]

@@ -6,7 +6,7 @@ from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Session, Window, check_session_id
 from gateway.windows.counted import counted
-from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, restore, served, taken, whole_chunks
+from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, restore, served, taken, usable, whole_chunks
 
 MOST = 100
 
@@ -21,7 +21,7 @@ async def fanout(
     `session_already_exists`, `invalid_session_id`; KV that is lost raises nothing, as in a thaw.
     """
     clock = time.monotonic()
-    window = await found(parts, tenant, name)
+    window = await usable(parts, tenant, name)
     await served(parts, window)
     stem = prefix or fresh_id(name, room=len(f"-{count}"))
     check_session_id(f"{stem}-{count}", "prefix")

@@ -67,6 +67,8 @@ async def freeze(
     snapshot = await _snapshot(parts, tenant, session_id, progress)
     wanted, warnings = await _plan(parts, snapshot)
     try:
+        if wanted and wanted.keys:
+            await parts.pins.check_room(parts.settings.disk_reserve_bytes)
         window = await _keep(parts, snapshot, wanted, naming, warnings, clock, progress)
     except TierFull as error:
         await release_strays(parts)

@@ -18,7 +18,7 @@ from gateway.records import Manifest, PinnedObject, Window
 from gateway.sessions import ISOLATED
 from gateway.windows.counted import counted
 from gateway.windows.freeze import Naming, release_strays, storage_full, taken
-from gateway.windows.thaw import found, object_names, whole_chunks
+from gateway.windows.thaw import found, object_names, usable, whole_chunks
 
 _BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt
 
@@ -30,7 +30,7 @@ async def isolate(parts: Parts, tenant: str, source: str, naming: Naming) -> tup
     Raises `window_not_found`, `window_already_exists`, `cache_unavailable`, `storage_full`. What `naming` leaves empty
     is the source's.
     """
-    original = await found(parts, tenant, source)
+    original = await usable(parts, tenant, source)
     if await parts.store.window(tenant, naming.name):
         raise taken(naming.name)
     encrypted = await _encrypted(parts, original)

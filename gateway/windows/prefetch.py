@@ -6,7 +6,7 @@ from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.windows.counted import counted
-from gateway.windows.thaw import Receipt, found, load, restore, served, whole_chunks
+from gateway.windows.thaw import Receipt, load, restore, served, usable, whole_chunks
 
 
 @counted
@@ -17,7 +17,7 @@ async def prefetch(parts: Parts, tenant: str, name: str, progress: Progress = si
     receipt says `partial`.
     """
     clock = time.monotonic()
-    window = await found(parts, tenant, name)
+    window = await usable(parts, tenant, name)
     await served(parts, window)
     if parts.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to load into", hint="set cache_url")

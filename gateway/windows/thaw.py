@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from gateway import identity
@@ -65,7 +66,7 @@ async def thaw(
     recomputes.
     """
     clock = time.monotonic()
-    window = await found(parts, tenant, name)
+    window = await usable(parts, tenant, name)
     model = await served(parts, window)
     session_id = new_session_id or fresh_id(name)
     if await parts.store.session(tenant, session_id):
@@ -117,6 +118,20 @@ def branch_of(window: Window, session_id: str, source: str) -> Session:
         created_at=now,
         last_active_at=now,
         source=source,
+    )
+
+
+async def usable(parts: Parts, tenant: str, name: str) -> Window:
+    """Return a window that has not expired. Raises `window_not_found`: an expired one is there to be read only."""
+    window = await found(parts, tenant, name)
+    if window.expires_at is None or not window.has_expired(time.time()):
+        return window
+    when = datetime.fromtimestamp(window.expires_at, UTC).isoformat(timespec="seconds")
+    raise GatewayError(
+        "window_not_found",
+        f"window {name!r} expired at {when}",
+        hint=f"until it is deleted its text can be read: GET /admin/windows/{name}/messages",
+        details={"window_name": name, "expired_at": when},
     )
 
 

@@ -1,6 +1,7 @@
 """What the gateway asks of a durable tier. Two real implementations: `disk` and `redis`."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -28,6 +29,16 @@ class TierUnavailable(Exception):
 
 class TierFull(TierUnavailable):
     """The tier has no room left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a tier holds of one object: bytes under LMCache's name, bytes of our pin, and the bytes that both take."""
+
+    key: ObjectKey
+    live: int
+    pin: int
+    size: int
 
 
 class Tier(Protocol):
@@ -99,6 +110,22 @@ class Tier(Protocol):
 
     async def lose(self, keys: Iterable[ObjectKey]) -> None:
         """Remove LMCache's objects and leave the pins, as an eviction does. Raises TierUnavailable."""
+        ...
+
+    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+        """Return every object and every pin of ours that lies under one of `salts`, in one look at the tier.
+
+        The model of a key may be spelled otherwise than when it was stored (`ObjectKey.parse_file_name`): compare
+        `address`. Raises TierUnavailable.
+        """
+        ...
+
+    async def inventory(self) -> list[Stored]:
+        """Return every object and every pin of ours with its size; keys as in `under`. Raises TierUnavailable."""
+        ...
+
+    async def free(self) -> int | None:
+        """Bytes that LMCache may still write here, None where the tier cannot tell. Raises TierUnavailable."""
         ...
 
     async def sweep(self, keep: Collection[ObjectKey]) -> int:

@@ -9,8 +9,10 @@ import asyncio
 import errno
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +20,7 @@ from typing import TypeVar
 from blake3 import blake3
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
 Item = TypeVar("Item")
@@ -93,12 +95,34 @@ class DiskTier:
         """See `Tier.lose`."""
         await self._each([self._live(key) for key in keys], _unlink)
 
+    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+        """See `Tier.under`."""
+        wanted = frozenset(salts)
+        return await self._run(lambda: {key for key in self._named() if key.salt in wanted})
+
+    async def inventory(self) -> list[Stored]:
+        """See `Tier.inventory`."""
+        return await self._run(self._inventory)
+
+    async def free(self) -> int | None:
+        """See `Tier.free`."""
+        return await self._run(lambda: shutil.disk_usage(self._kv).free)
+
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
         """See `Tier.sweep`."""
         names = {key.file_name for key in keep}
         stray = await self._run(lambda: [path for path in self._pins.iterdir() if path.name not in names])
         await self._each(stray, _unlink)
         return len(stray)
+
+    def _named(self) -> Iterator[ObjectKey]:
+        for folder in (self._kv, self._pins):
+            with os.scandir(folder) as entries:
+                yield from filter(None, (ObjectKey.parse_file_name(entry.name) for entry in entries))
+
+    def _inventory(self) -> list[Stored]:
+        lives, pins = _stats(self._kv), _stats(self._pins)
+        return [_stored(key, lives.get(key), pins.get(key)) for key in lives.keys() | pins.keys()]
 
     def _open(self) -> None:
         self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -194,6 +218,23 @@ class DiskTier:
         except OSError as error:
             kind = TierFull if error.errno in _FULL else TierUnavailable
             raise kind(f"disk tier: {error.strerror} ({error.filename2 or error.filename or self._kv})") from error
+
+
+def _stats(folder: Path) -> dict[ObjectKey, os.stat_result]:
+    found: dict[ObjectKey, os.stat_result] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            key = ObjectKey.parse_file_name(entry.name)
+            if key is not None:
+                with suppress(FileNotFoundError):  # removed since
+                    found[key] = entry.stat()
+    return found
+
+
+def _stored(key: ObjectKey, live: os.stat_result | None, pin: os.stat_result | None) -> Stored:
+    files = [stat for stat in (live, pin) if stat is not None]
+    size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in files}.values())
+    return Stored(key, live.st_size if live else 0, pin.st_size if pin else 0, size)
 
 
 def _map(work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:

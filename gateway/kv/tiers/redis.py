@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
 T = TypeVar("T")
@@ -110,17 +110,47 @@ class RedisTier:
         """See `Tier.lose`."""
         await self._unlink([str(key) for key in keys])
 
+    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+        """See `Tier.under`."""
+        wanted = frozenset(salts)
+        names = await self._scan(f"*@{next(iter(wanted))}" if len(wanted) == 1 else "*@*")
+        return {key for key in map(self._key_of, names) if key is not None and key.salt in wanted}
+
+    async def inventory(self) -> list[Stored]:
+        """See `Tier.inventory`."""
+        names = [name for name in dict.fromkeys(await self._scan("*@*")) if self._key_of(name) is not None]
+        sizes = {name: size for name, size in zip(names, await self._sizes(names), strict=True) if size}
+        lives = {name.removeprefix(self._prefix) for name in sizes}
+        return [
+            Stored(
+                ObjectKey.parse(name), live := sizes.get(name, 0), pin := sizes.get(self._pin_name(name), 0), live + pin
+            )
+            for name in lives
+        ]
+
+    async def free(self) -> int | None:
+        """See `Tier.free`. Redis itself refuses what is too much (`maxmemory`)."""
+        return None
+
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
         """See `Tier.sweep`."""
         names = {self._pin_name(str(key)) for key in keep}
-        found = self._redis.scan_iter(match=f"{self._prefix}*", count=_NAMES_PER_CALL)
-
-        async def scan() -> list[str]:
-            return [name.decode() async for name in found]
-
-        stray = [name for name in await self._call(scan) if name not in names]
+        stray = [name for name in await self._scan(f"{self._prefix}*") if name not in names]
         await self._unlink(stray)
         return len(stray)
+
+    async def _scan(self, match: str) -> list[str]:
+        found = self._redis.scan_iter(match=match, count=_NAMES_PER_CALL)
+
+        async def scan() -> list[str]:
+            return [name.decode(errors="replace") async for name in found]
+
+        return await self._call(scan)
+
+    def _key_of(self, name: str) -> ObjectKey | None:
+        """The object that a name in Redis is of; None for other things, and for another store's pins."""
+        name = name.removeprefix(self._prefix)
+        return None if name.startswith("cwg:") else ObjectKey.parse_or_none(name)
 
     def _pin_name(self, name: str) -> str:
         return self._prefix + name
