@@ -18,6 +18,7 @@ from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
 from gateway.edge.inference import BESIDE, Inference
+from gateway.edge.mcp_door import PATH, McpDoor
 from gateway.engine import Engine
 from gateway.engines import Engines
 from gateway.errors import StartError
@@ -54,14 +55,27 @@ class Gateway:
         self._state = {"parts": parts, "health": health}
         self._rest = Starlette(routes=admin.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
+        self._mcp = McpDoor(self._admin, parts.settings)
+
+    async def __aenter__(self) -> "Gateway":
+        await self._mcp.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._mcp.__aexit__(*exc)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["path"].startswith(_INFERENCE):
             await self._inference(scope, receive, send)
+        elif scope["path"] == PATH:
+            await self._mcp(scope, receive, send)
         else:
-            scope["state"] = self._state
-            await self._rest(scope, receive, send)
+            await self._admin(scope, receive, send)
+
+    async def _admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"] = self._state
+        await self._rest(scope, receive, send)
 
 
 @asynccontextmanager
@@ -133,14 +147,14 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
 
 async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None], shared: Shared | None = None) -> None:
     """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
-    async with open_parts(settings, shared) as parts, Health(parts) as health:
+    async with open_parts(settings, shared) as parts, Health(parts) as health, Gateway(parts, health) as gateway:
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
         gc.freeze()
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
         ready()
-        await server.serve(Gateway(parts, health), settings, sock)
+        await server.serve(gateway, settings, sock)
 
 
 def main(settings: Settings) -> None:

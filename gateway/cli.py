@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 """
 
+import asyncio
 import functools
 import json
 import logging
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from gateway import __version__
+from gateway import __version__, drawing
 from gateway.client import Admin, AdminError
 from gateway.errors import StartError
 from gateway.settings import Settings, SettingsError, load
@@ -85,11 +86,24 @@ def serve(config: Path | None, **options: Any) -> None:
         raise Failure(str(error)) from error
 
 
+@main.command()
+def mcp() -> None:
+    """Serve MCP over stdin and stdout, before a running gateway (CWG_URL, CWG_API_KEY)."""
+    from gateway.edge.mcp_server import over_stdio  # noqa: PLC0415 - see `serve`
+
+    try:
+        admin = _admin()
+    except AdminError as error:
+        raise _failure(error) from error
+    asyncio.run(over_stdio(admin.ask))
+
+
 def _log_to_stderr(settings: Settings) -> None:
     who = "%(process)d " if settings.workers > 1 else ""
     line = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format=line)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "mcp"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 # --- verbs
@@ -154,11 +168,107 @@ def thaw(name: str, new_session_id: str | None, warm: str, as_json: bool) -> Non
 @click.argument("target")
 @click.option("--description", help="what the clone is for")
 @click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
-def clone(source: str, target: str, description: str | None, tags: tuple[str, ...], as_json: bool) -> None:
+@click.option("--isolate", is_flag=True, help="under a salt of its own: neither finds the other's KV")
+def clone(
+    source: str, target: str, description: str | None, tags: tuple[str, ...], isolate: bool, as_json: bool
+) -> None:
     """Give the window SOURCE a second name, TARGET; no KV byte is copied."""
-    body = {"target_window": target, "description": description, "tags": list(tags) or None}
+    body = {"target_window": target, "description": description, "tags": list(tags) or None, "isolate": isolate or None}
     answer = _call("POST", f"/admin/windows/{_part(source)}/clone", body=body)
-    _show(answer, as_json, {k: answer[k] for k in ("source_window", "target_window", "shared_blocks")})
+    shown = ("source_window", "target_window", "shared_blocks", "isolated", "kv")
+    _show(answer, as_json, {k: answer[k] for k in shown})
+
+
+@_verb
+@click.argument("name")
+@click.option("--description", help="what the window is; empty clears it")
+@click.option("--tag", "tags", multiple=True, help="the tags it has from now on; may be given more than once")
+@click.option("--no-tags", is_flag=True, help="take all tags away")
+@click.option("--ttl", "ttl_seconds", type=float, help="seconds from now until the window expires")
+@click.option("--no-ttl", is_flag=True, help="keep it for good")
+def describe(
+    name: str,
+    description: str | None,
+    tags: tuple[str, ...],
+    no_tags: bool,
+    ttl_seconds: float | None,
+    no_ttl: bool,
+    as_json: bool,
+) -> None:
+    """Change what is said of the window NAME: description, tags, time to live."""
+    if (tags and no_tags) or (ttl_seconds is not None and no_ttl):
+        raise click.UsageError("--tag and --no-tags, --ttl and --no-ttl exclude each other")
+    given = {"description": description, "tags": list(tags) or None, "ttl_seconds": ttl_seconds}
+    cleared = {"tags": no_tags, "ttl_seconds": no_ttl}
+    body = {field: value for field, value in given.items() if value is not None or cleared.get(field)}
+    answer = _call("PATCH", f"/admin/windows/{_part(name)}", body=body, nulls=True)
+    _show(answer, as_json, {k: answer[k] for k in ("name", "description", "tags", "expires_at")})
+
+
+@_verb
+@click.argument("name")
+@click.argument("question")
+@click.option("--max-tokens", type=int, help="length of the answer, at most")
+def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None:
+    """Ask the window NAME a QUESTION; the window does not change, and nothing is kept of it."""
+    answer = _watched(f"/admin/windows/{_part(name)}/ask", {"question": question, "max_tokens": max_tokens})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    click.echo(answer["answer"])
+    receipt = answer["receipt"]
+    cached = "?" if receipt["cached_tokens"] is None else receipt["cached_tokens"]
+    click.echo(
+        f"{receipt['prompt_tokens']} tokens, {cached} from the cache; {receipt['completion_tokens']} of answer "
+        f"({answer['finish_reason']}); {receipt['duration_ms']:.0f} ms",
+        err=True,
+    )
+    for warning in answer["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@_verb
+@click.argument("name")
+@click.argument("count", type=int)
+@click.option("--prefix", help="what the new sessions are named after: PREFIX-1, PREFIX-2 and so on")
+def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
+    """Thaw the window NAME into COUNT sessions at once; they share its KV, no byte is copied."""
+    answer = _watched(f"/admin/windows/{_part(name)}/fanout", {"count": count, "prefix": prefix})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for session in answer["sessions"]:
+        click.echo(session)
+    for warning in answer["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@_verb
+@click.argument("name")
+def prefetch(name: str, as_json: bool) -> None:
+    """Load the KV of the window NAME into the cache's memory, before anybody asks for it."""
+    answer = _watched(f"/admin/windows/{_part(name)}/prefetch", {})
+    _show(answer, as_json, {"window": answer["window_name"], **_flat(answer["receipt"])})
+
+
+@_verb
+@click.argument("name")
+def verify(name: str, as_json: bool) -> None:
+    """Check every KV object of the window NAME, byte for byte; exit code 1 where one is missing or damaged."""
+    answer = _watched(f"/admin/windows/{_part(name)}/verify", {})
+    tiers = {
+        tier: f"{t['intact']} of {t['objects']} intact, {t['damaged']} damaged, {t['missing']} missing"
+        if t["checked"]
+        else "could not be checked"
+        for tier, t in answer["tiers"].items()
+    }
+    chunks = {k: answer[k] for k in ("chunks_expected", "chunks_pinned", "chunks_usable")}
+    _show(answer, as_json, {"window": answer["window_name"], "ok": answer["ok"], "kv": answer["kv"], **chunks, **tiers})
+    if not as_json:
+        for one in answer["damaged"]:
+            click.echo(f"chunk {one['chunk']} {one['hash']}: {one['state']} in {one['tier'] or 'every tier'}", err=True)
+    if not answer["ok"]:
+        raise SystemExit(1)
 
 
 @_verb
@@ -202,6 +312,20 @@ def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as
         answer["windows"],
         ("name", "session_id", "model", "token_count", "size_bytes", "kv", "created_at"),
     )
+
+
+@_verb
+@click.option("--limit", type=int, default=1000, show_default=True, help="windows, and sessions, at most")
+def tree(limit: int, as_json: bool) -> None:
+    """Draw which window and which session came from which."""
+    answer = _call("GET", "/admin/tree", query={"limit": limit})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for root in drawing.trees(answer["nodes"]):
+        _OUT.print(root, highlight=False)
+    if answer["truncated"]:
+        click.echo(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
 
 
 @_verb

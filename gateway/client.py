@@ -1,10 +1,13 @@
 """The admin API from outside: what the CLI speaks to a running gateway."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 import orjson
+
+from gateway.edge.mcp_params import AdminRequest, Json, Tell
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 
@@ -12,11 +15,20 @@ OnProgress = Callable[[Mapping[str, Any]], None]
 class AdminError(Exception):
     """What the gateway answered instead, or that it did not answer."""
 
-    def __init__(self, message: str, hint: str = "", code: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        code: str = "gateway_unreachable",
+        retryable: bool = True,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.code = code
+        self.retryable = retryable
+        self.details = dict(details or {})
 
 
 class Admin:
@@ -33,11 +45,17 @@ class Admin:
             raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
 
     def call(
-        self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        nulls: bool = False,
     ) -> dict[str, Any]:
-        """Send one request and return its answer. Raises AdminError."""
+        """Send one request and return its answer. With `nulls`, what is None in the body is sent. Raises AdminError."""
         try:
-            response = self._http.request(method, path, params=_given(query), json=_given(body))
+            response = self._http.request(method, path, params=_given(query), json=body if nulls else _given(body))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         return _checked(response.status_code, _json(response.content))
@@ -55,6 +73,21 @@ class Admin:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         raise AdminError("the gateway closed the connection before it was done", "look at its log")
+
+    async def ask(self, request: AdminRequest, tell: Tell) -> Json:
+        """Send one request from an event loop; what it answers has `error` in it where it failed."""
+        loop = asyncio.get_running_loop()
+
+        def step(progress: Mapping[str, Any]) -> None:
+            asyncio.run_coroutine_threadsafe(tell(progress), loop).result()
+
+        try:
+            if request.body is not None:
+                return await asyncio.to_thread(self.watch, request.path, request.body, step)
+            return await asyncio.to_thread(self.call, request.method, request.path, query=request.query)
+        except AdminError as error:
+            names = ("code", "message", "hint", "retryable", "details")
+            return {"error": {name: getattr(error, name) for name in names}}
 
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
         hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
@@ -82,5 +115,9 @@ def _checked(status: int, answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(error, dict):
         raise AdminError(f"HTTP {status}: {answer!r:.200}", "is CWG_URL a gateway's address?")
     raise AdminError(
-        str(error.get("message", f"HTTP {status}")), str(error.get("hint", "")), str(error.get("code", ""))
+        str(error.get("message", f"HTTP {status}")),
+        str(error.get("hint", "")),
+        str(error.get("code", "")),
+        bool(error.get("retryable")),
+        error.get("details"),
     )

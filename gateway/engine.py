@@ -19,6 +19,7 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 
 _ASK_AGAIN_S = 1.0
+_UNSTORED: Mapping[str, Any] = {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
 Reply = httpx.Response  # for those who pass it on
 
 
@@ -30,6 +31,16 @@ class Model:
     root: str
     context_limit: int
     fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer of the model to the gateway itself."""
+
+    text: str
+    reasoning: str | None
+    finish_reason: str | None
+    usage: Usage
 
 
 class Questions(ABC):
@@ -89,7 +100,7 @@ class Questions(ABC):
 
         Without `store` the cache is asked to keep nothing of it.
         """
-        extra = {} if store else {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
+        extra = {} if store else _UNSTORED
         answer = await self.complete(model, token_ids, salt, max_tokens=1, **extra)
         return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
 
@@ -106,6 +117,35 @@ class Questions(ABC):
             **extra,
         }
         return _checked(await self.ask("POST", "/v1/completions", json=body))
+
+    async def chat(
+        self, model: str, frame: Mapping[str, Any], messages: Sequence[Message], salt: str, *, max_tokens: int
+    ) -> Said:
+        """Answer a conversation, greedily; the cache is asked to keep nothing of it.
+
+        Raises `invalid_request` where the engine refuses it, `engine_unreachable`, `engine_timeout`.
+        """
+        body = {
+            **frame,
+            "model": model,
+            "messages": list(messages),
+            "cache_salt": salt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **_UNSTORED,
+        }
+        response = await self.ask("POST", "/v1/chat/completions", json=body)
+        if response.status_code == 400 and (hoisted := transcripts.hoisted(messages)):  # see `render`
+            response = await self.ask("POST", "/v1/chat/completions", json={**body, "messages": hoisted})
+        answer = _checked(response)
+        choice = answer["choices"][0]
+        message = choice["message"]
+        return Said(
+            message.get("content") or "",
+            message.get("reasoning") or message.get("reasoning_content"),
+            choice.get("finish_reason"),
+            usage_of(answer.get("usage")) or Usage(0, 0),
+        )
 
 
 class Engine(Questions):

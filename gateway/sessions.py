@@ -21,6 +21,7 @@ from gateway.store.contract import Store
 _POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
 
 Key = TypeVar("Key")
+ISOLATED = "isolated/"  # begins the lineage of an isolated clone; no session id has a slash, so no other does
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,9 @@ class SaltRule:
     per_tenant: bool
 
     def of(self, tenant: str, lineage: str, fingerprint: str, client_salt: str = "") -> str:
-        """Return the salt of a lineage."""
-        return salts.salt(self.secret, tenant, "" if self.per_tenant else lineage, fingerprint, client_salt)
+        """Return the salt of a lineage; an isolated one never shares its tenant's."""
+        shared = self.per_tenant and not lineage.startswith(ISOLATED)
+        return salts.salt(self.secret, tenant, "" if shared else lineage, fingerprint, client_salt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from gateway.records import Front, Message
 
 TEXT = "text"
 TOKENS = "tokens"
-_NAMES = {TEXT: "a text", TOKENS: "a row of token ids"}
+NAMES = {TEXT: "a text", TOKENS: "a row of token ids"}
 _HOW = {
     TEXT: "send a text to /v1/completions",
     TOKENS: "send a list of token ids to /v1/completions",
@@ -40,7 +40,7 @@ def missing(window: Sequence[Message], sent: Sequence[Message]) -> Front | None:
     if had != has:
         raise GatewayError(
             "invalid_request",
-            f"the session goes on from {_NAMES.get(had, 'a chat')}, which {_NAMES.get(has, 'a chat')} cannot follow",
+            f"the session goes on from {NAMES.get(had, 'a chat')}, which {NAMES.get(has, 'a chat')} cannot follow",
             hint=f"{_HOW[had]}, or use another session",
         )
     start = window[0]["content"]

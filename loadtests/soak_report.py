@@ -50,6 +50,8 @@ def checks(run: Run) -> Iterator[Check]:
     start, end = run.samples[0], run.samples[-1]
     yield Check("requests that went wrong", "0", str(run.failed), run.failed == 0)
     yield Check("errors in the gateway's log", "0", str(len(run.log)), not run.log)
+    turns = f"{end.in_flight} and {end.unrecorded}"
+    yield Check("turns in flight, and unrecorded ones", "0 and 0", turns, turns == "0 and 0")
     new = {name: count for name, count in end.tasks.items() if count > start.tasks.get(name, 0)}
     yield Check("asyncio tasks beyond those at the start", "none", _named(new) or "none", not new)
     yield Check("connections of clients", "0", str(end.clients), end.clients == 0)

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
-_MAX_SESSIONS, _MAX_WINDOWS, _MAX_TURNS = 60, 24, 8
+_MAX_SESSIONS, _MAX_WINDOWS, _MAX_TURNS, _MAX_STRAYS = 60, 24, 8, 100
 _FAILURES_KEPT = 40
+_OURS = "soak-"
 _TOOLS = [
     {
         "type": "function",
@@ -64,7 +65,7 @@ class Traffic:
         self._number = itertools.count()
         self._http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=pace.at_once))
         self._talks: list[Talk] = []
-        self._strays: list[str] = []  # sessions that the gateway named
+        self._strays: dict[str, None] = {}  # sessions that nobody goes on with, oldest first
         self._windows: list[str] = []
         self.done: Counter[str] = Counter()
         self.answers: Counter[tuple[str, int]] = Counter()
@@ -111,6 +112,9 @@ class Traffic:
         """Send a request and insist on one of the expected answers."""
         answer = await self._http.request(method, path, headers=headers, **more)
         self.answers[_route(method, path), answer.status_code] += 1
+        named = answer.headers.get("x-session-id", "")
+        if named and not named.startswith(_OURS):
+            self._strays[named] = None
         if answer.status_code not in expected:
             raise Unexpected(f"{method} {path} was answered {answer.status_code}: {answer.text[:200]}")
         return answer
@@ -172,8 +176,6 @@ class Traffic:
     async def _say(self, path: str, body: dict[str, Any], session: str | None) -> Message:
         headers = {"x-session-id": session} if session else {}
         answer = await self.ask("POST", path, (200,), json=body, headers=headers)
-        if session is None and not path.startswith("/s/"):
-            self._strays.append(answer.headers["x-session-id"])
         text = _streamed_text(answer.text) if body["stream"] else answer.json()["choices"][0]["message"]["content"]
         return {"role": "assistant", "content": text or "..."}
 
@@ -215,7 +217,7 @@ class Traffic:
                 await asyncio.wait_for(reader.readuntil(b"data: "), 60)
         finally:
             writer.transport.abort()
-        self._strays.append(name)
+        self._strays[name] = None
 
     # Verbs and lists.
 
@@ -241,7 +243,6 @@ class Traffic:
         answer = await self.ask("POST", f"/admin/windows/{name}/thaw", (200, 404), json={"warm": warm})
         if answer.status_code == 200:  # else it was deleted meanwhile
             session = answer.json()["session_id"]
-            self._strays.append(session)
             await self._say(CHAT, self._body([self._question()], stream=False), session)
 
     async def branch(self) -> None:
@@ -249,9 +250,7 @@ class Traffic:
         if self._windows:
             name = self._random.choice(self._windows)
             body = self._body([self._question()], stream=False)
-            answer = await self.ask("POST", f"/w/{name}{CHAT}", (200, 404), json=body)
-            if answer.status_code == 200:
-                self._strays.append(answer.headers["x-session-id"])
+            await self.ask("POST", f"/w/{name}{CHAT}", (200, 404), json=body)
 
     async def clone(self) -> None:
         """Clone a window."""
@@ -269,12 +268,13 @@ class Traffic:
             await self.ask("DELETE", f"/admin/windows/{name}", (200,))
 
     async def delete_session(self) -> None:
-        """Delete a session: one that nobody uses any more, or the oldest of too many."""
-        if self._strays:
-            name = self._strays.pop(0)
-            # Two of them may be one, a client may have left before its session began, or its turn goes on yet.
+        """Delete sessions that nobody uses any more, so that there are never more than so many."""
+        while len(self._strays) > _MAX_STRAYS:
+            name = next(iter(self._strays))
+            del self._strays[name]
+            # A client may have left before its session began, or its turn goes on yet.
             await self.ask("DELETE", f"/admin/sessions/{name}", (200, 404, 409))
-        elif len(self._talks) > _MAX_SESSIONS // 2:
+        if len(self._talks) > _MAX_SESSIONS // 2:
             await self.ask("DELETE", f"/admin/sessions/{self._talks.pop(0).name}", (200, 404))
 
     async def lists(self) -> None:
@@ -294,13 +294,13 @@ class Traffic:
         """A conversation to go on with: a new one now and then, none that is in use or has become long."""
         if self._talks and (old or len(self._talks) >= _MAX_SESSIONS or self._random.random() < 0.8):
             return self._talks.pop(self._random.randrange(len(self._talks)))
-        return Talk(f"soak-{next(self._number)}")
+        return Talk(f"{_OURS}{next(self._number)}")
 
     def give_back(self, talk: Talk) -> None:
         """The turn is over."""
         talk.turns += 1
         if talk.turns >= _MAX_TURNS:
-            self._strays.append(talk.name)
+            self._strays[talk.name] = None
         else:
             self._talks.append(talk)
 
@@ -342,7 +342,7 @@ _ALWAYS: dict[Callable[[Traffic], Awaitable[None]], int] = {
     Traffic.branch: 3,
     Traffic.clone: 2,
     Traffic.delete_window: 4,
-    Traffic.delete_session: 30,  # as many as begin
+    Traffic.delete_session: 8,
     Traffic.lists: 6,
 }
 _DIALECTS = {RESPONSES: Traffic.responses, MESSAGES: Traffic.messages}

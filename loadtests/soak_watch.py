@@ -51,6 +51,8 @@ class Sample:
     kv_bytes: int
     pins: int
     redis_pins: int
+    in_flight: int
+    unrecorded: int
     requests: int
     failures: int
     note: str = ""
@@ -72,6 +74,7 @@ class Watch:
         """Look at everything once."""
         w = self.watched
         inside = _eye(w.eye_port)
+        metrics = _metrics(w.port)
         upstream, clients = _connections(w.pid, w.engine_port, w.port)
         kv_files, kv_bytes = _usage(w.kv_dir) if w.kv_dir else (0, 0)
         pins = w.kv_dir.with_name(f"{w.kv_dir.name}-pins") if w.kv_dir else None
@@ -91,6 +94,8 @@ class Watch:
             kv_bytes=kv_bytes,
             pins=sum(1 for f in pins.rglob("*") if f.is_file()) if pins and pins.exists() else 0,
             redis_pins=_pins_in_redis(w.redis_url) if w.redis_url else 0,
+            in_flight=metrics["cwg_turns_in_flight"],
+            unrecorded=metrics["cwg_turns_unrecorded"],
             requests=requests,
             failures=failures,
             note=note,
@@ -108,6 +113,14 @@ def rows(store: Path) -> dict[str, int]:
 def _eye(port: int) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
         return dict(json.load(answer))
+
+
+def _metrics(port: int) -> dict[str, int]:
+    """The gateway's own numbers that have no labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.split() for line in lines if line.startswith("cwg_") and "{" not in line)
+    return {name: int(float(value)) for name, value, *_ in pairs}
 
 
 def _count(pid: int, folder: str) -> int:

@@ -606,7 +606,7 @@ def test_warm_is_one_of_three_words(gateway: Gateway, warm: Any) -> None:
     [
         ("PUT", "/admin/windows", {"GET", "HEAD", "POST"}),
         ("DELETE", "/admin/windows", {"GET", "HEAD", "POST"}),
-        ("POST", "/admin/windows/w", {"GET", "HEAD", "DELETE"}),
+        ("POST", "/admin/windows/w", {"GET", "HEAD", "PATCH", "DELETE"}),
         ("GET", "/admin/windows/w/thaw", {"POST"}),
         ("POST", "/admin/sessions", {"GET", "HEAD"}),
         ("POST", "/healthz", {"GET", "HEAD"}),

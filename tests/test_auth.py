@@ -28,6 +28,7 @@ DOORS = [
     ("DELETE", "/admin/sessions/a"), ("GET", "/admin/windows"), ("POST", "/admin/windows"), ("GET", "/admin/windows/a"),
     ("DELETE", "/admin/windows/a"), ("POST", "/admin/windows/a/thaw"), ("POST", "/admin/windows/a/clone"),
     ("GET", "/admin/windows/a/messages"), ("GET", "/admin/health"), ("POST", "/admin/doctor"),
+    ("POST", "/mcp"), ("GET", "/mcp"),
 ]  # fmt: skip
 
 WRONG = [

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 
 texts = st.text(max_size=30) | st.sampled_from(
-    ["", "\n", "\n\nx", " y ", "Hello, world!", "<tool_call>", "<|im_end|>", "e\u0301 \U0001f600"]
+    ["", "\n", "\n\nx", " y ", "Hello, world!", "<tool_call>", "<|im_end|>", "</think> so", "e\u0301 \U0001f600"]
 )
 calls = st.builds(
     lambda arguments: {"type": "function", "function": {"name": "get_weather", "arguments": arguments}},
@@ -81,6 +81,40 @@ def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(tokenizer: Any, messages:
     prompt = render(tokenizer, messages, add_generation_prompt=True)
     following = render(tokenizer, [*messages, reply, {"role": "user", "content": "go on"}], add_generation_prompt=True)
     assert following[: len(prompt)] == prompt
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversations, texts, texts.filter(bool), st.sampled_from(["thinking", "enable_thinking"]))
+def test_what_was_thought_is_sent_back_as_the_tokens_that_were_said(
+    tokenizer: Any, messages: list[Message], content: str, thought: str, asked: str
+) -> None:
+    prompt = render(tokenizer, messages, add_generation_prompt=True, **{asked: True})
+    assert prompt[-1:] == ids(tokenizer, demo_model.THINK)
+    reply = {"role": "assistant", "content": content, "reasoning": thought}
+    said = [*ids(tokenizer, thought), *ids(tokenizer, demo_model.THOUGHT), *ids(tokenizer, content)]
+    following = render(tokenizer, [*messages, reply])
+    assert following[: len(prompt) + len(said)] == prompt + said
+
+
+@pytest.mark.parametrize("mark", [demo_model.THINK, demo_model.THOUGHT])
+def test_the_marks_of_thinking_are_tokens_that_only_a_bias_brings_about(
+    model_dir: Path, tokenizer: Any, mark: str
+) -> None:
+    from safetensors import safe_open  # noqa: PLC0415 - imports torch
+
+    (token,) = ids(tokenizer, mark)
+    assert token not in tokenizer.all_special_ids
+    with safe_open(model_dir / "model.safetensors", "pt") as weights:
+        head = weights.get_tensor("lm_head.weight")
+    assert len(tokenizer) == len(head)
+    # Dimension 0 of what the head reads is a constant; nothing else moves the odds of these tokens and of the end.
+    end = tokenizer.eos_token_id
+    assert not head[[token, end], 1:].any()
+    assert head[end, 0] - head[token, 0] == 47
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 @settings(max_examples=150, deadline=None)

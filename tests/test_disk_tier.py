@@ -258,3 +258,15 @@ async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) ->
             (few_inodes / f"crowd{number}").unlink()
         assert all(state.usable for state in await rig.tier.restore(objects))
         assert [rig.live(one) for one in keys(10)] == values
+
+
+async def test_an_adopted_pin_takes_no_bytes_and_frees_none_while_the_other_is_there(tmp_path: Path) -> None:
+    rig = DiskRig(tmp_path)
+    async with rig.tier:
+        rig.put(key(0), value(5000))
+        objects = await rig.tier.pin([key(0)], {})
+        other = key(0, salt="other")
+        await rig.tier.adopt(objects, [other])
+        assert len({file.stat().st_ino for file in (*rig.pins.iterdir(), *rig.kv.iterdir())}) == 1
+        assert await rig.tier.remove([key(0)]) == 0
+        assert await rig.tier.remove([other]) == 5000

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -202,6 +203,16 @@ def test_only_a_cpu_engine_gets_cpu_options(on_cpu: bool) -> None:
     connector = json.loads(command.argv[command.argv.index("--kv-transfer-config") + 1])
     assert ("lmcache.mp.mp_transfer_mode" in connector["kv_connector_extra_config"]) == on_cpu
     assert connector["kv_load_failure_policy"] == "recompute"
+
+
+def test_an_engine_is_told_how_its_model_thinks() -> None:
+    plain = commands.Engine(1, 2, "models/m", "m", on_cpu=True, kv_gb=3)
+    assert not any("reasoning" in argument for argument in commands.engine_command("python", plain).argv)
+    thinking = replace(plain, reasoning=commands.Reasoning("p", "<a>", "</a>"))
+    argv = commands.engine_command("python", thinking).argv
+    assert argv[argv.index("--reasoning-parser") + 1] == "p"
+    marks = json.loads(argv[argv.index("--reasoning-config") + 1])
+    assert marks == {"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"}
 
 
 def test_a_second_stack_on_a_data_directory_is_refused(tmp_path: Path) -> None:

@@ -290,6 +290,14 @@ async def test_two_sessions_of_one_id_at_once_are_one(store: Store) -> None:
     assert await store.add_session(Session("other", "s", "x"))
 
 
+async def test_sessions_that_are_added_at_once_are_added_all_or_none(store: Store) -> None:
+    first = [Session(TENANT, f"s{n}", "lineage") for n in range(3)]
+    assert await store.add_sessions(first) is None
+    assert await store.add_sessions([Session(TENANT, "new", "l"), Session(TENANT, "s1", "l")]) == "s1"
+    assert await store.session(TENANT, "new") is None
+    assert (await store.list_sessions(TENANT, state=None, model=None, limit=10, offset=0))[1] == 3
+
+
 async def test_a_session_that_went_on_while_it_was_frozen_stays_active(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     await store.record([finished("s", says("1", "a", "2", "b"))])
@@ -518,6 +526,18 @@ async def test_an_object_that_was_made_anew_has_its_new_checksum_for_every_windo
 
 
 # --- lineage
+
+
+async def test_what_is_said_of_a_window_changes_and_its_tags_are_found_by_their_new_names(store: Store) -> None:
+    before = await add(store, "w", tags=("a", "b"), description="d", expires_at=5.0)
+    after = await store.describe_window(TENANT, "w", {"tags": ("b", "c")})
+    assert after == replace(before, tags=("b", "c")) == await store.window(TENANT, "w")
+    for tag, names in (("a", []), ("b", ["w"]), ("c", ["w"])):
+        assert [w.name for w in (await store.list_windows(TENANT, WindowQuery(tags=(tag,))))[0]] == names
+    cleared = await store.describe_window(TENANT, "w", {"tags": (), "description": "", "expires_at": None})
+    assert cleared == replace(before, tags=(), description="", expires_at=None)
+    assert await store.describe_window("another", "w", {"description": "x"}) is None
+    assert await store.window(TENANT, "w") == cleared
 
 
 async def test_lineage_goes_up_to_the_root_and_down_to_the_clones(store: Store) -> None:

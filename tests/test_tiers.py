@@ -296,6 +296,30 @@ async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Ri
     assert [rig.live(one) for one in keys(30)] == values
 
 
+# --- adopt
+
+
+async def test_a_pin_gets_a_second_name_that_outlives_the_first(rig: Rig) -> None:
+    values, objects = await pinned(rig, 3)
+    names = [key(number, salt="other") for number in range(3)]
+    adopted = await rig.tier.adopt(objects, names)
+    assert adopted == [
+        PinnedObject(str(name), o.tier, o.size, o.checksum) for o, name in zip(objects, names, strict=True)
+    ]
+    assert await rig.tier.present(names) == set()  # LMCache finds them once they are restored
+    await rig.tier.remove(keys(3))
+    assert await rig.tier.verify(adopted) == [Restored.INTACT] * 3
+    assert await rig.tier.restore(adopted) == [Restored.RELINKED] * 3
+    assert [rig.live(name) for name in names] == values
+
+
+async def test_a_pin_that_is_gone_cannot_be_adopted(rig: Rig) -> None:
+    _, objects = await pinned(rig, 2)
+    rig.drop_pin(key(0))
+    names = [key(number, salt="other") for number in range(2)]
+    assert [o.key for o in await rig.tier.adopt(objects, names)] == [str(names[1])]
+
+
 # --- under
 
 

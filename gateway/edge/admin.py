@@ -8,13 +8,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.edge import cache, fields, metrics, show
+from gateway.edge import cache, fields, metrics, show, verbs
 from gateway.edge.endpoint import Call, Endpoint, Methods, Verb, json_answer
 from gateway.edge.health import COMPONENTS, Health
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.store.contract import SORT_KEYS, WindowQuery
-from gateway.windows import clone, delete, forget, freeze, thaw
+from gateway.windows import clone, delete, forget, freeze, isolate, thaw
 
 _LIMIT = fields.whole(1, 100)
 _OFFSET = fields.whole(0, 2**31)
@@ -166,13 +166,25 @@ async def clone_window(call: Call) -> tuple[int, Any]:
             "target_window": lambda name, value: check_window_name(value, name),
             "description": fields.description,
             "tags": fields.tags,
+            "isolate": fields.boolean,
         },
         required=("target_window",),
     )
     naming = freeze.Naming(body["target_window"], body.get("description", ""), body.get("tags", ()))
-    copy = await clone.clone(call.parts, call.tenant, call.window_name, naming)
-    shared = copy.chunk_count * copy.world_size
-    return 201, {"source_window": copy.parent, "target_window": copy.name, "shared_blocks": shared, **show.window(copy)}
+    isolated = body.get("isolate", False)
+    warnings: list[str] = []
+    if isolated:
+        copy, warnings = await isolate.isolate(call.parts, call.tenant, call.window_name, naming)
+    else:
+        copy = await clone.clone(call.parts, call.tenant, call.window_name, naming)
+    return 201, {
+        "source_window": copy.parent,
+        "target_window": copy.name,
+        "shared_blocks": 0 if isolated else copy.chunk_count * copy.world_size,
+        "isolated": isolated,
+        **show.window(copy),
+        "warnings": warnings,
+    }
 
 
 async def window_messages(call: Call) -> tuple[int, Any]:
@@ -228,6 +240,7 @@ def routes() -> list[BaseRoute]:
         ("POST", "/admin/windows/{name}/clone", clone_window),
         ("GET", "/admin/windows/{name}/messages", window_messages),
         ("GET", "/admin/cache", cache.statistics),
+        *verbs.SERVED,
         ("GET", "/admin/health", health),
         ("POST", "/admin/doctor", doctor),
         ("GET", "/admin/metrics", metrics.as_json),

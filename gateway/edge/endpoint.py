@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Verb = Callable[["Call"], Awaitable[tuple[int, Any]]]
 
-_NDJSON = "application/x-ndjson"
+NDJSON = "application/x-ndjson"
 
 
 class Call:
@@ -50,7 +50,9 @@ class Call:
             given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
         return fields.read(given, table)
 
-    async def body(self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    async def body(
+        self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = (), *, nulls: bool = False
+    ) -> dict[str, Any]:
         """Read the JSON body; none is an empty object."""
         fields.refuse_unknown(self._request.query_params.keys(), ())
         limits = self.parts.settings
@@ -58,7 +60,7 @@ class Call:
         raw = await read_body(
             request.scope, request.receive, limit=limits.max_body_bytes, timeout_s=limits.client_timeout_s
         )
-        return fields.read(parse_object(raw) if raw else {}, table, required)
+        return fields.read(parse_object(raw) if raw else {}, table, required, nulls=nulls)
 
     @property
     def window_name(self) -> str:
@@ -82,9 +84,9 @@ class Endpoint:
         request = Request(scope, receive)
         try:
             parts: Parts = request.state.parts
-            _refuse_foreign(request)
+            refuse_foreign(request)
             call = Call(request, auth.tenant(scope["headers"], parts.settings.api_key))
-            if request.headers.get("accept") == _NDJSON:
+            if request.headers.get("accept") == NDJSON:
                 answer: ASGIApp = _Progressing(self._verb, call)
             else:
                 answer = json_answer(*await self._verb(call))
@@ -114,7 +116,7 @@ class _Progressing:
         self._call.progress = tell
         # A client that stops watching does not undo the work: it goes on as it would without progress.
         task = asyncio.create_task(self._finish(lines))
-        headers = [(b"content-type", _NDJSON.encode())]
+        headers = [(b"content-type", NDJSON.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while (line := await lines.get()) is not None:
             await send({"type": "http.response.body", "body": line, "more_body": True})
@@ -165,14 +167,15 @@ HANDLERS = {404: _no_route, 405: _no_method}
 
 def error_answer(error: GatewayError) -> Response:
     """An error in the admin API's shape."""
-    return json_answer(error.status, _shape(error))
+    return json_answer(error.status, error_shape(error))
 
 
 def _error_line(error: GatewayError) -> bytes:
-    return orjson.dumps({"status": error.status, **_shape(error)}) + b"\n"
+    return orjson.dumps({"status": error.status, **error_shape(error)}) + b"\n"
 
 
-def _shape(error: GatewayError) -> dict[str, Any]:
+def error_shape(error: GatewayError) -> dict[str, Any]:
+    """An error as every admin answer has it."""
     return {
         "error": {
             "code": error.code,
@@ -189,7 +192,7 @@ def json_answer(status: int, value: Any) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
 
 
-def _refuse_foreign(request: Request) -> None:
+def refuse_foreign(request: Request) -> None:
     """Refuse what a page of another site makes a browser send: where there is no key, that is all it takes."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host", ""):

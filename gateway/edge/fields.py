@@ -80,6 +80,24 @@ def whole(low: int, high: int) -> Callable[[str, str], int]:
     return read
 
 
+def count(low: int, high: int) -> Callable[[str, object], int]:
+    """A whole number in a body, from `low` to `high`."""
+
+    def read(name: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise invalid(name, f"a whole number from {low} to {high}", value)
+        return value
+
+    return read
+
+
+def boolean(name: str, value: object) -> bool:
+    """`true` or `false` in a body."""
+    if not isinstance(value, bool):
+        raise invalid(name, "true or false", value)
+    return value
+
+
 def flag(name: str, value: str) -> bool:
     """`true` or `false` in a query."""
     if value not in ("true", "false"):
@@ -107,12 +125,28 @@ def when(name: str, value: str) -> float:
         raise invalid(name, "an ISO 8601 date or time such as 2026-01-31 or 2026-01-31T12:00:00Z", value) from error
 
 
+def or_null(reader: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
+    """What `reader` reads, or null where that means something (`read` with `nulls`)."""
+
+    def read(name: str, value: Any) -> T | None:
+        return None if value is None else reader(name, value)
+
+    return read
+
+
 def read(
-    given: Mapping[str, Any], table: Mapping[str, Callable[[str, Any], Any]], required: Collection[str] = ()
+    given: Mapping[str, Any],
+    table: Mapping[str, Callable[[str, Any], Any]],
+    required: Collection[str] = (),
+    *,
+    nulls: bool = False,
 ) -> dict[str, Any]:
-    """Check `given` against a table of readers; a field that is absent or null is left out of the answer."""
+    """Check `given` against a table of readers; a field that is absent is left out of the answer.
+
+    So is one that is null, unless `nulls`.
+    """
     refuse_unknown(given.keys(), table.keys())
     for name in required:
         if given.get(name) is None:
             raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
-    return {name: table[name](name, value) for name, value in given.items() if value is not None}
+    return {name: table[name](name, value) for name, value in given.items() if nulls or value is not None}

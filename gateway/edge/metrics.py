@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.edge import auth
+from gateway.edge import auth, fields
 from gateway.edge.endpoint import Call, error_answer
 from gateway.errors import GatewayError
 from gateway.parts import Parts
@@ -24,8 +24,11 @@ async def prometheus(request: Request) -> Response:
 
 async def as_json(call: Call) -> tuple[int, Any]:
     """GET /admin/metrics."""
-    call.query({})
-    return 200, {"metrics": call.parts.telemetry.rows(await _stored(call.parts))}
+    q = call.query({"format": fields.one_of("json", "prometheus")})
+    stored = await _stored(call.parts)
+    if q.get("format") == "prometheus":
+        return 200, {"format": "prometheus", "content": call.parts.telemetry.text(stored).decode()}
+    return 200, {"format": "json", "metrics": call.parts.telemetry.rows(stored)}
 
 
 async def _stored(parts: Parts) -> Stored:

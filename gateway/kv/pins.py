@@ -9,7 +9,7 @@ apart, over all processes of this machine that share the store: freezes hold it 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,30 @@ class Pins:
                 continue
             found[tier.name] = {ObjectKey.parse(o.key): state for o, state in zip(mine, outcome, strict=True)}
         return found, warnings
+
+    async def adopt(
+        self, objects: Sequence[PinnedObject], names: Mapping[str, ObjectKey]
+    ) -> tuple[list[PinnedObject], list[str]]:
+        """Pin the bytes of `objects` under other names too, `names` by key.
+
+        Return what is pinned by them now, and warnings: a tier that cannot be reached, or where that costs bytes.
+        Raises TierFull; call it under the shared lock.
+        """
+        adopted: list[PinnedObject] = []
+        warnings: list[str] = []
+        for tier in self.tiers:
+            mine = [o for o in objects if o.tier == tier.name]
+            try:
+                done = await tier.adopt(mine, [names[o.key] for o in mine]) if mine else []
+            except TierFull:
+                raise
+            except TierUnavailable as error:
+                warnings.append(str(error))
+                continue
+            adopted += done
+            if done and not tier.shares_bytes:
+                warnings.append(f"{tier.name} tier: {sum(o.size for o in done)} bytes were copied, it has no links")
+        return adopted, warnings
 
     async def remove(self, keys: Sequence[ObjectKey], *, originals: bool) -> tuple[int, list[str]]:
         """Remove the pins, and LMCache's `originals` too if asked, in every tier; return the bytes freed.

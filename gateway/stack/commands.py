@@ -60,6 +60,15 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How the model's reasoning is told from its answer: vLLM's parser, and what stands before and after."""
+
+    parser: str
+    start: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """How to run vLLM. `model` is part of every key of the cache, so it has to stay the same for a data directory."""
 
@@ -71,6 +80,7 @@ class Engine:
     kv_gb: int
     max_model_len: int | None = None
     tool_parser: str | None = None
+    reasoning: Reasoning | None = None
     transfer: Transfer = "lmcache_driven"
 
 
@@ -102,6 +112,11 @@ def engine_command(python: str, engine: Engine) -> Command:
     argv += ["--kv-transfer-config", json.dumps(_connector(engine))]
     if engine.tool_parser:
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", engine.tool_parser]
+    if engine.reasoning:
+        argv += ["--reasoning-parser", engine.reasoning.parser]
+        # A parser that only some requests think with does not tell vLLM these, and a thinking budget needs them.
+        marks = {"reasoning_start_str": engine.reasoning.start, "reasoning_end_str": engine.reasoning.end}
+        argv += ["--reasoning-config", json.dumps(marks)]
     if not engine.on_cpu:
         return Command(tuple(argv), QUIET)
     # Compiling needs g++ and costs 20 s to minutes at every start. It makes prefill no faster, only decoding of very

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gateway.stack import demo_weights
-from gateway.stack.demo_weights import HEAD_DIM, KV_HEADS, Shape
+from gateway.stack.demo_weights import HEAD_DIM, KV_HEADS, Said, Shape
 from gateway.stack.errors import StackError
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 Size = Literal["small", "large"]
 
-RECIPE = 1
+RECIPE = 2
 """Raise it when the files would come out differently: a model of an older recipe is built anew."""
 CONTEXT = 32_768
 END, START, BEGIN = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
+THINK, THOUGHT = "<think>", "</think>"
+"""Around what it thinks, where a request asks it to think: the names that vLLM's reasoning parsers look for."""
 MARKER = "cwg_demo_model"
 _HERE = Path(__file__).parent
 
@@ -92,7 +94,8 @@ def _write(directory: Path, shape: Shape, marker: str) -> None:
         **marked,
     )
     weights = directory / "model.safetensors"
-    demo_weights.save(weights, shape, len(tokenizer), special["eos_token_id"], _unspeakable(tokenizer))
+    said = Said(special["eos_token_id"], _unspeakable(tokenizer), [_token_id(tokenizer, t) for t in (THINK, THOUGHT)])
+    demo_weights.save(weights, shape, len(tokenizer), said)
     (directory / "generation_config.json").write_text(json.dumps(special), encoding="utf-8")
     config.save_pretrained(directory)
 
@@ -130,7 +133,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _train() -> "Tokenizer":
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.BPE())
     # A line break is always a token of its own, so whatever the template puts around a message never merges with it:
@@ -150,6 +153,8 @@ def _train() -> "Tokenizer":
         show_progress=False,
     )
     tokenizer.train_from_iterator([(_HERE / "demo_corpus.txt").read_text(encoding="utf-8")], trainer)
+    # Not special: a special token is no part of the text in which a reasoning parser looks for them.
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (THINK, THOUGHT)])
     return tokenizer
 
 

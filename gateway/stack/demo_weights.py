@@ -20,6 +20,7 @@ HEAD_DIM = 64
 _EMBEDDING_STD = 0.3
 _HEAD_START = 7.0
 _SILENCE = -100.0
+_HUSH = -40.0
 # Standard deviation of a projection's weights, times the square root of its inputs. Measured with 600 random tokens:
 # changing the first 64 of them moves the later logprobs by 1.0 on average, and greedy decoding does not loop.
 _GAINS = {
@@ -49,13 +50,26 @@ class Shape:
         return self.layers * 2 * KV_HEADS * HEAD_DIM * 2
 
 
-def save(path: Path, shape: Shape, vocabulary: int, end_token: int, never_said: Sequence[int]) -> None:
-    """Write the safetensors file of a Llama of this shape that ends its turns and never says `never_said`."""
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Tokens with a probability of their own.
+
+    `end` ends a reply, `never` is not said at all, and `hushed` only if a request wants it said: in all contexts its
+    logit is about -20, so that a `logit_bias` of 24 makes it as likely as the end.
+    """
+
+    end: int
+    never: Sequence[int]
+    hushed: Sequence[int]
+
+
+def save(path: Path, shape: Shape, vocabulary: int, said: Said) -> None:
+    """Write the safetensors file of a Llama of this shape that ends its turns."""
     from safetensors.torch import save_file  # noqa: PLC0415 - imports torch
 
     draw = _Draw()
     tensors = dict(_body(shape, vocabulary, draw))
-    tensors["lm_head.weight"] = _head(shape, vocabulary, end_token, never_said, draw)
+    tensors["lm_head.weight"] = _head(shape, vocabulary, said, draw)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -68,12 +82,13 @@ def _body(shape: Shape, vocabulary: int, draw: "_Draw") -> Iterator[tuple[str, "
     yield "model.norm.weight", draw.ones(shape.hidden)
 
 
-def _head(shape: Shape, vocabulary: int, end_token: int, never_said: Sequence[int], draw: "_Draw") -> "torch.Tensor":
+def _head(shape: Shape, vocabulary: int, said: Said, draw: "_Draw") -> "torch.Tensor":
     head = draw.uniform((vocabulary, shape.hidden), _LM_HEAD_GAIN / math.sqrt(shape.hidden))
     head[:, 0] = 0
-    head[list(never_said), 0] = _SILENCE
-    head[end_token] = 0
-    head[end_token, 0] = _HEAD_START
+    head[list(said.never), 0] = _SILENCE
+    for tokens, start in (([said.end], _HEAD_START), (said.hushed, _HUSH)):
+        head[list(tokens)] = 0
+        head[list(tokens), 0] = start
     return head
 
 

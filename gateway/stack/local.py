@@ -12,13 +12,17 @@ from pathlib import Path
 
 from gateway.stack import commands, leftovers, lock, models
 from gateway.stack.commands import LOOPBACK
-from gateway.stack.demo_model import Size
+from gateway.stack.demo_model import THINK, THOUGHT, Size
 from gateway.stack.part import Launch, Part
 from gateway.stack.reaper import reaping
 
 DEFAULT_PORT = 8700
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives to outgoing connections, so a port that is free now is free in a minute."""
+
+# The demo thinks only where a request asks for it (`reasoning_effort`, or `thinking` among the template's arguments):
+# this parser then looks for its thoughts, and leaves all other replies alone.
+_DEMO_REASONING = commands.Reasoning("deepseek_v3", THINK, THOUGHT)
 
 CACHE_WITHIN = 120.0
 ENGINE_WITHIN = 900.0
@@ -213,6 +217,7 @@ def _engine_launch(plan: Plan) -> Launch:
             kv_gb=plan.engine_kv_gb,
             max_model_len=plan.options.max_model_len,
             tool_parser="hermes" if plan.model.is_demo else None,
+            reasoning=_DEMO_REASONING if plan.model.is_demo else None,
             transfer=plan.options.transfer,
         ),
     )

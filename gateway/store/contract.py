@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Trace, Turn, Window
@@ -100,6 +100,10 @@ class Store(Protocol):
         """Add a session; False if its id is taken."""
         ...
 
+    async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
+        """Add all of these sessions of one tenant, or none where an id is taken: then return that id."""
+        ...
+
     async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
         """Mark the session frozen, unless it has gone on since `turn_count`."""
         ...
@@ -181,6 +185,10 @@ class Store(Protocol):
 
     async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
         """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
+        ...
+
+    async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
+        """Change `description`, `tags` or `expires_at`; return the window as it is now, or None."""
         ...
 
     async def manifest(self, manifest_id: str) -> Manifest:

@@ -2,7 +2,7 @@
 
 import sqlite3
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -54,6 +54,14 @@ def add_session(db: sqlite3.Connection, new: Session) -> bool:
     if cursor.rowcount == 1:
         salt_rows.use(db, new.tenant, new.id, [new.salt])
     return cursor.rowcount == 1
+
+
+def add_sessions(db: sqlite3.Connection, new: Sequence[Session]) -> str | None:
+    taken = next((one.id for one in new if session(db, one.tenant, one.id)), None)
+    if taken is None:
+        for one in new:
+            add_session(db, one)
+    return taken
 
 
 def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count: int, at: float) -> None:
@@ -303,8 +311,26 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
     values["receipt"] = orjson.dumps(dict(new.receipt)).decode()
     marks = ", ".join("?" * len(values))
     db.execute(f"INSERT INTO windows ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
-    db.executemany("INSERT INTO window_tags VALUES (?, ?, ?)", [(new.tenant, tag, new.name) for tag in new.tags])
+    _add_tags(db, new)
     return True
+
+
+def describe_window(db: sqlite3.Connection, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
+    before = window(db, tenant, name)
+    if before is None:
+        return None
+    now = replace(before, **changes)
+    db.execute(
+        "UPDATE windows SET description = ?, tags = ?, expires_at = ? WHERE tenant = ? AND name = ?",
+        (now.description, orjson.dumps(now.tags).decode(), now.expires_at, tenant, name),
+    )
+    db.execute("DELETE FROM window_tags WHERE tenant = ? AND name = ?", (tenant, name))
+    _add_tags(db, now)
+    return now
+
+
+def _add_tags(db: sqlite3.Connection, of: Window) -> None:
+    db.executemany("INSERT INTO window_tags VALUES (?, ?, ?)", [(of.tenant, tag, of.name) for tag in of.tags])
 
 
 def _add_manifest(db: sqlite3.Connection, new: Manifest) -> None:

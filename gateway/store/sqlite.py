@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
@@ -86,6 +86,10 @@ class SqliteStore:
     async def add_session(self, session: Session) -> bool:
         """See `Store.add_session`."""
         return await self._write(lambda db: rows.add_session(db, session))
+
+    async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
+        """See `Store.add_sessions`."""
+        return await self._write(lambda db: rows.add_sessions(db, sessions))
 
     async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
         """See `Store.set_frozen`."""
@@ -173,6 +177,10 @@ class SqliteStore:
     async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
         """See `Store.add_window`."""
         return await self._write(lambda db: rows.add_window(db, window, manifest))
+
+    async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
+        """See `Store.describe_window`."""
+        return await self._write(lambda db: rows.describe_window(db, tenant, name, changes))
 
     async def manifest(self, manifest_id: str) -> Manifest:
         """See `Store.manifest`."""

@@ -72,9 +72,7 @@ async def freeze(
         window = await _keep(parts, snapshot, wanted, naming, warnings, clock, progress)
     except TierFull as error:
         await release_strays(parts)
-        raise GatewayError(
-            "storage_full", str(error), hint="free space, or delete windows that are not needed"
-        ) from error
+        raise storage_full(error) from error
     except GatewayError:
         await release_strays(parts)
         raise
@@ -89,6 +87,11 @@ async def release_strays(parts: Parts) -> int:
     for warning in warnings:
         log.warning("could not look for stray pins: %s", warning)
     return swept
+
+
+def storage_full(error: TierFull) -> GatewayError:
+    """The error for a tier that has no room left."""
+    return GatewayError("storage_full", str(error), hint="free space, or delete windows that are not needed")
 
 
 def taken(name: str) -> GatewayError:

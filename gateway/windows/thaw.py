@@ -12,7 +12,7 @@ The window itself does not change and can be thawed any number of times.
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from gateway import identity
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
@@ -67,15 +68,42 @@ async def thaw(
     clock = time.monotonic()
     window = await usable(parts, tenant, name)
     model = await served(parts, window)
-    session_id = new_session_id or _fresh_id(name)
+    session_id = new_session_id or fresh_id(name)
     if await parts.store.session(tenant, session_id):
-        raise _taken(session_id)
+        raise taken(session_id)
     manifest = await parts.store.manifest(window.manifest)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await _restore(parts, window, manifest, receipt, progress)
+    await restore(parts, window, manifest, receipt, progress)
+    # Whoever sends the whole history, and no id, goes on here.
+    tip = identity.chain(await parts.store.messages(window.transcript), b"")[-1] if source == "thaw" else None
+    session = replace(branch_of(window, session_id, source), head=head, tip=tip)
+    if warm != "none" and receipt.chunks_found:
+        await _warm(parts, window, model, manifest, warm, receipt, progress)
+    elif warm == "gpu":
+        await _through_engine(parts, window, model, manifest, receipt, progress)
+    # While we warmed, the window may have been deleted, and its transcript with it.
+    async with parts.pins.lock.hold(alone=False):
+        await found(parts, tenant, name)
+        if not await parts.store.add_session(session):
+            raise taken(session_id)
+    receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
+    receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
+    return session, window, receipt
+
+
+async def found(parts: Parts, tenant: str, name: str) -> Window:
+    """Return a window. Raises `window_not_found`."""
+    window = await parts.store.window(tenant, name)
+    if window is None:
+        raise not_found(name)
+    return window
+
+
+def branch_of(window: Window, session_id: str, source: str) -> Session:
+    """A session that goes on from a window: in its lineage, under its salt, with its transcript."""
     now = time.time()
-    session = Session(
-        tenant=tenant,
+    return Session(
+        tenant=window.tenant,
         id=session_id,
         lineage=window.lineage,
         model=window.model,
@@ -90,30 +118,7 @@ async def thaw(
         created_at=now,
         last_active_at=now,
         source=source,
-        head=head,
-        # Whoever sends the whole history, and no id, goes on here.
-        tip=identity.chain(await parts.store.messages(window.transcript), b"")[-1] if source == "thaw" else None,
     )
-    if warm != "none" and receipt.chunks_found:
-        await _warm(parts, window, model, manifest, warm, receipt, progress)
-    elif warm == "gpu":
-        await _through_engine(parts, window, model, manifest, receipt, progress)
-    # While we warmed, the window may have been deleted, and its transcript with it.
-    async with parts.pins.lock.hold(alone=False):
-        await found(parts, tenant, name)
-        if not await parts.store.add_session(session):
-            raise _taken(session_id)
-    receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
-    receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
-    return session, window, receipt
-
-
-async def found(parts: Parts, tenant: str, name: str) -> Window:
-    """Return a window. Raises `window_not_found`."""
-    window = await parts.store.window(tenant, name)
-    if window is None:
-        raise not_found(name)
-    return window
 
 
 async def usable(parts: Parts, tenant: str, name: str) -> Window:
@@ -125,7 +130,7 @@ async def usable(parts: Parts, tenant: str, name: str) -> Window:
     raise GatewayError(
         "window_not_found",
         f"window {name!r} expired at {when}",
-        hint=f"until it is deleted its text can be read: GET /admin/windows/{name}/messages",
+        hint="give it more time (PATCH its ttl_seconds), or read its text (its messages), before it is deleted",
         details={"window_name": name, "expired_at": when},
     )
 
@@ -153,11 +158,12 @@ def whole_chunks(window: Window) -> int:
     return window.token_count // window.chunk_size if window.chunk_size else 0
 
 
-async def _restore(parts: Parts, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress) -> None:
+async def restore(parts: Parts, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress) -> None:
+    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises."""
     progress("restore", 0, window.chunk_count)
     by_tier, warnings = await parts.pins.restore(manifest.objects)
     receipt.warnings += warnings
-    keys = _keys(window, manifest)
+    keys = object_names(window, manifest)
     chunks = [keys[i : i + window.world_size] for i in range(0, len(keys), window.world_size)]
     for index, chunk in enumerate(chunks):
         states = [[have[key] for have in by_tier.values() if key in have] for key in chunk]
@@ -194,16 +200,23 @@ async def _warm(
     parts: Parts, window: Window, model: Model, manifest: Manifest, warm: Warm, receipt: Receipt, progress: Progress
 ) -> None:
     if parts.cache is not None:
-        ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
         try:
-            objects, _ = await parts.cache.prefetch(
-                model.root, window.world_size, ids, window.salt, parts.settings.thaw_timeout_s, progress
-            )
-            receipt.chunks_prefetched = objects // window.world_size
+            await load(parts, parts.cache, window, manifest, receipt, progress)
         except GatewayError as error:
             receipt.warnings.append(error.message)
     if warm == "gpu":
         await _through_engine(parts, window, model, manifest, receipt, progress)
+
+
+async def load(
+    parts: Parts, cache: LMCache, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress
+) -> None:
+    """Load what was found from the tiers into LMCache's memory. Raises `cache_unavailable`."""
+    ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
+    objects, _ = await cache.prefetch(
+        window.model_root, window.world_size, ids, window.salt, parts.settings.thaw_timeout_s, progress
+    )
+    receipt.chunks_prefetched = objects // window.world_size
 
 
 async def _through_engine(
@@ -221,19 +234,22 @@ async def _through_engine(
     progress("prefill", window.token_count, window.token_count)
 
 
-def _keys(window: Window, manifest: Manifest) -> list[ObjectKey]:
+def object_names(window: Window, manifest: Manifest) -> list[ObjectKey]:
+    """The KV objects that the window pinned, named anew from its token ids, in chunk order."""
     ids = manifest.token_ids[: window.chunk_count * window.chunk_size]
     if not ids:
         return []
     return object_keys(window.model_root, ids, window.chunk_size, window.world_size, window.salt)
 
 
-def _fresh_id(name: str) -> str:
+def fresh_id(name: str, room: int = 0) -> str:
+    """A session id after a window's name, with `room` left behind it."""
     suffix = f".{secrets.token_hex(4)}"
-    return name[: _MAX_ID - len(suffix)] + suffix
+    return name[: _MAX_ID - len(suffix) - room] + suffix
 
 
-def _taken(session_id: str) -> GatewayError:
+def taken(session_id: str) -> GatewayError:
+    """The error for a session id that is in use."""
     return GatewayError(
         "session_already_exists",
         f"there is a session {session_id!r} already",

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +98,19 @@ def converse(client: openai.OpenAI, topic: str, turns: int = 3, words: int = 60)
         reply = chat(client, messages, temperature=1, seed=turn)
         messages.append({"role": "assistant", "content": reply.choices[0].message.content})
     return messages
+
+
+def same_bytes(ask: Callable[[str], tuple[bytes, bytes]], tries: int = 4) -> None:
+    """Insist that two answers are the same, of which `ask` gets a pair each time, under a salt of its own.
+
+    A busy vLLM puts two tokens into one event, or computes two choices in other steps and so other last bits. So it is
+    tried again: a gateway that changed anything would never give the same.
+    """
+    for number in range(tries):
+        one, other = ask(f"direct{number}")
+        if one == other:
+            return
+    assert one == other
 
 
 def until(holds: Any, what: str, within: float = WAIT_S) -> None:

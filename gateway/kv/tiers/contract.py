@@ -54,6 +54,11 @@ class Tier(Protocol):
         """LMCache's name for the kind of storage behind it."""
         ...
 
+    @property
+    def shares_bytes(self) -> bool:
+        """Whether the same bytes under another name (`adopt`) take no room."""
+        ...
+
     async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
         """Which of `keys` LMCache would find here now. Raises TierUnavailable."""
         ...
@@ -74,6 +79,14 @@ class Tier(Protocol):
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
         """Check the pins against their checksums and change nothing. Raises TierUnavailable."""
+        ...
+
+    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
+        """Pin the bytes of each pin of `objects` under another name too, that of `names` at its place.
+
+        No byte is read; the size and checksum are those of the pin that there is. The answer has those that could be
+        pinned. Raises TierFull, TierUnavailable.
+        """
         ...
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:

@@ -34,6 +34,7 @@ class DiskTier:
 
     name = "disk"
     adapter = "fs"
+    shares_bytes = True
 
     def __init__(self, kv_dir: Path, pins_dir: Path) -> None:
         self._kv = kv_dir
@@ -66,6 +67,12 @@ class DiskTier:
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
         """See `Tier.verify`."""
         return await self._each(objects, self._verify)
+
+    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
+        """See `Tier.adopt`."""
+        adopted = await self._each(list(zip(objects, names, strict=True)), lambda pair: self._adopt(*pair))
+        await self._run(lambda: _sync_directory(self._pins))
+        return [one for one in adopted if one is not None]
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
         """See `Tier.unpin`."""
@@ -134,6 +141,13 @@ class DiskTier:
         with pin.open("rb") as file:
             os.fsync(file.fileno())  # LMCache does not; a power cut must not turn "frozen" into a false word
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
+
+    def _adopt(self, item: PinnedObject, name: ObjectKey) -> PinnedObject | None:
+        try:
+            self._pin_path(name).hardlink_to(self._pin_path(ObjectKey.parse(item.key)))
+        except FileNotFoundError:
+            return None
+        return PinnedObject(str(name), self.name, item.size, item.checksum)
 
     def _restore(self, item: PinnedObject) -> Restored:
         key = ObjectKey.parse(item.key)

@@ -29,6 +29,7 @@ class RedisTier:
 
     name = "redis"
     adapter = "resp"
+    shares_bytes = False  # `COPY` copies, inside the server
 
     def __init__(self, url: str, store_id: str, timeout_s: float) -> None:
         self._redis = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=2 * timeout_s)
@@ -73,6 +74,17 @@ class RedisTier:
         async for start, pins in self._look([self._pin_name(o.key) for o in objects]):
             out += [_judge(pin, objects[start + i]) for i, pin in enumerate(pins)]
         return out
+
+    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
+        """See `Tier.adopt`."""
+        pairs = [(self._pin_name(o.key), self._pin_name(str(key))) for o, key in zip(objects, names, strict=True)]
+        await self._copy(pairs)
+        sizes = await self._sizes([target for _, target in pairs])
+        return [
+            PinnedObject(str(key), self.name, o.size, o.checksum)
+            for o, key, size in zip(objects, names, sizes, strict=True)
+            if size
+        ]
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
         """See `Tier.unpin`."""

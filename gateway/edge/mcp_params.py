@@ -1,0 +1,132 @@
+"""Parameters of tools: what a model is told of each, and what it must be to be sent to the admin API at all."""
+
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gateway.edge import fields
+from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME, check_session_id, check_window_name
+
+Json = dict[str, Any]
+Check = Callable[[str, Any], Any]
+Tell = Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdminRequest:
+    """What is asked of the admin API."""
+
+    method: str
+    path: str
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: Json | None = None
+
+
+# Answers with what the admin API says, its errors included; progress is told on the way.
+Ask = Callable[[AdminRequest, Tell], Awaitable[Json]]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter of a tool. `wire`: its name at the admin API, "" where that has no need of it."""
+
+    schema: Json
+    check: Check
+    required: bool = False
+    wire: str | None = None
+    also: tuple[str, ...] = ()  # other names it is accepted under
+
+
+class Maker(Protocol):
+    """Makes a parameter of one kind; what it is not given it has by default."""
+
+    def __call__(
+        self, about: str = "", *, required: bool = False, wire: str | None = None, also: tuple[str, ...] = ()
+    ) -> Param:
+        """Make one, described as `about`."""
+        ...
+
+
+def _kind(schema: Json, check: Check) -> Maker:
+    def make(about: str = "", *, required: bool = False, wire: str | None = None, also: tuple[str, ...] = ()) -> Param:
+        described = {**schema, "description": about} if about else schema
+        return Param(described, check, required, wire, also)
+
+    return make
+
+
+def _whole(low: int, high: int) -> Maker:
+    def check(name: str, value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:  # True is an int
+            raise fields.invalid(name, f"a whole number from {low} to {high}", value)
+        return value
+
+    return _kind({"type": "integer", "minimum": low, "maximum": high}, check)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise fields.invalid(name, "true or false", value)
+    return value
+
+
+def _warm(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "gpu" if value else "none"
+    return fields.one_of("gpu", "cpu", "none")(name, value)
+
+
+def text(longest: int) -> Maker:
+    """A string of at most so many characters."""
+    schema = {"type": "string", "maxLength": longest}
+    return _kind(schema, lambda name, value: fields.text(name, value, longest=longest))
+
+
+def one_of(*choices: str | bool, **same: str) -> Maker:
+    """One of some words, or of others that stand for one of those: `same` has them."""
+
+    def check(name: str, value: Any) -> Any:
+        known = any(type(value) is type(choice) and value == choice for choice in [*choices, *same])
+        if not known:
+            raise fields.invalid(name, f"one of {', '.join(as_query(choice) for choice in choices)}", value)
+        return same.get(value, value)
+
+    kind = "string" if all(isinstance(choice, str) for choice in choices) else "boolean"
+    return _kind({"type": kind, "enum": [*choices, *same]}, check)
+
+
+def named(about: str, pattern: re.Pattern[str]) -> Json:
+    """The schema of a string of one pattern."""
+    return {"type": "string", "pattern": f"^{pattern.pattern}$", "description": about}
+
+
+def as_query(value: Any) -> str:
+    """A value as it is written in a query."""
+    if isinstance(value, list):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+session = _kind(
+    named("id of a session, as session_list gives it", SESSION_ID), lambda name, value: check_session_id(value, name)
+)
+window = _kind(
+    named("name of a window: letters, digits and _ . -", WINDOW_NAME),
+    lambda name, value: check_window_name(value, name),
+)
+tags = _kind(
+    {
+        "type": "array",
+        "items": {"type": "string", "pattern": f"^{TAG.pattern}$"},
+        "maxItems": MAX_TAGS,
+        "description": "tags to find it by",
+    },
+    lambda name, value: list(fields.tags(name, value)),
+)
+seconds = _kind({"type": "number", "exclusiveMinimum": 0}, fields.seconds)
+flag = _kind({"type": "boolean"}, _flag)
+limit = _whole(1, 100)
+offset = _whole(0, 2**31)
+description = text(MAX_DESCRIPTION)
+warm = _kind({"type": ["boolean", "string"], "enum": [True, False, "gpu", "cpu", "none"]}, _warm)

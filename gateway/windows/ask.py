@@ -1,0 +1,116 @@
+"""Ask: a question answered inside a frozen window, on its own KV, and nothing of it stays.
+
+The question follows the window's transcript under the window's salt, so the engine computes only the tail and the
+question. It is no turn: there is no session, the window does not change, and the cache is told to keep nothing.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway import texts
+from gateway.engine import Model
+from gateway.errors import GatewayError
+from gateway.parts import Parts
+from gateway.progress import Progress, silent
+from gateway.records import Message, Usage, Window
+from gateway.windows.counted import counted
+from gateway.windows.thaw import Receipt, load, restore, served, usable, whole_chunks
+
+MAX_QUESTION = 10_000  # characters
+MAX_TOKENS = 4096  # of an answer
+USUAL_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said, and what it cost: `computed_tokens` is the part of the prompt that no cache had."""
+
+    window: Window
+    text: str
+    reasoning: str | None
+    finish_reason: str | None
+    usage: Usage
+    restored: Receipt
+    duration_ms: float
+
+    @property
+    def computed_tokens(self) -> int | None:
+        """None where the engine does not tell what it had cached."""
+        return None if self.usage.cached is None else self.usage.prompt - self.usage.cached
+
+
+@counted
+async def ask(
+    parts: Parts, tenant: str, name: str, question: str, max_tokens: int | None = None, progress: Progress = silent
+) -> Answer:
+    """Ask a window a question, greedily. Raises `window_not_found`, `model_mismatch`, `invalid_request` where the
+    window is no conversation or has no room left, `engine_unreachable`, `engine_timeout`.
+
+    KV that is lost raises nothing: the engine computes it again, and the receipt says so.
+    """
+    clock = time.monotonic()
+    window = await usable(parts, tenant, name)
+    model = await served(parts, window)
+    room = _room(window, model, max_tokens)
+    messages = await parts.store.messages(window.transcript)
+    if kind := texts.kind(messages):
+        raise GatewayError(
+            "invalid_request",
+            f"window {name!r} holds {texts.NAMES[kind]}, not a conversation: there is nobody to ask",
+            hint="thaw it, and go on with it at /v1/completions",
+        )
+    restored = await _put_back(parts, window, progress)
+    frame = await parts.store.frame(window.frame) if window.frame else {}
+    progress("answer", 0, 0)
+    engine = parts.engines.near(window.lineage)
+    reply = await engine.chat(
+        model.id, _quiet(frame), [*messages, _question(messages, question)], window.salt, max_tokens=room
+    )
+    duration = round((time.monotonic() - clock) * 1000, 1)
+    return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, duration)
+
+
+def _room(window: Window, model: Model, max_tokens: int | None) -> int:
+    """How long the answer may be. Raises `invalid_request` where the window leaves no room for so much."""
+    left = model.context_limit - window.token_count if model.context_limit else MAX_TOKENS
+    if left <= (max_tokens or 0):
+        raise GatewayError(
+            "invalid_request",
+            f"window {window.name!r} has {window.token_count} of {model.context_limit} tokens: "
+            f"no room for a question and {max_tokens or 'any'} tokens of answer",
+            hint=f"max_tokens below {left} leaves room for a question" if left > 1 else "ask one of its ancestors",
+            details={"field": "max_tokens"},
+        )
+    # Half of what is left, where that is little: the question needs some of it too.
+    return max_tokens or min(USUAL_TOKENS, max(left // 2, 1))
+
+
+def _question(messages: Sequence[Message], question: str) -> Message:
+    calls = messages[-1].get("tool_calls") if messages else None
+    if not calls:
+        return {"role": "user", "content": question}
+    raise GatewayError(
+        "invalid_request",
+        "the window ends with a tool call that waits for its result: a question cannot follow it",
+        hint="freeze the session after the tool's result, or thaw it and send the result",
+    )
+
+
+async def _put_back(parts: Parts, window: Window, progress: Progress) -> Receipt:
+    manifest = await parts.store.manifest(window.manifest)
+    receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
+    await restore(parts, window, manifest, receipt, progress)
+    if receipt.chunks_found and parts.cache is not None:
+        try:
+            await load(parts, parts.cache, window, manifest, receipt, progress)
+        except GatewayError as error:  # then the engine loads it itself, or computes it
+            receipt.warnings.append(error.message)
+    receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
+    return receipt
+
+
+def _quiet(frame: Mapping[str, Any]) -> dict[str, Any]:
+    """The frame as it was, tools included because the KV has them; but nobody is there who would run one."""
+    return {**frame, "tool_choice": "none"} if frame.get("tools") else dict(frame)
