@@ -39,7 +39,7 @@ from gateway.sessions import Place
 from gateway.turns import Ended
 from gateway.windows import branch
 from gateway.windows.resume import resume
-from gateway.windows.thaw import found
+from gateway.windows.thaw import usable
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class Inference:
         if session and session.window_transcript is not None:
             call = await self._continue(call, session, incoming)
         elif incoming.base.window is not None and call.messages:
-            window = await found(parts, incoming.tenant, incoming.base.window)
+            window = await usable(parts, incoming.tenant, incoming.base.window)
             history = await parts.store.messages(window.transcript)
             front = transcripts.missing(history, call.messages, _system_rule(incoming))
             call = await self._inheriting(call, front, window.frame)

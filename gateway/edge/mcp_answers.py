@@ -33,10 +33,11 @@ LINE = {
     "size_bytes": WHOLE,
     "kv": {"type": "string", "description": "how much of its KV is pinned; `absent`: a thaw computes it anew"},
     "parent_window": or_null(TEXT),
+    "state": TEXT,
     "created_at": TEXT,
     "expires_at": or_null(TEXT),
 }
-_FROZEN = {**LINE, "state": TEXT, "block_count": WHOLE, "receipt": shape_of("what was seen when it was frozen")}
+_FROZEN = {**LINE, "block_count": WHOLE, "receipt": shape_of("what was seen when it was frozen")}
 PAGE = {"total": WHOLE, "has_more": {"type": "boolean"}, "limit": WHOLE, "offset": WHOLE}
 METRIC = shape_of(name=TEXT, type=TEXT, labels=shape_of(), value={"type": "number"})
 

@@ -130,7 +130,7 @@ async def usable(parts: Parts, tenant: str, name: str) -> Window:
     raise GatewayError(
         "window_not_found",
         f"window {name!r} expired at {when}",
-        hint=f"until it is deleted its text can be read: GET /admin/windows/{name}/messages",
+        hint="give it more time (PATCH its ttl_seconds), or read its text (its messages), before it is deleted",
         details={"window_name": name, "expired_at": when},
     )
 
