@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from gateway import workers
+from gateway.autofreeze import Autofreeze
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
@@ -50,9 +51,9 @@ _INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
 
-    def __init__(self, parts: Parts, health: Health) -> None:
+    def __init__(self, parts: Parts, health: Health, autofreeze: Autofreeze) -> None:
         self._inference = Inference(parts)
-        self._state = {"parts": parts, "health": health}
+        self._state = {"parts": parts, "health": health, "autofreeze": autofreeze}
         self._rest = Starlette(routes=admin.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
         self._mcp = McpDoor(self._admin, parts.settings)
@@ -147,7 +148,12 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
 
 async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None], shared: Shared | None = None) -> None:
     """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
-    async with open_parts(settings, shared) as parts, Health(parts) as health, Gateway(parts, health) as gateway:
+    async with (
+        open_parts(settings, shared) as parts,
+        Health(parts) as health,
+        Autofreeze(parts) as autofreeze,
+        Gateway(parts, health, autofreeze) as gateway,
+    ):
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
@@ -170,7 +176,9 @@ def main(settings: Settings) -> None:
         _run(run(settings, sock, ready, Shared(folder, slot)))
 
     gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
-    workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot))
+    workers.supervise(
+        settings.workers, sock, serve, lambda slot: forget(folder, slot), longer_s=settings.shutdown_freeze_s
+    )
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from gateway import __version__, drawing
-from gateway.client import Admin, AdminError
+from gateway.client import Admin, AdminError, OnProgress
 from gateway.errors import StartError
 from gateway.settings import Settings, SettingsError, load
 
@@ -298,6 +299,51 @@ def status(name: str, blocks: bool, as_json: bool) -> None:
 
 
 @_verb
+@click.argument("name")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--as-text", is_flag=True, help="leave the KV out")
+def export(name: str, file: Path, as_text: bool, as_json: bool) -> None:
+    """Write the window NAME into FILE, whole; FILE is there only when all of it is."""
+    part = file.with_name(f"{file.name}.part")
+    query = {"as_text": "true" if as_text else None}
+    try:
+        with part.open("wb") as out, _bar() as on_progress:
+            _admin().download(f"/admin/windows/{_part(name)}/export", out, query, on_progress)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+    except AdminError as error:
+        part.unlink(missing_ok=True)
+        raise _failure(error) from error
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise Failure(f"cannot write {file}: {error.strerror}") from error
+    answer = {"window": name, "file": str(file), "bytes": file.stat().st_size}
+    _show(answer, as_json, answer)
+
+
+@_verb
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--name", help="the window's name here; without it, the one that it was exported under")
+@click.option(
+    "--as-text", is_flag=True, help="take text and ids and leave the KV: for a model that is served otherwise"
+)
+def import_(file: Path, name: str | None, as_text: bool, as_json: bool) -> None:
+    """Make the window in FILE a window of this gateway."""
+    query = {"window_name": name, "as_text": "true" if as_text else None}
+    try:
+        with file.open("rb") as content, _bar() as on_progress:
+            size = file.stat().st_size
+            answer = _admin().upload("/admin/windows/import", content, size, query, on_progress)
+    except AdminError as error:
+        raise _failure(error) from error
+    except OSError as error:
+        raise Failure(f"cannot read {file}: {error.strerror}") from error
+    receipt = {k: v for k, v in answer["receipt"].items() if k != "imported"}
+    _show(answer, as_json, {"window": answer["name"], "kv": answer["kv"], **_flat(receipt)})
+
+
+@_verb
 @click.option("--tag", "tags", multiple=True, help="only with this tag; all of them if given more than once")
 @click.option("--search", help="only with this text in name or description")
 @click.option("--limit", type=int, default=20, show_default=True)
@@ -363,19 +409,21 @@ def _call(method: str, path: str, **arguments: Any) -> dict[str, Any]:
 
 
 def _watched(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    with _bar() as on_progress:
+        try:
+            return _admin().watch(path, body, on_progress)
+        except AdminError as error:
+            raise _failure(error) from error
+
+
+@contextmanager
+def _bar() -> Iterator[OnProgress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=_ERR, transient=True, disable=not _ERR.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        try:
-            return _admin().watch(
-                path,
-                body,
-                lambda step: bar.update(
-                    task, description=step["stage"], completed=step["done"], total=step["total"] or None
-                ),
-            )
-        except AdminError as error:
-            raise _failure(error) from error
+        yield lambda step: bar.update(
+            task, description=step["stage"], completed=step["done"], total=step["total"] or None
+        )
 
 
 def _failure(error: AdminError) -> Failure:

@@ -1,8 +1,8 @@
 """The admin API from outside: what the CLI speaks to a running gateway."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
 import httpx
 import orjson
@@ -10,6 +10,7 @@ import orjson
 from gateway.edge.mcp_params import AdminRequest, Json, Tell
 
 OnProgress = Callable[[Mapping[str, Any]], None]
+_PIECE = 2**18
 
 
 class AdminError(Exception):
@@ -62,9 +63,14 @@ class Admin:
 
     def watch(self, path: str, body: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
         """POST, and tell `on_progress` each step until the answer is there. Raises AdminError."""
-        accept = {"accept": "application/x-ndjson"}
+        return self._follow(on_progress, path, headers={}, json=_given(body))
+
+    def _follow(
+        self, on_progress: OnProgress, path: str, *, headers: Mapping[str, str], **request: Any
+    ) -> dict[str, Any]:
+        accept = {"accept": "application/x-ndjson", **headers}
         try:
-            with self._http.stream("POST", path, json=_given(body), headers=accept) as response:
+            with self._http.stream("POST", path, headers=accept, **request) as response:
                 for line in response.iter_lines():
                     step = _json(line.encode())
                     if "progress" not in step:
@@ -74,6 +80,37 @@ class Admin:
             raise self._unreachable(error) from error
         raise AdminError("the gateway closed the connection before it was done", "look at its log")
 
+    def download(self, path: str, file: IO[bytes], query: Mapping[str, Any], on_progress: OnProgress) -> None:
+        """GET into `file`, all that was promised. Raises AdminError, OSError."""
+        try:
+            with self._http.stream("GET", path, params=_given(query)) as response:
+                if response.status_code >= 400:
+                    _checked(response.status_code, _json(response.read()))
+                total, done = int(response.headers.get("content-length", 0)), 0
+                for piece in response.iter_raw():
+                    file.write(piece)
+                    done += len(piece)
+                    on_progress({"stage": "receive", "done": done, "total": total})
+        except httpx.RemoteProtocolError as error:
+            raise AdminError("the gateway cut the export short", "its log says why") from error
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def upload(
+        self, path: str, file: IO[bytes], size: int, query: Mapping[str, Any], on_progress: OnProgress
+    ) -> dict[str, Any]:
+        """POST `size` bytes of `file`, and tell `on_progress` each step. Raises AdminError, OSError."""
+
+        def pieces() -> Iterator[bytes]:
+            done = 0
+            while piece := file.read(_PIECE):
+                done += len(piece)
+                on_progress({"stage": "send", "done": done, "total": size})
+                yield piece
+
+        headers = {"content-type": "application/x-tar", "content-length": str(size)}
+        return self._follow(on_progress, path, headers=headers, params=_given(query), content=pieces())
+
     async def ask(self, request: AdminRequest, tell: Tell) -> Json:
         """Send one request from an event loop; what it answers has `error` in it where it failed."""
         loop = asyncio.get_running_loop()
@@ -82,9 +119,10 @@ class Admin:
             asyncio.run_coroutine_threadsafe(tell(progress), loop).result()
 
         try:
-            if request.body is not None:
-                return await asyncio.to_thread(self.watch, request.path, request.body, step)
-            return await asyncio.to_thread(self.call, request.method, request.path, query=request.query)
+            if request.method == "POST":
+                return await asyncio.to_thread(self.watch, request.path, request.body or {}, step)
+            query, body = request.query, request.body
+            return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body)
         except AdminError as error:
             names = ("code", "message", "hint", "retryable", "details")
             return {"error": {name: getattr(error, name) for name in names}}

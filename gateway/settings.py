@@ -7,18 +7,33 @@ the start and names the nearest right one.
 import difflib
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from gateway import normalise as rules
+from gateway import rules as rules_of
+from gateway.errors import GatewayError
+from gateway.rules import Rules
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
 # Variables of ours that are not settings of the server: the client side of the CLI.
 CLIENT_VARIABLES = frozenset({"CWG_URL"})
+_RULES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    # of each setting the rule that it stands for, and how it is read as one
+    "auto_freeze": ("enabled", lambda value: value),
+    "auto_freeze_idle_minutes": ("idle_timeout_minutes", lambda value: value or None),
+    "auto_freeze_tokens": ("token_threshold", lambda value: value or None),
+    "auto_freeze_share": ("context_share", lambda value: value or None),
+    "auto_freeze_at_shutdown": ("at_shutdown", lambda value: value),
+    "auto_freeze_name": ("naming_pattern", lambda value: value),
+    "auto_freeze_cooldown_s": ("cooldown_seconds", lambda value: value),
+    "auto_freeze_keep": ("keep", lambda value: value),
+    "auto_freeze_ttl_days": ("ttl_seconds", lambda value: value * 86400 or None),
+}
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 _NONE_IS_0 = frozenset({"disk_budget_bytes", "expiry_grace_s", "redis_budget_bytes", "session_ttl_s"})
@@ -68,6 +83,7 @@ class Settings:
         30.0, "seconds a client may take for its headers, and between two parts of a body"
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
+    max_import_bytes: int = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
     max_reply_bytes: int = setting(
         64 * 2**20, "largest reply that is kept for the transcript; a larger one only passes"
     )
@@ -86,6 +102,24 @@ class Settings:
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
     freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
     thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
+    auto_freeze: bool = setting(True, "whether sessions are frozen by themselves (Automatic windows)")
+    auto_freeze_idle_minutes: float = setting(15.0, "a session without a turn for so long is frozen; 0: never for that")
+    auto_freeze_tokens: int = setting(0, "a session that passes so many tokens is frozen; 0: never for that")
+    auto_freeze_share: float = setting(
+        0.9, "a session that passes this share of the context limit is frozen; 0: never for that"
+    )
+    auto_freeze_at_shutdown: bool = setting(False, "whether what is not frozen is frozen when the gateway ends")
+    auto_freeze_policies: tuple[str, ...] = setting(
+        (), "policies of your own that may be used, `package.module:Class`; all are, unless set otherwise at run time"
+    )
+    auto_freeze_name: str = setting(
+        "auto-{session_id}-{timestamp}", "names of automatic windows; `{turns}` may be in it too"
+    )
+    auto_freeze_cooldown_s: float = setting(60.0, "seconds between two automatic freezes of a session")
+    auto_freeze_keep: int = setting(3, "automatic windows kept of each session; older ones are deleted")
+    auto_freeze_ttl_days: float = setting(30.0, "days until an automatic window expires; 0: never")
+    auto_freeze_every_s: float = setting(5.0, "seconds between two looks at idle sessions")
+    shutdown_freeze_s: float = setting(8.0, "seconds that freezing at the end may take; what is left is not frozen")
     log_level: str = setting("info", "`debug`, `info`, `warning` or `error`")
 
     def __post_init__(self) -> None:
@@ -102,6 +136,11 @@ class Settings:
         if not self.store_url:
             return self.data_path / "gateway.db"
         return Path(self.store_url.removeprefix("sqlite:///")).expanduser().absolute()
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of automatic freezing, unless they are set otherwise at run time."""
+        return _rules(self)
 
     @property
     def secret_path(self) -> Path:
@@ -177,6 +216,8 @@ def _as(kind: Any, value: Any) -> Any:
         if value.lower() in _TRUE | _FALSE:
             return value.lower() in _TRUE
         raise ValueError(value)
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(value)
     if kind in (int, float) and isinstance(value, bool):
         raise TypeError(value)
     if kind is int and isinstance(value, float):
@@ -190,7 +231,7 @@ def _name_of(kind: Any) -> str:
     return (
         "a list of strings"
         if get_args(kind)
-        else {"int": "a whole number", "str": "a string"}.get(kind.__name__, "a number")
+        else {"int": "a whole number", "str": "a string", "bool": "true or false"}.get(kind.__name__, "a number")
     )
 
 
@@ -222,11 +263,22 @@ def _check(s: Settings) -> None:
         near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
         _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
+    _rules(s)
     for f in fields(s):
         value = getattr(s, f.name)
         if f.name.endswith(("_s", "_bytes", "_kept")) or f.name == "turn_queue":
             fits = value > 0 or (value == 0 and f.name in _NONE_IS_0)
             _require(fits, f"{f.name} must be more than 0, not {value}")
+
+
+def _rules(s: Settings) -> Rules:
+    values: dict[str, Any] = {}
+    try:
+        for name, (rule, read) in _RULES.items():
+            values[rule] = rules_of.READERS[rule](name, read(getattr(s, name)))
+    except GatewayError as error:
+        raise SettingsError(error.message) from error
+    return Rules(policies=tuple({"use": name} for name in s.auto_freeze_policies), **values)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -6,7 +6,7 @@ here too: on the path its bytes were only kept.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -80,6 +80,7 @@ class Turns:
         self._progress = asyncio.Condition()
         self._hurry = asyncio.Event()  # somebody waits for the record
         self._room = asyncio.Semaphore(room)
+        self._on_recorded: Callable[[str, str], None] = lambda tenant, session_id: None
 
     async def __aenter__(self) -> "Turns":
         self._task = asyncio.create_task(self._run(), name="turns")
@@ -95,6 +96,10 @@ class Turns:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
+
+    def watch(self, on_recorded: Callable[[str, str], None]) -> None:
+        """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
+        self._on_recorded = on_recorded
 
     async def enter(self, place: Place) -> None:
         """A turn begins; waits while too many finished ones are still unrecorded."""
@@ -141,6 +146,7 @@ class Turns:
             for ended, one in zip(batch, finished, strict=True):
                 self._count(ended, one)
                 self._sessions.leave(ended.place)
+                self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._room.release()
                 self._queue.task_done()
             if self._locks and closed is not None:

@@ -46,16 +46,22 @@ class _Worker:
     said: bytes = b""
 
 
-def supervise(count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None]) -> None:
+def supervise(
+    count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], *, longer_s: float = 0.0
+) -> None:
     """Keep `count` workers on the address of `sock`, until SIGTERM or SIGINT. Raises StartError.
 
-    `mourn` is called with the number of a worker that has ended, before another takes its place.
+    `mourn` is called with the number of a worker that has ended, before another takes its place. At the end a worker
+    has `longer_s` beyond what it needs to close.
     """
-    _Crew(count, sock, serve, mourn).keep()
+    _Crew(count, sock, serve, mourn, _END_S + longer_s).keep()
 
 
 class _Crew:
-    def __init__(self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None]) -> None:
+    def __init__(
+        self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], end_s: float
+    ) -> None:
+        self._end_s = end_s
         self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, if that comes soon
         self._serve = serve
         self._mourn = mourn
@@ -101,10 +107,10 @@ class _Crew:
             self._end()
         if self._kill_at is not None and (self._told > 1 or time.monotonic() >= self._kill_at):
             self._signal(signal.SIGKILL)
-            self._kill_at = time.monotonic() + _END_S
+            self._kill_at = time.monotonic() + self._end_s
 
     def _end(self) -> None:
-        self._kill_at = time.monotonic() + _END_S
+        self._kill_at = time.monotonic() + self._end_s
         self._due.clear()
         self._waiting.clear()
         for sock in self._socks.values():  # or else the kernel would go on taking connections that nobody serves
@@ -160,7 +166,7 @@ class _Crew:
                 sock.close()
         held, given = self._leash
         os.close(given)
-        threading.Thread(target=_follow, args=(held,), name="leash", daemon=True).start()
+        threading.Thread(target=_follow, args=(held, self._end_s), name="leash", daemon=True).start()
 
     def _hear(self, worker: _Worker) -> None:
         said = os.read(worker.news, 4096)
@@ -213,11 +219,11 @@ def _say(tell: int, what: bytes) -> None:
         os.write(tell, what)
 
 
-def _follow(held: int) -> None:
+def _follow(held: int, end_s: float) -> None:
     """End with the parent, also where it was killed."""
     os.read(held, 1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_END_S)
+    time.sleep(end_s)
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""When to freeze. A policy takes an observation of a session and decides; how to freeze is the gateway's business.
+"""When to freeze. A policy takes one observation of a session and decides; how to freeze is the gateway's business.
 
-There is none yet: windows are frozen when somebody asks. This package imports nothing of `gateway`.
+`contract.py` says what a policy is, `door.py` how one is found by its name. This package imports nothing of `gateway`.
 """

@@ -61,7 +61,8 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = folder / "data"
         self._log = folder / "gateway.log"
-        given = {"port": self.port, "engine_urls": engine_url, "data_dir": self.data_dir, **settings}
+        own = {"port": self.port, "engine_urls": engine_url, "data_dir": self.data_dir}
+        given = {**own, "auto_freeze": False, **settings}  # nothing behind the back of a test that does not ask for it
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
         self.http = httpx.Client(base_url=self.url, timeout=15, headers=headers)

@@ -34,6 +34,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "engine_timeout_s": ("1", "1", 1.0),
     "client_timeout_s": ("1e1", "1e1", 10.0),
     "max_body_bytes": ("1", "1", 1),
+    "max_import_bytes": ("1", "1", 1),
     "max_reply_bytes": ("2", "2", 2),
     "turn_queue": ("3", "3", 3),
     "turns_kept": ("4", "4", 4),
@@ -48,6 +49,18 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "busy_wait_s": ("5.5", "5.5", 5.5),
     "freeze_timeout_s": ("6", "6", 6.0),
     "thaw_timeout_s": ("7", "7", 7.0),
+    "auto_freeze": ("no", "false", False),
+    "auto_freeze_idle_minutes": ("30", "30", 30.0),
+    "auto_freeze_tokens": ("100000", "100000", 100000),
+    "auto_freeze_share": ("0.5", "0.5", 0.5),
+    "auto_freeze_at_shutdown": ("true", "true", True),
+    "auto_freeze_policies": ("a.b:C,d:E", '["a.b:C", "d:E"]', ("a.b:C", "d:E")),
+    "auto_freeze_name": ("x-{timestamp}-{session_id}", '"x-{timestamp}-{session_id}"', "x-{timestamp}-{session_id}"),
+    "auto_freeze_cooldown_s": ("6", "6", 6.0),
+    "auto_freeze_keep": ("7", "7", 7),
+    "auto_freeze_ttl_days": ("0", "0", 0.0),
+    "auto_freeze_every_s": ("1", "1", 1.0),
+    "shutdown_freeze_s": ("2", "2", 2.0),
     "log_level": ("debug", '"debug"', "debug"),
 }
 NAMES = [f.name for f in fields(Settings)]
@@ -135,6 +148,9 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
         ("engine_urls", ""), ("expiry_grace_s", "-1"), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"),
         ("sweep_every_s", "0"), ("disk_budget_bytes", "-1"), ("redis_budget_bytes", "1.5"), ("disk_reserve_bytes", "0"),
+        ("auto_freeze", "maybe"), ("auto_freeze_idle_minutes", "-1"),
+        ("auto_freeze_tokens", "-1"), ("auto_freeze_share", "1.1"), ("auto_freeze_name", "auto"),
+        ("auto_freeze_name", "auto-{session_id}-{timestamp}-{nope}"), ("auto_freeze_keep", "0"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) -> None:
@@ -145,7 +161,7 @@ def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) ->
 @pytest.mark.parametrize(
     "line",
     ["port = 1.5", "port = true", 'port = []', "busy_wait_s = true", "host = 1", "engine_urls = 5", "engine_urls = []",
-     "api_key = true", "turns_kept = '0'", "[port]\nx = 1"],
+     "auto_freeze = 1", "api_key = true", "turns_kept = '0'", "[port]\nx = 1"],
 )  # fmt: skip
 def test_a_value_of_another_type_in_the_file_is_refused_and_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(SettingsError, match=line.strip("[").split()[0].strip("]")):

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.edge import cache, fields, metrics, show, verbs
+from gateway.edge import cache, fields, metrics, policies, show, transfer, verbs
 from gateway.edge.endpoint import Call, Endpoint, Methods, Verb, json_answer
 from gateway.edge.health import COMPONENTS, Health
 from gateway.errors import GatewayError
@@ -239,8 +239,14 @@ def routes() -> list[BaseRoute]:
         ("POST", "/admin/windows/{name}/thaw", thaw_window),
         ("POST", "/admin/windows/{name}/clone", clone_window),
         ("GET", "/admin/windows/{name}/messages", window_messages),
-        ("GET", "/admin/cache", cache.statistics),
+        ("GET", "/admin/windows/{name}/export", transfer.export_window),
+        ("POST", "/admin/windows/import", transfer.import_window),
         *verbs.SERVED,
+        ("GET", "/admin/cache", cache.statistics),
+        ("GET", "/admin/policies", policies.get_policies),
+        ("PUT", "/admin/policies", policies.put_policies),
+        ("DELETE", "/admin/policies", policies.delete_policies),
+        ("POST", "/admin/policies/check", policies.check_policies),
         ("GET", "/admin/health", health),
         ("POST", "/admin/doctor", doctor),
         ("GET", "/admin/metrics", metrics.as_json),

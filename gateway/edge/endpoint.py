@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,9 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.autofreeze import Autofreeze
 from gateway.edge import auth, fields
 from gateway.edge.health import Health
-from gateway.edge.http import ClientGone, not_found, parse_object, read_body
+from gateway.edge.http import ClientGone, not_found, parse_object, read_body, stream_body
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
@@ -34,6 +35,7 @@ class Call:
         self.tenant = tenant
         self.parts: Parts = request.state.parts
         self.health: Health = request.state.health
+        self.autofreeze: Autofreeze = request.state.autofreeze
         self.progress: Progress = silent
         self.path: dict[str, str] = request.path_params
         self._request = request
@@ -62,6 +64,13 @@ class Call:
         )
         return fields.read(parse_object(raw) if raw else {}, table, required, nulls=nulls)
 
+    def stream(self) -> AsyncIterator[bytes]:
+        """The body of a request that is too large to be read whole."""
+        limits, request = self.parts.settings, self._request
+        return stream_body(
+            request.scope, request.receive, limit=limits.max_import_bytes, timeout_s=limits.client_timeout_s
+        )
+
     @property
     def window_name(self) -> str:
         """The window in the path."""
@@ -89,7 +98,8 @@ class Endpoint:
             if request.headers.get("accept") == NDJSON:
                 answer: ASGIApp = _Progressing(self._verb, call)
             else:
-                answer = json_answer(*await self._verb(call))
+                status, value = await self._verb(call)
+                answer = value if callable(value) else json_answer(status, value)  # a stream answers for itself
         except (ClientGone, ClientDisconnect):
             return
         except GatewayError as error:
@@ -126,7 +136,7 @@ class _Progressing:
     async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
         try:
             status, result = await self._verb(self._call)
-            lines.put_nowait(orjson.dumps({"status": status, "result": result}) + b"\n")
+            lines.put_nowait(_result_line(status, result))
         except ClientGone:
             pass
         except GatewayError as error:
@@ -168,6 +178,12 @@ HANDLERS = {404: _no_route, 405: _no_method}
 def error_answer(error: GatewayError) -> Response:
     """An error in the admin API's shape."""
     return json_answer(error.status, error_shape(error))
+
+
+def _result_line(status: int, result: Any) -> bytes:
+    if callable(result):
+        return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {NDJSON}"))
+    return orjson.dumps({"status": status, "result": result}) + b"\n"
 
 
 def _error_line(error: GatewayError) -> bytes:

@@ -1,7 +1,7 @@
 """What the doors share of ASGI: reading a body within its limits, and sending a small answer."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, cast
 
 import orjson
@@ -37,6 +37,22 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: fl
     if size > limit:
         raise _too_large(limit)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def stream_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: float) -> AsyncIterator[bytes]:
+    """Read the request body piece by piece. Raises `payload_too_large`, `request_timeout`, ClientGone."""
+    left = limit - int(next((v for k, v in scope["headers"] if k == b"content-length"), b"0"))
+    if left < 0:
+        raise _too_large(limit, "max_import_bytes")
+    left, more = limit, True
+    while more:
+        message = await _next(receive, timeout_s)
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        left -= len(piece)
+        if left < 0:
+            raise _too_large(limit, "max_import_bytes")
+        if piece:
+            yield piece
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -101,10 +117,8 @@ async def _next(receive: Receive, timeout_s: float) -> Message:
     return message
 
 
-def _too_large(limit: int) -> GatewayError:
-    return GatewayError(
-        "payload_too_large", f"the body is larger than {limit} bytes", hint="max_body_bytes sets the limit"
-    )
+def _too_large(limit: int, setting: str = "max_body_bytes") -> GatewayError:
+    return GatewayError("payload_too_large", f"the body is larger than {limit} bytes", hint=f"{setting} sets the limit")
 
 
 def not_found(path: str) -> GatewayError:

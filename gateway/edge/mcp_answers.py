@@ -4,16 +4,19 @@ from gateway.edge.mcp_params import Json
 
 
 def shape_of(about: str = "", /, **properties: Json) -> Json:
+    """An object that has at least these properties."""
     schema: Json = {"type": "object", "properties": properties, "required": list(properties)}
     return {**schema, "description": about} if about else schema
 
 
 def list_of(item: Json, about: str = "") -> Json:
+    """A list of such items."""
     schema: Json = {"type": "array", "items": item}
     return {**schema, "description": about} if about else schema
 
 
 def or_null(schema: Json) -> Json:
+    """The same, or null."""
     return {**schema, "type": [schema["type"], "null"]}
 
 

@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool: which admin routes it stands for (the first whose placeholders are all given), and what it answers."""
+    """A tool: which admin routes it stands for (the one whose placeholders are given), and what it answers."""
 
     name: str
     routes: tuple[str, ...]
@@ -60,7 +60,7 @@ class Tool:
             for name, param in self.params.items()
             if name in given and name not in in_path and param.wire != ""
         }
-        if method == "POST":
+        if method in ("POST", "PUT", "PATCH"):
             return AdminRequest(method, path, body=sent)
         return AdminRequest(method, path, {name: params.as_query(value) for name, value in sent.items()})
 

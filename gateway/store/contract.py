@@ -24,6 +24,20 @@ class WindowQuery:
     offset: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Unfrozen:
+    """A session, and what is known of its automatic freezes.
+
+    `covered_tokens`: see `policies.contract.Observation`. It is not frozen before `not_before`, for a cool-down or for
+    its `failures` in a row.
+    """
+
+    session: Session
+    covered_tokens: int = 0
+    not_before: float = 0.0
+    failures: int = 0
+
+
 SORT_KEYS = ("name", "created_at", "token_count", "size")
 
 
@@ -187,6 +201,15 @@ class Store(Protocol):
         """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
         ...
 
+    async def import_window(
+        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+    ) -> bool:
+        """Commit a window with a transcript and a frame that the store does not know yet; False if the name is taken.
+
+        The window's own `transcript` and `frame` do not count.
+        """
+        ...
+
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
         """Change `description`, `tags` or `expires_at`; return the window as it is now, or None."""
         ...
@@ -216,6 +239,44 @@ class Store(Protocol):
 
     async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is still going on (active or thawed)."""
+        ...
+
+    async def unfrozen(self, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
+        """Return sessions active since `since` that have gone on since they were last frozen, last active first.
+
+        `before` is where the page before ended: when its last session was active, its tenant and its id.
+        """
+        ...
+
+    async def unfrozen_session(self, tenant: str, session_id: str) -> Unfrozen | None:
+        """Return one session as above, whatever its state, or None."""
+        ...
+
+    async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
+        """Take the automatic freeze of a session for oneself, until it is reported or `until` is over.
+
+        False where another has it, where the session is not as it was `seen`, and, with `cool`, before `not_before`.
+        """
+        ...
+
+    async def report_freeze(self, seen: Session, *, window: str | None, not_before: float) -> None:
+        """Give a claim back: with the window that was made, or None where that failed."""
+        ...
+
+    async def uncover(self, seen: Session) -> None:
+        """Note that a session has shrunk: what it has now is all that is covered."""
+        ...
+
+    async def auto_windows(self, tenant: str, session_id: str) -> list[str]:
+        """Return the names of a session's automatic windows, newest first; one without tag `auto` is none any more."""
+        ...
+
+    async def auto_freeze(self) -> str | None:
+        """Return the rules of automatic freezing that were set at run time, as JSON."""
+        ...
+
+    async def set_auto_freeze(self, rules: str | None) -> None:
+        """Keep them; None forgets them."""
         ...
 
     async def window_counts(self) -> dict[str, int]:

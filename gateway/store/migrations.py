@@ -163,6 +163,30 @@ _M005 = (
 )
 
 
+@MIGRATIONS.append
+def m006_automatic_freezes(db: sqlite3.Connection) -> None:
+    """Who freezes which session by itself, and which windows came from that."""
+    for statement in _M006:
+        db.execute(statement)
+
+
+_M006 = (
+    """CREATE TABLE auto_freezes (
+        tenant TEXT NOT NULL, session_id TEXT NOT NULL, claimed_until REAL NOT NULL DEFAULT 0,
+        not_before REAL NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+        covered_tokens INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (tenant, session_id),
+        FOREIGN KEY (tenant, session_id) REFERENCES sessions (tenant, id) ON DELETE CASCADE
+    ) WITHOUT ROWID""",
+    """CREATE TABLE auto_windows (
+        number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, session_id TEXT NOT NULL,
+        UNIQUE (tenant, name),
+        FOREIGN KEY (tenant, name) REFERENCES windows (tenant, name) ON DELETE CASCADE
+    )""",
+    "CREATE INDEX auto_windows_by_session ON auto_windows (tenant, session_id)",
+    "CREATE INDEX sessions_unfrozen ON sessions (last_active_at, tenant, id) WHERE state = 'active'",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 

@@ -10,7 +10,7 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, PinnedObject, Session, SessionState, Turn, Usage, Window
+from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
 from gateway.store import response_rows, salt_rows, transcript_rows
 from gateway.store.contract import Finished, WindowQuery
 
@@ -313,6 +313,17 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
     db.execute(f"INSERT INTO windows ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
     _add_tags(db, new)
     return True
+
+
+def import_window(
+    db: sqlite3.Connection, new: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+) -> bool:
+    if window(db, new.tenant, new.name):
+        return False
+    transcript = transcript_rows.add(db, messages)
+    return add_window(
+        db, replace(new, transcript=transcript or b"", frame=transcript_rows.add_content(db, frame)), manifest
+    )
 
 
 def describe_window(db: sqlite3.Connection, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:

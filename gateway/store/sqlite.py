@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Turn, Window
-from gateway.store import response_rows, rows, salt_rows, transcript_rows
-from gateway.store.contract import Finished, LooseSalt, SaltUse, WindowQuery
+from gateway.store import autofreeze_rows, response_rows, rows, salt_rows, transcript_rows
+from gateway.store.contract import Finished, LooseSalt, SaltUse, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
 
 T = TypeVar("T")
@@ -178,6 +178,12 @@ class SqliteStore:
         """See `Store.add_window`."""
         return await self._write(lambda db: rows.add_window(db, window, manifest))
 
+    async def import_window(
+        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+    ) -> bool:
+        """See `Store.import_window`."""
+        return await self._write(lambda db: rows.import_window(db, window, manifest, messages, frame))
+
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
         """See `Store.describe_window`."""
         return await self._write(lambda db: rows.describe_window(db, tenant, name, changes))
@@ -213,6 +219,38 @@ class SqliteStore:
     async def tier_usage(self) -> dict[str, tuple[int, int]]:
         """See `Store.tier_usage`."""
         return await self._read(rows.tier_usage)
+
+    async def unfrozen(self, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
+        """See `Store.unfrozen`."""
+        return await self._read(lambda db: autofreeze_rows.unfrozen(db, since, before, limit))
+
+    async def unfrozen_session(self, tenant: str, session_id: str) -> Unfrozen | None:
+        """See `Store.unfrozen_session`."""
+        return await self._read(lambda db: autofreeze_rows.unfrozen_session(db, tenant, session_id))
+
+    async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
+        """See `Store.claim_freeze`."""
+        return await self._write(lambda db: autofreeze_rows.claim(db, seen, now, until, cool=cool))
+
+    async def report_freeze(self, seen: Session, *, window: str | None, not_before: float) -> None:
+        """See `Store.report_freeze`."""
+        await self._write(lambda db: autofreeze_rows.report(db, seen, window, not_before))
+
+    async def uncover(self, seen: Session) -> None:
+        """See `Store.uncover`."""
+        await self._write(lambda db: autofreeze_rows.uncover(db, seen))
+
+    async def auto_windows(self, tenant: str, session_id: str) -> list[str]:
+        """See `Store.auto_windows`."""
+        return await self._read(lambda db: autofreeze_rows.auto_windows(db, tenant, session_id))
+
+    async def auto_freeze(self) -> str | None:
+        """See `Store.auto_freeze`."""
+        return await self._read(autofreeze_rows.rules)
+
+    async def set_auto_freeze(self, rules: str | None) -> None:
+        """See `Store.set_auto_freeze`."""
+        await self._write(lambda db: autofreeze_rows.set_rules(db, rules))
 
     def _connect(self) -> sqlite3.Connection:
         # Python's own transaction handling is off: every BEGIN and COMMIT is written here.

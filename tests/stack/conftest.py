@@ -37,6 +37,7 @@ class Stack:
             "CWG_PINS_DIR": str(self.plan.data_dir / "kv-pins"),
             "CWG_KV_REDIS_URL": f"redis://127.0.0.1:{self.redis.connection_pool.connection_kwargs['port']}",
             "CWG_DATA_DIR": str(data_dir),
+            "CWG_AUTO_FREEZE": "false",  # nothing behind the back of a test that does not ask for it
             **more,
         }
 

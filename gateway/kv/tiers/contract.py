@@ -81,6 +81,14 @@ class Tier(Protocol):
         """Check the pins against their checksums and change nothing. Raises TierUnavailable."""
         ...
 
+    async def read(self, item: PinnedObject) -> bytes | None:
+        """Return the bytes of a pin, None where they are not what was pinned. Raises TierUnavailable."""
+        ...
+
+    async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
+        """Pin bytes that LMCache has not written; `restore` shows them to it. Raises TierFull, TierUnavailable."""
+        ...
+
     async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
         """Pin the bytes of each pin of `objects` under another name too, that of `names` at its place.
 

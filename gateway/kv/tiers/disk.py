@@ -68,6 +68,14 @@ class DiskTier:
         """See `Tier.verify`."""
         return await self._each(objects, self._verify)
 
+    async def read(self, item: PinnedObject) -> bytes | None:
+        """See `Tier.read`."""
+        return await self._run(lambda: _read(self._pin_path(ObjectKey.parse(item.key)), item))
+
+    async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
+        """See `Tier.put`."""
+        return await self._run(lambda: self._put(key, value))
+
     async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
         """See `Tier.adopt`."""
         adopted = await self._each(list(zip(objects, names, strict=True)), lambda pair: self._adopt(*pair))
@@ -174,6 +182,19 @@ class DiskTier:
         fresh.replace(target)
         fresh.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
 
+    def _put(self, key: ObjectKey, value: bytes) -> PinnedObject:
+        fresh = self._pins / f"{secrets.token_hex(8)}.put"  # here, where the next sweep finds it if we die
+        try:
+            with fresh.open("xb") as file:
+                file.write(value)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._pin_path(key))
+        finally:
+            fresh.unlink(missing_ok=True)
+        _sync_directory(self._pins)
+        return PinnedObject(str(key), self.name, len(value), blake3(value).digest())
+
     def _verify(self, item: PinnedObject) -> Restored:
         pin = self._pin_path(ObjectKey.parse(item.key))
         if not pin.exists():
@@ -242,6 +263,14 @@ def _matches(path: Path, item: PinnedObject) -> bool:
         return path.stat().st_size == item.size and _checksum(path) == item.checksum
     except FileNotFoundError:
         return False
+
+
+def _read(path: Path, item: PinnedObject) -> bytes | None:
+    try:
+        value = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return value if len(value) == item.size and blake3(value).digest() == item.checksum else None
 
 
 def _checksum(path: Path) -> bytes:

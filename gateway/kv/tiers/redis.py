@@ -75,6 +75,18 @@ class RedisTier:
             out += [_judge(pin, objects[start + i]) for i, pin in enumerate(pins)]
         return out
 
+    async def read(self, item: PinnedObject) -> bytes | None:
+        """See `Tier.read`."""
+        value: Any = await self._call(partial(self._redis.get, self._pin_name(item.key)))
+        seen = await asyncio.to_thread(lambda: None if value is None else (len(value), blake3(value).digest()))
+        return value if _judge(seen, item).usable else None
+
+    async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
+        """See `Tier.put`."""
+        await self._call(partial(self._redis.set, self._pin_name(str(key)), value))
+        digest = await asyncio.to_thread(lambda: blake3(value).digest())
+        return PinnedObject(str(key), self.name, len(value), digest)
+
     async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
         """See `Tier.adopt`."""
         pairs = [(self._pin_name(o.key), self._pin_name(str(key))) for o, key in zip(objects, names, strict=True)]

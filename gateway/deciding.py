@@ -1,0 +1,88 @@
+"""Asking policies: in a thread beside the requests, so that one that fails, hangs or lies hurts nobody."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from policies.contract import Freeze, Observation, Policy
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Named = tuple[str, Policy]
+_PATIENCE_S = 10.0  # for a page of sessions; ours take microseconds for each
+_COMPLAIN_EVERY_S = 60.0  # a policy that fails would fail for each session
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one policy says of a session: a decision, or none, or why it could not decide."""
+
+    policy: str
+    decision: Freeze | None
+    error: str = ""
+
+
+class Deciding:
+    """One thread at a time asks; while it hangs, nothing is decided."""
+
+    def __init__(self) -> None:
+        self._alone = asyncio.Lock()
+        self._late: Future[object] | None = None
+        self._complained: dict[str, float] = {}
+
+    async def decide(self, policies: Sequence[Named], seen: Sequence[Observation]) -> list[Freeze | None]:
+        """For each session the first decision to freeze it; an empty list where the policies did not come back."""
+
+        def first(one: Observation) -> Freeze | None:
+            return next((o.decision for named in policies if (o := self._ask(named, one)).decision), None)
+
+        return await self._beside(lambda: [first(one) for one in seen]) or []
+
+    async def opinions(self, policies: Sequence[Named], seen: Observation) -> list[Opinion]:
+        """What each policy says of one session; an empty list as above."""
+        return await self._beside(lambda: [self._ask(named, seen) for named in policies]) or []
+
+    async def _beside(self, work: Callable[[], T]) -> T | None:
+        async with self._alone:
+            if self._late is not None and not self._late.done():
+                return None
+            return await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T | None:
+        done: Future[T] = Future()
+        threading.Thread(target=lambda: done.set_result(work()), name="policies", daemon=True).start()
+        self._late = done  # type: ignore[assignment]
+        waiting = asyncio.wrap_future(done)
+        finished, _ = await asyncio.wait({waiting}, timeout=_PATIENCE_S)
+        if not finished:
+            log.error("the policies have not decided within %g s: until they do, nothing is frozen", _PATIENCE_S)
+            return None
+        return waiting.result()
+
+    def _ask(self, named: Named, seen: Observation) -> Opinion:
+        name, policy = named
+        try:
+            decision: object = policy.decide(seen)
+        except Exception as error:
+            if self._may_complain(name):
+                log.exception("policy %s failed for session %s", name, seen.session_id)
+            return Opinion(name, None, f"{type(error).__name__}: {error}")
+        if decision is None or (isinstance(decision, Freeze) and isinstance(decision.reason, str)):
+            return Opinion(name, decision)
+        wrong = f"decide() must return Freeze(reason) or None, not {decision!r:.100}"
+        if self._may_complain(name):
+            log.error("policy %s: %s", name, wrong)
+        return Opinion(name, None, wrong)
+
+    def _may_complain(self, name: str) -> bool:
+        now = time.monotonic()
+        if now - self._complained.get(name, -_COMPLAIN_EVERY_S) < _COMPLAIN_EVERY_S:
+            return False
+        self._complained[name] = now
+        return True

@@ -1,0 +1,90 @@
+"""The SQL of automatic freezing: who freezes which session, what is covered, and which windows were made so."""
+
+import sqlite3
+from dataclasses import fields
+
+from gateway.records import Session
+from gateway.store.contract import Unfrozen
+
+_COLUMNS = tuple(f.name for f in fields(Session))
+_UNFROZEN = f"""SELECT coalesce(f.covered_tokens, 0), coalesce(f.not_before, 0), coalesce(f.failures, 0),
+    {", ".join(f"s.{name}" for name in _COLUMNS)}
+    FROM sessions s LEFT JOIN auto_freezes f ON f.tenant = s.tenant AND f.session_id = s.id"""
+_RULES = "auto_freeze"  # their name in `meta`
+
+
+def unfrozen(db: sqlite3.Connection, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
+    where, values = "s.state = 'active' AND s.last_active_at >= ?", [since]
+    after = "" if before is None else " AND (s.last_active_at, s.tenant, s.id) < (?, ?, ?)"
+    found = db.execute(
+        f"""{_UNFROZEN} WHERE {where}{after} AND s.transcript IS NOT NULL
+        ORDER BY s.last_active_at DESC, s.tenant DESC, s.id DESC LIMIT ?""",
+        (*values, *(before or ()), limit),
+    )
+    return [Unfrozen(Session(*rest), *freezes) for *freezes, rest in ((*row[:3], row[3:]) for row in found)]
+
+
+def unfrozen_session(db: sqlite3.Connection, tenant: str, session_id: str) -> Unfrozen | None:
+    row = db.execute(f"{_UNFROZEN} WHERE s.tenant = ? AND s.id = ?", (tenant, session_id)).fetchone()
+    return Unfrozen(Session(*row[3:]), *row[:3]) if row else None
+
+
+def claim(db: sqlite3.Connection, seen: Session, now: float, until: float, *, cool: bool) -> bool:
+    cursor = db.execute(
+        """INSERT INTO auto_freezes (tenant, session_id, claimed_until)
+        SELECT tenant, id, ?1 FROM sessions WHERE tenant = ?2 AND id = ?3 AND turn_count = ?4 AND state = 'active'
+        ON CONFLICT (tenant, session_id) DO UPDATE SET claimed_until = excluded.claimed_until
+        WHERE claimed_until <= ?5 AND (not_before <= ?5 OR NOT ?6)""",
+        (until, seen.tenant, seen.id, seen.turn_count, now, cool),
+    )
+    return cursor.rowcount == 1
+
+
+def report(db: sqlite3.Connection, seen: Session, window: str | None, not_before: float) -> None:
+    key = seen.tenant, seen.id
+    if window is None:
+        db.execute(
+            """UPDATE auto_freezes SET claimed_until = 0, not_before = ?, failures = failures + 1
+            WHERE tenant = ? AND session_id = ?""",
+            (not_before, *key),
+        )
+        return
+    db.execute(
+        """UPDATE auto_freezes SET claimed_until = 0, not_before = ?, failures = 0, covered_tokens = ?
+        WHERE tenant = ? AND session_id = ?""",
+        (not_before, seen.token_count, *key),
+    )
+    db.execute(
+        """INSERT OR IGNORE INTO auto_windows (tenant, name, session_id)
+        SELECT tenant, name, session_id FROM windows WHERE tenant = ? AND name = ? AND session_id = ?""",
+        (seen.tenant, window, seen.id),
+    )
+
+
+def uncover(db: sqlite3.Connection, seen: Session) -> None:
+    db.execute(
+        """UPDATE auto_freezes SET covered_tokens = ?1
+        WHERE tenant = ?2 AND session_id = ?3 AND covered_tokens > ?1""",
+        (seen.token_count, seen.tenant, seen.id),
+    )
+
+
+def auto_windows(db: sqlite3.Connection, tenant: str, session_id: str) -> list[str]:
+    found = db.execute(
+        """SELECT a.name FROM auto_windows a JOIN windows w ON w.tenant = a.tenant AND w.name = a.name
+        JOIN window_tags t ON t.tenant = a.tenant AND t.name = a.name AND t.tag = 'auto'
+        WHERE a.tenant = ? AND a.session_id = ? ORDER BY w.created_at DESC, a.number DESC""",
+        (tenant, session_id),
+    )
+    return [name for (name,) in found]
+
+
+def rules(db: sqlite3.Connection) -> str | None:
+    row = db.execute("SELECT value FROM meta WHERE name = ?", (_RULES,)).fetchone()
+    return str(row[0]) if row else None
+
+
+def set_rules(db: sqlite3.Connection, text: str | None) -> None:
+    db.execute("DELETE FROM meta WHERE name = ?", (_RULES,))
+    if text is not None:
+        db.execute("INSERT INTO meta VALUES (?, ?)", (_RULES, text))

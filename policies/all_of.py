@@ -1,0 +1,26 @@
+"""Freeze when several policies agree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.contract import Freeze, Observation, Policy, check_policies
+
+
+@dataclass(frozen=True, slots=True)
+class AllOf:
+    """Freezes when every policy would, for all their reasons."""
+
+    policies: Sequence[Policy]
+
+    def __post_init__(self) -> None:
+        check_policies(self.policies)
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        """See `Policy.decide`."""
+        reasons = []
+        for policy in self.policies:
+            decision = policy.decide(seen)
+            if decision is None:
+                return None
+            reasons.append(decision.reason)
+        return Freeze(" and ".join(reasons))

@@ -1,0 +1,20 @@
+"""Freeze when one of several policies says so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.contract import Freeze, Observation, Policy, check_policies
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """Freezes for the reason of the first policy that has one."""
+
+    policies: Sequence[Policy]
+
+    def __post_init__(self) -> None:
+        check_policies(self.policies)
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        """See `Policy.decide`."""
+        return next((decision for policy in self.policies if (decision := policy.decide(seen))), None)

@@ -1,0 +1,65 @@
+"""What a policy is: one method that takes one observation and answers with a decision, or with None.
+
+A policy of one's own needs this file alone:
+
+    class Nightly:
+        def decide(self, seen: Observation, /) -> Freeze | None:
+            return Freeze("it is late") if seen.idle_s > 60 and time.localtime().tm_hour == 3 else None
+
+It is asked in a thread beside the requests, again and again, from one thread at a time.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Event = Literal["turn", "sweep", "shutdown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A session that has gone on since it was last frozen.
+
+    `event` is why it is looked at: a turn of it was just recorded, time has passed, or the gateway is about to end.
+    `covered_tokens` is how many tokens it had when it was last frozen automatically, or fewer where it has shrunk
+    since; 0 if it never was. `context_limit` is None where the model is not known.
+    """
+
+    event: Event
+    session_id: str
+    model: str
+    turn_count: int
+    token_count: int
+    covered_tokens: int
+    context_limit: int | None
+    idle_s: float
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """The decision to freeze; `reason` becomes the window's description."""
+
+    reason: str
+
+
+class Policy(Protocol):
+    """Decides when to freeze, never how."""
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        """Say whether to freeze now, and why."""
+        ...
+
+
+def check_number(name: str, value: object, *, most: float, whole: bool = False) -> None:
+    """Raise ValueError unless a policy's parameter is a number, more than 0 and at most `most`."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not 0 < value <= most:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:g}, not {value!r:.100}")
+
+
+def check_policies(value: object) -> None:
+    """Raise ValueError unless a combination's parameter is a list of policies."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"policies must be a list of at least one policy, not {value!r:.100}")

@@ -1,0 +1,81 @@
+"""How a policy is found and made. A built-in comes in as a stranger does: its name stands for an import string."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from policies.contract import Policy
+
+BUILT_IN: Mapping[str, str] = MappingProxyType(
+    {
+        "idle_timeout": "policies.idle_timeout:IdleTimeout",
+        "token_threshold": "policies.token_threshold:TokenThreshold",
+        "context_share": "policies.context_share:ContextShare",
+        "at_shutdown": "policies.at_shutdown:AtShutdown",
+        "any_of": "policies.any_of:AnyOf",
+        "all_of": "policies.all_of:AllOf",
+    }
+)
+_DEEPEST = 8  # combinations of combinations; nobody means more
+
+
+class PolicyError(Exception):
+    """A policy that cannot be made: `field` is where it is named."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def build(spec: object, strangers: Collection[str] = (), field: str = "policy", depth: int = 0) -> Policy:
+    """Make the policy that `spec` describes: `{"use": NAME, parameter: value, ...}`. Raises PolicyError.
+
+    NAME is a built-in's, or one of `strangers`, "package.module:Class". A list under `policies` is made first.
+    """
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
+        raise PolicyError(field, f'must be an object with "use": the name of a policy, not {spec!r:.100}')
+    if depth > _DEEPEST:
+        raise PolicyError(field, f"combinations may lie {_DEEPEST} deep, no deeper")
+    parameters = {name: value for name, value in spec.items() if name != "use"}
+    inner = parameters.get("policies")
+    if isinstance(inner, list | tuple):
+        parameters["policies"] = tuple(
+            build(one, strangers, f"{field}.policies[{i}]", depth + 1) for i, one in enumerate(inner)
+        )
+    return _made(_found(spec["use"], strangers, field), parameters, field)
+
+
+def _found(name: str, strangers: Collection[str], field: str) -> Any:
+    if name not in BUILT_IN and name not in strangers:
+        near = difflib.get_close_matches(name, [*BUILT_IN, *strangers], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join([*BUILT_IN, *strangers])}"
+        raise PolicyError(field, f"unknown policy {name!r:.100}: {hint}")
+    module, colon, attribute = BUILT_IN.get(name, name).partition(":")
+    if not (module and colon and attribute):
+        raise PolicyError(field, f'{name!r:.100} must be "package.module:Class"')
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:
+        raise PolicyError(field, f"cannot import {module!r}: {type(error).__name__}: {error}") from error
+    if not hasattr(loaded, attribute):
+        raise PolicyError(field, f"module {module!r} has no {attribute!r}")
+    return getattr(loaded, attribute)
+
+
+def _made(kind: Any, parameters: Mapping[str, Any], field: str) -> Policy:
+    try:
+        signature = inspect.signature(kind)
+        signature.bind(**parameters)
+    except (TypeError, ValueError) as error:
+        known = f"; it takes {', '.join(signature.parameters) or 'none'}" if "signature" in locals() else ""
+        raise PolicyError(field, f"these parameters do not fit: {error}{known}") from error
+    try:
+        policy: Policy = kind(**parameters)
+    except Exception as error:
+        raise PolicyError(field, str(error) or type(error).__name__) from error
+    if not callable(getattr(policy, "decide", None)):
+        raise PolicyError(field, f"{kind!r:.100} has no method decide(observation)")
+    return policy

@@ -1,0 +1,23 @@
+"""Freeze a conversation that passes a number of tokens."""
+
+from dataclasses import dataclass
+
+from policies.contract import Freeze, Observation, check_number
+
+MOST_TOKENS = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class TokenThreshold:
+    """Freezes once when the session passes `tokens`; again only where it has shrunk below that in between."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        check_number("tokens", self.tokens, most=MOST_TOKENS, whole=True)
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        """See `Policy.decide`."""
+        if not seen.covered_tokens < self.tokens <= seen.token_count:
+            return None
+        return Freeze(f"{seen.token_count} tokens (threshold {self.tokens})")

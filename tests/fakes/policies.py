@@ -1,0 +1,40 @@
+"""Policies as strangers bring them: good, failing, lying, slow."""
+
+import time
+
+from policies.contract import Freeze, Observation
+
+
+class Turns:
+    """Freezes at a number of turns."""
+
+    def __init__(self, turns: int = 2) -> None:
+        self._turns = turns
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        return Freeze(f"{seen.turn_count} turns") if seen.turn_count >= self._turns else None
+
+
+class Failing:
+    """Fails whenever it is asked."""
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        raise RuntimeError(f"no idea what to do with {seen.session_id}")
+
+
+class Lying:
+    """Answers something else than a decision."""
+
+    def decide(self, seen: Observation, /) -> bool:
+        return True
+
+
+class Slow:
+    """Thinks long, and blocks its thread meanwhile."""
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        time.sleep(1)
+
+
+class NotOne:
+    """Has no `decide`."""

@@ -1,0 +1,176 @@
+"""Ask, verify, prefetch, fan out, isolate: on the real engine, the real cache, real files."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from tests.stack.conftest import Stack
+from tests.stack.drive import Gateway, chat, converse
+
+pytestmark = pytest.mark.stack
+
+CHUNK = 64
+NEXT = {"role": "user", "content": "And then?"}
+
+
+@pytest.fixture(scope="module")
+def gateway(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with a store of this file's own, so that a whole tier can be looked at."""
+    root = tmp_path_factory.mktemp("verbs")
+    gateway = Gateway(stack.settings(root / "data"), root / "gateway.log").start()
+    yield gateway
+    gateway.close()
+
+
+def frozen(gateway: Gateway, name: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """A window of a conversation of its own, its messages, and its salt."""
+    messages = converse(gateway.client(f"s-{name}"), f"{name} {secrets.token_hex(4)}")
+    window = gateway.freeze(f"s-{name}", name)
+    assert window["kv"] == "complete"
+    assert window["receipt"]["chunks"] > 3
+    return window, messages, str(gateway.thaw(name)["cache_salt"])
+
+
+def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
+    """POST to the admin door, and insist that it worked."""
+    answer = gateway.http.post(f"/admin/windows/{path}", json=body)
+    assert answer.status_code in (200, 201), answer.text
+    return dict(answer.json())
+
+
+def test_ten_asks_compute_the_question_and_the_tail_and_leave_the_bytes_as_they_were(
+    stack: Stack, gateway: Gateway
+) -> None:
+    window, _, salt = frozen(gateway, "asked")
+    whole = window["receipt"]["chunks"] * CHUNK
+    stack.restart()  # what the engine had in memory is gone: what it finds now was restored
+    before, sessions = _state(stack, salt), gateway.http.get("/admin/sessions").json()["total"]
+    status = gateway.http.get("/admin/windows/asked").json()
+    questions = 0
+    for number in range(10):
+        said = post(gateway, "asked/ask", question=f"What was said, in short ({number})?", max_tokens=8)
+        receipt = said["receipt"]
+        questions = max(questions, receipt["prompt_tokens"] - window["token_count"])
+        assert receipt["cached_tokens"] >= whole
+        assert receipt["computed_tokens"] <= window["receipt"]["tail_tokens"] + questions
+        assert (receipt["chunks_found"], receipt["partial"]) == (receipt["chunks_expected"], False)
+        assert 0 < receipt["completion_tokens"] <= 8
+    assert questions < 64
+    assert _state(stack, salt) == before
+    assert gateway.http.get("/admin/windows/asked").json() == status
+    assert gateway.http.get("/admin/sessions").json()["total"] == sessions
+    assert post(gateway, "asked/verify")["ok"]
+
+
+def test_a_prefetch_loads_what_eviction_left_in_the_tiers(stack: Stack, gateway: Gateway) -> None:
+    window, _, salt = frozen(gateway, "loaded")
+    stack.restart()
+    for file in stack.kv_dir.glob(f"*@{salt}.data"):
+        file.unlink()
+    receipt = post(gateway, "loaded/prefetch")["receipt"]
+    assert receipt["chunks_prefetched"] == receipt["chunks_found"] == window["receipt"]["chunks"]
+    assert receipt["chunks_relinked"] == window["receipt"]["chunks"]
+    assert not receipt["partial"]
+
+
+def test_verify_lists_what_is_damaged_and_what_is_missing_and_changes_nothing(stack: Stack, gateway: Gateway) -> None:
+    window, _, salt = frozen(gateway, "checked")
+    chunks = window["receipt"]["chunks"]
+    good = post(gateway, "checked/verify")
+    assert (good["ok"], good["damaged"], good["chunks_usable"]) == (True, [], chunks)
+    for tier in ("disk", "redis"):
+        assert good["tiers"][tier]["intact"] == good["tiers"][tier]["present"] == chunks
+    blocks = gateway.http.get("/admin/windows/checked?include_blocks=true").json()["blocks"]
+    hurt = {n: next(p for p in _pins(stack, salt) if blocks[n]["hash"] in p.name) for n in (1, 2, 3)}
+    hurt[1].unlink()
+    os.truncate(hurt[2], hurt[2].stat().st_size // 2)
+    _flip(hurt[3])
+    (in_redis,) = stack.redis.scan_iter(f"cwg:*@{blocks[2]['hash']}@{salt}", count=10**5)
+    stack.redis.delete(in_redis)
+    before = _state(stack, salt)
+    bad = post(gateway, "checked/verify")
+    assert _state(stack, salt) == before
+    seen = [(one["chunk"], one["tier"], one["state"]) for one in bad["damaged"]]
+    assert seen == [(1, "disk", "missing"), (2, "disk", "damaged"), (2, "redis", "missing"), (3, "disk", "damaged")]
+    assert (bad["ok"], bad["chunks_usable"], bad["chunks_pinned"]) == (False, 2, chunks)
+
+
+def test_a_fanout_hits_in_every_branch_and_makes_no_file(stack: Stack, gateway: Gateway) -> None:
+    window, messages, salt = frozen(gateway, "fanned")
+    before = _state(stack, salt)
+    made = post(gateway, "fanned/fanout", count=5, prefix="branch")
+    assert made["sessions"] == [f"branch-{n}" for n in range(1, 6)]
+    assert _state(stack, salt) == before
+    for session in made["sessions"]:
+        usage = chat(gateway.client(session), [NEXT], max_tokens=4).usage
+        assert usage.prompt_tokens > window["token_count"]
+        assert usage.prompt_tokens_details.cached_tokens >= window["receipt"]["chunks"] * CHUNK
+    kept = gateway.freeze("branch-3", "branch-3")["session_id"]
+    assert kept == "branch-3"
+    assert gateway.http.get("/admin/windows/branch-3/messages").json()["messages"][:-1] == [*messages, NEXT]
+
+
+def test_an_isolated_clone_hits_its_own_copy_that_takes_no_bytes_and_outlives_its_source(
+    stack: Stack, gateway: Gateway
+) -> None:
+    window, messages, salt = frozen(gateway, "source")
+    control = _answer(gateway, "s-source", [*messages, NEXT])
+    used = _disk_bytes(stack)
+    clone = post(gateway, "source/clone", target_window="apart", isolate=True)
+    assert (clone["kv"], clone["size_bytes"]) == ("complete", window["size_bytes"])
+    assert any("redis" in warning and "copied" in warning for warning in clone["warnings"])
+    thawed = gateway.thaw("apart")
+    assert thawed["cache_salt"] != salt
+    assert thawed["receipt"]["chunks_found"] == window["receipt"]["chunks"]
+    assert _disk_bytes(stack) == used, "a link takes no bytes"
+    answer = _answer(gateway, thawed["session_id"], [NEXT])
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert cached >= window["receipt"]["chunks"] * CHUNK, "under the new salt, nothing of it was ever computed"
+    assert answer.choices[0].message.content == control.choices[0].message.content
+    assert gateway.http.delete("/admin/windows/source").status_code == 200
+    verdict = post(gateway, "apart/verify")
+    assert (verdict["ok"], verdict["chunks_usable"]) == (True, window["receipt"]["chunks"])
+    for session in gateway.http.get("/admin/sessions?limit=100").json()["sessions"]:
+        gateway.http.delete(f"/admin/sessions/{session['id']}")
+    mine = _pins(stack, str(thawed["cache_salt"]))
+    assert len(mine) == window["receipt"]["chunks"]
+    gone = gateway.http.delete("/admin/windows/apart").json()
+    assert gone["blocks_deleted"] == window["receipt"]["chunks"]
+    assert gone["space_freed_bytes"] > 0
+    assert _pins(stack, str(thawed["cache_salt"])) == []
+
+
+def _answer(gateway: Gateway, session: str, messages: list[dict[str, Any]]) -> Any:
+    return chat(gateway.client(session), messages, max_tokens=16)
+
+
+def _pins(stack: Stack, salt: str) -> list[Path]:
+    return sorted((stack.plan.data_dir / "kv-pins").glob(f"*/*@{salt}.data"))
+
+
+def _state(stack: Stack, salt: str) -> dict[str, bytes]:
+    """Every object and pin of a salt, on disk and in Redis, with a digest of its bytes."""
+    files = [*stack.kv_dir.glob(f"*@{salt}.data"), *_pins(stack, salt)]
+    disk = {str(file): blake3(file.read_bytes()).digest() for file in files}
+    names = sorted(stack.redis.scan_iter(f"*@{salt}", count=10**5))
+    return disk | {name.decode(): blake3(stack.redis.get(name) or b"").digest() for name in names}
+
+
+def _disk_bytes(stack: Stack) -> int:
+    """Bytes that objects and pins really take: an inode once."""
+    places = (stack.kv_dir, *(stack.plan.data_dir / "kv-pins").iterdir())
+    stats = [file.stat() for place in places for file in place.glob("*.data")]
+    return sum({stat.st_ino: stat.st_blocks * 512 for stat in stats}.values())
+
+
+def _flip(file: Path) -> None:
+    with file.open("r+b") as f:
+        f.seek(1000)
+        byte = f.read(1)
+        f.seek(1000)
+        f.write(bytes([byte[0] ^ 1]))

@@ -1,0 +1,448 @@
+"""Windows as files: the round trip through both tiers, and every file that is not as it must be."""
+
+import asyncio
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import orjson
+import pytest
+from blake3 import blake3
+
+from gateway.app import open_parts
+from gateway.errors import GatewayError
+from gateway.kv.keys import object_keys
+from gateway.parts import Parts
+from gateway.records import Manifest, PinnedObject, Window
+from gateway.settings import Settings
+from gateway.windows import container
+from gateway.windows.delete import delete
+from gateway.windows.export import export, pack
+from gateway.windows.imports import import_window
+from gateway.windows.thaw import thaw
+from tests.fakes.engine import MODEL, FakeEngine, render
+from tests.rigs import RedisRig, RedisServer
+from tests.running import ROOT, Gateway, environment, gateway_before
+
+pytestmark = pytest.mark.anyio
+
+CHUNK = 16
+MESSAGES = [{"role": "user", "content": "hello there, how are you? " * 3}, {"role": "assistant", "content": "Fine."}]
+IDS = tuple(render(MESSAGES, generation_prompt=False))
+CHUNKS = len(IDS) // CHUNK
+FRAME = {"chat_template_kwargs": {"x": 1}}
+
+
+class _Cache(BaseHTTPRequestHandler):
+    """LMCache, as far as an import asks it: what it is."""
+
+    def do_GET(self) -> None:
+        status = {"chunk_size": CHUNK, "hash_algorithm": "blake3"}
+        body = json.dumps(status if self.path == "/status" else {}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def cache() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Cache)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@dataclass
+class House:
+    """A gateway's parts, and where its tiers keep things."""
+
+    parts: Parts
+    kv: Path
+    redis: RedisRig
+    settings: Settings
+
+    def everything(self) -> tuple[set[str], set[str], set[str]]:
+        """Files on disk, keys in Redis and files of the gateway's own."""
+        files = {str(f) for f in self.kv.parent.rglob("*") if f.is_file() and "data" not in f.parts[-2:]}
+        own = {f.name for f in self.parts.settings.data_path.iterdir()} - {"gateway.db-wal", "gateway.db-shm"}
+        keys = self.redis.client.keys("*")
+        assert isinstance(keys, list)
+        return files, {key.decode() for key in keys}, own
+
+
+@pytest.fixture
+async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
+    kv = tmp_path / "kv"
+    kv.mkdir()
+    redis = RedisRig(redis_server.port)
+    settings = Settings(
+        engine_urls=(engine.url,),
+        cache_url=cache,
+        kv_dir=str(kv),
+        kv_redis_url=f"redis://127.0.0.1:{redis_server.port}",
+        data_dir=str(tmp_path / "own"),
+    )
+    (tmp_path / "own").mkdir()
+    async with open_parts(settings) as parts:
+        yield House(parts, kv, redis, settings)
+    redis.client.close()
+
+
+def value(index: int) -> bytes:
+    """The bytes of one object."""
+    return hashlib.shake_256(str(index).encode()).digest(3000 + index)
+
+
+async def window(parts: Parts, name: str = "w") -> Window:
+    """A window with KV in both tiers."""
+    model = await parts.engines.model(MODEL)
+    salt = parts.salts.of("default", "l", model.fingerprint)
+    keys = object_keys(model.root, IDS, CHUNK, 1, salt)
+    objects: list[PinnedObject] = []
+    for index, key in enumerate(keys):
+        objects += [await tier.put(key, value(index)) for tier in parts.pins.tiers]
+    new = Window(
+        tenant="default", name=name, session_id="s", lineage="l", salt=salt, model=MODEL, model_root=model.root,
+        fingerprint=model.fingerprint, world_size=1, token_count=len(IDS), chunk_size=CHUNK, chunk_count=CHUNKS,
+        size_bytes=1, kv="complete", transcript=b"", frame=None, manifest=f"m-{name}", created_at=1.0,
+        description="d", tags=("a",), receipt={"tokens": len(IDS)},
+    )  # fmt: skip
+    assert await parts.store.import_window(new, Manifest(new.manifest, IDS, tuple(objects)), MESSAGES, FRAME)
+    return new
+
+
+async def file_of(parts: Parts, name: str = "w") -> bytes:
+    """The whole file of a window."""
+    done = await export(parts, "default", name)
+    data = b"".join([piece async for piece in done.pieces])
+    assert len(data) == done.size
+    return data
+
+
+async def stream(data: bytes, step: int = 777) -> AsyncIterator[bytes]:
+    """A file as a network brings it."""
+    for start in range(0, len(data), step):
+        yield data[start : start + step]
+
+
+async def refused(house: House, data: bytes, *codes: str, name: str | None = "x", as_text: bool = False) -> str:
+    """The import fails with one of `codes`, and nothing is there that was not there before."""
+    before = house.everything()
+    with pytest.raises(GatewayError) as caught:
+        await import_window(house.parts, "default", stream(data, 50_000), name=name, as_text=as_text)
+    assert caught.value.code in codes, caught.value.message
+    assert house.everything() == before
+    assert await house.parts.store.window("default", name or "w") is None or name is None
+    return caught.value.message
+
+
+# --- the round trip
+
+
+async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(house: House) -> None:
+    original = await window(house.parts)
+    data = await file_of(house.parts)
+    imported, warnings = await import_window(house.parts, "default", stream(data), name="again")
+    assert warnings == []
+    assert (imported.kv, imported.chunk_count, imported.token_count) == ("complete", CHUNKS, len(IDS))
+    assert (imported.description, imported.tags, imported.model) == ("d", ("a",), MODEL)
+    assert imported.salt != original.salt
+    assert imported.lineage != original.lineage
+    kept = await house.parts.store.window("default", "again")
+    assert kept is not None
+    assert await house.parts.store.messages(kept.transcript) == MESSAGES
+    assert await house.parts.store.frame(kept.frame or b"") == FRAME
+    manifest = await house.parts.store.manifest(kept.manifest)
+    assert manifest.token_ids == IDS
+    assert len(manifest.objects) == 2 * CHUNKS
+    for index, key in enumerate(object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)):
+        assert (house.kv / key.file_name).read_bytes() == value(index)
+        assert (house.kv / key.file_name).stat().st_nlink == 2  # and pinned
+        assert house.redis.live(key) == value(index)
+    _, _, receipt = await thaw(house.parts, "default", "again", new_session_id=None, warm="none")
+    assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
+
+
+async def test_a_window_comes_back_after_it_and_all_its_objects_were_deleted(house: House) -> None:
+    empty = house.everything()
+    await window(house.parts)
+    data = await file_of(house.parts)
+    await delete(house.parts, "default", "w")
+    assert house.everything() == empty
+    imported, _ = await import_window(house.parts, "default", stream(data))
+    assert (imported.name, imported.kv) == ("w", "complete")
+    assert imported.receipt["imported"]["name"] == "w"
+    again = await file_of(house.parts)
+    await delete(house.parts, "default", "w")
+    assert house.everything() == empty
+    assert len(again) != 0
+
+
+async def test_a_standard_tar_reads_the_file(house: House, tmp_path: Path) -> None:
+    await window(house.parts)
+    (tmp_path / "w.cwg").write_bytes(await file_of(house.parts))
+    names = await asyncio.to_thread(subprocess.check_output, ["tar", "tf", str(tmp_path / "w.cwg")], text=True)
+    objects = [container.object_name(index) for index in range(CHUNKS)]
+    assert names.split() == [container.MANIFEST, *container.TEXTS, *objects, container.CHECKSUM]
+
+
+async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in_both_is_told(house: House) -> None:
+    original = await window(house.parts)
+    whole = await file_of(house.parts)
+    key = object_keys(original.model_root, IDS, CHUNK, 1, original.salt)[1]
+    pin = next((house.kv.parent / "kv-pins").rglob(key.file_name))
+    pin.write_bytes(b"damaged")
+    assert await file_of(house.parts) == whole
+    house.redis.client.flushall()
+    with pytest.raises(GatewayError, match="1 of") as caught:
+        await file_of(house.parts)
+    assert caught.value.code == "window_corrupted"
+    text = await export(house.parts, "default", "w", as_text=True)
+    data = b"".join([piece async for piece in text.pieces])
+    imported, _ = await import_window(house.parts, "default", stream(data), name="text")
+    assert (imported.kv, imported.chunk_count) == ("absent", 0)
+
+
+async def test_a_taken_name_is_refused(house: House) -> None:
+    await window(house.parts)
+    await refused(house, await file_of(house.parts), "window_already_exists", name=None)
+
+
+# --- files that are not as they must be
+
+
+async def test_a_file_cut_anywhere_leaves_nothing(house: House) -> None:
+    await window(house.parts)
+    data = await file_of(house.parts)
+    for part in range(50):
+        await refused(house, data[: len(data) * part // 50], "window_corrupted")
+    await refused(house, data[:-1], "window_corrupted")
+    assert "after the end" in await refused(house, data + b"\0", "window_corrupted")
+
+
+async def test_a_flipped_bit_anywhere_leaves_nothing(house: House) -> None:
+    await window(house.parts)
+    data = await file_of(house.parts)
+    # A bit of every block: headers, members, what fills them up, and the end.
+    for at in range(0, len(data), container.BLOCK):
+        harmed = bytearray(data)
+        harmed[at + at // container.BLOCK * 101 % container.BLOCK] ^= 1 << at // container.BLOCK % 8
+        await refused(house, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
+
+
+Change = Callable[[dict[str, object]], object]
+
+
+def rebuilt(data: bytes, change: Change) -> bytes:
+    """The file with another manifest, its own checksum right."""
+    size = int(data[124:135], 8)
+    manifest = orjson.loads(data[container.BLOCK : container.BLOCK + size])
+    change(manifest)
+    rest = data[container.BLOCK + container.padded(size) : -len(container.END) - 2 * container.BLOCK]
+    whole = b"".join(container.wrap(container.MANIFEST, orjson.dumps(manifest))) + rest
+    return whole + _end(whole)
+
+
+def _end(whole: bytes) -> bytes:
+    return b"".join(container.wrap(container.CHECKSUM, blake3(whole).hexdigest().encode())) + container.END
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda m: m.update(version=2), "invalid_request"),
+        (lambda m: m.update(format="zip"), "invalid_request"),
+        (lambda m: m["window"].update(name="../../etc/passwd"), "window_corrupted"),
+        (lambda m: m["window"].update(name=None), "window_corrupted"),
+        (lambda m: m["window"].update(salt="0" * 32), "window_corrupted"),
+        (lambda m: m["window"].update(tags=["a b"]), "window_corrupted"),
+        (lambda m: m["window"].update(world_size=0), "window_corrupted"),
+        (lambda m: m["window"].update(token_count=10**15), "window_corrupted"),
+        (lambda m: m["window"].update(chunk_count=CHUNKS + 1), "window_corrupted"),
+        (lambda m: m["window"].update(chunk_size=CHUNK * 2), "window_corrupted"),
+        (lambda m: m["window"].update(fingerprint="other"), "model_mismatch"),
+        (lambda m: m["window"].update(model_root="other/root"), "model_mismatch"),
+        (lambda m: m["window"].update(model="other"), "model_mismatch"),
+        (lambda m: m["window"].update(chunk_size=CHUNK // 2), "model_mismatch"),
+        (lambda m: m.pop("window"), "window_corrupted"),
+        (lambda m: m["objects"].pop(), "window_corrupted"),
+        (lambda m: m["objects"].reverse(), "window_corrupted"),
+        (lambda m: m["objects"][0].update(size=2**50), "payload_too_large"),
+        (lambda m: m["objects"][0].update(size=-1), "window_corrupted"),
+        (lambda m: m["objects"][0].update(size=2**30), "window_corrupted"),
+        (lambda m: m["objects"][0].update(blake3="0" * 64), "window_corrupted"),
+        (lambda m: m["objects"][0].update(name="/etc/passwd"), "window_corrupted"),
+        (lambda m: m["texts"][0].update(size=2**40), "payload_too_large"),
+    ],
+)
+async def test_a_manifest_that_lies_leaves_nothing(house: House, change: Change, code: str) -> None:
+    await window(house.parts)
+    await refused(house, rebuilt(await file_of(house.parts), change), code)
+
+
+def members(data: bytes) -> list[tuple[str, bytes]]:
+    """The members of a file, names and bytes."""
+    found, at = [], 0
+    while any(data[at : at + container.BLOCK]):
+        name = data[at : at + 100].rstrip(b"\0").decode()
+        size = int(data[at + 124 : at + 135], 8)
+        found.append((name, data[at + container.BLOCK : at + container.BLOCK + size]))
+        at += container.BLOCK + container.padded(size)
+    return found
+
+
+Members = list[tuple[str, bytes]]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda m: [("../../evil" if n == container.object_name(0) else n, d) for n, d in m],
+        lambda m: [("/etc/passwd" if n == container.TEXTS[0] else n, d) for n, d in m],
+        lambda m: [*m[:5], m[4], *m[5:]],
+        lambda m: [*m[:4], m[5], m[4], *m[6:]],
+        lambda m: [m[1], m[0], *m[2:]],
+        lambda m: m[:-1],
+        lambda m: [*m, ("more", b"x")],
+        lambda m: [m[0], *m[2:]],
+    ],
+    ids=["path", "absolute", "twice", "order", "manifest-second", "one-less", "one-more", "no-transcript"],
+)
+async def test_other_members_than_are_due_leave_nothing(house: House, harm: Callable[[Members], Members]) -> None:
+    await window(house.parts)
+    wanted = members(await file_of(house.parts))[:-1]
+    whole = b"".join(b"".join(container.wrap(name, data)) for name, data in wanted)
+    assert whole + _end(whole) == await file_of(house.parts)
+    whole = b"".join(b"".join(container.wrap(name, data)) for name, data in harm(wanted))
+    await refused(house, whole + _end(whole), "window_corrupted", "invalid_request")
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4" + bytes(5000), b"\x1f\x8b" + bytes(5000), bytes(5000), b"{}" * 900])
+async def test_what_is_no_window_file_is_told_so(house: House, data: bytes) -> None:
+    await refused(house, data, "invalid_request", "window_corrupted")
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [(1, b"[]"), (1, b"[1]"), (1, b"{"), (2, b'{"cache_salt": "x"}'), (2, b"[]"), (2, b'{"kv_transfer_params": {}}')],
+)
+async def test_text_that_is_none_leaves_nothing(house: House, index: int, text: bytes) -> None:
+    await window(house.parts)
+    wanted = members(await file_of(house.parts))[:-1]
+    manifest = orjson.loads(wanted[0][1])
+    manifest["texts"][index - 1] = {"size": len(text), "blake3": blake3(text).hexdigest()}
+    wanted[0] = (container.MANIFEST, orjson.dumps(manifest))
+    wanted[index] = (wanted[index][0], text)
+    whole = b"".join(b"".join(container.wrap(name, data)) for name, data in wanted)
+    await refused(house, whole + _end(whole), "window_corrupted")
+
+
+async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(house: House) -> None:
+    await window(house.parts)
+    data = await file_of(house.parts)
+    small = House(replace(house.parts, settings=replace(house.settings, max_import_bytes=9000)), house.kv, house.redis,
+                  house.settings)  # fmt: skip
+    assert "9000" in await refused(small, data[:4096], "payload_too_large")
+
+
+async def test_another_model_is_imported_as_text_only(house: House) -> None:
+    await window(house.parts)
+    data = rebuilt(await file_of(house.parts), lambda m: m["window"].update(fingerprint="other"))  # type: ignore[attr-defined]
+    await refused(house, data, "model_mismatch")
+    imported, warnings = await import_window(house.parts, "default", stream(data), name="text", as_text=True)
+    assert (imported.kv, imported.size_bytes) == ("absent", 0)
+    assert "rendered anew" in warnings[0]
+    session, _, receipt = await thaw(house.parts, "default", "text", new_session_id=None, warm="none")
+    assert (session.token_count, receipt.chunks_found) == (len(IDS), 0)
+    # As text too, a damaged object is a damaged file.
+    await refused(house, data[:20_000], "window_corrupted", as_text=True)
+
+
+async def test_a_full_tier_leaves_nothing(house: House) -> None:
+    await window(house.parts)
+    data = await file_of(house.parts)
+    used = house.redis.client.info("memory")["used_memory"]  # type: ignore[index]
+    house.redis.client.config_set("maxmemory", used + 2000)
+    try:
+        await refused(house, data, "storage_full")
+    finally:
+        house.redis.client.config_set("maxmemory", 0)
+
+
+async def test_pins_that_were_never_committed_go_at_the_next_start(house: House) -> None:
+    await window(house.parts)
+    before = house.everything()
+    model = await house.parts.engines.model(MODEL)
+    for key in object_keys(model.root, IDS, CHUNK, 1, "f" * 32):
+        for tier in house.parts.pins.tiers:
+            await tier.put(key, b"half")
+    (next((house.kv.parent / "kv-pins").iterdir()) / "0123456789abcdef.put").write_bytes(b"half")
+    assert house.everything() != before
+    async with open_parts(house.settings):
+        assert house.everything() == before
+
+
+def test_token_ids_are_little_endian() -> None:
+    assert pack([1, 258]) == b"\1\0\0\0\2\1\0\0"
+
+
+# --- over HTTP, and by the CLI
+
+
+def cwg(gateway: Gateway, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gateway", *arguments]
+    given = environment({"CWG_URL": gateway.url})
+    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: Path) -> None:
+    gateway.chat(session)
+    name = f"w-{session}"
+    gateway.freeze(session, name)
+    file = tmp_path / "w.cwg"
+    done = cwg(gateway, "export", name, str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [f.name for f in tmp_path.iterdir()] == ["w.cwg"]
+    taken = cwg(gateway, "import", str(file))
+    assert (taken.returncode, name in taken.stderr) == (1, True)
+    done = cwg(gateway, "import", str(file), "--name", f"{name}-2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["receipt"]["imported"]["name"] == name
+    assert cwg(gateway, "import", str(file), "--name", f"{name}-3", "--as-text").returncode == 0
+    both = [gateway.http.get(f"/admin/windows/{w}/messages").json()["messages"] for w in (name, f"{name}-2")]
+    assert both[0] == both[1]
+    answer = gateway.http.get(f"/admin/windows/{name}/export")
+    assert answer.content == file.read_bytes()
+    head = gateway.http.head(f"/admin/windows/{name}/export")
+    assert (head.status_code, int(head.headers["content-length"])) == (200, len(answer.content))
+    lines = gateway.http.get(f"/admin/windows/{name}/export", headers={"accept": "application/x-ndjson"})
+    assert lines.json()["error"]["code"] == "invalid_request"
+
+
+def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str, tmp_path: Path) -> None:
+    failed = cwg(gateway, "export", f"no-{session}", str(tmp_path / "w.cwg"))
+    assert (failed.returncode, f"no-{session}" in failed.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+    assert cwg(gateway, "import", str(tmp_path / "none.cwg")).returncode == 1
+
+
+def test_a_body_beyond_the_bound_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path, max_import_bytes=4000) as gateway:
+        for content in (bytes(5000), iter([bytes(2500)] * 2)):
+            answer = gateway.http.post("/admin/windows/import", content=content)
+            assert answer.status_code in (400, 413)
+        assert gateway.http.post("/admin/windows/import", content=bytes(5000)).status_code == 413
+        assert gateway.http.post("/admin/windows/import?name=x", content=b"").status_code == 400
