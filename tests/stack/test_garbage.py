@@ -1,6 +1,8 @@
 """After deleting everything, disk and Redis are as before the first turn: on the real engine and the real cache."""
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,45 @@ def _stored(stack: Stack) -> tuple[set[Path], set[bytes]]:
     return files, set(stack.redis.scan_iter("*", count=10**5))
 
 
-def test_after_deleting_everything_disk_and_redis_are_as_before_the_first_turn(stack: Stack, sweeping: Gateway) -> None:
+def _adds_up(stack: Stack, gateway: Gateway, data_dir: Path) -> None:
+    """What the gateway says of the tiers is what they say themselves, and its parts make the whole."""
+    answer = gateway.http.get("/admin/cache").json()
+    assert (answer["lmcache"]["status"], answer["warnings"]) == ("healthy", [])
+    with closing(sqlite3.connect(data_dir / "gateway.db")) as db:
+        (store,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
+    places = (stack.kv_dir, stack.plan.data_dir / "kv-pins" / store)  # other gateways' pins are theirs to tell
+    files = [file.stat() for place in places for file in place.glob("*.data")]
+    names = [name.decode() for name in stack.redis.scan_iter("*@*", count=10**5)]
+    sizes = [stack.redis.strlen(name) for name in names if name.startswith(f"cwg:{store}:") or name[:4] != "cwg:"]
+    told = answer["tiers"]
+    assert told["disk"]["bytes"] == sum({file.st_ino: file.st_size for file in files}.values())
+    assert told["redis"]["bytes"] == sum(sizes)  # type: ignore[arg-type]
+    for tier in told.values():
+        for unit in ("objects", "bytes"):
+            assert sum(tier[owner][unit] for owner in ("windows", "sessions", "forgotten", "unknown")) == tier[unit]
+        assert tier["windows"]["objects"] == tier["pinned"]["objects"] > 0
+        assert tier["sessions"]["objects"] > 0
+
+
+def test_a_freeze_is_refused_before_the_disk_is_full(stack: Stack, tmp_path: Path) -> None:
+    settings = stack.settings(tmp_path / "data", CWG_DISK_RESERVE_BYTES=str(2**60))
+    gateway = Gateway(settings, tmp_path / "gateway.log").start()
+    try:
+        before = _stored(stack)
+        converse(gateway.client("full"), "no room", turns=1)
+        refused = gateway.http.post("/admin/windows", json={"session_id": "full", "window_name": "full"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage_full")
+        assert "disk_reserve_bytes" in refused.json()["error"]["message"]
+        assert gateway.http.get("/admin/windows/full").status_code == 404
+        assert gateway.http.delete("/admin/sessions/full").json()["blocks_deleted"] > 0
+        assert _stored(stack) == before
+    finally:
+        gateway.close()
+
+
+def test_after_deleting_everything_disk_and_redis_are_as_before_the_first_turn(
+    stack: Stack, sweeping: Gateway, tmp_path: Path
+) -> None:
     before = _stored(stack)
     messages = converse(sweeping.client("one"), "garbage one")
     converse(sweeping.client("two"), "garbage two", turns=1)
@@ -38,6 +78,7 @@ def test_after_deleting_everything_disk_and_redis_are_as_before_the_first_turn(s
     thawed = sweeping.thaw("window", warm="gpu")["session_id"]
     chat(sweeping.client(thawed), [QUESTION])
     assert sweeping.http.post("/admin/windows/window/clone", json={"target_window": "copy"}).status_code == 201
+    _adds_up(stack, sweeping, tmp_path / "data")
     files, names = _stored(stack)
     assert len(files - before[0]) > 10
     assert len(names - before[1]) > 10
