@@ -351,6 +351,7 @@ async def test_any_host_is_served_and_pages_of_others_are_not(gateway: Gateway) 
 
 
 async def test_what_is_no_mcp_is_refused(gateway: Gateway) -> None:
+    before = len(gateway.log)
     for method in ("GET", "DELETE", "PUT"):
         response = gateway.http.request(method, "/mcp", headers=ACCEPT)
         assert (code_of(response), response.headers["allow"]) == ((405, "method_not_allowed"), "POST")
@@ -360,7 +361,7 @@ async def test_what_is_no_mcp_is_refused(gateway: Gateway) -> None:
             response = post(gateway, body, **version)
             assert 400 <= response.status_code < 500, (body[:20], version, response.text)
     assert code_of(gateway.http.get("/mcp/")) == (404, "not_found")
-    assert "Traceback" not in gateway.log
+    assert "Traceback" not in gateway.log[before:]
 
 
 async def test_a_gateway_that_served_mcp_ends_as_any_other(engine: FakeEngine, tmp_path: Path) -> None:
