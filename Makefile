@@ -19,19 +19,28 @@ INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
-.PHONY: up test lint bench bench-relay bench-thaw bench-identity bench-disconnects soak agents-tour clean
+.PHONY: up test lint docs fuzz bench bench-relay bench-thaw bench-identity bench-disconnects bench-verbs soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
 
+# Those that start vLLM in one process, the others in another.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/with-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What in docs/ is made from the code.
+docs: $(VENV)/with-test
+	$(BIN)/python -m tests.error_page
+
+# 10,000 requests made up from the OpenAPI document; `make fuzz ARGS="--stack"` sends them to the real stack.
+fuzz: $(VENV)/with-test
+	$(BIN)/python -m loadtests.fuzz $(ARGS)
 
 bench: bench-relay bench-thaw bench-identity
 
@@ -44,6 +53,9 @@ bench-thaw: $(VENV)/with-bench
 
 bench-disconnects: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.disconnects $(ARGS)
+
+bench-verbs: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.verbs_speed $(ARGS)
 
 # An hour before the real stack; `make soak ARGS="--canned --minutes 10"` is another.
 soak: $(VENV)/with-bench

@@ -53,7 +53,9 @@ class Gateway:
 
     def __init__(self, parts: Parts, health: Health, autofreeze: Autofreeze) -> None:
         self._inference = Inference(parts)
-        self._state = {"parts": parts, "health": health, "autofreeze": autofreeze}
+        self._state = {
+            "parts": parts, "health": health, "autofreeze": autofreeze, "inference": self._inference
+        }  # fmt: skip
         self._rest = Starlette(routes=admin.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
         self._mcp = McpDoor(self._admin, parts.settings)

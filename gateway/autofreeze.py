@@ -17,11 +17,12 @@ from gateway import rules as rules_of
 from gateway.deciding import Deciding, Named, Opinion
 from gateway.errors import GatewayError, StartError
 from gateway.parts import Parts
-from gateway.records import Window
+from gateway.records import Session
 from gateway.rules import Rules
 from gateway.store.contract import Unfrozen
 from gateway.windows.delete import delete
-from gateway.windows.freeze import Naming, freeze
+from gateway.windows.freeze import Naming
+from gateway.windows.naming import freeze_by_itself
 from policies.contract import Event, Observation
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ _PAGE = 256
 _HORIZON_S = 7 * 86400.0  # what is older was looked at when it was young; its KV is not worth a prefill now
 _CLAIM_S = 300.0  # more than a freeze takes; a claim outlives only a worker that was killed
 _FIRST_RETRY_S, _LAST_RETRY_S = 30.0, 3600.0
-_NAMES_TRIED = 100  # sessions may share a shortened name within a second
 _REST_SHARE = 20  # a sweep that took a second is followed by so many of rest
 
 Key = tuple[str, str]
@@ -166,9 +166,10 @@ class Autofreeze:
         """Ask the policies about a session, and change nothing. None: there is no such session."""
         await self._reload()
         await self._parts.turns.settle()
-        one = await self._parts.store.unfrozen_session(tenant, session_id)
-        if one is None:
+        found = await self._parts.store.unfrozen_sessions([(tenant, session_id)])
+        if not found:
             return None
+        (one,) = found
         now = time.time()
         seen = self._observation(one, "sweep", now)
         name = rules_of.window_name(self._rules.naming_pattern, session_id, one.session.turn_count, now)
@@ -199,8 +200,8 @@ class Autofreeze:
         await self._reload()
         if not self._rules.enabled:
             return
-        rows = [await self._parts.store.unfrozen_session(*key) for key in touched]
-        async for one, reason in self._decided([row for row in rows if row and _goes_on(row)], "turn"):
+        rows = await self._parts.store.unfrozen_sessions(touched)
+        async for one, reason in self._decided([row for row in rows if _goes_on(row)], "turn"):
             if not self._due.full():
                 self._put(one, reason)
 
@@ -279,7 +280,7 @@ class Autofreeze:
         if not await store.claim_freeze(session, now=now, until=now + _CLAIM_S, cool=not self._ending):
             return
         try:
-            window = await self._named(one, reason)
+            window, _ = await freeze_by_itself(self._parts, session.tenant, session.id, self._naming(session, reason))
         except Exception as error:
             wait = min(_FIRST_RETRY_S * 2.0 ** min(one.failures, 16), _LAST_RETRY_S)
             await store.report_freeze(session, window=None, not_before=time.time() + wait)
@@ -293,21 +294,9 @@ class Autofreeze:
         log.info("session %s was frozen as %s: %s", session.id, window.name, reason)
         await self._supersede(session.tenant, session.id)
 
-    async def _named(self, one: Unfrozen, reason: str) -> Window:
-        """Freeze under the first name that is free."""
-        session = one.session
+    def _naming(self, session: Session, reason: str) -> Naming:
         name = rules_of.window_name(self._rules.naming_pattern, session.id, session.turn_count, time.time())
-        for number in range(1, _NAMES_TRIED + 1):
-            tried = name if number == 1 else f"{name}-{number}"
-            naming = Naming(tried, rules_of.description(reason), (rules_of.TAG,), self._rules.ttl_seconds)
-            try:
-                window, _ = await freeze(self._parts, session.tenant, session.id, naming)
-            except GatewayError as error:
-                if error.code != "window_already_exists":
-                    raise
-            else:
-                return window
-        raise GatewayError("window_already_exists", f"{name} and {_NAMES_TRIED - 1} names like it are taken")
+        return Naming(name, rules_of.description(reason), (rules_of.TAG,), self._rules.ttl_seconds)
 
     async def _supersede(self, tenant: str, session_id: str) -> None:
         """Delete the automatic windows of a session beyond the last `keep`."""

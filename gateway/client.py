@@ -35,13 +35,15 @@ class AdminError(Exception):
 class Admin:
     """A client of one gateway's admin API."""
 
-    def __init__(self, url: str, api_key: str) -> None:
+    def __init__(self, url: str, api_key: str, timeout_s: float = 600) -> None:
         self.url = url
         if not api_key.isascii() or not api_key.isprintable():
             raise AdminError("CWG_API_KEY holds characters that a header cannot carry")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600, connect=5))
+            self._http = httpx.Client(
+                base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5))
+            )
         except httpx.InvalidURL as error:
             raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
 
@@ -122,7 +124,7 @@ class Admin:
             if request.method == "POST":
                 return await asyncio.to_thread(self.watch, request.path, request.body or {}, step)
             query, body = request.query, request.body
-            return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body)
+            return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body, nulls=True)
         except AdminError as error:
             names = ("code", "message", "hint", "retryable", "details")
             return {"error": {name: getattr(error, name) for name in names}}

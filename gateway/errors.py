@@ -13,40 +13,106 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a code means on the wire."""
+    """What a code means on the wire, in words, and what whoever gets it can do. docs/errors.md is made of this."""
 
     status: int
+    means: str
+    remedy: str
     retryable: bool = False
 
 
 CODES: Mapping[str, Code] = MappingProxyType(
     {
-        "invalid_request": Code(400),
-        "invalid_session_id": Code(400),
-        "invalid_window_name": Code(400),
-        "unknown_parameter": Code(400),
-        "window_system_conflict": Code(400),
-        "unauthorized": Code(401),
-        "forbidden": Code(403),
-        "not_found": Code(404),
-        "session_not_found": Code(404),
-        "window_not_found": Code(404),
-        "response_not_found": Code(404),
-        "previous_response_not_found": Code(404),
-        "method_not_allowed": Code(405),
-        "request_timeout": Code(408, retryable=True),
-        "window_already_exists": Code(409),
-        "session_already_exists": Code(409),
-        "session_busy": Code(409, retryable=True),
-        "model_mismatch": Code(409),
-        "payload_too_large": Code(413),
-        "window_corrupted": Code(422),
-        "rate_limited": Code(429, retryable=True),
-        "internal": Code(500),
-        "engine_unreachable": Code(502, retryable=True),
-        "cache_unavailable": Code(503, retryable=True),
-        "engine_timeout": Code(504, retryable=True),
-        "storage_full": Code(507),
+        "invalid_request": Code(
+            400, "A field or the body is not what it must be; `details.field` names it", "Send what the message says"
+        ),
+        "invalid_session_id": Code(
+            400,
+            "What should be the id of a session is none",
+            "Use 1 to 128 of `A-Z a-z 0-9 _ . : -`, a letter or digit first",
+        ),
+        "invalid_window_name": Code(
+            400,
+            "What should be the name of a window is none",
+            "Use 1 to 128 of `A-Z a-z 0-9 _ . -`, a letter or digit first",
+        ),
+        "unknown_parameter": Code(
+            400, "A parameter that the route does not know", "The hint has the nearest that it knows, or all of them"
+        ),
+        "window_system_conflict": Code(
+            400,
+            "A request that goes on from a window brings another system message than the window has",
+            "Leave it out, or send `X-Window-System: keep` or `replace`",
+        ),
+        "unauthorized": Code(
+            401, "The key is missing or wrong", "Send `Authorization: Bearer KEY` or `x-api-key: KEY`"
+        ),
+        "forbidden": Code(
+            403,
+            "A page of another site made a browser send this",
+            "Ask from the gateway's own address",
+        ),
+        "not_found": Code(404, "Nothing is served at this path", "`/admin/openapi.json` has every path"),
+        "session_not_found": Code(
+            404, "There is no such session, or it was deleted", "`GET /admin/sessions` lists those that there are"
+        ),
+        "window_not_found": Code(
+            404,
+            "There is no such window; or it has expired, then it cannot be used any more",
+            "`GET /admin/windows` lists those that there are; freeze it again",
+        ),
+        "response_not_found": Code(
+            404, "No answer of this id is kept", "Send `store: true`; `responses_kept` says how many are"
+        ),
+        "previous_response_not_found": Code(
+            404, "The answer that a request goes on from is not kept", "Send the whole conversation"
+        ),
+        "method_not_allowed": Code(405, "The path is served, but not by this method", "The header `Allow` has those"),
+        "request_timeout": Code(
+            408, "The body stopped coming", "Send it again; `client_timeout_s` sets how long we wait", retryable=True
+        ),
+        "window_already_exists": Code(
+            409, "The name is in use by a window", "Choose another name, or delete that window"
+        ),
+        "session_already_exists": Code(409, "The id is in use by a session", "Choose another id, or give none"),
+        "session_busy": Code(
+            409, "A turn of the session is going on", "Try again when its reply is complete", retryable=True
+        ),
+        "model_mismatch": Code(
+            409,
+            "The engine does not serve the model that the window or session was made with, or with other weights",
+            "Serve that model; the text is there (`GET /admin/windows/{name}/messages`), and can be imported `as_text`",
+        ),
+        "payload_too_large": Code(
+            413, "The body is larger than may be", "`max_body_bytes` and `max_import_bytes` set the limits"
+        ),
+        "window_corrupted": Code(
+            422,
+            "KV of the window, or of a window's file, is lost or not as its checksum says",
+            "A window: `verify` says what is lost, a thaw computes it anew. A file: fetch or export it again",
+        ),
+        "rate_limited": Code(429, "Too many requests; nothing answers this yet", "Wait", retryable=True),
+        "internal": Code(500, "The gateway failed", "Its log says why; that is a bug, please report it"),
+        "engine_unreachable": Code(
+            502,
+            "No engine answers, or it answers with an error of its own",
+            "Is vLLM running, and does `engine_urls` have its address? `GET /admin/health` says what is the matter",
+            retryable=True,
+        ),
+        "cache_unavailable": Code(
+            503,
+            "LMCache or a tier is not configured, or does not answer",
+            "Is LMCache running, and does `cache_url` have its address? `GET /admin/cache` says what is the matter",
+            retryable=True,
+        ),
+        "engine_timeout": Code(
+            504, "The engine was silent for too long", "`engine_timeout_s` sets how long we wait", retryable=True
+        ),
+        "storage_full": Code(
+            507,
+            "A disk or Redis has no room, or less than `disk_reserve_bytes`",
+            "Free space, or delete windows that are not needed",
+        ),
     }
 )
 

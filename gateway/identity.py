@@ -180,18 +180,20 @@ def trace(
     reply: Message | None,
     asked: bytes | None,
     roots: Sequence[bytes] = (),
+    began: bytes | None = None,
 ) -> Trace:
     """Where a turn has left its conversation; `asked` is the last link of its messages where that is known already.
 
-    `roots` are those of its `Beginning`.
+    `roots` are those of its `Beginning`, `began` is its head where that is known.
     """
     if not messages:
         return Trace(b"", b"", None)
     last = asked or chain(messages, start)[-1]
+    began = head(messages) if began is None else began
     if reply is None:
-        return Trace(head(messages), last, None)
+        return Trace(began, last, None)
     said = _digest(reply)
-    return Trace(head(messages), last, _hash(last + said), tuple(_hash(root + said) for root in roots))
+    return Trace(began, last, _hash(last + said), tuple(_hash(root + said) for root in roots))
 
 
 def _hash(data: bytes) -> bytes:

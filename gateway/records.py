@@ -79,6 +79,22 @@ class Session:
     prompt_tokens: int = 0  # of its last turn
     engine: str = ""  # that served its last turn
     normalised: str = ""  # rules of gateway.normalise that took something out, separated by spaces
+    successor: str | None = None  # the session that its conversation goes on in, since its context was full
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """A full session and its successor: what was left out are `dropped` messages after the system's.
+
+    `link` is the link of the chain (gateway.identity) that they are, begun with nothing; `window` holds them.
+    """
+
+    tenant: str
+    session_id: str
+    successor: str
+    window: str
+    dropped: int
+    link: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +173,36 @@ class StoredResponse:
 
 @dataclass(frozen=True, slots=True)
 class PinnedObject:
-    """One KV object as it was seen in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes."""
+    """One KV object as it was seen in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes.
+
+    `pin` is the key that its pin goes by, where that is another one: an isolated clone shares its source's pins.
+    """
 
     key: str
     tier: str
     size: int
     checksum: bytes
+    pin: str = ""
+
+    @property
+    def pin_key(self) -> str:
+        """The key that its pin goes by."""
+        return self.pin or self.key
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """An immutable, named snapshot of a session at a turn boundary."""
+    """An immutable, named snapshot of a session at a turn boundary.
+
+    LMCache finds its KV under `salt`; the pins go by names of `pin_salt`, another one only for an isolated clone.
+    """
 
     tenant: str
     name: str
     session_id: str
     lineage: str
     salt: str
+    pin_salt: str
     model: str
     model_root: str
     fingerprint: str

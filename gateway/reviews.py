@@ -8,23 +8,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway import misses
-from gateway.dialects.contract import Call
+from gateway.ended import Ended, Read, Review
 from gateway.misses import Evidence, Left
-from gateway.records import Message, Session, Turn, Usage
-from gateway.store.contract import Finished, Store
+from gateway.records import Message, Session, Usage
+from gateway.store.contract import Store
 from gateway.tokens import Estimator
 
-_ENDS = 4096
+_LEFT = 4096
 _USUAL_CHUNK = 256  # LMCache's own default, where the cache has not said yet, or there is none
 
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """A session as a turn found it; `messages` and `frame` where they need not be read from the store."""
+    """What a session's last turn left, None if nothing, and when it was over."""
 
-    session: Session
-    messages: Sequence[Message] | None = None
-    frame: Mapping[str, Any] | None = None
+    left: Left | None
+    at: float
+
+    @property
+    def tokens(self) -> int:
+        return self.left.tokens if self.left else 0
 
 
 class Reviews:
@@ -34,94 +37,99 @@ class Reviews:
         self._store = store
         self._estimator = estimator
         self._chunk_size = chunk_size
-        self._unrecorded: dict[tuple[str, str], _Before] = {}
-        self._ends: dict[tuple[str, str], float] = {}  # when the last turns of sessions were over
+        self._last: dict[tuple[str, str], _Before] = {}  # of this worker's turns; without their messages
+        self._unrecorded: dict[tuple[str, str], tuple[Sequence[Message], Mapping[str, Any]]] = {}
 
-    async def of(self, finished: Finished, call: Call) -> Finished:
-        """Return the turn with its estimate and the verdict on what it found in the cache."""
-        turn = finished.turn
-        if turn.usage is None or not call.messages:
-            return finished
-        before = await self._before(finished.session, turn)
-        estimate = self._estimator.ahead(turn.model, before.session.token_count, call.whole, call.whole_frame)
-        self._estimator.observe(turn.model, estimate, turn.usage.prompt)
-        miss = misses.why(await self._evidence(finished, call, before, turn.usage))
-        if finished.messages is not None:
-            self._keep(_after(finished, turn.usage))
-        reviewed = replace(turn, estimated_tokens=estimate.tokens, expected_tokens=miss.expected, miss=str(miss))
-        return replace(finished, turn=reviewed)
+    async def of(self, turn: Read) -> Review:
+        """Return the estimate of a turn's prompt, and the verdict on what it found in the cache."""
+        ended, usage = turn.ended, turn.reply.usage
+        if usage is None or not turn.whole:
+            return Review()
+        model, frame = ended.call.model, ended.call.whole_frame
+        before = await self._before(ended)
+        estimate = self._estimator.ahead(model, before.tokens, turn.whole, frame)
+        self._estimator.observe(model, estimate, usage.prompt)
+        miss = misses.why(await self._evidence(turn, usage, before, frame))
+        if turn.messages is not None:
+            self._keep(ended, usage, turn.messages, frame)
+        return Review(estimate.tokens, miss.expected, str(miss))
 
     def recorded(self) -> None:
         """All that was looked at is in the store now."""
         self._unrecorded.clear()
 
-    def _keep(self, after: _Before) -> None:
-        key = after.session.tenant, after.session.id
-        self._unrecorded[key] = after
-        if len(self._ends) >= _ENDS:
-            self._ends.clear()
-        self._ends[key] = after.session.last_active_at
+    def _keep(self, ended: Ended, usage: Usage, messages: Sequence[Message], frame: Mapping[str, Any]) -> None:
+        key = _key(ended)
+        if len(self._last) >= _LEFT and key not in self._last:
+            self._last.clear()
+        left = Left(
+            tokens=usage.prompt + usage.completion,
+            prompt=usage.prompt,
+            salt=ended.salt,
+            fingerprint=ended.fingerprint,
+            engine=ended.engine,
+        )
+        self._last[key] = _Before(left, ended.at)
+        self._unrecorded[key] = messages, frame
 
-    async def _before(self, session: Session, turn: Turn) -> _Before:
+    async def _before(self, ended: Ended) -> _Before:
         """What the turn found. When its session was read, the turn before may not have been recorded yet."""
-        key = turn.tenant, turn.session_id
-        if self._ends.get(key, 0.0) <= session.last_active_at:
-            return _Before(session)
-        just = self._unrecorded.get(key)
-        if just is not None and just.session.last_active_at <= turn.started_at:
-            return just
-        now = await self._store.session(turn.tenant, turn.session_id)
-        return _Before(now if now is not None and now.last_active_at <= turn.started_at else session)
+        session, key = ended.place.session, _key(ended)
+        just = self._last.get(key)
+        if just is None or not session.last_active_at < just.at <= ended.started_at:
+            return _Before(_left(session), session.last_active_at)
+        if not session.created_at and key not in self._unrecorded:
+            # It was new when it was read: perhaps because one of that name had been deleted.
+            now = await self._store.session(*key)
+            if now is None or now.last_active_at < just.at:
+                return _Before(None, 0.0)
+        return just
 
-    async def _evidence(self, finished: Finished, call: Call, before: _Before, usage: Usage) -> Evidence:
-        session, turn = before.session, finished.turn
+    async def _evidence(self, turn: Read, usage: Usage, before: _Before, frame: Mapping[str, Any]) -> Evidence:
+        ended = turn.ended
         evidence = Evidence(
             prompt=usage.prompt,
             cached=usage.cached,
             chunk_size=self._chunk_size() or _USUAL_CHUNK,
-            messages=call.whole,
-            before=_left(before),
-            frame=call.whole_frame,
-            salt=finished.salt,
-            fingerprint=finished.fingerprint,
-            engine=turn.engine,
-            idle_s=max(0.0, turn.started_at - session.last_active_at),
+            messages=turn.whole,
+            before=before.left,
+            frame=frame,
+            salt=ended.salt,
+            fingerprint=ended.fingerprint,
+            engine=ended.engine,
+            idle_s=max(0.0, ended.started_at - before.at),
         )
-        left = evidence.before
-        if left is None or left.messages is not None or session.transcript is None or not evidence.missed:
+        if before.left is None or not evidence.missed:
             return evidence
+        # A turn that ran beside this one may have left messages here, but it is not what came before.
+        just = self._unrecorded.get(_key(ended)) if before is self._last.get(_key(ended)) else None
+        messages, known = just or await self._recorded(ended, before)
+        return replace(evidence, before=replace(before.left, messages=messages, frame=known))
+
+    async def _recorded(self, ended: Ended, before: _Before) -> tuple[Sequence[Message] | None, dict[str, Any] | None]:
+        """The conversation as the turn before has left it; None where that is not known any more."""
+        session: Session | None = ended.place.session
+        if before.at > ended.place.session.last_active_at:
+            session = await self._store.session(*_key(ended))
+        if session is None or session.transcript is None or session.last_active_at > ended.started_at:
+            return None, None
         # A turn that ran beside this one may have taken the transcript away; then nothing is said of it.
         messages = await self._store.messages(session.transcript) or None
-        frame = await self._store.frame(session.frame) if session.frame and messages else None
-        return replace(evidence, before=replace(left, messages=messages, frame=frame))
+        return messages, dict(await self._store.frame(session.frame)) if session.frame and messages else None
 
 
-def _left(before: _Before) -> Left | None:
+def _key(ended: Ended) -> tuple[str, str]:
+    return ended.place.session.tenant, ended.place.session.id
+
+
+def _left(session: Session) -> Left | None:
     """What the session's last turn left, or the window that it is thawed from."""
-    session = before.session
     if not session.token_count:
         return None
     return Left(
         tokens=session.token_count,
         prompt=session.prompt_tokens or session.token_count,
-        messages=before.messages,
-        frame=before.frame,
         salt=session.salt,
         fingerprint=session.fingerprint,
         engine=session.engine,
     )
-
-
-def _after(finished: Finished, usage: Usage) -> _Before:
-    """The session as the next turn will find it."""
-    turn = finished.turn
-    session = replace(
-        finished.session,
-        token_count=usage.prompt + usage.completion,
-        prompt_tokens=usage.prompt,
-        salt=finished.salt,
-        fingerprint=finished.fingerprint,
-        engine=turn.engine,
-        last_active_at=turn.started_at + turn.duration_ms / 1000,
-    )
-    return _Before(session, finished.messages, finished.frame)

@@ -2,13 +2,14 @@
 
 import math
 import string
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
 from gateway.errors import GatewayError
+from gateway.field import Field, or_null, reads
 from gateway.records import MAX_DESCRIPTION, WINDOW_NAME
 from policies.contract import Policy
 from policies.door import PolicyError, build
@@ -19,9 +20,13 @@ TAG = "auto"
 _DAY = 86400.0
 _LONGEST = 128  # of a window's name
 _SUFFIX = 4  # room for "-999", where a name is taken
-_LONGEST_PATTERN = 80
+LONGEST_PATTERN = 80
 _NAMES = ("session_id", "timestamp", "turns")
-_MOST_POLICIES = 32
+MOST_POLICIES = 32
+MOST_KEPT = 100
+MOST_COOLDOWN_S = 7 * _DAY
+MOST_TTL_S = 1e9
+_SPEC = {"type": "object", "properties": {"use": {"type": "string"}}, "required": ["use"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +117,18 @@ def _refused(name: str, must: str, value: object) -> GatewayError:
     return GatewayError("invalid_request", f"{name} must be {must}, not {value!r:.100}", details={"field": name})
 
 
+@reads({"type": "boolean"})
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _refused(name, "true or false", value)
     return value
 
 
-def _number(low: float, most: float, *, whole: bool = False) -> Callable[[str, object], Any]:
+def _number(low: float, most: float, *, whole: bool = False) -> Field[Any]:
     """A number from `low` (0: more than 0) to `most`."""
+    kind, bound = "integer" if whole else "number", "minimum" if low else "exclusiveMinimum"
 
+    @reads({"type": kind, bound: low, "maximum": most})
     def read(name: str, value: object) -> float:
         kinds = (int,) if whole else (int, float)
         least = f"at least {low:g}" if low else "more than 0"
@@ -134,13 +142,10 @@ def _number(low: float, most: float, *, whole: bool = False) -> Callable[[str, o
     return read
 
 
-def _or_none(read: Callable[[str, object], Any]) -> Callable[[str, object], Any]:
-    return lambda name, value: None if value is None else read(name, value)
-
-
+@reads({"type": "string", "maxLength": LONGEST_PATTERN, "description": "of {session_id}, {timestamp} and {turns}"})
 def _pattern(name: str, value: object) -> str:
-    if not isinstance(value, str) or len(value) > _LONGEST_PATTERN:
-        raise _refused(name, f"a string of at most {_LONGEST_PATTERN} characters", value)
+    if not isinstance(value, str) or len(value) > LONGEST_PATTERN:
+        raise _refused(name, f"a string of at most {LONGEST_PATTERN} characters", value)
     try:
         parts = list(string.Formatter().parse(value))
     except ValueError as error:
@@ -155,23 +160,24 @@ def _pattern(name: str, value: object) -> str:
     return value
 
 
+@reads({"type": "array", "items": _SPEC, "maxItems": MOST_POLICIES, "description": "more policies, by name"})
 def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(value, list | tuple) or len(value) > _MOST_POLICIES:
-        raise _refused(name, f"a list of at most {_MOST_POLICIES} policies", value)
+    if not isinstance(value, list | tuple) or len(value) > MOST_POLICIES:
+        raise _refused(name, f"a list of at most {MOST_POLICIES} policies", value)
     return tuple(value)
 
 
-READERS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
+READERS: Mapping[str, Field[Any]] = MappingProxyType(
     {
         "enabled": _flag,
-        "idle_timeout_minutes": _or_none(_number(0, MOST_MINUTES)),
-        "token_threshold": _or_none(_number(1, MOST_TOKENS, whole=True)),
-        "context_share": _or_none(_number(0, 1)),
+        "idle_timeout_minutes": or_null(_number(0, MOST_MINUTES)),
+        "token_threshold": or_null(_number(1, MOST_TOKENS, whole=True)),
+        "context_share": or_null(_number(0, 1)),
         "at_shutdown": _flag,
         "policies": _specs,
         "naming_pattern": _pattern,
-        "cooldown_seconds": _number(0, 7 * _DAY),
-        "keep": _number(1, 100, whole=True),
-        "ttl_seconds": _or_none(_number(0, 1e9)),
+        "cooldown_seconds": _number(0, MOST_COOLDOWN_S),
+        "keep": _number(1, MOST_KEPT, whole=True),
+        "ttl_seconds": or_null(_number(0, MOST_TTL_S)),
     }
 )

@@ -288,3 +288,13 @@ def _drop(counter: Counter[Key], key: Key) -> bool:
         return False
     del counter[key]
     return True
+
+
+def no_session(session_id: str) -> GatewayError:
+    """The error for a session that is not there."""
+    return GatewayError(
+        "session_not_found",
+        f"there is no session {session_id!r}",
+        hint="GET /admin/sessions lists them",
+        details={"session_id": session_id},
+    )

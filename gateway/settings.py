@@ -1,4 +1,4 @@
-"""Every setting of the gateway, once: name, default, what it means. README's table is compared with it by a test.
+"""Every setting of the gateway, once: name, default, what it means. A test compares docs/settings.md with it.
 
 Order of precedence: command line, environment (`CWG_` + the name in capitals), TOML file, default. An unknown key stops
 the start and names the nearest right one.
@@ -100,6 +100,9 @@ class Settings:
     sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
     responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
+    on_full: str = setting(
+        "error", "when a prompt exceeds the context limit: `error`; `successor`: freeze, and go on in another session"
+    )
     freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
     thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
     auto_freeze: bool = setting(True, "whether sessions are frozen by themselves (Automatic windows)")
@@ -254,6 +257,7 @@ def _check(s: Settings) -> None:
         not s.store_url or s.store_url.startswith("sqlite:///"), f"store_url {s.store_url!r} must be sqlite:///PATH"
     )
     _require(s.isolation in ("session", "tenant"), f"isolation {s.isolation!r} is neither 'session' nor 'tenant'")
+    _require(s.on_full in ("error", "successor"), f"on_full {s.on_full!r} is neither 'error' nor 'successor'")
     _require(
         s.log_level in ("debug", "info", "warning", "error"),
         f"log_level {s.log_level!r} is not one of debug, info, warning, error",

@@ -8,13 +8,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from gateway import identity
-from gateway.dialects.contract import Call, Dialect, Reply
-from gateway.errors import GatewayError
+from gateway import ended
+from gateway.ended import Ended, Read, Review
 from gateway.inflight import TurnLocks
-from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.reviews import Reviews
 from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store
@@ -31,27 +29,6 @@ _POLL_S = 0.005
 _READ_AT_ONCE = 4  # replies read before streams have their turn again
 _STOP_S = 10.0
 _NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
-
-    place: Place
-    fingerprint: str
-    salt: str
-    dialect: Dialect
-    call: Call
-    outcome: Outcome
-    status: int
-    started_at: float
-    duration_ms: float
-    streamed: bool
-    chunks: Sequence[bytes] | None
-    detail: str = ""
-    engine: str = ""
-    overhead_s: float = 0.0  # our own work before the engine was asked
-    normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
 
 
 class Turns:
@@ -106,13 +83,13 @@ class Turns:
         await self._room.acquire()
         self._sessions.enter(place)
 
-    def finish(self, ended: Ended) -> None:
+    def finish(self, over: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
         self._finished += 1
         if self._locks and not self._batch_is_told:
             self._locks.over(self._batch)
             self._batch_is_told = True
-        self._queue.put_nowait(ended)
+        self._queue.put_nowait(over)
 
     async def settle(self) -> None:
         """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
@@ -140,12 +117,12 @@ class Turns:
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closed = self._close_batch()
-            finished = [await self._reviewed(*one) async for one in _all(batch)]
+            finished = [ended.finished(turn, await self._review(turn)) async for turn in _all(batch)]
             await self._record(finished)
             self._reviews.recorded()
-            for ended, one in zip(batch, finished, strict=True):
-                self._count(ended, one)
-                self._sessions.leave(ended.place)
+            for over, one in zip(batch, finished, strict=True):
+                self._count(over, one)
+                self._sessions.leave(over.place)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._room.release()
                 self._queue.task_done()
@@ -155,9 +132,9 @@ class Turns:
                 self._recorded += len(batch)
                 self._progress.notify_all()
 
-    def _count(self, ended: Ended, finished: Finished) -> None:
+    def _count(self, over: Ended, finished: Finished) -> None:
         turn = finished.turn
-        self._telemetry.turn(turn, ended.dialect.name, ended.overhead_s, served=bool(ended.fingerprint))
+        self._telemetry.turn(turn, over.dialect.name, over.overhead_s, served=bool(over.fingerprint))
         reason, _, _ = turn.miss.partition(":")
         if reason not in _NO_MISSES:
             self._telemetry.missed(reason)
@@ -177,13 +154,13 @@ class Turns:
                     await self._hurry.wait()
         self._hurry.clear()
 
-    async def _reviewed(self, ended: Ended, finished: Finished) -> Finished:
+    async def _review(self, turn: Read) -> Review:
         try:
-            return await self._reviews.of(finished, ended.call)
+            return await self._reviews.of(turn)
         except Exception:
             # What it came after may be taken away at any time, and no review is worth a turn.
-            log.exception("could not review a turn of session %s", ended.place.session.id)
-            return finished
+            log.exception("could not review a turn of session %s", turn.ended.place.session.id)
+            return Review()
 
     async def _record(self, finished: list[Finished]) -> None:
         try:
@@ -207,80 +184,8 @@ async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
                 await asyncio.sleep(_POLL_S)
 
 
-async def _all(batch: Sequence[Ended]) -> AsyncIterator[tuple[Ended, Finished]]:
-    for number, ended in enumerate(batch, 1):
-        yield ended, _finished(ended)
+async def _all(batch: Sequence[Ended]) -> AsyncIterator[Read]:
+    for number, one in enumerate(batch, 1):
+        yield ended.read(one)
         if number % _READ_AT_ONCE == 0:
             await asyncio.sleep(0)
-
-
-def _finished(ended: Ended) -> Finished:
-    session, whole = ended.place.session, ended.call.whole if ended.call.messages else []
-    try:
-        reply = _reply(ended)
-        # Without the reply the next turn's prompt is not known, so the transcript stays where it was.
-        messages = ended.call.followed_by(reply.message) if reply.message and ended.call.messages else None
-    except Exception:
-        # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", session.id)
-        reply, messages = Reply(None, None, "the reply could not be read"), None
-    turn = Turn(
-        tenant=session.tenant,
-        session_id=session.id,
-        model=ended.call.model,
-        outcome="engine_error" if reply.error else "completed" if reply.message else ended.outcome,
-        status=ended.status,
-        started_at=ended.started_at,
-        duration_ms=ended.duration_ms,
-        usage=reply.usage,
-        detail=ended.detail or reply.error,
-        source=ended.place.source,
-        engine=ended.engine,
-    )
-    response = _response(ended, whole, reply)
-    return Finished(
-        turn=turn,
-        session=session,
-        fingerprint=ended.fingerprint,
-        salt=ended.salt,
-        messages=messages,
-        frame=ended.call.whole_frame,
-        trace=_trace(ended, whole, reply),
-        normalised=" ".join(ended.normalised),
-        response=response,
-        asked=ended.call.storage.items if ended.call.storage and response else (),
-    )
-
-
-def _response(ended: Ended, whole: Sequence[Message], reply: Reply) -> StoredResponse | None:
-    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
-    storage, answer, session = ended.call.storage, reply.answer, ended.place.session
-    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
-        return None
-    return StoredResponse(
-        tenant=session.tenant,
-        id=answer["id"],
-        session_id=session.id,
-        lineage=session.lineage,
-        created_at=ended.started_at,
-        answer={**answer, "previous_response_id": storage.previous, "store": True},
-        instructed=whole[:1] == [{"role": "system", "content": storage.instructions}],
-    )
-
-
-def _trace(ended: Ended, whole: Sequence[Message], reply: Reply) -> Trace:
-    try:
-        return identity.trace(ended.place.seed, whole, reply.message, ended.place.asked, ended.place.roots)
-    except GatewayError:
-        # Who names the session need not send messages that can be told apart.
-        return Trace(b"", b"", None)
-
-
-def _reply(ended: Ended) -> Reply:
-    if ended.chunks is None or ended.outcome not in ("completed", "client_gone"):
-        return Reply(None, None)
-    if ended.outcome == "completed":
-        return ended.dialect.reply(ended.chunks, streamed=ended.streamed)
-    # Codex closes the connection at the last event, before the stream has ended: it has had its answer.
-    reply = ended.dialect.reply(ended.chunks, streamed=True) if ended.streamed else Reply(None, None)
-    return reply if reply.message and not reply.error else Reply(None, None)

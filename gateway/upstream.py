@@ -184,9 +184,9 @@ class Connection(asyncio.Protocol):
         if self._closed:
             raise UpstreamError("stale", "connection was closed", began=False)
         self._timer = self._loop.call_later(self._silence_timeout_s, self._on_timer)
-        self._transport.write(head + body if len(body) < _LOW_WATER else head)
-        if len(body) >= _LOW_WATER:
-            self._transport.write(body)
+        # Not now, but when all that is ready has run: of requests that come together, the engine is then woken by the
+        # first only, and a wake-up is the dearest part of a send.
+        self._loop.call_soon(self._write, *((head + body,) if len(body) < _LOW_WATER else (head, body)))
         while not self._head_done and self._error is None:
             await self._wait()
         if self._error is not None:
@@ -338,6 +338,11 @@ class Connection(asyncio.Protocol):
             # Asked here, because the parser forgets it with the message. After a HEAD it waits for a body that will not
             # come, so this is never reached and the connection is not used again.
             self._keep_alive = bool(self._parser.should_keep_alive())
+
+    def _write(self, *parts: bytes) -> None:
+        if not self._transport.is_closing():
+            for part in parts:
+                self._transport.write(part)
 
     def _hand_on(self) -> None:
         if self._chunks and self._take is not None:

@@ -3,13 +3,16 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = "demo"
+TOOLS = "context-windows"  # what the gateway's tools are called in an agent's configuration
 _WITHIN_S = 120.0
 _SCRIPT = Path(__file__).with_name("openai_agent.py")
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,37 @@ class Doing:
     expect: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ToolServer:
+    """The gateway's tools as an agent is told of them: by address, or as the command that serves stdio."""
+
+    url: str
+    stdio: bool
+
+    @property
+    def command(self) -> list[str]:
+        """What to start for stdio."""
+        return [sys.executable, "-m", "gateway", "mcp"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With what in its environment."""
+        return {"CWG_URL": self.url, "PYTHONPATH": str(_ROOT)}
+
+    @property
+    def endpoint(self) -> str:
+        """Where it is over HTTP."""
+        return f"{self.url}/mcp"
+
+
 class Agent:
     """An agent with a home directory of its own, so that nobody's settings or credentials are seen by it."""
 
     name = ""
     executable = ""
     api = ""  # the dialect it speaks
+    named = ""  # what it puts before the name of one of the gateway's tools
+    tools: ToolServer | None = None
 
     def __init__(self, found: Path, folder: Path, base_url: str) -> None:
         self.found = found
@@ -38,6 +66,10 @@ class Agent:
 
     def prepare(self) -> None:
         """Write the configuration that it needs."""
+
+    def offer(self, tools: ToolServer) -> None:
+        """Tell it of the gateway's tools."""
+        self.tools = tools
 
     def environment(self) -> Mapping[str, str]:
         """Variables of its own."""
@@ -77,7 +109,18 @@ class ClaudeCode(Agent):
     name = "claude-code"
     executable = "claude"
     api = "messages"
+    named = f"mcp__{TOOLS}__"
     bare = False  # the short system prompt
+
+    def offer(self, tools: ToolServer) -> None:
+        super().offer(tools)
+        stdio = {"command": tools.command[0], "args": tools.command[1:], "env": tools.environment}
+        server = stdio if tools.stdio else {"type": "http", "url": tools.endpoint}
+        self._servers.write_text(json.dumps({"mcpServers": {TOOLS: server}}))
+
+    @property
+    def _servers(self) -> Path:
+        return self.home / "servers.json"
 
     def environment(self) -> Mapping[str, str]:
         return {
@@ -91,13 +134,19 @@ class ClaudeCode(Agent):
             "DISABLE_AUTOUPDATER": "1",
             "DISABLE_ERROR_REPORTING": "1",
             "IS_SANDBOX": "1",
+            # Or else the first request goes out before the tools are there, and a model has to look for them.
+            "ENABLE_TOOL_SEARCH": "false",
+            "MCP_CONNECTION_NONBLOCKING": "0",
+            "MCP_CONNECT_TIMEOUT_MS": "60000",
         }
 
     def command(self, doing: Doing) -> tuple[Sequence[str], str]:
         goes_on = {"": [], "continue": ["--continue"], "fork": ["--continue", "--fork-session"]}[doing.goes_on]
         bare = ["--bare"] if self.bare else []
         argv = [str(self.found), "-p", doing.prompt, "--output-format", "json", *bare, *goes_on]
-        return [*argv, "--allowedTools", "Bash", "Agent"], ""
+        if self.tools:
+            argv += ["--mcp-config", str(self._servers), "--strict-mcp-config"]
+        return [*argv, "--allowedTools", "Bash", "Agent", f"mcp__{TOOLS}"], ""
 
 
 class Codex(Agent):
@@ -106,6 +155,7 @@ class Codex(Agent):
     name = "codex"
     executable = "codex"
     api = "responses"
+    named = f"mcp__{TOOLS.replace('-', '_')}__"
 
     def prepare(self) -> None:
         lines = [
@@ -120,7 +170,21 @@ class Codex(Agent):
             'wire_api = "responses"',
             'env_key = "OPENAI_API_KEY"',
         ]
-        (self.home / "config.toml").write_text("\n".join(lines) + "\n")
+        self._config.write_text("\n".join(lines) + "\n")
+
+    def offer(self, tools: ToolServer) -> None:
+        super().offer(tools)
+        variables = [f"{name} = {json.dumps(value)}" for name, value in tools.environment.items()]
+        stdio = [f"command = {json.dumps(tools.command[0])}", f"args = {json.dumps(tools.command[1:])}",
+                 f"[mcp_servers.{TOOLS}.env]", *variables]  # fmt: skip
+        waiting = "required = true"  # or else the first request goes out before the tools are there
+        lines = [f"[mcp_servers.{TOOLS}]", waiting, *(stdio if tools.stdio else [f'url = "{tools.endpoint}"'])]
+        with self._config.open("a") as config:
+            config.write("\n".join(lines) + "\n")
+
+    @property
+    def _config(self) -> Path:
+        return self.home / "config.toml"
 
     def environment(self) -> Mapping[str, str]:
         return {"CODEX_HOME": str(self.home), "OPENAI_API_KEY": "x"}
@@ -142,6 +206,7 @@ class OpenCode(Agent):
     name = "opencode"
     executable = "opencode"
     api = "chat"
+    named = f"{TOOLS}_"
 
     def prepare(self) -> None:
         options = {"baseURL": f"{self.base_url}/v1", "apiKey": "x"}
@@ -151,9 +216,18 @@ class OpenCode(Agent):
         config = {"autoupdate": False, "share": "disabled", "model": f"gateway/{MODEL}",
                   "small_model": f"gateway/{MODEL}", "provider": {"gateway": provider},
                   "permission": {"bash": "allow"}}  # fmt: skip
-        folder = self.home / ".config" / "opencode"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "opencode.json").write_text(json.dumps(config))
+        self._config.parent.mkdir(parents=True, exist_ok=True)
+        self._config.write_text(json.dumps(config))
+
+    def offer(self, tools: ToolServer) -> None:
+        super().offer(tools)
+        stdio = {"type": "local", "command": tools.command, "environment": tools.environment}
+        server = stdio if tools.stdio else {"type": "remote", "url": tools.endpoint}
+        self._config.write_text(json.dumps({**json.loads(self._config.read_text()), "mcp": {TOOLS: server}}))
+
+    @property
+    def _config(self) -> Path:
+        return self.home / ".config" / "opencode" / "opencode.json"
 
     def environment(self) -> Mapping[str, str]:
         return {"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"}
@@ -178,3 +252,9 @@ class AgentsSDK(Agent):
 
     def command(self, doing: Doing) -> tuple[Sequence[str], str]:
         return [str(self.found), str(_SCRIPT), f"{self.base_url}/v1", MODEL, *self.flags], doing.prompt
+
+    def environment(self) -> Mapping[str, str]:
+        if self.tools is None:
+            return {}
+        stdio = {"command": self.tools.command[0], "args": self.tools.command[1:], "env": self.tools.environment}
+        return {"TOOLS": json.dumps(stdio if self.tools.stdio else {"url": self.tools.endpoint})}

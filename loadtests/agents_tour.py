@@ -1,7 +1,9 @@
 """Agents from the package indexes hold tool-using conversations through the gateway.
 
 `python -m loadtests.agents_tour --agents-python ENV/bin/python --npm-bin DIR/node_modules/.bin`. The engine behind the
-gateway is `loadtests.scripted_engine`; with `--stack` it is vLLM with the demo model, and no tool is called. With
+gateway is `loadtests.scripted_engine`; with `--stack` it is vLLM with the demo model, and no tool is called. At last
+each agent keeps its own windows by the gateway's tools of MCP, over HTTP and over stdio (`--windows`: only that); with
+`--stack` the scripted engine says which tools it calls, and the gateway that serves them stands before vLLM. With
 `--record FILE` the agents speak to the scripted engine without a gateway, and what they send is written to FILE: that
 is where tests/recordings/agents.json comes from.
 """
@@ -20,8 +22,8 @@ from pathlib import Path
 import httpx
 
 from gateway.stack import demo_model, local
-from loadtests import agent_recordings, contenders, thaw_stack
-from loadtests.agent_kinds import MODEL
+from loadtests import agent_recordings, agent_windows, contenders, thaw_stack
+from loadtests.agent_kinds import MODEL, Agent
 from loadtests.agent_scenarios import PLAIN, SCENARIOS, Scenario
 from loadtests.scripted_engine import ScriptedEngine
 
@@ -38,13 +40,14 @@ def main() -> int:
         work = Path(folder)
         if options.record:
             recorded = [
-                _record(scenario, _found(options, scenario), work / str(n)) for n, scenario in enumerate(chosen)
+                _record(scenario, _found(options, scenario.kind), work / str(n)) for n, scenario in enumerate(chosen)
             ]
             agent_recordings.write(options.record, recorded, work)
             return 0
         opened = _real(work) if options.stack else _scripted(work)
         with opened as (gateway, results):
-            return _tour(chosen, options, work, gateway, results)
+            toured = 0 if options.windows else _tour(chosen, options, work, gateway, results)
+            return max(toured, _keeping(options, work, gateway))
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def _tour(
     failed = 0
     for number, scenario in enumerate(chosen):
         title = f"{scenario.kind.name}: {scenario.name}"
-        agent = scenario.agent(_found(options, scenario), work / str(number), url)
+        agent = scenario.agent(_found(options, scenario.kind), work / str(number), url)
         before, seen = _sessions(url), results()
         try:
             for doing in scenario.doings:
@@ -78,6 +81,40 @@ def _tour(
             failed += 1
             print(f"FAIL  {title}: {error}", flush=True)
     return 1 if failed else 0
+
+
+def _keeping(options: argparse.Namespace, work: Path, url: str) -> int:
+    """Let each agent call the gateway's tools, over each transport."""
+    failed = 0
+    for keeping in agent_windows.KEEPING:
+        kind = keeping.kind
+        if options.only and kind.name not in options.only:
+            continue
+        try:
+            with _model_of(options, url) as (base_url, names):
+                agent = kind(_found(options, kind), work / names.session, base_url)
+                agent.offer(keeping.tools(url))
+                before = agent_windows.verbs(url)
+                agent.do(agent_windows.doing(kind, names))
+            done = agent_windows.verbs(url) - before
+            seen = agent_windows.check(url, names, done, real=options.stack)
+            print(f"ok    {kind.name}: {keeping.name}: {agent.version()}; {seen}", flush=True)
+        except (RuntimeError, subprocess.TimeoutExpired, httpx.HTTPError) as error:
+            failed += 1
+            print(f"FAIL  {kind.name}: {keeping.name}: {error}", flush=True)
+    return 1 if failed else 0
+
+
+@contextmanager
+def _model_of(options: argparse.Namespace, url: str) -> Iterator[tuple[str, agent_windows.Names]]:
+    """Where the agent finds its model, and the session that it shall freeze: its own, unless the engine is real."""
+    names = agent_windows.names()
+    if not options.stack:
+        yield f"{url}/s/{names.session}", names
+        return
+    agent_windows.talk(url, names)
+    with _engine(None) as engine:
+        yield _address(engine).url(""), names
 
 
 def _check(url: str, scenario: Scenario, new: Mapping[str, int], results: int) -> None:
@@ -139,12 +176,12 @@ def _address(engine: ScriptedEngine) -> contenders.Contender:
     return contenders.Contender("scripted engine", "", engine.server_port, os.getpid())
 
 
-def _found(options: argparse.Namespace, scenario: Scenario) -> Path:
+def _found(options: argparse.Namespace, kind: type[Agent]) -> Path:
     """The agent's executable. Exits where it is not there: a tour that leaves an agent out has not seen it."""
-    name = scenario.kind.executable
+    name = kind.executable
     path = options.agents_python if name == "python" else options.npm_bin / name
     if path is None or not path.exists():
-        sys.exit(f"{scenario.kind.name} is not there ({path}); `make agents-tour` installs all of them")
+        sys.exit(f"{kind.name} is not there ({path}); `make agents-tour` installs all of them")
     return Path(path).absolute()
 
 
@@ -154,6 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--npm-bin", type=Path, default=Path("node_modules/.bin"), help="where claude, codex are")
     parser.add_argument("--only", action="append", help="the name of an agent; may be given several times")
     parser.add_argument("--stack", action="store_true", help="before vLLM with the demo model, which calls no tools")
+    parser.add_argument("--windows", action="store_true", help="only the agents that keep their own windows")
     parser.add_argument("--record", type=Path, help="write what the agents send to this file, without a gateway")
     return parser.parse_args()
 

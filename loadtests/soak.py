@@ -31,6 +31,7 @@ from loadtests.soak_watch import Sample, Watch, Watched
 _DATED = re.compile(r"\d{4}-\d\d-\d\d ")
 _READY_S, _DRAIN_S, _STOP_S = 120.0, 60.0, 30.0
 _LOOKS = 4
+_SWEPT_LOOKS, _LOOK_S = 36, 5.0  # two sweeps (sweep_every_s), and what the second takes
 _IDLE_S = 8.0  # vLLM closes an idle connection after 5
 _PACES = {
     "stack": Pace(per_s=2, at_once=4, words=60, tokens=12),
@@ -44,10 +45,10 @@ def main() -> int:
     kind = "canned" if options.canned else "stack"
     with tempfile.TemporaryDirectory(prefix="cwg-soak-") as folder:
         work = Path(folder)
-        opened = _canned(work) if options.canned else _stack(work, options.redis)
+        opened = canned(work) if options.canned else stack(work, options.redis)
         with opened as watched:
             run = asyncio.run(_soak(kind, watched, options))
-        run.log = _complaints(work / "gateway.log")
+        run.log = complaints(work / "gateway.log")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"soak_{kind}.json").write_text(json.dumps(asdict(run)) + "\n")
     (options.out / f"soak_{kind}.md").write_text(text := soak_report.markdown(run))
@@ -78,6 +79,7 @@ async def _soak(kind: str, watched: Watched, options: argparse.Namespace) -> soa
         await _delete_all(http, "/admin/windows", "windows", "name")
         await _delete_all(http, "/admin/sessions", "sessions", "id")
     await asyncio.sleep(_IDLE_S)
+    await _swept(watch, traffic)
     samples.append(await _at_rest(watch, traffic))
     _say(samples[-1])
     return soak_report.Run(
@@ -97,6 +99,14 @@ async def _soak(kind: str, watched: Watched, options: argparse.Namespace) -> soa
 
 async def _sample(watch: Watch, traffic: Traffic, note: str) -> Sample:
     return await asyncio.to_thread(watch.sample, traffic.requests, traffic.failed, note)
+
+
+async def _swept(watch: Watch, traffic: Traffic) -> None:
+    """Wait for the sweep to settle the salts of what was deleted: LMCache may write a while after the last reply."""
+    for _ in range(_SWEPT_LOOKS):
+        if not (await _sample(watch, traffic, "")).rows.get("loose_salts"):
+            return
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _at_rest(watch: Watch, traffic: Traffic) -> Sample:
@@ -133,7 +143,8 @@ async def _delete_all(http: httpx.AsyncClient, path: str, key: str, name: str) -
 
 
 @contextmanager
-def _canned(work: Path) -> Iterator[Watched]:
+def canned(work: Path) -> Iterator[Watched]:
+    """A gateway before an engine that costs nothing."""
     with contenders.upstream(work) as engine:
         settings = {"CWG_ENGINE_URLS": engine.url(""), "CWG_DATA_DIR": str(work / "data")}
         with _gateway(work, settings) as (pid, port, eye):
@@ -141,7 +152,8 @@ def _canned(work: Path) -> Iterator[Watched]:
 
 
 @contextmanager
-def _stack(work: Path, redis_url: str) -> Iterator[Watched]:
+def stack(work: Path, redis_url: str) -> Iterator[Watched]:
+    """A gateway before vLLM and LMCache."""
     options = local.LocalStack(data_dir=work / "stack", max_model_len=8192, redis_url=redis_url or None)
     with local.running(options) as (plan, _):
         settings = {
@@ -187,7 +199,7 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
     raise RuntimeError(f"the gateway is not ready:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def _complaints(log: Path) -> list[str]:
+def complaints(log: Path) -> list[str]:
     """The errors that the gateway wrote, each with its traceback."""
     lines = log.read_text(errors="replace").splitlines()
     starts = [at for at, line in enumerate(lines) if _DATED.match(line)]

@@ -4,10 +4,25 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.fakes.engine import FakeEngine
 from tests.rigs import RedisServer
 from tests.running import Gateway, gateway_before
+
+
+class OneForTheStack(LoadScopeScheduling):  # type: ignore[misc]
+    """Where tests run in several processes: all that share a vLLM in one of them, the others by files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "stack" if nodeid.startswith("tests/stack/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneForTheStack:
+    """Not by marks: xdist 3.8 tells of their groups in a field that items of pytest 9.2 no longer have."""
+    return OneForTheStack(config, log)
 
 
 @pytest.fixture(scope="session")

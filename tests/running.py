@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from tests import documented
 from tests.fakes.engine import MODEL, WITHIN
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,8 @@ class Gateway:
         given = {**own, "auto_freeze": False, **settings}  # nothing behind the back of a test that does not ask for it
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
-        self.http = httpx.Client(base_url=self.url, timeout=15, headers=headers)
+        hooks = {"response": [documented.check]}
+        self.http = httpx.Client(base_url=self.url, timeout=15, headers=headers, event_hooks=hooks)
         self.process: subprocess.Popen[bytes]
 
     def start(self) -> "Gateway":

@@ -188,6 +188,21 @@ def test_a_system_message_that_is_replaced_still_changes_the_tools() -> None:
     assert frame(made) == {"tools": [NOW_TOOL, ADD_TOOL]}
 
 
+@pytest.mark.parametrize("effort", ["none", "low", "max"])
+def test_how_much_the_window_thought_is_said_and_comes_back_as_it_was(effort: str) -> None:
+    made = in_front(Front(None, [], {"reasoning_effort": effort}), {**BODY, "output_config": {"format": None}})
+    assert frame(made) == {"reasoning_effort": effort}
+    assert "format" in made["output_config"]
+
+
+def test_a_client_that_says_how_to_think_is_not_overruled_and_an_effort_without_a_word_is_refused() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    made = in_front(Front(None, [], {"reasoning_effort": "none"}), {**BODY, "thinking": thinking})
+    assert made["thinking"] == thinking
+    with pytest.raises(GatewayError, match="'minimal'"):
+        in_front(Front(None, [], {"reasoning_effort": "minimal"}), BODY)
+
+
 def test_tools_of_the_window_are_said_and_come_back_as_they_were() -> None:
     tools = [NOW_TOOL, ADD_TOOL]
     made = in_front(Front(None, [], {"tools": tools, "chat_template_kwargs": {"x": 1}, "documents": []}), BODY)

@@ -1,6 +1,7 @@
 """`cwg` as users run it: what it prints, and with which code it ends."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.engine import FakeEngine
-from tests.running import ROOT, Gateway, environment, free_port
+from tests.running import ROOT, Gateway, environment, free_port, gateway_before
 
 Ended = subprocess.CompletedProcess[str]
 
@@ -78,7 +79,7 @@ def test_the_verbs_do_their_work_and_tell_it(gateway: Gateway, session: str) -> 
     assert_failed(cwg("delete", name, url=gateway.url), name)
 
 
-def test_every_verb_can_answer_in_json(gateway: Gateway, session: str) -> None:
+def test_every_verb_can_answer_in_json(gateway: Gateway, session: str, tmp_path: Path) -> None:
     gateway.chat(session)
     name = f"w-{session}"
     for command in (
@@ -87,12 +88,23 @@ def test_every_verb_can_answer_in_json(gateway: Gateway, session: str) -> None:
         ["clone", name, f"c-{session}"],
         ["list"],
         ["status", name],
+        ["describe", name, "--tag", "a"],
+        ["messages", name],
+        ["ask", name, "why?"],
+        ["fanout", name, "1"],
+        ["verify", name],
+        ["export", name, str(tmp_path / "w.cwg")],
+        ["import", str(tmp_path / "w.cwg"), "--name", f"i-{session}"],
+        ["tree"],
         ["sessions"],
+        ["cache"],
+        ["policy"],
+        ["policy", "--check", session],
         ["doctor"],
         ["delete", name],
     ):
         ended = cwg(*command, "--json", url=gateway.url)
-        assert (ended.returncode, ended.stderr) == (0, "")
+        assert (ended.returncode, ended.stderr) == (0, ""), command
         assert isinstance(json.loads(ended.stdout), dict)
 
 
@@ -143,6 +155,83 @@ def test_wrong_usage_is_2(command: list[str]) -> None:
     ended = cwg(*command)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["frezee", "s", "w"], "'freeze'"),
+        (["list", "--limt", "3"], "'--limit'"),
+        (["sessions", "--state", "frozn"], "'frozen'"),
+        (["completion", "bsh"], "'bash'"),
+    ],
+)
+def test_what_is_mistyped_is_answered_with_what_was_meant(command: list[str], meant: str) -> None:
+    ended = cwg(*command)
+    assert (ended.returncode, "Did you mean" in ended.stderr, meant in ended.stderr) == (2, True, True)
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest_that_there_is(gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    gateway.freeze(session, f"kickoff-{session}")
+    for verb in (["status"], ["thaw"], ["delete"], ["ask", "--max-tokens", "5"]):
+        more = ["why?"] if verb[0] == "ask" else []
+        ended = cwg(*verb, f"kickof-{session}", *more, url=gateway.url)
+        assert_failed(ended, f"did you mean 'kickoff-{session}'?")
+    assert_failed(cwg("freeze", f"{session}x", "w", url=gateway.url), f"did you mean '{session}'?")
+    ended = cwg("status", "like-nothing-else-here", url=gateway.url)
+    assert_failed(ended, "like-nothing-else-here")
+    assert "did you mean" not in ended.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_told_how_to_complete(shell: str) -> None:
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("click asks bash for its version")
+    ended = cwg("completion", shell)
+    assert (ended.returncode, "_CWG_COMPLETE" in ended.stdout, ended.stderr) == (0, True, "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("cwg thaw w-{s}", "w-{s}"), ("cwg freeze {s}", "{s}"), ("cwg exp", "export")]
+)
+def test_commands_and_names_are_completed(gateway: Gateway, session: str, typed: str, offered: str) -> None:
+    gateway.chat(session)
+    gateway.freeze(session, f"w-{session}")
+    words = typed.format(s=session)
+    asked = {"_CWG_COMPLETE": "fish_complete", "COMP_WORDS": words, "COMP_CWORD": words.rsplit(" ", 1)[1]}
+    code = "from gateway.cli import main; main(prog_name='cwg')"
+    for url in (gateway.url, f"http://127.0.0.1:{free_port()}"):
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env={**environment({"CWG_URL": url}), **asked}, cwd=ROOT,
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stderr) == (0, "")
+        if url == gateway.url:
+            assert offered.format(s=session) in ended.stdout
+
+
+def test_the_rules_are_shown_set_and_reset(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path) as own:
+        pattern = "n-{session_id}-{timestamp}"
+        ended = cwg(
+            "policy", "--set", "token_threshold=100", "--set", f"naming_pattern={pattern}",
+            "--set", "idle_timeout_minutes=null", url=own.url,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        shown = json.loads(cwg("policy", "--json", url=own.url).stdout)
+        assert (shown["token_threshold"], shown["idle_timeout_minutes"]) == (100, None)
+        assert shown["naming_pattern"] == pattern
+        assert_failed(cwg("policy", "--set", "token_treshold=1", url=own.url), "token_threshold")
+        assert_failed(cwg("policy", "--set", "keep=many", url=own.url), "keep")
+        assert cwg("policy", "--reset", url=own.url).returncode == 0
+        assert own.http.get("/admin/policies").json()["set_at_run_time"] == []
+        own.chat("alice")
+        checked = cwg("policy", "--check", "alice", url=own.url)
+        assert (checked.returncode, "token count" in checked.stdout) == (0, True)
+        assert_failed(cwg("policy", "--check", "alise", url=own.url), "did you mean 'alice'?")
+        for wrong in (["--set", "keep"], ["--reset", "--check", "alice"]):
+            assert cwg("policy", *wrong, url=own.url).returncode == 2
 
 
 def test_help_and_version_need_no_gateway() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,13 +261,14 @@ async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) ->
         assert [rig.live(one) for one in keys(10)] == values
 
 
-async def test_an_adopted_pin_takes_no_bytes_and_frees_none_while_the_other_is_there(tmp_path: Path) -> None:
+async def test_an_object_under_another_name_than_its_pin_takes_no_bytes(tmp_path: Path) -> None:
     rig = DiskRig(tmp_path)
     async with rig.tier:
         rig.put(key(0), value(5000))
-        objects = await rig.tier.pin([key(0)], {})
+        (pin,) = await rig.tier.pin([key(0)], {})
         other = key(0, salt="other")
-        await rig.tier.adopt(objects, [other])
+        await rig.tier.restore([replace(pin, key=str(other), pin=pin.key)])
         assert len({file.stat().st_ino for file in (*rig.pins.iterdir(), *rig.kv.iterdir())}) == 1
+        assert sum(one.size for one in await rig.tier.inventory()) == 5000
         assert await rig.tier.remove([key(0)]) == 0
         assert await rig.tier.remove([other]) == 5000

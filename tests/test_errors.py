@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from gateway.errors import CODES, GatewayError
+from tests import error_page
 from tests.running import ROOT
 
 # As the outward surface names them, with their HTTP status.
@@ -41,6 +42,11 @@ def used() -> Counter[str]:
 def test_the_codes_are_those_promised_and_the_few_that_http_needs() -> None:
     assert {name: code.status for name, code in CODES.items()} == PROMISED | ADDED
     assert {name for name, code in CODES.items() if code.retryable} == RETRYABLE
+
+
+def test_the_page_of_errors_is_as_the_code_is() -> None:
+    assert error_page.PAGE.read_text() == error_page.page(), "run `make docs`"
+    assert all(code.means[0].isupper() and code.remedy for code in CODES.values())
 
 
 def test_every_code_is_used_but_those_of_what_is_not_there_yet() -> None:

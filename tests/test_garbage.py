@@ -65,8 +65,8 @@ class House:
             by_tier, _ = await self.parts.pins.pin(keys, [])
             objects = tuple(one for tier in by_tier.values() for one in tier.values())
             window = Window(
-                TENANT, name, "gone", "l", keys[0].salt, "demo", "org/demo", "fp", 1, 48, 16, len(keys), SIZE,
-                "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
+                TENANT, name, "gone", "l", keys[0].salt, keys[0].salt, "demo", "org/demo", "fp", 1, 48, 16, len(keys),
+                SIZE, "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
             )  # fmt: skip
             assert await self.parts.store.add_window(window, Manifest(window.manifest, (1,) * 48, objects))
 
@@ -439,6 +439,9 @@ def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, Di
     gateway.http.get(f"/admin/sessions/{session}")  # waits until the turn is recorded
     answer = gateway.http.get("/admin/cache").json()
     nothing = {"objects": 0, "bytes": 0}
+    hits = {name: answer.pop(name) for name in ("prompt_tokens", "cached_tokens", "hit_rate")}
+    assert hits["hit_rate"] == pytest.approx(hits["cached_tokens"] / hits["prompt_tokens"], abs=1e-4)
+    assert answer.pop("windows") == gateway.http.get("/admin/windows").json()["total"]
     assert answer == {
         "chunk_size": None, "lmcache": {"status": "not configured"}, "warnings": [],
         "tiers": {"disk": {

@@ -2,21 +2,23 @@
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import httpx2
+import jsonschema
 import pytest
-from mcp import Client, MCPError, StdioServerParameters
-from mcp.client.stdio import stdio_client
-from mcp.client.streamable_http import streamable_http_client
+from mcp import Client, MCPError
 from mcp_types import CallToolResult, TextContent, TextResourceContents
 
+from gateway.edge.mcp_tools import tool_named
 from tests.fakes.engine import FakeEngine
+from tests.mcp_clients import over_http, over_stdio
 from tests.running import ROOT, Gateway, environment, free_port, gateway_before
 
 pytestmark = pytest.mark.anyio
@@ -24,24 +26,9 @@ pytestmark = pytest.mark.anyio
 KEY = "correct-horse-battery"
 TOOLS = {
     "window_freeze", "window_thaw", "window_list", "window_status", "window_clone", "window_delete", "session_list",
-    "cache_stats", "health_check", "get_metrics_data",
+    "cache_stats", "health_check", "get_metrics_data", "auto_freeze_config", "auto_freeze_check", "window_ask",
+    "window_verify", "window_prefetch", "window_tree", "window_fanout", "window_describe", "session_delete",
 }  # fmt: skip
-
-
-@asynccontextmanager
-async def over_http(url: str, mode: str = "auto", **headers: str) -> AsyncIterator[Client]:
-    async with httpx2.AsyncClient(headers=headers, timeout=15) as http:
-        transport = streamable_http_client(f"{url}/mcp", http_client=http)
-        async with Client(transport, mode=mode) as client:
-            yield client
-
-
-@asynccontextmanager
-async def over_stdio(url: str, mode: str = "auto", key: str = "") -> AsyncIterator[Client]:
-    given = environment({"CWG_URL": url, "CWG_API_KEY": key})
-    server = StdioServerParameters(command=sys.executable, args=["-m", "gateway", "mcp"], env=given, cwd=ROOT)
-    async with Client(stdio_client(server), mode=mode) as client:
-        yield client
 
 
 @pytest.fixture(params=["http", "http-legacy", "stdio", "stdio-legacy"])
@@ -51,6 +38,9 @@ async def client(request: pytest.FixtureRequest, gateway: Gateway) -> AsyncItera
     connect = over_http if transport == "http" else over_stdio
     async with connect(gateway.url, era or "auto") as client:
         yield client
+
+
+each_transport = pytest.mark.parametrize("client", ["http", "stdio-legacy"], indirect=True)  # and each era, once
 
 
 async def answer(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
@@ -68,8 +58,10 @@ async def refusal(client: Client, tool: str, **arguments: Any) -> tuple[str, str
     result = await client.call_tool(tool, arguments)
     assert result.is_error, result.structured_content
     assert result.structured_content is not None
+    assert set(result.structured_content) == {"error"}
     error = result.structured_content["error"]
     assert set(error) == {"code", "message", "hint", "retryable", "details"}
+    jsonschema.validate(result.structured_content, tool_named(tool).output_schema)  # as clients in TypeScript do
     text = text_of(result)
     assert text.startswith(f"{error['code']}: {error['message']}")
     assert error["hint"] in text
@@ -83,20 +75,23 @@ def text_of(result: CallToolResult) -> str:
     return content.text
 
 
-async def test_the_tools_can_be_read_by_a_model(client: Client) -> None:
+async def test_the_tools_are_listed_as_the_table_has_them(client: Client) -> None:
     tools = {tool.name: tool for tool in (await client.list_tools()).tools}
-    assert set(tools) >= TOOLS
+    assert set(tools) == TOOLS
     assert client.server_info.name == "context-window-gateway"
     assert "window_freeze" in (client.instructions or "")
-    for tool in tools.values():
-        assert "Returns" in (tool.description or ""), tool.name
-        assert tool.output_schema is not None
-        assert tool.input_schema["additionalProperties"] is False
-        for name, schema in tool.input_schema["properties"].items():
-            assert schema["type"], (tool.name, name)
-            assert schema["description"], (tool.name, name)
-    reads = {name for name, tool in tools.items() if tool.annotations and tool.annotations.read_only_hint}
-    assert reads & TOOLS == TOOLS - {"window_freeze", "window_thaw", "window_clone", "window_delete"}
+    for name, tool in tools.items():
+        in_table = tool_named(name)
+        assert tool.description == str(in_table.about)
+        assert tool.input_schema == in_table.input_schema
+        assert tool.output_schema == in_table.output_schema
+        assert tool.annotations is not None
+    marked = {name: tool.annotations for name, tool in tools.items() if tool.annotations}
+    assert TOOLS - {name for name, marks in marked.items() if marks.read_only_hint} == {
+        "window_freeze", "window_thaw", "window_clone", "window_delete", "window_fanout", "window_describe",
+        "window_prefetch", "session_delete", "auto_freeze_config",
+    }  # fmt: skip
+    assert {name for name, marks in marked.items() if marks.destructive_hint} == {"window_delete", "session_delete"}
 
 
 async def test_an_agent_freezes_finds_clones_thaws_and_deletes(client: Client, gateway: Gateway, session: str) -> None:
@@ -137,12 +132,84 @@ async def test_an_agent_freezes_finds_clones_thaws_and_deletes(client: Client, g
     assert code == "window_not_found"
 
 
+@each_transport
+async def test_an_agent_asks_its_past_and_branches_from_it(client: Client, gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    gateway.freeze(session, f"w-{session}")
+    window = {"window_name": f"w-{session}"}
+    stages: list[str | None] = []
+
+    async def seen(progress: float, total: float | None, message: str | None) -> None:
+        stages.append(message)
+
+    asked = await client.call_tool(
+        "window_ask", {**window, "question": "What then?", "max_tokens": 9}, progress_callback=seen
+    )
+    said = asked.structured_content or {}
+    assert (said["answer"], said["receipt"]["cached_tokens"] >= 16) == ("Hello there!", True), asked.content
+    assert stages[-1] == "answer"
+    verdict = await answer(client, "window_verify", **window)
+    assert (verdict["ok"], verdict["damaged"]) == (True, [])
+    assert await refusal(client, "window_prefetch", **window) == (
+        "cache_unavailable", "cache_unavailable: no cache is configured to load into (set cache_url)"
+    )  # fmt: skip
+    fanned = await answer(client, "window_fanout", **window, count=2, prefix=f"f-{session}")
+    assert fanned["sessions"] == [f"f-{session}-1", f"f-{session}-2"]
+    nodes = {node["name"]: node for node in (await answer(client, "window_tree", limit=50))["nodes"]}
+    assert nodes[f"w-{session}"]["parent"] == {"kind": "session", "name": session}
+    assert nodes[f"f-{session}-2"]["relation"] == "thawed from"
+    assert (await answer(client, "session_delete", session_id=f"f-{session}-2"))["deleted"]
+    assert (await refusal(client, "window_status", session_id=f"f-{session}-2"))[0] == "session_not_found"
+
+
+@each_transport
+async def test_what_is_said_of_a_window_is_changed_and_cleared(client: Client, gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    gateway.freeze(session, f"w-{session}", description="old", tags=["old"], ttl_seconds=60)
+
+    async def describe(**said: Any) -> tuple[str, list[str], bool]:
+        now = await answer(client, "window_describe", window_name=f"w-{session}", **said)
+        return now["description"], now["tags"], now["expires_at"] is None
+
+    assert await describe(description="new", tags=None) == ("new", ["old"], False)
+    assert await describe(description="", tags=[], ttl_seconds=0) == ("", [], True)
+    assert (await refusal(client, "window_describe", window_name=f"w-{session}"))[0] == "invalid_request"
+
+
+@each_transport
+async def test_automatic_freezing_is_read_set_checked_and_reset(client: Client, gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    try:
+        before = await answer(client, "auto_freeze_config")
+        assert before["policy"] == gateway_rules(gateway)
+        idle = {"idle_timeout_minutes": 0.5, "context_share": None, "token_threshold": 10}
+        now = await answer(client, "auto_freeze_config", policy={"enabled": True, **idle})
+        assert now["policy"] == {**before["policy"], "enabled": True, **idle} == gateway_rules(gateway)
+        assert set(now["set_at_run_time"]) == {"enabled", *idle}
+        check = await answer(client, "auto_freeze_check", session_id=session, token_count=5)
+        assert check["token_count"] == gateway.turns(session)[0]["prompt_tokens"] + 3
+        assert (check["triggered"], check["window_name"][:5]) == (check["token_count"] >= 10, "auto-")
+        refused = await refusal(client, "auto_freeze_config", policy={"token_threshold": 10**8})
+        assert refused[0] == "invalid_request"
+        assert "above the context limit" in refused[1]
+        assert (await answer(client, "auto_freeze_config"))["policy"] == now["policy"]
+    finally:
+        assert (await answer(client, "auto_freeze_config", reset=True))["policy"] == before["policy"]
+
+
+def gateway_rules(gateway: Gateway) -> dict[str, Any]:
+    answer = gateway.http.get("/admin/policies").json()
+    return {name: answer[name] for name in answer if name not in ("set_at_run_time", "available")}
+
+
+@each_transport
 async def test_health_metrics_and_the_cache_are_told(client: Client, gateway: Gateway, session: str) -> None:
     before = await answer(client, "cache_stats")
     gateway.chat(session)
     assert gateway.freeze(session, f"w-{session}").status_code == 201
     after = await answer(client, "cache_stats")
     assert after["windows"] == before["windows"] + 1
+    assert (after["total_blocks"], after["total_bytes"], after["tiers"]) == (0, 0, {})
     assert after["prompt_tokens"] > before["prompt_tokens"]
     assert 0 < after["hit_rate"] < 1
     assert set((await answer(client, "health_check"))["components"]) >= {"engine", "cache", "store"}
@@ -171,8 +238,16 @@ async def test_resources_are_read(client: Client, gateway: Gateway, session: str
     assert f"w-{session}" in [w["name"] for w in (await read("cwg://windows"))["windows"]]
     assert f"w-{session}" in [w["name"] for w in (await read("cwm://windows"))["windows"]]
     assert session in [s["id"] for s in (await read("cwg://sessions"))["sessions"]]
-    assert (await read("cwg://stats"))["metrics"]
+    assert (await read("cwg://stats"))["windows"] >= 1
     assert (await read("cwg://health"))["status"]
+    for old, new in (
+        ("windows://list", "cwg://windows"),
+        ("sessions://list", "cwg://sessions"),
+        ("stats://cache", "cwg://stats"),
+        ("cwm://stats", "cwg://stats"),
+    ):
+        assert (await read(old)).keys() == (await read(new)).keys()
+    assert (await read("health://status"))["components"]
     messages = (await read(f"cwg://windows/w-{session}/messages"))["messages"]
     assert [m["content"] for m in messages] == ["hi", "Hello there!"]
     for uri, code in (
@@ -228,7 +303,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "window_clone",
         {"source_window": "w", "target_window": "a", "new_window_name": "b"},
         "invalid_request",
-        "target_window is given more than once",
+        "target_window and new_window_name are one parameter",
     ),
     (
         "window_delete",
@@ -243,17 +318,71 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
+@each_transport
 async def test_wrong_arguments_are_refused_and_named(client: Client) -> None:
     for tool, arguments, code, says in WRONG:
         seen, text = await refusal(client, tool, **arguments)
         assert (seen, says in text) == (code, True), (tool, text)
 
 
+@each_transport
 async def test_an_unknown_tool_is_refused_and_the_known_are_named(client: Client) -> None:
     with pytest.raises(MCPError, match=r"not_found: there is no tool 'window_melt' \(tools are window_freeze, "):
         await client.call_tool("window_melt", {})
 
 
+HUGE_CALLS: list[tuple[str, dict[str, Any], str]] = [
+    ("window_freeze", {**W, "description": "x" * 900_000}, "invalid_request"),
+    ("window_freeze", {**W, "tags": ["a"] * 200_000}, "invalid_request"),
+    ("window_freeze", {"session_id": "x" * 900_000, "window_name": "w"}, "invalid_session_id"),
+    ("window_freeze", {**W, "x" * 900_000: 1}, "unknown_parameter"),
+    ("window_freeze", {**W, "tags": [{"a": ["b"] * 200_000}]}, "invalid_request"),
+    ("window_ask", {"window_name": "w", "question": "x" * 900_000}, "invalid_request"),
+    ("auto_freeze_config", {"policy": {"policies": [{}] * 200_000}}, "invalid_request"),
+    ("auto_freeze_config", {"policy": {"policies": [{"use": "x" * 900_000}]}}, "invalid_request"),
+]
+
+
+@each_transport
+async def test_huge_arguments_are_refused_and_nothing_else_is_lost(
+    client: Client, gateway: Gateway, session: str
+) -> None:
+    gateway.chat(session)
+    before = gateway.http.get("/admin/windows").json()["total"]
+    ours = answer(client, "window_freeze", session_id=session, window_name=f"w-{session}")
+    refused = [refusal(client, tool, **arguments) for tool, arguments, _ in HUGE_CALLS]
+    frozen, *seen = await asyncio.gather(ours, *refused)
+    assert [code for code, _ in seen] == [code for _, _, code in HUGE_CALLS]
+    with pytest.raises(MCPError, match="not_found: there is no tool") as caught:
+        await client.call_tool("x" * 9000, {})  # it is in a header too
+    assert len(str(caught.value)) < 1000
+    assert gateway.http.get("/admin/windows").json()["total"] == before + 1
+    assert (await answer(client, "window_status", window_name=frozen["name"]))["receipt"] == frozen["receipt"]
+
+
+MILLIONS: list[dict[str, Any]] = [{**W, "description": "x" * 2**20}, {**W, "tags": ["a"] * 10**6}]
+
+
+async def test_what_is_larger_than_a_request_may_be_is_not_read_over_http(gateway: Gateway) -> None:
+    async with over_http(gateway.url) as client:
+        for arguments in MILLIONS:
+            with pytest.raises(MCPError):
+                await client.call_tool("window_freeze", arguments)
+            call = {"name": "window_freeze", "arguments": arguments}
+            response = post(gateway, {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call})
+            assert code_of(response) == (413, "payload_too_large")
+            assert response.json()["error"]["hint"] == "no tool takes so much"
+        assert (await answer(client, "health_check", component="store"))["status"] == "healthy"
+
+
+async def test_over_stdio_it_is_refused_as_what_it_is(gateway: Gateway) -> None:
+    async with over_stdio(gateway.url) as client:
+        for arguments in MILLIONS:
+            assert (await refusal(client, "window_freeze", **arguments))[0] == "invalid_request"
+        assert (await answer(client, "health_check", component="store"))["status"] == "healthy"
+
+
+@each_transport
 async def test_the_words_of_the_replaced_system_are_understood(client: Client, gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.freeze(session, f"w-{session}")
@@ -268,6 +397,7 @@ async def test_the_words_of_the_replaced_system_are_understood(client: Client, g
     await answer(client, "window_delete", window_name=f"w-{session}", force=True, delete_blocks=True)
 
 
+@each_transport
 async def test_calls_at_the_same_time_do_not_disturb_each_other(client: Client, gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.freeze(session, f"w-{session}")
@@ -311,6 +441,69 @@ async def test_stdio_says_so_when_no_gateway_answers() -> None:
     async with over_stdio(f"http://127.0.0.1:{free_port()}") as client:
         code, text = await refusal(client, "window_freeze", session_id="s", window_name="w")
         assert (code, "CWG_URL" in text) == ("gateway_unreachable", True)
+        with pytest.raises(MCPError, match="gateway_unreachable: no gateway answers at"):
+            await client.read_resource("cwg://windows")
+
+
+@pytest.mark.parametrize(
+    ("key", "line"), [("", "no gateway answers at URL: "), ("wrong", "the API key is missing or wrong")]
+)
+def test_stdio_tells_at_once_that_it_cannot_work(guarded: Gateway, key: str, line: str) -> None:
+    url = guarded.url if key else f"http://127.0.0.1:{free_port()}"
+    with mcp_process(url, key) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline().decode()
+    assert said.startswith(f"cwg mcp: {line.replace('URL', url)}")
+    assert said.endswith("; every call tries again\n")
+
+
+def test_a_person_who_starts_it_is_told_what_it_waits_for(gateway: Gateway) -> None:
+    terminal, stdin = os.openpty()
+    try:
+        with mcp_process(gateway.url, stdin=stdin) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith(b"cwg mcp: waiting for MCP on stdin")
+    finally:
+        os.close(stdin)
+        os.close(terminal)
+
+
+NO_MCP = (b"", b"no json", b"[]", b"null", b"[" * 100_000, b"x" * 2**21, b"\xff\xfe", b'{"jsonrpc": "1.0"}', b"{}")
+
+
+def test_stdio_goes_on_after_what_is_no_mcp(gateway: Gateway) -> None:
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "window_list", "arguments": {}}}
+    ready = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    with mcp_process(gateway.url) as process:
+        sent = [
+            *NO_MCP,
+            json.dumps(INITIALIZE).encode(),
+            *NO_MCP,
+            json.dumps(ready).encode(),
+            json.dumps(call).encode(),
+        ]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"".join(line + b"\n" for line in sent))
+        process.stdin.flush()
+        answers = (json.loads(line) for line in process.stdout)
+        listed = next(line for line in answers if line.get("id") == 2)
+        assert "windows" in listed["result"]["structuredContent"], listed
+        _, errors = process.communicate(timeout=15)
+    assert (process.returncode, errors) == (0, b"")
+
+
+@contextmanager
+def mcp_process(url: str, key: str = "", stdin: int = subprocess.PIPE) -> Iterator["subprocess.Popen[bytes]"]:
+    """`cwg mcp`, with pipes of our own."""
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "gateway", "mcp"]
+    env = environment({"CWG_URL": url, "CWG_API_KEY": key})
+    with subprocess.Popen(command, env=env, cwd=ROOT, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 INITIALIZE = {

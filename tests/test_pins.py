@@ -88,7 +88,7 @@ async def test_a_tier_is_told_only_of_what_is_known_in_it(pins: Pins, disk: Disk
     again, _ = await pins.pin(keys(1), known)
     assert again == first
     restored, _ = await pins.restore(known)
-    assert restored == {"disk": {key(0): Restored.INTACT}, "redis": {key(0): Restored.INTACT}}
+    assert restored == {"disk": {str(key(0)): Restored.INTACT}, "redis": {str(key(0)): Restored.INTACT}}
     assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
 
 
@@ -99,7 +99,7 @@ async def test_what_one_tier_lost_the_other_does_not_hide(pins: Pins, disk: Disk
     await disk.tier.remove(keys(1))
     await redis.tier.lose(keys(1))
     restored, warnings = await pins.restore([o for have in pinned.values() for o in have.values()])
-    assert restored == {"disk": {key(0): Restored.MISSING}, "redis": {key(0): Restored.RELINKED}}
+    assert restored == {"disk": {str(key(0)): Restored.MISSING}, "redis": {str(key(0)): Restored.RELINKED}}
     assert warnings == []
 
 
@@ -139,7 +139,7 @@ async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_thei
     assert (list(pinned), len(warnings)) == (["disk"], 1)
     (one,) = pinned["disk"].values()
     restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
-    assert (restored, len(warnings)) == ({"disk": {key(0): Restored.INTACT}}, 1)
+    assert (restored, len(warnings)) == ({"disk": {str(key(0)): Restored.INTACT}}, 1)
     assert (await half.sweep([key(0)]))[0] == 0
     await disk.tier.lose(keys(1))
     freed, warnings = await half.remove(keys(1), originals=False)

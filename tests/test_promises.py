@@ -1,14 +1,17 @@
 """Promises that several parts keep together, each where breaking it would cost a user something."""
 
+import ast
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.settings import load
 from tests.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
-from tests.running import Gateway
+from tests.running import ROOT, Gateway, gateway_before
 from tests.test_admin import error_of
 from tests.wire import Wire
 
@@ -143,3 +146,86 @@ def test_a_window_that_is_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
     gateway.chat(f"t-{session}", "and now?")
     sent = engine.seen(CHAT)[-1].json["messages"]
     assert [m["content"] for m in sent] == ["remember me", "Hello there!", "and now?"]
+
+
+def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    gateway.chat(session, "freeze me twice")
+    names = [f"{side}-{session}" for side in ("a", "b")]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda name: gateway.freeze(session, name), names))
+    assert [answer.status_code for answer in answers] == [201, 201]
+    said = [gateway.http.get(f"/admin/windows/{name}/messages").json()["messages"] for name in names]
+    assert said[0] == said[1] != []
+    assert gateway.http.get(f"/admin/sessions/{session}").json()["state"] == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"), [(3891, ""), (3892, "nearly full"), (4095, "nearly full"), (4096, "is full"), (5000, "is full")]
+)
+def test_w17_ec011_a_context_of_95_percent_warns_and_one_of_100_says_so(
+    engine: FakeEngine, gateway: Gateway, session: str, tokens: int, says: str
+) -> None:
+    engine.on_chat = lambda exchange: exchange.json(whole_reply("ok", usage_of(tokens - 10, 10)))
+    gateway.chat(session)
+    status = gateway.http.get(f"/admin/sessions/{session}").json()
+    assert (status["token_count"], status["context_limit"]) == (tokens, 4096)
+    assert [says in warning for warning in status["warnings"]] == [True] * bool(says)
+
+
+@pytest.mark.parametrize("tag", ["größe", "日本", "Größe"])
+def test_x10_a_tag_of_any_script_is_found_by_itself_alone(gateway: Gateway, session: str, tag: str) -> None:
+    gateway.chat(session)
+    assert gateway.freeze(session, f"w-{session}", tags=[tag]).status_code == 201
+
+    def found(asked: str) -> int:
+        query = {"tags": asked, "session_id": session}
+        return int(gateway.http.get("/admin/windows", params=query).json()["total"])
+
+    assert (found(tag), found(tag.swapcase()), found("gr_sse")) == (1, int(tag == tag.swapcase()), 0)
+
+
+@pytest.mark.parametrize("name", ["update-auth", "drop-table", "select", "script-work", "null", "index", "metadata"])
+def test_s12_a_word_of_sql_or_of_storage_is_a_name_like_any_other(gateway: Gateway, session: str, name: str) -> None:
+    gateway.chat(session)
+    assert gateway.freeze(session, name).status_code == 201
+    assert gateway.http.get(f"/admin/windows/{name}").json()["name"] == name
+    assert gateway.http.delete(f"/admin/windows/{name}").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["a;b", "a|b", "a`b`", "$(a)", "../a", "a/../b", "\uff41", "a\u0430", "a'--"])
+def test_s14_ec013_what_a_shell_a_path_or_an_eye_could_misread_is_no_name(
+    gateway: Gateway, session: str, name: str
+) -> None:
+    gateway.chat(session)
+    assert error_of(gateway.freeze(session, name)) == (400, "invalid_window_name")
+    assert error_of(gateway.freeze(name, "w")) == (400, "invalid_session_id")
+
+
+def test_s03_nothing_in_the_gateway_evaluates_or_unpickles() -> None:
+    forbidden = {"eval", "exec", "pickle", "marshal", "shelve", "dill"}
+    for file in (file for folder in ("gateway", "policies") for file in (ROOT / folder).rglob("*.py")):
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+        imports = {
+            alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import)
+            for alias in node.names
+        }  # fmt: skip
+        assert not (names | imports) & forbidden, file
+
+
+def test_s07_what_the_gateway_writes_can_be_read_by_its_owner_alone(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path) as gateway:
+        gateway.chat("private")
+        assert gateway.freeze("private", "private").status_code == 201
+        modes = {path: path.stat().st_mode for path in (gateway.data_dir, *gateway.data_dir.rglob("*"))}
+    assert len(modes) > 3
+    assert {path: oct(mode) for path, mode in modes.items() if path.is_dir() and mode & 0o077} == {}
+
+
+def test_x24_no_file_beside_the_gateway_stops_its_start(
+    engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("OPENAI_API_KEY=k\nCWG_PORT=nonsense\n")
+    monkeypatch.chdir(tmp_path)
+    assert load(environment={}, overrides={}).port == 8700

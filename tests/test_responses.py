@@ -164,6 +164,13 @@ def test_a_windows_tools_are_said_as_this_api_says_them() -> None:
     assert written["chat_template_kwargs"] == {"x": 1}
 
 
+def test_how_much_the_window_thought_is_said_beside_what_the_client_says() -> None:
+    body = {"input": "hi", "reasoning": {"summary": "auto"}}
+    written = fronted(body, Front(None, HISTORY, {"reasoning_effort": "low"}))
+    assert written["reasoning"] == {"summary": "auto", "effort": "low"}
+    assert body["reasoning"] == {"summary": "auto"}
+
+
 @pytest.mark.parametrize("name", ["chat_template", "documents"])
 def test_a_window_that_this_api_cannot_say_is_refused(name: str) -> None:
     with pytest.raises(GatewayError, match=name):

@@ -1,9 +1,19 @@
 """What the session's status says of each turn: how its prompt was estimated, and what it found in the cache."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.dialects.chat import ChatDialect
+from gateway.dialects.contract import Reply
+from gateway.ended import Ended, Read
+from gateway.records import Session, Trace, Turn, Usage
+from gateway.reviews import Reviews
+from gateway.sessions import Place
+from gateway.store.contract import Finished
+from gateway.store.sqlite import SqliteStore
+from gateway.tokens import Estimator
 from tests.fakes.engine import Exchange, FakeEngine, whole_reply
 from tests.running import Gateway
 
@@ -57,6 +67,18 @@ def test_a_turn_that_missed_says_why(
     assert "tell me" not in turn["miss"]
 
 
+def test_a_deleted_session_leaves_nothing_to_the_next_of_its_name(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    gateway.chat(session, messages=LONG)
+    gateway.turns(session)
+    assert gateway.http.delete(f"/admin/sessions/{session}").status_code == 200
+    engine._kv.clear()
+    gateway.chat(session, messages=LONG)
+    turn = last(gateway, session, 1)
+    assert (turn["miss"], turn["expected_cached_tokens"]) == ("first-turn", 0)
+
+
 def test_an_engine_that_forgot_or_says_nothing_is_told_apart(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
@@ -82,6 +104,27 @@ def test_a_turn_that_follows_at_once_is_compared_with_the_one_just_before(gatewa
     assert [turn["miss"] for turn in turns] == ["none"] * 5 + ["first-turn"]
     expected = [turn["expected_cached_tokens"] for turn in reversed(turns)]
     assert sorted(set(expected)) == expected
+
+
+@pytest.mark.anyio
+async def test_a_turn_is_not_compared_with_one_that_ran_beside_it(tmp_path: Path) -> None:
+    def read(asked: str, started_at: float, ended_at: float) -> Read:
+        call = ChatDialect().read({"model": "demo", "messages": [*LONG, REPLY, u(asked)]}, b"")
+        over = Ended(
+            Place(known, "", b""), "f", "salt", ChatDialect(), call, "completed", 200, started_at,
+            (ended_at - started_at) * 1000, streamed=False, chunks=(),
+        )  # fmt: skip
+        return Read(over, Reply(REPLY, Usage(1100, 5, 0)), call.whole, call.followed_by(REPLY))
+
+    first = Turn("t", "s", "demo", "completed", 200, 1.0, 1000.0, Usage(1000, 5, 0))
+    new = Session("t", "s", lineage="s")
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
+        await store.record([Finished(first, new, "f", "salt", [*LONG, REPLY], {}, Trace(b"", b"", None))])
+        known = await store.session("t", "s")
+        assert known is not None
+        reviews = Reviews(store, Estimator(), lambda: 64)
+        assert (await reviews.of(read("one", 10, 20))).miss.startswith("evicted")
+        assert (await reviews.of(read("another", 11, 21))).miss.startswith("evicted")
 
 
 def test_the_estimate_and_how_wrong_it_was_are_shown(gateway: Gateway, session: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings: every row from every source, precedence, what is refused and how, and README's table."""
+"""Settings: every row from every source, precedence, what is refused and how, and the table in docs/settings.md."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -47,6 +47,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "sweep_every_s": ("9.5", "9.5", 9.5),
     "responses_kept": ("44", "44", 44),
     "busy_wait_s": ("5.5", "5.5", 5.5),
+    "on_full": ("successor", '"successor"', "successor"),
     "freeze_timeout_s": ("6", "6", 6.0),
     "thaw_timeout_s": ("7", "7", 7.0),
     "auto_freeze": ("no", "false", False),
@@ -145,6 +146,7 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("engine_urls", "http://a,ftp://b"), ("engine_check_s", "0"),
         ("cache_url", "localhost"), ("kv_redis_url", "http://x"), ("kv_redis_url", "redis://"),
         ("store_url", "redis://x"), ("store_url", "/path"), ("isolation", "none"), ("isolation", ""),
+        ("on_full", "cut"),
         ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
         ("engine_urls", ""), ("expiry_grace_s", "-1"), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"),
         ("sweep_every_s", "0"), ("disk_budget_bytes", "-1"), ("redis_budget_bytes", "1.5"), ("disk_reserve_bytes", "0"),
@@ -200,8 +202,8 @@ def test_paths_follow_from_the_data_dir_unless_they_are_given(tmp_path: Path) ->
     assert all(p.is_absolute() for p in (given.kv_path, Settings().store_path, Settings(data_dir="~/x").data_path) if p)
 
 
-def test_readme_has_every_setting_as_the_code_has_it() -> None:
-    _, rest = (ROOT / "README.md").read_text().split("<!-- settings -->")
+def test_docs_have_every_setting_as_the_code_has_it() -> None:
+    _, rest = (ROOT / "docs/settings.md").read_text().split("<!-- settings -->")
     listed, _ = rest.split("<!-- /settings -->")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in listed.strip().splitlines()]
     assert rows[0] == ["setting", "default", "what it is"]

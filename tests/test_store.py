@@ -17,7 +17,7 @@ from gateway import identity
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
-from gateway.store.contract import Finished, Store, WindowQuery
+from gateway.store.contract import Finished, Released, Store, WindowQuery
 from gateway.store.migrations import MIGRATIONS
 from gateway.store.sqlite import SqliteStore
 from tests.rigs import key, keys, small_disk
@@ -61,8 +61,9 @@ def finished(
 def window(name: str, transcript: bytes = b"", **more: Any) -> Window:
     """A window without KV."""
     plain = Window(
-        tenant=TENANT, name=name, session_id="s", lineage="s", salt="salt", model="demo", model_root="org/demo",
-        fingerprint="fp", world_size=1, token_count=10, chunk_size=4, chunk_count=2, size_bytes=100, kv="complete",
+        tenant=TENANT, name=name, session_id="s", lineage="s", salt="salt", pin_salt="salt", model="demo",
+        model_root="org/demo", fingerprint="fp",
+        world_size=1, token_count=10, chunk_size=4, chunk_count=2, size_bytes=100, kv="complete",
         transcript=transcript, frame=None, manifest=f"m-{name}", created_at=1000.0, receipt={"tokens": 10},
     )  # fmt: skip
     return replace(plain, **more)
@@ -409,7 +410,8 @@ async def test_a_window_comes_back_as_it_went_in(store: Store) -> None:
     )  # fmt: skip
     assert await store.add_window(made, manifest("w", keys(2)))
     assert await store.window(TENANT, "w") == made
-    assert await store.manifest("m-w") == manifest("w", keys(2))
+    assert await store.manifest(made) == manifest("w", keys(2))
+    assert await store.pinned(made) == manifest("w", keys(2)).objects
     assert await store.window(TENANT, "W") is None
     assert await store.window("other", "w") is None
 
@@ -475,7 +477,7 @@ async def test_a_manifest_keeps_order_ranks_and_tiers_apart(store: Store) -> Non
     held = [key(n, rank=rank) for n in (3, 1, 2) for rank in (0x02000200, 0x02010200)]
     wanted = manifest("w", held, tiers=("disk", "redis"))
     assert await store.add_window(window("w", world_size=2, chunk_count=3), wanted)
-    assert await store.manifest("m-w") == wanted
+    assert await store.manifest(window("w")) == wanted
     assert await store.held_objects() == set(held)
     assert await store.tier_usage() == {"disk": (6, 300), "redis": (6, 300)}
     found = await store.objects([held[0], key(99)])
@@ -487,9 +489,9 @@ async def test_thousands_of_objects_are_looked_up_at_once(store: Store) -> None:
     await add(store, "w", keys(1700))
     assert len(await store.objects(keys(3000))) == 1700
     assert await store.objects([]) == []
-    orphans = await store.delete_window(TENANT, "w")
-    assert orphans is not None
-    assert len(orphans) == 1700
+    gone = await store.delete_window(TENANT, "w")
+    assert gone is not None
+    assert (len(gone.pins), gone.names) == (1700, ())
 
 
 async def test_a_deletion_gives_back_only_what_nobody_else_holds(store: Store) -> None:
@@ -498,14 +500,35 @@ async def test_a_deletion_gives_back_only_what_nobody_else_holds(store: Store) -
     await add(store, "other", [key(4)], tenant="other", manifest="m-other")
     clone = window("clone", manifest="m-b", parent="b")
     assert await store.add_window(clone, None)
-    assert await store.delete_window(TENANT, "b") == []  # its clone holds everything
+    assert await store.delete_window(TENANT, "b") == Released()  # its clone holds everything
     assert await store.delete_window(TENANT, "b") is None
-    assert set(await store.delete_window(TENANT, "clone") or ()) == {key(3)}
+    assert await store.delete_window(TENANT, "clone") == Released((key(3),))
     assert await store.held_objects() == {*keys(3), key(4)}
-    assert set(await store.delete_window(TENANT, "a") or ()) == {*keys(3)}
-    assert await store.delete_window("other", "other") == [key(4)]
+    assert await store.delete_window(TENANT, "a") == Released(tuple(keys(3)))
+    assert await store.delete_window("other", "other") == Released((key(4),))
     assert await store.held_objects() == set()
     assert await store.tier_usage() == {}
+
+
+async def test_an_isolated_clone_shares_its_sources_pins_under_names_of_its_own(store: Store) -> None:
+    await add(store, "w", keys(2))
+    apart = window("apart", salt="other", manifest="m-w")
+    assert await store.add_window(apart, None)
+    assert await store.add_window(replace(apart, name="copy"), None)
+    names = [key(number, salt="other") for number in range(2)]
+    assert await store.pinned(apart) == tuple(
+        replace(one, key=str(name), pin=one.key)
+        for one, name in zip(manifest("w", keys(2)).objects, names, strict=True)
+    )
+    assert (await store.manifest(apart)).token_ids == (1, 2, 2**32 - 1)
+    assert await store.held_objects() == await store.held_under("salt") == set(keys(2))
+    assert await store.isolated_names() == await store.held_under("other") == set(names)
+    assert await store.held_under("nobody") == set()
+    assert await store.delete_window(TENANT, "copy") == Released()  # another window is found under its salt
+    assert await store.delete_window(TENANT, "w") == Released()
+    assert await store.delete_window(TENANT, "apart") == Released(tuple(keys(2)), tuple(names))
+    assert {one.salt for one in await store.loose_salts()} == {"salt", "other"}
+    assert await store.isolated_names() == await store.held_objects() == set()
 
 
 async def test_deletions_at_once_give_each_object_back_once(store: Store) -> None:
@@ -513,7 +536,7 @@ async def test_deletions_at_once_give_each_object_back_once(store: Store) -> Non
         await add(store, f"w{n}", [key(n), key(n + 1)])
     gone = await asyncio.gather(*(store.delete_window(TENANT, f"w{n % 10}") for n in range(20)))
     assert [g for g in gone if g is None] == [None] * 10
-    given = [one for g in gone if g is not None for one in g]
+    given = [one for g in gone if g is not None for one in g.pins]
     assert sorted(map(str, given)) == sorted(map(str, keys(11)))
 
 
@@ -522,7 +545,7 @@ async def test_an_object_that_was_made_anew_has_its_new_checksum_for_every_windo
     again = PinnedObject(str(key(1)), "disk", 60, b"new")
     assert await store.add_window(window("b"), Manifest("m-b", (1,), (again,)))
     assert await store.objects([key(1)]) == [again]
-    assert (await store.manifest("m-a")).objects == (again,)
+    assert (await store.manifest(window("a"))).objects == (again,)
 
 
 # --- lineage
@@ -589,7 +612,7 @@ async def test_a_restart_finds_everything(open_store: Open) -> None:
         after = (await store.session(TENANT, "s"), await store.window(TENANT, "w"), await store.turns(TENANT, "s", 9))
         assert after == before
         assert await messages_of(store, "s") == ODD
-        assert await store.manifest("m-w") == manifest("w", keys(2))
+        assert await store.manifest(window("w")) == manifest("w", keys(2))
 
 
 async def test_what_was_written_before_the_end_is_written(open_store: Open) -> None:
@@ -661,7 +684,7 @@ async def whole(store: Store, name: str) -> int:
     """How many windows of a writer there are; each has to be whole."""
     count = 0
     while (one := await store.window(TENANT, f"w-{name}-{count}")) is not None:
-        assert [o.key for o in (await store.manifest(one.manifest)).objects] == [str(key(count)), str(key(count + 1))]
+        assert [o.key for o in (await store.manifest(one)).objects] == [str(key(count)), str(key(count + 1))]
         count += 1
     return count
 

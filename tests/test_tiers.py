@@ -1,6 +1,7 @@
 """What every tier promises, asked of each one: nothing here knows whether a pin is a link or a copy."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -296,28 +297,51 @@ async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Ri
     assert [rig.live(one) for one in keys(30)] == values
 
 
-# --- adopt
+# --- pins that go by other names
 
 
-async def test_a_pin_gets_a_second_name_that_outlives_the_first(rig: Rig) -> None:
+async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: Rig) -> None:
     values, objects = await pinned(rig, 3)
     names = [key(number, salt="other") for number in range(3)]
-    adopted = await rig.tier.adopt(objects, names)
-    assert adopted == [
-        PinnedObject(str(name), o.tier, o.size, o.checksum) for o, name in zip(objects, names, strict=True)
-    ]
+    apart = [replace(o, key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
+    assert await rig.tier.verify(apart) == [Restored.INTACT] * 3
+    assert [await rig.tier.read(one) for one in apart] == values
     assert await rig.tier.present(names) == set()  # LMCache finds them once they are restored
-    await rig.tier.remove(keys(3))
-    assert await rig.tier.verify(adopted) == [Restored.INTACT] * 3
-    assert await rig.tier.restore(adopted) == [Restored.RELINKED] * 3
+    assert await rig.tier.restore(apart) == [Restored.RELINKED] * 3
+    assert await rig.tier.restore(apart) == [Restored.INTACT] * 3
     assert [rig.live(name) for name in names] == values
-
-
-async def test_a_pin_that_is_gone_cannot_be_adopted(rig: Rig) -> None:
-    _, objects = await pinned(rig, 2)
+    await rig.tier.lose(keys(3))
     rig.drop_pin(key(0))
-    names = [key(number, salt="other") for number in range(2)]
-    assert [o.key for o in await rig.tier.adopt(objects, names)] == [str(names[1])]
+    assert await rig.tier.restore(apart[:1]) == [Restored.INTACT]
+    assert rig.pinned(key(0)) == values[0]  # what LMCache had under the other name has mended the pin
+    rig.put(names[1], harmed(values[1], "flip"))
+    assert await rig.tier.restore(apart[1:2]) == [Restored.RELINKED]
+    assert rig.live(names[1]) == values[1]
+
+
+async def test_pins_are_lent_as_they_are(rig: Rig) -> None:
+    values, objects = await pinned(rig, 3)
+    rig.put_pin(key(1), harmed(values[1], "flip"))
+    rig.drop_pin(key(2))
+    names = [key(number, salt="other") for number in range(3)]
+    await rig.tier.lend([replace(o, key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)])
+    assert [rig.live(name) for name in names] == [values[0], harmed(values[1], "flip"), None]
+    await rig.tier.lose(names)
+    assert await rig.tier.under({"other"}) == set()
+    assert [rig.pinned(one) for one in keys(3)] == [values[0], harmed(values[1], "flip"), None]
+
+
+async def test_unchecked_only_what_is_put_back_is_read(rig: Rig) -> None:
+    values, objects = await pinned(rig, 5)
+    rig.put(key(0), harmed(values[0], "flip"))
+    rig.put(key(1), harmed(values[1], "truncate"))
+    await rig.tier.lose([key(2), key(3)])
+    rig.put_pin(key(3), harmed(values[3], "flip"))
+    assert await rig.tier.restore(objects, check=False) == [
+        Restored.INTACT, Restored.RELINKED, Restored.RELINKED, Restored.CORRUPT, Restored.INTACT,
+    ]  # fmt: skip
+    assert [rig.live(one) for one in keys(5)] == [harmed(values[0], "flip"), values[1], values[2], None, values[4]]
+    assert await rig.tier.restore([], check=False) == []
 
 
 # --- under

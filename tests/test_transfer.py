@@ -1,14 +1,11 @@
 """Windows as files: the round trip through both tiers, and every file that is not as it must be."""
 
 import asyncio
-import hashlib
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -19,109 +16,29 @@ from gateway.app import open_parts
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
 from gateway.parts import Parts
-from gateway.records import Manifest, PinnedObject, Window
-from gateway.settings import Settings
 from gateway.windows import container
 from gateway.windows.delete import delete
 from gateway.windows.export import export, pack
 from gateway.windows.imports import import_window
 from gateway.windows.thaw import thaw
-from tests.fakes.engine import MODEL, FakeEngine, render
-from tests.rigs import RedisRig, RedisServer
+from tests.fakes.engine import MODEL, FakeEngine
+from tests.houses import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, House, cache_server, opened, value, window
+from tests.rigs import RedisServer
 from tests.running import ROOT, Gateway, environment, gateway_before
 
 pytestmark = pytest.mark.anyio
 
-CHUNK = 16
-MESSAGES = [{"role": "user", "content": "hello there, how are you? " * 3}, {"role": "assistant", "content": "Fine."}]
-IDS = tuple(render(MESSAGES, generation_prompt=False))
-CHUNKS = len(IDS) // CHUNK
-FRAME = {"chat_template_kwargs": {"x": 1}}
-
-
-class _Cache(BaseHTTPRequestHandler):
-    """LMCache, as far as an import asks it: what it is."""
-
-    def do_GET(self) -> None:
-        status = {"chunk_size": CHUNK, "hash_algorithm": "blake3"}
-        body = json.dumps(status if self.path == "/status" else {}).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture(scope="module")
 def cache() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Cache)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@dataclass
-class House:
-    """A gateway's parts, and where its tiers keep things."""
-
-    parts: Parts
-    kv: Path
-    redis: RedisRig
-    settings: Settings
-
-    def everything(self) -> tuple[set[str], set[str], set[str]]:
-        """Files on disk, keys in Redis and files of the gateway's own."""
-        files = {str(f) for f in self.kv.parent.rglob("*") if f.is_file() and "data" not in f.parts[-2:]}
-        own = {f.name for f in self.parts.settings.data_path.iterdir()} - {"gateway.db-wal", "gateway.db-shm"}
-        keys = self.redis.client.keys("*")
-        assert isinstance(keys, list)
-        return files, {key.decode() for key in keys}, own
+    with cache_server() as url:
+        yield url
 
 
 @pytest.fixture
 async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
-    kv = tmp_path / "kv"
-    kv.mkdir()
-    redis = RedisRig(redis_server.port)
-    settings = Settings(
-        engine_urls=(engine.url,),
-        cache_url=cache,
-        kv_dir=str(kv),
-        kv_redis_url=f"redis://127.0.0.1:{redis_server.port}",
-        data_dir=str(tmp_path / "own"),
-    )
-    (tmp_path / "own").mkdir()
-    async with open_parts(settings) as parts:
-        yield House(parts, kv, redis, settings)
-    redis.client.close()
-
-
-def value(index: int) -> bytes:
-    """The bytes of one object."""
-    return hashlib.shake_256(str(index).encode()).digest(3000 + index)
-
-
-async def window(parts: Parts, name: str = "w") -> Window:
-    """A window with KV in both tiers."""
-    model = await parts.engines.model(MODEL)
-    salt = parts.salts.of("default", "l", model.fingerprint)
-    keys = object_keys(model.root, IDS, CHUNK, 1, salt)
-    objects: list[PinnedObject] = []
-    for index, key in enumerate(keys):
-        objects += [await tier.put(key, value(index)) for tier in parts.pins.tiers]
-    new = Window(
-        tenant="default", name=name, session_id="s", lineage="l", salt=salt, model=MODEL, model_root=model.root,
-        fingerprint=model.fingerprint, world_size=1, token_count=len(IDS), chunk_size=CHUNK, chunk_count=CHUNKS,
-        size_bytes=1, kv="complete", transcript=b"", frame=None, manifest=f"m-{name}", created_at=1.0,
-        description="d", tags=("a",), receipt={"tokens": len(IDS)},
-    )  # fmt: skip
-    assert await parts.store.import_window(new, Manifest(new.manifest, IDS, tuple(objects)), MESSAGES, FRAME)
-    return new
+    async with opened(engine, cache, redis_server, tmp_path) as house:
+        yield house
 
 
 async def file_of(parts: Parts, name: str = "w") -> bytes:
@@ -165,7 +82,7 @@ async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(h
     assert kept is not None
     assert await house.parts.store.messages(kept.transcript) == MESSAGES
     assert await house.parts.store.frame(kept.frame or b"") == FRAME
-    manifest = await house.parts.store.manifest(kept.manifest)
+    manifest = await house.parts.store.manifest(kept)
     assert manifest.token_ids == IDS
     assert len(manifest.objects) == 2 * CHUNKS
     for index, key in enumerate(object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)):

@@ -1,6 +1,7 @@
 """What one does with a window that is there: each parameter checked, each error named, at the admin API and the CLI."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,21 @@ def test_a_window_without_kv_has_nothing_that_could_be_damaged(gateway: Gateway,
     assert (done.returncode, "chunks usable" in done.stdout) == (0, True)
 
 
-def test_a_verification_takes_no_parameters_and_needs_a_window(gateway: Gateway, window: str) -> None:
-    answer = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": True})
-    assert_refused(answer, "unknown_parameter", "deep")
+def test_without_kv_there_is_nothing_to_go_on_from(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+    verdict = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": True}).json()
+    assert (verdict["ok"], verdict["deep"]) == (True, [])
+    assert any("nothing to go on from" in warning for warning in verdict["warnings"])
+    assert gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": False}).json()["deep"] is None
+    assert engine.seen("/v1/completions") == []
+
+
+def test_a_verification_takes_only_deep_and_needs_a_window(gateway: Gateway, window: str) -> None:
+    for wrong in ("yes", 1, "true"):
+        answer = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": wrong})
+        assert_refused(answer, "invalid_request", "deep")
+    assert_refused(
+        gateway.http.post(f"/admin/windows/{window}/verify", json={"depth": 1}), "unknown_parameter", "depth"
+    )
     assert error_of(gateway.http.post("/admin/windows/nobody/verify")) == (404, "window_not_found")
     assert_failed(cwg("verify", "nobody", url=gateway.url), "nobody")
 
@@ -131,17 +144,23 @@ def test_tools_stay_in_the_prompt_and_are_not_called(engine: FakeEngine, gateway
     assert (asked["tools"], asked["tool_choice"]) == (tools, "none")
 
 
-def test_an_open_tool_call_cannot_be_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_an_agent_that_froze_itself_by_a_tool_call_can_be_asked(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
     reply = whole_reply("", usage_of(10, 1))
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    reply["choices"][0]["message"]["tool_calls"] = [call]
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": "freeze", "arguments": "{}"}} for n in (1, 2)]
+    reply["choices"][0]["message"]["tool_calls"] = calls
     engine.on_chat = lambda exchange: exchange.json(reply)
     gateway.chat(session)
     gateway.freeze(session, f"w-{session}")
-    assert_refused(
-        gateway.http.post(f"/admin/windows/w-{session}/ask", json={"question": "q"}), "invalid_request", "tool call"
-    )
-    assert len(engine.seen("/v1/chat/completions")) == 1
+    assert gateway.http.post(f"/admin/windows/w-{session}/ask", json={"question": "q"}).status_code == 200
+    *_, said, first, second, question = engine.seen("/v1/chat/completions")[-1].json["messages"]
+    assert said["tool_calls"] == calls
+    assert [(result["role"], result["tool_call_id"]) for result in (first, second)] == [("tool", "c1"), ("tool", "c2")]
+    assert "frozen before" in first["content"]
+    assert question == {"role": "user", "content": "q"}
+    kept = gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"]
+    assert kept[-1]["tool_calls"] == calls
 
 
 def test_a_text_cannot_be_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
@@ -215,6 +234,109 @@ def test_a_prefetch_without_a_cache_is_refused_with_the_remedy(gateway: Gateway,
     answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={"tier": "l1"})
     assert_refused(answer, "unknown_parameter", "tier")
     assert error_of(gateway.http.post("/admin/windows/nobody/prefetch")) == (404, "window_not_found")
+
+
+# --- evict
+
+
+def test_an_eviction_without_a_cache_is_refused_with_the_remedy(gateway: Gateway, window: str) -> None:
+    answer = gateway.http.post(f"/admin/windows/{window}/evict", json={})
+    assert error_of(answer) == (503, "cache_unavailable")
+    assert "cache_url" in answer.text
+    answer = gateway.http.post(f"/admin/windows/{window}/evict", json={"tier": "l1"})
+    assert_refused(answer, "unknown_parameter", "tier")
+    assert error_of(gateway.http.post("/admin/windows/nobody/evict")) == (404, "window_not_found")
+
+
+def test_the_cli_evicts_and_verifies_deep(gateway: Gateway, window: str) -> None:
+    assert_failed(cwg("evict", window, url=gateway.url), "cache_url")
+    done = cwg("verify", window, "--deep", "--json", url=gateway.url)
+    assert (done.returncode, json.loads(done.stdout)["deep"]) == (0, [])
+
+
+# --- thaw and go on
+
+
+def test_the_cli_goes_on_at_once(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+    done = cwg("thaw", window, "--warm", "none", "--continue", "And then?", "--max-tokens", "9", url=gateway.url)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "Hello there!")
+    assert engine.seen("/v1/chat/completions")[-1].json["max_tokens"] == 9
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
+    done = cwg("thaw", window, "--continue", "And then?", url=gateway.url)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: thawed, but not gone on: too long for me")
+
+
+def test_a_thaw_with_a_prompt_goes_on_as_a_turn_of_the_new_session(
+    engine: FakeEngine, gateway: Gateway, window: str, session: str
+) -> None:
+    body = {"new_session_id": f"t-{session}", "continuation_prompt": "And then?", "max_tokens": 9}
+    thawed = gateway.http.post(f"/admin/windows/{window}/thaw", json=body).json()
+    said = thawed["continuation"]
+    assert (said["message"]["content"], said["finish_reason"], said["error"]) == ("Hello there!", "stop", None)
+    assert said["cached_tokens"] == said["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
+    asked = engine.seen("/v1/chat/completions")[-1].json
+    assert [m["content"] for m in asked["messages"]] == ["hi", "Hello there!", "And then?"]
+    assert (asked["cache_salt"], asked["max_tokens"]) == (thawed["cache_salt"], 9)
+    kept = gateway.http.get(f"/admin/sessions/t-{session}").json()
+    assert (kept["state"], kept["turn_count"], kept["window"]) == ("active", 1, window)
+    gateway.freeze(f"t-{session}", f"on-{window}")
+    told = gateway.http.get(f"/admin/windows/on-{window}/messages").json()["messages"]
+    assert [m["content"] for m in told] == ["hi", "Hello there!", "And then?", "Hello there!"]
+    plain = gateway.http.post(f"/admin/windows/{window}/thaw", json={}).json()
+    assert plain["continuation"] is None
+
+
+def test_a_continuation_that_fails_does_not_undo_the_thaw(
+    engine: FakeEngine, gateway: Gateway, window: str, session: str
+) -> None:
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
+    body = {"new_session_id": f"t-{session}", "continuation_prompt": "And then?"}
+    answer = gateway.http.post(f"/admin/windows/{window}/thaw", json=body)
+    assert answer.status_code == 200
+    said = answer.json()["continuation"]
+    assert (said["message"], said["usage"], said["error"]["message"]) == (None, None, "too long for me")
+    engine.on_chat = lambda exchange: exchange.cut()
+    answer = gateway.http.post(f"/admin/windows/{window}/thaw", json={"continuation_prompt": "And then?"})
+    assert answer.json()["continuation"]["error"]["code"] == "engine_unreachable"
+    kept = gateway.http.get(f"/admin/sessions/t-{session}").json()
+    assert (kept["window"], kept["turn_count"]) == (window, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"continuation_prompt": ""}, "continuation_prompt"),
+        ({"continuation_prompt": " "}, "continuation_prompt"),
+        ({"continuation_prompt": 1}, "continuation_prompt"),
+        ({"continuation_prompt": "q" * 10_001}, "continuation_prompt"),
+        ({"continuation_prompt": "q", "max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5}, "continuation_prompt"),
+    ],
+)
+def test_a_continuation_that_is_wrong_is_refused_before_anything_is_thawed(
+    gateway: Gateway, window: str, session: str, body: dict[str, Any], says: str
+) -> None:
+    answer = gateway.http.post(f"/admin/windows/{window}/thaw", json={"new_session_id": f"t-{session}", **body})
+    assert_refused(answer, "invalid_request", says)
+    assert gateway.http.get(f"/admin/sessions/t-{session}").status_code == 404
+
+
+def test_a_text_has_nobody_who_could_go_on(gateway: Gateway, session: str) -> None:
+    headers = {"x-session-id": session}
+    gateway.http.post("/v1/completions", json={"model": "demo", "prompt": "Once upon a time"}, headers=headers)
+    gateway.freeze(session, f"w-{session}")
+    body = {"new_session_id": f"t-{session}", "continuation_prompt": "And then?"}
+    answer = gateway.http.post(f"/admin/windows/w-{session}/thaw", json=body)
+    assert_refused(answer, "invalid_request", "/v1/completions")
+    assert gateway.http.get(f"/admin/sessions/t-{session}").status_code == 404
+
+
+def test_a_continuation_is_let_in_by_the_callers_own_key(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_before(engine.url, tmp_path, api_key="k" * 20) as gateway:
+        freeze(gateway, "s", "w")
+        body = {"new_session_id": "t", "continuation_prompt": "And then?"}
+        said = gateway.http.post("/admin/windows/w/thaw", json=body).json()["continuation"]
+        assert said["message"]["content"] == "Hello there!"
 
 
 # --- fanout
@@ -391,3 +513,48 @@ def test_a_session_that_takes_the_id_of_its_own_ancestor_makes_no_circle(engine:
 ])  # fmt: skip
 def test_a_tree_that_is_wrong_names_the_field(gateway: Gateway, query: str, code: str, says: str) -> None:
     assert_refused(gateway.http.get(f"/admin/tree?{query}"), code, says)
+
+
+# --- the same at the same moment
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "outcomes"),
+    [
+        ("POST", "/{w}/thaw", {"new_session_id": "t-{s}"}, [200, 409]),
+        ("POST", "/{w}/clone", {"target_window": "c-{s}"}, [201, 409]),
+        ("POST", "/{w}/clone", {"target_window": "c-{s}", "isolate": True}, [201, 409]),
+        ("POST", "/{w}/fanout", {"count": 3, "prefix": "t-{s}"}, [201, 409]),
+        ("DELETE", "/{w}", None, [200, 404]),
+    ],
+)
+def test_of_two_that_do_the_same_at_once_one_does_it(
+    gateway: Gateway, window: str, session: str, method: str, path: str, body: dict[str, Any] | None,
+    outcomes: list[int],
+) -> None:  # fmt: skip
+    url = f"/admin/windows{path.format(w=window)}"
+    said = json.loads(json.dumps(body).replace("{s}", session))
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: gateway.http.request(method, url, json=said), range(2)))
+    assert sorted(answer.status_code for answer in answers) == outcomes
+    sessions = gateway.http.get("/admin/sessions?limit=100").json()["sessions"]
+    made = [one["id"] for one in sessions if one["id"].startswith(f"t-{session}")]
+    assert len(made) == {"/{w}/thaw": 1, "/{w}/fanout": 3}.get(path, 0)
+    for one in made:
+        assert gateway.chat(one, "go on").status_code == 200
+
+
+def test_a_thaw_and_a_deletion_at_once_leave_a_whole_session_or_none(
+    engine: FakeEngine, gateway: Gateway, window: str, session: str
+) -> None:
+    url = f"/admin/windows/{window}"
+    with ThreadPoolExecutor(2) as pool:
+        thaw = pool.submit(gateway.http.post, f"{url}/thaw", json={"new_session_id": f"t-{session}"})
+        assert pool.submit(gateway.http.delete, url).result().status_code == 200
+        assert thaw.result().status_code in (200, 404)
+    if thaw.result().status_code == 404:
+        assert gateway.http.get(f"/admin/sessions/t-{session}").status_code == 404
+        return
+    assert gateway.chat(f"t-{session}", "go on").status_code == 200
+    asked = engine.seen("/v1/chat/completions")[-1].json
+    assert [m["content"] for m in asked["messages"]] == ["hi", "Hello there!", "go on"]

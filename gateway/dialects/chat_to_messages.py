@@ -22,6 +22,7 @@ _SAID = {
 _UNSEEN = frozenset({"refusal", "annotations", "audio", "function_call"})
 _FUNCTION = frozenset({"name", "description", "parameters", "strict", "defer_loading"})
 _SAID_IN_FRAME = frozenset({"tools", "chat_template_kwargs"})
+_EFFORTS = frozenset({"low", "medium", "high", "xhigh", "max"})  # vllm 0.32, anthropic/protocol.py
 
 
 def in_front(front: Front, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def in_front(front: Front, body: Mapping[str, Any]) -> dict[str, Any]:
         changed = [{"role": "system", "content": changes} for m in leading if (changes := tool_changes(m))]
         leading = [*systems, *changed]
     whole["messages"] = [*leading, *messages(front.history), *rest]
-    return whole | _fields(front.frame)
+    frame = dict(front.frame)
+    return whole | _thought(frame.pop("reasoning_effort", None), body) | _fields(frame)
 
 
 def messages(sent: Sequence[Message]) -> list[dict[str, Any]]:
@@ -179,6 +181,17 @@ def _input(function: Mapping[str, Any]) -> dict[str, Any]:
         except (json.JSONDecodeError, RecursionError):
             return {}
     return arguments if isinstance(arguments, dict) else {}
+
+
+def _thought(effort: object, body: Mapping[str, Any]) -> dict[str, Any]:
+    """How much the window's replies were thought over, where the client does not say so itself."""
+    if effort is None or "thinking" in body:
+        return {}
+    if effort == "none":
+        return {"thinking": {"type": "disabled"}}
+    if effort not in _EFFORTS:
+        raise _unsayable(f"the window's reasoning_effort {effort!r:.40}")
+    return {"output_config": {**(body.get("output_config") or {}), "effort": effort}}
 
 
 def _fields(frame: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,9 @@ RENDER_FIELDS = (
     "mm_processor_kwargs",
 )
 # Of these, what a thawed conversation keeps when a client sends only what is new.
-INHERITED_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "documents", "add_special_tokens")
+INHERITED_FIELDS = (
+    "tools", "chat_template", "chat_template_kwargs", "documents", "add_special_tokens", "reasoning_effort",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,8 @@ def _with_front(call: Call) -> dict[str, Any]:
         raise _refused(unsayable, f"the window's {unsayable} cannot be said in the Responses API", "use chat")
     if "tools" in inherited:
         inherited["tools"] = items.response_tools(inherited["tools"])
+    if effort := inherited.pop("reasoning_effort", None):
+        inherited["reasoning"] = {**(call.body.get("reasoning") or {}), "effort": effort}
     whole = call.whole
     own = call.storage is not None and whole[:1] == [instructions_message(call.storage.instructions)]
     kept = call.body if own else {name: value for name, value in call.body.items() if name != "instructions"}

@@ -1,64 +1,70 @@
 """The admin door: the verbs over HTTP, as JSON, and the probes. `gateway.edge.endpoint` is what they share."""
 
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.edge import cache, fields, metrics, policies, show, transfer, verbs
-from gateway.edge.endpoint import Call, Endpoint, Methods, Verb, json_answer
-from gateway.edge.health import COMPONENTS, Health
-from gateway.errors import GatewayError
-from gateway.records import check_session_id, check_window_name
+from gateway.edge import answers, cache, continuation, fields, metrics, openapi, policies, show, transfer, verbs
+from gateway.edge.endpoint import Call, Endpoint, Methods, json_answer
+from gateway.edge.health import COMPONENTS
+from gateway.edge.operation import ENGINE, Operation
+from gateway.field import Field
+from gateway.records import SessionState
+from gateway.sessions import no_session
 from gateway.store.contract import SORT_KEYS, WindowQuery
-from gateway.windows import clone, delete, forget, freeze, isolate, thaw
+from gateway.windows import ask, clone, delete, forget, freeze, isolate, thaw
 
-_LIMIT = fields.whole(1, 100)
-_OFFSET = fields.whole(0, 2**31)
-_STATES = ("active", "frozen", "thawed", "expired")
+_PAGE = {"limit": fields.whole(1, 100).default(50), "offset": fields.whole(0, 2**31).default(0)}
+_NAMING: dict[str, Field[Any]] = {"description": fields.description, "tags": fields.tags}
 
 
-async def list_sessions(call: Call) -> tuple[int, Any]:
-    """GET /admin/sessions."""
-    q = call.query(
-        {"state": fields.one_of(*_STATES), "model": _model, "limit": _LIMIT, "offset": _OFFSET},
-    )
-    limit, offset = q.get("limit", 50), q.get("offset", 0)
+@partial(
+    Operation,
+    "GET",
+    "/admin/sessions",
+    answers.SESSIONS,
+    query={"state": fields.one_of(*get_args(SessionState)), "model": fields.line(500), **_PAGE},
+)
+async def list_sessions(call: Call) -> Any:
+    """List sessions, last active first."""
+    q = call.given
+    limit, offset = q["limit"], q["offset"]
     await call.parts.turns.settle()
     page, total = await call.parts.store.list_sessions(
         call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset
     )
     shown = [show.session(s) for s in page]
-    return 200, {"sessions": shown, **show.paging(len(page), total, limit, offset)}
+    return {"sessions": shown, **show.paging(len(page), total, limit, offset)}
 
 
-async def get_session(call: Call) -> tuple[int, Any]:
-    """GET /admin/sessions/{session_id}."""
-    call.query({})
+@partial(Operation, "GET", "/admin/sessions/{session_id}", answers.SESSION)
+async def get_session(call: Call) -> Any:
+    """Tell all about a session, its last turns too."""
     await call.parts.turns.settle()
     session = await call.parts.store.session(call.tenant, call.session_id)
     if session is None:
-        raise _no_session(call.session_id)
+        raise no_session(call.session_id)
     turns = await call.parts.store.turns(call.tenant, session.id, limit=20)
     windows, _ = await call.parts.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
     model = call.parts.engines.known(session.model)
-    return 200, {
+    return {
         **show.session(session),
         "context_limit": model.context_limit if model else None,
         "estimates": call.parts.estimator.report().get(session.model),
         "turns": [show.turn(t) for t in turns],
         "windows": [w.name for w in windows],
+        "warnings": show.crowding(session.token_count, model.context_limit if model else None),
     }
 
 
-async def delete_session(call: Call) -> tuple[int, Any]:
-    """DELETE /admin/sessions/{session_id}."""
-    call.query({})
+@partial(Operation, "DELETE", "/admin/sessions/{session_id}", answers.SESSION_DELETED, errors=("session_busy",))
+async def delete_session(call: Call) -> Any:
+    """Delete a session, and the KV that only it needed."""
     done = await forget.delete_session(call.parts, call.tenant, call.session_id)
-    return 200, {
+    return {
         "session_id": call.session_id,
         "deleted": True,
         "blocks_deleted": done.blocks_deleted,
@@ -67,88 +73,109 @@ async def delete_session(call: Call) -> tuple[int, Any]:
     }
 
 
-async def freeze_session(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows."""
-    body = await call.body(
-        {
-            "session_id": lambda name, value: check_session_id(value, name),
-            "window_name": lambda name, value: check_window_name(value, name),
-            "description": fields.description,
-            "tags": fields.tags,
-            "ttl_seconds": fields.seconds,
-        },
-        required=("session_id", "window_name"),
-    )
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows",
+    answers.FROZEN,
+    status=201,
+    body={"session_id": fields.session_id, "window_name": fields.window_name, **_NAMING, "ttl_seconds": fields.seconds},
+    required=("session_id", "window_name"),
+    errors=("session_not_found", "session_busy", "window_already_exists", *ENGINE),
+)
+async def freeze_session(call: Call) -> Any:
+    """Freeze a session into a window."""
+    body = call.given
     naming = freeze.Naming(
         body["window_name"], body.get("description", ""), body.get("tags", ()), body.get("ttl_seconds")
     )  # fmt: skip
     window, warnings = await freeze.freeze(call.parts, call.tenant, body["session_id"], naming, call.progress)
-    return 201, {**show.window(window), "warnings": warnings}
+    return {**show.window(window), "warnings": warnings}
 
 
-async def list_windows(call: Call) -> tuple[int, Any]:
-    """GET /admin/windows."""
-    q = call.query(
-        {
-            "tags": fields.tags,
-            "model": _model,
-            "session_id": lambda name, value: check_session_id(value, name),
-            "search": lambda name, value: fields.text(name, value, longest=200),
-            "created_after": fields.when,
-            "created_before": fields.when,
-            "sort_by": fields.one_of(*SORT_KEYS),
-            "sort_order": fields.one_of("asc", "desc"),
-            "limit": _LIMIT,
-            "offset": _OFFSET,
-        }
-    )
-    descending = q.pop("sort_order", "desc") == "desc"
-    query = WindowQuery(**q, descending=descending)
+@partial(
+    Operation,
+    "GET",
+    "/admin/windows",
+    answers.WINDOWS,
+    query={
+        "tags": fields.tags.about("only with all of these tags"),
+        "model": fields.line(500),
+        "session_id": fields.session_id,
+        "search": fields.line(200).about("only with this text in name or description"),
+        "created_after": fields.when,
+        "created_before": fields.when,
+        "sort_by": fields.one_of(*SORT_KEYS).default("created_at"),
+        "sort_order": fields.one_of("asc", "desc").default("desc"),
+        **_PAGE,
+    },
+)
+async def list_windows(call: Call) -> Any:
+    """List windows, newest first unless sorted otherwise."""
+    q = call.given
+    filters = {name: value for name, value in q.items() if name != "sort_order"}
+    query = WindowQuery(**filters, descending=q["sort_order"] == "desc")
     page, total = await call.parts.store.list_windows(call.tenant, query)
     shown = [show.window_line(w) for w in page]
-    return 200, {"windows": shown, **show.paging(len(page), total, query.limit, query.offset)}
+    return {"windows": shown, **show.paging(len(page), total, query.limit, query.offset)}
 
 
-async def window_status(call: Call) -> tuple[int, Any]:
-    """GET /admin/windows/{name}."""
-    q = call.query({"include_blocks": fields.flag, "include_lineage": fields.flag})
+@partial(
+    Operation,
+    "GET",
+    "/admin/windows/{name}",
+    answers.STATUS,
+    query={"include_blocks": fields.flag.default(False), "include_lineage": fields.flag.default(False)},
+)
+async def window_status(call: Call) -> Any:
+    """Tell all about a window, and where its bytes are now."""
+    q = call.given
     window = await thaw.found(call.parts, call.tenant, call.window_name)
-    manifest = await call.parts.store.manifest(window.manifest)
-    keys = {o.key for o in manifest.objects}
-    present, warnings = await call.parts.pins.present(show.keys_of(keys))
-    status = show.window_status(window, manifest, present)
-    if q.get("include_blocks"):
-        status["blocks"] = show.blocks(manifest, present)
-    if q.get("include_lineage"):
+    objects = await call.parts.store.pinned(window)
+    present, warnings = await call.parts.pins.present(show.keys_of(o.key for o in objects))
+    status = show.window_status(window, objects, present)
+    if q["include_blocks"]:
+        status["blocks"] = show.blocks(objects, present)
+    if q["include_lineage"]:
         ancestors, clones = await call.parts.store.lineage(call.tenant, window.name)
         status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
-    return 200, {**status, "warnings": warnings}
+    return {**status, "warnings": warnings}
 
 
-async def delete_window(call: Call) -> tuple[int, Any]:
-    """DELETE /admin/windows/{name}."""
-    call.query({})
+@partial(Operation, "DELETE", "/admin/windows/{name}", answers.DELETED)
+async def delete_window(call: Call) -> Any:
+    """Delete a window for good, and the KV that no other holds."""
     done = await delete.delete(call.parts, call.tenant, call.window_name)
-    return 200, {"window_name": call.window_name, **asdict(done)}
+    return {"window_name": call.window_name, **asdict(done)}
 
 
-async def thaw_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/{name}/thaw."""
-    body = await call.body(
-        {
-            "new_session_id": lambda name, value: check_session_id(value, name),
-            "warm": fields.one_of("none", "cpu", "gpu"),
-        }
-    )
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/thaw",
+    answers.THAWED,
+    body={
+        "new_session_id": fields.session_id.about("made up if not given"),
+        "warm": fields.one_of("none", "cpu", "gpu").default("none"),
+        "continuation_prompt": verbs.question.about("sent at once as the new session's next turn"),
+        "max_tokens": fields.count(1, ask.MAX_TOKENS).about("of the answer to continuation_prompt"),
+    },
+    errors=("session_already_exists", *ENGINE),
+)
+async def thaw_window(call: Call) -> Any:
+    """Thaw a window into a new session."""
+    body = call.given
+    prompt, max_tokens = body.get("continuation_prompt"), body.get("max_tokens")
+    await continuation.check(call, prompt, max_tokens)
     session, window, receipt = await thaw.thaw(
         call.parts,
         call.tenant,
         call.window_name,
         new_session_id=body.get("new_session_id"),
-        warm=body.get("warm", "none"),
+        warm=body["warm"],
         progress=call.progress,
     )
-    return 200, {
+    return {
         "session_id": session.id,
         "window_name": window.name,
         "model": window.model,
@@ -156,118 +183,113 @@ async def thaw_window(call: Call) -> tuple[int, Any]:
         "cache_salt": window.salt,
         "receipt": thaw.as_json(receipt),
         "warnings": receipt.warnings,
+        "continuation": await continuation.go_on(call, session, prompt, max_tokens) if prompt else None,
     }
 
 
-async def clone_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/{name}/clone."""
-    body = await call.body(
-        {
-            "target_window": lambda name, value: check_window_name(value, name),
-            "description": fields.description,
-            "tags": fields.tags,
-            "isolate": fields.boolean,
-        },
-        required=("target_window",),
-    )
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/clone",
+    answers.CLONED,
+    status=201,
+    body={
+        "target_window": fields.window_name,
+        **_NAMING,
+        "isolate": fields.boolean.default(False).about("under a salt of its own"),
+    },
+    required=("target_window",),
+    errors=("window_already_exists", "cache_unavailable"),
+)
+async def clone_window(call: Call) -> Any:
+    """Give a window a second name; no KV byte is copied."""
+    body = call.given
     naming = freeze.Naming(body["target_window"], body.get("description", ""), body.get("tags", ()))
-    isolated = body.get("isolate", False)
+    isolated = body["isolate"]
     warnings: list[str] = []
     if isolated:
         copy, warnings = await isolate.isolate(call.parts, call.tenant, call.window_name, naming)
     else:
         copy = await clone.clone(call.parts, call.tenant, call.window_name, naming)
-    return 201, {
+    return {
         "source_window": copy.parent,
         "target_window": copy.name,
-        "shared_blocks": 0 if isolated else copy.chunk_count * copy.world_size,
+        "shared_blocks": copy.chunk_count * copy.world_size,
         "isolated": isolated,
         **show.window(copy),
         "warnings": warnings,
     }
 
 
-async def window_messages(call: Call) -> tuple[int, Any]:
-    """GET /admin/windows/{name}/messages."""
-    call.query({})
+@partial(Operation, "GET", "/admin/windows/{name}/messages", answers.MESSAGES)
+async def window_messages(call: Call) -> Any:
+    """The text of a window."""
     window = await thaw.found(call.parts, call.tenant, call.window_name)
     frame = await call.parts.store.frame(window.frame) if window.frame else {}
-    return 200, {
+    return {
         "window_name": window.name,
         "messages": await call.parts.store.messages(window.transcript),
         "frame": frame,
     }
 
 
-async def health(call: Call) -> tuple[int, Any]:
-    """GET /admin/health."""
-    q = call.query({"component": fields.one_of(*COMPONENTS)})
-    return 200, call.health.summary(await call.health.components(q.get("component")))
+@partial(Operation, "GET", "/admin/health", answers.HEALTH, query={"component": fields.one_of(*COMPONENTS)})
+async def health(call: Call) -> Any:
+    """Look at every component, or at one, now."""
+    q = call.given
+    return call.health.summary(await call.health.components(q.get("component")))
 
 
-async def doctor(call: Call) -> tuple[int, Any]:
-    """POST /admin/doctor: run the self-test now."""
-    await call.body({})
+@partial(Operation, "POST", "/admin/doctor", answers.DOCTOR)
+async def doctor(call: Call) -> Any:
+    """Run the self-test now."""
     checks = await call.health.test()
-    return 200, {"ok": all(c.status != "failed" for c in checks), "checks": [asdict(c) for c in checks]}
+    return {"ok": all(c.status != "failed" for c in checks), "checks": [asdict(c) for c in checks]}
 
 
-async def healthz(_: Request) -> Response:
-    """GET /healthz: this process answers."""
-    return json_answer(200, {"status": "ok"})
+@partial(Operation, "GET", "/healthz", answers.ALIVE, probe=True)
+async def healthz(_: Call) -> Any:
+    """Tell that this process answers."""
+    return {"status": "ok"}
 
 
-async def readyz(request: Request) -> Response:
-    """GET /readyz: requests will succeed."""
-    seen: Health = request.state.health
+@partial(Operation, "GET", "/readyz", answers.READY, probe=True, also={503: answers.NOT_READY})
+async def readyz(call: Call) -> Any:
+    """Tell whether requests will succeed."""
+    seen = call.health
     if seen.ready:
-        return json_answer(200, {"status": "ready"})
+        return {"status": "ready"}
     why = "isolation" if seen.leaking else "engine" if not seen.engine_up else "self-test"
     return json_answer(503, {"status": "not ready", "waiting_for": why})
 
 
+OPERATIONS = (
+    list_sessions,
+    get_session,
+    delete_session,
+    freeze_session,
+    list_windows,
+    window_status,
+    delete_window,
+    thaw_window,
+    clone_window,
+    window_messages,
+    *transfer.OPERATIONS,
+    *verbs.OPERATIONS,
+    *policies.OPERATIONS,
+    cache.statistics,
+    health,
+    doctor,
+    metrics.as_json,
+    healthz,
+    readyz,
+    metrics.prometheus,
+)
+
+
 def routes() -> list[BaseRoute]:
-    """Every route of the admin door and of health."""
-    served: list[tuple[str, str, Verb]] = [
-        ("GET", "/admin/sessions", list_sessions),
-        ("GET", "/admin/sessions/{session_id}", get_session),
-        ("DELETE", "/admin/sessions/{session_id}", delete_session),
-        ("POST", "/admin/windows", freeze_session),
-        ("GET", "/admin/windows", list_windows),
-        ("GET", "/admin/windows/{name}", window_status),
-        ("DELETE", "/admin/windows/{name}", delete_window),
-        ("POST", "/admin/windows/{name}/thaw", thaw_window),
-        ("POST", "/admin/windows/{name}/clone", clone_window),
-        ("GET", "/admin/windows/{name}/messages", window_messages),
-        ("GET", "/admin/windows/{name}/export", transfer.export_window),
-        ("POST", "/admin/windows/import", transfer.import_window),
-        *verbs.SERVED,
-        ("GET", "/admin/cache", cache.statistics),
-        ("GET", "/admin/policies", policies.get_policies),
-        ("PUT", "/admin/policies", policies.put_policies),
-        ("DELETE", "/admin/policies", policies.delete_policies),
-        ("POST", "/admin/policies/check", policies.check_policies),
-        ("GET", "/admin/health", health),
-        ("POST", "/admin/doctor", doctor),
-        ("GET", "/admin/metrics", metrics.as_json),
-    ]
+    """Every route of the admin door and of health, and the document that describes them."""
     by_path: dict[str, dict[str, ASGIApp]] = {}
-    for method, path, verb in served:
-        by_path.setdefault(path, {})[method] = Endpoint(verb)
-    admin: list[BaseRoute] = [Route(path, Methods(methods), methods=list(methods)) for path, methods in by_path.items()]
-    return [
-        *admin,
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-        Route("/metrics", metrics.prometheus),
-    ]
-
-
-def _model(name: str, value: object) -> str:
-    return fields.text(name, value, longest=500)
-
-
-def _no_session(session_id: str) -> GatewayError:
-    return GatewayError(
-        "session_not_found", f"there is no session {session_id!r}", hint="GET /admin/sessions lists them"
-    )
+    for operation in (*OPERATIONS, openapi.documented(OPERATIONS)):
+        by_path.setdefault(operation.path, {})[operation.method] = Endpoint(operation)
+    return [Route(path, Methods(methods), methods=list(methods)) for path, methods in by_path.items()]

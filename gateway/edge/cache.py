@@ -1,22 +1,48 @@
-"""GET /admin/cache: what the cache says of itself, and what lies in its tiers."""
+"""GET /admin/cache: what the cache says of itself, what lies in its tiers, and whether it pays."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from gateway.edge import answers
 from gateway.edge.endpoint import Call
+from gateway.edge.operation import Operation
 from gateway.errors import GatewayError
 from gateway.kv.lmcache import LMCache
+from gateway.telemetry import Stored, Telemetry
 from gateway.windows.usage import TierUse, usage
 
 
-async def statistics(call: Call) -> tuple[int, Any]:
-    """GET /admin/cache."""
-    call.query({})
+@partial(Operation, "GET", "/admin/cache", answers.CACHE)
+async def statistics(call: Call) -> Any:
+    """Tell what lies in each tier and for whom, and what the cache says of itself."""
+    await call.parts.turns.settle()  # who has read a reply, finds its turn counted
     tiers, warnings = await usage(call.parts)
     lmcache, more = await _lmcache(call.parts.cache)
     chunk_size = call.parts.settings.chunk_size or lmcache.get("chunk_size")
     shown = {tier.name: _tier(tier) for tier in tiers}
-    return 200, {"chunk_size": chunk_size, "lmcache": lmcache, "tiers": shown, "warnings": [*warnings, *more]}
+    return {
+        "windows": sum((await call.parts.store.window_counts()).values()),
+        "chunk_size": chunk_size,
+        "lmcache": lmcache,
+        "tiers": shown,
+        **_hits(call.parts.telemetry),
+        "warnings": [*warnings, *more],
+    }
+
+
+def _hits(telemetry: Telemetry) -> dict[str, Any]:
+    """What the cache was good for, since the gateway started. `hit_rate` is None before the first prompt."""
+    rows = telemetry.rows(Stored({}, {}))
+    prompt, cached = (
+        int(sum(row["value"] for row in rows if row["name"] == name))
+        for name in ("cwg_prompt_tokens_total", "cwg_cached_tokens_total")
+    )
+    return {
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "hit_rate": round(cached / prompt, 4) if prompt else None,
+    }
 
 
 async def _lmcache(cache: LMCache | None) -> tuple[dict[str, Any], list[str]]:

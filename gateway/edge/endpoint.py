@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,17 +15,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.autofreeze import Autofreeze
 from gateway.edge import auth, fields
 from gateway.edge.health import Health
-from gateway.edge.http import ClientGone, not_found, parse_object, read_body, stream_body
+from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, stream_body
+from gateway.edge.operation import JSON, NDJSON, Operation
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import check_session_id, check_window_name
 
 log = logging.getLogger(__name__)
-
-Verb = Callable[["Call"], Awaitable[tuple[int, Any]]]
-
-NDJSON = "application/x-ndjson"
 
 
 class Call:
@@ -36,12 +33,20 @@ class Call:
         self.parts: Parts = request.state.parts
         self.health: Health = request.state.health
         self.autofreeze: Autofreeze = request.state.autofreeze
+        self.inference: ASGIApp = request.state.inference
         self.progress: Progress = silent
         self.path: dict[str, str] = request.path_params
+        self.given: dict[str, Any] = {}  # what was sent, as the operation's fields read it
         self._request = request
 
-    def query(self, table: dict[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
-        """Read the query. A parameter that comes twice is refused; tags are one list."""
+    async def serve(self, operation: Operation) -> Any:
+        """Read what the operation takes, and nothing else, and run it."""
+        query = fields.read(self._query(), operation.query)
+        self.given = query | await self._body(operation) if operation.takes == JSON else query
+        return await operation.verb(self)
+
+    def _query(self) -> dict[str, Any]:
+        """The query, checked no further. A parameter that comes twice is refused; tags are one list."""
         items = self._request.query_params.multi_items()
         names = [name for name, _ in items]
         twice = next((name for name in names if names.count(name) > 1 and name != "tags"), None)
@@ -50,19 +55,16 @@ class Call:
         given: dict[str, Any] = dict(items)
         if "tags" in given:
             given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
-        return fields.read(given, table)
+        return given
 
-    async def body(
-        self, table: dict[str, Callable[[str, Any], Any]], required: tuple[str, ...] = (), *, nulls: bool = False
-    ) -> dict[str, Any]:
-        """Read the JSON body; none is an empty object."""
-        fields.refuse_unknown(self._request.query_params.keys(), ())
-        limits = self.parts.settings
-        request = self._request
+    async def _body(self, operation: Operation) -> dict[str, Any]:
+        """The JSON body; none is an empty object."""
+        limits, request = self.parts.settings, self._request
         raw = await read_body(
             request.scope, request.receive, limit=limits.max_body_bytes, timeout_s=limits.client_timeout_s
         )
-        return fields.read(parse_object(raw) if raw else {}, table, required, nulls=nulls)
+        given = parse_object(raw) if raw else {}
+        return fields.read(given, operation.body, operation.required, nulls=operation.nulls)
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body of a request that is too large to be read whole."""
@@ -70,6 +72,11 @@ class Call:
         return stream_body(
             request.scope, request.receive, limit=limits.max_import_bytes, timeout_s=limits.client_timeout_s
         )
+
+    @property
+    def keys(self) -> Headers:
+        """The headers by which the caller was let in."""
+        return [(name, value) for name, value in self._request.scope["headers"] if name in auth.KEY_HEADERS]
 
     @property
     def window_name(self) -> str:
@@ -85,21 +92,20 @@ class Call:
 class Endpoint:
     """One method of one route as an ASGI application: key, call, answer; errors in one shape."""
 
-    def __init__(self, verb: Verb) -> None:
-        self._verb = verb
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         request = Request(scope, receive)
+        operation = self._operation
         try:
-            parts: Parts = request.state.parts
-            refuse_foreign(request)
-            call = Call(request, auth.tenant(scope["headers"], parts.settings.api_key))
+            call = Call(request, auth.TENANT if operation.probe else _tenant(request))
             if request.headers.get("accept") == NDJSON:
-                answer: ASGIApp = _Progressing(self._verb, call)
+                answer: ASGIApp = _Progressing(operation, call)
             else:
-                status, value = await self._verb(call)
-                answer = value if callable(value) else json_answer(status, value)  # a stream answers for itself
+                value = await call.serve(operation)
+                answer = value if callable(value) else json_answer(operation.status, value)  # a stream answers itself
         except (ClientGone, ClientDisconnect):
             return
         except GatewayError as error:
@@ -113,8 +119,8 @@ class Endpoint:
 class _Progressing:
     """An answer that tells progress: a line of JSON for each step, the last one with the result or the error."""
 
-    def __init__(self, verb: Verb, call: Call) -> None:
-        self._verb = verb
+    def __init__(self, operation: Operation, call: Call) -> None:
+        self._operation = operation
         self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,14 +141,14 @@ class _Progressing:
 
     async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
         try:
-            status, result = await self._verb(self._call)
-            lines.put_nowait(_result_line(status, result))
+            result = await self._call.serve(self._operation)
+            lines.put_nowait(_result_line(self._operation.status, result))
         except ClientGone:
             pass
         except GatewayError as error:
             lines.put_nowait(_error_line(error))
         except Exception:
-            log.exception("%s failed", self._verb.__name__)
+            log.exception("%s failed", self._operation.verb.__name__)
             lines.put_nowait(_error_line(GatewayError("internal", "the gateway failed; its log says why")))
         finally:
             lines.put_nowait(None)
@@ -157,6 +163,12 @@ class Methods:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         await self._methods[method](scope, receive, send)
+
+
+def _tenant(request: Request) -> str:
+    parts: Parts = request.state.parts
+    refuse_foreign(request)
+    return auth.tenant(request.scope["headers"], parts.settings.api_key)
 
 
 async def _no_route(request: Request, _: Exception) -> Response:

@@ -2,14 +2,27 @@
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.records import MAX_DESCRIPTION, MAX_TAGS, TAG
+from gateway.field import Field, reads
+from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME, check_session_id, check_window_name
 
-T = TypeVar("T")
+_MOST_SECONDS = 1e10
+
+
+@reads({"type": "string", "pattern": f"^{SESSION_ID.pattern}$"}, "invalid_session_id")
+def session_id(name: str, value: object) -> str:
+    """The id of a session."""
+    return check_session_id(value, name)
+
+
+@reads({"type": "string", "pattern": f"^{WINDOW_NAME.pattern}$"}, "invalid_window_name")
+def window_name(name: str, value: object) -> str:
+    """The name of a window."""
+    return check_window_name(value, name)
 
 
 def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
@@ -37,11 +50,16 @@ def text(name: str, value: object, *, longest: int) -> str:
     return value
 
 
-def description(name: str, value: object) -> str:
-    """A window's description."""
-    return text(name, value, longest=MAX_DESCRIPTION)
+def line(longest: int) -> Field[str]:
+    """A parameter that is such a string."""
+    schema = {"type": "string", "maxLength": longest, "pattern": "^[^\\x00]*$"}
+    return Field(schema, lambda name, value: text(name, value, longest=longest))
 
 
+description = line(MAX_DESCRIPTION)
+
+
+@reads({"type": "array", "items": {"type": "string", "pattern": f"^{TAG.pattern}$"}, "maxItems": MAX_TAGS})
 def tags(name: str, value: object) -> tuple[str, ...]:
     """A list of tags; the same tag twice is one."""
     if not isinstance(value, list) or len(value) > MAX_TAGS:
@@ -52,21 +70,23 @@ def tags(name: str, value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+@reads({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": _MOST_SECONDS})
 def seconds(name: str, value: object) -> float:
     """A duration in seconds, more than 0."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
         or not math.isfinite(value)
-        or not 0 < value < 1e10
+        or not 0 < value < _MOST_SECONDS
     ):
         raise invalid(name, "a number of seconds, more than 0", value)
     return float(value)
 
 
-def whole(low: int, high: int) -> Callable[[str, str], int]:
+def whole(low: int, high: int) -> Field[int]:
     """A whole number in a query, from `low` to `high`."""
 
+    @reads({"type": "integer", "minimum": low, "maximum": high})
     def read(name: str, value: str) -> int:
         if (
             not value.isascii()
@@ -80,9 +100,10 @@ def whole(low: int, high: int) -> Callable[[str, str], int]:
     return read
 
 
-def count(low: int, high: int) -> Callable[[str, object], int]:
+def count(low: int, high: int) -> Field[int]:
     """A whole number in a body, from `low` to `high`."""
 
+    @reads({"type": "integer", "minimum": low, "maximum": high})
     def read(name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise invalid(name, f"a whole number from {low} to {high}", value)
@@ -91,6 +112,7 @@ def count(low: int, high: int) -> Callable[[str, object], int]:
     return read
 
 
+@reads({"type": "boolean"})
 def boolean(name: str, value: object) -> bool:
     """`true` or `false` in a body."""
     if not isinstance(value, bool):
@@ -98,6 +120,7 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
+@reads({"type": "boolean"})
 def flag(name: str, value: str) -> bool:
     """`true` or `false` in a query."""
     if value not in ("true", "false"):
@@ -105,9 +128,10 @@ def flag(name: str, value: str) -> bool:
     return value == "true"
 
 
-def one_of(*choices: str) -> Callable[[str, object], str]:
+def one_of(*choices: str) -> Field[str]:
     """One of some words."""
 
+    @reads({"type": "string", "enum": [*choices]})
     def read(name: str, value: object) -> str:
         if not isinstance(value, str) or value not in choices:
             raise invalid(name, f"one of {', '.join(choices)}", value)
@@ -116,6 +140,7 @@ def one_of(*choices: str) -> Callable[[str, object], str]:
     return read
 
 
+@reads({"type": "string", "format": "date-time", "description": "ISO 8601 date or time; UTC if it names no zone"})
 def when(name: str, value: str) -> float:
     """An ISO 8601 date or date-time, UTC where it names no zone, as seconds since the epoch."""
     try:
@@ -125,23 +150,10 @@ def when(name: str, value: str) -> float:
         raise invalid(name, "an ISO 8601 date or time such as 2026-01-31 or 2026-01-31T12:00:00Z", value) from error
 
 
-def or_null(reader: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
-    """What `reader` reads, or null where that means something (`read` with `nulls`)."""
-
-    def read(name: str, value: Any) -> T | None:
-        return None if value is None else reader(name, value)
-
-    return read
-
-
 def read(
-    given: Mapping[str, Any],
-    table: Mapping[str, Callable[[str, Any], Any]],
-    required: Collection[str] = (),
-    *,
-    nulls: bool = False,
+    given: Mapping[str, Any], table: Mapping[str, Field[Any]], required: Collection[str] = (), *, nulls: bool = False
 ) -> dict[str, Any]:
-    """Check `given` against a table of readers; a field that is absent is left out of the answer.
+    """Check `given` against a table of fields. One that is absent has its default, or is left out of the answer.
 
     So is one that is null, unless `nulls`.
     """
@@ -149,4 +161,5 @@ def read(
     for name in required:
         if given.get(name) is None:
             raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
-    return {name: table[name](name, value) for name, value in given.items() if nulls or value is not None}
+    defaults = {name: known.schema["default"] for name, known in table.items() if "default" in known.schema}
+    return defaults | {name: table[name](name, value) for name, value in given.items() if nulls or value is not None}

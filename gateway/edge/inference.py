@@ -30,15 +30,16 @@ from gateway.dialects.responses import ResponsesDialect
 from gateway.edge import auth, responses
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, send_answer
-from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers
+from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers, send_full
+from gateway.ended import Ended
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.records import Front, Session, StoredResponse, check_session_id, check_window_name
 from gateway.sessions import Place
-from gateway.turns import Ended
 from gateway.windows import branch
 from gateway.windows.resume import resume
+from gateway.windows.successor import Onward, Successors
 from gateway.windows.thaw import usable
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,21 @@ class Incoming:
         return next((v for k, v in self.scope["headers"] if k == name), None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A turn before it is relayed; in a successor, `dropped` messages were left out, which window `ancestor` has."""
+
+    incoming: Incoming
+    dialect: Dialect
+    call: Call
+    place: Place
+    model: Model | None
+    normalised: tuple[str, ...]
+    arrived: float
+    ancestor: str = ""
+    dropped: int = 0
+
+
 class Inference:
     """The ASGI application of the inference door."""
 
@@ -126,6 +142,7 @@ class Inference:
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
         self._stamps = Stamps()
+        self._successors = Successors(parts)
         self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
 
@@ -170,29 +187,54 @@ class Inference:
             call = replace(call, model=model.id)
         call, before = await responses.resume(parts, incoming.tenant, call)
         place = await self._place(incoming, named, call, before)
-        session = place.session
-        call = await self._continue(call, session, incoming)
+        if call.storage and call.storage.conversation:
+            place = await self._successors.newest(place)
+        call = await self._continue(call, place.session, incoming)
+        turn = _Turn(incoming, dialect, call, place, model, normalised, arrived)
+        if onward := await self._successors.onward(place, call):
+            turn = _onward(turn, onward)
+        answer = await self._relayed(turn)
+        if answer.held is not None and answer.hold_full:
+            await self._go_on(turn, answer.held)
+
+    async def _go_on(self, turn: "_Turn", held: tuple[Headers, bytes]) -> None:
+        """A full session goes on in its successor; where it cannot, the client gets the engine's answer."""
+        arrived = time.monotonic()
+        try:
+            onward = await self._successors.of(turn.place, turn.call, turn.model)
+        except GatewayError as error:
+            log.warning("session %s is full and does not go on: %s", turn.place.session.id, error.message)
+            await send_full(turn.incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
+            return
+        await self._relayed(replace(_onward(turn, onward), arrived=arrived), hold_full=False)
+
+    async def _relayed(self, turn: "_Turn", *, hold_full: bool = True) -> Answer:
+        """Relay a turn, and hand it over when it is over; return how it went."""
+        parts, incoming, dialect, call, model = self._parts, turn.incoming, turn.dialect, turn.call, turn.model
+        session = turn.place.session
         await resume(parts, session)
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         outgoing = self._outgoing(incoming, dialect.write(call, salt))
         answer = Answer(
             dialect,
-            _session_headers(session, model),
+            _headers(turn),
             parts.settings.max_reply_bytes,
             call.hide_usage,
             self._stamps,
             (incoming.base.path, call.model),
+            may_be_full=True,
+            hold_full=hold_full and parts.settings.on_full == "successor",
         )
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(place)
+        await parts.turns.enter(turn.place)
         route = parts.engines.route(session.lineage, session.engine, call.model)
         try:
             await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(
-                    place=place,
+                    place=turn.place,
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
@@ -204,11 +246,12 @@ class Inference:
                     streamed=answer.streamed,
                     chunks=answer.chunks,
                     detail=answer.detail,
-                    normalised=normalised,
+                    normalised=turn.normalised,
                     engine=route.engine,
-                    overhead_s=clock - arrived,
+                    overhead_s=clock - turn.arrived,
                 )
             )
+        return answer
 
     async def _place(
         self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
@@ -251,6 +294,8 @@ class Inference:
             history = await parts.store.messages(window.transcript)
             front = transcripts.missing(history, call.messages, _system_rule(incoming))
             call = await self._inheriting(call, front, window.frame)
+        if session and (onward := await self._successors.onward(Place(session, "", b""), call)):
+            call = onward.call
         await self._relay(incoming, _MESSAGES.question(call), session, call.model)
 
     async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
@@ -359,11 +404,21 @@ def _system_rule(incoming: Incoming) -> transcripts.SystemRule:
     return ""
 
 
-def _session_headers(session: Session, model: Model | None) -> Headers:
+def _onward(turn: _Turn, onward: Onward) -> _Turn:
+    """The turn in a successor."""
+    dropped = turn.dropped + onward.dropped
+    return replace(turn, call=onward.call, place=onward.place, ancestor=onward.window, dropped=dropped)
+
+
+def _headers(turn: _Turn) -> Headers:
+    session, model = turn.place.session, turn.model
     headers: Headers = [
         (identity.SESSION_HEADER, session.id.encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]
     if model and model.context_limit:
         headers.append((b"x-context-limit", b"%d" % model.context_limit))
+    if turn.ancestor:
+        headers.append((b"x-context-ancestor", turn.ancestor.encode()))
+        headers.append((b"x-context-dropped-messages", b"%d" % turn.dropped))
     return headers

@@ -10,11 +10,11 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.edge import auth
-from gateway.edge.client import EXTENSION
-from gateway.edge.endpoint import NDJSON, error_answer, refuse_foreign
+from gateway.edge import auth, inside
+from gateway.edge.endpoint import error_answer, refuse_foreign
 from gateway.edge.http import ClientGone, read_body
 from gateway.edge.mcp_params import AdminRequest, Ask, Json, Tell
+from gateway.edge.operation import NDJSON
 from gateway.errors import GatewayError
 from gateway.settings import Settings
 
@@ -25,6 +25,10 @@ OverHttp = Callable[[Callable[[Any], Ask], int], "StreamableHTTPSessionManager"]
 
 PATH = "/mcp"
 _MAX_BODY_BYTES = 2**20  # names, a description, a question: nothing that a tool takes is long
+# What a client may send in vain. MCP's own client gives up its connection, and every other call on it, when the answer
+# comes while it still sends and the socket is closed on it.
+_MOST_IN_VAIN = 2**24
+_VAIN_S = 10.0
 
 
 class McpDoor:
@@ -55,6 +59,9 @@ class McpDoor:
         except ClientGone:
             return
         except GatewayError as error:
+            if error.code == "payload_too_large":
+                await _drain(receive)
+                error.hint = "no tool takes so much"
             answer = error_answer(error)
             if error.code == "unauthorized":
                 answer.headers["www-authenticate"] = "Bearer"
@@ -93,7 +100,7 @@ class McpDoor:
 
         async def ask(request: AdminRequest, tell: Tell) -> Json:
             answer = _Answer(tell)
-            await self._admin(_scope(request, keys), _nothing_more, answer.take)
+            await self._admin(_scope(request, keys), inside.nothing_more, answer.take)
             return answer.whole
 
         return ask
@@ -117,47 +124,22 @@ class _Answer:
             self.whole = line.get("result", line)
 
 
-class _Inside:
-    """The client of a request that comes from this process. See `gateway.edge.client.Client`."""
-
-    gone = False
-    framed = False
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-
-    def body(self) -> bytes:
-        """See `Client.body`."""
-        return self._body
-
-    def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
-        """See `Client.watch`: it neither leaves nor lags."""
-
-    def write(self, data: bytes, *, hold: bool = False) -> bool:
-        """See `Client.write`."""
-        raise NotImplementedError("only the relay writes past ASGI, and nothing inside asks it")
-
-
 def _scope(request: AdminRequest, keys: list[tuple[bytes, bytes]]) -> Scope:
     body = b"" if request.body is None else orjson.dumps(request.body)
-    head = [(b"accept", NDJSON.encode()), (b"content-length", b"%d" % len(body))]
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": request.method,
-        "scheme": "http",
-        "path": unquote(request.path),
-        "raw_path": request.path.encode(),
-        "query_string": urlencode(request.query).encode(),
-        "root_path": "",
-        "headers": [*keys, *head],
-        "extensions": {EXTENSION: _Inside(body)},
-    }
+    headers = [*keys, (b"accept", NDJSON.encode())]
+    return inside.scope(request.method, unquote(request.path), urlencode(request.query).encode(), body, headers)
 
 
-async def _nothing_more() -> Message:
-    return await asyncio.Future()
+async def _drain(receive: Receive) -> None:
+    """Read what is left of a body that nobody wants, within bounds."""
+    left = _MOST_IN_VAIN
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_VAIN_S):
+            more = True
+            while more and left > 0:
+                message = await receive()
+                more = message.get("more_body", False)
+                left -= len(message.get("body", b""))
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.edge import fields
+from gateway.errors import GatewayError
 from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME, check_session_id, check_window_name
+
+MOST_SECONDS = 1e10  # as `fields.seconds` has it
 
 Json = dict[str, Any]
 Check = Callable[[str, Any], Any]
@@ -36,6 +39,44 @@ class Param:
     required: bool = False
     wire: str | None = None
     also: tuple[str, ...] = ()  # other names it is accepted under
+    shown: bool = True
+
+
+def schema_of(params: Mapping[str, Param]) -> Json:
+    """What may be given, as JSON schema."""
+    shown = {name: param for name, param in params.items() if param.shown}
+    schema: Json = {"type": "object", "properties": {name: param.schema for name, param in shown.items()}}
+    required = [name for name, param in shown.items() if param.required]
+    return {**schema, "required": required, "additionalProperties": False}
+
+
+def checked(params: Mapping[str, Param], arguments: Mapping[str, Any], *, nulls: bool = False) -> Json:
+    """What was given, under our own names. null is nothing, unless `nulls`.
+
+    Raises `unknown_parameter`, and `invalid_request` and its kin, naming the parameter.
+    """
+    names = {other: name for name, param in params.items() for other in (name, *param.also)}
+    fields.refuse_unknown(arguments, names)
+    given: Json = {}
+    said: dict[str, str] = {}
+    for other, value in arguments.items():
+        if value is None and not nulls:
+            continue
+        name = names[other]
+        if name in given:
+            raise twice(said[name], other)
+        given[name] = params[name].check(other, value)
+        said[name] = other
+    for name, param in params.items():
+        if param.required and name not in given:
+            raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
+    return given
+
+
+def twice(one: str, other: str) -> GatewayError:
+    """The error for a parameter that is given under two names."""
+    message = f"{one} and {other} are one parameter, and both are given"
+    return GatewayError("invalid_request", message, hint="give one of them", details={"field": other})
 
 
 class Maker(Protocol):
@@ -56,7 +97,9 @@ def _kind(schema: Json, check: Check) -> Maker:
     return make
 
 
-def _whole(low: int, high: int) -> Maker:
+def whole(low: int, high: int) -> Maker:
+    """A whole number from `low` to `high`."""
+
     def check(name: str, value: Any) -> int:
         if type(value) is not int or not low <= value <= high:  # True is an int
             raise fields.invalid(name, f"a whole number from {low} to {high}", value)
@@ -71,6 +114,10 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _seconds_or_none(name: str, value: Any) -> float | None:
+    return None if type(value) in (int, float) and value == 0 else fields.seconds(name, value)
+
+
 def _warm(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "gpu" if value else "none"
@@ -81,6 +128,17 @@ def text(longest: int) -> Maker:
     """A string of at most so many characters."""
     schema = {"type": "string", "maxLength": longest}
     return _kind(schema, lambda name, value: fields.text(name, value, longest=longest))
+
+
+def said(longest: int) -> Maker:
+    """A string of at most so many characters that is not blank."""
+
+    def check(name: str, value: Any) -> str:
+        if not fields.text(name, value, longest=longest).strip():
+            raise fields.invalid(name, "not blank", value)
+        return str(value)
+
+    return _kind({"type": "string", "minLength": 1, "maxLength": longest}, check)
 
 
 def one_of(*choices: str | bool, **same: str) -> Maker:
@@ -124,9 +182,10 @@ tags = _kind(
     },
     lambda name, value: list(fields.tags(name, value)),
 )
-seconds = _kind({"type": "number", "exclusiveMinimum": 0}, fields.seconds)
+seconds = _kind({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": MOST_SECONDS}, fields.seconds)
+seconds_or_none = _kind({"type": "number", "minimum": 0, "exclusiveMaximum": MOST_SECONDS}, _seconds_or_none)
 flag = _kind({"type": "boolean"}, _flag)
-limit = _whole(1, 100)
-offset = _whole(0, 2**31)
+limit = whole(1, 100)
+offset = whole(0, 2**31)
 description = text(MAX_DESCRIPTION)
 warm = _kind({"type": ["boolean", "string"], "enum": [True, False, "gpu", "cpu", "none"]}, _warm)

@@ -15,7 +15,8 @@ from mcp.shared.exceptions import MCPError
 from gateway import __version__
 from gateway.edge.endpoint import error_shape
 from gateway.edge.mcp_params import Ask, Json, Tell
-from gateway.edge.mcp_tools import RESOURCES, TOOLS, Resource, Tool, resource_request, tool_named
+from gateway.edge.mcp_tool import Resource, Tool
+from gateway.edge.mcp_tools import RESOURCES, TOOLS, resource_request, tool_named
 from gateway.errors import GatewayError
 
 Context = ServerRequestContext[Any, Any]
@@ -53,13 +54,13 @@ def server(ask_of: AskOf) -> Server[Any]:
 
     async def read_resource(ctx: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
         try:
-            request = resource_request(params.uri)
+            request, resource = resource_request(params.uri)
         except GatewayError as error:
             raise _protocol_error(error_shape(error)) from error
         answer = await ask_of(ctx)(request, _teller(ctx))
         if "error" in answer:
             raise _protocol_error(answer)
-        text = orjson.dumps(answer).decode()
+        text = orjson.dumps(resource.shape(answer)).decode()
         return types.ReadResourceResult(
             contents=[types.TextResourceContents(uri=params.uri, mime_type="application/json", text=text)]
         )
@@ -101,9 +102,9 @@ def _tool(tool: Tool) -> types.Tool:
     )
     return types.Tool(
         name=tool.name,
-        description=tool.about,
+        description=str(tool.about),
         input_schema=tool.input_schema,
-        output_schema=tool.answer,
+        output_schema=tool.output_schema,
         annotations=hints,
     )
 
@@ -133,8 +134,9 @@ def _done(answer: Json) -> types.CallToolResult:
 
 
 def _failed(answer: Json) -> types.CallToolResult:
-    text = types.TextContent(type="text", text=_in_words(answer["error"]))
-    return types.CallToolResult(content=[text], structured_content=answer, is_error=True)
+    error = answer["error"]
+    text = types.TextContent(type="text", text=_in_words(error))
+    return types.CallToolResult(content=[text], structured_content={"error": error}, is_error=True)
 
 
 def _protocol_error(answer: Json) -> MCPError:

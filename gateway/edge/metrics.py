@@ -1,34 +1,36 @@
 """The numbers, for Prometheus and as JSON. Whichever worker is asked answers for all."""
 
+from functools import partial
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.edge import auth, fields
-from gateway.edge.endpoint import Call, error_answer
-from gateway.errors import GatewayError
+from gateway.edge import answers, fields
+from gateway.edge.endpoint import Call
+from gateway.edge.operation import Operation
 from gateway.parts import Parts
 from gateway.telemetry import CONTENT_TYPE, Stored
 
 
-async def prometheus(request: Request) -> Response:
-    """GET /metrics."""
-    parts: Parts = request.state.parts
-    try:
-        auth.tenant(request.scope["headers"], parts.settings.api_key)
-    except GatewayError as error:
-        return error_answer(error)
-    return Response(parts.telemetry.text(await _stored(parts)), media_type=CONTENT_TYPE)
+@partial(Operation, "GET", "/metrics", {"type": "string"}, gives=CONTENT_TYPE)
+async def prometheus(call: Call) -> Any:
+    """Tell every number, to Prometheus."""
+    return Response(call.parts.telemetry.text(await _stored(call.parts)), media_type=CONTENT_TYPE)
 
 
-async def as_json(call: Call) -> tuple[int, Any]:
-    """GET /admin/metrics."""
-    q = call.query({"format": fields.one_of("json", "prometheus")})
+@partial(
+    Operation,
+    "GET",
+    "/admin/metrics",
+    answers.METRICS,
+    query={"format": fields.one_of("json", "prometheus").default("json")},
+)
+async def as_json(call: Call) -> Any:
+    """Tell every number, as JSON."""
     stored = await _stored(call.parts)
-    if q.get("format") == "prometheus":
-        return 200, {"format": "prometheus", "content": call.parts.telemetry.text(stored).decode()}
-    return 200, {"format": "json", "metrics": call.parts.telemetry.rows(stored)}
+    if call.given["format"] == "prometheus":
+        return {"format": "prometheus", "content": call.parts.telemetry.text(stored).decode()}
+    return {"format": "json", "metrics": call.parts.telemetry.rows(stored)}
 
 
 async def _stored(parts: Parts) -> Stored:

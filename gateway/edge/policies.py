@@ -1,46 +1,54 @@
 """The admin door to automatic freezing: its rules, and what they say of a session."""
 
+from functools import partial
 from typing import Any
 
 from gateway import rules
+from gateway.edge import answers, fields
 from gateway.edge.endpoint import Call
-from gateway.errors import GatewayError
-from gateway.records import check_session_id
+from gateway.edge.operation import Operation
+from gateway.sessions import no_session
 from policies.door import BUILT_IN
 
 
-async def get_policies(call: Call) -> tuple[int, Any]:
-    """GET /admin/policies."""
-    call.query({})
-    return 200, await _shown(call)
+@partial(Operation, "GET", "/admin/policies", answers.POLICIES)
+async def get_policies(call: Call) -> Any:
+    """The rules of automatic freezing."""
+    return await _shown(call)
 
 
-async def put_policies(call: Call) -> tuple[int, Any]:
-    """PUT /admin/policies: set the fields that are given, leave the others."""
-    given = await call.body(dict(rules.READERS), nulls=True)
-    warnings = await call.autofreeze.change(given)
-    return 200, {**await _shown(call), "warnings": warnings}
+@partial(Operation, "PUT", "/admin/policies", answers.POLICIES_SET, body=rules.READERS, nulls=True)
+async def put_policies(call: Call) -> Any:
+    """Set the rules that are given, leave the others."""
+    warnings = await call.autofreeze.change(call.given)
+    return {**await _shown(call), "warnings": warnings}
 
 
-async def delete_policies(call: Call) -> tuple[int, Any]:
-    """DELETE /admin/policies: back to the settings."""
-    call.query({})
+@partial(Operation, "DELETE", "/admin/policies", answers.POLICIES)
+async def delete_policies(call: Call) -> Any:
+    """Forget what was set here: the settings hold again."""
     await call.autofreeze.reset()
-    return 200, await _shown(call)
+    return await _shown(call)
 
 
-async def check_policies(call: Call) -> tuple[int, Any]:
-    """POST /admin/policies/check: what the policies say of a session now. Nothing is frozen."""
-    body = await call.body({"session_id": lambda name, value: check_session_id(value, name)}, required=("session_id",))
-    session_id = body["session_id"]
+@partial(
+    Operation,
+    "POST",
+    "/admin/policies/check",
+    answers.CHECKED,
+    body={"session_id": fields.session_id},
+    required=("session_id",),
+    errors=("session_not_found",),
+)
+async def check_policies(call: Call) -> Any:
+    """Tell what the policies say of a session now; nothing is frozen."""
+    session_id = call.given["session_id"]
     check = await call.autofreeze.check(call.tenant, session_id)
     if check is None:
-        raise GatewayError(
-            "session_not_found", f"there is no session {session_id!r}", hint="GET /admin/sessions lists them"
-        )
+        raise no_session(session_id)
     seen, decided = check.seen, next((one.decision for one in check.opinions if one.decision), None)
     used = round(seen.token_count / seen.context_limit * 100, 1) if seen.context_limit else None
-    return 200, {
+    return {
         "session_id": session_id,
         "triggered": decided is not None and not check.held_back,
         "reason": decided.reason if decided else None,
@@ -63,3 +71,6 @@ async def _shown(call: Call) -> dict[str, Any]:
     now, at_run_time = await call.autofreeze.current()
     known = [*BUILT_IN, *call.parts.settings.auto_freeze_policies]
     return {**rules.as_json(now), "set_at_run_time": sorted(at_run_time), "available": known}
+
+
+OPERATIONS = (get_policies, put_policies, delete_policies, check_policies)

@@ -26,6 +26,17 @@ HOP_BY_HOP = frozenset(
 )  # fmt: skip
 
 
+# So vLLM 0.32 begins to say that a prompt, with the reply it asks for, has no room (renderers/params.py).
+FULL = b"maximum context length is"
+HINT_HEADER = b"x-context-hint"
+FULL_HINT = (
+    "the context is full: freeze the session and ask its window, or begin a new one; "
+    "with on_full=successor the gateway goes on by itself"
+)
+_HINT_BYTES = 500
+_REFUSAL_BYTES = 64 * 1024  # what is longer says something else
+
+
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """A request as the engine gets it."""
@@ -74,6 +85,9 @@ class Answer:
     size: int = 0
     outcome: Outcome = "gateway_error"
     detail: str = ""
+    may_be_full: bool = False  # the prompt is a conversation's: an engine that has no room for it is told apart
+    hold_full: bool = False  # whether that answer is kept in `held`, and not sent
+    held: tuple[Headers, bytes] | None = None
 
     def keep(self, chunks: Sequence[bytes]) -> None:
         """Keep chunks, or nothing at all once it is too much."""
@@ -142,6 +156,9 @@ async def _forward(connection: Connection, client: Client, send: Send, answer: A
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP]
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
+    if connection.status == 400 and answer.may_be_full:
+        await _refused(connection, kept, send, answer)
+        return
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
     pipe = _Pipe(client, answer, engine)
     try:
@@ -160,6 +177,38 @@ async def _forward(connection: Connection, client: Client, send: Send, answer: A
         last += pipe.hidden.flush()
         answer.stamps.learn(engine, answer.about, pipe.hidden.stamp)
     await send({"type": "http.response.body", "body": last})
+
+
+async def _refused(connection: Connection, kept: Headers, send: Send, answer: Answer) -> None:
+    """Pass on a refusal as it is, but for one that says that the context is full: that is held, or gets a hint."""
+    body = b""
+    while (chunk := await connection.read()) and len(body) < _REFUSAL_BYTES:
+        body += chunk
+    answer.keep((body,))
+    answer.outcome = "engine_error"
+    if chunk or FULL not in body:
+        await send({"type": "http.response.start", "status": 400, "headers": kept + answer.extra_headers})
+        while chunk:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            body, chunk = chunk, await connection.read()
+        await send({"type": "http.response.body", "body": body})
+        return
+    answer.detail = "the context is full"
+    answer.held = [*kept, *answer.extra_headers], body
+    if not answer.hold_full:
+        await send_full(send, answer.held, FULL_HINT)
+
+
+async def send_full(send: Send, held: tuple[Headers, bytes], hint: str) -> None:
+    """Send a held answer after all, with a hint that the engine does not give."""
+    headers, body = held
+    said = hint.encode("latin-1", "replace").replace(b"\n", b" ")[:_HINT_BYTES]
+    await _send_whole(send, 400, [*headers, (HINT_HEADER, said)], body)
+
+
+async def _send_whole(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _read(connection: Connection, pipe: _Pipe, send: Send) -> bytes:

@@ -15,6 +15,7 @@ from gateway import transcripts
 from gateway.dialects.contract import Call
 from gateway.edge import fields
 from gateway.errors import GatewayError
+from gateway.field import Field
 from gateway.identity import Given
 from gateway.parts import Parts
 from gateway.records import Front, Message, Session, StoredResponse
@@ -26,6 +27,7 @@ SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
 # A turn that is over may not be recorded yet, and a client knows an answer's id a moment before its stream has ended.
 _ENDING_S = (0.0, 0.02, 0.2)
+_ANY: Field[Any] = Field({}, lambda _, value: value)
 _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -164,9 +166,9 @@ async def _input_items(parts: Parts, tenant: str, response_id: str, query: dict[
         {
             "limit": fields.whole(1, 100),
             "order": fields.one_of("asc", "desc"),
-            "after": lambda name, value: fields.text(name, value, longest=200),
-            "include": lambda _, value: value,
-            "include[]": lambda _, value: value,
+            "after": fields.line(200),
+            "include": _ANY,
+            "include[]": _ANY,
         },
     )
     found = await _found(parts, tenant, response_id)

@@ -1,14 +1,15 @@
 """Records as JSON: one word for a thing wherever it is shown."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Session, Turn, Window
+from gateway.records import PinnedObject, Session, Turn, Window
 
-Present = Mapping[str, set[ObjectKey]]
+Present = Mapping[str, set[ObjectKey]]  # of the window's objects, which ones LMCache finds in each tier
+_NEARLY_FULL = 0.95  # of the context limit
 
 
 def moment(seconds: float | None) -> str | None:
@@ -32,6 +33,7 @@ def session(s: Session) -> dict[str, Any]:
         "lineage": s.lineage,
         "recognised_by": s.source,
         "forked_from": s.parent,
+        "successor": s.successor,
         "window": s.window,
         "engine": s.engine or None,
         "normalised": s.normalised.split(),
@@ -39,6 +41,16 @@ def session(s: Session) -> dict[str, Any]:
         "last_active_at": moment(s.last_active_at),
         "frozen_at": moment(s.frozen_at),
     }
+
+
+def crowding(tokens: int, limit: int | None) -> list[str]:
+    """A warning where a context has come near its limit, or to it."""
+    if not limit or tokens < limit * _NEARLY_FULL:
+        return []
+    if tokens >= limit:
+        return [f"the context is full: {tokens} of {limit} tokens; freeze it, and go on in another session"]
+    share = tokens * 100 // limit
+    return [f"the context is nearly full: {tokens} of {limit} tokens ({share}%); freeze it before it is"]
 
 
 def turn(t: Turn) -> dict[str, Any]:
@@ -88,16 +100,15 @@ def window(w: Window) -> dict[str, Any]:
     }
 
 
-def window_status(w: Window, manifest: Manifest, present: Present) -> dict[str, Any]:
+def window_status(w: Window, objects: Sequence[PinnedObject], present: Present) -> dict[str, Any]:
     """A window, and where its bytes are now: pinned, and where LMCache itself finds them."""
-    keys = keys_of(o.key for o in manifest.objects)
     tiers = {
         name: {
-            "pinned": sum(1 for o in manifest.objects if o.tier == name),
-            "pinned_bytes": sum(o.size for o in manifest.objects if o.tier == name),
-            "present": len(present.get(name, set()) & keys),
+            "pinned": sum(1 for o in objects if o.tier == name),
+            "pinned_bytes": sum(o.size for o in objects if o.tier == name),
+            "present": len(present.get(name, set())),
         }
-        for name in dict.fromkeys([*(o.tier for o in manifest.objects), *present])
+        for name in dict.fromkeys([*(o.tier for o in objects), *present])
     }
     first = next((name for name, tier in tiers.items() if tier["present"]), None)
     return {
@@ -112,10 +123,10 @@ def window_status(w: Window, manifest: Manifest, present: Present) -> dict[str, 
     }
 
 
-def blocks(manifest: Manifest, present: Present) -> list[dict[str, Any]]:
+def blocks(objects: Sequence[PinnedObject], present: Present) -> list[dict[str, Any]]:
     """Every KV object of a window, in chunk order."""
     out: dict[str, dict[str, Any]] = {}
-    for o in manifest.objects:
+    for o in objects:
         key = ObjectKey.parse(o.key)
         block = out.setdefault(
             o.key, {"hash": key.chunk_hash, "rank": key.rank, "size_bytes": o.size, "pinned": {}, "present": []}

@@ -1,39 +1,64 @@
 """Windows as files, over HTTP: an export goes out and an import comes in as a stream."""
 
 import logging
+from functools import partial
 from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from gateway.edge import fields, show
+from gateway.edge import answers, fields, show
 from gateway.edge.client import client_of
 from gateway.edge.endpoint import Call
+from gateway.edge.operation import ENGINE, Operation
 from gateway.errors import GatewayError
-from gateway.records import check_window_name
 from gateway.windows.export import Export, export
 from gateway.windows.imports import import_window as bring
 
 log = logging.getLogger(__name__)
 
-
-async def export_window(call: Call) -> tuple[int, ASGIApp]:
-    """GET /admin/windows/{name}/export."""
-    q = call.query({"as_text": fields.flag})
-    return 200, _File(await export(call.parts, call.tenant, call.window_name, as_text=q.get("as_text", False)))
+_TAR = "application/x-tar"
 
 
-async def import_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/import."""
-    q = call.query({"window_name": lambda name, value: check_window_name(value, name), "as_text": fields.flag})
+@partial(
+    Operation,
+    "GET",
+    "/admin/windows/{name}/export",
+    {},
+    query={"as_text": fields.flag.default(False).about("leave the KV out")},
+    gives=_TAR,
+    errors=("window_corrupted", "cache_unavailable"),
+)
+async def export_window(call: Call) -> Any:
+    """Send a window as one file."""
+    q = call.given
+    return _File(await export(call.parts, call.tenant, call.window_name, as_text=q["as_text"]))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/import",
+    answers.FROZEN,
+    status=201,
+    query={
+        "window_name": fields.window_name.about("without it, the name that it was exported under"),
+        "as_text": fields.flag.default(False).about("take text and ids, and leave the KV"),
+    },
+    takes=_TAR,
+    errors=("window_already_exists", "window_corrupted", "cache_unavailable", *ENGINE),
+)
+async def import_window(call: Call) -> Any:
+    """Make the window in a file a window of this gateway."""
+    q = call.given
     window, warnings = await bring(
         call.parts,
         call.tenant,
         call.stream(),
         name=q.get("window_name"),
-        as_text=q.get("as_text", False),
+        as_text=q["as_text"],
         progress=call.progress,
     )
-    return 201, {**show.window(window), "warnings": warnings}
+    return {**show.window(window), "warnings": warnings}
 
 
 class _File:
@@ -45,7 +70,7 @@ class _File:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = f'attachment; filename="{self._export.window.name}.cwg"'
         headers = [
-            (b"content-type", b"application/x-tar"),
+            (b"content-type", _TAR.encode()),
             (b"content-length", b"%d" % self._export.size),
             (b"content-disposition", name.encode()),
         ]
@@ -64,3 +89,6 @@ class _File:
             log.warning("the export of %s was cut: %s", self._export.window.name, error.message)
             return
         await send({"type": "http.response.body", "body": b""})
+
+
+OPERATIONS = (export_window, import_window)

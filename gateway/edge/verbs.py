@@ -1,42 +1,75 @@
 """The admin door, second half: what one does with a window that is there already."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from gateway.edge import fields, show
-from gateway.edge.endpoint import Call, Verb
-from gateway.records import check_session_id
-from gateway.windows import ask, describe, fanout, prefetch, thaw, tree, verify
+from gateway.edge import answers, fields, show
+from gateway.edge.endpoint import Call
+from gateway.edge.operation import ENGINE, Operation
+from gateway.field import or_null, reads
+from gateway.windows import ask, describe, evict, fanout, prefetch, thaw, tree, verify
+
+_LINE = fields.line(ask.MAX_QUESTION)
 
 
-async def describe_window(call: Call) -> tuple[int, Any]:
-    """PATCH /admin/windows/{name}."""
-    said = await call.body(
-        {
-            "description": fields.or_null(fields.description),
-            "tags": fields.or_null(fields.tags),
-            "ttl_seconds": fields.or_null(fields.seconds),
-        },
-        nulls=True,
-    )
-    return 200, show.window(await describe.describe(call.parts, call.tenant, call.window_name, said))
+@reads({**_LINE.schema, "minLength": 1})
+def question(name: str, value: object) -> str:
+    """What somebody asks: a text that is not blank."""
+    asked = _LINE.read(name, value)
+    if not asked.strip():
+        raise fields.invalid(name, "a question, not blank", value)
+    return asked
 
 
-async def verify_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/{name}/verify."""
-    await call.body({})
-    return 200, asdict(await verify.verify(call.parts, call.tenant, call.window_name, call.progress))
+@partial(
+    Operation,
+    "PATCH",
+    "/admin/windows/{name}",
+    answers.WINDOW,
+    body={
+        "description": or_null(fields.description),
+        "tags": or_null(fields.tags),
+        "ttl_seconds": or_null(fields.seconds),
+    },
+    nulls=True,
+)
+async def describe_window(call: Call) -> Any:
+    """Change what is said of a window; null clears it."""
+    said = call.given
+    return show.window(await describe.describe(call.parts, call.tenant, call.window_name, said))
 
 
-async def ask_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/{name}/ask."""
-    body = await call.body(
-        {"question": _question, "max_tokens": fields.count(1, ask.MAX_TOKENS)}, required=("question",)
-    )
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/verify",
+    answers.VERIFIED,
+    body={"deep": fields.boolean.default(False).about("have the engine use the KV, and compare")},
+    errors=("cache_unavailable", *ENGINE),
+)
+async def verify_window(call: Call) -> Any:
+    """Check every byte of a window where it is pinned."""
+    deep = call.given["deep"]
+    return asdict(await verify.verify(call.parts, call.tenant, call.window_name, call.progress, deep=deep))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/ask",
+    answers.ANSWERED,
+    body={"question": question, "max_tokens": fields.count(1, ask.MAX_TOKENS)},
+    required=("question",),
+    errors=ENGINE,
+)
+async def ask_window(call: Call) -> Any:
+    """Ask a window a question; the window does not change, and nothing is kept of it."""
+    body = call.given
     said = await ask.ask(
         call.parts, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
     )
-    return 200, {
+    return {
         "window_name": said.window.name,
         "model": said.window.model,
         "answer": said.text,
@@ -56,23 +89,45 @@ async def ask_window(call: Call) -> tuple[int, Any]:
     }
 
 
-async def prefetch_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/{name}/prefetch."""
-    await call.body({})
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/prefetch",
+    answers.PREFETCHED,
+    errors=("cache_unavailable", *ENGINE),
+)
+async def prefetch_window(call: Call) -> Any:
+    """Load a window's KV into the cache's memory."""
     receipt = await prefetch.prefetch(call.parts, call.tenant, call.window_name, call.progress)
-    return 200, {"window_name": call.window_name, "receipt": _seen(receipt), "warnings": receipt.warnings}
+    return {"window_name": call.window_name, "receipt": _seen(receipt), "warnings": receipt.warnings}
 
 
-async def fan_out_window(call: Call) -> tuple[int, Any]:
-    """POST /admin/windows/{name}/fanout."""
-    body = await call.body(
-        {"count": fields.count(1, fanout.MOST), "prefix": lambda name, value: check_session_id(value, name)},
-        required=("count",),
-    )
+@partial(Operation, "POST", "/admin/windows/{name}/evict", answers.EVICTED, errors=("cache_unavailable",))
+async def evict_window(call: Call) -> Any:
+    """Move a window's KV out of the cache's memory, down to the durable tiers."""
+    return asdict(await evict.evict(call.parts, call.tenant, call.window_name, call.progress))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/fanout",
+    answers.FANNED_OUT,
+    status=201,
+    body={
+        "count": fields.count(1, fanout.MOST),
+        "prefix": fields.session_id.about("the new sessions are named PREFIX-1, PREFIX-2 and so on"),
+    },
+    required=("count",),
+    errors=("session_already_exists", *ENGINE),
+)
+async def fan_out_window(call: Call) -> Any:
+    """Thaw a window into many sessions at once; they share its KV."""
+    body = call.given
     sessions, window, receipt = await fanout.fanout(
         call.parts, call.tenant, call.window_name, body["count"], body.get("prefix"), call.progress
     )
-    return 201, {
+    return {
         "window_name": window.name,
         "model": window.model,
         "token_count": window.token_count,
@@ -82,11 +137,18 @@ async def fan_out_window(call: Call) -> tuple[int, Any]:
     }
 
 
-async def show_tree(call: Call) -> tuple[int, Any]:
-    """GET /admin/tree."""
-    limit = call.query({"limit": fields.whole(1, tree.MOST)}).get("limit", 1000)
+@partial(
+    Operation,
+    "GET",
+    "/admin/tree",
+    answers.TREE,
+    query={"limit": fields.whole(1, tree.MOST).default(1000).about("windows, and sessions, at most")},
+)
+async def show_tree(call: Call) -> Any:
+    """Which window and which session came from which."""
+    limit = call.given["limit"]
     seen = await tree.tree(call.parts, call.tenant, limit)
-    return 200, {
+    return {
         "nodes": [_node(node) for node in seen.nodes],
         "windows": seen.windows,
         "sessions": seen.sessions,
@@ -113,13 +175,6 @@ def _seen(receipt: thaw.Receipt) -> dict[str, Any]:
     return {name: getattr(receipt, name) for name in _SEEN}
 
 
-def _question(name: str, value: object) -> str:
-    question = fields.text(name, value, longest=ask.MAX_QUESTION)
-    if not question.strip():
-        raise fields.invalid(name, "a question, not blank", value)
-    return question
-
-
 # Where no engine is asked: of a thaw's receipt, what was seen in the tiers.
 _SEEN = (
     "chunks_expected",
@@ -131,11 +186,6 @@ _SEEN = (
     "duration_ms",
 )
 
-SERVED: list[tuple[str, str, Verb]] = [
-    ("PATCH", "/admin/windows/{name}", describe_window),
-    ("POST", "/admin/windows/{name}/verify", verify_window),
-    ("POST", "/admin/windows/{name}/ask", ask_window),
-    ("POST", "/admin/windows/{name}/prefetch", prefetch_window),
-    ("POST", "/admin/windows/{name}/fanout", fan_out_window),
-    ("GET", "/admin/tree", show_tree),
-]
+OPERATIONS = (
+    describe_window, verify_window, ask_window, prefetch_window, evict_window, fan_out_window, show_tree
+)  # fmt: skip

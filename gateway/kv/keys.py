@@ -41,8 +41,7 @@ class ObjectKey:
     @property
     def file_name(self) -> str:
         """The name in LMCache's disk tier."""
-        model = self.model.replace("/", "-SEP-")
-        return f"{model}@0x{self.rank:08x}@{self.group:x}@{self.chunk_hash}@{self.salt}{DISK_SUFFIX}"
+        return file_name(str(self))
 
     @classmethod
     def parse_file_name(cls, name: str) -> "ObjectKey | None":
@@ -77,6 +76,17 @@ class ObjectKey:
             "object_group_id": self.group,
             "cache_salt": self.salt,
         }
+
+
+def file_name(name: str) -> str:
+    """The name in LMCache's disk tier of a key that is spelled as `str` writes it."""
+    model, rank, group, digest, salt = name.rsplit("@", 4)
+    return f"{model.replace('/', '-SEP-')}@0x{rank}@{group}@{digest}@{salt}{DISK_SUFFIX}"
+
+
+def under(name: str, salt: str) -> str:
+    """The key of the same chunk under another salt, both spelled as `str` writes them."""
+    return f"{name[: name.rindex('@')]}@{salt}"
 
 
 def chunk_hashes(token_ids: Sequence[int], chunk_size: int) -> Iterator[str]:

@@ -43,18 +43,23 @@ class LMCache:
     async def info(self) -> CacheInfo:
         """Ask for chunk size, hash algorithm, registered models and storage adapters."""
         status = await self._call("GET", "/status")
-        config = await self._call("GET", "/config")
+        adapters = await self.adapters()
         registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
-        storage: dict[str, Any] = next(
-            (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
-        )
         self.chunk_size = int(status["chunk_size"])
         return CacheInfo(
             chunk_size=self.chunk_size,
             hash_algorithm=str(status["hash_algorithm"]),
             world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
-            adapters=tuple(storage.get("adapters", ())),
+            adapters=adapters,
         )
+
+    async def adapters(self) -> tuple[dict[str, Any], ...]:
+        """Ask for the configuration of the storage adapters, in the order in which they are read."""
+        config = await self._call("GET", "/config")
+        storage: dict[str, Any] = next(
+            (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
+        )
+        return tuple(storage.get("adapters", ()))
 
     async def healthy(self) -> bool:
         """Whether the server answers and calls itself healthy."""
@@ -63,14 +68,21 @@ class LMCache:
         except GatewayError:
             return False
 
-    async def delete(self, keys: Sequence[ObjectKey], *, tier: str, adapter: str | None = None) -> None:
-        """Delete `keys` from `tier`: `l1`, `l2` or `all`. Of the L2 adapters LMCache does one a call, the one named."""
+    async def delete(self, keys: Sequence[ObjectKey], *, tier: str, adapter: str | None = None) -> tuple[int, int]:
+        """Delete `keys` from `tier`: `l1`, `l2` or `all`. Of the L2 adapters LMCache does one a call, the one named.
+
+        Return how many were there, and how many were left because they are being read; of `l2` that is not told.
+        """
+        deleted = skipped = 0
         for start in range(0, len(keys), _KEYS_PER_DELETE):
             batch = [key.wire() for key in keys[start : start + _KEYS_PER_DELETE]]
             body = {"keys": batch, "tier": tier, "adapter": adapter}
             answer = await self._call("DELETE", "/cache/objects", json=body)
             if not answer.get("ok", True):
                 raise GatewayError("cache_unavailable", f"LMCache failed to delete in {adapter}: {answer.get('error')}")
+            deleted += int(answer.get("deleted", 0))
+            skipped += int(answer.get("skipped", 0))
+        return deleted, skipped
 
     async def prefetch(
         self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress

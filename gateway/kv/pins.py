@@ -9,7 +9,7 @@ apart, over all processes of this machine that share the store: freezes hold it 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,43 +87,24 @@ class Pins:
             pinned[tier.name] = {o.key: o for o in done}
         return pinned, warnings
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[ObjectKey, Restored]], list[str]]:
-        """Put back what LMCache lost, checking every byte; the answer is by tier and key."""
-        found: dict[str, dict[ObjectKey, Restored]] = {}
-        warnings: list[str] = []
-        for tier in self.tiers:
-            mine = [o for o in objects if o.tier == tier.name]
-            try:
-                outcome = await tier.restore(mine)
-            except TierUnavailable as error:
-                warnings.append(str(error))
-                continue
-            found[tier.name] = {ObjectKey.parse(o.key): state for o, state in zip(mine, outcome, strict=True)}
-        return found, warnings
+    async def restore(
+        self, objects: Sequence[PinnedObject], *, check: bool = True
+    ) -> tuple[dict[str, dict[str, Restored]], list[str]]:
+        """Put back what LMCache lost, checking every byte; the answer is by tier and key.
 
-    async def adopt(
-        self, objects: Sequence[PinnedObject], names: Mapping[str, ObjectKey]
-    ) -> tuple[list[PinnedObject], list[str]]:
-        """Pin the bytes of `objects` under other names too, `names` by key.
-
-        Return what is pinned by them now, and warnings: a tier that cannot be reached, or where that costs bytes.
-        Raises TierFull; call it under the shared lock.
+        Without `check` only what is put back is read, see `Tier.restore`.
         """
-        adopted: list[PinnedObject] = []
+        found: dict[str, dict[str, Restored]] = {}
         warnings: list[str] = []
         for tier in self.tiers:
             mine = [o for o in objects if o.tier == tier.name]
             try:
-                done = await tier.adopt(mine, [names[o.key] for o in mine]) if mine else []
-            except TierFull:
-                raise
+                outcome = await tier.restore(mine, check=check)
             except TierUnavailable as error:
                 warnings.append(str(error))
                 continue
-            adopted += done
-            if done and not tier.shares_bytes:
-                warnings.append(f"{tier.name} tier: {sum(o.size for o in done)} bytes were copied, it has no links")
-        return adopted, warnings
+            found[tier.name] = {o.key: state for o, state in zip(mine, outcome, strict=True)}
+        return found, warnings
 
     async def remove(self, keys: Sequence[ObjectKey], *, originals: bool) -> tuple[int, list[str]]:
         """Remove the pins, and LMCache's `originals` too if asked, in every tier; return the bytes freed.

@@ -1,6 +1,7 @@
 """The SQL of automatic freezing: who freezes which session, what is covered, and which windows were made so."""
 
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import fields
 
 from gateway.records import Session
@@ -24,9 +25,9 @@ def unfrozen(db: sqlite3.Connection, since: float, before: tuple[float, str, str
     return [Unfrozen(Session(*rest), *freezes) for *freezes, rest in ((*row[:3], row[3:]) for row in found)]
 
 
-def unfrozen_session(db: sqlite3.Connection, tenant: str, session_id: str) -> Unfrozen | None:
-    row = db.execute(f"{_UNFROZEN} WHERE s.tenant = ? AND s.id = ?", (tenant, session_id)).fetchone()
-    return Unfrozen(Session(*row[3:]), *row[:3]) if row else None
+def unfrozen_sessions(db: sqlite3.Connection, keys: Iterable[tuple[str, str]]) -> list[Unfrozen]:
+    found = (db.execute(f"{_UNFROZEN} WHERE s.tenant = ? AND s.id = ?", key).fetchone() for key in keys)
+    return [Unfrozen(Session(*row[3:]), *row[:3]) for row in found if row]
 
 
 def claim(db: sqlite3.Connection, seen: Session, now: float, until: float, *, cool: bool) -> bool:

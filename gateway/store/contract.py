@@ -1,11 +1,22 @@
 """What the gateway asks of its store. Every call is atomic in itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Trace, Turn, Window
+from gateway.records import (
+    Manifest,
+    Message,
+    PinnedObject,
+    Session,
+    SessionState,
+    StoredResponse,
+    Succession,
+    Trace,
+    Turn,
+    Window,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,17 @@ class Finished:
     normalised: str = ""
     response: StoredResponse | None = None
     asked: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What a deleted window has let go of: `pins` that no window holds, and `names` of an isolated clone for LMCache.
+
+    For any other window the names are those of the pins, and `names` is empty.
+    """
+
+    pins: tuple[ObjectKey, ...] = ()
+    names: tuple[ObjectKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +175,16 @@ class Store(Protocol):
         """Return the salts that were let go of, and that nobody has settled since."""
         ...
 
+    async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
+        """Note a salt that nobody will have let go of who is stopped before: what lies under it is to be seen to."""
+        ...
+
     async def settle_salt(self, gone: LooseSalt) -> None:
         """Say that what lay under a loose salt was seen to, unless it was let go of once more."""
         ...
 
     async def held_under(self, salt: str) -> set[ObjectKey]:
-        """Return the objects under a salt that windows hold."""
+        """Return the objects under a salt that windows hold: their pins, and what LMCache has of isolated clones."""
         ...
 
     async def record(self, finished: Sequence[Finished]) -> None:
@@ -214,14 +240,21 @@ class Store(Protocol):
         """Change `description`, `tags` or `expires_at`; return the window as it is now, or None."""
         ...
 
-    async def manifest(self, manifest_id: str) -> Manifest:
-        """Return a manifest. Raises `window_not_found` when its window has just been deleted."""
+    async def manifest(self, window: Window) -> Manifest:
+        """Return a window's manifest, its objects under the window's salt.
+
+        Raises `window_not_found` when it has just been deleted.
+        """
         ...
 
-    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> list[ObjectKey] | None:
-        """Delete a window; return the objects that no window holds any more, or None if there is no such window.
+    async def pinned(self, window: Window) -> tuple[PinnedObject, ...]:
+        """Return the objects of a window's manifest alone. Raises as `manifest` does."""
+        ...
 
-        With `expired_by` only if it had expired by then. Its salt is loose.
+    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> Released | None:
+        """Delete a window; return what no window holds any more, or None if there is no such window.
+
+        With `expired_by` only if it had expired by then. Its salts are loose.
         """
         ...
 
@@ -234,7 +267,19 @@ class Store(Protocol):
         ...
 
     async def held_objects(self) -> set[ObjectKey]:
-        """Every object that some window holds."""
+        """Every object that some window has pinned."""
+        ...
+
+    async def isolated_names(self) -> set[ObjectKey]:
+        """Names under which LMCache may have the objects of isolated clones, whose pins go by other names."""
+        ...
+
+    async def succeed(self, step: Succession, new: Session) -> Succession:
+        """Add a full session's successor, unless it has one already; return what is so then."""
+        ...
+
+    async def successions(self, tenant: str, session_id: str) -> list[Succession]:
+        """Return all steps from session to successor of the conversation that a session is part of, in their order."""
         ...
 
     async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
@@ -248,8 +293,8 @@ class Store(Protocol):
         """
         ...
 
-    async def unfrozen_session(self, tenant: str, session_id: str) -> Unfrozen | None:
-        """Return one session as above, whatever its state, or None."""
+    async def unfrozen_sessions(self, keys: Collection[tuple[str, str]]) -> list[Unfrozen]:
+        """Return sessions as above, by tenant and id, whatever their state; without those that are not there."""
         ...
 
     async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:

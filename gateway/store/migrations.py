@@ -187,6 +187,39 @@ _M006 = (
 )
 
 
+@MIGRATIONS.append
+def m007_pins_of_isolated_clones(db: sqlite3.Connection) -> None:
+    """Under which salt the pins of a window go: an isolated clone has its source's, no object has to be named anew."""
+    for statement in _M007:
+        db.execute(statement)
+
+
+_M007 = (
+    "ALTER TABLE windows ADD COLUMN pin_salt TEXT NOT NULL DEFAULT ''",
+    "UPDATE windows SET pin_salt = salt",
+    "CREATE INDEX windows_by_pin_salt ON windows (pin_salt)",
+    "CREATE INDEX windows_by_session ON windows (tenant, session_id, created_at)",
+)
+
+
+@MIGRATIONS.append
+def m008_successors(db: sqlite3.Connection) -> None:
+    """In which session a conversation goes on whose context was full."""
+    for statement in _M008:
+        db.execute(statement)
+
+
+_M008 = (
+    "ALTER TABLE sessions ADD COLUMN successor TEXT",
+    """CREATE TABLE successions (
+        tenant TEXT NOT NULL, session_id TEXT NOT NULL, successor TEXT NOT NULL, window TEXT NOT NULL,
+        dropped INTEGER NOT NULL, link BLOB NOT NULL, PRIMARY KEY (tenant, session_id)
+    ) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX successions_by_successor ON successions (tenant, successor)",
+    "CREATE INDEX sessions_by_successor ON sessions (tenant, successor) WHERE successor IS NOT NULL",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 

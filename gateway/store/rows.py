@@ -1,18 +1,15 @@
 """The SQL of the SQLite store: plain functions that take a connection. Whoever calls them owns the transaction."""
 
 import sqlite3
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
-from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, Turn, Usage, Window
-from gateway.store import response_rows, salt_rows, transcript_rows
-from gateway.store.contract import Finished, WindowQuery
+from gateway.records import Manifest, Message, Session, SessionState, Turn, Usage, Window
+from gateway.store import manifest_rows, response_rows, salt_rows, successor_rows, transcript_rows
+from gateway.store.contract import Finished, Released, WindowQuery
 
 T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
@@ -83,6 +80,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, idle_si
     db.execute("DELETE FROM ends WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
     salt_rows.leave(db, tenant, session_id, gone.lineage)
+    successor_rows.forget(db, tenant, session_id)
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release(db, gone.window_transcript)
     transcript_rows.release_content(db, gone.frame)
@@ -154,46 +152,67 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
         _prune_turns(db, items[-1].turn, turns_kept)
 
 
+class _Held(NamedTuple):
+    """What a session has of its last turn."""
+
+    transcript: bytes | None
+    frame: bytes | None
+    salt: str
+
+
 def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
     """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone."""
-    last, first = items[-1], items[0].turn
-    tenant, session_id = first.tenant, first.session_id
-    began = last.session
-    # Of a session that was deleted meanwhile, what it held is gone.
-    new = Session(tenant, session_id, began.lineage, last.turn.model, source=began.source, parent=began.parent)
-    add_session(db, replace(new, created_at=first.started_at))
+    held = _held(db, items[0])
+    _touch(db, items)
+    # One that failed may have left KV too; what the session ran under last is known.
+    salt_rows.use(db, items[0].turn.tenant, items[0].turn.session_id, {item.salt for item in items} - {held.salt})
+    moving = [item for item in items if item.messages is not None]
+    if moving:
+        _move_transcript(db, moving[-1], len(moving), held)
+
+
+def _held(db: sqlite3.Connection, first: Finished) -> _Held:
+    """What a session has; if it is not there, make it. Of one that was deleted meanwhile, what it held is gone."""
+    turn, began = first.turn, first.session
+    query = "SELECT transcript, frame, salt FROM sessions WHERE tenant = ? AND id = ?"
+    if row := db.execute(query, (turn.tenant, turn.session_id)).fetchone():
+        return _Held(*row)
+    new = Session(turn.tenant, turn.session_id, began.lineage, turn.model, source=began.source, parent=began.parent)
+    add_session(db, replace(new, created_at=turn.started_at))
+    return _Held(None, None, "")
+
+
+def _touch(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
+    last = items[-1]
     head = next((item.trace.head for item in items if item.trace.head), None)
     now = max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items)
     db.execute(
         """UPDATE sessions SET last_active_at = max(last_active_at, ?), head = coalesce(head, ?), asked = ?,
         answered = ? WHERE tenant = ? AND id = ?""",
-        (now, head, last.trace.asked or None, last.messages is not None, tenant, session_id),
+        (now, head, last.trace.asked or None, last.messages is not None, last.turn.tenant, last.turn.session_id),
     )
-    salt_rows.use(db, tenant, session_id, [item.salt for item in items])  # one that failed may have left KV too
-    moving = [item for item in items if item.messages is not None]
-    if moving:
-        _move_transcript(db, moving[-1], len(moving))
 
 
-def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int) -> None:
-    turn = last.turn
-    before = session(db, turn.tenant, turn.session_id)
-    usage = turn.usage
+def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int, held: _Held) -> None:
+    turn, usage = last.turn, last.turn.usage
+    transcript = transcript_rows.add(db, last.messages or ())
+    frame = transcript_rows.add_content(db, last.frame)
     db.execute(
         """UPDATE sessions SET turn_count = turn_count + ?, state = 'active', model = ?, fingerprint = ?, salt = ?,
         token_count = coalesce(?, token_count), prompt_tokens = coalesce(?, prompt_tokens), transcript = ?, frame = ?,
         tip = ?, engine = ?, normalised = ? WHERE tenant = ? AND id = ?""",
         (
             turns, turn.model, last.fingerprint, last.salt, usage and usage.prompt + usage.completion,
-            usage and usage.prompt, transcript_rows.add(db, last.messages or ()),
-            transcript_rows.add_content(db, last.frame), last.trace.tip, turn.engine, last.normalised,
+            usage and usage.prompt, transcript, frame, last.trace.tip, turn.engine, last.normalised,
             turn.tenant, turn.session_id,
         ),
     )  # fmt: skip
     _move_ends(db, turn, last.trace.ends)
-    if before is not None:  # what it had is part of what it has, unless the last turn was asked anew
-        transcript_rows.release(db, before.transcript)
-        transcript_rows.release_content(db, before.frame)
+    # What it had is part of what it has, unless the last turn was asked anew.
+    if held.transcript != transcript:
+        transcript_rows.release(db, held.transcript)
+    if held.frame != frame:
+        transcript_rows.release_content(db, held.frame)
 
 
 def _move_ends(db: sqlite3.Connection, turn: Turn, ends: Sequence[bytes]) -> None:
@@ -264,8 +283,11 @@ def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tup
     where, values = _where(tenant, query)
     order = f"{_SORT[query.sort_by]} {'DESC' if query.descending else 'ASC'}, name"
     (total,) = db.execute(f"SELECT count(*) FROM windows WHERE {where}", values).fetchone()
+    # Which ones first, then what they are: to sort whole rows, SQLite would read every one that is skipped.
     page = db.execute(
-        f"{_WINDOW} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?", (*values, query.limit, query.offset)
+        f"""{_WINDOW} WHERE rowid IN (SELECT rowid FROM windows WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?)
+        ORDER BY {order}""",
+        (*values, query.limit, query.offset),
     )
     return [_window(row) for row in page], total
 
@@ -282,8 +304,10 @@ def _where(tenant: str, query: WindowQuery) -> tuple[str, list[object]]:
         terms.append(("created_at < ?", [query.created_before]))
     if query.search is not None:
         terms.append(("(instr(lower(name), lower(?)) OR instr(lower(description), lower(?)))", [query.search] * 2))
-    for tag in query.tags:
-        terms.append(("name IN (SELECT name FROM window_tags WHERE tenant = ? AND tag = ?)", [tenant, tag]))
+    if tags := set(query.tags):
+        marks = ", ".join("?" * len(tags))
+        having = f"SELECT name FROM window_tags WHERE tenant = ? AND tag IN ({marks}) GROUP BY name HAVING count(*) = ?"
+        terms.append((f"name IN ({having})", [tenant, *tags, len(tags)]))
     return " AND ".join(term for term, _ in terms), [value for _, values in terms for value in values]
 
 
@@ -304,7 +328,7 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
     if db.execute("SELECT 1 FROM windows WHERE tenant = ? AND name = ?", (new.tenant, new.name)).fetchone():
         return False
     if manifest is not None:
-        _add_manifest(db, manifest)
+        manifest_rows.add(db, manifest)
     values = {name: getattr(new, name) for name in _WINDOW_COLUMNS}
     values["parent"] = new.parent if new.parent and window(db, new.tenant, new.parent) else None
     values["tags"] = orjson.dumps(new.tags).decode()
@@ -344,76 +368,24 @@ def _add_tags(db: sqlite3.Connection, of: Window) -> None:
     db.executemany("INSERT INTO window_tags VALUES (?, ?, ?)", [(of.tenant, tag, of.name) for tag in of.tags])
 
 
-def _add_manifest(db: sqlite3.Connection, new: Manifest) -> None:
-    db.execute("INSERT INTO manifests VALUES (?, ?)", (new.id, array("I", new.token_ids).tobytes()))
-    db.executemany(
-        "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?)",
-        [(o.key, o.tier, o.size, o.checksum) for o in new.objects],
-    )
-    positions = {key: i for i, key in enumerate(dict.fromkeys(o.key for o in new.objects))}
-    db.executemany(
-        "INSERT INTO manifest_objects VALUES (?, ?, ?, ?)",
-        [(new.id, positions[o.key], o.key, o.tier) for o in new.objects],
-    )
-
-
-def manifest(db: sqlite3.Connection, manifest_id: str) -> Manifest:
-    row = db.execute("SELECT token_ids FROM manifests WHERE id = ?", (manifest_id,)).fetchone()
-    if row is None:
-        raise GatewayError("window_not_found", "the window was deleted just now")
-    found = db.execute(
-        """SELECT o.key, o.tier, o.size, o.checksum FROM manifest_objects m JOIN objects o USING (key, tier)
-        WHERE m.manifest = ? ORDER BY m.position, m.tier""",
-        (manifest_id,),
-    )
-    return Manifest(manifest_id, tuple(array("I", row[0])), tuple(PinnedObject(*row) for row in found))
-
-
 def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Window]:
     found = db.execute(f"{_WINDOW} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (by, limit))
     return [_window(row) for row in found]
 
 
-def delete_window(
-    db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None
-) -> list[ObjectKey] | None:
+def delete_window(db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None) -> Released | None:
     gone = window(db, tenant, name)
     if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
         return None
-    held = gone.manifest
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
     # Whoever gets the name next is a stranger to what came from this one.
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
     db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
-    salt_rows.loosen(db, gone.salt, tenant, gone.lineage)
+    for salt in {gone.salt, gone.pin_salt}:
+        salt_rows.loosen(db, salt, tenant, gone.lineage)
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release_content(db, gone.frame)
-    if db.execute("SELECT 1 FROM windows WHERE manifest = ?", (held,)).fetchone():
-        return []
-    mine = [key for (key,) in db.execute("SELECT DISTINCT key FROM manifest_objects WHERE manifest = ?", (held,))]
-    db.execute("DELETE FROM manifest_objects WHERE manifest = ?", (held,))
-    db.execute("DELETE FROM manifests WHERE id = ?", (held,))
-    orphans = [
-        k for k in mine if not db.execute("SELECT 1 FROM manifest_objects WHERE key = ? LIMIT 1", (k,)).fetchone()
-    ]
-    db.executemany("DELETE FROM objects WHERE key = ?", [(key,) for key in orphans])
-    return [ObjectKey.parse(key) for key in orphans]
-
-
-# --- objects
-
-
-def objects(db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
-    found: list[PinnedObject] = []
-    for batch in _batches([str(key) for key in keys]):
-        marks = ", ".join("?" * len(batch))
-        cursor = db.execute(f"SELECT key, tier, size, checksum FROM objects WHERE key IN ({marks})", batch)
-        found += [PinnedObject(*row) for row in cursor]
-    return found
-
-
-def held_objects(db: sqlite3.Connection) -> set[ObjectKey]:
-    return {ObjectKey.parse(key) for (key,) in db.execute("SELECT DISTINCT key FROM objects")}
+    return manifest_rows.release(db, gone)
 
 
 def lineage_in_use(db: sqlite3.Connection, tenant: str, name: str) -> bool:
@@ -426,11 +398,6 @@ def lineage_in_use(db: sqlite3.Connection, tenant: str, name: str) -> bool:
 
 def window_counts(db: sqlite3.Connection) -> dict[str, int]:
     return dict(db.execute("SELECT kv, count(*) FROM windows GROUP BY kv"))
-
-
-def tier_usage(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-    found = db.execute("SELECT tier, count(*), sum(size) FROM objects GROUP BY tier")
-    return {tier: (count, size) for tier, count, size in found}
 
 
 def _batches(values: Sequence[T]) -> Iterable[Sequence[T]]:

@@ -4,7 +4,6 @@ import sqlite3
 import time
 from collections.abc import Iterable
 
-from gateway.kv.keys import ObjectKey
 from gateway.store.contract import LooseSalt, SaltUse
 
 
@@ -40,15 +39,6 @@ def settle(db: sqlite3.Connection, gone: LooseSalt) -> None:
 
 def in_use(db: sqlite3.Connection, salt: str) -> bool:
     return db.execute("SELECT 1 FROM session_salts WHERE salt = ? LIMIT 1", (salt,)).fetchone() is not None
-
-
-def held_under(db: sqlite3.Connection, salt: str) -> set[ObjectKey]:
-    found = db.execute(
-        """SELECT DISTINCT m.key FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest
-        WHERE w.salt = ?""",
-        (salt,),
-    )
-    return {ObjectKey.parse(key) for (key,) in found}
 
 
 def uses(db: sqlite3.Connection) -> list[SaltUse]:

@@ -10,21 +10,41 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, Message, PinnedObject, Session, SessionState, StoredResponse, Turn, Window
-from gateway.store import autofreeze_rows, response_rows, rows, salt_rows, transcript_rows
-from gateway.store.contract import Finished, LooseSalt, SaltUse, Unfrozen, WindowQuery
+from gateway.records import (
+    Manifest,
+    Message,
+    PinnedObject,
+    Session,
+    SessionState,
+    StoredResponse,
+    Succession,
+    Turn,
+    Window,
+)
+from gateway.store import (
+    autofreeze_rows,
+    manifest_rows,
+    response_rows,
+    rows,
+    salt_rows,
+    successor_rows,
+    transcript_rows,
+)
+from gateway.store.contract import Finished, LooseSalt, Released, SaltUse, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 _BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
+_BUSY_POLL_S = 0.01
 _WRITES_PER_COMMIT = 256
 _FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
 
@@ -126,13 +146,17 @@ class SqliteStore:
         """See `Store.loose_salts`."""
         return await self._read(salt_rows.loose)
 
+    async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
+        """See `Store.loosen`."""
+        await self._write(lambda db: salt_rows.loosen(db, salt, tenant, lineage))
+
     async def settle_salt(self, gone: LooseSalt) -> None:
         """See `Store.settle_salt`."""
         await self._write(lambda db: salt_rows.settle(db, gone))
 
     async def held_under(self, salt: str) -> set[ObjectKey]:
         """See `Store.held_under`."""
-        return await self._read(lambda db: salt_rows.held_under(db, salt))
+        return await self._read(lambda db: manifest_rows.held_under(db, salt))
 
     async def record(self, finished: Sequence[Finished]) -> None:
         """See `Store.record`."""
@@ -188,11 +212,15 @@ class SqliteStore:
         """See `Store.describe_window`."""
         return await self._write(lambda db: rows.describe_window(db, tenant, name, changes))
 
-    async def manifest(self, manifest_id: str) -> Manifest:
+    async def manifest(self, window: Window) -> Manifest:
         """See `Store.manifest`."""
-        return await self._read(lambda db: rows.manifest(db, manifest_id))
+        return await self._read(lambda db: manifest_rows.manifest(db, window))
 
-    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> list[ObjectKey] | None:
+    async def pinned(self, window: Window) -> tuple[PinnedObject, ...]:
+        """See `Store.pinned`."""
+        return await self._read(lambda db: manifest_rows.pinned(db, window))
+
+    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> Released | None:
         """See `Store.delete_window`."""
         return await self._write(lambda db: rows.delete_window(db, tenant, name, expired_by))
 
@@ -202,11 +230,30 @@ class SqliteStore:
 
     async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
         """See `Store.objects`."""
-        return await self._read(lambda db: rows.objects(db, keys))
+        return await self._read(lambda db: manifest_rows.objects(db, keys))
 
     async def held_objects(self) -> set[ObjectKey]:
         """See `Store.held_objects`."""
-        return await self._read(rows.held_objects)
+        return await self._read(manifest_rows.held_objects)
+
+    async def isolated_names(self) -> set[ObjectKey]:
+        """See `Store.isolated_names`."""
+        return await self._read(manifest_rows.isolated_names)
+
+    async def succeed(self, step: Succession, new: Session) -> Succession:
+        """See `Store.succeed`."""
+
+        def write(db: sqlite3.Connection) -> Succession:
+            done = successor_rows.succeed(db, step)
+            if done is step:
+                rows.add_session(db, new)
+            return done
+
+        return await self._write(write)
+
+    async def successions(self, tenant: str, session_id: str) -> list[Succession]:
+        """See `Store.successions`."""
+        return await self._read(lambda db: successor_rows.successions(db, tenant, session_id))
 
     async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
         """See `Store.lineage_in_use`."""
@@ -218,15 +265,15 @@ class SqliteStore:
 
     async def tier_usage(self) -> dict[str, tuple[int, int]]:
         """See `Store.tier_usage`."""
-        return await self._read(rows.tier_usage)
+        return await self._read(manifest_rows.tier_usage)
 
     async def unfrozen(self, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
         """See `Store.unfrozen`."""
         return await self._read(lambda db: autofreeze_rows.unfrozen(db, since, before, limit))
 
-    async def unfrozen_session(self, tenant: str, session_id: str) -> Unfrozen | None:
-        """See `Store.unfrozen_session`."""
-        return await self._read(lambda db: autofreeze_rows.unfrozen_session(db, tenant, session_id))
+    async def unfrozen_sessions(self, keys: Collection[tuple[str, str]]) -> list[Unfrozen]:
+        """See `Store.unfrozen_sessions`."""
+        return await self._read(lambda db: autofreeze_rows.unfrozen_sessions(db, keys))
 
     async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
         """See `Store.claim_freeze`."""
@@ -255,7 +302,7 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         # Python's own transaction handling is off: every BEGIN and COMMIT is written here.
         db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
+        _use_wal(db)
         db.execute("PRAGMA foreign_keys = ON")
         # FULL syncs the log at each commit, off the request path: a window that was committed survives a power cut.
         db.execute("PRAGMA synchronous = FULL")
@@ -288,6 +335,20 @@ class SqliteStore:
             if last:
                 break
         db.close()
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Write ahead. Where two open a new file at once, SQLite refuses one of them without waiting for the other."""
+    end = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(_BUSY_POLL_S)
+        else:
+            return
 
 
 def _commit(db: sqlite3.Connection, batch: Sequence[tuple[Work[object], Future[object]]]) -> None:

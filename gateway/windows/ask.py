@@ -16,11 +16,13 @@ from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Message, Usage, Window
 from gateway.windows.counted import counted
-from gateway.windows.thaw import Receipt, load, restore, served, usable, whole_chunks
+from gateway.windows.finish import whole_chunks
+from gateway.windows.thaw import Receipt, load, restore, served, usable
 
 MAX_QUESTION = 10_000  # characters
 MAX_TOKENS = 4096  # of an answer
 USUAL_TOKENS = 512
+_NO_RESULT = "No result: the conversation was frozen before there was one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +56,13 @@ async def ask(
     window = await usable(parts, tenant, name)
     model = await served(parts, window)
     room = _room(window, model, max_tokens)
-    messages = await parts.store.messages(window.transcript)
-    if kind := texts.kind(messages):
-        raise GatewayError(
-            "invalid_request",
-            f"window {name!r} holds {texts.NAMES[kind]}, not a conversation: there is nobody to ask",
-            hint="thaw it, and go on with it at /v1/completions",
-        )
+    messages = await conversation(parts, window)
     restored = await _put_back(parts, window, progress)
     frame = await parts.store.frame(window.frame) if window.frame else {}
     progress("answer", 0, 0)
     engine = parts.engines.near(window.lineage)
     reply = await engine.chat(
-        model.id, _quiet(frame), [*messages, _question(messages, question)], window.salt, max_tokens=room
+        model.id, _quiet(frame), [*messages, *following(messages, question)], window.salt, max_tokens=room
     )
     duration = round((time.monotonic() - clock) * 1000, 1)
     return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, duration)
@@ -87,21 +83,29 @@ def _room(window: Window, model: Model, max_tokens: int | None) -> int:
     return max_tokens or min(USUAL_TOKENS, max(left // 2, 1))
 
 
-def _question(messages: Sequence[Message], question: str) -> Message:
-    calls = messages[-1].get("tool_calls") if messages else None
-    if not calls:
-        return {"role": "user", "content": question}
-    raise GatewayError(
-        "invalid_request",
-        "the window ends with a tool call that waits for its result: a question cannot follow it",
-        hint="freeze the session after the tool's result, or thaw it and send the result",
-    )
+async def conversation(parts: Parts, window: Window) -> Sequence[Message]:
+    """Return a window's messages, which a user's may follow. Raises `invalid_request` where none can."""
+    messages = await parts.store.messages(window.transcript)
+    if kind := texts.kind(messages):
+        raise GatewayError(
+            "invalid_request",
+            f"window {window.name!r} holds {texts.NAMES[kind]}, not a conversation: there is nobody to ask",
+            hint="thaw it, and go on with it at /v1/completions",
+        )
+    return messages
+
+
+def following(messages: Sequence[Message], question: str) -> list[Message]:
+    """The question as what comes next. An agent freezes itself by a tool call, so the last ones may have no result."""
+    calls = (messages[-1].get("tool_calls") if messages else None) or ()
+    results = [{"role": "tool", "tool_call_id": call.get("id", ""), "content": _NO_RESULT} for call in calls]
+    return [*results, {"role": "user", "content": question}]
 
 
 async def _put_back(parts: Parts, window: Window, progress: Progress) -> Receipt:
-    manifest = await parts.store.manifest(window.manifest)
+    manifest = await parts.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, manifest, receipt, progress)
+    await restore(parts, window, manifest.objects, receipt, progress)
     if receipt.chunks_found and parts.cache is not None:
         try:
             await load(parts, parts.cache, window, manifest, receipt, progress)

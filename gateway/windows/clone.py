@@ -4,10 +4,10 @@ import time
 from dataclasses import replace
 
 from gateway.parts import Parts
-from gateway.records import Window
+from gateway.records import Manifest, Window
 from gateway.windows.counted import counted
 from gateway.windows.freeze import Naming, taken
-from gateway.windows.thaw import found, usable
+from gateway.windows.thaw import found, not_found, usable
 
 
 @counted
@@ -17,7 +17,14 @@ async def clone(parts: Parts, tenant: str, source: str, naming: Naming) -> Windo
     What `naming` leaves empty is the source's.
     """
     original = await usable(parts, tenant, source)
-    copy = replace(
+    copy = copied(original, naming)
+    await add(parts, copy, original, None)
+    return copy
+
+
+def copied(original: Window, naming: Naming) -> Window:
+    """The window under its second name."""
+    return replace(
         original,
         name=naming.name,
         description=naming.description or original.description,
@@ -26,9 +33,14 @@ async def clone(parts: Parts, tenant: str, source: str, naming: Naming) -> Windo
         created_at=time.time(),
         expires_at=None,
     )
+
+
+async def add(parts: Parts, copy: Window, original: Window, manifest: Manifest | None) -> None:
+    """Commit a copy. Raises `window_already_exists`, and `window_not_found` where its source has gone meanwhile."""
     # Between our reading and our writing the source may have been deleted, and its pins with it.
     async with parts.pins.lock.hold(alone=False):
-        await found(parts, tenant, source)
-        if not await parts.store.add_window(copy, None):
-            raise taken(naming.name)
-    return copy
+        now = await found(parts, original.tenant, original.name)
+        if now.manifest != original.manifest:  # another window has its name
+            raise not_found(original.name)
+        if not await parts.store.add_window(copy, manifest):
+            raise taken(copy.name)

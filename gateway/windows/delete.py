@@ -31,17 +31,21 @@ async def delete(parts: Parts, tenant: str, name: str, *, expired_by: float | No
     window = await found(parts, tenant, name)
     await parts.turns.settle()
     async with parts.pins.lock.hold(alone=True):
-        orphans = await parts.store.delete_window(tenant, name, expired_by=expired_by)
-        if orphans is None:  # somebody was faster, or has given it more time
+        released = await parts.store.delete_window(tenant, name, expired_by=expired_by)
+        if released is None:  # somebody was faster, or has given it more time
             raise not_found(name)
         in_use = await parts.sessions.going_on(tenant, window.lineage)
-        freed, warnings = await parts.pins.remove(orphans, originals=not in_use)
+        # The pins of an isolated clone go by its source's names, which the source's own sessions may still use.
+        own = window.pin_salt == window.salt
+        keep = in_use if own else await parts.store.salt_in_use(window.pin_salt)
+        freed, warnings = await parts.pins.remove(released.pins, originals=not keep)
+        names = () if in_use else released.names
+        more, _ = await parts.pins.remove(names, originals=True)
     if in_use:
         warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")
-    else:
-        warnings += await drop_from_cache(parts, orphans)
-    deleted = 0 if in_use else len(orphans)
-    return Deleted(deleted, freed, window.chunk_count * window.world_size - deleted, tuple(warnings))
+    warnings += await drop_from_cache(parts, [*names, *(() if keep else released.pins)])
+    deleted = 0 if keep or in_use else len(released.pins)
+    return Deleted(deleted, freed + more, window.chunk_count * window.world_size - deleted, tuple(warnings))
 
 
 async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None) -> list[str]:

@@ -37,7 +37,7 @@ async def export(parts: Parts, tenant: str, name: str, *, as_text: bool = False)
     or damaged in every tier, `cache_unavailable` where that cannot be told.
     """
     window = await found(parts, tenant, name)
-    manifest = await parts.store.manifest(window.manifest)
+    manifest = await parts.store.manifest(window)
     messages = await parts.store.messages(window.transcript)
     frame = await parts.store.frame(window.frame) if window.frame else {}
     sources = [] if as_text else await _sources(parts, manifest)

@@ -1,12 +1,14 @@
 """Fan out: one window, many thawed sessions in one call. They share its KV; no byte is copied, no file is made."""
 
+import asyncio
 import time
 
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Session, Window, check_session_id
 from gateway.windows.counted import counted
-from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, restore, served, taken, usable, whole_chunks
+from gateway.windows.finish import whole_chunks
+from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, restore, served, taken, usable
 
 MOST = 100
 
@@ -22,12 +24,11 @@ async def fanout(
     """
     clock = time.monotonic()
     window = await usable(parts, tenant, name)
-    await served(parts, window)
     stem = prefix or fresh_id(name, room=len(f"-{count}"))
     check_session_id(f"{stem}-{count}", "prefix")
-    manifest = await parts.store.manifest(window.manifest)
+    _, objects = await asyncio.gather(served(parts, window), parts.store.pinned(window))
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, manifest, receipt, progress)
+    await restore(parts, window, objects, receipt, progress, check=False)
     sessions = [branch_of(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
     # As in a thaw: the window may have been deleted since, and its transcript with it.
     async with parts.pins.lock.hold(alone=False):

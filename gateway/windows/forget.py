@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.parts import Parts
+from gateway.sessions import no_session
 from gateway.store.contract import LooseSalt
 from gateway.windows.counted import counted
 from gateway.windows.delete import drop_from_cache
@@ -47,9 +47,7 @@ async def delete_session(parts: Parts, tenant: str, session_id: str) -> Forgotte
     await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
     salts = set(await parts.store.salts_of(tenant, session_id))
     if not await parts.store.delete_session(tenant, session_id):
-        raise GatewayError(
-            "session_not_found", f"there is no session {session_id!r}", hint="GET /admin/sessions lists them"
-        )
+        raise no_session(session_id)
     done = await forget(parts, [one for one in await parts.store.loose_salts() if one.salt in salts])
     if done.kept:
         shared = "another session of this lineage needs its cache: it stays until the last of them is deleted"

@@ -10,9 +10,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 from uuid import uuid4
 
 from gateway import transcripts
@@ -22,8 +21,10 @@ from gateway.kv.tiers.contract import TierFull
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Message, PinnedObject, Session, Usage, Window
+from gateway.sessions import no_session
 from gateway.windows.canonical import next_turn_ids
 from gateway.windows.counted import counted
+from gateway.windows.finish import finished
 from gateway.windows.landing import Plan, land, pin, plan
 
 log = logging.getLogger(__name__)
@@ -108,9 +109,7 @@ async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progre
     await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
     session = await parts.store.session(tenant, session_id)
     if session is None:
-        raise GatewayError(
-            "session_not_found", f"there is no session {session_id!r}", hint="GET /admin/sessions lists them"
-        )
+        raise no_session(session_id)
     if session.transcript is None:
         raise GatewayError(
             "invalid_request",
@@ -187,7 +186,6 @@ def _window(
     usage: Usage | None, clock: float,
 ) -> Window:  # fmt: skip
     session, model = snapshot.session, snapshot.model
-    total = wanted.chunks if wanted else 0
     now = time.time()
     window = Window(
         tenant=session.tenant,
@@ -195,15 +193,16 @@ def _window(
         session_id=session.id,
         lineage=session.lineage,
         salt=snapshot.salt,
+        pin_salt=snapshot.salt,
         model=model.id,
         model_root=model.root,
         fingerprint=model.fingerprint,
         world_size=wanted.world_size if wanted else 1,
         token_count=len(snapshot.ids),
         chunk_size=wanted.chunk_size if wanted else 0,
-        chunk_count=chunks,
-        size_bytes=sum({o.key: o.size for o in objects}.values()),
-        kv="absent" if not chunks else "complete" if chunks == total else "partial",
+        chunk_count=0,
+        size_bytes=0,
+        kv="absent",
         transcript=session.transcript or b"",
         frame=session.frame,
         manifest=uuid4().hex,
@@ -213,25 +212,6 @@ def _window(
         parent=session.window,
         expires_at=now + naming.ttl_seconds if naming.ttl_seconds is not None else None,
     )
-    return replace(window, receipt=_receipt(window, objects, usage, clock))
-
-
-def _receipt(window: Window, objects: Iterable[PinnedObject], usage: Usage | None, clock: float) -> dict[str, Any]:
-    """What was seen. `prompt_tokens` and `cached_tokens` are the engine's count where something had to be computed."""
-    tiers: dict[str, dict[str, int]] = {}
-    for one in objects:
-        tier = tiers.setdefault(one.tier, {"objects": 0, "bytes": 0})
-        tier["objects"] += 1
-        tier["bytes"] += one.size
-    return {
-        "tokens": window.token_count,
-        "chunks": window.chunk_count,
-        "chunk_size": window.chunk_size,
-        "tail_tokens": window.tail_tokens,
-        "bytes": window.size_bytes,
-        "tiers": tiers,
-        "kv": window.kv,
-        "prompt_tokens": usage.prompt if usage else None,
-        "cached_tokens": usage.cached if usage else None,
-        "duration_ms": round((time.monotonic() - clock) * 1000, 1),
-    }
+    # The engine's own count, where something had to be computed.
+    counts = {"prompt_tokens": usage.prompt if usage else None, "cached_tokens": usage.cached if usage else None}
+    return finished(window, chunks, objects, clock, counts)

@@ -32,7 +32,8 @@ from gateway.records import Manifest, Message, PinnedObject, Window
 from gateway.windows.canonical import next_turn_ids
 from gateway.windows.container import TEXTS, Contents, Reader, Record, corrupted, object_name
 from gateway.windows.counted import counted
-from gateway.windows.freeze import release_strays, taken
+from gateway.windows.finish import finished
+from gateway.windows.freeze import release_strays, storage_full, taken
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -210,12 +211,14 @@ async def _read_objects(reader: Reader, contents: Contents, spool: IO[bytes] | N
 
 def _window(parts: Parts, tenant: str, name: str, record: Record, here: _Here) -> Window:
     lineage = f"import:{uuid4().hex}"
+    salt = parts.salts.of(tenant, lineage, here.fingerprint)
     return Window(
         tenant=tenant,
         name=name,
         session_id=record.session_id,
         lineage=lineage,
-        salt=parts.salts.of(tenant, lineage, here.fingerprint),
+        salt=salt,
+        pin_salt=salt,
         model=record.model,
         model_root=here.root,
         fingerprint=here.fingerprint,
@@ -242,7 +245,7 @@ async def _keep(
         # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
         async with parts.pins.lock.hold(alone=parts.salts.per_tenant):
             objects = await _pin(parts, window, contents, text.ids, spool, warnings, progress)
-            done = _finished(window, record, objects, clock)
+            done = finished(window, window.chunk_count, objects, clock, _origin(record))
             progress("commit", 0, 0)
             manifest = Manifest(done.manifest, text.ids, objects)
             if not await parts.store.import_window(done, manifest, text.messages, text.frame):
@@ -251,9 +254,7 @@ async def _keep(
             return done
     except TierFull as error:
         await release_strays(parts)
-        raise GatewayError(
-            "storage_full", str(error), hint="free space, or delete windows that are not needed"
-        ) from error
+        raise storage_full(error) from error
     except GatewayError:
         await release_strays(parts)
         raise
@@ -296,30 +297,14 @@ async def _pin_in(
     return pinned
 
 
-def _finished(window: Window, record: Record, objects: Sequence[PinnedObject], clock: float) -> Window:
-    tiers: dict[str, dict[str, int]] = {}
-    for one in objects:
-        tier = tiers.setdefault(one.tier, {"objects": 0, "bytes": 0})
-        tier["objects"] += 1
-        tier["bytes"] += one.size
-    size = sum({o.key: o.size for o in objects}.values())
-    whole = bool(objects) and window.chunk_count == window.token_count // window.chunk_size
-    done = replace(window, size_bytes=size, kv="complete" if whole else "partial" if objects else "absent")
-    receipt = {
-        "tokens": done.token_count,
-        "chunks": done.chunk_count,
-        "chunk_size": done.chunk_size,
-        "tail_tokens": done.tail_tokens,
-        "bytes": size,
-        "tiers": tiers,
-        "kv": done.kv,
-        "duration_ms": round((time.monotonic() - clock) * 1000, 1),
+def _origin(record: Record) -> dict[str, Any]:
+    """What the file says of where it was frozen."""
+    return {
         "imported": {
             "name": record.name,
             "lineage": record.lineage,
             "parent": record.parent,
             "created_at": record.created_at,
             "receipt": {k: v for k, v in record.receipt.items() if k != "imported"},
-        },
+        }
     }
-    return replace(done, receipt=receipt)

@@ -6,7 +6,8 @@ from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.windows.counted import counted
-from gateway.windows.thaw import Receipt, load, restore, served, usable, whole_chunks
+from gateway.windows.finish import whole_chunks
+from gateway.windows.thaw import Receipt, load, restore, served, usable
 
 
 @counted
@@ -21,9 +22,9 @@ async def prefetch(parts: Parts, tenant: str, name: str, progress: Progress = si
     await served(parts, window)
     if parts.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to load into", hint="set cache_url")
-    manifest = await parts.store.manifest(window.manifest)
+    manifest = await parts.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, manifest, receipt, progress)
+    await restore(parts, window, manifest.objects, receipt, progress)
     if receipt.chunks_found:
         await load(parts, parts.cache, window, manifest, receipt, progress)
     receipt.partial = (receipt.chunks_prefetched or 0) < receipt.chunks_expected

@@ -27,7 +27,7 @@ async def resume(parts: Parts, session: Session) -> None:
     if window is None or window.kv == "absent" or window.salt != session.salt:
         return
     try:
-        manifest = await parts.store.manifest(window.manifest)
+        manifest = await parts.store.manifest(window)
     except GatewayError:  # deleted just now
         return
     keys = [ObjectKey.parse(one.key) for one in manifest.objects]

@@ -11,7 +11,7 @@ The window itself does not change and can be thawed any number of times.
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
-from gateway.records import Manifest, Session, Window
+from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.windows.counted import counted
+from gateway.windows.finish import whole_chunks
 
 Warm = Literal["none", "cpu", "gpu"]
 _MAX_ID = 128
@@ -71,9 +72,9 @@ async def thaw(
     session_id = new_session_id or fresh_id(name)
     if await parts.store.session(tenant, session_id):
         raise taken(session_id)
-    manifest = await parts.store.manifest(window.manifest)
+    manifest = await parts.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, manifest, receipt, progress)
+    await restore(parts, window, manifest.objects, receipt, progress)
     # Whoever sends the whole history, and no id, goes on here.
     tip = identity.chain(await parts.store.messages(window.transcript), b"")[-1] if source == "thaw" else None
     session = replace(branch_of(window, session_id, source), head=head, tip=tip)
@@ -137,7 +138,8 @@ async def usable(parts: Parts, tenant: str, name: str) -> Window:
 
 def not_found(name: str) -> GatewayError:
     """The error for a window that is not there."""
-    return GatewayError("window_not_found", f"there is no window {name!r}", hint="GET /admin/windows lists them")
+    hint, details = "GET /admin/windows lists them", {"window_name": name}
+    return GatewayError("window_not_found", f"there is no window {name!r}", hint=hint, details=details)
 
 
 async def served(parts: Parts, window: Window) -> Model:
@@ -153,30 +155,21 @@ async def served(parts: Parts, window: Window) -> Model:
     )
 
 
-def whole_chunks(window: Window) -> int:
-    """Whole chunks that the window's tokens have, kept or not."""
-    return window.token_count // window.chunk_size if window.chunk_size else 0
+async def restore(
+    parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt, progress: Progress, *,
+    check: bool = True,
+) -> None:  # fmt: skip
+    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises.
 
-
-async def restore(parts: Parts, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress) -> None:
-    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises."""
+    Without `check`, what LMCache still has is known by its name and size alone.
+    """
     progress("restore", 0, window.chunk_count)
-    by_tier, warnings = await parts.pins.restore(manifest.objects)
+    by_tier, warnings = await parts.pins.restore(objects, check=check)
     receipt.warnings += warnings
-    keys = object_names(window, manifest)
-    chunks = [keys[i : i + window.world_size] for i in range(0, len(keys), window.world_size)]
-    for index, chunk in enumerate(chunks):
-        states = [[have[key] for have in by_tier.values() if key in have] for key in chunk]
-        receipt.chunks_corrupt += any(s is Restored.CORRUPT for one in states for s in one)
-        receipt.chunks_relinked += any(s is Restored.RELINKED for one in states for s in one)
-        # What follows a lost chunk cannot be hit: LMCache matches from the front.
-        if receipt.chunks_found == index and all(any(s.usable for s in one) for one in states):
-            receipt.chunks_found += 1
-    if receipt.chunks_corrupt:
+    damaged = _count(window, objects, by_tier, receipt)
+    if damaged:
         receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were taken away")
-        await _forget(
-            parts, [key for have in by_tier.values() for key, s in have.items() if s is Restored.CORRUPT], receipt
-        )
+        await _forget(parts, damaged, receipt)
     if window.kv == "absent":
         receipt.warnings.append(f"the window holds no KV: the engine computes its {window.token_count} tokens again")
     elif receipt.chunks_found < receipt.chunks_expected:
@@ -184,6 +177,24 @@ async def restore(parts: Parts, window: Window, manifest: Manifest, receipt: Rec
         receipt.warnings.append(
             f"the KV of {lost} of {receipt.chunks_expected} chunks is lost: the engine recomputes it"
         )
+
+
+def _count(
+    window: Window, objects: Sequence[PinnedObject], by_tier: Mapping[str, Mapping[str, Restored]], receipt: Receipt
+) -> list[ObjectKey]:
+    """Put into the receipt what became of each chunk; return the objects that were damaged in some tier."""
+    keys = list(dict.fromkeys(one.key for one in objects))  # in chunk order
+    chunk_of = {key: index // window.world_size for index, key in enumerate(keys)}
+    seen: dict[Restored, set[str]] = {state: set() for state in Restored}
+    for have in by_tier.values():
+        for key, state in have.items():
+            seen[state].add(key)
+    usable = seen[Restored.INTACT] | seen[Restored.RELINKED]
+    receipt.chunks_corrupt = len({chunk_of[key] for key in seen[Restored.CORRUPT]})
+    receipt.chunks_relinked = len({chunk_of[key] for key in seen[Restored.RELINKED]})
+    # What follows a lost chunk cannot be hit: LMCache matches from the front.
+    receipt.chunks_found = min((chunk_of[key] for key in keys if key not in usable), default=window.chunk_count)
+    return [ObjectKey.parse(key) for key in seen[Restored.CORRUPT]]
 
 
 async def _forget(parts: Parts, keys: list[ObjectKey], receipt: Receipt) -> None:

@@ -66,9 +66,11 @@ async def usage(parts: Parts) -> tuple[list[TierUse], list[str]]:
 
 
 async def _known(parts: Parts) -> _Known:
-    held = frozenset(key.address for key in await parts.store.held_objects())
+    held = await parts.store.held_objects() | await parts.store.isolated_names()
     used = frozenset(use.salt for use in await parts.store.salt_uses())
-    return _Known(held, used, frozenset(gone.salt for gone in await parts.store.loose_salts()))
+    return _Known(
+        frozenset(key.address for key in held), used, frozenset(gone.salt for gone in await parts.store.loose_salts())
+    )
 
 
 def _use(name: str, found: Sequence[Stored], known: _Known) -> TierUse:

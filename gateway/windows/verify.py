@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.contract import Restored, Tier, TierUnavailable
@@ -10,7 +10,9 @@ from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.windows.counted import counted
-from gateway.windows.thaw import found, object_names, whole_chunks
+from gateway.windows.deep import Replay, replay
+from gateway.windows.finish import whole_chunks
+from gateway.windows.thaw import found, object_names
 
 _AT_ONCE = 64  # objects between two words of progress
 
@@ -44,7 +46,8 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verification saw. `ok`: all that was ever pinned was found, byte for byte, in every tier.
+    """What a verification saw. `ok`: all that was ever pinned was found, byte for byte, in every tier, and, where it
+    was asked for, the engine went on from each tier's KV as it does without (`deep`, None where nobody asked).
 
     `chunks_usable`: leading chunks that a thaw would find whole in one tier or another.
     """
@@ -59,31 +62,37 @@ class Verdict:
     damaged: tuple[Damage, ...]
     warnings: tuple[str, ...]
     duration_ms: float
+    deep: tuple[Replay, ...] | None = None
 
 
 States = dict[str, dict[str, Restored]]
 
 
 @counted
-async def verify(parts: Parts, tenant: str, name: str, progress: Progress = silent) -> Verdict:
+async def verify(parts: Parts, tenant: str, name: str, progress: Progress = silent, *, deep: bool = False) -> Verdict:
     """Check every pinned object of a window: there, of its size, with its checksum. Raises `window_not_found`.
 
-    A tier that cannot be reached raises nothing: it is not `checked`, and the window is not `ok`.
+    A tier that cannot be reached raises nothing: it is not `checked`, and the window is not `ok`. `deep` has the engine
+    use the KV too (`gateway.windows.deep`), and raises what that raises.
     """
     clock = time.monotonic()
     window = await found(parts, tenant, name)
-    manifest = await parts.store.manifest(window.manifest)
+    manifest = await parts.store.manifest(window)
     states: States = {}
     warnings: list[str] = []
-    for held in dict.fromkeys(o.tier for o in manifest.objects):
-        mine = [o for o in manifest.objects if o.tier == held]
+    for one in dict.fromkeys(o.tier for o in manifest.objects):
+        mine = [o for o in manifest.objects if o.tier == one]
         try:
-            states[held] = await _states(_tier(parts, held), mine, progress)
+            states[one] = await _states(_tier(parts, one), mine, progress)
         except TierUnavailable as error:
             warnings.append(str(error))
     present, _ = await parts.pins.present(ObjectKey.parse(o.key) for o in manifest.objects)
+    held = [_tier(parts, tier) for tier in states]
+    replays = await replay(parts, window, manifest, held, warnings, progress) if deep else None
     await found(parts, tenant, name)  # deleted while we looked: then what is missing is no damage
-    return _verdict(window, manifest, states, present, warnings, clock)
+    verdict = _verdict(window, manifest, states, present, warnings, clock)
+    same = all(one.equal for one in replays or ()) and len(replays or ()) == (len(held) if deep else 0)
+    return replace(verdict, ok=verdict.ok and same, deep=replays)
 
 
 def _tier(parts: Parts, name: str) -> Tier:

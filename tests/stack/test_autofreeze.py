@@ -7,6 +7,7 @@ import pytest
 
 from tests.running import eventually
 from tests.stack.conftest import Stack
+from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, converse
 
 pytestmark = pytest.mark.stack
@@ -34,21 +35,21 @@ def _one_whole_window(gateway: Gateway, session: str, why: str) -> None:
     assert window["token_count"] == thawed["token_count"]
 
 
-def test_w5_idle_threshold_and_sigterm_each_leave_one_window_with_its_kv(stack: Stack, tmp_path: Path) -> None:
+def test_w05_i4_idle_threshold_and_sigterm_each_leave_one_window_with_its_kv(stack: Stack, tmp_path: Path) -> None:
     gateway = Gateway(stack.settings(tmp_path / "data", **_OFF), tmp_path / "gateway.log").start()
     try:
-        assert gateway.http.put("/admin/policies", json={"idle_timeout_minutes": 0.02}).status_code == 200
+        # A user would say 30 minutes and 100,000 tokens; here it is about a second, and what the demo says in one.
+        mcp(gateway, "auto_freeze_config", policy={"enabled": True, "idle_timeout_minutes": 0.02})
         converse(gateway.client("left-alone"), "left alone", turns=2)
         _one_whole_window(gateway, "left-alone", "idle for")
-        rules = {"idle_timeout_minutes": None, "token_threshold": 400}
-        assert gateway.http.put("/admin/policies", json=rules).status_code == 200
+        mcp(gateway, "auto_freeze_config", policy={"idle_timeout_minutes": None, "token_threshold": 400})
         converse(gateway.client("long"), "a long conversation", turns=4)
         _one_whole_window(gateway, "long", "(threshold 400)")
-        rules = {"token_threshold": None, "at_shutdown": True}
-        assert gateway.http.put("/admin/policies", json=rules).status_code == 200
+        mcp(gateway, "auto_freeze_config", policy={"token_threshold": None, "at_shutdown": True})
         converse(gateway.client("stopped"), "stopped", turns=2)
         gateway.stop()
         gateway.start()
+        assert mcp(gateway, "auto_freeze_config")["policy"]["at_shutdown"], "kept over the restart"
         _one_whole_window(gateway, "stopped", "the gateway was stopped")
     finally:
         gateway.close()

@@ -70,15 +70,17 @@ def test_a_session_known_by_its_history_alone_is_frozen_and_goes_on_after_a_rest
     assert turns[0]["recognised_by"] == "prefix"
 
 
-def test_an_unchanged_client_goes_on_from_a_window_by_its_base_url_after_a_restart(stack: Stack, own: Gateway) -> None:
+def test_i3_a_review_goes_on_after_a_restart_in_a_client_that_knows_its_base_url_alone(
+    stack: Stack, own: Gateway
+) -> None:
     messages = converse(own.client("origin"), "by url", turns=3)
-    frozen = own.freeze("origin", "by-url")
+    frozen = own.freeze("origin", "pr-456-review")
     chunks = frozen["receipt"]["chunks"]
     own.stop()
     stack.restart()
     own.start()
     question = {"role": "user", "content": "What was it all about?"}
-    with openai.OpenAI(base_url=f"{own.url}/w/by-url/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{own.url}/w/pr-456-review/v1", api_key="none", max_retries=0, timeout=120) as client:
         delta, first = ask(client, [question])
         whole, second = ask(client, [*messages, {"role": "user", "content": "Another question, of another branch."}])
         assert cached(first) >= chunks * CHUNK
@@ -87,7 +89,9 @@ def test_an_unchanged_client_goes_on_from_a_window_by_its_base_url_after_a_resta
         reply = {"role": "assistant", "content": first.choices[0].message.content}
         on, _ = ask(client, [question, reply, {"role": "user", "content": "Go on."}])
         assert on == delta
-    with anthropic.Anthropic(base_url=f"{own.url}/w/by-url", api_key="none", max_retries=0, timeout=120) as claude:
+    with anthropic.Anthropic(
+        base_url=f"{own.url}/w/pr-456-review", api_key="none", max_retries=0, timeout=120
+    ) as claude:
         message = claude.messages.create(
             model="demo", max_tokens=20, messages=[{"role": "user", "content": "In short?"}]
         )

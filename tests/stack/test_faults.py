@@ -11,6 +11,7 @@ import pytest
 
 from gateway.stack import local
 from tests.stack.conftest import Stack
+from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, chat, converse, start_redis, until
 
 pytestmark = pytest.mark.stack
@@ -218,7 +219,7 @@ def test_after_the_cache_is_back_the_same_session_freezes_whole(stack: Stack, ow
     until(frozen_whole, "the engine has registered with the new cache", within=60)
 
 
-def test_with_the_engine_down_requests_fail_clearly_and_come_back_with_it(stack: Stack, own: Gateway) -> None:
+def test_w12_with_the_engine_down_requests_fail_clearly_and_come_back_with_it(stack: Stack, own: Gateway) -> None:
     converse(own.client("engine"), "engine", turns=1)
     window = own.freeze("engine", "engine")
     os.kill(stack.parts.engine.pid, signal.SIGKILL)
@@ -234,6 +235,7 @@ def test_with_the_engine_down_requests_fail_clearly_and_come_back_with_it(stack:
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_unreachable")
     assert own.http.get("/admin/sessions/half").status_code == 404
     until(lambda: own.get_status("/readyz") == 503, "not ready")
+    assert mcp(own, "health_check", component="vllm")["components"]["engine"]["status"] == "unhealthy"
     stack.parts.engine.start()
     stack.parts.engine.wait_ready(local.ENGINE_WITHIN)
     until(lambda: own.get_status("/readyz") == 200, "ready again")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.stack.conftest import Stack
+from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, chat, converse
 
 pytestmark = pytest.mark.stack
@@ -74,8 +75,12 @@ def shelf(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
     gateway.close()
 
 
-def test_a_thawed_conversation_goes_on_bit_for_bit_as_one_that_was_never_frozen(shelf: Shelf) -> None:
-    thawed = shelf.gateway.thaw("plain", warm="gpu")
+def test_w00_a_first_session_frozen_over_mcp_goes_on_bit_for_bit_as_one_that_was_never_frozen(shelf: Shelf) -> None:
+    status = mcp(shelf.gateway, "window_status", window_name="plain")
+    assert (status["description"], status["tags"]) == ("Kick-off of the widget", ["planning", "widget"])
+    assert status["token_count"] > status["kv_cache"]["block_count"] > 0
+    assert status["kv_cache"]["storage_tier"] == "disk"
+    thawed = mcp(shelf.gateway, "window_thaw", window_name="plain")
     receipt = thawed["receipt"]
     assert receipt["chunks_found"] == receipt["chunks_expected"] == shelf.plain.window["receipt"]["chunks"]
     assert receipt["cached_tokens"] == shelf.plain.whole
@@ -235,7 +240,8 @@ def _frozen_on_a_boundary(gateway: Gateway) -> Frozen:
             assert converse(gateway.client(control), topic) == messages
             answer = _ask(gateway, control, [*messages, QUESTION])
             if _cached(answer) == window["receipt"]["chunks"] * CHUNK:
-                window = gateway.freeze(f"plain-{attempt}", "plain")
+                said = {"description": "Kick-off of the widget", "tags": ["planning", "widget"]}
+                window = mcp(gateway, "window_freeze", session_id=f"plain-{attempt}", window_name="plain", **said)
                 return Frozen("plain", window, messages, "", [], answer)
     raise AssertionError("no conversation ended on a boundary")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.stack.conftest import Stack
+from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, chat, converse, until
 
 pytestmark = pytest.mark.stack
@@ -42,6 +43,9 @@ def _adds_up(stack: Stack, gateway: Gateway, data_dir: Path) -> None:
     names = [name.decode() for name in stack.redis.scan_iter("*@*", count=10**5)]
     sizes = [stack.redis.strlen(name) for name in names if name.startswith(f"cwg:{store}:") or name[:4] != "cwg:"]
     told = answer["tiers"]
+    stats = mcp(gateway, "cache_stats")
+    assert stats["total_bytes"] == sum(tier["bytes"] for tier in told.values())
+    assert stats["total_blocks"] == sum(tier["objects"] for tier in told.values())
     assert told["disk"]["bytes"] == sum({file.st_ino: file.st_size for file in files}.values())
     assert told["redis"]["bytes"] == sum(sizes)  # type: ignore[arg-type]
     for tier in told.values():
@@ -67,7 +71,7 @@ def test_a_freeze_is_refused_before_the_disk_is_full(stack: Stack, tmp_path: Pat
         gateway.close()
 
 
-def test_after_deleting_everything_disk_and_redis_are_as_before_the_first_turn(
+def test_w14_the_bytes_are_those_on_disk_and_in_redis_and_after_deleting_everything_all_are_gone(
     stack: Stack, sweeping: Gateway, tmp_path: Path
 ) -> None:
     before = _stored(stack)
@@ -78,6 +82,10 @@ def test_after_deleting_everything_disk_and_redis_are_as_before_the_first_turn(
     thawed = sweeping.thaw("window", warm="gpu")["session_id"]
     chat(sweeping.client(thawed), [QUESTION])
     assert sweeping.http.post("/admin/windows/window/clone", json={"target_window": "copy"}).status_code == 201
+    _adds_up(stack, sweeping, tmp_path / "data")
+    assert 0 < mcp(sweeping, "cache_stats")["hit_rate"] < 1
+    sweeping.stop()
+    sweeping.start()
     _adds_up(stack, sweeping, tmp_path / "data")
     files, names = _stored(stack)
     assert len(files - before[0]) > 10

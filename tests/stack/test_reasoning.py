@@ -240,6 +240,15 @@ def _goes_on(shared: Gateway, talk: Talk, dialect: str, stream: bool, text: str)
         same = kept["token_count"] if sent_back is first.whole else first.prompt
         assert following.cached >= same // CHUNK * CHUNK
     assert kept["kv"] == "complete"
+    # What goes on from the window without a word of it thinks as its conversation did.
+    path, word = {
+        "chat": ("chat/completions", b'"reasoning":"'),
+        "responses": ("responses", b'"type":"reasoning"'),
+        "messages": ("messages", b'"type":"thinking"'),
+    }[dialect]
+    new = {"input": [MORE], "max_output_tokens": 8} if dialect == "responses" else {"messages": [MORE], "max_tokens": 8}
+    answer = shared.http.post(f"/w/{name}/v1/{path}", json={"model": "demo", **new})
+    assert word in answer.content, answer.text
 
 
 def _in_chat(dialect: str, said: list[Any]) -> dict[str, Any]:

@@ -36,6 +36,25 @@ def frozen(gateway: Gateway, name: str) -> tuple[dict[str, Any], list[dict[str, 
     return window, messages, str(gateway.thaw(name)["cache_salt"])
 
 
+def long_window(stack: Stack, gateway: Gateway, name: str) -> tuple[dict[str, Any], str]:
+    """A window of more than 8,000 tokens of 8,192, and its salt."""
+    line = f"{secrets.token_hex(4)} is what was said, and so on. "
+
+    def prompt(lines: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": line * lines}]
+
+    def tokens(lines: int) -> int:
+        answer = stack.engine.post("/tokenize", json={"model": "demo", "messages": prompt(lines)})
+        return int(answer.json()["count"])
+
+    each = (tokens(200) - tokens(100)) / 100
+    lines = int((8050 - tokens(0)) / each)
+    chat(gateway.client(f"s-{name}"), prompt(lines), max_tokens=8)
+    window = gateway.freeze(f"s-{name}", name)
+    assert window["kv"] == "complete"
+    return window, str(gateway.thaw(name)["cache_salt"])
+
+
 def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
     """POST to the admin door, and insist that it worked."""
     answer = gateway.http.post(f"/admin/windows/{path}", json=body)
@@ -46,7 +65,8 @@ def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
 def test_ten_asks_compute_the_question_and_the_tail_and_leave_the_bytes_as_they_were(
     stack: Stack, gateway: Gateway
 ) -> None:
-    window, _, salt = frozen(gateway, "asked")
+    window, salt = long_window(stack, gateway, "asked")
+    assert window["token_count"] > 8000
     whole = window["receipt"]["chunks"] * CHUNK
     stack.restart()  # what the engine had in memory is gone: what it finds now was restored
     before, sessions = _state(stack, salt), gateway.http.get("/admin/sessions").json()["total"]
@@ -65,17 +85,6 @@ def test_ten_asks_compute_the_question_and_the_tail_and_leave_the_bytes_as_they_
     assert gateway.http.get("/admin/windows/asked").json() == status
     assert gateway.http.get("/admin/sessions").json()["total"] == sessions
     assert post(gateway, "asked/verify")["ok"]
-
-
-def test_a_prefetch_loads_what_eviction_left_in_the_tiers(stack: Stack, gateway: Gateway) -> None:
-    window, _, salt = frozen(gateway, "loaded")
-    stack.restart()
-    for file in stack.kv_dir.glob(f"*@{salt}.data"):
-        file.unlink()
-    receipt = post(gateway, "loaded/prefetch")["receipt"]
-    assert receipt["chunks_prefetched"] == receipt["chunks_found"] == window["receipt"]["chunks"]
-    assert receipt["chunks_relinked"] == window["receipt"]["chunks"]
-    assert not receipt["partial"]
 
 
 def test_verify_lists_what_is_damaged_and_what_is_missing_and_changes_nothing(stack: Stack, gateway: Gateway) -> None:
@@ -98,6 +107,72 @@ def test_verify_lists_what_is_damaged_and_what_is_missing_and_changes_nothing(st
     seen = [(one["chunk"], one["tier"], one["state"]) for one in bad["damaged"]]
     assert seen == [(1, "disk", "missing"), (2, "disk", "damaged"), (2, "redis", "missing"), (3, "disk", "damaged")]
     assert (bad["ok"], bad["chunks_usable"], bad["chunks_pinned"]) == (False, 2, chunks)
+
+
+def test_an_evicted_window_is_in_the_tiers_alone_and_a_prefetch_brings_it_back(stack: Stack, gateway: Gateway) -> None:
+    window, _, salt = frozen(gateway, "evicted")
+    chunks = window["receipt"]["chunks"]
+    post(gateway, "evicted/prefetch")
+    state = _state(stack, salt)
+    evicted = post(gateway, "evicted/evict")
+    everywhere = {"before": chunks, "after": chunks}
+    assert evicted["tiers"] == {"cpu": {"before": chunks, "after": 0}, "disk": everywhere, "redis": everywhere}
+    assert (evicted["objects"], evicted["kept"], evicted["warnings"]) == (chunks, 0, [])
+    assert _state(stack, salt) == state
+    assert post(gateway, "evicted/evict")["tiers"]["cpu"] == {"before": 0, "after": 0}
+    assert post(gateway, "evicted/prefetch")["receipt"]["chunks_prefetched"] == chunks
+    last = gateway.http.get("/admin/windows/evicted?include_blocks=true").json()["blocks"][-1]["hash"]
+    for file in (*stack.kv_dir.glob(f"*{last}@{salt}.data"), *(p for p in _pins(stack, salt) if last in p.name)):
+        file.unlink()
+    stack.redis.delete(*stack.redis.scan_iter(f"*{last}@{salt}", count=10**5))
+    evicted = post(gateway, "evicted/evict")
+    assert (evicted["kept"], evicted["tiers"]["cpu"]["before"]) == (1, chunks - 1)
+    assert "in no durable tier" in evicted["warnings"][0]
+    assert post(gateway, "evicted/prefetch")["receipt"]["chunks_found"] == chunks - 1
+
+
+def test_a_deep_verification_uses_the_bytes_of_each_tier_and_sees_those_that_are_wrong(
+    stack: Stack, gateway: Gateway
+) -> None:
+    window, _, salt = frozen(gateway, "deep")
+    whole = window["receipt"]["chunks"] * CHUNK
+    files, keys = sorted(p.name for p in stack.kv_dir.iterdir()), stack.redis.dbsize()
+    good = post(gateway, "deep/verify", deep=True)
+    assert good["ok"], good
+    assert [one["tier"] for one in good["deep"]] == ["disk", "redis"]
+    for one in good["deep"]:
+        assert (one["equal"], one["first_difference"]) == (True, None)
+        assert 1 <= one["tokens_compared"] <= 16  # fewer where two tokens were as good as equally likely
+        assert one["cached_tokens"] == one["expected_cached_tokens"] == whole
+        assert 0 <= one["largest_logprob_difference"] < 0.1
+    # Sound KV of another chunk, of the right size: LMCache loads it as if it were this one.
+    blocks = gateway.http.get("/admin/windows/deep?include_blocks=true").json()["blocks"]
+    one, other = (next(p for p in _pins(stack, salt) if blocks[n]["hash"] in p.name) for n in (0, 1))
+    wrong = one.with_suffix(".wrong")
+    wrong.write_bytes(other.read_bytes())
+    wrong.replace(one)
+    before = _state(stack, salt)
+    bad = post(gateway, "deep/verify", deep=True)
+    assert _state(stack, salt) == before
+    assert [(d["chunk"], d["tier"], d["state"]) for d in bad["damaged"]] == [(0, "disk", "damaged")]
+    disk, redis = bad["deep"]
+    assert (disk["equal"], redis["equal"], bad["ok"]) == (False, True, False)
+    assert disk["first_difference"]["position"] < 16
+    assert disk["cached_tokens"] == whole, "the wrong bytes were really used"
+    assert sorted(p.name for p in stack.kv_dir.iterdir()) == files
+    assert stack.redis.dbsize() == keys
+
+
+def test_i7_a_thaw_goes_on_at_once_with_a_prompt(stack: Stack, gateway: Gateway) -> None:
+    window, messages, _ = frozen(gateway, "gone-on")
+    thawed = gateway.thaw("gone-on", continuation_prompt="And then?", max_tokens=8)
+    said = thawed["continuation"]
+    assert said["cached_tokens"] >= window["receipt"]["chunks"] * CHUNK
+    assert said["usage"]["completion_tokens"] <= 8
+    gateway.freeze(thawed["session_id"], "went-on")
+    told = gateway.http.get("/admin/windows/went-on/messages").json()["messages"]
+    assert told[:-1] == [*messages, {"role": "user", "content": "And then?"}]
+    assert told[-1]["content"] == said["message"]["content"]
 
 
 def test_a_fanout_hits_in_every_branch_and_makes_no_file(stack: Stack, gateway: Gateway) -> None:
@@ -123,7 +198,7 @@ def test_an_isolated_clone_hits_its_own_copy_that_takes_no_bytes_and_outlives_it
     used = _disk_bytes(stack)
     clone = post(gateway, "source/clone", target_window="apart", isolate=True)
     assert (clone["kv"], clone["size_bytes"]) == ("complete", window["size_bytes"])
-    assert any("redis" in warning and "copied" in warning for warning in clone["warnings"])
+    assert clone["warnings"] == []
     thawed = gateway.thaw("apart")
     assert thawed["cache_salt"] != salt
     assert thawed["receipt"]["chunks_found"] == window["receipt"]["chunks"]
@@ -137,12 +212,11 @@ def test_an_isolated_clone_hits_its_own_copy_that_takes_no_bytes_and_outlives_it
     assert (verdict["ok"], verdict["chunks_usable"]) == (True, window["receipt"]["chunks"])
     for session in gateway.http.get("/admin/sessions?limit=100").json()["sessions"]:
         gateway.http.delete(f"/admin/sessions/{session['id']}")
-    mine = _pins(stack, str(thawed["cache_salt"]))
-    assert len(mine) == window["receipt"]["chunks"]
+    assert len(_pins(stack, salt)) == window["receipt"]["chunks"], "it shares what its source had pinned"
     gone = gateway.http.delete("/admin/windows/apart").json()
     assert gone["blocks_deleted"] == window["receipt"]["chunks"]
     assert gone["space_freed_bytes"] > 0
-    assert _pins(stack, str(thawed["cache_salt"])) == []
+    assert _state(stack, salt) == _state(stack, str(thawed["cache_salt"])) == {}
 
 
 def _answer(gateway: Gateway, session: str, messages: list[dict[str, Any]]) -> Any:

@@ -54,11 +54,6 @@ class Tier(Protocol):
         """LMCache's name for the kind of storage behind it."""
         ...
 
-    @property
-    def shares_bytes(self) -> bool:
-        """Whether the same bytes under another name (`adopt`) take no room."""
-        ...
-
     async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
         """Which of `keys` LMCache would find here now. Raises TierUnavailable."""
         ...
@@ -73,8 +68,15 @@ class Tier(Protocol):
         """
         ...
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
-        """Make LMCache's names lead to the pinned bytes again, checking every byte. Raises TierUnavailable."""
+    async def restore(self, objects: Sequence[PinnedObject], *, check: bool = True) -> list[Restored]:
+        """Make LMCache's names lead to the pinned bytes again, checking every byte. Raises TierUnavailable.
+
+        Without `check` an object that LMCache has, of the right size, is taken for intact unread.
+        """
+        ...
+
+    async def lend(self, objects: Sequence[PinnedObject]) -> None:
+        """Let LMCache find the pins under its names as they are, unread; `lose` ends it. Raises TierUnavailable."""
         ...
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
@@ -87,14 +89,6 @@ class Tier(Protocol):
 
     async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
         """Pin bytes that LMCache has not written; `restore` shows them to it. Raises TierFull, TierUnavailable."""
-        ...
-
-    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
-        """Pin the bytes of each pin of `objects` under another name too, that of `names` at its place.
-
-        No byte is read; the size and checksum are those of the pin that there is. The answer has those that could be
-        pinned. Raises TierFull, TierUnavailable.
-        """
         ...
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:

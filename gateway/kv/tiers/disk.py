@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from gateway.kv.keys import ObjectKey
+from gateway.kv.keys import ObjectKey, file_name
 from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
@@ -34,7 +34,6 @@ class DiskTier:
 
     name = "disk"
     adapter = "fs"
-    shares_bytes = True
 
     def __init__(self, kv_dir: Path, pins_dir: Path) -> None:
         self._kv = kv_dir
@@ -52,7 +51,7 @@ class DiskTier:
     async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
         """See `Tier.present`."""
         wanted = list(keys)
-        return await self._run(lambda: {key for key in wanted if self._live(key).exists()})
+        return await self._run(lambda: {key for key in wanted if _size(f"{self._kv}/{key.file_name}") is not None})
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
@@ -60,9 +59,18 @@ class DiskTier:
         await self._run(lambda: _sync_directory(self._pins))
         return [p for p in pinned if p is not None]
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def restore(self, objects: Sequence[PinnedObject], *, check: bool = True) -> list[Restored]:
         """See `Tier.restore`."""
-        return await self._each(objects, self._restore)
+        if check:
+            return await self._each(objects, self._restore)
+        there = await self._run(lambda: [_size(f"{self._kv}/{file_name(o.key)}") == o.size for o in objects])
+        rest = await self._each([o for o, is_there in zip(objects, there, strict=True) if not is_there], self._restore)
+        put_back = iter(rest)
+        return [Restored.INTACT if is_there else next(put_back) for is_there in there]
+
+    async def lend(self, objects: Sequence[PinnedObject]) -> None:
+        """See `Tier.lend`."""
+        await self._each(objects, self._lend)
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
         """See `Tier.verify`."""
@@ -70,17 +78,11 @@ class DiskTier:
 
     async def read(self, item: PinnedObject) -> bytes | None:
         """See `Tier.read`."""
-        return await self._run(lambda: _read(self._pin_path(ObjectKey.parse(item.key)), item))
+        return await self._run(lambda: _read(self._pin_path(ObjectKey.parse(item.pin_key)), item))
 
     async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
         """See `Tier.put`."""
         return await self._run(lambda: self._put(key, value))
-
-    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
-        """See `Tier.adopt`."""
-        adopted = await self._each(list(zip(objects, names, strict=True)), lambda pair: self._adopt(*pair))
-        await self._run(lambda: _sync_directory(self._pins))
-        return [one for one in adopted if one is not None]
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
         """See `Tier.unpin`."""
@@ -122,7 +124,8 @@ class DiskTier:
 
     def _inventory(self) -> list[Stored]:
         lives, pins = _stats(self._kv), _stats(self._pins)
-        return [_stored(key, lives.get(key), pins.get(key)) for key in lives.keys() | pins.keys()]
+        seen: set[tuple[int, int]] = set()  # an isolated clone's objects are links to pins that go by other names
+        return [_stored(key, lives.get(key), pins.get(key), seen) for key in (pins | lives)]
 
     def _open(self) -> None:
         self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -150,16 +153,8 @@ class DiskTier:
             os.fsync(file.fileno())  # LMCache does not; a power cut must not turn "frozen" into a false word
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
 
-    def _adopt(self, item: PinnedObject, name: ObjectKey) -> PinnedObject | None:
-        try:
-            self._pin_path(name).hardlink_to(self._pin_path(ObjectKey.parse(item.key)))
-        except FileNotFoundError:
-            return None
-        return PinnedObject(str(name), self.name, item.size, item.checksum)
-
     def _restore(self, item: PinnedObject) -> Restored:
-        key = ObjectKey.parse(item.key)
-        live, pin = self._live(key), self._pin_path(key)
+        live, pin = self._live(ObjectKey.parse(item.key)), self._pin_path(ObjectKey.parse(item.pin_key))
         pin_good = _matches(pin, item)
         live_good = pin_good if _same_file(pin, live) else _matches(live, item)
         if pin_good and live_good:
@@ -174,6 +169,10 @@ class DiskTier:
         live.unlink(missing_ok=True)
         pin.unlink(missing_ok=True)
         return Restored.CORRUPT if found else Restored.MISSING
+
+    def _lend(self, item: PinnedObject) -> None:
+        with suppress(FileNotFoundError):  # the pin is gone: there is nothing to be found
+            self._link_over(self._pin_path(ObjectKey.parse(item.pin_key)), self._live(ObjectKey.parse(item.key)))
 
     def _link_over(self, source: Path, target: Path) -> None:
         """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
@@ -196,7 +195,7 @@ class DiskTier:
         return PinnedObject(str(key), self.name, len(value), blake3(value).digest())
 
     def _verify(self, item: PinnedObject) -> Restored:
-        pin = self._pin_path(ObjectKey.parse(item.key))
+        pin = self._pin_path(ObjectKey.parse(item.pin_key))
         if not pin.exists():
             return Restored.MISSING
         return Restored.INTACT if _matches(pin, item) else Restored.CORRUPT
@@ -231,9 +230,12 @@ def _stats(folder: Path) -> dict[ObjectKey, os.stat_result]:
     return found
 
 
-def _stored(key: ObjectKey, live: os.stat_result | None, pin: os.stat_result | None) -> Stored:
-    files = [stat for stat in (live, pin) if stat is not None]
-    size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in files}.values())
+def _stored(
+    key: ObjectKey, live: os.stat_result | None, pin: os.stat_result | None, seen: set[tuple[int, int]]
+) -> Stored:
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (live, pin) if stat is not None}
+    size = sum(size for inode, size in files.items() if inode not in seen)
+    seen.update(files)
     return Stored(key, live.st_size if live else 0, pin.st_size if pin else 0, size)
 
 
@@ -249,6 +251,13 @@ def _unlink(path: Path) -> int:
     except FileNotFoundError:
         return 0
     return stat.st_size if stat.st_nlink == 1 else 0
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - a thousand of these are one call's work, and a Path costs more
+    except FileNotFoundError:
+        return None
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -29,7 +29,6 @@ class RedisTier:
 
     name = "redis"
     adapter = "resp"
-    shares_bytes = False  # `COPY` copies, inside the server
 
     def __init__(self, url: str, store_id: str, timeout_s: float) -> None:
         self._redis = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=2 * timeout_s)
@@ -59,25 +58,32 @@ class RedisTier:
                     good[name] = PinnedObject(name, self.name, *one)
         return [good[name] for name in names if name in good]
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def restore(self, objects: Sequence[PinnedObject], *, check: bool = True) -> list[Restored]:
         """See `Tier.restore`."""
-        out: list[Restored] = []
-        async for start, lives in self._look([o.key for o in objects]):
-            batch = objects[start : start + len(lives)]
-            pins = await self._look_at([self._pin_name(o.key) for o in batch])
-            out += [await self._restore(*one) for one in zip(batch, lives, pins, strict=True)]
-        return out
+        there: set[str] = set() if check else await self._whole(objects)
+        states = dict.fromkeys(there, Restored.INTACT)
+        rest = [o for o in objects if o.key not in there]
+        async for start, lives in self._look([o.key for o in rest]):
+            batch = rest[start : start + len(lives)]
+            pins = await self._look_at([self._pin_name(o.pin_key) for o in batch])
+            for one in zip(batch, lives, pins, strict=True):
+                states[one[0].key] = await self._restore(*one)
+        return [states[o.key] for o in objects]
+
+    async def lend(self, objects: Sequence[PinnedObject]) -> None:
+        """See `Tier.lend`."""
+        await self._copy([(self._pin_name(one.pin_key), one.key) for one in objects])
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
         """See `Tier.verify`."""
         out: list[Restored] = []
-        async for start, pins in self._look([self._pin_name(o.key) for o in objects]):
+        async for start, pins in self._look([self._pin_name(o.pin_key) for o in objects]):
             out += [_judge(pin, objects[start + i]) for i, pin in enumerate(pins)]
         return out
 
     async def read(self, item: PinnedObject) -> bytes | None:
         """See `Tier.read`."""
-        value: Any = await self._call(partial(self._redis.get, self._pin_name(item.key)))
+        value: Any = await self._call(partial(self._redis.get, self._pin_name(item.pin_key)))
         seen = await asyncio.to_thread(lambda: None if value is None else (len(value), blake3(value).digest()))
         return value if _judge(seen, item).usable else None
 
@@ -86,17 +92,6 @@ class RedisTier:
         await self._call(partial(self._redis.set, self._pin_name(str(key)), value))
         digest = await asyncio.to_thread(lambda: blake3(value).digest())
         return PinnedObject(str(key), self.name, len(value), digest)
-
-    async def adopt(self, objects: Sequence[PinnedObject], names: Sequence[ObjectKey]) -> list[PinnedObject]:
-        """See `Tier.adopt`."""
-        pairs = [(self._pin_name(o.key), self._pin_name(str(key))) for o, key in zip(objects, names, strict=True)]
-        await self._copy(pairs)
-        sizes = await self._sizes([target for _, target in pairs])
-        return [
-            PinnedObject(str(key), self.name, o.size, o.checksum)
-            for o, key, size in zip(objects, names, sizes, strict=True)
-            if size
-        ]
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
         """See `Tier.unpin`."""
@@ -167,8 +162,14 @@ class RedisTier:
             await self._unlink([*(self._pin_name(key) for key, _ in bad), *damaged])
         return good
 
+    async def _whole(self, objects: Sequence[PinnedObject]) -> set[str]:
+        """The names under which LMCache has so many bytes as there should be."""
+        names = [o.key for o in objects]
+        sizes = await self._sizes(names)
+        return {o.key for o, size in zip(objects, sizes, strict=True) if size == o.size}
+
     async def _restore(self, item: PinnedObject, live: Seen, pin: Seen) -> Restored:
-        name, pin_name = item.key, self._pin_name(item.key)
+        name, pin_name = item.key, self._pin_name(item.pin_key)
         live_good, pin_good = _judge(live, item).usable, _judge(pin, item).usable
         if pin_good and not live_good:
             await self._copy([(pin_name, name)])

@@ -1,0 +1,20 @@
+"""`cwg`: the local stack, the gateway, and the verbs as a client of the admin API.
+
+Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
+"""
+
+import click
+
+from gateway import __version__
+from gateway.cli import completion, files, lists, policy, servers, windows
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cwg")
+def main() -> None:
+    """Context Window Gateway: durable, nameable, lossless KV caches for conversations on vLLM."""
+
+
+for _room in (servers, windows, files, lists, policy, completion):
+    for _command in _room.COMMANDS:
+        main.add_command(_command)

@@ -1,0 +1,27 @@
+"""`cwg completion`: what a shell has to read once, so that it completes commands, options and names of windows."""
+
+import click
+from click.shell_completion import get_completion_class
+
+from gateway.cli.asking import Failure, Word
+
+_HOW = {
+    "bash": 'eval "$(cwg completion bash)"  # in ~/.bashrc',
+    "zsh": 'eval "$(cwg completion zsh)"  # in ~/.zshrc, after compinit',
+    "fish": "cwg completion fish | source  # in ~/.config/fish/config.fish",
+}
+
+
+@click.command(epilog="\b\n" + "\n".join(_HOW.values()))
+@click.argument("shell", type=Word([*_HOW]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print what makes SHELL complete commands, options, and names of windows and sessions."""
+    made = get_completion_class(shell)
+    if made is None:
+        raise Failure(f"click cannot complete for {shell}")
+    script = made(context.find_root().command, {}, "cwg", "_CWG_COMPLETE")
+    click.echo(script.source_template % script.source_vars())
+
+
+COMMANDS = (completion,)

@@ -1,0 +1,112 @@
+"""The SQL of manifests: token ids and the objects that windows have pinned. Whoever calls owns the transaction."""
+
+import sqlite3
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey, under
+from gateway.records import Manifest, PinnedObject, Window
+from gateway.store.contract import Released
+
+_VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
+
+
+def add(db: sqlite3.Connection, new: Manifest) -> None:
+    db.execute("INSERT INTO manifests VALUES (?, ?)", (new.id, array("I", new.token_ids).tobytes()))
+    db.executemany(
+        "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?)",
+        [(o.key, o.tier, o.size, o.checksum) for o in new.objects],
+    )
+    positions = {key: i for i, key in enumerate(dict.fromkeys(o.key for o in new.objects))}
+    db.executemany(
+        "INSERT INTO manifest_objects VALUES (?, ?, ?, ?)",
+        [(new.id, positions[o.key], o.key, o.tier) for o in new.objects],
+    )
+
+
+def manifest(db: sqlite3.Connection, of: Window) -> Manifest:
+    row = db.execute("SELECT token_ids FROM manifests WHERE id = ?", (of.manifest,)).fetchone()
+    if row is None:
+        raise _deleted()
+    return Manifest(of.manifest, tuple(array("I", row[0])), _objects(db, of))
+
+
+def pinned(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
+    if db.execute("SELECT 1 FROM manifests WHERE id = ?", (of.manifest,)).fetchone() is None:
+        raise _deleted()
+    return _objects(db, of)
+
+
+def _deleted() -> GatewayError:
+    return GatewayError("window_not_found", "the window was deleted just now")
+
+
+def _objects(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
+    found = db.execute(
+        """SELECT o.key, o.tier, o.size, o.checksum FROM manifest_objects m JOIN objects o USING (key, tier)
+        WHERE m.manifest = ? ORDER BY m.position, m.tier""",
+        (of.manifest,),
+    )
+    if of.salt == of.pin_salt:
+        return tuple(PinnedObject(*row) for row in found)
+    return tuple(PinnedObject(under(key, of.salt), tier, size, seen, key) for key, tier, size, seen in found)
+
+
+def release(db: sqlite3.Connection, gone: Window) -> Released:
+    """Take away what only a window needed that has just been deleted."""
+    keys = [key for (key,) in db.execute(_KEYS_OF, (gone.manifest,))]
+    names: list[str] = []
+    if gone.salt != gone.pin_salt and not _any(db, "SELECT 1 FROM windows WHERE salt = ? LIMIT 1", gone.salt):
+        names = [under(key, gone.salt) for key in keys]
+    pins: list[str] = []
+    if not _any(db, "SELECT 1 FROM windows WHERE manifest = ? LIMIT 1", gone.manifest):
+        db.execute("DELETE FROM manifest_objects WHERE manifest = ?", (gone.manifest,))
+        db.execute("DELETE FROM manifests WHERE id = ?", (gone.manifest,))
+        pins = [key for key in keys if not _any(db, "SELECT 1 FROM manifest_objects WHERE key = ? LIMIT 1", key)]
+        db.executemany("DELETE FROM objects WHERE key = ?", [(key,) for key in pins])
+    return Released(tuple(map(ObjectKey.parse, pins)), tuple(map(ObjectKey.parse, names)))
+
+
+_KEYS_OF = "SELECT DISTINCT key FROM manifest_objects WHERE manifest = ?"
+
+
+def _any(db: sqlite3.Connection, query: str, value: str) -> bool:
+    return db.execute(query, (value,)).fetchone() is not None
+
+
+def objects(db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
+    found: list[PinnedObject] = []
+    names = [str(key) for key in keys]
+    for batch in (names[i : i + _VARIABLES] for i in range(0, len(names), _VARIABLES)):
+        marks = ", ".join("?" * len(batch))
+        cursor = db.execute(f"SELECT key, tier, size, checksum FROM objects WHERE key IN ({marks})", batch)
+        found += [PinnedObject(*row) for row in cursor]
+    return found
+
+
+def held_objects(db: sqlite3.Connection) -> set[ObjectKey]:
+    return {ObjectKey.parse(key) for (key,) in db.execute("SELECT DISTINCT key FROM objects")}
+
+
+def isolated_names(db: sqlite3.Connection) -> set[ObjectKey]:
+    found = db.execute(
+        """SELECT DISTINCT m.key, w.salt FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest
+        WHERE w.salt != w.pin_salt"""
+    )
+    return {ObjectKey.parse(under(key, salt)) for key, salt in found}
+
+
+def held_under(db: sqlite3.Connection, salt: str) -> set[ObjectKey]:
+    found = db.execute(
+        """SELECT DISTINCT key FROM manifest_objects WHERE manifest IN
+        (SELECT manifest FROM windows WHERE salt = ?1 UNION SELECT manifest FROM windows WHERE pin_salt = ?1)""",
+        (salt,),
+    )
+    return {replace(ObjectKey.parse(key), salt=salt) for (key,) in found}
+
+
+def tier_usage(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+    found = db.execute("SELECT tier, count(*), sum(size) FROM objects GROUP BY tier")
+    return {tier: (count, size) for tier, count, size in found}

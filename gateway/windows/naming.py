@@ -1,0 +1,22 @@
+"""A freeze that nobody chose a name for: under the first name that is free."""
+
+from dataclasses import replace
+
+from gateway.errors import GatewayError
+from gateway.parts import Parts
+from gateway.records import Window
+from gateway.windows.freeze import Naming, freeze
+
+_TRIED = 100  # sessions may share a shortened name within a second
+
+
+async def freeze_by_itself(parts: Parts, tenant: str, session_id: str, naming: Naming) -> tuple[Window, list[str]]:
+    """Freeze a session under `naming.name`, or that name with a number behind it. Raises what `freeze` raises."""
+    for number in range(1, _TRIED + 1):
+        tried = naming if number == 1 else replace(naming, name=f"{naming.name}-{number}")
+        try:
+            return await freeze(parts, tenant, session_id, tried)
+        except GatewayError as error:
+            if error.code != "window_already_exists":
+                raise
+    raise GatewayError("window_already_exists", f"{naming.name} and {_TRIED - 1} names like it are taken")

@@ -1,0 +1,76 @@
+"""A stock of windows to measure on: one large one with its KV objects in the tiers, and many small ones in the store.
+
+No engine computes anything here: an object is random bytes, which is all that it is to the verbs.
+"""
+
+import asyncio
+import secrets
+import time
+from dataclasses import replace
+
+from gateway.app import open_parts
+from gateway.kv.keys import object_keys
+from gateway.parts import Parts
+from gateway.records import Manifest, PinnedObject, Window
+from gateway.settings import Settings
+from gateway.windows.finish import finished
+
+TENANT = "default"
+LARGE = "large"
+_SMALL_OBJECTS = 3
+_AT_ONCE = 500
+_TOPICS = ("refactor the parser", "read the logs of the night", "plan the migration", "answer the customer")
+
+
+async def fill(settings: Settings, model: str, *, chunks: int, chunk_size: int, object_bytes: int, windows: int) -> int:
+    """Make the windows; return how many bytes the objects of the large one have."""
+    async with open_parts(settings) as parts:
+        large = await _blank(parts, model, LARGE, chunks * chunk_size + chunk_size // 2, chunk_size)
+        ids = tuple(index % 50_000 for index in range(large.token_count))
+        objects = await _pinned(parts, large, ids, object_bytes)
+        await _add(parts, finished(large, chunks, objects, time.monotonic(), {}), ids, objects)
+        await parts.pins.restore(objects)  # LMCache has them as well
+        for start in range(0, windows, _AT_ONCE):
+            await asyncio.gather(*(_small(parts, large, number) for number in range(start, start + _AT_ONCE)))
+        return sum(one.size for one in objects if one.tier == "disk")
+
+
+def name_of(number: int) -> str:
+    """The name of a small window."""
+    return f"window-{number:05d}"
+
+
+async def _blank(parts: Parts, model: str, name: str, tokens: int, chunk_size: int) -> Window:
+    served = await parts.engines.model(model)
+    salt = parts.salts.of(TENANT, name, served.fingerprint)
+    return Window(
+        tenant=TENANT, name=name, session_id=f"of-{name}", lineage=name, salt=salt, pin_salt=salt, model=model,
+        model_root=served.root, fingerprint=served.fingerprint, world_size=1, token_count=tokens,
+        chunk_size=chunk_size, chunk_count=0, size_bytes=0, kv="absent", transcript=b"", frame=None,
+        manifest=f"m-{name}", created_at=time.time(),
+    )  # fmt: skip
+
+
+async def _pinned(parts: Parts, window: Window, ids: tuple[int, ...], size: int) -> tuple[PinnedObject, ...]:
+    keys = object_keys(window.model_root, ids, window.chunk_size, 1, window.salt)
+    return tuple([await tier.put(key, secrets.token_bytes(size)) for key in keys for tier in parts.pins.tiers])
+
+
+async def _small(parts: Parts, like: Window, number: int) -> None:
+    name = name_of(number)
+    salt = secrets.token_hex(16)
+    ids = tuple(range(number, number + 900))
+    keys = object_keys(like.model_root, ids, 256, 1, salt)[:_SMALL_OBJECTS]
+    objects = [PinnedObject(str(key), "disk", 2**20, secrets.token_bytes(32)) for key in keys]
+    window = replace(
+        like, name=name, session_id=f"of-{name}", lineage=name, salt=salt, pin_salt=salt, token_count=len(ids),
+        chunk_size=256, manifest=f"m-{name}", created_at=1.7e9 + number * 60,
+        description=f"{_TOPICS[number % len(_TOPICS)]}, part {number}", tags=("auto", f"team-{number % 10}"),
+    )  # fmt: skip
+    await _add(parts, finished(window, _SMALL_OBJECTS, objects, time.monotonic(), {}), ids, tuple(objects))
+
+
+async def _add(parts: Parts, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...]) -> None:
+    messages = [{"role": "user", "content": window.name}, {"role": "assistant", "content": "yes"}]
+    if not await parts.store.import_window(window, Manifest(window.manifest, ids, objects), messages, {}):
+        raise RuntimeError(f"there is a window {window.name!r} already")

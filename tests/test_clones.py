@@ -1,0 +1,174 @@
+"""Clones, isolated or not, share pins: none copies a byte, none loses one when another goes, and the last takes all."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import GatewayError
+from gateway.kv.keys import object_keys
+from gateway.records import Session, Window
+from gateway.windows import forget
+from gateway.windows.clone import clone
+from gateway.windows.delete import Deleted, delete
+from gateway.windows.fanout import fanout
+from gateway.windows.freeze import Naming
+from gateway.windows.isolate import isolate
+from gateway.windows.thaw import thaw
+from gateway.windows.usage import usage
+from gateway.windows.verify import verify
+from tests.fakes.engine import FakeEngine
+from tests.houses import CHUNK, CHUNKS, IDS, House, cache_server, opened, value, window
+from tests.rigs import RedisServer
+
+pytestmark = pytest.mark.anyio
+
+TENANT = "default"
+SIZE = sum(len(value(index)) for index in range(CHUNKS))
+
+
+@pytest.fixture(scope="module")
+def cache() -> Iterator[str]:
+    with cache_server() as url:
+        yield url
+
+
+@pytest.fixture
+async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
+    async with opened(engine, cache, redis_server, tmp_path) as house:
+        yield house
+
+
+async def apart(house: House, source: str = "w", name: str = "apart") -> Window:
+    """An isolated clone."""
+    made, warnings = await isolate(house.parts, TENANT, source, Naming(name))
+    assert warnings == []
+    return made
+
+
+async def verified(house: House, *names: str) -> None:
+    """Every byte of these windows is there."""
+    for name in names:
+        verdict = await verify(house.parts, TENANT, name)
+        assert (verdict.ok, verdict.chunks_usable) == (True, CHUNKS), verdict
+
+
+async def thawed(house: House, name: str) -> Session:
+    """Thaw, and find all of it."""
+    session, _, receipt = await thaw(house.parts, TENANT, name, new_session_id=None, warm="none")
+    assert (receipt.chunks_found, receipt.partial) == (CHUNKS, False)
+    return session
+
+
+async def gone(house: House, name: str) -> Deleted:
+    """Delete a window."""
+    return await delete(house.parts, TENANT, name)
+
+
+async def test_no_clone_and_no_branch_makes_a_file_or_a_key(house: House) -> None:
+    await window(house.parts)
+    session = await thawed(house, "w")
+    before = house.everything()
+    copy = await clone(house.parts, TENANT, "w", Naming("copy"))
+    made = await apart(house)
+    again = await apart(house, "apart", "again")
+    sessions, _, receipt = await fanout(house.parts, TENANT, "copy", 3, None)
+    assert house.everything() == before
+    assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
+    assert {one.salt for one in sessions} == {session.salt} == {copy.salt}
+    assert len({session.salt, made.salt, again.salt}) == 3
+    assert (made.kv, made.chunk_count, made.size_bytes) == (copy.kv, copy.chunk_count, copy.size_bytes)
+    await verified(house, "w", "copy", "apart", "again")
+
+
+async def test_a_fanout_puts_back_what_was_evicted_and_tells_what_is_lost(house: House) -> None:
+    kept = await window(house.parts)
+    keys = object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)
+    _, _, receipt = await fanout(house.parts, TENANT, "w", 1, None)
+    assert (receipt.chunks_relinked, receipt.partial) == (CHUNKS, False)
+    for tier in house.parts.pins.tiers:
+        await tier.remove(keys[-1:])
+    _, _, receipt = await fanout(house.parts, TENANT, "w", 1, None)
+    assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS - 1, 0, True)
+
+
+async def test_an_isolated_clone_is_found_under_its_own_names_once_it_is_thawed(house: House) -> None:
+    source = await window(house.parts)
+    made = await apart(house)
+    names = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)
+    assert [house.redis.live(name) for name in names] == [None] * CHUNKS
+    session = await thawed(house, "apart")
+    assert (session.salt, session.lineage) == (made.salt, made.lineage)
+    assert [house.redis.live(name) for name in names] == [value(index) for index in range(CHUNKS)]
+    for name, own in zip(names, object_keys(made.model_root, IDS, CHUNK, 1, source.salt), strict=True):
+        pin = house.kv.parent / "kv-pins" / house.parts.store.store_id / own.file_name
+        assert (house.kv / name.file_name).samefile(pin)
+    tiers, _ = await usage(house.parts)
+    by_name = {tier.name: tier for tier in tiers}
+    assert by_name["disk"].total.bytes == by_name["disk"].windows.bytes == SIZE
+    assert by_name["redis"].total.bytes == by_name["redis"].windows.bytes == 2 * SIZE
+
+
+@pytest.mark.parametrize("order", list(permutations(["w", "copy", "apart"])), ids="-".join)
+async def test_each_deletion_leaves_the_others_whole_and_the_last_leaves_nothing(
+    house: House, order: tuple[str, ...]
+) -> None:
+    empty = house.everything()
+    await window(house.parts)
+    await clone(house.parts, TENANT, "w", Naming("copy"))
+    await apart(house)
+    for name in ("w", "apart"):
+        session = await thawed(house, name)
+        await forget.delete_session(house.parts, TENANT, session.id)
+    left = list(order)
+    for name in order[:-1]:
+        assert (await gone(house, name)).blocks_deleted == 0
+        left.remove(name)
+        await verified(house, *left)
+        for other in left:
+            await forget.delete_session(house.parts, TENANT, (await thawed(house, other)).id)
+    last = await gone(house, order[-1])
+    assert last.blocks_deleted == CHUNKS
+    assert last.space_freed_bytes >= 2 * SIZE
+    await forget.forget_loose(house.parts)
+    assert house.everything() == empty
+
+
+async def test_a_session_of_the_source_keeps_its_cache_when_the_clone_goes_last(house: House) -> None:
+    source = await window(house.parts)
+    session = await thawed(house, "w")
+    await apart(house)
+    await gone(house, "w")
+    done = await gone(house, "apart")
+    keys = object_keys(source.model_root, IDS, CHUNK, 1, source.salt)
+    assert done.blocks_deleted == 0
+    assert [house.redis.live(key) for key in keys] == [value(index) for index in range(CHUNKS)]
+    assert await house.parts.store.held_objects() == set()
+    await forget.delete_session(house.parts, TENANT, session.id)
+    assert [house.redis.live(key) for key in keys] == [None] * CHUNKS
+
+
+async def test_clones_and_deletions_of_one_window_at_once_leave_whole_windows_only(house: House) -> None:
+    empty = house.everything()
+    await window(house.parts)
+    outcomes = await asyncio.gather(
+        *(clone(house.parts, TENANT, "w", Naming(f"c{number}")) for number in range(4)),
+        *(isolate(house.parts, TENANT, "w", Naming("same")) for _ in range(4)),
+        *(delete(house.parts, TENANT, "w") for _ in range(2)),
+        *(isolate(house.parts, TENANT, "w", Naming(f"i{number}")) for number in range(4)),
+        return_exceptions=True,
+    )
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            assert isinstance(outcome, GatewayError), outcome
+            assert outcome.code in ("window_not_found", "window_already_exists")
+    made = [name for name in (*(f"c{n}" for n in range(4)), *(f"i{n}" for n in range(4)), "same")
+            if await house.parts.store.window(TENANT, name)]  # fmt: skip
+    assert await house.parts.store.window(TENANT, "w") is None
+    await verified(house, *made)
+    for name in made:
+        await gone(house, name)
+    await forget.forget_loose(house.parts)
+    assert house.everything() == empty
