@@ -140,14 +140,12 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock) -> list[C
     }
     try:
         seen = await _landed(tier, mine)
-        if len(seen) < len(mine):
-            message = (
-                f"{len(seen)} of {len(mine)} objects of a prompt were found under their own names within {_LAND_S:g} s"
-            )
+        if seen < len(mine):
+            message = f"{seen} of {len(mine)} objects of a prompt were found under their own names within {_LAND_S:g} s"
             return [Check(name, "failed", message, where[tier.name])]
-        if await tier.present(theirs):
+        if any(await tier.sizes([str(key) for key in theirs])):
             return [Check(name, "failed", "objects of one salt were found under another", "use LMCacheMPConnector")]
-        checks = [Check(name, "ok", f"{len(seen)} objects were found under their salt, none under another")]
+        checks = [Check(name, "ok", f"{seen} objects were found under their salt, none under another")]
         async with lock.hold(alone=False):  # another worker that starts sweeps what no window holds
             return [*checks, await _pinning(tier, mine)]
     except TierUnavailable as error:
@@ -168,11 +166,13 @@ async def _pinning(tier: Tier, keys: list[ObjectKey]) -> Check:
     return Check(name, "failed", f"after the removal of the originals: {', '.join(s.value for s in states)}")
 
 
-async def _landed(tier: Tier, keys: list[ObjectKey]) -> set[ObjectKey]:
+async def _landed(tier: Tier, keys: list[ObjectKey]) -> int:
+    """Wait for all of these objects; return how many there are."""
+    names = [str(key) for key in keys]
     end = time.monotonic() + _LAND_S
-    while len(seen := await tier.present(keys)) < len(keys) and time.monotonic() < end:  # noqa: ASYNC110 - nobody tells
+    while not all(sizes := await tier.sizes(names)) and time.monotonic() < end:  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(_POLL_S)
-    return seen
+    return sum(map(bool, sizes))
 
 
 async def _clean_up(parts: Parts, keys: list[ObjectKey]) -> None:

@@ -21,6 +21,7 @@ _STOPS_WITHIN_S = 30.0
 # Words of a prompt that takes the engine a while, and of one that does not. vLLM stops between two steps and not within
 # one, and a step may be a whole prompt: with a much longer one it is the length of a step that is measured.
 _LONG, _SHORT = 250, 1
+REPLY_TOKENS = 1500  # of the whole reply: many seconds of work
 _TRIES = 5
 _CHUNKS_READ = 5
 _DECODING_S = 0.2  # after a short prompt has begun, the engine is writing
@@ -126,7 +127,7 @@ def question(session: str, way: Way) -> dict[str, Any]:
         "model": "demo",
         "messages": [{"role": "user", "content": words}],
         "stream": way.streamed,
-        "max_tokens": 1500,
+        "max_tokens": REPLY_TOKENS,
         "ignore_eos": True,
     }
 

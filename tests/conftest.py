@@ -1,5 +1,6 @@
 """One fake engine and one gateway before it, for all tests that leave both as they found them."""
 
+import os
 import secrets
 from collections.abc import Iterator
 
@@ -17,6 +18,11 @@ class OneForTheStack(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         return "stack" if nodeid.startswith("tests/stack/") else nodeid.partition("::")[0]
+
+
+def pytest_configure() -> None:
+    """Let engines leave half of the cores to the tests: threads that wait for each other share a core badly."""
+    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // 2, 1))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,6 +30,11 @@ def keys(count: int) -> list[ObjectKey]:
     return [key(number) for number in range(count)]
 
 
+def spelled(*those: ObjectKey) -> list[str]:
+    """Keys as the store spells them."""
+    return [str(one) for one in those]
+
+
 def value(size: int = 5000) -> bytes:
     """The bytes of one object."""
     return secrets.token_bytes(size)

@@ -67,7 +67,7 @@ class Gateway:
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
         hooks = {"response": [documented.check]}
-        self.http = httpx.Client(base_url=self.url, timeout=15, headers=headers, event_hooks=hooks)
+        self.http = httpx.Client(base_url=self.url, timeout=30, headers=headers, event_hooks=hooks)
         self.process: subprocess.Popen[bytes]
 
     def start(self) -> "Gateway":
@@ -78,13 +78,13 @@ class Gateway:
 
     def wait(self, path: str = "/readyz") -> "Gateway":
         """Wait until it is ready."""
-        eventually(lambda: self._answers(path), f"200 at {path}", within=15, more=lambda: self.log)
+        eventually(lambda: self._answers(path), f"200 at {path}", within=30, more=lambda: self.log)
         return self
 
     def stop(self) -> int:
         """Ask it to end and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(15)
+        return self.process.wait(30)
 
     def close(self) -> None:
         """End it whatever state it is in."""

@@ -28,6 +28,7 @@ TOOLS = {
     "window_freeze", "window_thaw", "window_list", "window_status", "window_clone", "window_delete", "session_list",
     "cache_stats", "health_check", "get_metrics_data", "auto_freeze_config", "auto_freeze_check", "window_ask",
     "window_verify", "window_prefetch", "window_tree", "window_fanout", "window_describe", "session_delete",
+    "window_evict",
 }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ async def test_the_tools_are_listed_as_the_table_has_them(client: Client) -> Non
     marked = {name: tool.annotations for name, tool in tools.items() if tool.annotations}
     assert TOOLS - {name for name, marks in marked.items() if marks.read_only_hint} == {
         "window_freeze", "window_thaw", "window_clone", "window_delete", "window_fanout", "window_describe",
-        "window_prefetch", "session_delete", "auto_freeze_config",
+        "window_prefetch", "window_evict", "session_delete", "auto_freeze_config",
     }  # fmt: skip
     assert {name for name, marks in marked.items() if marks.destructive_hint} == {"window_delete", "session_delete"}
 
@@ -152,6 +153,9 @@ async def test_an_agent_asks_its_past_and_branches_from_it(client: Client, gatew
     assert (verdict["ok"], verdict["damaged"]) == (True, [])
     assert await refusal(client, "window_prefetch", **window) == (
         "cache_unavailable", "cache_unavailable: no cache is configured to load into (set cache_url)"
+    )  # fmt: skip
+    assert await refusal(client, "window_evict", **window) == (
+        "cache_unavailable", "cache_unavailable: no cache is configured to evict from (set cache_url)"
     )  # fmt: skip
     fanned = await answer(client, "window_fanout", **window, count=2, prefix=f"f-{session}")
     assert fanned["sessions"] == [f"f-{session}-1", f"f-{session}-2"]

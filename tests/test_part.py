@@ -15,7 +15,7 @@ from gateway.stack import leftovers, local
 from gateway.stack.errors import StackError
 from gateway.stack.part import Launch, Part
 
-WITHIN = 10.0
+WITHIN = 30.0
 SHM = Path("/dev/shm")
 
 # Listens, and has a child as vLLM has: one that lives on when its parent is killed, and a segment nobody unlinks.

@@ -13,7 +13,7 @@ from gateway.kv.pins import Lock, Pins
 from gateway.kv.tiers.contract import Restored, TierFull
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
-from tests.rigs import DiskRig, RedisRig, RedisServer, key, keys, value
+from tests.rigs import DiskRig, RedisRig, RedisServer, key, keys, spelled, value
 from tests.running import ROOT, free_port
 
 pytestmark = pytest.mark.anyio
@@ -67,8 +67,9 @@ async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskRig, redis: Re
     redis.put(key(1), b"in redis")
     for rig in (disk, redis):
         rig.put(key(2), b"in both")
-    found, warnings = await pins.present(iter(keys(4)))
-    assert (found, warnings) == ({"disk": {key(0), key(2)}, "redis": {key(1), key(2)}}, [])
+    found, warnings = await pins.present(spelled(*keys(4)))
+    both = {"disk": set(spelled(key(0), key(2))), "redis": set(spelled(key(1), key(2)))}
+    assert (found, warnings) == (both, [])
     pinned, warnings = await pins.pin(keys(4), [])
     assert {tier: set(have) for tier, have in pinned.items()} == {
         "disk": {str(key(0)), str(key(2))},
@@ -90,6 +91,21 @@ async def test_a_tier_is_told_only_of_what_is_known_in_it(pins: Pins, disk: Disk
     restored, _ = await pins.restore(known)
     assert restored == {"disk": {str(key(0)): Restored.INTACT}, "redis": {str(key(0)): Restored.INTACT}}
     assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
+
+
+async def test_lost_is_what_is_not_there_in_each_tier_or_not_of_its_size(
+    pins: Pins, disk: DiskRig, redis: RedisRig
+) -> None:
+    for rig in (disk, redis):
+        for one in keys(3):
+            rig.put(one, value(100))
+    pinned, _ = await pins.pin(keys(3), [])
+    assert await pins.lost([o for have in pinned.values() for o in have.values()]) == []
+    await disk.tier.lose([key(0)])
+    redis.put(key(2), value(99))
+    found = await pins.lost([o for have in pinned.values() for o in have.values()])
+    assert [(o.key, o.tier) for o in found] == [(str(key(0)), "disk"), (str(key(2)), "redis")]
+    assert await pins.lost([]) == []
 
 
 async def test_what_one_tier_lost_the_other_does_not_hide(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
@@ -131,14 +147,16 @@ async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_thei
 ) -> None:
     content = value(1000)
     disk.put(key(0), content)
-    found, warnings = await half.present(keys(1))
-    assert found == {"disk": {key(0)}}  # not an empty set for Redis: nobody has looked
+    found, warnings = await half.present(spelled(*keys(1)))
+    assert found == {"disk": {str(key(0))}}  # not an empty set for Redis: nobody has looked
     assert len(warnings) == 1
     assert warnings[0].startswith("redis tier: ")
     pinned, warnings = await half.pin(keys(1), [])
     assert (list(pinned), len(warnings)) == (["disk"], 1)
     (one,) = pinned["disk"].values()
-    restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
+    unseen = [PinnedObject(one.key, tier, one.size, one.checksum) for tier in ("redis", "a tier of former days")]
+    assert await half.lost([one, *unseen]) == unseen
+    restored, warnings = await half.restore([one, unseen[0]])
     assert (restored, len(warnings)) == ({"disk": {str(key(0)): Restored.INTACT}}, 1)
     assert (await half.sweep([key(0)]))[0] == 0
     await disk.tier.lose(keys(1))

@@ -205,6 +205,15 @@ def test_only_a_cpu_engine_gets_cpu_options(on_cpu: bool) -> None:
     assert connector["kv_load_failure_policy"] == "recompute"
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("one_process", [True, False])
+def test_scheduler_and_worker_are_one_process_where_asked_for_and_on_a_cpu(on_cpu: bool, one_process: bool) -> None:
+    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=on_cpu, kv_gb=3, one_process=one_process)
+    command = commands.engine_command("python", engine)
+    assert ("uni" in command.argv) == (on_cpu and one_process)
+    assert (command.env.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") == (on_cpu and one_process)
+
+
 def test_an_engine_is_told_how_its_model_thinks() -> None:
     plain = commands.Engine(1, 2, "models/m", "m", on_cpu=True, kv_gb=3)
     assert not any("reasoning" in argument for argument in commands.engine_command("python", plain).argv)

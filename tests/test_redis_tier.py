@@ -9,7 +9,7 @@ import pytest
 from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
-from tests.rigs import RedisRig, RedisServer, key, keys, value
+from tests.rigs import RedisRig, RedisServer, key, keys, spelled, value
 from tests.running import free_port
 
 pytestmark = pytest.mark.anyio
@@ -59,7 +59,7 @@ async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisRig) -
 async def test_hundreds_of_objects_go_through_every_verb(rig: RedisRig) -> None:
     count = 1203  # more than one call of names, and no whole number of calls of values
     values = fill(rig, count, size=100)
-    assert len(await rig.tier.present(keys(count))) == count
+    assert await rig.tier.sizes(spelled(*keys(count))) == [100] * count
     objects = await rig.tier.pin(keys(count), {})
     assert [o.key for o in objects] == [str(one) for one in keys(count)]
     assert await rig.tier.pin(keys(count), {o.key: o for o in objects}) == objects
@@ -107,7 +107,7 @@ async def test_foreign_keys_are_never_touched(rig: RedisRig) -> None:
 async def test_a_value_that_is_no_object_is_told_as_unavailable(rig: RedisRig) -> None:
     rig.client.lpush(str(key(0)), "x")
     with pytest.raises(TierUnavailable, match=r"redis tier: .*WRONGTYPE"):
-        await rig.tier.present(keys(1))
+        await rig.tier.sizes(spelled(*keys(1)))
 
 
 async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisRig) -> None:
@@ -138,7 +138,7 @@ async def every_verb(tier: RedisTier) -> None:
     """Each verb has to say that it cannot reach the server."""
     objects = [PinnedObject(str(key(0)), "redis", 1, b"")]
     for call in (
-        tier.present(keys(1)), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
+        tier.sizes(spelled(*keys(1))), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
         tier.restore(objects), tier.verify(objects), tier.unpin(keys(1)), tier.remove(keys(1)), tier.lose(keys(1)),
         tier.sweep([]),
     ):  # fmt: skip
@@ -158,10 +158,10 @@ async def test_a_server_that_comes_back_is_found_again(own_server: RedisServer) 
     rig = RedisRig(own_server.port)
     async with rig.tier:
         fill(rig, 1)
-        assert await rig.tier.present(keys(1)) == {key(0)}
+        assert all(await rig.tier.sizes(spelled(*keys(1))))
         own_server.stop()
         with pytest.raises(TierUnavailable):
-            await rig.tier.present(keys(1))
+            await rig.tier.sizes(spelled(*keys(1)))
         own_server.start()
-        assert await rig.tier.present(keys(1)) == set()
+        assert await rig.tier.sizes(spelled(*keys(1))) == [0]
     rig.client.close()

@@ -144,7 +144,7 @@ def test_an_engine_that_is_down_is_told(engine: FakeEngine, gateway: Gateway) ->
     assert value(scrape(gateway), "cwg_engine_up", engine=where) == 1
     engine.stop()
     try:
-        eventually(lambda: value(scrape(gateway), "cwg_engine_up", engine=where) == 0, "it is noticed", within=15)
+        eventually(lambda: value(scrape(gateway), "cwg_engine_up", engine=where) == 0, "it is noticed", within=30)
     finally:
         engine.start()
 

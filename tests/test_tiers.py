@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from gateway.kv.tiers.contract import Restored, Stored
 from gateway.records import PinnedObject
-from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, keys, value
+from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, keys, spelled, value
 
 pytestmark = pytest.mark.anyio
 
@@ -41,10 +41,10 @@ def known(objects: list[PinnedObject]) -> dict[str, PinnedObject]:
     return {o.key: o for o in objects}
 
 
-# --- present
+# --- sizes
 
 
-async def test_present_names_exactly_what_is_there(rig: Rig) -> None:
+async def test_sizes_are_those_of_exactly_what_is_there(rig: Rig) -> None:
     there = [key(1), key(2), key(3, rank=0x02010200), key(4, model="plain")]
     for one in there:
         rig.put(one, value(10))
@@ -55,14 +55,14 @@ async def test_present_names_exactly_what_is_there(rig: Rig) -> None:
         key(1, model="org-SEP-some-mode"),
         key(5),
     ]
-    assert await rig.tier.present([*near, *there]) == set(there)
-    assert await rig.tier.present([]) == set()
+    assert await rig.tier.sizes(spelled(*near, *there)) == [0] * len(near) + [10] * len(there)
+    assert await rig.tier.sizes([]) == []
 
 
-async def test_a_pin_alone_is_not_present(rig: Rig) -> None:
+async def test_a_pin_alone_has_no_size(rig: Rig) -> None:
     await pinned(rig, 1)
     await rig.tier.lose(keys(1))
-    assert await rig.tier.present(keys(1)) == set()
+    assert await rig.tier.sizes(spelled(*keys(1))) == [0]
 
 
 # --- pin
@@ -149,7 +149,7 @@ async def test_what_was_not_touched_is_intact(rig: Rig) -> None:
 async def test_pins_outlive_the_originals_and_are_put_back_byte_for_byte(rig: Rig) -> None:
     values, objects = await pinned(rig, 9)
     await rig.tier.lose(keys(9))
-    assert await rig.tier.present(keys(9)) == set()
+    assert await rig.tier.sizes(spelled(*keys(9))) == [0] * 9
     assert await rig.tier.restore(objects) == [Restored.RELINKED] * 9
     assert [rig.live(one) for one in keys(9)] == values
     assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
@@ -286,7 +286,7 @@ async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is
     assert await rig.tier.sweep(set(held)) == len(strays)
     assert all(rig.pinned(one) for one in held)
     assert not any(rig.pinned(one) for one in strays)
-    assert await rig.tier.present([*held, *strays]) == {*held, *strays}
+    assert all(await rig.tier.sizes(spelled(*held, *strays)))
     assert await rig.tier.sweep(set(held)) == 0
 
 
@@ -306,7 +306,7 @@ async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: Rig) -> No
     apart = [replace(o, key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
     assert await rig.tier.verify(apart) == [Restored.INTACT] * 3
     assert [await rig.tier.read(one) for one in apart] == values
-    assert await rig.tier.present(names) == set()  # LMCache finds them once they are restored
+    assert await rig.tier.sizes(spelled(*names)) == [0] * 3  # LMCache finds them once they are restored
     assert await rig.tier.restore(apart) == [Restored.RELINKED] * 3
     assert await rig.tier.restore(apart) == [Restored.INTACT] * 3
     assert [rig.live(name) for name in names] == values
@@ -329,19 +329,6 @@ async def test_pins_are_lent_as_they_are(rig: Rig) -> None:
     await rig.tier.lose(names)
     assert await rig.tier.under({"other"}) == set()
     assert [rig.pinned(one) for one in keys(3)] == [values[0], harmed(values[1], "flip"), None]
-
-
-async def test_unchecked_only_what_is_put_back_is_read(rig: Rig) -> None:
-    values, objects = await pinned(rig, 5)
-    rig.put(key(0), harmed(values[0], "flip"))
-    rig.put(key(1), harmed(values[1], "truncate"))
-    await rig.tier.lose([key(2), key(3)])
-    rig.put_pin(key(3), harmed(values[3], "flip"))
-    assert await rig.tier.restore(objects, check=False) == [
-        Restored.INTACT, Restored.RELINKED, Restored.RELINKED, Restored.CORRUPT, Restored.INTACT,
-    ]  # fmt: skip
-    assert [rig.live(one) for one in keys(5)] == [harmed(values[0], "flip"), values[1], values[2], None, values[4]]
-    assert await rig.tier.restore([], check=False) == []
 
 
 # --- under

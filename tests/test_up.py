@@ -155,8 +155,10 @@ def test_up_serves_repairs_itself_stops_clean_and_finds_everything_again(
     up = start()
     up.wait_ready()
     prompt_tokens = up.ask("What did you see?")["prompt_tokens"]
-    objects = list((tmp_path / "data" / "kv").glob("models-SEP-demo-small@*.data"))
-    assert len(objects) >= prompt_tokens // CHUNK
+    kv = tmp_path / "data" / "kv"
+    eventually(
+        lambda: len(list(kv.glob("models-SEP-demo-small@*.data"))) >= prompt_tokens // CHUNK, "the KV is on disk", 30
+    )
 
     second = start()
     assert second.close() == 1

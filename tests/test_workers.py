@@ -34,7 +34,7 @@ def crew(engine: FakeEngine, folder: Path, **settings: object) -> Iterator[Gatew
             children = workers_of(gateway.process.pid)
             gateway.close()
             for pid in children:
-                eventually(lambda pid=pid: not alive(pid), "a worker ends with its parent", within=15)  # type: ignore[misc]
+                eventually(lambda pid=pid: not alive(pid), "a worker ends with its parent", within=30)  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_a_worker_that_cannot_start_again_is_tried_later_each_time_while_the_oth
         assert "another starts in 1 s" in gateway.log
         assert gateway.chat(session).status_code == 200
         secret.write_bytes(kept)
-        eventually(lambda: len(pids(gateway)) == COUNT, "it has come back", within=15)
+        eventually(lambda: len(pids(gateway)) == COUNT, "it has come back", within=30)
 
 
 def test_workers_that_cannot_start_are_one_clear_line(tmp_path: Path) -> None:

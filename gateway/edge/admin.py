@@ -132,7 +132,7 @@ async def window_status(call: Call) -> Any:
     q = call.given
     window = await thaw.found(call.parts, call.tenant, call.window_name)
     objects = await call.parts.store.pinned(window)
-    present, warnings = await call.parts.pins.present(show.keys_of(o.key for o in objects))
+    present, warnings = await call.parts.pins.present([*{o.key for o in objects}])
     status = show.window_status(window, objects, present)
     if q["include_blocks"]:
         status["blocks"] = show.blocks(objects, present)

@@ -23,7 +23,7 @@ from gateway.proof import Check, prove
 log = logging.getLogger(__name__)
 
 COMPONENTS = ("engine", "cache", "tiers", "store", "isolation")
-_NOBODYS = ObjectKey("health", 0, 0, "0" * 64, "0" * 32)
+_NOBODYS = str(ObjectKey("health", 0, 0, "0" * 64, "0" * 32))
 _EVERY_S = 0.5  # it costs no request: the engines watch themselves
 _TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
 
@@ -197,7 +197,7 @@ class Health:
             return "degraded", "no tier is configured"
         try:
             for tier in self._parts.pins.tiers:
-                await tier.present((_NOBODYS,))
+                await tier.sizes((_NOBODYS,))
         except TierUnavailable as error:
             return "degraded", str(error)
         return "healthy", ", ".join(tier.name for tier in self._parts.pins.tiers)

@@ -125,9 +125,20 @@ VERIFIED = shape_of(
     chunks_usable=WHOLE,
     tiers=shape_of("what was found in each"),
     damaged=list_of(shape_of(hash=TEXT, state=TEXT), "objects that are not as they were"),
+    deep={
+        **or_null(list_of(shape_of(tier=TEXT, equal=FLAG))),
+        "description": "with `deep`, what each tier's KV led to",
+    },
     warnings=WARNINGS,
 )
 PREFETCHED = shape_of(window_name=TEXT, receipt=_RESTORED, warnings=WARNINGS)
+EVICTED = shape_of(
+    window_name=TEXT,
+    objects=WHOLE,
+    tiers=shape_of("objects `before` and `after`, by tier"),
+    kept=WHOLE,
+    warnings=WARNINGS,
+)
 FANNED_OUT = shape_of(
     window_name=TEXT, model=TEXT, token_count=WHOLE, sessions=list_of(TEXT), receipt=_RESTORED, warnings=WARNINGS
 )

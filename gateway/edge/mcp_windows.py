@@ -169,10 +169,14 @@ _LOOKING = (
         About(
             "Read every stored byte of a window and compare its checksum. Nothing is changed",
             "when a thaw was partial, or before you rely on a window and delete something else",
-            "reading the whole window from disk and Redis: a second for some gigabytes, no tokens",
+            "reading the whole window from disk and Redis: a second for some gigabytes, no tokens; `deep` computes the "
+            "window's tokens anew, and 16 more for each tier",
             "`ok`, what is `damaged`, and `chunks_usable`, the beginning that a thaw would find whole",
         ),
-        {"window_name": params.window(required=True)},
+        {
+            "window_name": params.window(required=True),
+            "deep": params.flag("have the engine use the KV of each tier and compare what it says; default false"),
+        },
         answers.VERIFIED,
     ),
     Tool(
@@ -186,6 +190,18 @@ _LOOKING = (
         ),
         {"window_name": params.window(required=True)},
         answers.PREFETCHED,
+    ),
+    Tool(
+        "window_evict",
+        (f"{_BY_NAME}/evict",),
+        About(
+            "Move a window's KV out of the cache's memory; disk and Redis keep it, and what neither has stays",
+            "to make room in memory, when a window is not needed for a while",
+            "reading the whole window once, no tokens; its next use loads it again",
+            "`tiers`: how many objects were in each before and after, and how many were `kept` in memory",
+        ),
+        {"window_name": params.window(required=True)},
+        answers.EVICTED,
     ),
 )
 

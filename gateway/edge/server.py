@@ -202,7 +202,8 @@ def listen_beside(sock: socket.socket) -> socket.socket:
     """Open another socket on the address of `sock`; the kernel deals new connections out to all of them.
 
     One socket that several workers accept from would serve them unevenly: of 32 connections one took up to 31. `sock`
-    itself was bound without SO_REUSEPORT, so that another gateway's address is still found to be in use.
+    itself was bound without SO_REUSEPORT, so that another gateway's address is still found to be in use. The new one
+    listens only when its worker serves, so that no connection waits for a worker that is still starting.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     other = socket.socket(sock.family, sock.type)
@@ -210,7 +211,6 @@ def listen_beside(sock: socket.socket) -> socket.socket:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(sock.getsockname())
-        other.listen(_BACKLOG)
     except OSError as error:
         other.close()
         raise StartError(f"cannot listen for another worker: {error.strerror}; set workers to 1") from error

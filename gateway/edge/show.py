@@ -1,14 +1,14 @@
 """Records as JSON: one word for a thing wherever it is shown."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from gateway.kv.keys import ObjectKey
 from gateway.records import PinnedObject, Session, Turn, Window
 
-Present = Mapping[str, set[ObjectKey]]  # of the window's objects, which ones LMCache finds in each tier
+Present = Mapping[str, set[str]]  # of the window's objects, which ones LMCache finds in each tier
 _NEARLY_FULL = 0.95  # of the context limit
 
 
@@ -132,11 +132,6 @@ def blocks(objects: Sequence[PinnedObject], present: Present) -> list[dict[str, 
             o.key, {"hash": key.chunk_hash, "rank": key.rank, "size_bytes": o.size, "pinned": {}, "present": []}
         )
         block["pinned"][o.tier] = o.checksum.hex()
-        if key in present.get(o.tier, set()):
+        if o.key in present.get(o.tier, set()):
             block["present"].append(o.tier)
     return list(out.values())
-
-
-def keys_of(names: Iterable[str]) -> set[ObjectKey]:
-    """Object keys by their spelling in the store."""
-    return {ObjectKey.parse(name) for name in names}

@@ -9,7 +9,7 @@ apart, over all processes of this machine that share the store: freezes hold it 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +55,32 @@ class Pins:
     tiers: tuple[Tier, ...]
     lock: Lock
 
-    async def present(self, keys: Iterable[ObjectKey]) -> tuple[dict[str, set[ObjectKey]], list[str]]:
-        """Return which of `keys` each reachable tier has, and a warning for each tier that cannot be reached."""
-        wanted = list(keys)
-        found: dict[str, set[ObjectKey]] = {}
+    async def present(self, names: Sequence[str]) -> tuple[dict[str, set[str]], list[str]]:
+        """Return which of these keys each reachable tier has, and a warning for each tier that cannot be reached."""
+        found: dict[str, set[str]] = {}
         warnings: list[str] = []
         for tier in self.tiers:
             try:
-                found[tier.name] = await tier.present(wanted)
+                sizes = await tier.sizes(names)
             except TierUnavailable as error:
                 warnings.append(str(error))
+            else:
+                found[tier.name] = {name for name, size in zip(names, sizes, strict=True) if size}
         return found, warnings
+
+    async def lost(self, objects: Sequence[PinnedObject]) -> list[PinnedObject]:
+        """Return what LMCache would not find, going by names and sizes; all of a tier that cannot be asked."""
+        tiers = {tier.name: tier for tier in self.tiers}
+        lost: list[PinnedObject] = []
+        for name in dict.fromkeys(o.tier for o in objects):
+            mine = [o for o in objects if o.tier == name]
+            try:
+                sizes = await tiers[name].sizes([o.key for o in mine])
+            except (KeyError, TierUnavailable):
+                lost += mine
+            else:
+                lost += [o for o, size in zip(mine, sizes, strict=True) if size != o.size]
+        return lost
 
     async def pin(
         self, keys: Sequence[ObjectKey], known: Sequence[PinnedObject]
@@ -87,19 +102,14 @@ class Pins:
             pinned[tier.name] = {o.key: o for o in done}
         return pinned, warnings
 
-    async def restore(
-        self, objects: Sequence[PinnedObject], *, check: bool = True
-    ) -> tuple[dict[str, dict[str, Restored]], list[str]]:
-        """Put back what LMCache lost, checking every byte; the answer is by tier and key.
-
-        Without `check` only what is put back is read, see `Tier.restore`.
-        """
+    async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[str, Restored]], list[str]]:
+        """Put back what LMCache lost, checking every byte; the answer is by tier and key."""
         found: dict[str, dict[str, Restored]] = {}
         warnings: list[str] = []
         for tier in self.tiers:
             mine = [o for o in objects if o.tier == tier.name]
             try:
-                outcome = await tier.restore(mine, check=check)
+                outcome = await tier.restore(mine)
             except TierUnavailable as error:
                 warnings.append(str(error))
                 continue

@@ -53,14 +53,13 @@ async def evict(parts: Parts, tenant: str, name: str, progress: Progress = silen
         raise GatewayError("cache_unavailable", "no cache is configured to evict from", hint="set cache_url")
     objects = await parts.store.pinned(window)
     names = list(dict.fromkeys(one.key for one in objects))
-    keys = [ObjectKey.parse(one) for one in names]
-    before, _ = await parts.pins.present(keys)
+    before, _ = await parts.pins.present(names)
     progress("restore", 0, len(names))
     states, warnings = await parts.pins.restore(objects)
     safe = {key for have in states.values() for key, state in have.items() if state.usable}
     progress("evict", 0, len(safe))
-    dropped, locked = await parts.cache.delete([key for key in keys if str(key) in safe], tier="l1")
-    after, _ = await parts.pins.present(keys)
+    dropped, locked = await parts.cache.delete([ObjectKey.parse(one) for one in names if one in safe], tier="l1")
+    after, _ = await parts.pins.present(names)
     tiers = {"cpu": Place(dropped + locked, locked)}
     tiers |= {tier: Place(len(before.get(tier, ())), len(have)) for tier, have in after.items()}
     if locked:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from gateway.engine import Model, Questions
 from gateway.errors import GatewayError
@@ -20,7 +21,7 @@ _SETTLE_S = 1.0
 _STALL_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """The objects that a prefix of token ids consists of, in chunk order."""
 
@@ -31,6 +32,11 @@ class Plan:
     world_size: int
     keys: tuple[ObjectKey, ...]
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The keys as the store spells them."""
+        return tuple(map(str, self.keys))
+
     @property
     def chunks(self) -> int:
         """Whole chunks in `ids`."""
@@ -39,13 +45,13 @@ class Plan:
     def covered(self, have: set[str]) -> int:
         """How many leading chunks are whole in `have`, the keys that are there."""
         count = 0
-        while count < self.chunks and all(str(key) in have for key in self.of_chunk(count)):
+        while count < self.chunks and have.issuperset(self._of_chunk(count)):
             count += 1
         return count
 
-    def of_chunk(self, index: int) -> tuple[ObjectKey, ...]:
-        """The keys of one chunk, one for each rank."""
-        return self.keys[index * self.world_size : (index + 1) * self.world_size]
+    def _of_chunk(self, index: int) -> tuple[str, ...]:
+        """The names of one chunk, one for each rank."""
+        return self.names[index * self.world_size : (index + 1) * self.world_size]
 
 
 def plan(model: Model, salt: str, ids: Sequence[int], info: CacheInfo, chunk_size: int) -> Plan:
@@ -70,10 +76,11 @@ async def land(
     written to a tier a second time. Returns the engine's count if it had to compute, and warnings. Raises what the
     engine raises.
     """
-    found, warnings = await parts.pins.present(wanted.keys)
+    found, warnings = await parts.pins.present(wanted.names)
     if not found:
         return None, warnings
-    missing = [key for key in wanted.keys if not any(key in have for have in found.values())]
+    there = set().union(*found.values())
+    missing = [key for key, name in zip(wanted.keys, wanted.names, strict=True) if name not in there]
     usage = None
     if missing:
         if again and parts.cache:
@@ -86,12 +93,12 @@ async def land(
 
 async def _barrier(parts: Parts, wanted: Plan, progress: Progress) -> None:
     """Wait until all tiers have all objects, or nothing more comes, or `freeze_timeout_s` is over."""
-    tiers = len((await parts.pins.present(wanted.keys[:1]))[0])
+    tiers = len((await parts.pins.present(wanted.names[:1]))[0])
     goal = tiers * len(wanted.keys)
     started = moved = time.monotonic()
     seen = -1
     while True:
-        found, _ = await parts.pins.present(wanted.keys)
+        found, _ = await parts.pins.present(wanted.names)
         count = sum(len(have) for have in found.values())
         everywhere = set().union(*found.values()) if found else set()
         now = time.monotonic()
@@ -112,6 +119,6 @@ async def pin(parts: Parts, wanted: Plan) -> tuple[int, tuple[PinnedObject, ...]
     known = await parts.store.objects(wanted.keys)
     by_tier, warnings = await parts.pins.pin(wanted.keys, known)
     chunks = wanted.covered({key for have in by_tier.values() for key in have})
-    names = [str(key) for index in range(chunks) for key in wanted.of_chunk(index)]
+    names = wanted.names[: chunks * wanted.world_size]
     objects = tuple(have[name] for name in names for have in by_tier.values() if name in have)
     return chunks, objects, warnings

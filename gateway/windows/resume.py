@@ -3,7 +3,6 @@
 import logging
 
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey
 from gateway.parts import Parts
 from gateway.progress import silent
 from gateway.records import Session
@@ -30,12 +29,8 @@ async def resume(parts: Parts, session: Session) -> None:
         manifest = await parts.store.manifest(window)
     except GatewayError:  # deleted just now
         return
-    keys = [ObjectKey.parse(one.key) for one in manifest.objects]
-    present, warnings = await parts.pins.present(keys)
-    lost = [one for one, key in zip(manifest.objects, keys, strict=True) if key not in present.get(one.tier, set())]
-    if lost:
-        _, more = await parts.pins.restore(lost)
-        warnings += more
+    lost = await parts.pins.lost(manifest.objects)
+    _, warnings = await parts.pins.restore(lost)
     for warning in warnings:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
     whole = manifest.token_ids[: window.chunk_count * window.chunk_size]

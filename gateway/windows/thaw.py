@@ -161,15 +161,13 @@ async def restore(
 ) -> None:  # fmt: skip
     """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises.
 
-    Without `check`, what LMCache still has is known by its name and size alone.
+    Without `check` nothing is read where LMCache still has all of it, going by names and sizes.
     """
     progress("restore", 0, window.chunk_count)
-    by_tier, warnings = await parts.pins.restore(objects, check=check)
-    receipt.warnings += warnings
-    damaged = _count(window, objects, by_tier, receipt)
-    if damaged:
-        receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were taken away")
-        await _forget(parts, damaged, receipt)
+    if check or await parts.pins.lost(objects):
+        await _put_back(parts, window, objects, receipt)
+    else:
+        receipt.chunks_found = window.chunk_count
     if window.kv == "absent":
         receipt.warnings.append(f"the window holds no KV: the engine computes its {window.token_count} tokens again")
     elif receipt.chunks_found < receipt.chunks_expected:
@@ -177,6 +175,14 @@ async def restore(
         receipt.warnings.append(
             f"the KV of {lost} of {receipt.chunks_expected} chunks is lost: the engine recomputes it"
         )
+
+
+async def _put_back(parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt) -> None:
+    by_tier, warnings = await parts.pins.restore(objects)
+    receipt.warnings += warnings
+    if damaged := _count(window, objects, by_tier, receipt):
+        receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were taken away")
+        await _forget(parts, damaged, receipt)
 
 
 def _count(

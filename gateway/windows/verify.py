@@ -86,7 +86,7 @@ async def verify(parts: Parts, tenant: str, name: str, progress: Progress = sile
             states[one] = await _states(_tier(parts, one), mine, progress)
         except TierUnavailable as error:
             warnings.append(str(error))
-    present, _ = await parts.pins.present(ObjectKey.parse(o.key) for o in manifest.objects)
+    present, _ = await parts.pins.present([o.key for o in manifest.objects])
     held = [_tier(parts, tier) for tier in states]
     replays = await replay(parts, window, manifest, held, warnings, progress) if deep else None
     await found(parts, tenant, name)  # deleted while we looked: then what is missing is no damage
@@ -113,7 +113,7 @@ async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progres
 
 
 def _verdict(
-    window: Window, manifest: Manifest, states: States, present: Mapping[str, set[ObjectKey]], warnings: list[str],
+    window: Window, manifest: Manifest, states: States, present: Mapping[str, set[str]], warnings: list[str],
     clock: float,
 ) -> Verdict:  # fmt: skip
     tiers = {
@@ -137,9 +137,7 @@ def _verdict(
     )
 
 
-def _report(
-    objects: Sequence[PinnedObject], seen: Mapping[str, Restored] | None, present: set[ObjectKey]
-) -> TierReport:
+def _report(objects: Sequence[PinnedObject], seen: Mapping[str, Restored] | None, present: set[str]) -> TierReport:
     if seen is None:
         return TierReport(checked=False, objects=len(objects))
     found_as = list(seen.values())
@@ -149,7 +147,7 @@ def _report(
         intact=found_as.count(Restored.INTACT),
         damaged=found_as.count(Restored.CORRUPT),
         missing=found_as.count(Restored.MISSING),
-        present=sum(ObjectKey.parse(o.key) in present for o in objects),
+        present=sum(o.key in present for o in objects),
     )
 
 

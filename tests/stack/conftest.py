@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from gateway.stack import local
+from tests.stack import night as night_
 from tests.stack.drive import Gateway, redis_server
 
 
@@ -41,10 +42,13 @@ class Stack:
             **more,
         }
 
-    def restart(self) -> None:
-        """Stop engine and cache and start them again: what was in memory is gone."""
+    def stop(self) -> None:
+        """Stop engine and cache: what was in memory is gone."""
         self.parts.engine.stop()
         self.parts.cache.stop()
+
+    def start(self) -> None:
+        """Start them again."""
         self.parts.cache.start()
         self.parts.engine.start()
         self.parts.cache.wait_ready(local.CACHE_WITHIN)
@@ -61,6 +65,12 @@ def stack() -> Iterator[Stack]:
         )
         with local.running(options) as (plan, parts), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
             yield Stack(plan, parts, client, Path(root), engine)
+
+
+@pytest.fixture(scope="package")
+def night(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> night_.Night:
+    """See `tests.stack.night`."""
+    return night_.spend(stack, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture(scope="package")

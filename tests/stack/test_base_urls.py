@@ -1,6 +1,8 @@
 """On the real stack: sessions that nobody names, and a window as a base URL, after everything was restarted."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anthropic
@@ -9,16 +11,18 @@ import pytest
 
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, chat, converse
+from tests.stack.night import overnight
+from tests.stack.tiers import hashes
 
 pytestmark = pytest.mark.stack
 
 CHUNK = 64
 
 
-@pytest.fixture
-def plain(own: Gateway) -> Iterator[openai.OpenAI]:
+@contextmanager
+def unnamed(gateway: Gateway, path: str = "") -> Iterator[openai.OpenAI]:
     """An openai client that names no session."""
-    with openai.OpenAI(base_url=f"{own.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}{path}/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client
 
 
@@ -35,54 +39,67 @@ def cached(answer: Any) -> int:
     return int(answer.usage.prompt_tokens_details.cached_tokens)
 
 
-def _evict(stack: Stack, hashes: set[str]) -> None:
+def _evict(stack: Stack, chunks: set[str]) -> None:
     """Take objects away from under LMCache's own names, in every tier; pins stay."""
-    files = [file for file in stack.kv_dir.glob("*.data") if file.name.split("@")[3] in hashes]
+    files = [file for file in stack.kv_dir.glob("*.data") if file.name.split("@")[3] in chunks]
     mine = [key for key in stack.redis.scan_iter("*@*", count=10**5) if not key.startswith(b"cwg:")]
-    gone = [key for key in mine if key.decode().split("@")[-2] in hashes]
-    assert len(files) == len(gone) == len(hashes)
+    gone = [key for key in mine if key.decode().split("@")[-2] in chunks]
+    assert len(files) == len(gone) == len(chunks)
     for file in files:
         file.unlink()
     stack.redis.delete(*gone)
 
 
-def test_a_session_known_by_its_history_alone_is_frozen_and_goes_on_after_a_restart(
-    stack: Stack, own: Gateway, plain: openai.OpenAI
-) -> None:
-    messages = converse(plain, "by history", turns=3)
-    found, answer = ask(plain, [*messages, {"role": "user", "content": "And then?"}])
-    frozen = own.freeze(found, "by-history")
-    assert frozen["kv"] == "complete"
-    assert own.http.get(f"/admin/sessions/{found}").json()["turn_count"] == 4
+@dataclass
+class Frozen:
+    """A conversation that was frozen, with its last reply."""
 
-    hashes = {block["hash"] for block in own.http.get("/admin/windows/by-history?include_blocks=true").json()["blocks"]}
-    own.stop()
-    stack.restart()
-    _evict(stack, hashes)
-    own.start()
-    reply = answer.choices[0].message.content
-    history = [*messages, {"role": "user", "content": "And then?"}, {"role": "assistant", "content": reply}]
-    again, after = ask(plain, [*history, {"role": "user", "content": "Go on."}])
-    assert again == found
+    gateway: Gateway
+    session: str
+    messages: list[dict[str, Any]]
+    chunks: int
+
+
+@overnight
+def by_history(stack: Stack, gateway: Gateway) -> Iterator[Frozen]:
+    """A session without a name; the cache forgets all of it, and only the pins are left."""
+    with unnamed(gateway) as client:
+        messages = [*converse(client, "by history", turns=3), {"role": "user", "content": "And then?"}]
+        session, answer = ask(client, messages)
+    messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    window = gateway.freeze(session, "by-history")
+    assert window["kv"] == "complete"
+    assert gateway.http.get(f"/admin/sessions/{session}").json()["turn_count"] == 4
+    chunks = set(hashes(gateway, "by-history"))
+    yield Frozen(gateway, session, messages, window["receipt"]["chunks"])
+    _evict(stack, chunks)
+
+
+def test_a_session_known_by_its_history_alone_is_frozen_and_goes_on_after_a_restart(by_history: Frozen) -> None:
+    with unnamed(by_history.gateway) as client:
+        session, answer = ask(client, [*by_history.messages, {"role": "user", "content": "Go on."}])
+    assert session == by_history.session
     # The frozen session has put its own KV back; nobody asked for a thaw.
-    assert cached(after) >= frozen["receipt"]["chunks"] * CHUNK
-    turns = own.http.get(f"/admin/sessions/{found}").json()["turns"]
+    assert cached(answer) >= by_history.chunks * CHUNK
+    turns = by_history.gateway.http.get(f"/admin/sessions/{session}").json()["turns"]
     assert turns[0]["recognised_by"] == "prefix"
 
 
-def test_i3_a_review_goes_on_after_a_restart_in_a_client_that_knows_its_base_url_alone(
-    stack: Stack, own: Gateway
-) -> None:
-    messages = converse(own.client("origin"), "by url", turns=3)
-    frozen = own.freeze("origin", "pr-456-review")
-    chunks = frozen["receipt"]["chunks"]
-    own.stop()
-    stack.restart()
-    own.start()
+@overnight
+def review(_: Stack, gateway: Gateway) -> Iterator[Frozen]:
+    """A window to be gone on from by its base URL."""
+    messages = converse(gateway.client("origin"), "by url", turns=3)
+    window = gateway.freeze("origin", "pr-456-review")
+    yield Frozen(gateway, "origin", messages, window["receipt"]["chunks"])
+
+
+def test_i3_a_review_goes_on_after_a_restart_in_a_client_that_knows_its_base_url_alone(review: Frozen) -> None:
+    gateway, chunks = review.gateway, review.chunks
     question = {"role": "user", "content": "What was it all about?"}
-    with openai.OpenAI(base_url=f"{own.url}/w/pr-456-review/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with unnamed(gateway, "/w/pr-456-review") as client:
         delta, first = ask(client, [question])
-        whole, second = ask(client, [*messages, {"role": "user", "content": "Another question, of another branch."}])
+        other_branch = [*review.messages, {"role": "user", "content": "Another question, of another branch."}]
+        whole, second = ask(client, other_branch)
         assert cached(first) >= chunks * CHUNK
         assert cached(second) >= chunks * CHUNK
         assert len({"origin", delta, whole}) == 3
@@ -90,7 +107,7 @@ def test_i3_a_review_goes_on_after_a_restart_in_a_client_that_knows_its_base_url
         on, _ = ask(client, [question, reply, {"role": "user", "content": "Go on."}])
         assert on == delta
     with anthropic.Anthropic(
-        base_url=f"{own.url}/w/pr-456-review", api_key="none", max_retries=0, timeout=120
+        base_url=f"{gateway.url}/w/pr-456-review", api_key="none", max_retries=0, timeout=120
     ) as claude:
         message = claude.messages.create(
             model="demo", max_tokens=20, messages=[{"role": "user", "content": "In short?"}]
@@ -103,11 +120,12 @@ def test_i3_a_review_goes_on_after_a_restart_in_a_client_that_knows_its_base_url
         assert (streamed.usage.cache_read_input_tokens or 0) >= chunks * CHUNK
 
 
-def test_a_fork_hits_what_it_shares_with_the_session_that_it_left(own: Gateway, plain: openai.OpenAI) -> None:
-    messages = converse(plain, "forked", turns=3)
-    going, _ = ask(plain, [*messages, {"role": "user", "content": "One way."}])
-    fork, answer = ask(plain, [*messages, {"role": "user", "content": "The other way."}])
-    assert fork != going
-    assert own.http.get(f"/admin/sessions/{fork}").json()["forked_from"] == going
-    shared = chat(plain, [*messages, {"role": "user", "content": "A third."}], max_tokens=1).usage.prompt_tokens
-    assert cached(answer) >= (shared - 64) // CHUNK * CHUNK
+def test_a_fork_hits_what_it_shares_with_the_session_that_it_left(shared: Gateway) -> None:
+    with unnamed(shared) as client:
+        messages = converse(client, "forked", turns=3)
+        going, _ = ask(client, [*messages, {"role": "user", "content": "One way."}])
+        fork, answer = ask(client, [*messages, {"role": "user", "content": "The other way."}])
+        assert fork != going
+        assert shared.http.get(f"/admin/sessions/{fork}").json()["forked_from"] == going
+        third = chat(client, [*messages, {"role": "user", "content": "A third."}], max_tokens=1)
+    assert cached(answer) >= (third.usage.prompt_tokens - CHUNK) // CHUNK * CHUNK

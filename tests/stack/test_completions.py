@@ -10,6 +10,7 @@ import pytest
 
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, same_bytes
+from tests.stack.night import overnight
 
 pytestmark = pytest.mark.stack
 
@@ -103,19 +104,13 @@ class Shelf:
     mixed: Told
 
 
-@pytest.fixture(scope="module")
-def shelf(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
-    """Tell, freeze, restart the gateway, the engine and the cache."""
-    root = tmp_path_factory.mktemp("told")
-    gateway = Gateway(stack.settings(root / "data"), root / "gateway.log").start()
+@overnight
+def shelf(_: Stack, gateway: Gateway) -> Iterator[Shelf]:
+    """Tell and freeze."""
     text = _told(gateway, "text", STORY)
     row = _told(gateway, "row", IDS, extra_body={"ignore_eos": True, "return_token_ids": True})
     mixed = _told(gateway, "mixed", IDS[::-1])
-    gateway.stop()
-    stack.restart()
-    gateway.start()
     yield Shelf(gateway, text, row, mixed)
-    gateway.close()
 
 
 def _told(gateway: Gateway, name: str, prompt: Any, **more: Any) -> Told:

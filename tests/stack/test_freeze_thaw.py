@@ -12,6 +12,7 @@ import pytest
 from tests.stack.conftest import Stack
 from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, chat, converse
+from tests.stack.night import overnight
 
 pytestmark = pytest.mark.stack
 
@@ -50,16 +51,12 @@ class Shelf:
     gone: Frozen
 
 
-@pytest.fixture(scope="module")
-def shelf(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
-    """Freeze six conversations, stop gateway, engine and cache, harm five of them, start everything again."""
-    root = tmp_path_factory.mktemp("shelf")
-    gateway = Gateway(stack.settings(root / "data"), root / "gateway.log").start()
+@overnight
+def shelf(stack: Stack, gateway: Gateway) -> Iterator[Shelf]:
+    """Freeze six conversations, and harm five of them while everything is down."""
     plain = _frozen_on_a_boundary(gateway)
     others = [_frozen(gateway, name) for name in ("evicted", "redis-only", "truncated", "flipped", "gone")]
-    gateway.stop()
-    stack.parts.engine.stop()
-    stack.parts.cache.stop()
+    yield Shelf(gateway, plain, *others)
     evicted, redis_only, truncated, flipped, gone = others
     _remove(_live(stack, evicted))
     _remove_redis(stack, evicted.salt, pins=False)
@@ -69,10 +66,6 @@ def shelf(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         harm(_in_chunk_order(stack, frozen)[2])
     _remove(_live(stack, gone), _pins(stack, gone))
     _remove_redis(stack, gone.salt, pins=True)
-    stack.restart()
-    gateway.start()
-    yield Shelf(gateway, plain, *others)
-    gateway.close()
 
 
 def test_w00_a_first_session_frozen_over_mcp_goes_on_bit_for_bit_as_one_that_was_never_frozen(shelf: Shelf) -> None:

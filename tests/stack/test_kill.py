@@ -15,7 +15,7 @@ from tests.stack.drive import Gateway, converse
 pytestmark = pytest.mark.stack
 
 STAGES = ("snapshot", "render", "prefill", "barrier", "pin", "commit")
-DELAYS_MS = (0, 1, 3, 8, 20)  # after each stage has begun: 30 moments
+DELAYS_MS = (0, 2, 6, 20)  # after each stage has begun: 24 moments
 
 
 @dataclass

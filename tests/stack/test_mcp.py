@@ -68,8 +68,11 @@ async def test_an_agent_freezes_itself_asks_its_past_and_branches_on_real_kv(sha
         assert said["receipt"]["cached_tokens"] >= chunks * CHUNK
         assert said["receipt"]["computed_tokens"] < 3 * CHUNK
         assert "answer" in told
-        verdict = await answer(client, "window_verify", window_name=name)
+        verdict = await answer(client, "window_verify", window_name=name, deep=True)
         assert (verdict["ok"], verdict["chunks_usable"]) == (True, chunks)
+        assert [one["equal"] for one in verdict["deep"]] == [True, True]
+        evicted = await answer(client, "window_evict", window_name=name)
+        assert (evicted["tiers"]["cpu"]["after"], evicted["kept"]) == (0, 0)
         loaded = await answer(client, "window_prefetch", window_name=name)
         assert loaded["receipt"]["chunks_prefetched"] == chunks
         thawed = await answer(client, "window_thaw", window_name=name, new_session_id=f"{session}-on")

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, chat, converse
+from tests.stack.night import overnight
 
 pytestmark = pytest.mark.stack
 
@@ -62,13 +63,18 @@ def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
+@overnight
+def asked(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, dict[str, Any], str]]:
+    """A long window: what the engine finds of it in the morning was restored."""
+    yield gateway, *long_window(stack, gateway, "asked")
+
+
 def test_ten_asks_compute_the_question_and_the_tail_and_leave_the_bytes_as_they_were(
-    stack: Stack, gateway: Gateway
+    stack: Stack, asked: tuple[Gateway, dict[str, Any], str]
 ) -> None:
-    window, salt = long_window(stack, gateway, "asked")
+    gateway, window, salt = asked
     assert window["token_count"] > 8000
     whole = window["receipt"]["chunks"] * CHUNK
-    stack.restart()  # what the engine had in memory is gone: what it finds now was restored
     before, sessions = _state(stack, salt), gateway.http.get("/admin/sessions").json()["total"]
     status = gateway.http.get("/admin/windows/asked").json()
     questions = 0

@@ -10,6 +10,7 @@ import pytest
 from tests.stack.conftest import Stack
 from tests.stack.doors import cwg, mcp
 from tests.stack.drive import Gateway, chat, converse
+from tests.stack.night import overnight
 from tests.stack.tiers import contents, files, hashes
 
 pytestmark = pytest.mark.stack
@@ -30,11 +31,9 @@ class Evening:
         return int(mcp(self.gateway, "window_status", window_name=window)["kv_cache"]["block_count"]) * CHUNK
 
 
-@pytest.fixture(scope="module")
-def evening(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evening]:
-    """Three conversations frozen, each at its door; then everything but the store and the tiers is restarted."""
-    root = tmp_path_factory.mktemp("evening")
-    gateway = Gateway(stack.settings(root / "data"), root / "gateway.log").start()
+@overnight
+def evening(_: Stack, gateway: Gateway) -> Iterator[Evening]:
+    """Three conversations frozen, each at its door."""
     said = {name: converse(gateway.client(name), name) for name in ("current-session", "today", "slow")}
     description = {"description": "Found the race in the token refresh", "tags": ["debug", "auth"]}
     mcp(
@@ -43,11 +42,7 @@ def evening(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     tags = [option for tag in ("daily", "auth", "api") for option in ("--tag", tag)]
     assert cwg(gateway, "freeze", "today", "end-of-day", *tags).returncode == 0
     mcp(gateway, "window_freeze", session_id="slow", window_name="cold")
-    gateway.stop()
-    stack.restart()
-    gateway.start()
     yield Evening(gateway, said)
-    gateway.close()
 
 
 def test_w01_a_window_goes_on_as_often_as_one_likes_and_does_not_change(stack: Stack, evening: Evening) -> None:

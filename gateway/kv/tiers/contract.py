@@ -54,8 +54,11 @@ class Tier(Protocol):
         """LMCache's name for the kind of storage behind it."""
         ...
 
-    async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
-        """Which of `keys` LMCache would find here now. Raises TierUnavailable."""
+    async def sizes(self, names: Sequence[str]) -> list[int]:
+        """Bytes that LMCache would find now of each of these keys, spelled as `str` writes them; 0 where it has none.
+
+        Raises TierUnavailable.
+        """
         ...
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
@@ -68,11 +71,8 @@ class Tier(Protocol):
         """
         ...
 
-    async def restore(self, objects: Sequence[PinnedObject], *, check: bool = True) -> list[Restored]:
-        """Make LMCache's names lead to the pinned bytes again, checking every byte. Raises TierUnavailable.
-
-        Without `check` an object that LMCache has, of the right size, is taken for intact unread.
-        """
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+        """Make LMCache's names lead to the pinned bytes again, checking every byte. Raises TierUnavailable."""
         ...
 
     async def lend(self, objects: Sequence[PinnedObject]) -> None:

@@ -48,10 +48,9 @@ class DiskTier:
     async def __aexit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
-        """See `Tier.present`."""
-        wanted = list(keys)
-        return await self._run(lambda: {key for key in wanted if _size(f"{self._kv}/{key.file_name}") is not None})
+    async def sizes(self, names: Sequence[str]) -> list[int]:
+        """See `Tier.sizes`."""
+        return await self._run(lambda: [_size(f"{self._kv}/{file_name(name)}") for name in names])
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
@@ -59,14 +58,9 @@ class DiskTier:
         await self._run(lambda: _sync_directory(self._pins))
         return [p for p in pinned if p is not None]
 
-    async def restore(self, objects: Sequence[PinnedObject], *, check: bool = True) -> list[Restored]:
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
         """See `Tier.restore`."""
-        if check:
-            return await self._each(objects, self._restore)
-        there = await self._run(lambda: [_size(f"{self._kv}/{file_name(o.key)}") == o.size for o in objects])
-        rest = await self._each([o for o, is_there in zip(objects, there, strict=True) if not is_there], self._restore)
-        put_back = iter(rest)
-        return [Restored.INTACT if is_there else next(put_back) for is_there in there]
+        return await self._each(objects, self._restore)
 
     async def lend(self, objects: Sequence[PinnedObject]) -> None:
         """See `Tier.lend`."""
@@ -253,11 +247,11 @@ def _unlink(path: Path) -> int:
     return stat.st_size if stat.st_nlink == 1 else 0
 
 
-def _size(path: str) -> int | None:
+def _size(path: str) -> int:
     try:
         return os.stat(path).st_size  # noqa: PTH116 - a thousand of these are one call's work, and a Path costs more
     except FileNotFoundError:
-        return None
+        return 0
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -40,11 +40,15 @@ class RedisTier:
     async def __aexit__(self, *_: object) -> None:
         await self._redis.aclose()
 
-    async def present(self, keys: Iterable[ObjectKey]) -> set[ObjectKey]:
-        """See `Tier.present`."""
-        wanted = list(keys)
-        sizes = await self._sizes([str(key) for key in wanted])
-        return {key for key, size in zip(wanted, sizes, strict=True) if size}
+    async def sizes(self, names: Sequence[str]) -> list[int]:
+        """See `Tier.sizes`."""
+        sizes: list[int] = []
+        for start in range(0, len(names), _NAMES_PER_CALL):
+            pipe = self._redis.pipeline(transaction=False)
+            for name in names[start : start + _NAMES_PER_CALL]:
+                pipe.strlen(name)
+            sizes += await self._call(pipe.execute)
+        return sizes
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
@@ -58,17 +62,14 @@ class RedisTier:
                     good[name] = PinnedObject(name, self.name, *one)
         return [good[name] for name in names if name in good]
 
-    async def restore(self, objects: Sequence[PinnedObject], *, check: bool = True) -> list[Restored]:
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
         """See `Tier.restore`."""
-        there: set[str] = set() if check else await self._whole(objects)
-        states = dict.fromkeys(there, Restored.INTACT)
-        rest = [o for o in objects if o.key not in there]
-        async for start, lives in self._look([o.key for o in rest]):
-            batch = rest[start : start + len(lives)]
+        states: list[Restored] = []
+        async for start, lives in self._look([o.key for o in objects]):
+            batch = objects[start : start + len(lives)]
             pins = await self._look_at([self._pin_name(o.pin_key) for o in batch])
-            for one in zip(batch, lives, pins, strict=True):
-                states[one[0].key] = await self._restore(*one)
-        return [states[o.key] for o in objects]
+            states += [await self._restore(*one) for one in zip(batch, lives, pins, strict=True)]
+        return states
 
     async def lend(self, objects: Sequence[PinnedObject]) -> None:
         """See `Tier.lend`."""
@@ -114,7 +115,7 @@ class RedisTier:
     async def inventory(self) -> list[Stored]:
         """See `Tier.inventory`."""
         names = [name for name in dict.fromkeys(await self._scan("*@*")) if self._key_of(name) is not None]
-        sizes = {name: size for name, size in zip(names, await self._sizes(names), strict=True) if size}
+        sizes = {name: size for name, size in zip(names, await self.sizes(names), strict=True) if size}
         lives = {name.removeprefix(self._prefix) for name in sizes}
         return [
             Stored(
@@ -162,12 +163,6 @@ class RedisTier:
             await self._unlink([*(self._pin_name(key) for key, _ in bad), *damaged])
         return good
 
-    async def _whole(self, objects: Sequence[PinnedObject]) -> set[str]:
-        """The names under which LMCache has so many bytes as there should be."""
-        names = [o.key for o in objects]
-        sizes = await self._sizes(names)
-        return {o.key for o, size in zip(objects, sizes, strict=True) if size == o.size}
-
     async def _restore(self, item: PinnedObject, live: Seen, pin: Seen) -> Restored:
         name, pin_name = item.key, self._pin_name(item.pin_key)
         live_good, pin_good = _judge(live, item).usable, _judge(pin, item).usable
@@ -190,23 +185,13 @@ class RedisTier:
             await self._call(pipe.execute)
 
     async def _free(self, names: Sequence[str]) -> int:
-        freed = sum(await self._sizes(names))
+        freed = sum(await self.sizes(names))
         await self._unlink(names)
         return freed
 
     async def _unlink(self, names: Sequence[str]) -> None:
         for start in range(0, len(names), _NAMES_PER_CALL):
             await self._call(partial(self._redis.unlink, *names[start : start + _NAMES_PER_CALL]))
-
-    async def _sizes(self, names: Sequence[str]) -> list[int]:
-        """Bytes of each value, 0 where there is none. An object is never empty, so 0 is no object."""
-        sizes: list[int] = []
-        for start in range(0, len(names), _NAMES_PER_CALL):
-            pipe = self._redis.pipeline(transaction=False)
-            for name in names[start : start + _NAMES_PER_CALL]:
-                pipe.strlen(name)
-            sizes += await self._call(pipe.execute)
-        return sizes
 
     async def _look(self, names: Sequence[str]) -> AsyncIterator[tuple[int, list[Seen]]]:
         for start in range(0, len(names), _VALUES_PER_CALL):
