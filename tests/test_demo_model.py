@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.stack import demo_model
+from gateway.stack import demo_model, models
 from gateway.stack.errors import StackError
 from gateway.stack.fingerprint import fingerprint
 
@@ -136,6 +136,25 @@ def test_another_process_builds_the_same_files(model_dir: Path, tmp_path: Path) 
     subprocess.run(argv, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert _digests(tmp_path / "again") == _digests(model_dir)
     assert fingerprint(tmp_path / "again") == fingerprint(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "does"),
+    [
+        ("flags\t\t: fpu avx512f avx512_vnni\nmodel name\t: bf16\n", False),
+        ("flags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("", False),
+    ],
+)
+def test_a_cpu_tells_whether_it_computes_bfloat16(cpuinfo: str, does: bool) -> None:
+    assert models.computes_bfloat16(cpuinfo) == does
+
+
+def test_the_type_that_a_model_is_served_in_is_part_of_what_it_is(model_dir: Path) -> None:
+    seen = {fingerprint(model_dir), fingerprint(model_dir, served_as="float32")}
+    assert len(seen) == 2
 
 
 def test_a_built_model_is_left_as_it_is(model_dir: Path) -> None:

@@ -205,6 +205,13 @@ def test_only_a_cpu_engine_gets_cpu_options(on_cpu: bool) -> None:
     assert connector["kv_load_failure_policy"] == "recompute"
 
 
+def test_an_engine_computes_in_the_type_of_its_model_unless_told() -> None:
+    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=True, kv_gb=3)
+    assert "--dtype" not in commands.engine_command("python", engine).argv
+    argv = commands.engine_command("python", replace(engine, dtype="float32")).argv
+    assert argv[argv.index("--dtype") + 1] == "float32"
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("one_process", [True, False])
 def test_scheduler_and_worker_are_one_process_where_asked_for_and_on_a_cpu(on_cpu: bool, one_process: bool) -> None:

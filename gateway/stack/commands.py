@@ -82,6 +82,7 @@ class Engine:
     tool_parser: str | None = None
     reasoning: Reasoning | None = None
     transfer: Transfer = "lmcache_driven"
+    dtype: str | None = None
     one_process: bool = False
     """Scheduler and worker in one, on a CPU: no thread is bound to a core, and nobody spins while the other works."""
 
@@ -112,6 +113,8 @@ def engine_command(python: str, engine: Engine) -> Command:
     argv += ["--max-model-len", str(engine.max_model_len or "auto")]
     argv += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--enable-scale-out"]
     argv += ["--kv-transfer-config", json.dumps(_connector(engine))]
+    if engine.dtype:
+        argv += ["--dtype", engine.dtype]
     if engine.tool_parser:
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", engine.tool_parser]
     if engine.reasoning:

@@ -27,9 +27,12 @@ _SAMPLE_BYTES = 4096
 file, spread over it. A file of 5 GB takes milliseconds."""
 
 
-def fingerprint(model_dir: Path) -> str:
-    """32 hex characters that change when the configuration, the tokenizer or the weights do."""
-    digest = blake3()
+def fingerprint(model_dir: Path, served_as: str = "") -> str:
+    """32 hex characters that change when the configuration, the tokenizer or the weights do.
+
+    `served_as` is the type that the model is computed in, where that is not its own: its KV has other bytes.
+    """
+    digest = blake3(served_as.encode())
     for name, content in _contents(model_dir):
         digest.update(f"{len(name)}:{name}:{len(content)}:".encode())
         digest.update(content)

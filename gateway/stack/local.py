@@ -103,8 +103,8 @@ def plan(options: LocalStack) -> Plan:
     for name in ("kv", "run", "logs", "models"):
         # What is written there is what people said: nobody else on the machine may read it.
         (data_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-    model = models.prepare(data_dir, options.model, options.served_model_name, options.demo_size)
     on_cpu = is_cpu_build()
+    model = models.prepare(data_dir, options.model, options.served_model_name, options.demo_size, on_cpu=on_cpu)
     engine, cache, cache_http = free_ports(3)
     return Plan(
         options=options,
@@ -113,7 +113,7 @@ def plan(options: LocalStack) -> Plan:
         engine_port=options.engine_port or engine,
         cache_port=cache,
         cache_http_port=cache_http,
-        # The demo's KV is small: 1 GiB holds 131,072 tokens of it. LMCache's own chunk size is 256, but even a short
+        # The demo's KV is small: 1 GiB holds 65,536 tokens of it, or twice as many. LMCache's own chunk size is 256, but even a short
         # conversation with the demo should fill some chunks.
         chunk_size=options.chunk_size or (64 if model.is_demo else 256),
         engine_kv_gb=options.engine_kv_gb or (1 if model.is_demo else 4),
@@ -222,6 +222,7 @@ def _engine_launch(plan: Plan) -> Launch:
             # Starts in 37 s, not 48, and takes 3.6 s of processor time for 200 tokens, not 6.0 (2 cores). A larger
             # model on more cores wants its threads bound.
             one_process=plan.model.is_demo,
+            dtype=plan.model.dtype,
         ),
     )
     return _launch(plan, "engine", command, f"{plan.engine_url}/health")
