@@ -113,8 +113,8 @@ def plan(options: LocalStack) -> Plan:
         engine_port=options.engine_port or engine,
         cache_port=cache,
         cache_http_port=cache_http,
-        # The demo's KV is small: 1 GiB holds 65,536 tokens of it, or twice as many. LMCache's own chunk size is 256, but even a short
-        # conversation with the demo should fill some chunks.
+        # The demo's KV is small: 1 GiB holds at least 65,536 tokens of it. LMCache's own chunk size is 256, but even a
+        # short conversation with the demo should fill some chunks.
         chunk_size=options.chunk_size or (64 if model.is_demo else 256),
         engine_kv_gb=options.engine_kv_gb or (1 if model.is_demo else 4),
         on_cpu=on_cpu,
