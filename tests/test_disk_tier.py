@@ -10,7 +10,7 @@ import pytest
 
 from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
-from tests.rigs import DiskRig, key, keys, small_disk, value
+from tests.rigs import DiskRig, key, keys, small_disk, spelled, value
 
 pytestmark = pytest.mark.anyio
 SHM = Path("/dev/shm")
@@ -161,7 +161,7 @@ async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskRig) -> 
 
 async def test_a_kv_dir_that_is_not_there_holds_nothing_and_pins_nothing(rig: DiskRig) -> None:
     rig.kv.rmdir()
-    assert await rig.tier.present(keys(3)) == set()
+    assert await rig.tier.sizes(spelled(*keys(3))) == [0] * 3
     assert await rig.tier.pin(keys(3), {}) == []
     assert await rig.tier.remove(keys(3)) == 0
     await rig.tier.lose(keys(3))
@@ -199,7 +199,7 @@ async def test_a_pins_dir_that_cannot_be_made_is_told_at_the_start(tmp_path: Pat
 
 async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig: DiskRig) -> None:
     with pytest.raises(TierUnavailable, match="File name too long"):
-        await rig.tier.present([key(1, model="m" * 300)])
+        await rig.tier.sizes(spelled(key(1, model="m" * 300)))
 
 
 async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskRig) -> None:

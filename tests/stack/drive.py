@@ -86,7 +86,7 @@ class Gateway:
 
 def chat(client: openai.OpenAI, messages: list[dict[str, Any]], **more: Any) -> Any:
     """One greedy turn of exact length unless said otherwise."""
-    arguments = {"max_tokens": 40, "temperature": 0, "seed": 1, "extra_body": {"ignore_eos": True}} | more
+    arguments = {"max_tokens": 12, "temperature": 0, "seed": 1, "extra_body": {"ignore_eos": True}} | more
     return client.chat.completions.create(model="demo", messages=messages, **arguments)  # type: ignore[call-overload]
 
 

@@ -372,7 +372,7 @@ def _converse(client: anthropic.Anthropic, topic: str, turns: int = 3) -> None:
     messages: list[Any] = []
     for turn in range(turns):
         messages.append({"role": "user", "content": [text(f"{topic} {turn} " * 60, **_EPHEMERAL)]})
-        reply = _ask(client, {**_BODY, "system": "You are terse.", "max_tokens": 40, "messages": messages})
+        reply = _ask(client, {**_BODY, "system": "You are terse.", "max_tokens": 12, "messages": messages})
         messages.append({"role": "assistant", "content": reply.content})
 
 

@@ -144,7 +144,7 @@ def test_engine_errors_pass_untouched(stack: Stack, shared: Gateway) -> None:
 
 def ask(client: openai.OpenAI, text: Any, **more: Any) -> Any:
     """One greedy response of exact length unless said otherwise."""
-    arguments = {"max_output_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True, "seed": 1}} | more
+    arguments = {"max_output_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True, "seed": 1}} | more
     return client.responses.create(model="demo", input=text, **arguments)
 
 

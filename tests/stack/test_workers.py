@@ -44,7 +44,7 @@ def connections(gateway: Gateway) -> Iterator[dict[int, httpx.Client]]:
 
 def turn(client: httpx.Client, session: str, messages: list[dict[str, str]]) -> dict[str, int]:
     """One greedy turn on this very connection; the reply is added to `messages`. Returns the engine's usage."""
-    body = {"model": "demo", "messages": messages, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    body = {"model": "demo", "messages": messages, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     answer = client.post(f"/s/{session}/v1/chat/completions", json=body).raise_for_status().json()
     messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
     return dict(answer["usage"])
