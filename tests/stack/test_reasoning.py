@@ -25,7 +25,7 @@ MORE = {"role": "user", "content": "And then?"}
 # What differs between two answers to the same request: ids, times, and numbers of events.
 # The engine's signature is a random id too.
 _VOLATILE = re.compile(rb'"(id|item_id|created|created_at|completed_at|sequence_number|signature)":("[^"]*"|[\d.]+)')
-_BUDGET = {"type": "enabled", "budget_tokens": 48}  # Anthropic itself wants 1024 at least
+_BUDGET = {"type": "enabled", "budget_tokens": 1024}  # the least that is taken
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Talk:
 
     def _messages(self, said: list[Any], stream: bool, short: bool, more: dict[str, Any]) -> Reply:
         arguments: dict[str, Any] = {"model": "demo", "messages": said, "output_config": {"effort": "high"}, **more}
-        arguments |= {"max_tokens": 8} if short else {"max_tokens": 72, "thinking": _BUDGET}
+        arguments |= {"max_tokens": 8} if short else {"max_tokens": 1048, "thinking": _BUDGET}
         arguments |= {"extra_body": {"temperature": 0}}
         if stream:
             with self._anthropic.messages.stream(**arguments) as streamed:
@@ -169,7 +169,7 @@ def test_what_a_client_receives_is_the_engines_own_but_for_ids_and_times(
         {"temperature": 0} if dialect == "messages" else _sampling(stack, TOPIC)
     )
     if dialect == "messages" and stream:  # takes a while, so once
-        body |= {"max_tokens": 72, "thinking": _BUDGET}
+        body |= {"max_tokens": 1048, "thinking": _BUDGET}
     # Each salt's first request misses, so that the counts of what was cached are equal.
     salt = f"direct-{dialect}-{stream}"
     direct = stack.engine.post(path, json={**body, "cache_salt": salt})
