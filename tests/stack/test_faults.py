@@ -118,7 +118,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_while_pinning_is_storage_full_and_leaves_no_window(
     stack: Stack, own: Gateway, tiny: Path, tmp_path: Path
 ) -> None:
-    converse(own.client("full"), "full", turns=3)
+    converse(own.client("full"), "full", turns=3, words=90)
     whole = own.freeze("full", "whole")
     salt = own.thaw("whole")["cache_salt"]
     own.stop()

@@ -28,9 +28,9 @@ def gateway(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     gateway.close()
 
 
-def frozen(gateway: Gateway, name: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+def frozen(gateway: Gateway, name: str, **size: int) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """A window of a conversation of its own, its messages, and its salt."""
-    messages = converse(gateway.client(f"s-{name}"), f"{name} {secrets.token_hex(4)}")
+    messages = converse(gateway.client(f"s-{name}"), f"{name} {secrets.token_hex(4)}", **size)
     window = gateway.freeze(f"s-{name}", name)
     assert window["kv"] == "complete"
     assert window["receipt"]["chunks"] > 3
@@ -140,7 +140,7 @@ def test_an_evicted_window_is_in_the_tiers_alone_and_a_prefetch_brings_it_back(s
 def test_a_deep_verification_uses_the_bytes_of_each_tier_and_sees_those_that_are_wrong(
     stack: Stack, gateway: Gateway
 ) -> None:
-    window, _, salt = frozen(gateway, "deep")
+    window, _, salt = frozen(gateway, "deep", turns=1, words=30)  # so short that one chunk of it tells
     whole = window["receipt"]["chunks"] * CHUNK
     files, keys = sorted(p.name for p in stack.kv_dir.iterdir()), stack.redis.dbsize()
     good = post(gateway, "deep/verify", deep=True)
