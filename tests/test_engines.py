@@ -233,7 +233,7 @@ def test_with_all_engines_dead_the_answer_is_a_502_at_once_and_comes_back_with_t
         clock = time.monotonic()
         answer = gateway.chat(session)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_unreachable")
-        assert time.monotonic() - clock < 1
+        assert time.monotonic() - clock < 3
         return gateway.http.get("/readyz").status_code == 503
 
     eventually(refused, "not ready")
@@ -266,11 +266,11 @@ def test_an_engine_that_is_dead_from_the_start_keeps_nobody_waiting(engines: lis
 
 def test_an_engine_that_is_slow_to_connect_delays_nobody_else(engines: list[FakeEngine], before: Before) -> None:
     with not_accepting() as slow:
-        gateway = before(slow, *engines, connect_timeout_s=3)
+        gateway = before(slow, *engines, connect_timeout_s=8)
         clock = time.monotonic()
         for number in range(12):
             assert gateway.chat(f"s-{number}").status_code == 200
-        assert time.monotonic() - clock < 2
+        assert time.monotonic() - clock < 7
 
 
 def test_an_engine_that_is_slow_to_fail_is_not_tried_any_more_once_it_is_ejected(
@@ -283,7 +283,7 @@ def test_an_engine_that_is_slow_to_fail_is_not_tried_any_more_once_it_is_ejected
             eventually(lambda: "is ejected" in gateway.log, "ejected", within=30)
             clock = time.monotonic()
             assert gateway.http.get("/v1/whatever").json()["error"]["code"] == "engine_unreachable"
-            assert time.monotonic() - clock < 0.5
+            assert time.monotonic() - clock < 1
         finally:
             gateway.close()
 
@@ -521,7 +521,7 @@ async def test_with_one_engine_choosing_costs_next_to_nothing(engines: list[Fake
         clock = time.perf_counter()
         for _ in range(10_000):
             one.choose("lineage", "http://x", "model")
-        assert (time.perf_counter() - clock) / 10_000 < 10e-6
+        assert (time.perf_counter() - clock) / 10_000 < 50e-6
 
 
 @pytest.mark.anyio

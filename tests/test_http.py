@@ -68,7 +68,7 @@ def test_a_body_that_does_not_come_is_given_up_in_time(strict: Gateway, path: st
         clock = time.monotonic()
         wire.send(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{" % path.encode())
         assert (wire.head(), wire.json()["error"]["code"]) == (408, "request_timeout")
-        assert 0.9 < time.monotonic() - clock < 3
+        assert 0.9 < time.monotonic() - clock < 8
 
 
 def test_a_client_that_leaves_within_its_body_reaches_no_engine(engine: FakeEngine, strict: Gateway) -> None:
@@ -89,7 +89,7 @@ def test_headers_that_do_not_come_are_given_up_in_time(strict: Gateway) -> None:
         clock = time.monotonic()
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
         wire.rest()
-        assert 0.9 < time.monotonic() - clock < 3
+        assert 0.9 < time.monotonic() - clock < 8
 
 
 def test_headers_that_drip_are_given_up_in_time(strict: Gateway) -> None:
@@ -115,7 +115,7 @@ def test_headers_of_a_second_request_that_do_not_come_are_given_up_in_time(stric
         clock = time.monotonic()
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
         wire.rest()
-        assert 0.9 < time.monotonic() - clock < 3
+        assert 0.9 < time.monotonic() - clock < 8
 
 
 def test_headers_without_end_are_refused_before_they_fill_the_memory(gateway: Gateway) -> None:

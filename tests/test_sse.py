@@ -101,4 +101,4 @@ def test_a_large_event_costs_time_in_proportion_to_its_size() -> None:
     clock = time.process_time()
     out = [one.feed(event[start : start + 65_536]) for start in range(0, len(event), 65_536)]
     assert b"".join(out) == event
-    assert time.process_time() - clock < 1.0  # linear: some 50 ms; rescanning what is held: 20 s
+    assert time.process_time() - clock < 6  # linear: 50 ms to a second; rescanning what is held: 20 s and more

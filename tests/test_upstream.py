@@ -22,7 +22,7 @@ def test_an_engine_that_is_down_is_a_502_in_the_shape_of_openai(tmp_path: Path, 
         for _ in range(2):  # asked for the model and not asked again
             clock = time.monotonic()
             response = gateway.chat(session)
-            assert time.monotonic() - clock < 2
+            assert time.monotonic() - clock < 5
             assert response.status_code == 502
             error = response.json()["error"]
             assert (error["type"], error["code"], error["param"]) == ("server_error", "engine_unreachable", None)
@@ -60,7 +60,7 @@ def test_an_engine_that_does_not_accept_is_given_up_after_the_connect_timeout(tm
             clock = time.monotonic()
             for _ in range(2):
                 assert gateway.chat(session).json()["error"]["code"] == "engine_unreachable"
-            assert 0.4 < time.monotonic() - clock < 3
+            assert 0.4 < time.monotonic() - clock < 8
         finally:
             gateway.close()
 
@@ -78,7 +78,7 @@ def test_an_engine_that_says_nothing_is_a_504_and_its_work_is_aborted(
         engine.on_chat = silent
         clock = time.monotonic()
         response = gateway.chat(session)
-        assert 0.9 < time.monotonic() - clock < 3
+        assert 0.9 < time.monotonic() - clock < 8
         assert (response.status_code, response.json()["error"]["code"]) == (504, "engine_timeout")
         assert aborted.wait(1)
         assert gateway.turns(session)[0]["status"] == 504
