@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.edge import server
 from tests.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta
 from tests.running import Gateway, eventually, gateway_before
 from tests.test_admin import error_of
@@ -408,3 +409,12 @@ def accepts(gateway: Gateway) -> bool:
     """Whether anybody listens."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", gateway.port)) == 0
+
+
+def test_no_connection_waits_for_a_worker_that_does_not_serve_yet() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as first, server.listen_beside(first), ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(first.getsockname(), timeout=WITHIN))
+        first.settimeout(WITHIN)
+        for _ in range(40):
+            stack.enter_context(first.accept()[0])  # all of them came here

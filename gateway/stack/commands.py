@@ -132,7 +132,7 @@ def engine_command(python: str, engine: Engine) -> Command:
     # the demo beside other load, on 2 cores: 5.0 s for 200 tokens, not 7.6; on an idle machine the same.
     own = {"VLLM_CPU_KVCACHE_SPACE": str(engine.kv_gb), "TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
     if engine.one_process:
-        # With the variable alone: the CPU platform of vLLM 0.32 turns the flag back to a worker process otherwise.
+        # Without the variable, the CPU platform of vLLM 0.32 overrules the flag and starts a worker process.
         argv += ["--distributed-executor-backend", "uni"]
         own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return Command(tuple(argv), {**QUIET, **own})

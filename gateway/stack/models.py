@@ -43,7 +43,7 @@ def prepare(
     if model is None:
         directory = data_dir / "models" / f"{DEMO_NAME}-{demo_size}"
         _build_demo(directory, demo_size)
-        # A CPU that has to emulate bfloat16 computes a prompt of 4,000 tokens in 10 s, and in 3.9 s as float32. The
+        # One core that has to emulate bfloat16 computes a prompt of 4,000 tokens in 10 s, and in 3.9 s as float32. The
         # large one is for measuring: it keeps the type that models have.
         dtype = "float32" if on_cpu and demo_size == "small" and not computes_bfloat16(_CPUINFO.read_text()) else None
         marks = fingerprint(directory, served_as=dtype or "")

@@ -23,7 +23,9 @@ def gauge(stack: Stack) -> Iterator[Gauge]:
 
 def generated(stack: Stack) -> float:
     """Tokens that the engine has written, all in all."""
-    return sum(map(float, _GENERATED.findall(stack.engine.get("/metrics").text)))
+    found = _GENERATED.findall(stack.engine.get("/metrics").text)
+    assert found, "the engine's metrics have no vllm:generation_tokens_total"
+    return sum(map(float, found))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
