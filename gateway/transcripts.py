@@ -20,6 +20,8 @@ _SYSTEM_ROLES = ("system", "developer")  # no set: a client may send a list for 
 # Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
 _IGNORED = frozenset({"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"})
 
+_64_BIT = 2.0**63
+
 
 def canonical(message: Message) -> dict[str, Any]:
     """The message without what clients change on the way."""
@@ -58,12 +60,16 @@ def _canonical_call(call: Any) -> Any:
 
 
 def _whole_numbers(value: Any) -> Any:
-    """A JSON value in which 1.0 is written as 1, as other languages do."""
+    """A JSON value in which 1.0 is written as 1, as other languages do.
+
+    Beyond 64 bits a number is a float however it was written, and has to stay one: no such integer can be hashed.
+    """
     if isinstance(value, dict):
         return {name: _whole_numbers(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_whole_numbers(one) for one in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < _64_BIT
+    return int(value) if whole else value
 
 
 def same(a: Message, b: Message) -> bool:

@@ -68,6 +68,8 @@ def test_results_one_after_the_other_are_one_message_of_the_user() -> None:
         # The engine, too, takes arguments that are no object for an empty one.
         ({"role": "assistant", "content": "", "tool_calls": [call("a", "f", '{"cut": ')]},
          {"role": "assistant", "tool_calls": [call("a", "f", "{}")]}),
+        ({"role": "assistant", "content": "", "tool_calls": [call("a", "f", '{"n": ' + "1" * 5000 + "}")]},
+         {"role": "assistant", "tool_calls": [call("a", "f", "{}")]}),
         ({"role": "assistant", "content": "", "tool_calls": [call("a", "f", "[1]")]},
          {"role": "assistant", "tool_calls": [call("a", "f", "{}")]}),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]},

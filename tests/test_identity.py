@@ -200,6 +200,11 @@ def test_tool_calls_are_the_same_however_their_arguments_are_spelt() -> None:
     one = identity.link(b"", call('{"b": 1.0, "a": [2]}'))
     assert one == identity.link(b"", call('{"a":[2],"b":1}', index=0))
     assert one != identity.link(b"", call('{"a":[2],"b":1.5}'))
+    for number in ("1" + "0" * 20, "-9223372036854775809", "18446744073709551616", "1e300"):
+        huge = identity.link(b"", call(f'{{"n": {number}}}'))
+        assert huge == identity.link(b"", call(f'{{"n":{number}}}', index=0))
+        assert huge != one
+    assert identity.link(b"", call('{"n": 1e18}')) == identity.link(b"", call('{"n": 1000000000000000000}'))
 
 
 def test_the_seed_keeps_apart_what_the_client_keeps_apart() -> None:

@@ -11,7 +11,7 @@ from gateway.dialects.contract import PRIVATE_FIELDS, Call, Reply
 from gateway.dialects.messages import MessagesDialect
 from gateway.errors import CODES, GatewayError
 from gateway.records import Front, Usage
-from tests.fakes.engine import MODEL, Exchange, FakeEngine
+from tests.fakes.engine import MODEL, Exchange, FakeEngine, usage_of, whole_reply
 from tests.running import Gateway, gateway_before
 from tests.test_messages_to_chat import call, text, use
 from tests.wire import Wire
@@ -407,6 +407,29 @@ def test_a_window_begun_in_chat_goes_on_in_messages_and_back_with_the_same_salt(
     last = engine.seen("/v1/chat/completions")[-1].json
     assert last["cache_salt"] == thawed["cache_salt"]
     assert [m["content"] for m in last["messages"]] == ["hello", "Hello there!", "hi", "Hello", "and now?"]
+
+
+def test_a_number_beyond_64_bits_in_a_tool_call_goes_on_in_either_api_as_the_model_wrote_it(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    engine.on_other = answer
+    number = "1" + "0" * 20
+    count = call("c1", "count", f'{{"n": {number}}}')
+    reply = whole_reply("", usage_of(5, 5))
+    reply["choices"][0]["message"]["tool_calls"] = [count]
+    engine.on_chat = lambda exchange: exchange.json(reply)
+    gateway.chat(session, "hello")
+    gateway.turns(session)
+    gateway.freeze(session, f"w-{session}").raise_for_status()
+    for dialect in ("messages", "chat"):
+        thawed = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={})
+        assert thawed.status_code == 200, thawed.text
+        here = thawed.json()["session_id"]
+        gone_on = talk(gateway, here) if dialect == "messages" else gateway.chat(here, "and now?")
+        assert gone_on.status_code == 200, gone_on.text
+    assert f'"input": {{"n": {number}}}'.encode() in engine.seen(PATH)[-1].body
+    (again,) = engine.seen("/v1/chat/completions")[-1].json["messages"][1]["tool_calls"]
+    assert again["function"]["arguments"] == count["function"]["arguments"]
 
 
 def test_tokens_are_counted_with_what_the_engine_would_get_in_front(

@@ -178,7 +178,7 @@ def _input(function: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, nested too deep
             return {}
     return arguments if isinstance(arguments, dict) else {}
 

@@ -1,5 +1,6 @@
 """What a dialect must answer."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -159,11 +160,14 @@ def sanitise(body: dict[str, Any]) -> str:
 
 
 def write_json(body: Mapping[str, Any]) -> bytes:
-    """Write a body. Raises `invalid_request` for one that is nested deeper than can be written (254 levels)."""
+    """Write a body. Raises `invalid_request` for one that is nested deeper than can be written."""
     try:
         return orjson.dumps(body)
-    except orjson.JSONEncodeError as error:
-        raise GatewayError("invalid_request", f"the body cannot be passed on: {error}") from error
+    except orjson.JSONEncodeError:  # an integer beyond 64 bits, say, from the arguments of a window's tool call
+        try:
+            return json.dumps(body).encode()
+        except RecursionError as error:
+            raise GatewayError("invalid_request", f"the body cannot be passed on: {error}") from error
 
 
 def with_fields(raw: bytes, body: Mapping[str, Any], added: Mapping[str, Any]) -> bytes:
