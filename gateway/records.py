@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gateway.errors import GatewayError
 
@@ -171,8 +171,7 @@ class StoredResponse:
     asked: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PinnedObject:
+class PinnedObject(NamedTuple):
     """One KV object as it was seen in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes.
 
     `pin` is the key that its pin goes by, where that is another one: an isolated clone shares its source's pins.

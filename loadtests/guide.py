@@ -79,9 +79,10 @@ class Stack:
         said, _, wanted = call.partition(" -> ")
         name, _, arguments = said.partition(" ")
         answer = asyncio.run(self._call(name, json.loads(arguments or "{}")))
-        if wanted:
-            answer = {field: answer[field] for field in wanted.split(", ")}
-        return "".join(f"  {field}: {json.dumps(value, ensure_ascii=False)}\n" for field, value in answer.items())
+        fields = wanted.split(", ") if wanted else list(answer)
+        if missing := set(fields) - set(answer):
+            raise RuntimeError(f"{call}: no {missing} in {answer}")
+        return "".join(f"  {field}: {json.dumps(answer[field], ensure_ascii=False)}\n" for field in fields)
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         url = f"{self._environment['CWG_URL']}/mcp"

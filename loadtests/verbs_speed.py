@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import http.client
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -207,7 +208,7 @@ def _report(options: argparse.Namespace, seen: Seen) -> tuple[str, bool]:
     for kind, times in seen.times.items():
         limit = _LOOK_MS if kind.startswith(("list", "status")) else _VERB_MS
         ordered = sorted(times)
-        p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+        p99 = ordered[math.ceil(len(ordered) * 0.99) - 1]
         held = p99 <= limit
         met = met and held
         rows.append(

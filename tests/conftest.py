@@ -2,13 +2,15 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.fakes.engine import FakeEngine
+from tests.houses import House, cache_server, opened
 from tests.rigs import RedisServer
 from tests.running import Gateway, gateway_before
 
@@ -77,3 +79,17 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server = RedisServer(tmp_path_factory.mktemp("redis")).start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def cache() -> Iterator[str]:
+    """The URL of what the parts of a house ask for LMCache."""
+    with cache_server() as url:
+        yield url
+
+
+@pytest.fixture
+async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
+    """A gateway's parts over empty tiers."""
+    async with opened(engine, cache, redis_server, tmp_path) as house:
+        yield house

@@ -1,9 +1,7 @@
 """Clones, isolated or not, share pins: none copies a byte, none loses one when another goes, and the last takes all."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 
@@ -19,26 +17,12 @@ from gateway.windows.isolate import isolate
 from gateway.windows.thaw import thaw
 from gateway.windows.usage import usage
 from gateway.windows.verify import verify
-from tests.fakes.engine import FakeEngine
-from tests.houses import CHUNK, CHUNKS, IDS, House, cache_server, opened, value, window
-from tests.rigs import RedisServer
+from tests.houses import CHUNK, CHUNKS, IDS, House, value, window
 
 pytestmark = pytest.mark.anyio
 
 TENANT = "default"
 SIZE = sum(len(value(index)) for index in range(CHUNKS))
-
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[str]:
-    with cache_server() as url:
-        yield url
-
-
-@pytest.fixture
-async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
-    async with opened(engine, cache, redis_server, tmp_path) as house:
-        yield house
 
 
 async def apart(house: House, source: str = "w", name: str = "apart") -> Window:

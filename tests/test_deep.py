@@ -1,16 +1,12 @@
 """Deep verification and eviction, as far as they show without a real engine: what is lent, compared and left behind."""
 
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-
 import pytest
 
 from gateway.kv.keys import object_keys
 from gateway.windows.evict import Place, evict
 from gateway.windows.verify import verify
 from tests.fakes.engine import Exchange, FakeEngine
-from tests.houses import CHUNK, CHUNKS, IDS, House, cache_server, opened, value, window
-from tests.rigs import RedisServer
+from tests.houses import CHUNK, CHUNKS, IDS, House, value, window
 
 pytestmark = pytest.mark.anyio
 
@@ -18,17 +14,11 @@ TENANT = "default"
 WHOLE = CHUNKS * CHUNK
 
 
-@pytest.fixture(scope="module")
-def cache() -> Iterator[str]:
-    with cache_server() as url:
-        yield url
-
-
 @pytest.fixture
-async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
-    async with opened(engine, cache, redis_server, tmp_path) as house:
-        engine.on_completion = lambda exchange: answer(house, exchange)
-        yield house
+async def house(house: House, engine: FakeEngine) -> House:
+    """A house whose engine reads the KV."""
+    engine.on_completion = lambda exchange: answer(house, exchange)
+    return house
 
 
 def answer(house: House, exchange: Exchange) -> None:

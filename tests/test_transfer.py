@@ -4,7 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,23 +22,10 @@ from gateway.windows.export import export, pack
 from gateway.windows.imports import import_window
 from gateway.windows.thaw import thaw
 from tests.fakes.engine import MODEL, FakeEngine
-from tests.houses import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, House, cache_server, opened, value, window
-from tests.rigs import RedisServer
+from tests.houses import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, House, value, window
 from tests.running import ROOT, Gateway, environment, gateway_before
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[str]:
-    with cache_server() as url:
-        yield url
-
-
-@pytest.fixture
-async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
-    async with opened(engine, cache, redis_server, tmp_path) as house:
-        yield house
 
 
 async def file_of(parts: Parts, name: str = "w") -> bytes:

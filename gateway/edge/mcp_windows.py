@@ -43,6 +43,9 @@ _MAKING = (
             "window_name": params.window(required=True),
             "new_session_id": params.session("id for the new session; made up if not given"),
             "continuation_prompt": params.said(ask.MAX_QUESTION)("sent at once as the new session's next user turn"),
+            "max_tokens": params.whole(1, ask.MAX_TOKENS)(
+                f"most tokens of the answer to continuation_prompt; default {ask.USUAL_TOKENS}"
+            ),
             "warm_cache": params.warm(
                 "how far up to load now: true or `gpu`: into the engine, and measured; `cpu`: into memory; false or "
                 "`none`: with the first request. Default true",

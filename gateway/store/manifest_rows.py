@@ -45,13 +45,13 @@ def _deleted() -> GatewayError:
 
 def _objects(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
     found = db.execute(
-        """SELECT o.key, o.tier, o.size, o.checksum FROM manifest_objects m JOIN objects o USING (key, tier)
+        """SELECT o.key, o.tier, o.size, o.checksum, '' FROM manifest_objects m JOIN objects o USING (key, tier)
         WHERE m.manifest = ? ORDER BY m.position, m.tier""",
         (of.manifest,),
     )
     if of.salt == of.pin_salt:
-        return tuple(PinnedObject(*row) for row in found)
-    return tuple(PinnedObject(under(key, of.salt), tier, size, seen, key) for key, tier, size, seen in found)
+        return tuple(map(PinnedObject._make, found))
+    return tuple(PinnedObject(under(key, of.salt), tier, size, seen, key) for key, tier, size, seen, _ in found)
 
 
 def release(db: sqlite3.Connection, gone: Window) -> Released:

@@ -33,10 +33,11 @@ from gateway.store import (
     autofreeze_rows,
     manifest_rows,
     response_rows,
-    rows,
     salt_rows,
+    session_rows,
     successor_rows,
     transcript_rows,
+    window_rows,
 )
 from gateway.store.contract import Finished, LooseSalt, Released, SaltUse, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
@@ -45,6 +46,7 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 _BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
 _BUSY_POLL_S = 0.01
+_CACHE_KIB = 16 * 1024  # of pages, for each connection: the objects of a large window lie all over their table
 _WRITES_PER_COMMIT = 256
 _FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
 
@@ -87,48 +89,48 @@ class SqliteStore:
 
     async def session(self, tenant: str, session_id: str) -> Session | None:
         """See `Store.session`."""
-        return rows.session(self._inline, tenant, session_id)
+        return session_rows.session(self._inline, tenant, session_id)
 
     async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
         """See `Store.beginning`."""
-        return rows.beginning(self._inline, tenant, links)
+        return session_rows.beginning(self._inline, tenant, links)
 
     async def standing(self, tenant: str, ends: Sequence[bytes]) -> list[Session]:
         """See `Store.standing`."""
-        return rows.standing(self._inline, tenant, ends)
+        return session_rows.standing(self._inline, tenant, ends)
 
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
     ) -> tuple[list[Session], int]:
         """See `Store.list_sessions`."""
-        return await self._read(lambda db: rows.list_sessions(db, tenant, state, model, limit, offset))
+        return await self._read(lambda db: session_rows.list_sessions(db, tenant, state, model, limit, offset))
 
     async def add_session(self, session: Session) -> bool:
         """See `Store.add_session`."""
-        return await self._write(lambda db: rows.add_session(db, session))
+        return await self._write(lambda db: session_rows.add_session(db, session))
 
     async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
         """See `Store.add_sessions`."""
-        return await self._write(lambda db: rows.add_sessions(db, sessions))
+        return await self._write(lambda db: session_rows.add_sessions(db, sessions))
 
     async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
         """See `Store.set_frozen`."""
-        await self._write(lambda db: rows.set_frozen(db, tenant, session_id, turn_count, at))
+        await self._write(lambda db: session_rows.set_frozen(db, tenant, session_id, turn_count, at))
 
     async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
         """See `Store.delete_session`."""
-        return await self._write(lambda db: rows.delete_session(db, tenant, session_id, idle_since))
+        return await self._write(lambda db: session_rows.delete_session(db, tenant, session_id, idle_since))
 
     async def forget_idle(self, keep: int) -> int:
         """See `Store.forget_idle`."""
         forgotten = 0
-        while some := await self._write(lambda db: rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
+        while some := await self._write(lambda db: session_rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
             forgotten += some
         return forgotten
 
     async def idle_sessions(self, since: float, limit: int) -> list[tuple[str, str]]:
         """See `Store.idle_sessions`."""
-        return await self._read(lambda db: rows.idle_sessions(db, since, limit))
+        return await self._read(lambda db: session_rows.idle_sessions(db, since, limit))
 
     async def salts_of(self, tenant: str, session_id: str) -> list[str]:
         """See `Store.salts_of`."""
@@ -163,12 +165,12 @@ class SqliteStore:
         await self._write(lambda db: self._record(db, finished))
 
     def _record(self, db: sqlite3.Connection, finished: Sequence[Finished]) -> None:
-        rows.record(db, finished, self._turns_kept)
+        session_rows.record(db, finished, self._turns_kept)
         response_rows.record(db, finished, self._responses_kept)
 
     async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
         """See `Store.turns`."""
-        return await self._read(lambda db: rows.turns(db, tenant, session_id, limit))
+        return await self._read(lambda db: session_rows.turns(db, tenant, session_id, limit))
 
     async def response(self, tenant: str, response_id: str) -> StoredResponse | None:
         """See `Store.response`."""
@@ -188,29 +190,29 @@ class SqliteStore:
 
     async def window(self, tenant: str, name: str) -> Window | None:
         """See `Store.window`."""
-        return await self._read(lambda db: rows.window(db, tenant, name))
+        return await self._read(lambda db: window_rows.window(db, tenant, name))
 
     async def list_windows(self, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
         """See `Store.list_windows`."""
-        return await self._read(lambda db: rows.list_windows(db, tenant, query))
+        return await self._read(lambda db: window_rows.list_windows(db, tenant, query))
 
     async def lineage(self, tenant: str, name: str) -> tuple[list[str], list[str]]:
         """See `Store.lineage`."""
-        return await self._read(lambda db: rows.lineage(db, tenant, name))
+        return await self._read(lambda db: window_rows.lineage(db, tenant, name))
 
     async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
         """See `Store.add_window`."""
-        return await self._write(lambda db: rows.add_window(db, window, manifest))
+        return await self._write(lambda db: window_rows.add_window(db, window, manifest))
 
     async def import_window(
         self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
     ) -> bool:
         """See `Store.import_window`."""
-        return await self._write(lambda db: rows.import_window(db, window, manifest, messages, frame))
+        return await self._write(lambda db: window_rows.import_window(db, window, manifest, messages, frame))
 
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
         """See `Store.describe_window`."""
-        return await self._write(lambda db: rows.describe_window(db, tenant, name, changes))
+        return await self._write(lambda db: window_rows.describe_window(db, tenant, name, changes))
 
     async def manifest(self, window: Window) -> Manifest:
         """See `Store.manifest`."""
@@ -222,11 +224,11 @@ class SqliteStore:
 
     async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> Released | None:
         """See `Store.delete_window`."""
-        return await self._write(lambda db: rows.delete_window(db, tenant, name, expired_by))
+        return await self._write(lambda db: window_rows.delete_window(db, tenant, name, expired_by))
 
     async def expired_windows(self, by: float, limit: int) -> list[Window]:
         """See `Store.expired_windows`."""
-        return await self._read(lambda db: rows.expired_windows(db, by, limit))
+        return await self._read(lambda db: window_rows.expired_windows(db, by, limit))
 
     async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
         """See `Store.objects`."""
@@ -246,7 +248,7 @@ class SqliteStore:
         def write(db: sqlite3.Connection) -> Succession:
             done = successor_rows.succeed(db, step)
             if done is step:
-                rows.add_session(db, new)
+                session_rows.add_session(db, new)
             return done
 
         return await self._write(write)
@@ -257,11 +259,11 @@ class SqliteStore:
 
     async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
         """See `Store.lineage_in_use`."""
-        return await self._read(lambda db: rows.lineage_in_use(db, tenant, lineage))
+        return await self._read(lambda db: session_rows.lineage_in_use(db, tenant, lineage))
 
     async def window_counts(self) -> dict[str, int]:
         """See `Store.window_counts`."""
-        return await self._read(rows.window_counts)
+        return await self._read(window_rows.window_counts)
 
     async def tier_usage(self) -> dict[str, tuple[int, int]]:
         """See `Store.tier_usage`."""
@@ -304,6 +306,7 @@ class SqliteStore:
         db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         _use_wal(db)
         db.execute("PRAGMA foreign_keys = ON")
+        db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         # FULL syncs the log at each commit, off the request path: a window that was committed survives a power cut.
         db.execute("PRAGMA synchronous = FULL")
         return db

@@ -16,7 +16,7 @@ It costs what a thaw without KV would: the whole window is computed once.
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -121,7 +121,7 @@ async def _restored(
     ids: Sequence[int],
 ) -> Said:  # fmt: skip
     salt = secrets.token_hex(16)
-    lent = [replace(one, key=under(one.key, salt), pin=one.pin_key) for one in objects]
+    lent = [one._replace(key=under(one.key, salt), pin=one.pin_key) for one in objects]
     keys = [ObjectKey.parse(one.key) for one in lent]
     await parts.store.loosen(salt, window.tenant, window.lineage)  # if we die, a sweep takes away what is left
     # A sweep must not take it away while the engine loads it, nor a deletion the pins.

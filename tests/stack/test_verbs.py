@@ -10,6 +10,7 @@ import pytest
 from blake3 import blake3
 
 from tests.stack.conftest import Stack
+from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, chat, converse
 from tests.stack.night import overnight
 
@@ -170,9 +171,9 @@ def test_a_deep_verification_uses_the_bytes_of_each_tier_and_sees_those_that_are
     assert stack.redis.dbsize() == keys
 
 
-def test_i7_a_thaw_goes_on_at_once_with_a_prompt(stack: Stack, gateway: Gateway) -> None:
+def test_i7_a_thaw_goes_on_at_once_with_a_prompt(gateway: Gateway) -> None:
     window, messages, _ = frozen(gateway, "gone-on")
-    thawed = gateway.thaw("gone-on", continuation_prompt="And then?", max_tokens=8)
+    thawed = mcp(gateway, "window_thaw", window_name="gone-on", continuation_prompt="And then?", max_tokens=8)
     said = thawed["continuation"]
     assert said["cached_tokens"] >= window["receipt"]["chunks"] * CHUNK
     assert said["usage"]["completion_tokens"] <= 8

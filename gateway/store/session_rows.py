@@ -1,28 +1,20 @@
-"""The SQL of the SQLite store: plain functions that take a connection. Whoever calls them owns the transaction."""
+"""The SQL of sessions and their turns: plain functions that take a connection. Whoever calls owns the transaction."""
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import orjson
-
-from gateway.records import Manifest, Message, Session, SessionState, Turn, Usage, Window
-from gateway.store import manifest_rows, response_rows, salt_rows, successor_rows, transcript_rows
-from gateway.store.contract import Finished, Released, WindowQuery
+from gateway.records import Session, SessionState, Turn, Usage
+from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
+from gateway.store.contract import Finished
 
 T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
-_WINDOW_COLUMNS = tuple(f.name for f in fields(Window))
 _SESSION = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions"
-_WINDOW = f"SELECT {', '.join(_WINDOW_COLUMNS)} FROM windows"
-_SORT = {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
 _TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
 _CANDIDATES = 4  # sessions that share a beginning; the verdict needs to know whether there is more than one
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
-
-
-# --- sessions and turns
 
 
 def session(db: sqlite3.Connection, tenant: str, session_id: str) -> Session | None:
@@ -103,6 +95,14 @@ def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tupl
     return db.execute(
         "SELECT tenant, id FROM sessions WHERE last_active_at < ? ORDER BY last_active_at LIMIT ?", (since, limit)
     ).fetchall()
+
+
+def lineage_in_use(db: sqlite3.Connection, tenant: str, lineage: str) -> bool:
+    row = db.execute(
+        "SELECT 1 FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') LIMIT 1",
+        (tenant, lineage),
+    ).fetchone()
+    return row is not None
 
 
 def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
@@ -262,142 +262,6 @@ def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> l
         )
         for prompt, completion, cached, *rest in found
     ]
-
-
-# --- windows
-
-
-def _window(row: Sequence[Any]) -> Window:
-    values = dict(zip(_WINDOW_COLUMNS, row, strict=True))
-    values["tags"] = tuple(orjson.loads(values["tags"]))
-    values["receipt"] = orjson.loads(values["receipt"])
-    return Window(**values)
-
-
-def window(db: sqlite3.Connection, tenant: str, name: str) -> Window | None:
-    row = db.execute(f"{_WINDOW} WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
-    return _window(row) if row else None
-
-
-def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
-    where, values = _where(tenant, query)
-    order = f"{_SORT[query.sort_by]} {'DESC' if query.descending else 'ASC'}, name"
-    (total,) = db.execute(f"SELECT count(*) FROM windows WHERE {where}", values).fetchone()
-    # Which ones first, then what they are: to sort whole rows, SQLite would read every one that is skipped.
-    page = db.execute(
-        f"""{_WINDOW} WHERE rowid IN (SELECT rowid FROM windows WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?)
-        ORDER BY {order}""",
-        (*values, query.limit, query.offset),
-    )
-    return [_window(row) for row in page], total
-
-
-def _where(tenant: str, query: WindowQuery) -> tuple[str, list[object]]:
-    terms: list[tuple[str, Sequence[object]]] = [("tenant = ?", [tenant])]
-    if query.model is not None:
-        terms.append(("model = ?", [query.model]))
-    if query.session_id is not None:
-        terms.append(("session_id = ?", [query.session_id]))
-    if query.created_after is not None:
-        terms.append(("created_at > ?", [query.created_after]))
-    if query.created_before is not None:
-        terms.append(("created_at < ?", [query.created_before]))
-    if query.search is not None:
-        terms.append(("(instr(lower(name), lower(?)) OR instr(lower(description), lower(?)))", [query.search] * 2))
-    if tags := set(query.tags):
-        marks = ", ".join("?" * len(tags))
-        having = f"SELECT name FROM window_tags WHERE tenant = ? AND tag IN ({marks}) GROUP BY name HAVING count(*) = ?"
-        terms.append((f"name IN ({having})", [tenant, *tags, len(tags)]))
-    return " AND ".join(term for term, _ in terms), [value for _, values in terms for value in values]
-
-
-def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], list[str]]:
-    ancestors = db.execute(
-        """WITH RECURSIVE up (parent, depth) AS (
-            SELECT parent, 0 FROM windows WHERE tenant = ?1 AND name = ?2
-            UNION SELECT w.parent, up.depth + 1 FROM windows w JOIN up ON w.name = up.parent AND w.tenant = ?1
-            WHERE up.depth < 1000)
-        SELECT parent FROM up WHERE parent IS NOT NULL ORDER BY depth""",
-        (tenant, name),
-    ).fetchall()
-    clones = db.execute("SELECT name FROM windows WHERE tenant = ? AND parent = ? ORDER BY name", (tenant, name))
-    return [parent for (parent,) in ancestors], [clone for (clone,) in clones]
-
-
-def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -> bool:
-    if db.execute("SELECT 1 FROM windows WHERE tenant = ? AND name = ?", (new.tenant, new.name)).fetchone():
-        return False
-    if manifest is not None:
-        manifest_rows.add(db, manifest)
-    values = {name: getattr(new, name) for name in _WINDOW_COLUMNS}
-    values["parent"] = new.parent if new.parent and window(db, new.tenant, new.parent) else None
-    values["tags"] = orjson.dumps(new.tags).decode()
-    values["receipt"] = orjson.dumps(dict(new.receipt)).decode()
-    marks = ", ".join("?" * len(values))
-    db.execute(f"INSERT INTO windows ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
-    _add_tags(db, new)
-    return True
-
-
-def import_window(
-    db: sqlite3.Connection, new: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
-) -> bool:
-    if window(db, new.tenant, new.name):
-        return False
-    transcript = transcript_rows.add(db, messages)
-    return add_window(
-        db, replace(new, transcript=transcript or b"", frame=transcript_rows.add_content(db, frame)), manifest
-    )
-
-
-def describe_window(db: sqlite3.Connection, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
-    before = window(db, tenant, name)
-    if before is None:
-        return None
-    now = replace(before, **changes)
-    db.execute(
-        "UPDATE windows SET description = ?, tags = ?, expires_at = ? WHERE tenant = ? AND name = ?",
-        (now.description, orjson.dumps(now.tags).decode(), now.expires_at, tenant, name),
-    )
-    db.execute("DELETE FROM window_tags WHERE tenant = ? AND name = ?", (tenant, name))
-    _add_tags(db, now)
-    return now
-
-
-def _add_tags(db: sqlite3.Connection, of: Window) -> None:
-    db.executemany("INSERT INTO window_tags VALUES (?, ?, ?)", [(of.tenant, tag, of.name) for tag in of.tags])
-
-
-def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Window]:
-    found = db.execute(f"{_WINDOW} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (by, limit))
-    return [_window(row) for row in found]
-
-
-def delete_window(db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None) -> Released | None:
-    gone = window(db, tenant, name)
-    if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
-        return None
-    db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
-    # Whoever gets the name next is a stranger to what came from this one.
-    db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
-    db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
-    for salt in {gone.salt, gone.pin_salt}:
-        salt_rows.loosen(db, salt, tenant, gone.lineage)
-    transcript_rows.release(db, gone.transcript)
-    transcript_rows.release_content(db, gone.frame)
-    return manifest_rows.release(db, gone)
-
-
-def lineage_in_use(db: sqlite3.Connection, tenant: str, name: str) -> bool:
-    row = db.execute(
-        "SELECT 1 FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') LIMIT 1",
-        (tenant, name),
-    ).fetchone()
-    return row is not None
-
-
-def window_counts(db: sqlite3.Connection) -> dict[str, int]:
-    return dict(db.execute("SELECT kv, count(*) FROM windows GROUP BY kv"))
 
 
 def _batches(values: Sequence[T]) -> Iterable[Sequence[T]]:

@@ -1,0 +1,162 @@
+"""The SQL of windows: plain functions that take a connection. Whoever calls owns the transaction."""
+
+import re
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import orjson
+
+from gateway.records import Manifest, Message, Window
+from gateway.store import manifest_rows, salt_rows, transcript_rows
+from gateway.store.contract import Released, WindowQuery
+
+_COLUMNS = tuple(f.name for f in fields(Window))
+_WINDOW = f"SELECT {', '.join(_COLUMNS)} FROM windows"
+_SORT = {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
+_TAGGED = "name IN (SELECT name FROM window_tags WHERE tenant = ? AND tag = ?)"
+_TAGGED_TOO = "EXISTS (SELECT 1 FROM window_tags t WHERE t.tenant = ? AND t.tag = ? AND t.name = windows.name)"
+_WILD, _ESCAPED = re.compile(r"[%_\\]"), r"\\\g<0>"
+
+
+def _window(row: Sequence[Any]) -> Window:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    values["tags"] = tuple(orjson.loads(values["tags"]))
+    values["receipt"] = orjson.loads(values["receipt"])
+    return Window(**values)
+
+
+def window(db: sqlite3.Connection, tenant: str, name: str) -> Window | None:
+    row = db.execute(f"{_WINDOW} WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
+    return _window(row) if row else None
+
+
+def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
+    where, values = _where(db, tenant, query)
+    order = _order(query)
+    # One look at all that match, in an index where it can be: how many there are, and which are on the page.
+    (total,), *rows = db.execute(
+        f"""WITH found AS MATERIALIZED (SELECT rowid AS row FROM windows WHERE {where} ORDER BY {order})
+        SELECT count(*) FROM found UNION ALL SELECT * FROM (SELECT row FROM found LIMIT ? OFFSET ?)""",
+        (*values, query.limit, query.offset),
+    )
+    marks = ", ".join("?" * len(rows))
+    # The plus keeps SQLite from looking through the tenant's windows for these.
+    page = db.execute(
+        f"{_WINDOW} WHERE +tenant = ? AND rowid IN ({marks}) ORDER BY {order}", (tenant, *(row for (row,) in rows))
+    )
+    return [_window(row) for row in page], total
+
+
+def _order(query: WindowQuery) -> str:
+    """Newest or largest first is the order of an index; the other way round is the same, read from its end."""
+    column = _SORT[query.sort_by]
+    # What few windows have is found by that and sorted then; SQLite would walk through all of them in order.
+    few = "+" if query.session_id is not None or query.tags else ""
+    return f"{few}{column} DESC, name" if query.descending else f"{few}{column}, name DESC"
+
+
+def _where(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[str, list[object]]:
+    terms: list[tuple[str, Sequence[object]]] = [("tenant = ?", [tenant])]
+    if query.model is not None:
+        terms.append(("model = ?", [query.model]))
+    if query.session_id is not None:
+        terms.append(("session_id = ?", [query.session_id]))
+    if query.created_after is not None:
+        terms.append(("created_at > ?", [query.created_after]))
+    if query.created_before is not None:
+        terms.append(("created_at < ?", [query.created_before]))
+    if query.search is not None:
+        pattern = f"%{_WILD.sub(_ESCAPED, query.search)}%"
+        terms.append(("(name LIKE ? ESCAPE '\\' OR description LIKE ? ESCAPE '\\')", [pattern, pattern]))
+    # The rarest tag says which windows to look at, the others are asked of those.
+    for rank, tag in enumerate(_rarest_first(db, tenant, query.tags)):
+        terms.append((_TAGGED_TOO if rank else _TAGGED, [tenant, tag]))
+    return " AND ".join(term for term, _ in terms), [value for _, values in terms for value in values]
+
+
+def _rarest_first(db: sqlite3.Connection, tenant: str, tags: Iterable[str]) -> list[str]:
+    counted = "SELECT count(*) FROM window_tags WHERE tenant = ? AND tag = ?"
+    return sorted(set(tags), key=lambda tag: db.execute(counted, (tenant, tag)).fetchone())
+
+
+def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], list[str]]:
+    ancestors = db.execute(
+        """WITH RECURSIVE up (parent, depth) AS (
+            SELECT parent, 0 FROM windows WHERE tenant = ?1 AND name = ?2
+            UNION SELECT w.parent, up.depth + 1 FROM windows w JOIN up ON w.name = up.parent AND w.tenant = ?1
+            WHERE up.depth < 1000)
+        SELECT parent FROM up WHERE parent IS NOT NULL ORDER BY depth""",
+        (tenant, name),
+    ).fetchall()
+    clones = db.execute("SELECT name FROM windows WHERE tenant = ? AND parent = ? ORDER BY name", (tenant, name))
+    return [parent for (parent,) in ancestors], [clone for (clone,) in clones]
+
+
+def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -> bool:
+    if db.execute("SELECT 1 FROM windows WHERE tenant = ? AND name = ?", (new.tenant, new.name)).fetchone():
+        return False
+    if manifest is not None:
+        manifest_rows.add(db, manifest)
+    values = {name: getattr(new, name) for name in _COLUMNS}
+    values["parent"] = new.parent if new.parent and window(db, new.tenant, new.parent) else None
+    values["tags"] = orjson.dumps(new.tags).decode()
+    values["receipt"] = orjson.dumps(dict(new.receipt)).decode()
+    marks = ", ".join("?" * len(values))
+    db.execute(f"INSERT INTO windows ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+    _add_tags(db, new)
+    return True
+
+
+def import_window(
+    db: sqlite3.Connection, new: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
+) -> bool:
+    if window(db, new.tenant, new.name):
+        return False
+    transcript = transcript_rows.add(db, messages)
+    return add_window(
+        db, replace(new, transcript=transcript or b"", frame=transcript_rows.add_content(db, frame)), manifest
+    )
+
+
+def describe_window(db: sqlite3.Connection, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
+    before = window(db, tenant, name)
+    if before is None:
+        return None
+    now = replace(before, **changes)
+    db.execute(
+        "UPDATE windows SET description = ?, tags = ?, expires_at = ? WHERE tenant = ? AND name = ?",
+        (now.description, orjson.dumps(now.tags).decode(), now.expires_at, tenant, name),
+    )
+    db.execute("DELETE FROM window_tags WHERE tenant = ? AND name = ?", (tenant, name))
+    _add_tags(db, now)
+    return now
+
+
+def _add_tags(db: sqlite3.Connection, of: Window) -> None:
+    db.executemany("INSERT INTO window_tags VALUES (?, ?, ?)", [(of.tenant, tag, of.name) for tag in of.tags])
+
+
+def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Window]:
+    found = db.execute(f"{_WINDOW} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (by, limit))
+    return [_window(row) for row in found]
+
+
+def delete_window(db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None) -> Released | None:
+    gone = window(db, tenant, name)
+    if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
+        return None
+    db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
+    # Whoever gets the name next is a stranger to what came from this one.
+    db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
+    db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
+    for salt in {gone.salt, gone.pin_salt}:
+        salt_rows.loosen(db, salt, tenant, gone.lineage)
+    transcript_rows.release(db, gone.transcript)
+    transcript_rows.release_content(db, gone.frame)
+    return manifest_rows.release(db, gone)
+
+
+def window_counts(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT kv, count(*) FROM windows GROUP BY kv"))
