@@ -11,17 +11,23 @@ from gateway.records import Manifest, PinnedObject, Window
 from gateway.store.contract import Released
 
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
+_OBJECTS = "manifest_objects m JOIN objects o ON o.number = m.object"
+_OBJECTS_OF = f"""SELECT o.key, o.tier, o.size, o.checksum, '' FROM {_OBJECTS}
+    WHERE m.manifest = ? ORDER BY m.position, o.tier"""
+_KEYS_OF = f"SELECT DISTINCT o.key FROM {_OBJECTS} WHERE m.manifest = ?"
+_HOLDER = f"SELECT 1 FROM {_OBJECTS} WHERE o.key = ? LIMIT 1"
 
 
 def add(db: sqlite3.Connection, new: Manifest) -> None:
     db.execute("INSERT INTO manifests VALUES (?, ?)", (new.id, array("I", new.token_ids).tobytes()))
     db.executemany(
-        "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?)",
+        """INSERT INTO objects (key, tier, size, checksum) VALUES (?, ?, ?, ?)
+        ON CONFLICT (key, tier) DO UPDATE SET size = excluded.size, checksum = excluded.checksum""",
         [(o.key, o.tier, o.size, o.checksum) for o in new.objects],
     )
     positions = {key: i for i, key in enumerate(dict.fromkeys(o.key for o in new.objects))}
     db.executemany(
-        "INSERT INTO manifest_objects VALUES (?, ?, ?, ?)",
+        "INSERT INTO manifest_objects SELECT ?, ?, number FROM objects WHERE key = ? AND tier = ?",
         [(new.id, positions[o.key], o.key, o.tier) for o in new.objects],
     )
 
@@ -44,11 +50,7 @@ def _deleted() -> GatewayError:
 
 
 def _objects(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
-    found = db.execute(
-        """SELECT o.key, o.tier, o.size, o.checksum, '' FROM manifest_objects m JOIN objects o USING (key, tier)
-        WHERE m.manifest = ? ORDER BY m.position, m.tier""",
-        (of.manifest,),
-    )
+    found = db.execute(_OBJECTS_OF, (of.manifest,))
     if of.salt == of.pin_salt:
         return tuple(map(PinnedObject._make, found))
     return tuple(PinnedObject(under(key, of.salt), tier, size, seen, key) for key, tier, size, seen, _ in found)
@@ -64,12 +66,9 @@ def release(db: sqlite3.Connection, gone: Window) -> Released:
     if not _any(db, "SELECT 1 FROM windows WHERE manifest = ? LIMIT 1", gone.manifest):
         db.execute("DELETE FROM manifest_objects WHERE manifest = ?", (gone.manifest,))
         db.execute("DELETE FROM manifests WHERE id = ?", (gone.manifest,))
-        pins = [key for key in keys if not _any(db, "SELECT 1 FROM manifest_objects WHERE key = ? LIMIT 1", key)]
+        pins = [key for key in keys if not _any(db, _HOLDER, key)]
         db.executemany("DELETE FROM objects WHERE key = ?", [(key,) for key in pins])
     return Released(tuple(map(ObjectKey.parse, pins)), tuple(map(ObjectKey.parse, names)))
-
-
-_KEYS_OF = "SELECT DISTINCT key FROM manifest_objects WHERE manifest = ?"
 
 
 def _any(db: sqlite3.Connection, query: str, value: str) -> bool:
@@ -92,15 +91,15 @@ def held_objects(db: sqlite3.Connection) -> set[ObjectKey]:
 
 def isolated_names(db: sqlite3.Connection) -> set[ObjectKey]:
     found = db.execute(
-        """SELECT DISTINCT m.key, w.salt FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest
-        WHERE w.salt != w.pin_salt"""
+        f"""SELECT DISTINCT o.key, w.salt FROM windows w JOIN {_OBJECTS}
+        WHERE m.manifest = w.manifest AND w.salt != w.pin_salt"""
     )
     return {ObjectKey.parse(under(key, salt)) for key, salt in found}
 
 
 def held_under(db: sqlite3.Connection, salt: str) -> set[ObjectKey]:
     found = db.execute(
-        """SELECT DISTINCT key FROM manifest_objects WHERE manifest IN
+        f"""SELECT DISTINCT o.key FROM {_OBJECTS} WHERE m.manifest IN
         (SELECT manifest FROM windows WHERE salt = ?1 UNION SELECT manifest FROM windows WHERE pin_salt = ?1)""",
         (salt,),
     )

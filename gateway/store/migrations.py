@@ -235,6 +235,34 @@ _M009 = (
 )
 
 
+@MIGRATIONS.append
+def m010_numbered_objects(db: sqlite3.Connection) -> None:
+    """Manifests name their objects by number: a key is long, and a large window has thousands of them to look up."""
+    for statement in _M010:
+        db.execute(statement)
+
+
+_M010 = (
+    "ALTER TABLE objects RENAME TO keyed_objects",
+    "ALTER TABLE manifest_objects RENAME TO keyed_manifest_objects",
+    """CREATE TABLE objects (
+        number INTEGER PRIMARY KEY, key TEXT NOT NULL, tier TEXT NOT NULL, size INTEGER NOT NULL,
+        checksum BLOB NOT NULL, UNIQUE (key, tier)
+    )""",
+    """CREATE TABLE manifest_objects (
+        manifest TEXT NOT NULL REFERENCES manifests (id), position INTEGER NOT NULL,
+        object INTEGER NOT NULL REFERENCES objects (number),
+        PRIMARY KEY (manifest, position, object)
+    ) WITHOUT ROWID""",
+    "INSERT INTO objects (key, tier, size, checksum) SELECT key, tier, size, checksum FROM keyed_objects",
+    """INSERT INTO manifest_objects SELECT manifest, position, number
+    FROM keyed_manifest_objects JOIN objects USING (key, tier)""",
+    "DROP TABLE keyed_manifest_objects",
+    "DROP TABLE keyed_objects",
+    "CREATE INDEX manifest_objects_by_object ON manifest_objects (object)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own.
 
