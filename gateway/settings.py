@@ -36,7 +36,9 @@ _RULES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 }
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
-_NONE_IS_0 = frozenset({"disk_budget_bytes", "expiry_grace_s", "redis_budget_bytes", "session_ttl_s"})
+_NONE_IS_0 = frozenset(
+    {"disk_budget_bytes", "expiry_grace_s", "redis_budget_bytes", "session_ttl_s", "tenant_budget_bytes"}
+)
 
 
 class SettingsError(Exception):
@@ -96,6 +98,9 @@ class Settings:
         0, "bytes for the disk tier; past it, KV of the sessions that were idle longest goes first; 0: no bound"
     )
     redis_budget_bytes: int = setting(0, "the same for the Redis tier")
+    tenant_budget_bytes: int = setting(
+        0, "bytes that a tenant's windows may hold, all tiers together; a freeze past it is `storage_full`; 0: no bound"
+    )
     disk_reserve_bytes: int = setting(256 * 2**20, "free bytes on the disk tier below which a freeze is `storage_full`")
     sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
     responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")

@@ -43,6 +43,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "session_ttl_s": ("8", "8", 8.0),
     "disk_budget_bytes": ("10", "10", 10),
     "redis_budget_bytes": ("11", "11", 11),
+    "tenant_budget_bytes": ("15", "15", 15),
     "disk_reserve_bytes": ("12", "12", 12),
     "sweep_every_s": ("9.5", "9.5", 9.5),
     "responses_kept": ("44", "44", 44),

@@ -755,6 +755,17 @@ def test_migrations_are_numbered_without_a_gap() -> None:
     assert numbers == list(range(1, len(MIGRATIONS) + 1))
 
 
+async def test_what_a_tenants_windows_hold_counts_once_what_they_share(store: Store) -> None:
+    first = await add(store, "a", keys(3))
+    assert await store.add_window(window("copy", manifest=first.manifest), None)
+    await add(store, "b", [*keys(2), key(9)])
+    await add(store, "c", [key(7)], tenant="other", manifest="m-c")
+    more = manifest("x", [key(0), key(7), key(8)]).objects  # held, another tenant's, nobody's
+    assert await store.held_bytes(TENANT, []) == 4 * 50
+    assert await store.held_bytes(TENANT, more) == 6 * 50
+    assert await store.held_bytes("nobody", more) == 3 * 50
+
+
 async def test_objects_of_an_older_store_are_those_of_the_same_windows(tmp_path: Path) -> None:
     path, old = tmp_path / "gateway.db", manifest("w", [key(2), key(1)], ("disk", "redis"))
     with closing(sqlite3.connect(path)) as db:

@@ -285,6 +285,18 @@ async def test_a_full_tier_leaves_nothing(house: House) -> None:
         house.redis.client.config_set("maxmemory", 0)
 
 
+async def test_past_the_tenants_budget_an_import_leaves_nothing(house: House) -> None:
+    await window(house.parts)
+    data = await file_of(house.parts)
+    held = await house.parts.store.held_bytes("default", [])
+    plain = house.parts
+    house.parts = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held - 1))
+    assert f"would hold {2 * held} bytes, 1 more than" in await refused(house, data, "storage_full")
+    house.parts = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held))
+    imported, _ = await import_window(house.parts, "default", stream(data, 50_000), name="x", as_text=False)
+    assert imported.kv == "complete"
+
+
 async def test_pins_that_were_never_committed_go_at_the_next_start(house: House) -> None:
     await window(house.parts)
     before = house.everything()

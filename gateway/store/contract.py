@@ -266,6 +266,10 @@ class Store(Protocol):
         """Return what is known of those of `keys` that windows hold, an entry for each tier."""
         ...
 
+    async def held_bytes(self, tenant: str, more: Sequence[PinnedObject]) -> int:
+        """Return the bytes that a tenant's windows would hold with `more`, what they share counted once."""
+        ...
+
     async def held_objects(self) -> set[ObjectKey]:
         """Every object that some window has pinned."""
         ...

@@ -85,6 +85,18 @@ def objects(db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[PinnedObj
     return found
 
 
+def held_bytes(db: sqlite3.Connection, tenant: str, more: Sequence[PinnedObject]) -> int:
+    (held,) = db.execute(
+        """SELECT coalesce(sum(size), 0) FROM objects WHERE number IN
+        (SELECT m.object FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest WHERE w.tenant = ?)""",
+        (tenant,),
+    ).fetchone()
+    query = f"""SELECT 1 FROM {_OBJECTS} JOIN windows w ON w.manifest = m.manifest
+        WHERE o.key = ? AND o.tier = ? AND w.tenant = ? LIMIT 1"""
+    new = [one for one in more if db.execute(query, (one.pin_key, one.tier, tenant)).fetchone() is None]
+    return int(held) + sum(one.size for one in new)
+
+
 def held_objects(db: sqlite3.Connection) -> set[ObjectKey]:
     return {ObjectKey.parse(key) for (key,) in db.execute("SELECT DISTINCT key FROM objects")}
 

@@ -234,6 +234,10 @@ class SqliteStore:
         """See `Store.objects`."""
         return await self._read(lambda db: manifest_rows.objects(db, keys))
 
+    async def held_bytes(self, tenant: str, more: Sequence[PinnedObject]) -> int:
+        """See `Store.held_bytes`."""
+        return await self._read(lambda db: manifest_rows.held_bytes(db, tenant, more))
+
     async def held_objects(self) -> set[ObjectKey]:
         """See `Store.held_objects`."""
         return await self._read(manifest_rows.held_objects)

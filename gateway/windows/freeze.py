@@ -81,6 +81,17 @@ async def freeze(
     return window, warnings
 
 
+async def check_budget(parts: Parts, tenant: str, objects: Sequence[PinnedObject]) -> None:
+    """Raise `storage_full` where a tenant's windows would hold more than its budget with these objects."""
+    budget = parts.settings.tenant_budget_bytes
+    if budget and (held := await parts.store.held_bytes(tenant, objects)) > budget:
+        raise GatewayError(
+            "storage_full",
+            f"the windows would hold {held} bytes, {held - budget} more than they may (tenant_budget_bytes)",
+            hint="delete windows that are not needed",
+        )
+
+
 async def release_strays(parts: Parts) -> int:
     """Unpin what no window holds; return how many objects that were."""
     async with parts.pins.lock.hold(alone=True):
@@ -176,6 +187,7 @@ async def _commit(
     parts: Parts, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...], progress: Progress
 ) -> Window:
     progress("commit", 0, 0)
+    await check_budget(parts, window.tenant, objects)
     if not await parts.store.add_window(window, Manifest(window.manifest, ids, objects)):
         raise taken(window.name)
     return window

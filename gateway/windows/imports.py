@@ -33,7 +33,7 @@ from gateway.windows.canonical import next_turn_ids
 from gateway.windows.container import TEXTS, Contents, Reader, Record, corrupted, object_name
 from gateway.windows.counted import counted
 from gateway.windows.finish import finished
-from gateway.windows.freeze import release_strays, storage_full, taken
+from gateway.windows.freeze import check_budget, release_strays, storage_full, taken
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -247,6 +247,7 @@ async def _keep(
             objects = await _pin(parts, window, contents, text.ids, spool, warnings, progress)
             done = finished(window, window.chunk_count, objects, clock, _origin(record))
             progress("commit", 0, 0)
+            await check_budget(parts, window.tenant, objects)
             manifest = Manifest(done.manifest, text.ids, objects)
             if not await parts.store.import_window(done, manifest, text.messages, text.frame):
                 raise taken(window.name)

@@ -55,15 +55,18 @@ def _adds_up(stack: Stack, gateway: Gateway, data_dir: Path) -> None:
         assert tier["sessions"]["objects"] > 0
 
 
-def test_a_freeze_is_refused_before_the_disk_is_full(stack: Stack, tmp_path: Path) -> None:
-    settings = stack.settings(tmp_path / "data", CWG_DISK_RESERVE_BYTES=str(2**60))
+@pytest.mark.parametrize(("setting", "limit"), [("disk_reserve_bytes", 2**60), ("tenant_budget_bytes", 1000)])
+def test_a_freeze_is_refused_before_the_disk_or_the_tenants_budget_is_full(
+    stack: Stack, tmp_path: Path, setting: str, limit: int
+) -> None:
+    settings = stack.settings(tmp_path / "data", **{f"CWG_{setting.upper()}": str(limit)})
     gateway = Gateway(settings, tmp_path / "gateway.log").start()
     try:
         before = _stored(stack)
         converse(gateway.client("full"), "no room", turns=1)
         refused = gateway.http.post("/admin/windows", json={"session_id": "full", "window_name": "full"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage_full")
-        assert "disk_reserve_bytes" in refused.json()["error"]["message"]
+        assert setting in refused.json()["error"]["message"]
         assert gateway.http.get("/admin/windows/full").status_code == 404
         assert gateway.http.delete("/admin/sessions/full").json()["blocks_deleted"] > 0
         assert _stored(stack) == before
