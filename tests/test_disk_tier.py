@@ -3,7 +3,6 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,7 +266,7 @@ async def test_an_object_under_another_name_than_its_pin_takes_no_bytes(tmp_path
         rig.put(key(0), value(5000))
         (pin,) = await rig.tier.pin([key(0)], {})
         other = key(0, salt="other")
-        await rig.tier.restore([replace(pin, key=str(other), pin=pin.key)])
+        await rig.tier.restore([pin._replace(key=str(other), pin=pin.key)])
         assert len({file.stat().st_ino for file in (*rig.pins.iterdir(), *rig.kv.iterdir())}) == 1
         assert sum(one.size for one in await rig.tier.inventory()) == 5000
         assert await rig.tier.remove([key(0)]) == 0

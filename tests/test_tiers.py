@@ -1,7 +1,6 @@
 """What every tier promises, asked of each one: nothing here knows whether a pin is a link or a copy."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -303,7 +302,7 @@ async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Ri
 async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: Rig) -> None:
     values, objects = await pinned(rig, 3)
     names = [key(number, salt="other") for number in range(3)]
-    apart = [replace(o, key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
+    apart = [o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
     assert await rig.tier.verify(apart) == [Restored.INTACT] * 3
     assert [await rig.tier.read(one) for one in apart] == values
     assert await rig.tier.sizes(spelled(*names)) == [0] * 3  # LMCache finds them once they are restored
@@ -324,7 +323,7 @@ async def test_pins_are_lent_as_they_are(rig: Rig) -> None:
     rig.put_pin(key(1), harmed(values[1], "flip"))
     rig.drop_pin(key(2))
     names = [key(number, salt="other") for number in range(3)]
-    await rig.tier.lend([replace(o, key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)])
+    await rig.tier.lend([o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)])
     assert [rig.live(name) for name in names] == [values[0], harmed(values[1], "flip"), None]
     await rig.tier.lose(names)
     assert await rig.tier.under({"other"}) == set()
