@@ -19,6 +19,9 @@ INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
+# Hundreds of processes start in a test run: where Python may keep no bytecode, each would compile the gateway anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: up test lint docs fuzz bench bench-relay bench-thaw bench-identity bench-disconnects bench-verbs soak agents-tour clean
 
 up: $(VENV)/with-local
