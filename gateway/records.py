@@ -189,6 +189,9 @@ class PinnedObject(NamedTuple):
         return self.pin or self.key
 
 
+Sizes = Mapping[str, Mapping[str, int]]  # bytes of KV objects, by tier and key
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """An immutable, named snapshot of a session at a turn boundary.

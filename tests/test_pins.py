@@ -93,19 +93,19 @@ async def test_a_tier_is_told_only_of_what_is_known_in_it(pins: Pins, disk: Disk
     assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
 
 
-async def test_lost_is_what_is_not_there_in_each_tier_or_not_of_its_size(
+async def test_missing_is_what_is_not_there_in_each_tier_or_not_of_its_size(
     pins: Pins, disk: DiskRig, redis: RedisRig
 ) -> None:
     for rig in (disk, redis):
         for one in keys(3):
             rig.put(one, value(100))
     pinned, _ = await pins.pin(keys(3), [])
-    assert await pins.lost([o for have in pinned.values() for o in have.values()]) == []
+    held = {tier: {key: one.size for key, one in have.items()} for tier, have in pinned.items()}
+    assert await pins.missing(held) == {}
     await disk.tier.lose([key(0)])
     redis.put(key(2), value(99))
-    found = await pins.lost([o for have in pinned.values() for o in have.values()])
-    assert [(o.key, o.tier) for o in found] == [(str(key(0)), "disk"), (str(key(2)), "redis")]
-    assert await pins.lost([]) == []
+    assert await pins.missing(held) == {"disk": {str(key(0))}, "redis": {str(key(2))}}
+    assert await pins.missing({}) == {}
 
 
 async def test_what_one_tier_lost_the_other_does_not_hide(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
@@ -154,9 +154,9 @@ async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_thei
     pinned, warnings = await half.pin(keys(1), [])
     assert (list(pinned), len(warnings)) == (["disk"], 1)
     (one,) = pinned["disk"].values()
-    unseen = [PinnedObject(one.key, tier, one.size, one.checksum) for tier in ("redis", "a tier of former days")]
-    assert await half.lost([one, *unseen]) == unseen
-    restored, warnings = await half.restore([one, unseen[0]])
+    held = {tier: {one.key: one.size} for tier in ("disk", "redis", "a tier of former days")}
+    assert await half.missing(held) == {"redis": {one.key}, "a tier of former days": {one.key}}
+    restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
     assert (restored, len(warnings)) == ({"disk": {str(key(0)): Restored.INTACT}}, 1)
     assert (await half.sweep([key(0)]))[0] == 0
     await disk.tier.lose(keys(1))

@@ -21,7 +21,7 @@ from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage,
 from gateway.store.contract import Finished, Released, Store, WindowQuery
 from gateway.store.migrations import MIGRATIONS
 from gateway.store.sqlite import SqliteStore
-from tests.rigs import key, keys, small_disk
+from tests.rigs import key, keys, small_disk, spelled
 from tests.running import ROOT
 
 pytestmark = pytest.mark.anyio
@@ -480,6 +480,8 @@ async def test_a_manifest_keeps_order_ranks_and_tiers_apart(store: Store) -> Non
     wanted = manifest("w", held, tiers=("disk", "redis"))
     assert await store.add_window(window("w", world_size=2, chunk_count=3), wanted)
     assert await store.manifest(window("w")) == wanted
+    sizes = await store.sizes(window("w"))
+    assert sizes == {tier: dict.fromkeys(spelled(*held), 50) for tier in ("disk", "redis")}
     assert await store.held_objects() == set(held)
     assert await store.tier_usage() == {"disk": (6, 300), "redis": (6, 300)}
     found = await store.objects([held[0], key(99)])
@@ -522,6 +524,7 @@ async def test_an_isolated_clone_shares_its_sources_pins_under_names_of_its_own(
         one._replace(key=str(name), pin=one.key)
         for one, name in zip(manifest("w", keys(2)).objects, names, strict=True)
     )
+    assert await store.sizes(apart) == {"disk": dict.fromkeys(spelled(*names), 50)}
     assert (await store.manifest(apart)).token_ids == (1, 2, 2**32 - 1)
     assert await store.held_objects() == await store.held_under("salt") == set(keys(2))
     assert await store.isolated_names() == await store.held_under("other") == set(names)

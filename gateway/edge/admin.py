@@ -131,11 +131,11 @@ async def window_status(call: Call) -> Any:
     """Tell all about a window, and where its bytes are now."""
     q = call.given
     window = await thaw.found(call.parts, call.tenant, call.window_name)
-    objects = await call.parts.store.pinned(window)
-    present, warnings = await call.parts.pins.present([*{o.key for o in objects}])
-    status = show.window_status(window, objects, present)
+    held = await call.parts.store.sizes(window)
+    present, warnings = await call.parts.pins.present([*{key: None for have in held.values() for key in have}])
+    status = show.window_status(window, held, present)
     if q["include_blocks"]:
-        status["blocks"] = show.blocks(objects, present)
+        status["blocks"] = show.blocks(await call.parts.store.pinned(window), present)
     if q["include_lineage"]:
         ancestors, clones = await call.parts.store.lineage(call.tenant, window.name)
         status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}

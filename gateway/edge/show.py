@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway.kv.keys import ObjectKey
-from gateway.records import PinnedObject, Session, Turn, Window
+from gateway.records import PinnedObject, Session, Sizes, Turn, Window
 
 Present = Mapping[str, set[str]]  # of the window's objects, which ones LMCache finds in each tier
 _NEARLY_FULL = 0.95  # of the context limit
@@ -100,15 +100,15 @@ def window(w: Window) -> dict[str, Any]:
     }
 
 
-def window_status(w: Window, objects: Sequence[PinnedObject], present: Present) -> dict[str, Any]:
+def window_status(w: Window, held: Sizes, present: Present) -> dict[str, Any]:
     """A window, and where its bytes are now: pinned, and where LMCache itself finds them."""
     tiers = {
         name: {
-            "pinned": sum(1 for o in objects if o.tier == name),
-            "pinned_bytes": sum(o.size for o in objects if o.tier == name),
+            "pinned": len(held.get(name, {})),
+            "pinned_bytes": sum(held.get(name, {}).values()),
             "present": len(present.get(name, set())),
         }
-        for name in dict.fromkeys([*(o.tier for o in objects), *present])
+        for name in dict.fromkeys([*held, *present])
     }
     first = next((name for name, tier in tiers.items() if tier["present"]), None)
     return {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.contract import Restored, Tier, TierFull, TierUnavailable
-from gateway.records import PinnedObject
+from gateway.records import PinnedObject, Sizes
 
 _POLL_S = 0.005
 
@@ -68,18 +68,18 @@ class Pins:
                 found[tier.name] = {name for name, size in zip(names, sizes, strict=True) if size}
         return found, warnings
 
-    async def lost(self, objects: Sequence[PinnedObject]) -> list[PinnedObject]:
-        """Return what LMCache would not find, going by names and sizes; all of a tier that cannot be asked."""
+    async def missing(self, held: Sizes) -> dict[str, set[str]]:
+        """Return by tier what LMCache would not find, going by names and sizes; all of a tier that cannot be asked."""
         tiers = {tier.name: tier for tier in self.tiers}
-        lost: list[PinnedObject] = []
-        for name in dict.fromkeys(o.tier for o in objects):
-            mine = [o for o in objects if o.tier == name]
-            sizes = [0] * len(mine)  # no object is empty
+        missing: dict[str, set[str]] = {}
+        for name, objects in held.items():
+            sizes = [0] * len(objects)  # no object is empty
             if name in tiers:
                 with suppress(TierUnavailable):  # `restore` warns of it
-                    sizes = await tiers[name].sizes([o.key for o in mine])
-            lost += [o for o, size in zip(mine, sizes, strict=True) if size != o.size]
-        return lost
+                    sizes = await tiers[name].sizes(list(objects))
+            if gone := {key for (key, size), seen in zip(objects.items(), sizes, strict=True) if seen != size}:
+                missing[name] = gone
+        return missing
 
     async def pin(
         self, keys: Sequence[ObjectKey], known: Sequence[PinnedObject]

@@ -11,6 +11,7 @@ from gateway.records import (
     PinnedObject,
     Session,
     SessionState,
+    Sizes,
     StoredResponse,
     Succession,
     Trace,
@@ -245,6 +246,10 @@ class Store(Protocol):
 
         Raises `window_not_found` when it has just been deleted.
         """
+        ...
+
+    async def sizes(self, window: Window) -> Sizes:
+        """Return the bytes of each object of a window in each tier, in no order. Raises as `manifest` does."""
         ...
 
     async def pinned(self, window: Window) -> tuple[PinnedObject, ...]:

@@ -5,6 +5,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
+import orjson
+
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, under
 from gateway.records import Manifest, PinnedObject, Window
@@ -14,6 +16,9 @@ _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is n
 _OBJECTS = "manifest_objects m JOIN objects o ON o.number = m.object"
 _OBJECTS_OF = f"""SELECT o.key, o.tier, o.size, o.checksum, '' FROM {_OBJECTS}
     WHERE m.manifest = ? ORDER BY m.position, o.tier"""
+# One row, not one for each object: there are thousands of them.
+_SIZES_OF = f"""SELECT json_group_array(o.tier), json_group_array(o.key), json_group_array(o.size)
+    FROM {_OBJECTS} WHERE m.manifest = ?"""
 _KEYS_OF = f"SELECT DISTINCT o.key FROM {_OBJECTS} WHERE m.manifest = ?"
 _HOLDER = f"SELECT 1 FROM {_OBJECTS} WHERE o.key = ? LIMIT 1"
 
@@ -40,9 +45,21 @@ def manifest(db: sqlite3.Connection, of: Window) -> Manifest:
 
 
 def pinned(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
+    _check_there(db, of)
+    return _objects(db, of)
+
+
+def sizes(db: sqlite3.Connection, of: Window) -> dict[str, dict[str, int]]:
+    _check_there(db, of)
+    found: dict[str, dict[str, int]] = {}
+    for tier, key, size in zip(*map(orjson.loads, db.execute(_SIZES_OF, (of.manifest,)).fetchone()), strict=True):
+        found.setdefault(tier, {})[key if of.salt == of.pin_salt else under(key, of.salt)] = size
+    return found
+
+
+def _check_there(db: sqlite3.Connection, of: Window) -> None:
     if db.execute("SELECT 1 FROM manifests WHERE id = ?", (of.manifest,)).fetchone() is None:
         raise _deleted()
-    return _objects(db, of)
 
 
 def _deleted() -> GatewayError:

@@ -24,6 +24,7 @@ from gateway.records import (
     PinnedObject,
     Session,
     SessionState,
+    Sizes,
     StoredResponse,
     Succession,
     Turn,
@@ -190,7 +191,7 @@ class SqliteStore:
 
     async def window(self, tenant: str, name: str) -> Window | None:
         """See `Store.window`."""
-        return await self._read(lambda db: window_rows.window(db, tenant, name))
+        return window_rows.window(self._inline, tenant, name)
 
     async def list_windows(self, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
         """See `Store.list_windows`."""
@@ -217,6 +218,10 @@ class SqliteStore:
     async def manifest(self, window: Window) -> Manifest:
         """See `Store.manifest`."""
         return await self._read(lambda db: manifest_rows.manifest(db, window))
+
+    async def sizes(self, window: Window) -> Sizes:
+        """See `Store.sizes`."""
+        return await self._read(lambda db: manifest_rows.sizes(db, window))
 
     async def pinned(self, window: Window) -> tuple[PinnedObject, ...]:
         """See `Store.pinned`."""

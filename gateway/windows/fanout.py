@@ -1,6 +1,5 @@
 """Fan out: one window, many thawed sessions in one call. They share its KV; no byte is copied, no file is made."""
 
-import asyncio
 import time
 
 from gateway.parts import Parts
@@ -8,7 +7,7 @@ from gateway.progress import Progress, silent
 from gateway.records import Session, Window, check_session_id
 from gateway.windows.counted import counted
 from gateway.windows.finish import whole_chunks
-from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, restore, served, taken, usable
+from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, look, served, taken, usable
 
 MOST = 100
 
@@ -26,9 +25,11 @@ async def fanout(
     window = await usable(parts, tenant, name)
     stem = prefix or fresh_id(name, room=len(f"-{count}"))
     check_session_id(f"{stem}-{count}", "prefix")
-    _, objects = await asyncio.gather(served(parts, window), parts.store.pinned(window))
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, objects, receipt, progress, check=False)
+    model = parts.engines.known(window.model) if parts.engines.up else None
+    if model is None or model.fingerprint != window.fingerprint:  # else it was seen in the last seconds
+        await served(parts, window)
+    await look(parts, window, receipt, progress)
     sessions = [branch_of(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
     # As in a thaw: the window may have been deleted since, and its transcript with it.
     async with parts.pins.lock.hold(alone=False):

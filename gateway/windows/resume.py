@@ -26,11 +26,11 @@ async def resume(parts: Parts, session: Session) -> None:
     if window is None or window.kv == "absent" or window.salt != session.salt:
         return
     try:
-        manifest = await parts.store.manifest(window)
+        manifest, sizes = await parts.store.manifest(window), await parts.store.sizes(window)
     except GatewayError:  # deleted just now
         return
-    lost = await parts.pins.lost(manifest.objects)
-    _, warnings = await parts.pins.restore(lost)
+    missing = await parts.pins.missing(sizes)
+    _, warnings = await parts.pins.restore([o for o in manifest.objects if o.key in missing.get(o.tier, ())])
     for warning in warnings:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
     whole = manifest.token_ids[: window.chunk_count * window.chunk_size]

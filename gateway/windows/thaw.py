@@ -156,18 +156,24 @@ async def served(parts: Parts, window: Window) -> Model:
 
 
 async def restore(
-    parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt, progress: Progress, *,
-    check: bool = True,
-) -> None:  # fmt: skip
-    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises.
-
-    Without `check` nothing is read where LMCache still has all of it, going by names and sizes.
-    """
+    parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt, progress: Progress
+) -> None:
+    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises."""
     progress("restore", 0, window.chunk_count)
-    if check or await parts.pins.lost(objects):
-        await _put_back(parts, window, objects, receipt)
+    await _put_back(parts, window, objects, receipt)
+    _warn(window, receipt)
+
+
+async def look(parts: Parts, window: Window, receipt: Receipt, progress: Progress) -> None:
+    """As `restore`, but nothing is read where LMCache still has all of it, going by names and sizes."""
+    if await parts.pins.missing(await parts.store.sizes(window)):
+        await restore(parts, window, await parts.store.pinned(window), receipt, progress)
     else:
         receipt.chunks_found = window.chunk_count
+        _warn(window, receipt)
+
+
+def _warn(window: Window, receipt: Receipt) -> None:
     if window.kv == "absent":
         receipt.warnings.append(f"the window holds no KV: the engine computes its {window.token_count} tokens again")
     elif receipt.chunks_found < receipt.chunks_expected:

@@ -50,7 +50,8 @@ class DiskTier:
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
-        return await self._run(lambda: [_size(f"{self._kv}/{file_name(name)}") for name in names])
+        folder = f"{self._kv}/"
+        return await self._run(lambda: [_size(folder + file_name(name)) for name in names])
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
