@@ -3,12 +3,14 @@
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from gateway.edge import responses
 from gateway.records import Session, StoredResponse, Trace, Turn
 from gateway.store.contract import Finished
 from gateway.store.sqlite import SqliteStore
@@ -184,6 +186,25 @@ def test_the_next_request_finds_a_turn_that_waits_to_be_recorded(engine: FakeEng
                         last = json.loads(line[6:])
                 previous = last["response"]["id"]
     assert len(texts(engine.seen(PATH)[-1])) == 39
+
+
+@pytest.mark.anyio
+async def test_a_turn_that_is_recorded_while_the_store_is_asked_is_found() -> None:
+    kept = StoredResponse("t", "r1", "s", "s", 1.0, {"id": "r1"})
+
+    class Store:
+        """Read just before the record, whose turn has left by the time the answer is there."""
+
+        async def response(self, tenant: str, response_id: str) -> StoredResponse | None:
+            seen, sessions.in_flight = (None if sessions.in_flight else kept), 0
+            return seen
+
+    async def settle() -> None:
+        """Everything is recorded."""
+
+    sessions = SimpleNamespace(in_flight=1)
+    parts: Any = SimpleNamespace(store=Store(), sessions=sessions, turns=SimpleNamespace(settle=settle))
+    assert await responses.serve(parts, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
 
 
 def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(
