@@ -10,7 +10,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -67,16 +68,10 @@ async def freeze(
     progress("snapshot", 0, 0)
     snapshot = await _snapshot(parts, tenant, session_id, progress)
     wanted, warnings = await _plan(parts, snapshot)
-    try:
+    async with all_or_nothing(parts):
         if wanted and wanted.keys:
             await parts.pins.check_room(parts.settings.disk_reserve_bytes)
         window = await _keep(parts, snapshot, wanted, naming, warnings, clock, progress)
-    except TierFull as error:
-        await release_strays(parts)
-        raise storage_full(error) from error
-    except GatewayError:
-        await release_strays(parts)
-        raise
     await parts.store.set_frozen(tenant, session_id, turn_count=snapshot.session.turn_count, at=window.created_at)
     return window, warnings
 
@@ -101,9 +96,18 @@ async def release_strays(parts: Parts) -> int:
     return swept
 
 
-def storage_full(error: TierFull) -> GatewayError:
-    """The error for a tier that has no room left."""
-    return GatewayError("storage_full", str(error), hint="free space, or delete windows that are not needed")
+@asynccontextmanager
+async def all_or_nothing(parts: Parts) -> AsyncIterator[None]:
+    """Where the block fails to make a window, let go of what it has pinned. Raises `storage_full` for a full tier."""
+    try:
+        yield
+    except TierFull as error:
+        await release_strays(parts)
+        hint = "free space, or delete windows that are not needed"
+        raise GatewayError("storage_full", str(error), hint=hint) from error
+    except GatewayError:
+        await release_strays(parts)
+        raise
 
 
 def taken(name: str) -> GatewayError:

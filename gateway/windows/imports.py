@@ -33,7 +33,7 @@ from gateway.windows.canonical import next_turn_ids
 from gateway.windows.container import TEXTS, Contents, Reader, Record, corrupted, object_name
 from gateway.windows.counted import counted
 from gateway.windows.finish import finished
-from gateway.windows.freeze import check_budget, release_strays, storage_full, taken
+from gateway.windows.freeze import all_or_nothing, check_budget, taken
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -241,24 +241,17 @@ async def _keep(
     parts: Parts, window: Window, record: Record, contents: Contents, text: _Text, spool: IO[bytes],
     warnings: list[str], clock: float, progress: Progress,
 ) -> Window:  # fmt: skip
-    try:
-        # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
-        async with parts.pins.lock.hold(alone=parts.salts.per_tenant):
-            objects = await _pin(parts, window, contents, text.ids, spool, warnings, progress)
-            done = finished(window, window.chunk_count, objects, clock, _origin(record))
-            progress("commit", 0, 0)
-            await check_budget(parts, window.tenant, objects)
-            manifest = Manifest(done.manifest, text.ids, objects)
-            if not await parts.store.import_window(done, manifest, text.messages, text.frame):
-                raise taken(window.name)
-            warnings += (await parts.pins.restore(objects))[1]
-            return done
-    except TierFull as error:
-        await release_strays(parts)
-        raise storage_full(error) from error
-    except GatewayError:
-        await release_strays(parts)
-        raise
+    # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
+    async with all_or_nothing(parts), parts.pins.lock.hold(alone=parts.salts.per_tenant):
+        objects = await _pin(parts, window, contents, text.ids, spool, warnings, progress)
+        done = finished(window, window.chunk_count, objects, clock, _origin(record))
+        progress("commit", 0, 0)
+        await check_budget(parts, window.tenant, objects)
+        manifest = Manifest(done.manifest, text.ids, objects)
+        if not await parts.store.import_window(done, manifest, text.messages, text.frame):
+            raise taken(window.name)
+        warnings += (await parts.pins.restore(objects))[1]
+        return done
 
 
 async def _pin(
