@@ -93,7 +93,9 @@ class Settings:
     turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
     sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
     expiry_grace_s: float = setting(60.0, "seconds for which the text of an expired window can still be read")
-    session_ttl_s: float = setting(0.0, "seconds after which an idle session is forgotten with its KV; 0: never")
+    session_ttl_s: float = setting(
+        0.0, "seconds after which an idle session is `expired`, and the next sweep forgets it with its KV; 0: never"
+    )
     disk_budget_bytes: int = setting(
         0, "bytes for the disk tier; past it, KV of the sessions that were idle longest goes first; 0: no bound"
     )

@@ -407,6 +407,29 @@ def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too
     eventually(lambda: "removed 3 KV objects" in gateway.log, "the log says so")
 
 
+def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes_on(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    with gateway_before(engine.url, tmp_path, sweep_every_s=600, session_ttl_s=0.5) as gateway:
+
+        def states() -> dict[str, set[str]]:
+            listed = {
+                state: gateway.http.get(f"/admin/sessions?state={state}").json()["sessions"]
+                for state in ("active", "frozen", "thawed", "expired")
+            }
+            assert all(one["state"] == state for state, found in listed.items() for one in found)
+            return {state: {one["id"] for one in found} for state, found in listed.items()}
+
+        for name in ("a", "b"):
+            gateway.chat(name)
+        gateway.freeze("b", "w")
+        eventually(lambda: states()["expired"] == {"a", "b"}, "both are expired")
+        assert {state for state, found in states().items() if found} == {"expired"}
+        assert gateway.http.get("/admin/sessions/b").json()["state"] == "expired"
+        gateway.chat("b", "I am back")
+        assert gateway.http.get("/admin/sessions/b").json()["turn_count"] == 2
+
+
 def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_before(engine.url, tmp_path, sweep_every_s=0.1, expiry_grace_s=1.5) as gateway:
         gateway.chat(session)

@@ -335,6 +335,10 @@ async def test_sessions_are_listed_by_activity_and_filtered(store: Store) -> Non
     assert await ids(state="frozen") == ["s2"]
     assert await ids(model="other") == await ids(state="thawed") == ["t"]
     assert await ids(model="othe") == []
+    page, total = await store.list_sessions(TENANT, state="expired", model=None, limit=9, offset=0, expired_by=2.9)
+    assert ([one.id for one in page], total) == (["s2", "s1", "s0"], 3)  # whatever they were
+    left, _ = await store.list_sessions(TENANT, state="active", model=None, limit=9, offset=0, expired_by=2.9)
+    assert [one.id for one in left] == ["s5", "s4", "s3"]
     assert await store.list_sessions("nobody", state=None, model=None, limit=9, offset=0) == ([], 0)
 
 

@@ -33,10 +33,11 @@ async def list_sessions(call: Call) -> Any:
     q = call.given
     limit, offset = q["limit"], q["offset"]
     await call.parts.turns.settle()
+    by = forget.expired_by(call.parts.settings)
     page, total = await call.parts.store.list_sessions(
-        call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset
+        call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset, expired_by=by
     )
-    shown = [show.session(s) for s in page]
+    shown = [show.session(s, by) for s in page]
     return {"sessions": shown, **show.paging(len(page), total, limit, offset)}
 
 
@@ -51,7 +52,7 @@ async def get_session(call: Call) -> Any:
     windows, _ = await call.parts.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
     model = call.parts.engines.known(session.model)
     return {
-        **show.session(session),
+        **show.session(session, forget.expired_by(call.parts.settings)),
         "context_limit": model.context_limit if model else None,
         "estimates": call.parts.estimator.report().get(session.model),
         "turns": [show.turn(t) for t in turns],

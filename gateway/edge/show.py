@@ -22,11 +22,11 @@ def paging(count: int, total: int, limit: int, offset: int) -> dict[str, Any]:
     return {"total": total, "has_more": offset + count < total, "limit": limit, "offset": offset}
 
 
-def session(s: Session) -> dict[str, Any]:
-    """A session."""
+def session(s: Session, expired_by: float) -> dict[str, Any]:
+    """A session; `expired` where it was last active before `expired_by`."""
     return {
         "id": s.id,
-        "state": s.state,
+        "state": "expired" if s.last_active_at < expired_by else s.state,
         "model": s.model,
         "token_count": s.token_count,
         "turn_count": s.turn_count,

@@ -128,9 +128,13 @@ class Store(Protocol):
         ...
 
     async def list_sessions(
-        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
-    ) -> tuple[list[Session], int]:
-        """Return one page of sessions, last active first, and how many there are in all."""
+        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,
+        expired_by: float = 0.0,
+    ) -> tuple[list[Session], int]:  # fmt: skip
+        """Return one page of sessions, last active first, and how many there are in all.
+
+        Those that were last active before `expired_by` count as `expired`, whatever they were until then.
+        """
         ...
 
     async def add_session(self, session: Session) -> bool:

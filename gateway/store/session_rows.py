@@ -23,11 +23,14 @@ def session(db: sqlite3.Connection, tenant: str, session_id: str) -> Session | N
 
 
 def list_sessions(
-    db: sqlite3.Connection, tenant: str, state: SessionState | None, model: str | None, limit: int, offset: int
-) -> tuple[list[Session], int]:
-    where, values = "WHERE tenant = ? AND (? IS NULL OR state = ?) AND (? IS NULL OR model = ?)", (
-        tenant, state, state, model, model,
-    )  # fmt: skip
+    db: sqlite3.Connection, tenant: str, state: SessionState | None, model: str | None, limit: int, offset: int,
+    expired_by: float,
+) -> tuple[list[Session], int]:  # fmt: skip
+    where, values = (
+        """WHERE tenant = ? AND (? IS NULL OR CASE WHEN last_active_at < ? THEN 'expired' ELSE state END = ?)
+        AND (? IS NULL OR model = ?)""",
+        (tenant, state, expired_by, state, model, model),
+    )
     (total,) = db.execute(f"SELECT count(*) FROM sessions {where}", values).fetchone()
     page = db.execute(f"{_SESSION} {where} ORDER BY last_active_at DESC, id LIMIT ? OFFSET ?", (*values, limit, offset))
     return [Session(*row) for row in page], total

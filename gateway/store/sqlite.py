@@ -101,10 +101,13 @@ class SqliteStore:
         return session_rows.standing(self._inline, tenant, ends)
 
     async def list_sessions(
-        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int
-    ) -> tuple[list[Session], int]:
+        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,
+        expired_by: float = 0.0,
+    ) -> tuple[list[Session], int]:  # fmt: skip
         """See `Store.list_sessions`."""
-        return await self._read(lambda db: session_rows.list_sessions(db, tenant, state, model, limit, offset))
+        return await self._read(
+            lambda db: session_rows.list_sessions(db, tenant, state, model, limit, offset, expired_by)
+        )
 
     async def add_session(self, session: Session) -> bool:
         """See `Store.add_session`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from gateway.kv.keys import ObjectKey
 from gateway.parts import Parts
 from gateway.sessions import no_session
+from gateway.settings import Settings
 from gateway.store.contract import LooseSalt
 from gateway.windows.counted import counted
 from gateway.windows.delete import drop_from_cache
@@ -58,8 +59,12 @@ async def delete_session(parts: Parts, tenant: str, session_id: str) -> Forgotte
 async def forget_sessions(parts: Parts) -> tuple[int, int]:
     """Delete the sessions beyond `sessions_kept`, and those past `session_ttl_s`; return how many of each."""
     beyond = await parts.store.forget_idle(parts.settings.sessions_kept)
-    ttl = parts.settings.session_ttl_s
-    return beyond, await _expire(parts, time.time() - ttl) if ttl else 0
+    return beyond, await _expire(parts, expired_by(parts.settings)) if parts.settings.session_ttl_s else 0
+
+
+def expired_by(settings: Settings) -> float:
+    """Sessions that were last active before this are past `session_ttl_s`: the next sweep forgets them."""
+    return time.time() - settings.session_ttl_s if settings.session_ttl_s else 0.0
 
 
 async def _expire(parts: Parts, since: float) -> int:
