@@ -97,6 +97,8 @@ def test_a_full_session_is_a_window_and_goes_on_in_a_successor(engine: FakeEngin
     assert (successor["forked_from"], successor["recognised_by"]) == (session, "successor")
     lineage = full.http.get(f"/admin/sessions/{session}").json()["lineage"]
     assert successor["lineage"] == lineage
+    nodes = {node["name"]: node for node in full.http.get("/admin/tree").json()["nodes"]}
+    assert (nodes[f"{session}.2"]["relation"], nodes[f"{session}.2"]["parent"]["name"]) == ("went on from", session)
 
 
 @pytest.mark.parametrize("named", ["old id", "new id", "no id"])

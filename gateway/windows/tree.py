@@ -65,7 +65,7 @@ def _origin_of_session(
 ) -> tuple[tuple[Kind, str] | None, Relation | None]:
     stem = sessions.get(one.parent or "")
     if stem is not None and _older(stem, one):
-        return ("session", stem.id), "forked from"
+        return ("session", stem.id), "went on from" if stem.successor == one.id else "forked from"
     window = windows.get(one.window or "")
     if window is not None and _older(window, one):
         return ("window", window.name), "thawed from"
