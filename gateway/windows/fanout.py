@@ -26,8 +26,9 @@ async def fanout(
     stem = prefix or fresh_id(name, room=len(f"-{count}"))
     check_session_id(f"{stem}-{count}", "prefix")
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
+    # What the engines said in the last seconds will do: the salt of a turn goes by what is served then.
     model = parts.engines.known(window.model) if parts.engines.up else None
-    if model is None or model.fingerprint != window.fingerprint:  # else it was seen in the last seconds
+    if model is None or model.fingerprint != window.fingerprint:
         await served(parts, window)
     await look(parts, window, receipt, progress)
     sessions = [branch_of(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
