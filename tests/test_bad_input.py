@@ -492,7 +492,7 @@ def test_a_websocket_or_a_tunnel_is_refused_in_words_and_reaches_no_engine(
         assert error["code"] == "invalid_request"
         assert "HTTP/1.1 only" in error["message"]
         assert "stream" in error["hint"]
-    assert engine.requests == []
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize(

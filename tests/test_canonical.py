@@ -197,7 +197,7 @@ async def test_token_ids_are_what_they_are_and_a_reply_in_text_is_put_behind_the
 ) -> None:
     row = {"role": "tokens", "content": [7, 8, 9]}
     assert await next_turn_ids(asks, MODEL, {}, [row]) == [7, 8, 9]
-    assert engine.requests == []
+    assert engine.asked == []
     merging(engine)
     reply = await asks.tokenize(MODEL, " d e", special=False)
     assert await next_turn_ids(asks, MODEL, {}, [row, {"role": "text", "content": " d e"}]) == [7, 8, 9, *reply]

@@ -361,7 +361,7 @@ def test_a_chat_cannot_follow_a_text_nor_a_text_a_chat(engine: FakeEngine, gatew
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["type"]) == (400, "invalid_request", "invalid_request_error")
         assert says in error["message"]
-    assert engine.requests == []
+    assert engine.asked == []
 
 
 def test_errors_of_the_engine_come_through_untouched(engine: FakeEngine, gateway: Gateway, session: str) -> None:

@@ -17,6 +17,7 @@ import orjson
 
 MODEL = "demo"
 WITHIN = 20.0  # seconds that anything a test waits for may take, on a machine that does other things too
+_WATCHED = frozenset({"/health", "/v1/models"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,12 @@ class FakeEngine:
         with self._news:
             for sock in self._open.values():
                 _shut(sock)
+
+    @property
+    def asked(self) -> list[Request]:
+        """What came for somebody: all but what the gateway asks by itself, at times of its own."""
+        with self._news:
+            return [request for request in self.requests if request.path not in _WATCHED]
 
     def seen(self, path: str) -> list[Request]:
         """Requests for a path so far."""
