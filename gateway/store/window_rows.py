@@ -17,6 +17,7 @@ _WINDOW = f"SELECT {', '.join(_COLUMNS)} FROM windows"
 _SORT = {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
 _TAGGED = "name IN (SELECT name FROM window_tags WHERE tenant = ? AND tag = ?)"
 _TAGGED_TOO = "EXISTS (SELECT 1 FROM window_tags t WHERE t.tenant = ? AND t.tag = ? AND t.name = windows.name)"
+_FEW = 500
 _WILD, _ESCAPED = re.compile(r"[%_\\]"), r"\\\g<0>"
 
 
@@ -33,31 +34,34 @@ def window(db: sqlite3.Connection, tenant: str, name: str) -> Window | None:
 
 
 def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
-    where, values = _where(db, tenant, query)
-    order = _order(query)
-    # One look at all that match, in an index where it can be: how many there are, and which are on the page.
-    (total,), *rows = db.execute(
-        f"""WITH found AS MATERIALIZED (SELECT rowid AS row FROM windows WHERE {where} ORDER BY {order})
-        SELECT count(*) FROM found UNION ALL SELECT * FROM (SELECT row FROM found LIMIT ? OFFSET ?)""",
-        (*values, query.limit, query.offset),
-    )
-    marks = ", ".join("?" * len(rows))
-    # The plus keeps SQLite from looking through the tenant's windows for these.
+    where, values = _where(tenant, query)
+    tags = _rarest_first(db, tenant, query.tags)
+    # The rarest tag says which windows to look at, the others are asked of those.
+    tagged = [_TAGGED_TOO if rank else _TAGGED for rank in range(len(tags))]
+    condition = " AND ".join((*where, *tagged))
+    asked = [*values, *(value for _, tag in tags for value in (tenant, tag))]
+    if len(tags) == 1 and len(where) == 1:  # nothing else is asked: it is counted already
+        ((total, _),) = tags
+    else:
+        (total,) = db.execute(f"SELECT count(*) FROM windows WHERE {condition}", asked).fetchone()
+    few = query.session_id is not None or (tags and tags[0][0] <= _FEW)
     page = db.execute(
-        f"{_WINDOW} WHERE +tenant = ? AND rowid IN ({marks}) ORDER BY {order}", (tenant, *(row for (row,) in rows))
+        f"{_WINDOW} WHERE {condition} ORDER BY {_order(query, few=bool(few))} LIMIT ? OFFSET ?",
+        (*asked, query.limit, query.offset),
     )
     return [_window(row) for row in page], total
 
 
-def _order(query: WindowQuery) -> str:
+def _order(query: WindowQuery, *, few: bool) -> str:
     """Newest or largest first is the order of an index; the other way round is the same, read from its end."""
     column = _SORT[query.sort_by]
     # What few windows have is found by that and sorted then; SQLite would walk through all of them in order.
-    few = "+" if query.session_id is not None or query.tags else ""
-    return f"{few}{column} DESC, name" if query.descending else f"{few}{column}, name DESC"
+    plus = "+" if few else ""
+    return f"{plus}{column} DESC, name" if query.descending else f"{plus}{column}, name DESC"
 
 
-def _where(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[str, list[object]]:
+def _where(tenant: str, query: WindowQuery) -> tuple[list[str], list[object]]:
+    """What is asked of a window's own row; of the tenant first."""
     terms: list[tuple[str, Sequence[object]]] = [("tenant = ?", [tenant])]
     if query.model is not None:
         terms.append(("model = ?", [query.model]))
@@ -70,15 +74,13 @@ def _where(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[str
     if query.search is not None:
         pattern = f"%{_WILD.sub(_ESCAPED, query.search)}%"
         terms.append(("(name LIKE ? ESCAPE '\\' OR description LIKE ? ESCAPE '\\')", [pattern, pattern]))
-    # The rarest tag says which windows to look at, the others are asked of those.
-    for rank, tag in enumerate(_rarest_first(db, tenant, query.tags)):
-        terms.append((_TAGGED_TOO if rank else _TAGGED, [tenant, tag]))
-    return " AND ".join(term for term, _ in terms), [value for _, values in terms for value in values]
+    return [term for term, _ in terms], [value for _, values in terms for value in values]
 
 
-def _rarest_first(db: sqlite3.Connection, tenant: str, tags: Iterable[str]) -> list[str]:
+def _rarest_first(db: sqlite3.Connection, tenant: str, tags: Iterable[str]) -> list[tuple[int, str]]:
+    """The tags, each with the number of windows that have it."""
     counted = "SELECT count(*) FROM window_tags WHERE tenant = ? AND tag = ?"
-    return sorted(set(tags), key=lambda tag: db.execute(counted, (tenant, tag)).fetchone())
+    return sorted((db.execute(counted, (tenant, tag)).fetchone()[0], tag) for tag in set(tags))
 
 
 def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from gateway.kv.keys import ObjectKey, file_name
+from gateway.kv.keys import ObjectKey, file_names
 from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
@@ -50,8 +50,7 @@ class DiskTier:
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
-        folder = f"{self._kv}/"
-        return await self._run(lambda: [_size(folder + file_name(name)) for name in names])
+        return await self._run(lambda: _sizes(self._kv, file_names(names)))
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
@@ -248,9 +247,18 @@ def _unlink(path: Path) -> int:
     return stat.st_size if stat.st_nlink == 1 else 0
 
 
-def _size(path: str) -> int:
+def _sizes(folder: Path, names: Iterable[str]) -> list[int]:
+    # A thousand of these are one call's work: from the folder on, the kernel has less of a path to walk for each.
+    fd = os.open(folder, os.O_RDONLY)
     try:
-        return os.stat(path).st_size  # noqa: PTH116 - a thousand of these are one call's work, and a Path costs more
+        return [_size(name, fd) for name in names]
+    finally:
+        os.close(fd)
+
+
+def _size(name: str, folder: int) -> int:
+    try:
+        return os.stat(name, dir_fd=folder).st_size
     except FileNotFoundError:
         return 0
 
