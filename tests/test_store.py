@@ -18,6 +18,7 @@ from gateway import identity
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
+from gateway.store import transcript_rows
 from gateway.store.contract import Finished, Released, Store, WindowQuery
 from gateway.store.migrations import MIGRATIONS
 from gateway.store.sqlite import SqliteStore
@@ -773,8 +774,9 @@ async def test_what_a_tenants_windows_hold_counts_once_what_they_share(store: St
     assert await store.held_bytes("nobody", more) == 3 * 50
 
 
-async def test_objects_of_an_older_store_are_those_of_the_same_windows(tmp_path: Path) -> None:
+async def test_what_an_older_store_has_is_there_in_a_newer_one(tmp_path: Path) -> None:
     path, old = tmp_path / "gateway.db", manifest("w", [key(2), key(1)], ("disk", "redis"))
+    talk = says("a" * 5000, "b")
     with closing(sqlite3.connect(path)) as db:
         for step in MIGRATIONS[:9]:
             step(db)
@@ -783,11 +785,23 @@ async def test_objects_of_an_older_store_are_those_of_the_same_windows(tmp_path:
         db.executemany("INSERT INTO objects VALUES (?, ?, ?, ?)", [o[:4] for o in old.objects])
         held = [(old.id, n // 2, o.key, o.tier) for n, o in enumerate(old.objects)]
         db.executemany("INSERT INTO manifest_objects VALUES (?, ?, ?, ?)", held)
+        tip = transcript_rows.add(db, talk)
         db.commit()
+    assert tip is not None
     async with SqliteStore(path, turns_kept=5) as store:
         assert await store.manifest(window("w")) == old
         assert await store.held_objects() == {key(1), key(2)}
+        assert await store.messages(tip) == talk
+        assert await store.add_window(window("w", transcript=tip, manifest=old.id), None)
+        assert await store.delete_window(TENANT, "w")
+        assert await store.messages(tip) == []
     sound(path)
+
+
+async def test_a_row_that_points_nowhere_is_refused(tmp_path: Path) -> None:
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
+        with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+            await store.add_window(window("w", manifest="m-none"), None)
 
 
 async def test_the_schema_of_a_new_store_is_the_newest(tmp_path: Path) -> None:

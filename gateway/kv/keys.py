@@ -41,7 +41,7 @@ class ObjectKey:
     @property
     def file_name(self) -> str:
         """The name in LMCache's disk tier."""
-        return file_names([str(self)])[0]
+        return file_name(str(self))
 
     @classmethod
     def parse_file_name(cls, name: str) -> "ObjectKey | None":
@@ -78,13 +78,10 @@ class ObjectKey:
         }
 
 
-def file_names(names: Sequence[str]) -> list[str]:
-    """The names in LMCache's disk tier of keys of one model that are spelled as `str` writes them."""
-    if not names:
-        return []
-    model = names[0].rsplit("@", 4)[0]
-    start, after = f"{model.replace('/', '-SEP-')}@0x", len(model) + 1
-    return [start + name[after:] + DISK_SUFFIX for name in names]
+def file_name(name: str) -> str:
+    """The name in LMCache's disk tier of a key that is spelled as `str` writes it."""
+    model = name.rsplit("@", 4)[0]
+    return f"{model.replace('/', '-SEP-')}@0x{name[len(model) + 1 :]}{DISK_SUFFIX}"
 
 
 def under(name: str, salt: str) -> str:

@@ -263,22 +263,50 @@ _M010 = (
 )
 
 
+@MIGRATIONS.append
+def m011_rows_that_are_large(db: sqlite3.Connection) -> None:
+    """Messages and token ids as rows with a number.
+
+    Without one they lie in the tree of their keys, where SQLite reads the whole of each row it passes by: the megabyte
+    of token ids of a large window, for each of its thousand objects.
+    """
+    for statement in _M011:
+        db.execute(statement)
+
+
+_M011 = (
+    "CREATE TABLE numbered_contents (id BLOB NOT NULL UNIQUE, body BLOB NOT NULL)",
+    "INSERT INTO numbered_contents SELECT id, body FROM contents",
+    "DROP TABLE contents",
+    "ALTER TABLE numbered_contents RENAME TO contents",
+    "CREATE TABLE numbered_manifests (id TEXT NOT NULL UNIQUE, token_ids BLOB NOT NULL)",
+    "INSERT INTO numbered_manifests SELECT id, token_ids FROM manifests",
+    "DROP TABLE manifests",
+    "ALTER TABLE numbered_manifests RENAME TO manifests",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
-    """Bring the schema up to date, each step in a transaction of its own.
+    """Bring the schema up to date, each step in a transaction of its own; foreign keys are enforced from then on.
 
     Raises StartError when the database was written by a newer gateway.
     """
-    while True:
-        db.execute("BEGIN IMMEDIATE")  # before the version is read: another worker may be migrating
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            db.execute("ROLLBACK")
-            raise StartError(
-                f"the store has schema {version}, this gateway knows {len(MIGRATIONS)}: use a newer gateway"
-            )
-        if version == len(MIGRATIONS):
-            db.execute("COMMIT")
-            return
+    # While they are, no table can be made anew that others refer to (sqlite.org/lang_altertable.html, section 7).
+    db.execute("PRAGMA foreign_keys = OFF")
+    while _step(db):
+        pass
+    db.execute("PRAGMA foreign_keys = ON")
+
+
+def _step(db: sqlite3.Connection) -> bool:
+    """Do the next step, if there is one left."""
+    db.execute("BEGIN IMMEDIATE")  # before the version is read: another worker may be migrating
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        db.execute("ROLLBACK")
+        raise StartError(f"the store has schema {version}, this gateway knows {len(MIGRATIONS)}: use a newer gateway")
+    if version < len(MIGRATIONS):
         MIGRATIONS[version](db)
         db.execute(f"PRAGMA user_version = {version + 1}")
-        db.execute("COMMIT")
+    db.execute("COMMIT")
+    return version < len(MIGRATIONS)

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from gateway.kv.keys import ObjectKey, file_names
+from gateway.kv.keys import ObjectKey, file_name
 from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
@@ -50,7 +50,7 @@ class DiskTier:
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
-        return await self._run(lambda: _sizes(self._kv, file_names(names)))
+        return await self._run(lambda: _sizes(self._kv, [file_name(name) for name in names]))
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
@@ -247,10 +247,12 @@ def _unlink(path: Path) -> int:
     return stat.st_size if stat.st_nlink == 1 else 0
 
 
-def _sizes(folder: Path, names: Iterable[str]) -> list[int]:
-    # A thousand of these are one call's work: from the folder on, the kernel has less of a path to walk for each.
-    fd = os.open(folder, os.O_RDONLY)
+def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
     try:
+        fd = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # LMCache makes it
+        return [0] * len(names)
+    try:  # thousands are one call's work: from the folder on, the kernel has less of a path to walk for each
         return [_size(name, fd) for name in names]
     finally:
         os.close(fd)
