@@ -18,7 +18,8 @@ from gateway.autofreeze import Autofreeze
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
 from gateway.edge.health import Health
-from gateway.edge.inference import BESIDE, Inference
+from gateway.edge.incoming import BESIDE
+from gateway.edge.inference import Inference
 from gateway.edge.mcp_door import PATH, McpDoor
 from gateway.engine import Engine
 from gateway.engines import Engines

@@ -101,10 +101,13 @@ class Engines(Questions):
         return None
 
     async def look_up(self, name: str) -> Model | None:
-        """Ask the engines for a model not known yet, each at most once a second: clients may name anything.
+        """A model as last seen, None when no engine has it (it then says so itself).
 
-        Raises `engine_unreachable`, `engine_timeout` when none of them answers.
+        For one not known yet each engine is asked at most once a second: clients may name anything. Raises
+        `engine_unreachable`, `engine_timeout` when none of them answers.
         """
+        if (model := self.known(name)) is not None:
+            return model
         if len(self.members) == 1:
             return await self.members[0].engine.look_up(name)
         asked = [asyncio.create_task(_or_error(m.engine.look_up(name))) for m in self.up or self.members]

@@ -1,0 +1,86 @@
+"""What is no turn of a session passes through: without what a client may not send, with a salt where KV comes of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from gateway import identity, normalise
+from gateway.dialects.contract import is_clean, sanitise, with_fields, write_json
+from gateway.edge import front
+from gateway.edge.client import client_of
+from gateway.edge.http import Headers, parse_object, send_answer
+from gateway.edge.incoming import MESSAGES, SALTED, Incoming, spoken
+from gateway.edge.relay import Answer, Outgoing, relay
+from gateway.parts import Parts
+from gateway.records import Session
+from gateway.sessions import Place
+from gateway.windows.successor import Successors
+
+
+class Passing:
+    """Relays what is no turn; `outgoing` makes the engine's request of a client's and a body."""
+
+    def __init__(self, parts: Parts, successors: Successors, outgoing: Callable[[Incoming, bytes], Outgoing]) -> None:
+        self._parts = parts
+        self._successors = successors
+        self._outgoing = outgoing
+        self._rules = frozenset(parts.settings.normalise)
+
+    async def serve(self, incoming: Incoming) -> None:
+        """Relay a request."""
+        engines = self._parts.engines
+        if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
+            cards = write_json({"object": "list", "data": engines.cards()})
+            await send_answer(incoming.send, 200, cards, _named(incoming))
+            return
+        body, session, model = incoming.body, None, ""
+        if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
+            body, session, model = await self._sanitised(incoming)
+        elif len(engines.members) > 1:
+            session = await self._session_of(incoming, {})
+        await self._relay(incoming, body, session, model)
+
+    async def count(self, incoming: Incoming) -> None:
+        """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
+        parts = self._parts
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        session = await self._session_of(incoming, body)
+        call = MESSAGES.read(body, b"" if normalised else incoming.body)
+        if session and session.window_transcript is not None:
+            call = await front.continued(parts, call, session, incoming)
+        elif incoming.base.window is not None and call.messages:
+            call = await front.begun(parts, call, incoming.base.window, incoming)
+        if session and (onward := await self._successors.onward(Place(session, "", b""), call)):
+            call = onward.call
+        await self._relay(incoming, MESSAGES.question(call), session, call.model)
+
+    async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
+        engines = self._parts.engines
+        route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
+        answer = Answer(spoken(incoming.scope), _named(incoming), limit=0)
+        await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
+
+    async def _sanitised(self, incoming: Incoming) -> tuple[bytes, Session | None, str]:
+        """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""
+        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        raw = incoming.body if is_clean(body) and not normalised else b""
+        client_salt = sanitise(body)
+        sent = body.get("model")
+        named = sent if isinstance(sent, str) else ""
+        salted = incoming.base.path in SALTED
+        several = len(self._parts.engines.members) > 1
+        session = await self._session_of(incoming, body) if salted or several else None
+        if not salted:
+            return raw or write_json(body), session, named
+        model = await self._parts.engines.look_up(named)
+        lineage, fingerprint = session.lineage if session else "", model.fingerprint if model else ""
+        salt = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
+        return with_fields(raw, body, {"cache_salt": salt}), session, named
+
+    async def _session_of(self, incoming: Incoming, body: dict[str, Any]) -> Session | None:
+        given = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        return await self._parts.sessions.open(incoming.tenant, given.id) if given else None
+
+
+def _named(incoming: Incoming) -> Headers:
+    session_id = incoming.base.session_id
+    return [(identity.SESSION_HEADER, session_id.encode())] if session_id else []
