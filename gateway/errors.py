@@ -49,8 +49,8 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "forbidden": Code(
             403,
-            "A page of another site made a browser send this",
-            "Ask from the gateway's own address",
+            "A page of another site made a browser send this, or may have: no key is set, and it went to a public name",
+            "Ask from the gateway's own address; set `api_key` where it has a name of its own",
         ),
         "not_found": Code(404, "Nothing is served at this path", "`/admin/openapi.json` has every path"),
         "session_not_found": Code(

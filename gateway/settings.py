@@ -57,7 +57,10 @@ class Settings:
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
     port: int = setting(8700, "port to listen on; 0 takes a free one")
     workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
-    api_key: str = setting("", "one key for every door (`Authorization: Bearer` or `x-api-key`); empty: no key")
+    api_key: str = setting(
+        "",
+        "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no request to a public name is served",
+    )
     engine_urls: tuple[str, ...] = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
     )

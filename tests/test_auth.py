@@ -46,6 +46,35 @@ def test_no_door_opens_without_the_right_key(engine: FakeEngine, guarded: Gatewa
     assert [request.target for request in engine.asked] == []
 
 
+@pytest.mark.parametrize(("method", "path"), DOORS)
+def test_without_a_key_no_door_opens_to_a_name_that_may_be_anybodys(
+    engine: FakeEngine, gateway: Gateway, method: str, path: str
+) -> None:
+    for host in ("evil.example", "Evil.example.:8700", "127.0.0.1.evil.example", "box.internal.evil.example", "[::1"):
+        response = gateway.http.request(method, path, headers={"host": host, "origin": f"http://{host}"})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
+        assert "CWG_API_KEY" in response.text
+    assert [request.target for request in engine.asked] == []
+
+
+def test_addresses_and_names_without_an_owner_are_served_without_a_key_and_any_name_with_one(
+    gateway: Gateway, guarded: Gateway
+) -> None:
+    for host in (
+        "127.0.0.1:8700",
+        "[::1]:8700",
+        "192.0.2.7",
+        "localhost",
+        "LocalHost.:8700",
+        "box",
+        "box.local",
+        "host.docker.internal",
+    ):
+        assert gateway.http.get("/admin/sessions", headers={"host": host}).status_code == 200, host
+    headers = {"host": "gateway.example", "x-api-key": KEY}
+    assert guarded.http.get("/admin/sessions", headers=headers).status_code == 200
+
+
 def test_a_key_in_the_query_or_the_body_is_no_key(guarded: Gateway) -> None:
     assert guarded.http.get(f"/admin/sessions?api_key={KEY}").status_code == 401
     assert guarded.http.post(CHAT, json={"api_key": KEY}).status_code == 401

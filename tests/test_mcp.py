@@ -539,12 +539,13 @@ async def test_without_the_key_nothing_is_answered(guarded: Gateway, headers: di
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-async def test_any_host_is_served_and_pages_of_others_are_not(gateway: Gateway) -> None:
-    assert post(gateway, INITIALIZE, host="gateway.example:8700").status_code == 200
-    own = post(gateway, INITIALIZE, host="gateway.example", origin="https://gateway.example")
+async def test_any_host_is_served_with_a_key_and_pages_of_others_are_not(guarded: Gateway) -> None:
+    assert post(guarded, INITIALIZE, host="gateway.example:8700").status_code == 200
+    own = post(guarded, INITIALIZE, host="gateway.example", origin="https://gateway.example")
     assert own.status_code == 200
-    assert code_of(post(gateway, INITIALIZE, origin="https://evil.example")) == (403, "forbidden")
-    assert code_of(post(gateway, INITIALIZE, origin="null")) == (403, "forbidden")
+    assert code_of(post(guarded, INITIALIZE, origin="https://evil.example")) == (403, "forbidden")
+    for origin in ("null", "http://[::1", "//gateway.example"):
+        assert code_of(post(guarded, INITIALIZE, origin=origin)) == (403, "forbidden")
 
 
 async def test_what_is_no_mcp_is_refused(gateway: Gateway) -> None:
