@@ -59,7 +59,7 @@ class Settings:
     workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
     api_key: str = setting(
         "",
-        "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no request to a public name is served",
+        "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
     )
     engine_urls: tuple[str, ...] = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
