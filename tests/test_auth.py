@@ -23,8 +23,9 @@ def guarded(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory)
 
 DOORS = [
     ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("POST", "/s/a/v1/messages"),
-    ("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/anything"),
-    ("POST", f"/s/a{CHAT}"), ("GET", "/s/a/v1/models"), ("GET", "/admin/sessions"), ("GET", "/admin/sessions/a"),
+    ("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/demo"),
+    ("GET", "/v1/anything"),
+    ("POST", f"/s/a{CHAT}"), ("GET", "/s/a/v1/models/demo"), ("GET", "/admin/sessions"), ("GET", "/admin/sessions/a"),
     ("DELETE", "/admin/sessions/a"), ("GET", "/admin/windows"), ("POST", "/admin/windows"), ("GET", "/admin/windows/a"),
     ("DELETE", "/admin/windows/a"), ("POST", "/admin/windows/a/thaw"), ("POST", "/admin/windows/a/clone"),
     ("GET", "/admin/windows/a/messages"), ("GET", "/admin/health"), ("POST", "/admin/doctor"),

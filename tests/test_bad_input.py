@@ -471,7 +471,7 @@ UPGRADE = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 1
     "start",
     [
         f"GET /v1/realtime HTTP/1.1\r\nHost: x\r\n{UPGRADE}\r\n",
-        f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{UPGRADE}\r\n",
+        f"GET /v1/models/demo HTTP/1.1\r\nHost: x\r\n{UPGRADE}\r\n",
         f"GET /admin/windows HTTP/1.1\r\nHost: x\r\n{UPGRADE}\r\n",
         f"GET /s/a/v1/responses HTTP/1.1\r\nHost: x\r\n{UPGRADE.replace('websocket', 'h2c, WebSocket')}\r\n",
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{UPGRADE}Content-Length: 2\r\n\r\n{{}}",

@@ -20,7 +20,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
 from gateway.store import transcript_rows
 from gateway.store.contract import Finished, Released, Store, WindowQuery
-from gateway.store.migrations import MIGRATIONS
+from gateway.store.migrations import MIGRATIONS, migrate
 from gateway.store.sqlite import SqliteStore
 from tests.rigs import key, keys, small_disk, spelled
 from tests.running import ROOT
@@ -443,7 +443,7 @@ async def test_lists_filter_sort_and_page(store: Store) -> None:
 
     async def names(**query: Any) -> list[str]:
         page, total = await store.list_windows(TENANT, WindowQuery(**query))
-        assert total >= len(page)
+        assert total == len(page)
         return [one.name for one in page]
 
     assert await names() == ["c", "d", "a", "b"]  # newest first, names where that does not tell
@@ -798,10 +798,32 @@ async def test_what_an_older_store_has_is_there_in_a_newer_one(tmp_path: Path) -
     sound(path)
 
 
-async def test_a_row_that_points_nowhere_is_refused(tmp_path: Path) -> None:
-    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
+def test_foreign_keys_are_enforced_after_a_migration(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as db:
+        migrate(db)
         with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
-            await store.add_window(window("w", manifest="m-none"), None)
+            db.execute("INSERT INTO links VALUES (x'01', NULL, x'02', 0)")
+
+
+async def test_a_tag_that_most_windows_have_is_listed_in_order_and_counted(store: Store) -> None:
+    first = await add(store, "w-000", tags=("all", "odd0"), created_at=0.0)
+    for number in range(1, 600):
+        tags = ("all", f"odd{number % 2}")
+        more = window(f"w-{number:03}", tags=tags, created_at=float(number), manifest=first.manifest)
+        assert await store.add_window(more, None)
+    assert await store.add_window(window("none", created_at=700.0, manifest=first.manifest), None)
+    for tags, expected in (
+        (("all",), [f"w-{number:03}" for number in range(599, -1, -1)]),
+        (("odd1",), [f"w-{number:03}" for number in range(599, -1, -2)]),
+        (("all", "odd1", "all"), [f"w-{number:03}" for number in range(599, -1, -2)]),
+    ):
+        for offset in (0, 7, len(expected) - 3):
+            page, total = await store.list_windows(TENANT, WindowQuery(tags=tags, limit=5, offset=offset))
+            assert ([one.name for one in page], total) == (expected[offset : offset + 5], len(expected))
+    page, total = await store.list_windows(TENANT, WindowQuery(tags=("all",), created_after=590.0))
+    assert ([one.name for one in page], total) == ([f"w-{number:03}" for number in range(599, 590, -1)], 9)
+    page, total = await store.list_windows(TENANT, WindowQuery(tags=("all",), session_id="nobody"))
+    assert (page, total) == ([], 0)
 
 
 async def test_the_schema_of_a_new_store_is_the_newest(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from gateway.errors import GatewayError
 
 TENANT = "default"
 KEY_HEADERS = (b"authorization", b"x-api-key")
-# Names that nobody can register: RFC 6761, 6762 and 8375, and ICANN's resolution on .internal.
+# Names that nobody can register and show to the world: RFC 6761, 6762 and 8375, and ICANN's resolution on .internal.
 _RESERVED = (".localhost", ".local", ".internal", ".test", ".home.arpa")
 
 
@@ -48,7 +48,10 @@ def _bare(value: bytes) -> bytes:
 
 @lru_cache(maxsize=256)
 def _is_ours(host: bytes) -> bool:
-    """Whether a Host header cannot name somebody's site: it is an address, or a name that has no public owner."""
+    """Whether a Host header cannot be a name that somebody on the internet has pointed here.
+
+    It is an address, or a name without a public owner; who answers for such names on this network is trusted.
+    """
     try:
         name = (urlsplit(f"//{host.decode('latin-1')}").hostname or "").rstrip(".")
     except ValueError:

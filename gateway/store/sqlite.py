@@ -324,7 +324,7 @@ class SqliteStore:
         return db
 
     async def _read(self, work: Work[T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._reader, work, self._slow)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
 
     async def _write(self, work: Work[T]) -> T:
         done: Future[T] = Future()
@@ -350,6 +350,15 @@ class SqliteStore:
             if last:
                 break
         db.close()
+
+
+def _whole(db: sqlite3.Connection, work: Work[T]) -> T:
+    """All that a call reads it reads from one moment, however many statements that takes."""
+    db.execute("BEGIN")
+    try:
+        return work(db)
+    finally:
+        db.execute("COMMIT")
 
 
 def _use_wal(db: sqlite3.Connection) -> None:
