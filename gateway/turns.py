@@ -24,7 +24,7 @@ _TURNS_PER_RECORD = 256
 # A turn that is recorded alone costs six times one of a burst (a commit, and threads that hand over to each other), and
 # the next request pays for it.
 _GATHER_S = 0.02
-_OTHERS_S = 1.0  # far more than another worker needs for turns that are over: `_GATHER_S`, and a commit
+_OTHERS_S = 1.0  # far more than an engine needs to end a stream, or another worker for `_GATHER_S` and a commit
 _POLL_S = 0.005
 _READ_AT_ONCE = 4  # replies read before streams have their turn again
 _STOP_S = 10.0
@@ -52,6 +52,7 @@ class Turns:
         self._batch = 0  # that of the turns which are over now, where there are other workers
         self._batch_is_told = False
         self._queue: asyncio.Queue[Ended] = asyncio.Queue()
+        self._said: set[int] = set()  # places (their `id`) of turns whose replies clients have, not recorded yet
         self._recorded = 0  # turns that have left the queue, ever
         self._finished = 0  # turns that have entered it
         self._progress = asyncio.Condition()
@@ -83,25 +84,38 @@ class Turns:
         await self._room.acquire()
         self._sessions.enter(place)
 
+    def said(self, place: Place) -> None:
+        """A client gets the last event of its reply just now; the engine has still to end the stream."""
+        self._said.add(id(place))
+        self._tell_others()
+
     def finish(self, over: Ended) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
         self._finished += 1
+        self._tell_others()
+        self._queue.put_nowait(over)
+
+    def _tell_others(self) -> None:
         if self._locks and not self._batch_is_told:
             self._locks.over(self._batch)
             self._batch_is_told = True
-        self._queue.put_nowait(over)
 
     async def settle(self) -> None:
         """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
 
-        That goes for the turns of other workers too, unless one of them does not get on.
+        That goes for streams that have yet to be ended, and for the turns of other workers, unless one of those does
+        not get on.
         """
         theirs = self._locks.over_elsewhere() if self._locks else set()
-        goal = self._finished
-        if self._recorded < goal:
+        goal, said = self._finished, self._said.copy()
+        if said or self._recorded < goal:
             self._hurry.set()
         async with self._progress:
             await self._progress.wait_for(lambda: self._recorded >= goal)
+            if said:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_OTHERS_S):
+                        await self._progress.wait_for(lambda: not said & self._said)
         if self._locks and theirs:
             await _recorded_elsewhere(self._locks, theirs)
 
@@ -116,12 +130,13 @@ class Turns:
             await self._gather()
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            closed = self._close_batch()
+            closed = self._close_batch({id(over.place) for over in batch})
             finished = [ended.finished(turn, await self._review(turn)) async for turn in _all(batch)]
             await self._record(finished)
             self._reviews.recorded()
             for over, one in zip(batch, finished, strict=True):
                 self._count(over, one)
+                self._said.discard(id(over.place))
                 self._sessions.leave(over.place)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._room.release()
@@ -139,9 +154,9 @@ class Turns:
         if reason not in _NO_MISSES:
             self._telemetry.missed(reason)
 
-    def _close_batch(self) -> int | None:
-        """End the batch that others know of, unless turns of it still wait in the queue; return which it was."""
-        if not self._locks or self._queue.qsize():
+    def _close_batch(self, taken: set[int]) -> int | None:
+        """End the batch that others know of, unless turns of it are still to come; return which it was."""
+        if not self._locks or self._queue.qsize() or self._said - taken:
             return None
         self._batch, self._batch_is_told, closed = self._batch + 1, False, self._batch
         return closed

@@ -34,6 +34,7 @@ class ChatDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
     name = "chat"
+    last_event: tuple[bytes, ...] = (b"data: [DONE]",)
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""

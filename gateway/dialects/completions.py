@@ -21,6 +21,7 @@ class CompletionsDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
     name = "completions"
+    last_event: tuple[bytes, ...] = (b"data: [DONE]",)
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. Several prompts at once are answered, but are no turn of one conversation."""

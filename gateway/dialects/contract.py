@@ -104,6 +104,9 @@ class Dialect(Protocol):
     name: str
     """As metrics have it."""
 
+    last_event: tuple[bytes, ...]
+    """What the last event of a stream begins with: whoever has read it has read the reply."""
+
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """Take a request apart; `body` is `raw` parsed, and the caller's to give away."""
         ...

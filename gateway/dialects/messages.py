@@ -33,6 +33,7 @@ class MessagesDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
     name = "messages"
+    last_event: tuple[bytes, ...] = (b"event: message_stop",)
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""

@@ -40,6 +40,7 @@ class ResponsesDialect:
     """See `gateway.dialects.contract.Dialect`."""
 
     name = "responses"
+    last_event: tuple[bytes, ...] = tuple(f"event: {kind}\n".encode() for kind in (*_FINAL, "response.failed"))
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. Raises `invalid_request` for what the gateway itself cannot do."""

@@ -8,6 +8,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
@@ -156,6 +157,7 @@ class Inference:
             (incoming.base.path, call.model),
             may_be_full=True,
             hold_full=hold_full and parts.settings.on_full == "successor",
+            on_last=partial(parts.turns.said, turn.place),
         )
         started_at, clock = time.time(), time.monotonic()
         await parts.turns.enter(turn.place)

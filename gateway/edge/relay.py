@@ -4,7 +4,7 @@ Nothing in here waits for anything but the engine and the client. A client that 
 it, closes the engine's connection, which aborts its work.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.types import Send
@@ -88,6 +88,7 @@ class Answer:
     may_be_full: bool = False  # the prompt is a conversation's: an engine that has no room for it is told apart
     hold_full: bool = False  # whether that answer is kept in `held`, and not sent
     held: tuple[Headers, bytes] | None = None
+    on_last: Callable[[], None] = lambda: None  # called before a client gets the last event of a stream
 
     def keep(self, chunks: Sequence[bytes]) -> None:
         """Keep chunks, or nothing at all once it is too much."""
@@ -111,6 +112,7 @@ class _Pipe:
         if answer.streamed and answer.hide_usage:
             self.hidden = UsageFilter(answer.stamps.of(engine, answer.about))
         self.broken = False  # whether the last byte shown was in the middle of an event
+        self._last = answer.dialect.last_event if answer.streamed else ()
 
     def take(self, chunks: Sequence[bytes]) -> bool:
         """Pass chunks on; tell whether the client keeps up."""
@@ -127,6 +129,8 @@ class _Pipe:
     def show(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
         """Keep chunks, and return what may be shown of them."""
         self._answer.keep(chunks)
+        if chunks and chunks[-1].startswith(self._last):
+            self._answer.on_last()
         hidden = self.hidden
         shown = chunks if hidden is None or hidden.untouched(chunks) else [*filter(None, map(hidden.feed, chunks))]
         if shown:

@@ -3,7 +3,6 @@
 An id that another tenant has is an id that nobody has.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,8 +24,6 @@ Verb = Callable[[Parts, str, str, dict[str, str]], Awaitable[Any]]
 
 SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
-# A turn that is over may not be recorded yet, and a client knows an answer's id a moment before its stream has ended.
-_ENDING_S = (0.0, 0.02, 0.2, 1.0)
 _ANY: Field[Any] = Field({}, lambda _, value: value)
 _PREFIXES = {
     "message": "msg",
@@ -100,14 +97,11 @@ async def place(parts: Parts, before: StoredResponse, named: Given | None, seed:
 
 
 async def _find(parts: Parts, tenant: str, response_id: str) -> StoredResponse | None:
-    """What the store has of an answer. It may have been told to the client by a turn that has not quite ended."""
-    for wait_s in (*_ENDING_S, None):
-        going_on = parts.sessions.in_flight  # asked before the store: what is recorded in between is found there
-        found = await parts.store.response(tenant, response_id)
-        if found or wait_s is None or (wait_s and not going_on):  # the first time, other workers may be recording it
-            break
-        await asyncio.sleep(wait_s)
+    """What the store has of an answer. It may have been told to the client by a turn that is not recorded yet."""
+    found = await parts.store.response(tenant, response_id)
+    if found is None:
         await parts.turns.settle()
+        found = await parts.store.response(tenant, response_id)
     return found
 
 
