@@ -15,10 +15,12 @@ from tests.running import Gateway
 
 RECORDINGS = Path(__file__).parent / "recordings"
 ASKED = [{"role": "user", "content": "Tell me until the last event."}]
+# Asked for, or else the shared gateway would learn from these streams where other engines' usage is hidden.
+USAGE = {"stream_options": {"include_usage": True}}
 # Of each dialect: a request, a stream that an engine sent, and what its last event has in it.
 STREAMS: dict[str, tuple[dict[str, Any], str, bytes]] = {
-    "/v1/chat/completions": ({"messages": ASKED}, "chat-usage.sse", b"[DONE]"),
-    "/v1/completions": ({"prompt": "hi"}, "completions-usage.sse", b"[DONE]"),
+    "/v1/chat/completions": ({"messages": ASKED, **USAGE}, "chat-usage.sse", b"[DONE]"),
+    "/v1/completions": ({"prompt": "hi", **USAGE}, "completions-usage.sse", b"[DONE]"),
     "/v1/messages": ({"messages": ASKED, "max_tokens": 6}, "messages.sse", b"message_stop"),
     "/v1/responses": ({"input": "hi"}, "responses.sse", b'"response.completed"'),
 }
