@@ -113,9 +113,11 @@ class Turns:
         async with self._progress:
             await self._progress.wait_for(lambda: self._recorded >= goal)
             if said:
-                with suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(_OTHERS_S):
                         await self._progress.wait_for(lambda: not said & self._said)
+                except TimeoutError:  # an engine that hangs: nobody waits for it again
+                    self._said -= said
         if self._locks and theirs:
             await _recorded_elsewhere(self._locks, theirs)
 

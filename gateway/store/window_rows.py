@@ -45,9 +45,9 @@ def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tup
         ((total, _),) = tags
     else:
         (total,) = db.execute(f"SELECT count(*) FROM windows WHERE {condition}", asked).fetchone()
-    few = query.session_id is not None or (tags and tags[0][0] <= _FEW)
+    few = query.session_id is not None or any(count <= _FEW for count, _ in tags)
     page = db.execute(
-        f"{_WINDOW} WHERE {condition} ORDER BY {_order(query, few=bool(few))} LIMIT ? OFFSET ?",
+        f"{_WINDOW} WHERE {condition} ORDER BY {_order(query, few=few)} LIMIT ? OFFSET ?",
         (*asked, query.limit, query.offset),
     )
     return [_window(row) for row in page], total
