@@ -7,7 +7,7 @@ the Redis key spell the same fields differently (`l2_adapters/fs_l2_adapter.py`,
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ class ObjectKey:
     @property
     def file_name(self) -> str:
         """The name in LMCache's disk tier."""
-        return file_name(str(self))
+        (name,) = file_names((str(self),))
+        return name
 
     @classmethod
     def parse_file_name(cls, name: str) -> "ObjectKey | None":
@@ -78,10 +79,16 @@ class ObjectKey:
         }
 
 
-def file_name(name: str) -> str:
-    """The name in LMCache's disk tier of a key that is spelled as `str` writes it."""
-    model = name.rsplit("@", 4)[0]
-    return f"{model.replace('/', '-SEP-')}@0x{name[len(model) + 1 :]}{DISK_SUFFIX}"
+def file_names(names: Iterable[str]) -> list[str]:
+    """The names in LMCache's disk tier of keys that are spelled as `str` writes them."""
+    spelled: list[str] = []
+    model = disk_model = ""
+    for name in names:
+        named, rank, group, chunk_hash, salt = name.rsplit("@", 4)
+        if named != model:  # most often all are of one
+            model, disk_model = named, named.replace("/", "-SEP-")
+        spelled.append(f"{disk_model}@0x{rank}@{group}@{chunk_hash}@{salt}{DISK_SUFFIX}")
+    return spelled
 
 
 def under(name: str, salt: str) -> str:

@@ -2,10 +2,8 @@
 
 import sqlite3
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-
-import orjson
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, under
@@ -16,9 +14,10 @@ _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is n
 _OBJECTS = "manifest_objects m JOIN objects o ON o.number = m.object"
 _OBJECTS_OF = f"""SELECT o.key, o.tier, o.size, o.checksum, '' FROM {_OBJECTS}
     WHERE m.manifest = ? ORDER BY m.position, o.tier"""
-# One row, not one for each object: there are thousands of them.
-_SIZES_OF = f"""SELECT json_group_array(o.tier), json_group_array(o.key), json_group_array(o.size)
-    FROM {_OBJECTS} WHERE m.manifest = ?"""
+# A row for each size, not one for each object: there are thousands of them, and most are of one size. No key has a NUL:
+# neither a path nor an argument can, so no model is called by one.
+_SIZES_OF = f"""SELECT o.tier, o.size, group_concat(o.key, char(0)) FROM {_OBJECTS} WHERE m.manifest = ?
+    GROUP BY o.tier, o.size"""
 _KEYS_OF = f"SELECT DISTINCT o.key FROM {_OBJECTS} WHERE m.manifest = ?"
 _HOLDER = f"SELECT 1 FROM {_OBJECTS} WHERE o.key = ? LIMIT 1"
 
@@ -52,8 +51,11 @@ def pinned(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
 def sizes(db: sqlite3.Connection, of: Window) -> dict[str, dict[str, int]]:
     _check_there(db, of)
     found: dict[str, dict[str, int]] = {}
-    for tier, key, size in zip(*map(orjson.loads, db.execute(_SIZES_OF, (of.manifest,)).fetchone()), strict=True):
-        found.setdefault(tier, {})[key if of.salt == of.pin_salt else under(key, of.salt)] = size
+    for tier, size, pins in db.execute(_SIZES_OF, (of.manifest,)):
+        keys: Iterable[str] = pins.split("\0")
+        if of.salt != of.pin_salt:
+            keys = (under(key, of.salt) for key in keys)
+        found.setdefault(tier, {}).update(dict.fromkeys(keys, size))
     return found
 
 

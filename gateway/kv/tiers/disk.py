@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from gateway.kv.keys import ObjectKey, file_name
+from gateway.kv.keys import ObjectKey, file_names
 from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
@@ -50,7 +50,7 @@ class DiskTier:
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
-        return await self._run(lambda: _sizes(self._kv, [file_name(name) for name in names]))
+        return await self._run(lambda: _sizes(self._kv, file_names(names)))
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
