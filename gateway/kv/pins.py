@@ -77,8 +77,8 @@ class Pins:
             if name in tiers:
                 with suppress(TierUnavailable):  # `restore` warns of it
                     sizes = await tiers[name].sizes(list(objects))
-            if gone := {key for (key, size), seen in zip(objects.items(), sizes, strict=True) if seen != size}:
-                missing[name] = gone
+            if sizes != list(objects.values()):
+                missing[name] = {key for (key, size), seen in zip(objects.items(), sizes, strict=True) if seen != size}
         return missing
 
     async def pin(

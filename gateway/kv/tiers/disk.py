@@ -253,6 +253,8 @@ def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
     except FileNotFoundError:  # LMCache makes it
         return [0] * len(names)
     try:  # thousands are one call's work: from the folder on, the kernel has less of a path to walk for each
+        return [os.stat(name, dir_fd=fd).st_size for name in names]
+    except FileNotFoundError:  # seldom: most often all are there
         return [_size(name, fd) for name in names]
     finally:
         os.close(fd)
