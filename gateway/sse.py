@@ -16,13 +16,9 @@ _LINE = re.compile(rb"\r\n|\n|\r")
 def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the `data` of every complete event of a recorded stream, wherever its chunks were cut."""
     whole = b"".join(chunks)
-    blocks = whole.split(b"\n\n")
-    if _is_plain(whole, len(blocks) - 1):
-        yield from (block[6:] for block in blocks[:-1])
-        return
-    named = _named(whole, blocks[:-1])
-    if named is not None:
-        yield from named
+    regular = _plain(whole) or _named(whole)
+    if regular:
+        yield from regular
         return
     data: list[bytes] = []
     lines = _LINE.split(whole)
@@ -35,32 +31,31 @@ def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
             data.append(line[5:].removeprefix(b" "))
 
 
-def _is_plain(whole: bytes, events: int) -> bool:
-    """Whether a stream is as every engine writes it: each event one line of data. A third of the time to read it."""
-    return (
-        whole.startswith(b"data: ")
-        and whole.endswith(b"\n\n")
-        and b"\r" not in whole
-        and whole.count(b"\n") == 2 * events
-        and whole.count(b"\n\ndata: ") == events - 1
-    )
+def _plain(whole: bytes) -> list[bytes]:
+    """The data of a stream as every engine writes it, each event one line of data; empty if it is another.
+
+    Found in a few passes over all of it: a fraction of the time that line by line would take.
+    """
+    data = whole[6:-2].split(b"\n\ndata: ")
+    return data if _is_regular(whole, b"data: ", lines=2 * len(data)) else []
 
 
-def _named(whole: bytes, blocks: Sequence[bytes]) -> list[bytes] | None:
-    """The data of a stream whose every event is one line of name and one of data; None if it is another."""
-    count = len(blocks)
-    fits = whole.startswith(b"event: ") and whole.endswith(b"\n\n") and b"\r" not in whole
-    if not fits or whole.count(b"\n") != 3 * count or whole.count(b"\n\nevent: ") != count - 1:
-        return None
-    data = [block.partition(b"\ndata: ")[2] for block in blocks]
-    return data if all(data) else None
+def _named(whole: bytes) -> list[bytes]:
+    """The data of a stream whose every event is one line of name and one of data; empty if it is another."""
+    data = [event.partition(b"\ndata: ")[2] for event in whole[7:-2].split(b"\n\nevent: ")]
+    return data if all(data) and _is_regular(whole, b"event: ", lines=3 * len(data)) else []
+
+
+def _is_regular(whole: bytes, begin: bytes, *, lines: int) -> bool:
+    """Whether a stream begins and ends with an event, and has just so many lines, each of which ends with LF."""
+    return whole.startswith(begin) and whole.endswith(b"\n\n") and whole.count(b"\n") == lines and b"\r" not in whole
 
 
 class UsageFilter:
     """Takes the final usage event out of a stream for a client that did not ask for it, and leaves no trace of it.
 
-    A chunk that ends with an event and holds no mark (all but two of a stream) is returned as it is; only an event that
-    the network cut is held back until its end is there.
+    A chunk that ends with an event and holds no mark (all but two of a stream) goes on as it is; only an event that the
+    network cut is held back until its end is there.
 
     OpenAI's API marks the usage event with an empty `choices` list, which no event of a reply has. Inside a JSON string
     the quotes would be escaped, so a model that talks about `"choices":[]` does not trigger it. vLLM stamps its
@@ -79,18 +74,27 @@ class UsageFilter:
         self._held: list[bytes] = []  # pieces of an event whose end has not come
         self._waiting: list[bytes] = []
 
-    def untouched(self, chunks: Sequence[bytes]) -> bool:
-        """Whether these chunks are whole events that may all go as they are, so that none needs to be fed."""
-        if self._held or self._waiting or not all(chunk.endswith(b"\n\n") for chunk in chunks):
-            return False
+    def pass_on(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
+        """Return what may go to the client now of these chunks, each still apart."""
+        free = self._free(chunks)
+        return chunks if free == len(chunks) else [*chunks[:free], *filter(None, map(self.feed, chunks[free:]))]
+
+    def _free(self, chunks: Sequence[bytes]) -> int:
+        """How many of the first chunks are whole events that may go as they are, so that none needs to be fed."""
+        if self._held or self._waiting:
+            return 0
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        return self.USAGE not in data and self.FINISH not in data
+        end = min((at for at in (data.find(self.USAGE), data.find(self.FINISH)) if at >= 0), default=len(data))
+        for number, chunk in enumerate(chunks):
+            end -= len(chunk)
+            if end < 0 or not chunk.endswith(b"\n\n"):
+                return number
+        return len(chunks)
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return what may go to the client now; empty if it is held back."""
-        marked = self.USAGE in chunk or self.FINISH in chunk
-        if not marked and not self._held and not self._waiting and chunk.endswith(b"\n\n"):
-            return chunk
+        """Return what may go to the client now of a chunk; empty if it is held back."""
+        if not self._held and chunk.endswith(b"\n\n") and b"\n\n" not in chunk[:-1] and b"\r" not in chunk:
+            return self._event(chunk)  # one event, and whole
         # Only what is new can hold an end, but for the few bytes of one that were there before.
         before = b"".join(self._held[-3:])[-3:] if self._held else b""
         if not _END_OF_EVENT.search(before + chunk):

@@ -171,9 +171,12 @@ class Estimator:
         return self._read[path]
 
     def _state(self, model: str) -> _Model:
-        if model not in self._models and len(self._models) >= _MODELS:
-            self._models.pop(next(iter(self._models)))
-        return self._models.setdefault(model, _Model())
+        state = self._models.get(model)
+        if state is None:
+            if len(self._models) >= _MODELS:
+                self._models.pop(next(iter(self._models)))
+            state = self._models[model] = _Model()
+        return state
 
 
 def unseen(messages: Sequence[Message]) -> Sequence[Message]:

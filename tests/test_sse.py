@@ -1,9 +1,13 @@
 """Server-sent events: read at every cut, and filtered without touching a byte too many."""
 
 import json
+import re
 import time
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.sse import UsageFilter, events
 from tests.fakes.engine import DONE, chunk_event, delta, stream_of, usage_of
@@ -13,6 +17,7 @@ USAGE = chunk_event([], usage_of(12, 3, cached=8))
 TALK = delta(content='{"choices":[]} and "choices":[] in 日本語 🎉')
 RECORDING = b"".join([b": ping\n\n", delta(role="assistant", content=""), TALK, *stream_of(["é"])[1:-1], USAGE, DONE])
 WITHOUT_USAGE = RECORDING.replace(USAGE, b"")
+ENDS = [match.end() for match in re.finditer(b"\n\n", RECORDING)]
 
 
 def spelt(stream: bytes, line_end: bytes) -> bytes:
@@ -83,9 +88,20 @@ def test_the_filter_takes_it_out_byte_by_byte() -> None:
 
 
 def test_the_filter_hands_on_whole_events_as_the_objects_they_are() -> None:
-    one = UsageFilter()
-    for chunk in (delta(content="a"), TALK, TALK + DONE, b": ping\n\n"):
-        assert one.feed(chunk) is chunk
+    chunks = [delta(content="a"), TALK, TALK + DONE, b": ping\n\n"]
+    assert UsageFilter().pass_on(chunks) is chunks
+
+
+@given(st.data())
+def test_the_filter_passes_batches_on_as_it_does_each_chunk(data: st.DataObject) -> None:
+    cuts = data.draw(st.lists(st.integers(0, len(RECORDING)) | st.sampled_from(ENDS), max_size=12).map(sorted))
+    chunks = [RECORDING[a:b] for a, b in pairwise([0, *cuts, len(RECORDING)]) if a < b]
+    borders = data.draw(st.lists(st.integers(0, len(chunks)), max_size=4).map(sorted))
+    stamp = data.draw(st.sampled_from([None, b"", b',"system_fingerprint":"v"']))
+    one, other = UsageFilter(stamp), UsageFilter(stamp)
+    batches = [one.pass_on(chunks[a:b]) for a, b in pairwise([0, *borders, len(chunks)]) if a < b]
+    assert [chunk for batch in batches for chunk in batch] == [*filter(None, map(other.feed, chunks))]
+    assert one.flush() == other.flush()
 
 
 def test_the_filter_gives_back_what_it_held_when_the_stream_ends() -> None:

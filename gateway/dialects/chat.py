@@ -1,6 +1,5 @@
 """OpenAI chat completions: `/v1/chat/completions`."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -168,8 +167,11 @@ def _texts(events: list[bytes]) -> list[str]:
     if end < 0 or events[0][end - 1 : end] == b"\\":
         return []
     before, after = events[0][:start], events[0][end:]
-    same = itertools.takewhile(lambda event: event.startswith(before) and event.endswith(after), events)
-    literals = [event[start : -len(after)] for event in same]
+    literals: list[bytes] = []
+    for event in events:
+        if not (event.startswith(before) and event.endswith(after)):
+            break
+        literals.append(event[start : -len(after)])
     try:
         # A literal that held more than a text (`a","name":"b`) would make the array invalid, or longer.
         texts: list[str] = orjson.loads(b'["' + b'","'.join(literals) + b'"]')

@@ -131,8 +131,7 @@ class _Pipe:
         self._answer.keep(chunks)
         if chunks and chunks[-1].startswith(self._last):
             self._answer.on_last()
-        hidden = self.hidden
-        shown = chunks if hidden is None or hidden.untouched(chunks) else [*filter(None, map(hidden.feed, chunks))]
+        shown = chunks if self.hidden is None else self.hidden.pass_on(chunks)
         if shown:
             self.broken = not shown[-1].endswith(b"\n\n")
         return shown
