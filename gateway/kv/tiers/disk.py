@@ -247,7 +247,7 @@ def _unlink(path: Path) -> int:
     return stat.st_size if stat.st_nlink == 1 else 0
 
 
-@lru_cache(maxsize=16)  # who asks for a window's objects asks again: a freeze until all are there, a fanout next time
+@lru_cache(maxsize=2)  # who asks for a window's objects asks again: a freeze until all are there, a fanout next time
 def _file_names(names: tuple[str, ...]) -> list[str]:
     return file_names(names)
 
