@@ -35,6 +35,7 @@ CHECKS = (
     conform.negative_data_rejection,  # what the document forbids is refused, unknown parameters among it
 )
 _ROUND = 60  # requests of an operation, before the next has its turn
+_PATIENT_S = 600  # an answer of 4,096 tokens takes a CPU two minutes and more
 _THINGS = 4  # windows and sessions made anew for each round
 # Where there is no cache, these say so with an honest 503.
 NEED_CACHE = ("/admin/windows/{name}/prefetch", "/admin/windows/{name}/evict")
@@ -59,7 +60,7 @@ def fuzz(url: str, model: str, requests: int, *, cache: bool, each: int = _ROUND
     operations = [result.ok() for result in schema.get_all_operations()]
     found = Found()
     number = first_seed
-    with httpx.Client(base_url=url, timeout=120) as http:
+    with httpx.Client(base_url=url, timeout=_PATIENT_S) as http:
         while found.requests < requests:
             for operation in operations:
                 if found.requests < requests and (cache or operation.path not in NEED_CACHE):
@@ -81,7 +82,7 @@ def _operation(operation: Any, found: Found, names: Sequence[str], examples: int
     @given(case=cases, name=one)
     def ask(case: Any, name: str | None) -> None:
         _name(case, name)
-        response = case.call(timeout=120)
+        response = case.call(timeout=_PATIENT_S)
         asked = f"{operation.method.upper()} {operation.path}"
         found.answers[f"{asked} {response.status_code}"] += 1
         try:
