@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import httpx
 
@@ -25,11 +26,22 @@ class CacheInfo:
     adapters: tuple[dict[str, Any], ...]  # configuration of each L2 adapter, in the order in which they are read
 
 
+@dataclass(slots=True, weakref_slot=True)
+class _Loads:
+    """The loads of one salt's objects: one after the other, and what came of the last of them."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    done: int = 0
+    token_ids: Sequence[int] = ()
+    found: tuple[int, int] = (0, 0)
+
+
 class LMCache:
     """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.chunk_size = 0  # as it was last told; 0 before that
+        self._loads: WeakValueDictionary[str, _Loads] = WeakValueDictionary()  # by salt, while somebody waits
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
         )
@@ -89,9 +101,24 @@ class LMCache:
     ) -> tuple[int, int]:
         """Load the chunks of `token_ids` from L2 into L1; return (objects found, objects asked for).
 
+        Whoever asks LMCache (0.5.6) for objects that somebody else is just loading may be told that there are none. So
+        the loads of a salt follow one another, and who asks for what was on its way is told what came of that.
+
         Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than
         `timeout_s`.
         """
+        loads = self._loads.setdefault(salt, _Loads())
+        before = loads.done
+        async with loads.turn:
+            if loads.done == before or loads.token_ids != token_ids:
+                loads.found = await self._prefetch(model, world_size, token_ids, salt, timeout_s, progress)
+                loads.token_ids = token_ids
+                loads.done += 1
+            return loads.found
+
+    async def _prefetch(
+        self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
+    ) -> tuple[int, int]:
         body = {"model_name": model, "world_size": world_size, "token_ids": list(token_ids), "cache_salt": salt}
         job = await self._call("POST", "/cache/prefetches", json=body)
         if job["status"] == "noop":

@@ -1,28 +1,28 @@
-"""A frozen session goes on: its KV is put back where LMCache looks for it, and loaded into memory, by itself."""
+"""A frozen session goes on, or a thawed one begins: its KV is put back where LMCache looks, and loaded, by itself."""
 
 import logging
 
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import silent
-from gateway.records import Session
+from gateway.records import Session, Window
 from gateway.store.contract import WindowQuery
 
 log = logging.getLogger(__name__)
 
 
 async def resume(parts: Parts, session: Session) -> None:
-    """Put back what eviction took of a frozen session's KV, and load it into the cache's memory.
+    """Put back what eviction took of a session's window, and load it into the cache's memory, before the next turn.
 
-    The engine would load it itself when the request arrives, and has to wait for it too. But who asks LMCache (0.5.6)
-    for objects that somebody else is just loading may be told that there are none: of 12 sessions that went on while
-    their prefetch was on its way, one had nothing cached. So the request follows when it is done. What cannot be put
-    back is computed again: nothing raises.
+    The engine would load it itself when the request arrives, and has to wait for it too. But of several that go on at
+    once, as the branches of a fanout do, LMCache would tell some that there is nothing (see `LMCache.prefetch`): of six
+    branches of one window, all begun at once after a restart, one computed all of its 15,914 tokens, and the others
+    waited for it. So the request follows when the load is done. What cannot be put back is computed again: nothing
+    raises.
     """
-    if session.state != "frozen" or parts.cache is None or not parts.pins.tiers:
+    if session.state not in ("frozen", "thawed") or parts.cache is None or not parts.pins.tiers:
         return
-    windows, _ = await parts.store.list_windows(session.tenant, WindowQuery(session_id=session.id, limit=1))
-    window = windows[0] if windows else None
+    window = await _window(parts, session)
     if window is None or window.kv == "absent" or window.salt != session.salt:
         return
     try:
@@ -40,3 +40,13 @@ async def resume(parts: Parts, session: Session) -> None:
         )
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
+
+
+async def _window(parts: Parts, session: Session) -> Window | None:
+    """The window that the session was frozen into, or thawed from. None where it was deleted."""
+    if session.state == "frozen":
+        windows, _ = await parts.store.list_windows(session.tenant, WindowQuery(session_id=session.id, limit=1))
+        return windows[0] if windows else None
+    window = await parts.store.window(session.tenant, session.window) if session.window else None
+    # Another one may have the name since.
+    return window if window and window.transcript == session.window_transcript else None

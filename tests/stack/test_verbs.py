@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.stack.conftest import Stack
 from tests.stack.doors import mcp
 from tests.stack.drive import Gateway, chat, converse
 from tests.stack.night import overnight
+from tests.stack.tiers import files, hashes, names
 
 pytestmark = pytest.mark.stack
 
@@ -199,6 +201,32 @@ def test_a_fanout_hits_in_every_branch_and_makes_no_file(stack: Stack, gateway: 
     kept = gateway.freeze("branch-3", "branch-3")["session_id"]
     assert kept == "branch-3"
     assert gateway.http.get("/admin/windows/branch-3/messages").json()["messages"][:-1] == [*messages, NEXT]
+
+
+@overnight
+def fanned(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, list[str], int]]:
+    """Sessions that begin in the morning: a fanout's and a thaw's. LMCache has lost all of their KV by then."""
+    frozen(gateway, "fanned-out")
+    sessions = post(gateway, "fanned-out/fanout", count=3, prefix="late")["sessions"]
+    sessions.append(gateway.thaw("fanned-out")["session_id"])
+    chunks = hashes(gateway, "fanned-out")
+    yield gateway, sessions, len(chunks)
+    for file in files(stack, chunks, pins=False):
+        file.unlink()
+    stack.redis.delete(*(name for name in names(stack, chunks) if not name.startswith(b"cwg:")))
+
+
+def test_branches_that_all_begin_at_once_later_find_what_was_evicted_since(
+    fanned: tuple[Gateway, list[str], int],
+) -> None:
+    gateway, sessions, chunks = fanned
+
+    def begin(session: str) -> int:
+        usage = chat(gateway.client(session), [NEXT], max_tokens=4).usage
+        return int(usage.prompt_tokens_details.cached_tokens)
+
+    with ThreadPoolExecutor(len(sessions)) as threads:
+        assert min(threads.map(begin, sessions)) >= chunks * CHUNK
 
 
 def test_an_isolated_clone_hits_its_own_copy_that_takes_no_bytes_and_outlives_its_source(

@@ -1,0 +1,134 @@
+"""Loads into LMCache's memory: of one salt one after the other, and one for all who want the same."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from gateway.errors import GatewayError
+from gateway.kv.lmcache import LMCache
+from gateway.progress import silent
+
+pytestmark = pytest.mark.anyio
+
+SAME = (1, 2, 3)
+
+
+@dataclass
+class Loads:
+    """What was asked of the cache, in order, and how many of it may be done."""
+
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    done: int = 0
+    broken: bool = False
+
+
+class _Server(ThreadingHTTPServer):
+    loads: Loads
+
+
+class _Cache(BaseHTTPRequestHandler):
+    """LMCache as far as a load goes; each is on its way until the test says that it is done."""
+
+    server: _Server
+
+    def do_POST(self) -> None:
+        loads = self.server.loads
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        loads.asked.append((body["cache_salt"], len(body["token_ids"])))
+        number = len(loads.asked)
+        self._say(503 if loads.broken else 200, {"status": "submitted", "request_id": number, "chunks": number})
+
+    def do_GET(self) -> None:
+        number = int(self.path.rpartition("/")[2])
+        status = "completed" if number <= self.server.loads.done else "pending"
+        self._say(200, {"status": status, "found_keys": number, "total_keys": number})
+
+    def _say(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    """A cache that loads nothing until it is told to."""
+    server = _Server(("127.0.0.1", 0), _Cache)
+    server.loads = Loads()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@asynccontextmanager
+async def client(server: _Server) -> AsyncIterator[LMCache]:
+    async with LMCache(f"http://127.0.0.1:{server.server_address[1]}", 5.0) as cache:
+        yield cache
+
+
+def load(cache: LMCache, salt: str = "s", ids: tuple[int, ...] = SAME) -> asyncio.Task[tuple[int, int]]:
+    return asyncio.create_task(cache.prefetch("m", 1, list(ids), salt, 30.0, silent))
+
+
+async def asked(server: _Server, *expected: tuple[str, int]) -> None:
+    """Wait until the cache was asked for these, and see that it is not asked for more."""
+    async with asyncio.timeout(10):
+        while len(server.loads.asked) < len(expected):  # noqa: ASYNC110 - another thread's list
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    assert server.loads.asked == list(expected)
+
+
+async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server) -> None:
+    async with client(server) as cache:
+        tasks = [load(cache) for _ in range(5)]
+        await asked(server, ("s", 3))
+        server.loads.done = 1
+        assert await asyncio.gather(*tasks) == [(1, 1)] * 5
+        later = load(cache)  # evicted since, for all we know
+        await asked(server, ("s", 3), ("s", 3))
+        server.loads.done = 2
+        assert await later == (2, 2)
+
+
+async def test_another_window_of_the_salt_follows_and_another_salt_does_not_wait(server: _Server) -> None:
+    async with client(server) as cache:
+        first = load(cache)
+        await asked(server, ("s", 3))
+        longer, other = load(cache, ids=(*SAME, 4)), load(cache, salt="t")
+        await asked(server, ("s", 3), ("t", 3))
+        server.loads.done = 2
+        await asked(server, ("s", 3), ("t", 3), ("s", 4))
+        server.loads.done = 3
+        assert [await first, await other, await longer] == [(1, 1), (2, 2), (3, 3)]
+
+
+async def test_a_load_that_failed_or_was_given_up_is_nobodys(server: _Server) -> None:
+    async with client(server) as cache:
+        given_up, waits = load(cache), load(cache)
+        await asked(server, ("s", 3))
+        given_up.cancel()
+        await asked(server, ("s", 3), ("s", 3))
+        server.loads.broken = True
+        third = load(cache)
+        server.loads.done = 2
+        assert await waits == (2, 2)
+        assert await third == (2, 2)
+        failing = [load(cache) for _ in range(2)]
+        for task in failing:
+            with pytest.raises(GatewayError, match="503"):
+                await task
+        assert len(server.loads.asked) == 4
