@@ -1,6 +1,8 @@
 """Clones, isolated or not, share pins: none copies a byte, none loses one when another goes, and the last takes all."""
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -14,6 +16,7 @@ from gateway.windows.delete import Deleted, delete
 from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming
 from gateway.windows.isolate import isolate
+from gateway.windows.resume import resume
 from gateway.windows.thaw import thaw
 from gateway.windows.usage import usage
 from gateway.windows.verify import verify
@@ -58,24 +61,51 @@ async def test_no_clone_and_no_branch_makes_a_file_or_a_key(house: House) -> Non
     copy = await clone(house.parts, TENANT, "w", Naming("copy"))
     made = await apart(house)
     again = await apart(house, "apart", "again")
-    sessions, _, receipt = await fanout(house.parts, TENANT, "copy", 3, None)
+    sessions, _, warnings = await fanout(house.parts, TENANT, "copy", 3, None)
     assert house.everything() == before
-    assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
+    assert warnings == []
     assert {one.salt for one in sessions} == {session.salt} == {copy.salt}
     assert len({session.salt, made.salt, again.salt}) == 3
     assert (made.kv, made.chunk_count, made.size_bytes) == (copy.kv, copy.chunk_count, copy.size_bytes)
     await verified(house, "w", "copy", "apart", "again")
 
 
-async def test_a_fanout_puts_back_what_was_evicted_and_tells_what_is_lost(house: House) -> None:
+async def test_the_first_turn_of_a_branch_puts_back_what_was_evicted_and_the_log_tells_what_is_lost(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = await window(house.parts)
     keys = object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)
-    _, _, receipt = await fanout(house.parts, TENANT, "w", 1, None)
-    assert (receipt.chunks_relinked, receipt.partial) == (CHUNKS, False)
-    for tier in house.parts.pins.tiers:
-        await tier.remove(keys[-1:])
-    _, _, receipt = await fanout(house.parts, TENANT, "w", 1, None)
-    assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS - 1, 0, True)
+    names = [str(key) for key in keys]
+    (first, second), _, _ = await fanout(house.parts, TENANT, "w", 2, None)
+    assert await _present(house, names) == [0, 0]
+    await resume(house.parts, first)
+    assert await _present(house, names) == [CHUNKS, CHUNKS]
+    assert "lost" not in caplog.text
+    disk, redis = house.parts.pins.tiers
+    await disk.remove(keys[-1:])
+    await resume(house.parts, second)
+    assert await _present(house, names) == [CHUNKS - 1, CHUNKS]
+    assert f"session {second.id} goes on without all of its KV: disk tier: 1 of {CHUNKS} objects" in caplog.text
+    await redis.remove(keys)
+    went_on = replace(second, state="active")
+    await resume(house.parts, went_on)
+    assert await _present(house, names) == [CHUNKS - 1, 0], "the engine has taken it over"
+
+
+async def test_a_branch_begins_without_a_window_that_was_deleted_or_is_another_one_by_now(house: House) -> None:
+    await window(house.parts)
+    (first,), made, _ = await fanout(house.parts, TENANT, "w", 1, None)
+    await delete(house.parts, TENANT, "w")
+    await resume(house.parts, first)
+    other = await window(house.parts)
+    names = [str(key) for key in object_keys(other.model_root, IDS, CHUNK, 1, other.salt)]
+    await resume(house.parts, replace(first, window_transcript=b"another"))
+    assert (other.salt, await _present(house, names)) == (made.salt, [0, 0])
+
+
+async def _present(house: House, names: Sequence[str]) -> list[int]:
+    """How many of these LMCache would find, tier by tier."""
+    return [sum(map(bool, await tier.sizes(names))) for tier in house.parts.pins.tiers]
 
 
 async def test_an_isolated_clone_is_found_under_its_own_names_once_it_is_thawed(house: House) -> None:

@@ -56,6 +56,14 @@ async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisRig) -
     assert rig.client.ttl(f"cwg:0123456789ab:pin:{key(0)}") == -1
 
 
+async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(rig: RedisRig, redis_server: RedisServer) -> None:
+    fill(rig, 2)
+    rig.client.acl_setuser("plain", enabled=True, passwords=["+word"], keys=["*"], commands=["+@all", "-@scripting"])
+    async with RedisTier(f"redis://plain:word@127.0.0.1:{redis_server.port}", "other", 5.0) as tier:
+        assert await tier.sizes(spelled(*keys(3))) == [5000, 5000, 0]
+    rig.client.acl_deluser("plain")
+
+
 async def test_hundreds_of_objects_go_through_every_verb(rig: RedisRig) -> None:
     count = 1203  # more than one call of names, and no whole number of calls of values
     values = fill(rig, count, size=100)

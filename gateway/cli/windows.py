@@ -131,7 +131,8 @@ def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None
 @click.option("--prefix", help="what the new sessions are named after: PREFIX-1, PREFIX-2 and so on")
 def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
     """Thaw the window NAME into COUNT sessions at once; they share its KV, no byte is copied."""
-    answer = gateway.watched(f"/admin/windows/{gateway.part(name)}/fanout", {"count": count, "prefix": prefix})
+    body = {"count": count, "prefix": prefix}
+    answer = gateway.call("POST", f"/admin/windows/{gateway.part(name)}/fanout", body=body)
     if as_json:
         print_json(answer)
         return

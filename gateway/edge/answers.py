@@ -178,8 +178,9 @@ FANNED_OUT = shape(
     window_name=TEXT,
     model=TEXT,
     token_count=WHOLE,
+    kv=KV,
+    block_count=WHOLE,
     sessions=list_of(TEXT),
-    receipt=shape(**_RESTORED),
     warnings=WARNINGS,
 )
 ANSWERED = shape(

@@ -139,9 +139,7 @@ EVICTED = shape_of(
     kept=WHOLE,
     warnings=WARNINGS,
 )
-FANNED_OUT = shape_of(
-    window_name=TEXT, model=TEXT, token_count=WHOLE, sessions=list_of(TEXT), receipt=_RESTORED, warnings=WARNINGS
-)
+FANNED_OUT = shape_of(window_name=TEXT, model=TEXT, token_count=WHOLE, kv=KV, sessions=list_of(TEXT), warnings=WARNINGS)
 _ORIGIN = or_null(shape_of("where it came from", kind=TEXT, name=TEXT))
 _NODE = shape_of(
     kind=TEXT,

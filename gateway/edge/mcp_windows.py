@@ -97,7 +97,7 @@ _MAKING = (
         About(
             "Thaw one window into several sessions at once, all of them or none",
             "to let several agents or attempts go on from the same context side by side",
-            "as one thaw that loads nothing yet, however many",
+            "next to nothing: KV is looked at when the first of them begins. window_prefetch loads it at once",
             "the ids of the new `sessions`",
         ),
         {

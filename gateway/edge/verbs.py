@@ -122,18 +122,19 @@ async def evict_window(call: Call) -> Any:
     errors=("session_already_exists", *ENGINE),
 )
 async def fan_out_window(call: Call) -> Any:
-    """Thaw a window into many sessions at once; they share its KV."""
+    """Thaw a window into many sessions at once; they share its KV, which is put back when the first of them begins."""
     body = call.given
-    sessions, window, receipt = await fanout.fanout(
-        call.parts, call.tenant, call.window_name, body["count"], body.get("prefix"), call.progress
+    sessions, window, warnings = await fanout.fanout(
+        call.parts, call.tenant, call.window_name, body["count"], body.get("prefix")
     )
     return {
         "window_name": window.name,
         "model": window.model,
         "token_count": window.token_count,
+        "kv": window.kv,
+        "block_count": window.chunk_count,
         "sessions": [session.id for session in sessions],
-        "receipt": _seen(receipt),
-        "warnings": receipt.warnings,
+        "warnings": warnings,
     }
 
 

@@ -3,6 +3,7 @@
 import logging
 
 from gateway.errors import GatewayError
+from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import silent
 from gateway.records import Session, Window
@@ -15,12 +16,11 @@ async def resume(parts: Parts, session: Session) -> None:
     """Put back what eviction took of a session's window, and load it into the cache's memory, before the next turn.
 
     The engine would load it itself when the request arrives, and has to wait for it too. But of several that go on at
-    once, as the branches of a fanout do, LMCache would tell some that there is nothing (see `LMCache.prefetch`): of six
-    branches of one window, all begun at once after a restart, one computed all of its 15,914 tokens, and the others
-    waited for it. So the request follows when the load is done. What cannot be put back is computed again: nothing
-    raises.
+    once, as the branches of a fanout do, LMCache would tell some that there is nothing (see `LMCache.prefetch`), and
+    the engine would compute all of it again. So the request follows when the load is done. What cannot be put back is
+    computed again: nothing raises.
     """
-    if session.state not in ("frozen", "thawed") or parts.cache is None or not parts.pins.tiers:
+    if session.state not in ("frozen", "thawed") or not parts.pins.tiers:
         return
     window = await _window(parts, session)
     if window is None or window.kv == "absent" or window.salt != session.salt:
@@ -30,9 +30,14 @@ async def resume(parts: Parts, session: Session) -> None:
     except GatewayError:  # deleted just now
         return
     missing = await parts.pins.missing(sizes)
-    _, warnings = await parts.pins.restore([o for o in manifest.objects if o.key in missing.get(o.tier, ())])
+    states, warnings = await parts.pins.restore([o for o in manifest.objects if o.key in missing.get(o.tier, ())])
+    for tier, by_key in states.items():
+        if lost := sum(state in (Restored.MISSING, Restored.CORRUPT) for state in by_key.values()):
+            warnings.append(f"{tier} tier: {lost} of {window.chunk_count * window.world_size} objects are lost")
     for warning in warnings:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
+    if parts.cache is None:
+        return
     whole = manifest.token_ids[: window.chunk_count * window.chunk_size]
     try:
         await parts.cache.prefetch(

@@ -161,19 +161,11 @@ async def restore(
     """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises."""
     progress("restore", 0, window.chunk_count)
     await _put_back(parts, window, objects, receipt)
-    _warn(window, receipt)
+    warn(window, receipt)
 
 
-async def look(parts: Parts, window: Window, receipt: Receipt, progress: Progress) -> None:
-    """As `restore`, but nothing is read where LMCache still has all of it, going by names and sizes."""
-    if await parts.pins.missing(await parts.store.sizes(window)):
-        await restore(parts, window, await parts.store.pinned(window), receipt, progress)
-    else:
-        receipt.chunks_found = window.chunk_count
-        _warn(window, receipt)
-
-
-def _warn(window: Window, receipt: Receipt) -> None:
+def warn(window: Window, receipt: Receipt) -> None:
+    """Put into the receipt what of the window's KV will have to be computed again."""
     if window.kv == "absent":
         receipt.warnings.append(f"the window holds no KV: the engine computes its {window.token_count} tokens again")
     elif receipt.chunks_found < receipt.chunks_expected:

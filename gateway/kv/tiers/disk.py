@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ class DiskTier:
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
-        return await self._run(lambda: _sizes(self._kv, _file_names(tuple(names))))
+        return await self._run(lambda: _sizes(self._kv, file_names(names)))
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """See `Tier.pin`."""
@@ -245,11 +245,6 @@ def _unlink(path: Path) -> int:
     except FileNotFoundError:
         return 0
     return stat.st_size if stat.st_nlink == 1 else 0
-
-
-@lru_cache(maxsize=2)  # who asks for a window's objects asks again: a freeze until all are there, a fanout next time
-def _file_names(names: tuple[str, ...]) -> list[str]:
-    return file_names(names)
 
 
 def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
