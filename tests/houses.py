@@ -27,9 +27,11 @@ FRAME = {"chat_template_kwargs": {"x": 1}}
 class _Cache(BaseHTTPRequestHandler):
     """LMCache, as far as these verbs ask it: what it is, and to drop objects, which it then says it had."""
 
+    server: "_CacheServer"
+
     def do_GET(self) -> None:
         status = {"chunk_size": CHUNK, "hash_algorithm": "blake3"}
-        self._say(status if self.path == "/status" else {})
+        self._say(status if self.path == "/status" else self.server.config)
 
     def do_DELETE(self) -> None:
         keys = json.loads(self.rfile.read(int(self.headers["content-length"])))["keys"]
@@ -46,10 +48,16 @@ class _Cache(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class _CacheServer(ThreadingHTTPServer):
+    config: dict[str, object]
+
+
 @contextmanager
-def cache_server() -> Iterator[str]:
-    """LMCache's URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Cache)
+def cache_server(serde: str | None = None) -> Iterator[str]:
+    """The URL of an LMCache that writes objects through `serde`."""
+    server = _CacheServer(("127.0.0.1", 0), _Cache)
+    adapter = {"type": "fs", "serde": serde and {"type": serde}}
+    server.config = {"storage_manager": {"l2_adapter_config": {"adapters": [adapter]}}}
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,9 @@ from gateway.windows.resume import resume
 from gateway.windows.thaw import thaw
 from gateway.windows.usage import usage
 from gateway.windows.verify import verify
-from tests.houses import CHUNK, CHUNKS, IDS, House, value, window
+from tests.fakes.engine import FakeEngine
+from tests.houses import CHUNK, CHUNKS, IDS, House, cache_server, opened, value, window
+from tests.rigs import RedisServer
 
 pytestmark = pytest.mark.anyio
 
@@ -123,6 +126,20 @@ async def test_an_isolated_clone_is_found_under_its_own_names_once_it_is_thawed(
     by_name = {tier.name: tier for tier in tiers}
     assert by_name["disk"].total.bytes == by_name["disk"].windows.bytes == SIZE
     assert by_name["redis"].total.bytes == by_name["redis"].windows.bytes == 2 * SIZE
+
+
+async def test_where_bytes_are_encrypted_by_salt_only_text_and_ids_are_isolated(
+    engine: FakeEngine, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    with cache_server(serde="aesgcm") as url:
+        async with opened(engine, url, redis_server, tmp_path) as house:
+            await window(house.parts)
+            made, warnings = await isolate(house.parts, TENANT, "w", Naming("apart"))
+            assert (made.kv, made.chunk_count, made.size_bytes) == ("absent", 0, 0)
+            assert "encrypts by salt (aesgcm)" in warnings[0]
+            assert (await house.parts.store.manifest(made)).token_ids == IDS
+            _, _, receipt = await thaw(house.parts, TENANT, "apart", new_session_id=None, warm="none")
+            assert (receipt.chunks_expected, receipt.chunks_found, receipt.partial) == (CHUNKS, 0, True)
 
 
 @pytest.mark.parametrize("order", list(permutations(["w", "copy", "apart"])), ids="-".join)

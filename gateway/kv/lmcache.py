@@ -1,6 +1,8 @@
 """The LMCache server over its HTTP interface (lmcache 0.5.6, `v1/multiprocess/http_apis`)."""
 
 import asyncio
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +43,8 @@ class LMCache:
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.chunk_size = 0  # as it was last told; 0 before that
+        self._adapters: tuple[dict[str, Any], ...] = ()
+        self._told_at = -math.inf
         self._loads: WeakValueDictionary[str, _Loads] = WeakValueDictionary()  # by salt, while somebody waits
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
@@ -65,13 +69,19 @@ class LMCache:
             adapters=adapters,
         )
 
-    async def adapters(self) -> tuple[dict[str, Any], ...]:
-        """Ask for the configuration of the storage adapters, in the order in which they are read."""
+    async def adapters(self, *, within_s: float = 0.0) -> tuple[dict[str, Any], ...]:
+        """Ask for the configuration of the storage adapters, in the order in which they are read.
+
+        What was told less than `within_s` seconds ago will do.
+        """
+        if time.monotonic() - self._told_at < within_s:
+            return self._adapters
         config = await self._call("GET", "/config")
         storage: dict[str, Any] = next(
             (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
         )
-        return tuple(storage.get("adapters", ()))
+        self._adapters, self._told_at = tuple(storage.get("adapters", ())), time.monotonic()
+        return self._adapters
 
     async def healthy(self) -> bool:
         """Whether the server answers and calls itself healthy."""

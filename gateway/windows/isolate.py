@@ -18,6 +18,7 @@ from gateway.windows.freeze import Naming
 from gateway.windows.thaw import usable
 
 _BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt
+_LATELY_S = 5.0  # LMCache changes its serde by a restart alone, which takes longer
 
 
 @counted
@@ -47,5 +48,5 @@ async def _encrypted(parts: Parts, window: Window) -> bool:
     """Whether the bytes would be unreadable under another salt."""
     if parts.cache is None or not window.chunk_count:
         return False
-    serdes = [(adapter.get("serde") or {}).get("type") for adapter in await parts.cache.adapters()]
-    return _BY_SALT in serdes
+    adapters = await parts.cache.adapters(within_s=_LATELY_S)
+    return _BY_SALT in [(adapter.get("serde") or {}).get("type") for adapter in adapters]

