@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
 from gateway.progress import silent
 
@@ -80,7 +81,7 @@ async def client(server: _Server) -> AsyncIterator[LMCache]:
 
 
 def load(cache: LMCache, salt: str = "s", ids: tuple[int, ...] = SAME) -> asyncio.Task[tuple[int, int]]:
-    return asyncio.create_task(cache.prefetch("m", 1, list(ids), salt, 30.0, silent))
+    return asyncio.create_task(cache.prefetch("m", 1, "w", ids, salt, 30.0, silent))
 
 
 async def asked(server: _Server, *expected: tuple[str, int]) -> None:
@@ -102,6 +103,23 @@ async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server) -> Non
         await asked(server, ("s", 3), ("s", 3))
         server.loads.done = 2
         assert await later == (2, 2)
+
+
+async def test_what_was_loaded_lately_is_known_until_it_is_evicted(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client(server) as cache:
+        server.loads.done = 9
+        assert not cache.has_loaded_lately("w", 3, "s")
+        for salt in ("s", "t"):
+            await load(cache, salt)
+        for name, tokens, salt, known in (("w", 3, "s", True), ("x", 3, "s", False), ("w", 4, "s", False)):
+            assert cache.has_loaded_lately(name, tokens, salt) is known
+        with pytest.raises(GatewayError):  # whatever came of it
+            await cache.delete([ObjectKey("m", 1, 0, "0" * 64, "s")], tier="l1")
+        assert [cache.has_loaded_lately("w", 3, salt) for salt in ("s", "t")] == [False, True]
+        monkeypatch.setattr("gateway.kv.lmcache._FRESH_S", 0.0)
+        assert not cache.has_loaded_lately("w", 3, "t")
 
 
 async def test_another_window_of_the_salt_follows_and_another_salt_does_not_wait(server: _Server) -> None:

@@ -4,8 +4,8 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import httpx
@@ -16,6 +16,7 @@ from gateway.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
 _POLL_S = 0.02
+_FRESH_S = 10.0  # what was loaded is not evicted so soon, but from a memory that is too small for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,12 @@ class CacheInfo:
     adapters: tuple[dict[str, Any], ...]  # configuration of each L2 adapter, in the order in which they are read
 
 
-@dataclass(slots=True, weakref_slot=True)
-class _Loads:
-    """The loads of one salt's objects: one after the other, and what came of the last of them."""
+class _Load(NamedTuple):
+    """A load that is done: of which token ids, what was found, and when."""
 
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    done: int = 0
-    token_ids: Sequence[int] = ()
-    found: tuple[int, int] = (0, 0)
+    what: tuple[str, int]
+    found: tuple[int, int]
+    at: float
 
 
 class LMCache:
@@ -45,7 +44,8 @@ class LMCache:
         self.chunk_size = 0  # as it was last told; 0 before that
         self._adapters: tuple[dict[str, Any], ...] = ()
         self._told_at = -math.inf
-        self._loads: WeakValueDictionary[str, _Loads] = WeakValueDictionary()  # by salt, while somebody waits
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while somebody waits
+        self._last: dict[str, _Load] = {}  # by salt, of the last seconds
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
         )
@@ -96,6 +96,8 @@ class LMCache:
         Return how many were there, and how many were left because they are being read; of `l2` that is not told.
         """
         deleted = skipped = 0
+        for salt in {key.salt for key in keys}:
+            self._last.pop(salt, None)
         for start in range(0, len(keys), _KEYS_PER_DELETE):
             batch = [key.wire() for key in keys[start : start + _KEYS_PER_DELETE]]
             body = {"keys": batch, "tier": tier, "adapter": adapter}
@@ -107,24 +109,31 @@ class LMCache:
         return deleted, skipped
 
     async def prefetch(
-        self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
-    ) -> tuple[int, int]:
+        self, model: str, world_size: int, name: str, token_ids: Sequence[int], salt: str, timeout_s: float,
+        progress: Progress,
+    ) -> tuple[int, int]:  # fmt: skip
         """Load the chunks of `token_ids` from L2 into L1; return (objects found, objects asked for).
 
         Whoever asks LMCache (0.5.6) for objects that somebody else is just loading may be told that there are none. So
-        the loads of a salt follow one another, and who asks for what was on its way is told what came of that.
+        the loads of a salt follow one another, and who asks for what was on its way is told what came of that; `name`
+        says which token ids they are.
 
         Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than
         `timeout_s`.
         """
-        loads = self._loads.setdefault(salt, _Loads())
-        before = loads.done
-        async with loads.turn:
-            if loads.done == before or loads.token_ids != token_ids:
-                loads.found = await self._prefetch(model, world_size, token_ids, salt, timeout_s, progress)
-                loads.token_ids = token_ids
-                loads.done += 1
-            return loads.found
+        asked, what = time.monotonic(), (name, len(token_ids))
+        async with self._turns.setdefault(salt, asyncio.Lock()):
+            last = self._last.get(salt)
+            if last is None or last.what != what or last.at < asked:
+                found = await self._prefetch(model, world_size, token_ids, salt, timeout_s, progress)
+                last = _Load(what, found, time.monotonic())
+                self._last = {s: one for s, one in self._last.items() if _is_fresh(one)} | {salt: last}
+            return last.found
+
+    def has_loaded_lately(self, name: str, tokens: int, salt: str) -> bool:
+        """Whether so many of the token ids called `name` were loaded within the last seconds, and not evicted by us."""
+        last = self._last.get(salt)
+        return last is not None and last.what == (name, tokens) and _is_fresh(last)
 
     async def _prefetch(
         self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
@@ -163,3 +172,7 @@ class LMCache:
             )
         answer: dict[str, Any] = response.json()
         return answer
+
+
+def _is_fresh(load: _Load) -> bool:
+    return time.monotonic() - load.at < _FRESH_S

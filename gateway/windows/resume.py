@@ -25,6 +25,9 @@ async def resume(parts: Parts, session: Session) -> None:
     window = await _window(parts, session)
     if window is None or window.kv == "absent" or window.salt != session.salt:
         return
+    whole = window.chunk_count * window.chunk_size
+    if parts.cache and parts.cache.has_loaded_lately(window.manifest, whole, window.salt):
+        return
     try:
         manifest, sizes = await parts.store.manifest(window), await parts.store.sizes(window)
     except GatewayError:  # deleted just now
@@ -38,11 +41,9 @@ async def resume(parts: Parts, session: Session) -> None:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
     if parts.cache is None:
         return
-    whole = manifest.token_ids[: window.chunk_count * window.chunk_size]
+    ids, within = manifest.token_ids[:whole], parts.settings.thaw_timeout_s
     try:
-        await parts.cache.prefetch(
-            window.model_root, window.world_size, whole, window.salt, parts.settings.thaw_timeout_s, silent
-        )
+        await parts.cache.prefetch(window.model_root, window.world_size, manifest.id, ids, window.salt, within, silent)
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
 

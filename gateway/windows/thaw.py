@@ -229,7 +229,7 @@ async def load(
     """Load what was found from the tiers into LMCache's memory. Raises `cache_unavailable`."""
     ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
     objects, _ = await cache.prefetch(
-        window.model_root, window.world_size, ids, window.salt, parts.settings.thaw_timeout_s, progress
+        window.model_root, window.world_size, manifest.id, ids, window.salt, parts.settings.thaw_timeout_s, progress
     )
     receipt.chunks_prefetched = objects // window.world_size
 
