@@ -131,9 +131,12 @@ class LMCache:
             return last.found
 
     def has_loaded_lately(self, name: str, tokens: int, salt: str) -> bool:
-        """Whether so many of the token ids called `name` were loaded within the last seconds, and not evicted by us."""
+        """Whether so many of the token ids called `name` were all loaded in the last seconds, and not evicted by us."""
         last = self._last.get(salt)
-        return last is not None and last.what == (name, tokens) and _is_fresh(last)
+        if last is None or last.what != (name, tokens):
+            return False
+        found, wanted = last.found
+        return found == wanted and _is_fresh(last)
 
     async def _prefetch(
         self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
