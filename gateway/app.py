@@ -94,8 +94,10 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
         if locks is not None:
             stack.callback(locks.close)
         sessions = Sessions(store, locks)
-        timeout = settings.connect_timeout_s
-        cache = await stack.enter_async_context(LMCache(settings.cache_url, timeout)) if settings.cache_url else None
+        cache: LMCache | None = None
+        if settings.cache_url:
+            own = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")
+            cache = await stack.enter_async_context(own)
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
         reviews = Reviews(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))

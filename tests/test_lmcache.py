@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -75,8 +76,8 @@ def server() -> Iterator[_Server]:
 
 
 @asynccontextmanager
-async def client(server: _Server) -> AsyncIterator[LMCache]:
-    async with LMCache(f"http://127.0.0.1:{server.server_address[1]}", 5.0) as cache:
+async def client(server: _Server, locks: Path) -> AsyncIterator[LMCache]:
+    async with LMCache(f"http://127.0.0.1:{server.server_address[1]}", 5.0, locks) as cache:
         yield cache
 
 
@@ -93,8 +94,8 @@ async def asked(server: _Server, *expected: tuple[str, int]) -> None:
     assert server.loads.asked == list(expected)
 
 
-async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server) -> None:
-    async with client(server) as cache:
+async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server, tmp_path: Path) -> None:
+    async with client(server, tmp_path) as cache:
         tasks = [load(cache) for _ in range(5)]
         await asked(server, ("s", 3))
         server.loads.done = 1
@@ -106,9 +107,9 @@ async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server) -> Non
 
 
 async def test_what_was_loaded_lately_is_known_until_it_is_evicted(
-    server: _Server, monkeypatch: pytest.MonkeyPatch
+    server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with client(server) as cache:
+    async with client(server, tmp_path) as cache:
         server.loads.done = 9
         assert not cache.has_loaded_lately("w", 3, "s")
         for salt in ("s", "t"):
@@ -122,8 +123,10 @@ async def test_what_was_loaded_lately_is_known_until_it_is_evicted(
         assert not cache.has_loaded_lately("w", 3, "t")
 
 
-async def test_another_window_of_the_salt_follows_and_another_salt_does_not_wait(server: _Server) -> None:
-    async with client(server) as cache:
+async def test_another_window_of_the_salt_follows_and_another_salt_does_not_wait(
+    server: _Server, tmp_path: Path
+) -> None:
+    async with client(server, tmp_path) as cache:
         first = load(cache)
         await asked(server, ("s", 3))
         longer, other = load(cache, ids=(*SAME, 4)), load(cache, salt="t")
@@ -134,8 +137,21 @@ async def test_another_window_of_the_salt_follows_and_another_salt_does_not_wait
         assert [await first, await other, await longer] == [(1, 1), (2, 2), (3, 3)]
 
 
-async def test_a_load_that_failed_or_was_given_up_is_nobodys(server: _Server) -> None:
-    async with client(server) as cache:
+async def test_two_workers_wait_for_each_other(server: _Server, tmp_path: Path) -> None:
+    async with client(server, tmp_path) as one, client(server, tmp_path) as other:
+        first = load(one)
+        await asked(server, ("s", 3))
+        second = load(other)
+        await asked(server, ("s", 3))
+        server.loads.done = 1
+        assert await first == (1, 1)
+        await asked(server, ("s", 3), ("s", 3))
+        server.loads.done = 2
+        assert await second == (2, 2)
+
+
+async def test_a_load_that_failed_or_was_given_up_is_nobodys(server: _Server, tmp_path: Path) -> None:
+    async with client(server, tmp_path) as cache:
         given_up, waits = load(cache), load(cache)
         await asked(server, ("s", 3))
         given_up.cancel()

@@ -5,17 +5,21 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
+from zlib import crc32
 
 import httpx
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.pins import Lock
 from gateway.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
 _POLL_S = 0.02
+_LOCKS = 64  # files; two salts that share one wait for each other without need
 _FRESH_S = 10.0  # what was loaded is not evicted so soon, but from a memory that is too small for it
 
 
@@ -38,9 +42,13 @@ class _Load(NamedTuple):
 
 
 class LMCache:
-    """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached."""
+    """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached.
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    By files in the folder `locks`, the processes of this machine wait for each other's loads.
+    """
+
+    def __init__(self, url: str, timeout_s: float, locks: Path) -> None:
+        self._locks = locks
         self.chunk_size = 0  # as it was last told; 0 before that
         self._adapters: tuple[dict[str, Any], ...] = ()
         self._told_at = -math.inf
@@ -51,6 +59,7 @@ class LMCache:
         )
 
     async def __aenter__(self) -> "LMCache":
+        self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -122,7 +131,8 @@ class LMCache:
         `timeout_s`.
         """
         asked, what = time.monotonic(), (name, len(token_ids))
-        async with self._turns.setdefault(salt, asyncio.Lock()):
+        lock = Lock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock")
+        async with self._turns.setdefault(salt, asyncio.Lock()), lock.hold(alone=True):
             last = self._last.get(salt)
             if last is None or last.what != what or last.at < asked:
                 found = await self._prefetch(model, world_size, token_ids, salt, timeout_s, progress)
