@@ -68,9 +68,12 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="package")
-def night(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> night_.Night:
+def night(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[night_.Night]:
     """See `tests.stack.night`."""
-    return night_.spend(stack, tmp_path_factory.mktemp("night"))
+    night = night_.spend(stack, tmp_path_factory.mktemp("night"))
+    yield night
+    for gateway, _ in night.values():  # of evenings too whose mornings nobody asked for
+        gateway.close()
 
 
 @pytest.fixture(scope="package")
