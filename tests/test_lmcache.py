@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -148,6 +149,18 @@ async def test_two_workers_wait_for_each_other(server: _Server, tmp_path: Path) 
         await asked(server, ("s", 3), ("s", 3))
         server.loads.done = 2
         assert await second == (2, 2)
+
+
+async def test_whoever_waits_for_a_cache_that_hangs_waits_no_longer_than_the_first(
+    server: _Server, tmp_path: Path
+) -> None:
+    async with client(server, tmp_path) as cache:
+        began = time.monotonic()
+        waiting = [asyncio.create_task(cache.prefetch("m", 1, "w", SAME, "s", 1.0, silent)) for _ in range(8)]
+        for task in waiting:
+            with pytest.raises(GatewayError, match="3 tokens took over 1 s"):
+                await task
+        assert time.monotonic() - began < 4, "one after the other they would take eight seconds"
 
 
 async def test_a_load_that_failed_or_was_given_up_is_nobodys(server: _Server, tmp_path: Path) -> None:

@@ -128,17 +128,26 @@ class LMCache:
         says which token ids they are.
 
         Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than
-        `timeout_s`.
+        `timeout_s`, the waiting for others included.
         """
         asked, what = time.monotonic(), (name, len(token_ids))
         lock = Lock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock")
-        async with self._turns.setdefault(salt, asyncio.Lock()), lock.hold(alone=True):
-            last = self._last.get(salt)
-            if last is None or last.what != what or last.at < asked:
-                found = await self._prefetch(model, world_size, token_ids, salt, timeout_s, progress)
-                last = _Load(what, found, time.monotonic())
-                self._last = {s: one for s, one in self._last.items() if _is_fresh(one)} | {salt: last}
-            return last.found
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._turns.setdefault(salt, asyncio.Lock()),
+                lock.hold(alone=True),
+            ):
+                last = self._last.get(salt)
+                if last is None or last.what != what or last.at < asked:
+                    found = await self._prefetch(model, world_size, token_ids, salt, progress)
+                    last = _Load(what, found, time.monotonic())
+                    self._last = {s: one for s, one in self._last.items() if _is_fresh(one)} | {salt: last}
+                return last.found
+        except TimeoutError as error:
+            raise GatewayError(
+                "cache_unavailable", f"prefetch of {len(token_ids)} tokens took over {timeout_s:g} s"
+            ) from error
 
     def has_loaded_lately(self, name: str, tokens: int, salt: str) -> bool:
         """Whether so many of the token ids called `name` were all loaded in the last seconds, and not evicted by us."""
@@ -149,24 +158,18 @@ class LMCache:
         return found == wanted and _is_fresh(last)
 
     async def _prefetch(
-        self, model: str, world_size: int, token_ids: Sequence[int], salt: str, timeout_s: float, progress: Progress
+        self, model: str, world_size: int, token_ids: Sequence[int], salt: str, progress: Progress
     ) -> tuple[int, int]:
         body = {"model_name": model, "world_size": world_size, "token_ids": list(token_ids), "cache_salt": salt}
         job = await self._call("POST", "/cache/prefetches", json=body)
         if job["status"] == "noop":
             return 0, 0
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    answer = await self._call("GET", f"/cache/prefetches/{job['request_id']}")
-                    if answer["status"] == "completed":
-                        break
-                    progress("prefetch", 0, int(job["chunks"]))
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError as error:
-            raise GatewayError(
-                "cache_unavailable", f"prefetch of {job['chunks']} chunks took over {timeout_s:g} s"
-            ) from error
+        while True:
+            answer = await self._call("GET", f"/cache/prefetches/{job['request_id']}")
+            if answer["status"] == "completed":
+                break
+            progress("prefetch", 0, int(job["chunks"]))
+            await asyncio.sleep(_POLL_S)
         progress("prefetch", int(job["chunks"]), int(job["chunks"]))
         return int(answer["found_keys"]), int(answer["total_keys"])
 
