@@ -128,7 +128,7 @@ def _response(turn: Read) -> StoredResponse | None:
 def _trace(turn: Read) -> Trace:
     place = turn.ended.place
     try:
-        return identity.trace(place.seed, turn.whole, turn.reply.message, place.asked, place.roots, place.session.head)
+        return identity.trace(place.seed, turn.whole, turn.reply.message, place.request, place.session.head)
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)

@@ -4,8 +4,8 @@ Agents name their sessions in headers and body fields of their own (`given`). Wh
 prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings. The store knows
 every point at which a turn asked or was answered; the longest known beginning of a request says which conversation it
 goes on with (`judge`). Where a client changed something before the last reply, a system prompt that tells the time or
-a question that came with passages, that reply is found by what did not change (`Beginning.ends`). Nothing here reads a
-clock, a socket or a store.
+a question that came with passages, that reply is found by what did not change (`gateway.aliases`, `judge_changed`).
+Nothing here reads a clock, a socket or a store.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +16,9 @@ import orjson
 from blake3 import blake3
 
 from gateway import transcripts
+from gateway.aliases import KINDS, Context, Marks, Match, compare
 from gateway.errors import GatewayError
-from gateway.records import SESSION_ID, Message, Session, Trace, check_session_id
+from gateway.records import SESSION_ID, Alias, Known, Message, Session, Trace, check_session_id
 
 # session: exactly this session · agent: an agent's id for all that it does, side conversations too ·
 # key: what conversations of one kind share
@@ -50,11 +51,15 @@ _SIDE = 17  # characters that a side conversation adds to its agent's id
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An id that a request brings; `source` says where, in the words that the session's status shows."""
+    """An id that a request brings; `source` says where, in the words that the session's status shows.
+
+    `parent` is the id of the session that a sub-agent works for.
+    """
 
     kind: Kind
     id: str
     source: str
+    parent: str = ""
 
 
 def given(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_url: str | None) -> Given | None:
@@ -87,7 +92,9 @@ def _in_headers(found: Mapping[bytes, str]) -> Given | None:
 
 
 def _agent(parts: Sequence[str], header: bytes) -> Given:
-    return Given("agent", fitting(":".join(filter(None, parts))), f"header {header.decode()}")
+    main, *others = filter(None, parts)
+    parent = fitting(main) if others else ""
+    return Given("agent", fitting(":".join([main, *others])), f"header {header.decode()}", parent)
 
 
 def _in_body(body: Mapping[str, Any]) -> Given | None:
@@ -151,19 +158,24 @@ def chain(messages: Sequence[Message], start: bytes) -> list[bytes]:
 def _linked(digests: Iterable[bytes], start: bytes) -> list[bytes]:
     links: list[bytes] = []
     for digest in digests:
-        start = _hash(start + digest)
+        start = _hash(start + digest) if digest else start
         links.append(start)
     return links
 
 
 def link(before: bytes, message: Message) -> bytes:
     """The hash of a message and of all before it. Raises `invalid_request` for one that nests over 254 levels deep."""
-    return _hash(before + _digest(message))
+    (last,) = chain([message], before)
+    return last
 
 
 def _digest(message: Message) -> bytes:
+    """The hash of one message; b"" for a reply that says nothing, which some clients leave out of their history."""
+    kept = transcripts.canonical(message)
+    if len(kept) == 1 and kept.get("role") == "assistant":
+        return b""
     try:
-        return _hash(orjson.dumps(transcripts.canonical(message), option=orjson.OPT_SORT_KEYS))
+        return _hash(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS))
     except (orjson.JSONEncodeError, RecursionError) as error:
         raise GatewayError("invalid_request", f"a message cannot be written as JSON: {error}") from error
 
@@ -178,22 +190,23 @@ def trace(
     start: bytes,
     messages: Sequence[Message],
     reply: Message | None,
-    asked: bytes | None,
-    roots: Sequence[bytes] = (),
+    request: "Beginning | None" = None,
     began: bytes | None = None,
 ) -> Trace:
-    """Where a turn has left its conversation; `asked` is the last link of its messages where that is known already.
+    """Where a turn has left its conversation.
 
-    `roots` are those of its `Beginning`, `began` is its head where that is known.
+    `request` is the beginning that its messages are where that was made already: then the reply gets its further names
+    too. `began` is its head where that is known.
     """
     if not messages:
         return Trace(b"", b"", None)
-    last = asked or chain(messages, start)[-1]
+    asked = request.asked if request else chain(messages, start)[-1]
     began = head(messages) if began is None else began
     if reply is None:
-        return Trace(began, last, None)
+        return Trace(began, asked, None)
     said = _digest(reply)
-    return Trace(began, last, _hash(last + said), tuple(_hash(root + said) for root in roots))
+    ends = request.context.aliases(reply, said) if request and said else ()
+    return Trace(began, asked, _linked([said], asked)[0], ends)
 
 
 def _hash(data: bytes) -> bytes:
@@ -204,27 +217,34 @@ def _hash(data: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What of a request tells its conversation; `seed` is `seed`, `tools` is `aliases.tool_names`."""
+
+    messages: Sequence[Message]
+    seed: bytes
+    tools: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Beginning:
     """The chain of a request, and how many of its first messages may end a turn or its question, longest first."""
 
+    prompt: Prompt
+    digests: Sequence[bytes]
     links: Sequence[bytes]
     points: Sequence[int]
     replies: Sequence[int]  # how many messages there are up to each reply, and with it
-    roots: tuple[bytes, ...] = ()  # what `ends` of the next reply begin with
-    ends: tuple[bytes, ...] = ()  # names of the last reply that hold for other prompts too, see `_roots`
 
     @classmethod
-    def of(cls, messages: Sequence[Message], start: bytes) -> "Beginning":
+    def of(cls, prompt: Prompt) -> "Beginning":
         """The beginning that a request is."""
-        replies = [i for i, message in enumerate(messages, 1) if message.get("role") == "assistant"]
-        points = sorted({len(messages), *replies, *(i - 1 for i in replies)} - {0}, reverse=True)
-        digests = [_digest(message) for message in messages]
-        links = _linked(digests, start)
-        system = len(messages) - len(transcripts.split(messages)[1])
-        roots = _roots(start, digests, links, system, replies)
-        last = replies[-1] - 1 if replies else 0
-        before = _roots(start, digests[:last], links, system, replies[:-1]) if last else ()
-        return cls(links, points, replies, roots, tuple(_hash(root + digests[last]) for root in before))
+        roles = [message.get("role") for message in prompt.messages]
+        replies = [i for i, role in enumerate(roles, 1) if role == "assistant"]
+        # Between two messages of a user there may have been an empty reply, which the client left out.
+        unanswered = [i for i in range(1, len(roles)) if roles[i - 1] == roles[i] == "user"]
+        points = sorted({len(roles), *replies, *(i - 1 for i in replies), *unanswered} - {0}, reverse=True)
+        digests = [_digest(message) for message in prompt.messages]
+        return cls(prompt, digests, _linked(digests, prompt.seed), points, replies)
 
     @property
     def candidates(self) -> list[bytes]:
@@ -236,18 +256,27 @@ class Beginning:
         """The link of the whole request."""
         return self.links[-1]
 
+    @property
+    def context(self) -> Context:
+        """What the reply to this request will answer."""
+        return self._context(len(self.digests))
 
-def _roots(
-    start: bytes, digests: Sequence[bytes], links: Sequence[bytes], system: int, replies: Sequence[int]
-) -> tuple[bytes, ...]:
-    """What else names what stands after these messages: all but the system prompt, all but the last question.
+    @property
+    def answered(self) -> Context | None:
+        """What the last reply in this request answers; None without one."""
+        return self._context(self.replies[-1] - 1) if self.replies else None
 
-    The last question is whatever came after the reply before; without one, nothing would be left but the system prompt.
-    """
-    roots = [_hash(b"any system prompt" + start + b"".join(digests[system:]))] if system else []
-    if replies:
-        roots.append(_hash(b"any question" + links[replies[-1] - 1]))
-    return tuple(roots)
+    def aliases(self, answered: Context) -> tuple[Alias, ...]:
+        """Further names of the last reply in this request, in the order of `aliases.KINDS`."""
+        last = self.replies[-1] - 1
+        return answered.aliases(self.prompt.messages[last], self.digests[last]) if self.digests[last] else ()
+
+    def depth(self, known: bytes) -> int:
+        """How many messages there are up to a link: an empty reply has that of the message before it."""
+        return len(self.links) - self.links[::-1].index(known)
+
+    def _context(self, count: int) -> Context:
+        return Context.of(self.prompt.seed, self.prompt.messages[:count], self.digests[:count], self.prompt.tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +303,15 @@ def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]
     """
     if known is None or not candidates:
         return _STRANGER
-    depth = request.links.index(known) + 1
+    depth = request.depth(known)
     answered_before = any(reply <= depth for reply in request.replies)
     asking = [one for one in candidates if one.asked == known]
     if depth == len(request.links):
         return _again(depth, asking, candidates, answered_before)
     going = next((one for one in candidates if one.tip == known), None)
-    if going:
+    if going and (going.asked != going.tip or answered_before or len(candidates) == 1):
         return Verdict(going, depth=depth, how="prefix")
-    waiting = next((one for one in asking if not one.answered), None)
+    waiting = next((one for one in asking if _waits(one)), None)
     if waiting:
         return Verdict(waiting, depth=depth, how="prefix")
     # A client may send any reply back as it likes; two that asked the same cannot be told apart by that.
@@ -293,7 +322,48 @@ def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]
 
 def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session], answered_before: bool) -> Verdict:
     """The verdict on a request that was asked before, word for word."""
-    waiting = next((one for one in asking if not one.answered), None)
+    waiting = next((one for one in asking if _waits(one)), None)
     if waiting or (asking and answered_before):
         return Verdict(waiting or asking[0], depth=depth, how="retry")
     return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else _STRANGER
+
+
+def _waits(session: Session) -> bool:
+    """Whether a session's last question has no answer, or an empty one."""
+    return not session.answered or session.tip == session.asked
+
+
+def judge_changed(request: Beginning, answered: Context, names: Sequence[Alias], found: Sequence[Known]) -> Verdict:
+    """Say which session a request goes on with whose last reply is known under other names alone.
+
+    The name that leaves out least decides. Several sessions of one lineage that answer to it: a fork, so that their KV
+    is shared. Sessions of several lineages: nobody can know, and the request is a stranger's.
+    """
+    depth = request.replies[-1]
+    for kind, name in zip(KINDS, names, strict=True):
+        meant: dict[Match, list[Known]] = {"": [], "same": [], "side": []}
+        for one in found:
+            if one.alias.link == name.link:
+                meant[compare(kind, answered, Marks.read(one.alias.marks))].append(one)
+        current = [one.session for one in meant["same"] if one.current]
+        if len(current) == 1:
+            return Verdict(current[0], depth=depth, how="last reply")
+        if stems := meant["same"] or meant["side"]:
+            return _branch(stems, depth, "fork" if meant["same"] else "side")
+    return _STRANGER
+
+
+def _branch(stems: Sequence[Known], depth: int, how: str) -> Verdict:
+    if len({one.session.lineage for one in stems}) > 1:
+        return Verdict(None, how="ambiguous")
+    return Verdict(stems[0].session, forks=True, depth=depth, how=how)
+
+
+MATCHES = ("id", "prefix", "retry", "last-reply", "fork", "side", "window", "successor", "ambiguous", "new")
+"""What the response header X-Session-Match may say, see docs/sessions.md."""
+
+
+def match_of(source: str) -> str:
+    """How a session was recognised, as the response header has it; `source` is that of a `Place`."""
+    word = source.replace(" ", "-")
+    return word if word in MATCHES else "id"

@@ -97,6 +97,13 @@ class Succession:
     link: bytes
 
 
+class Alias(NamedTuple):
+    """Another name of a reply, and in short what that name leaves out (`gateway.aliases`)."""
+
+    link: bytes
+    marks: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Where a turn has left its conversation's chain; no `tip` where the reply is not known.
@@ -107,7 +114,16 @@ class Trace:
     head: bytes
     asked: bytes
     tip: bytes | None
-    ends: tuple[bytes, ...] = ()
+    ends: tuple[Alias, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A session that has a reply known under an `Alias`; `current`: that reply is its last."""
+
+    session: Session
+    alias: Alias
+    current: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ they hold (`gateway.inflight`).
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from gateway import identity, salts
 from gateway.errors import GatewayError
-from gateway.identity import Beginning, Given, Verdict
+from gateway.identity import Beginning, Given, Prompt, Verdict
 from gateway.inflight import Mark, TurnLocks
-from gateway.records import Message, Session
+from gateway.records import Session
 from gateway.store.contract import Store
 
 _POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
@@ -41,16 +41,20 @@ class SaltRule:
 class Place:
     """Where a request belongs: its session, how that was recognised, and the chain that it is part of.
 
-    `asked` is the chain's link of the whole request where it was needed on the way, with the `roots` of its beginning.
-    `is_new`: nobody has seen the session yet.
+    `request` is the beginning that the request is, where it was needed on the way. `is_new`: no turn has used the
+    session yet.
     """
 
     session: Session
     source: str
     seed: bytes
-    asked: bytes | None = None
+    request: Beginning | None = None
     is_new: bool = False
-    roots: tuple[bytes, ...] = ()
+
+    @property
+    def asked(self) -> bytes | None:
+        """The chain's link of the whole request, where it was needed."""
+        return self.request.asked if self.request else None
 
 
 class Sessions:
@@ -78,40 +82,51 @@ class Sessions:
         self,
         tenant: str,
         named: Given | None,
-        messages: Sequence[Message],
-        seed: bytes,
+        prompt: Prompt,
         settle: Callable[[], Awaitable[None]],
     ) -> Place:
-        """Say which session a request with `messages` belongs to; `settle` waits for the turns that are over."""
+        """Say which session a request belongs to; `settle` waits for the turns that are over."""
+        seed = prompt.seed
         if named and named.kind == "session":
             return self._named(await self.open(tenant, named.id, named.source), named, seed)
-        if not messages:
+        if not prompt.messages:
             new = named.id if named and named.kind == "agent" else new_id()
             session = await self.open(tenant, new, named.source if named else "new")
             return Place(session, session.source, seed, is_new=not session.created_at)
         if named and named.kind == "agent":
-            session = await self._of_agent(tenant, named, identity.head(messages))
+            session = await self._of_agent(tenant, named, identity.head(prompt.messages))
             if not session.created_at:
-                session = await self._forked(session, Beginning.of(messages, seed), settle)
+                session = await self._forked(session, Beginning.of(prompt), settle)
             return self._named(session, named, seed)
-        return await self._by_prefix(tenant, named, messages, seed, settle)
+        return await self._by_prefix(tenant, named, prompt, settle)
 
     @staticmethod
     def _named(session: Session, named: Given, seed: bytes) -> Place:
         return Place(session, named.source, seed, is_new=not session.created_at)
 
     async def _of_agent(self, tenant: str, named: Given, head: bytes) -> Session:
-        """The session of an agent's id, or one beside it: an agent holds side conversations under the same id."""
+        """The session of an agent's id, or one beside it: an agent holds side conversations under the same id.
+
+        What is beside it is the same client's, so it shares the lineage.
+        """
         # Asked before the store: what is recorded in between, is found there.
         elsewhere = self._elsewhere(("session", tenant, named.id))
         as_there = elsewhere and self._elsewhere(_of(tenant, "head", named.id, head))
         session = await self.open(tenant, named.id, named.source)
         began_with = session.head or self._heads.get((tenant, named.id))
         if began_with is None and (as_there or not elsewhere):
-            return replace(session, head=head)
+            return await self._of_parent(replace(session, head=head), named.parent)
         if began_with == head:
             return session
-        return await self.open(tenant, identity.side(named.id, head), f"{named.source}, beside {named.id}")
+        beside = await self.open(tenant, identity.side(named.id, head), f"{named.source}, beside {named.id}")
+        return await self._of_parent(beside, named.id)
+
+    async def _of_parent(self, session: Session, parent_id: str) -> Session:
+        """A new session in the lineage of the one that it is a side conversation of."""
+        if session.created_at or not parent_id:
+            return session
+        parent = await self.open(session.tenant, parent_id)
+        return replace(session, lineage=parent.lineage, parent=parent.id, engine=parent.engine)
 
     async def _forked(self, new: Session, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Session:
         """An agent's new session, in the lineage of the conversation that it is a fork of, if it is one."""
@@ -124,16 +139,15 @@ class Sessions:
         self,
         tenant: str,
         key: Given | None,
-        messages: Sequence[Message],
-        seed: bytes,
+        prompt: Prompt,
         settle: Callable[[], Awaitable[None]],
     ) -> Place:
-        request = Beginning.of(messages, seed)
+        request = Beginning.of(prompt)
         verdict = await self.look_up(tenant, request, settle)
         if verdict.session and not verdict.forks:
-            return Place(verdict.session, verdict.how, seed, request.asked, roots=request.roots)
+            return Place(verdict.session, verdict.how, prompt.seed, request)
         session = await self._fresh(tenant, key, verdict)
-        return Place(session, session.source, seed, request.asked, is_new=True, roots=request.roots)
+        return Place(session, session.source, prompt.seed, request, is_new=True)
 
     async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
@@ -144,7 +158,8 @@ class Sessions:
             await settle()  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
             verdict = await self._judge(tenant, request)
         # Two questions at once after the same reply: one of them is a branch.
-        return replace(verdict, forks=True, how="fork") if self._asks_else(verdict.session, request) else verdict
+        branches = not verdict.forks and self._asks_else(verdict.session, request)
+        return replace(verdict, forks=True, how="fork") if branches else verdict
 
     def _is_in_turn(self, session: Session | None) -> bool:
         return session is not None and self.in_turn(session.tenant, session.id)
@@ -157,10 +172,18 @@ class Sessions:
         known, candidates = await self._store.beginning(tenant, request.candidates)
         # Of sessions at the same point, one that is asking something else just now is the least likely.
         verdict = identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
-        if (verdict.session and not verdict.forks) or not request.ends or verdict.depth >= request.replies[-1]:
+        if (verdict.session and not verdict.forks) or not request.replies or verdict.depth >= request.replies[-1]:
             return verdict
-        standing = await self._store.standing(tenant, request.ends)
-        return Verdict(standing[0], depth=request.replies[-1], how="last reply") if len(standing) == 1 else verdict
+        changed = await self._judge_changed(tenant, request)
+        return changed if changed.session or not verdict.session else verdict
+
+    async def _judge_changed(self, tenant: str, request: Beginning) -> Verdict:
+        answered = request.answered
+        names = request.aliases(answered) if answered else ()
+        if not answered or not names:
+            return Verdict(None)
+        found = await self._store.standing(tenant, [name.link for name in names])
+        return identity.judge_changed(request, answered, names, found)
 
     def _asks_else(self, session: Session | None, request: Beginning) -> bool:
         """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""
@@ -176,12 +199,12 @@ class Sessions:
         if verdict.session:
             parent = verdict.session
             return Session(
-                tenant, new_id(), lineage=parent.lineage, source="fork", parent=parent.id, engine=parent.engine
+                tenant, new_id(), lineage=parent.lineage, source=verdict.how, parent=parent.id, engine=parent.engine
             )
         if key and await self._is_free(tenant, key.id):
             return Session(tenant, key.id, lineage=key.id, source=key.source)
         session_id = new_id()
-        return Session(tenant, session_id, lineage=session_id, source=key.source if key else "new")
+        return Session(tenant, session_id, lineage=session_id, source=key.source if key else verdict.how)
 
     async def _is_free(self, tenant: str, session_id: str) -> bool:
         if self.in_turn(tenant, session_id):

@@ -154,9 +154,15 @@ def hoisted(messages: Sequence[Message]) -> list[Message] | None:
     return [{"role": "system", "content": "".join(map(str, texts))}, *rest]
 
 
-def split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
-    """Leading system messages, and the rest."""
+def leading(messages: Sequence[Message]) -> int:
+    """How many system messages a conversation begins with."""
     count = 0
     while count < len(messages) and messages[count].get("role") in _SYSTEM_ROLES:
         count += 1
+    return count
+
+
+def split(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """Leading system messages, and the rest."""
+    count = leading(messages)
     return list(messages[:count]), list(messages[count:])

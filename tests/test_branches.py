@@ -116,12 +116,36 @@ def test_what_is_no_turn_passes_under_a_window(gateway: Gateway, window: str) ->
     assert gateway.http.get(f"/w/{window}/v1/models").status_code == 200
 
 
-def test_frozen_and_thawed_sessions_are_found_by_their_history_alone(gateway: Gateway, session: str) -> None:
+@pytest.mark.parametrize("copy", ["thaw", "thaw of a clone"])
+def test_a_conversation_without_an_id_goes_on_in_its_own_session_after_a_thaw(
+    engine: FakeEngine, gateway: Gateway, session: str, copy: str
+) -> None:
+    history = [user(session)]
+    first = ask(gateway, "", history).headers["x-session-id"]
+    name = f"w-{session}"
+    assert gateway.freeze(first, name).status_code == 201
+    if copy == "thaw of a clone":
+        body = {"target_window": f"c-{session}"}
+        assert gateway.http.post(f"/admin/windows/{name}/clone", json=body).status_code == 201
+        name = f"c-{session}"
+    thawed = gateway.http.post(f"/admin/windows/{name}/thaw", json={"new_session_id": f"{session}-thawed"})
+    assert thawed.status_code == 200
+    history += [REPLY, user("THIRD")]
+    assert ask(gateway, "", history).headers["x-session-id"] == first
+    gateway.turns(first, 2)
+    history += [REPLY, user("FOURTH")]
+    assert ask(gateway, "", history).headers["x-session-id"] == first
+    gateway.turns(first, 3)
+    assert gateway.freeze(first, f"later-{session}").status_code == 201
+    kept = gateway.http.get(f"/admin/windows/later-{session}/messages").json()["messages"]
+    assert [message["content"] for message in kept] == [m["content"] for m in [*history, REPLY]]
+
+
+def test_a_thawed_session_is_found_by_its_history_where_the_original_is_gone(gateway: Gateway, session: str) -> None:
     history = [user(session)]
     first = ask(gateway, "", history).headers["x-session-id"]
     assert gateway.freeze(first, f"w-{session}").status_code == 201
     thawed = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={"new_session_id": f"{session}-thawed"})
     assert thawed.status_code == 200
-    found = ask(gateway, "", [*history, REPLY, user("on")]).headers["x-session-id"]
-    assert found == f"{session}-thawed"  # which was active last
-    assert ask(gateway, "", [*history, REPLY, user("otherwise")]).headers["x-session-id"] == first
+    assert gateway.http.delete(f"/admin/sessions/{first}").status_code == 200
+    assert ask(gateway, "", [*history, REPLY, user("on")]).headers["x-session-id"] == f"{session}-thawed"

@@ -8,8 +8,8 @@ import pytest
 
 from gateway import identity
 from gateway.errors import GatewayError
-from gateway.identity import Beginning, Given, given
-from gateway.records import Session
+from gateway.identity import Beginning, Given, Prompt, given
+from gateway.records import SESSION_ID, Session
 from tests.fakes.engine import MODEL, Exchange, FakeEngine, usage_of, whole_reply
 from tests.running import Gateway, eventually
 
@@ -42,7 +42,7 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
         (
             {"x-claude-code-session-id": "c1", "x-claude-code-agent-id": "a2"},
             {},
-            Given("agent", "c1:a2", "header x-claude-code-session-id"),
+            Given("agent", "c1:a2", "header x-claude-code-session-id", "c1"),
         ),
         (
             {"x-codex-turn-metadata": '{"session_id":"s","thread_id":"t","turn_id":"7"}', "session_id": "other"},
@@ -50,7 +50,7 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
             Given("agent", "t", "header x-codex-turn-metadata"),
         ),
         ({"x-codex-turn-metadata": "no json", "session_id": "s"}, {}, Given("agent", "s", "header session_id")),
-        ({"session-id": "s", "x-openai-subagent": "review"}, {}, Given("agent", "s:review", "header session-id")),
+        ({"session-id": "s", "x-openai-subagent": "review"}, {}, Given("agent", "s:review", "header session-id", "s")),
         ({"x-litellm-session-id": "l"}, {}, Given("agent", "l", "header x-litellm-session-id")),
         ({"x-dynamo-session-id": "d"}, {}, Given("agent", "d", "header x-dynamo-session-id")),
         ({"x-client-request-id": "r", "x-correlation-id": "c"}, {}, None),
@@ -91,18 +91,27 @@ def test_a_foreign_id_that_does_not_fit_is_hashed_and_ours_is_refused() -> None:
         given([(b"x-session-id", b"has spaces")], {}, None)
 
 
+def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> None:
+    for length in (1, 110, 111, 112, 127, 128):
+        main = "a" * length
+        beside = identity.side(main, identity.head([user("title of work")]))
+        assert SESSION_ID.fullmatch(beside)
+        assert beside.startswith(f"{main[:111]}:")
+        assert beside != identity.side(main, identity.head([user("another")]))
+
+
 # --- the verdict
 
 
 def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s", start: bytes = b"") -> Session:
     """A session whose last turn is `messages`; the last of them is the reply if it was answered."""
     asked = messages[:-1] if answered else messages
-    trace = identity.trace(start, asked, messages[-1] if answered else None, None)
+    trace = identity.trace(start, asked, messages[-1] if answered else None)
     return Session("t", name, name, asked=trace.asked, tip=trace.tip, answered=answered)
 
 
 def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> identity.Verdict:
-    beginning = Beginning.of(request, b"")
+    beginning = Beginning.of(Prompt(request, b""))
     return identity.judge(beginning, beginning.links[known - 1] if known else None, candidates)
 
 
@@ -212,6 +221,8 @@ def test_the_seed_keeps_apart_what_the_client_keeps_apart() -> None:
         identity.seed({}, "", ""),
         identity.seed({"user": "a"}, "", ""),
         identity.seed({"user": "b"}, "", ""),
+        identity.seed({"safety_identifier": "c"}, "", ""),
+        identity.seed({"safety_identifier": "d"}, "", ""),
         identity.seed({}, "a", ""),
         identity.seed({}, "", "a"),
     ]
@@ -311,7 +322,11 @@ def test_an_agents_side_conversations_are_sessions_beside_its_own(gateway: Gatew
     assert title.startswith(f"{session}:")
     changed = {"role": "system", "content": "You are terse. It is Tuesday."}
     assert ask(gateway, [changed, user("work"), assistant("Hello there!"), user("on")], named) == session
-    assert ask(gateway, [SYSTEM, user("work")], named | {"x-claude-code-agent-id": "a"}) == f"{session}:a"
+    agent = ask(gateway, [SYSTEM, user("work")], named | {"x-claude-code-agent-id": "a"})
+    assert agent == f"{session}:a"
+    # All of them are one client's: they share its salt, and what they have in common is computed once.
+    assert {shown(gateway, one)["lineage"] for one in (title, agent)} == {session}
+    assert {shown(gateway, one)["forked_from"] for one in (title, agent)} == {session}
 
 
 def test_a_cache_key_names_its_first_conversation_and_keeps_strangers_apart(gateway: Gateway, session: str) -> None:
@@ -322,11 +337,12 @@ def test_a_cache_key_names_its_first_conversation_and_keeps_strangers_apart(gate
     assert other != session
 
 
-def test_users_of_one_application_are_kept_apart(gateway: Gateway, session: str) -> None:
-    ada = ask(gateway, [user(session)], user="ada")
+@pytest.mark.parametrize("field", ["user", "safety_identifier"])
+def test_users_of_one_application_are_kept_apart(gateway: Gateway, session: str, field: str) -> None:
+    ada = ask(gateway, [user(session)], **{field: "ada"})
     history = [user(session), assistant("Hello there!"), user("on")]
-    assert ask(gateway, history, user="bob") != ada
-    assert ask(gateway, history, user="ada") == ada
+    assert ask(gateway, history, **{field: "bob"}) != ada
+    assert ask(gateway, history, **{field: "ada"}) == ada
 
 
 def test_two_first_requests_at_once_are_two_conversations(engine: FakeEngine, gateway: Gateway, session: str) -> None:

@@ -5,6 +5,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, closing
@@ -17,7 +18,7 @@ import pytest
 from gateway import identity
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
-from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
+from gateway.records import Alias, Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
 from gateway.store import transcript_rows
 from gateway.store.contract import Finished, Released, Store, WindowQuery
 from gateway.store.migrations import MIGRATIONS, migrate
@@ -55,7 +56,7 @@ def finished(
     """A turn that is over."""
     usage = None if messages is None else Usage(10 * len(messages), 1, 2)
     turn = Turn(tenant, session, "demo", "completed" if messages else "client_gone", 200, at, 500.0, usage)
-    trace = identity.trace(b"", messages[:-1], messages[-1], None) if messages else Trace(b"", b"", None)
+    trace = identity.trace(b"", messages[:-1], messages[-1]) if messages else Trace(b"", b"", None)
     began = Session(tenant, session, session)
     return Finished(turn, began, "fp", f"salt-{session}", messages, more.pop("frame", {}), trace, **more)
 
@@ -185,20 +186,32 @@ async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(s
     assert (found, [session.id for session in sessions]) == (links("1", "a")[0], ["s"])
 
 
-async def test_the_ends_of_a_session_are_those_of_its_last_turn(store: Store) -> None:
-    def ending(session: str, *ends: bytes) -> Finished:
-        turn = finished(session, says("1", "a"))
-        return replace(turn, trace=replace(turn.trace, ends=ends))
+async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_gone_on(store: Store) -> None:
+    def ending(session: str, reply: str, *names: bytes) -> Finished:
+        turn = finished(session, says("1", reply))
+        return replace(turn, trace=replace(turn.trace, ends=tuple(Alias(name, b"of " + name) for name in names)))
 
-    await store.record([ending("s", b"old", b"both"), ending("t", b"both"), ending("u", b"u")])
-    await store.record([ending("s", b"new", b"both")])
-    assert [session.id for session in await store.standing(TENANT, [b"new", b"none"])] == ["s"]
-    assert await store.standing(TENANT, [b"old"]) == []
+    async def known(*names: bytes) -> list[tuple[str, bytes, bool]]:
+        found = await store.standing(TENANT, names)
+        return sorted((one.session.id, one.alias.marks, one.current) for one in found)
+
+    await store.record([ending("s", "a", b"old", b"both"), ending("t", "a", b"both"), ending("u", "a", b"u")])
+    await store.record([ending("s", "b", b"new", b"both")])
+    assert await known(b"new", b"none") == [("s", b"of new", True)]
+    assert await known(b"old") == [("s", b"of old", False)]
+    assert await known(b"both", b"u") == [("s", b"of both", True), ("t", b"of both", True), ("u", b"of u", True)]
     assert await store.standing("other", [b"new"]) == []
-    assert {session.id for session in await store.standing(TENANT, [b"both"])} == {"s", "t"}
-    assert len(await store.standing(TENANT, [b"both", b"u"])) == 2
     assert await store.delete_session(TENANT, "u")
-    assert await store.standing(TENANT, [b"u"]) == []
+    assert await known(b"u") == []
+
+
+async def test_of_sessions_at_one_reply_those_that_had_a_turn_come_before_those_that_were_thawed(store: Store) -> None:
+    await store.record([finished("original", says("1", "a"))])
+    (tip,) = links("1", "a")[:1]
+    now = time.time()
+    assert await store.add_session(Session(TENANT, "thawed", "s", tip=tip, created_at=now, last_active_at=now))
+    _, sessions = await store.beginning(TENANT, [tip])
+    assert [one.id for one in sessions] == ["original", "thawed"]
 
 
 async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(store: Store, tmp_path: Path) -> None:

@@ -133,6 +133,15 @@ def test_errors_are_relative_to_what_the_engine_counted(estimator: Estimator) ->
     assert report["mean_error_of_new"] is None
 
 
+@pytest.mark.parametrize(("wrong", "p95"), [(0, 0), (1, 0), (2, 0.5), (10, 0.5), (20, 0.5)])
+def test_the_95th_percentile_of_the_errors_is_that(wrong: int, p95: float) -> None:
+    estimator = Estimator()
+    for number in range(20):
+        actual = 2000 if number < wrong else 1000
+        estimator.observe(MODEL, estimator.estimate(MODEL, [], {}, known=1000), actual)
+    assert estimator.report()[MODEL]["p95_error"] == p95
+
+
 def test_memory_is_bounded_whatever_models_are_named() -> None:
     estimator = Estimator()
     for number in range(1000):

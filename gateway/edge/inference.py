@@ -12,7 +12,7 @@ from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import identity, normalise
+from gateway import aliases, identity, normalise
 from gateway.dialects.contract import Call, Dialect
 from gateway.edge import auth, front, responses
 from gateway.edge.client import client_of
@@ -195,9 +195,11 @@ class Inference:
         seed = identity.seed(call.body, key, call.client_salt)
         if before is not None:
             return await responses.place(parts, before, named, seed)
+        tools = aliases.tool_names(call.frame)
         if incoming.base.window is None or not call.messages:
-            return await parts.sessions.place(tenant, named, call.messages, seed, parts.turns.settle)
-        asked = branch.Asked(tenant, incoming.base.window, named, call.messages, incoming.system_rule)
+            prompt = identity.Prompt(call.messages, seed, tools)
+            return await parts.sessions.place(tenant, named, prompt, parts.turns.settle)
+        asked = branch.Asked(tenant, incoming.base.window, named, call.messages, tools, incoming.system_rule)
         return await branch.place(parts, asked, seed)
 
     def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
@@ -215,6 +217,7 @@ def _headers(turn: _Turn) -> Headers:
     session, model = turn.place.session, turn.model
     headers: Headers = [
         (identity.SESSION_HEADER, session.id.encode()),
+        (b"x-session-match", identity.match_of(turn.place.source).encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]
     if model and model.context_limit:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from gateway.kv.keys import ObjectKey
 from gateway.records import (
+    Known,
     Manifest,
     Message,
     PinnedObject,
@@ -119,12 +120,16 @@ class Store(Protocol):
     async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
         """Return the first of `links` that is known, and sessions that have been there.
 
-        Those that are there now come first, then those that asked it last, then the last active ones.
+        Those that are there now come first, then those that asked it last, then those that have had a turn (a thawed
+        session is where its window was), then the last active ones.
         """
         ...
 
-    async def standing(self, tenant: str, ends: Sequence[bytes]) -> list[Session]:
-        """Return sessions whose last reply has one of these names (`Trace.ends`): at most two, no more is asked."""
+    async def standing(self, tenant: str, names: Sequence[bytes]) -> list[Known]:
+        """Return sessions that have a reply of one of these names (`Trace.ends`): some of them, where there are many.
+
+        Those whose last reply it is come first, then the last active ones.
+        """
         ...
 
     async def list_sessions(

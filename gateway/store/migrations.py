@@ -286,6 +286,26 @@ _M011 = (
 )
 
 
+@MIGRATIONS.append
+def m012_names_of_all_replies(db: sqlite3.Connection) -> None:
+    """Further names of each reply, not of the last alone; `tip` is that reply, `marks` what its name leaves out.
+
+    The names made until now left out something else: a conversation is known by its prefix until its next turn.
+    """
+    for statement in _M012:
+        db.execute(statement)
+
+
+_M012 = (
+    "DROP TABLE ends",
+    """CREATE TABLE ends (
+        tenant TEXT NOT NULL, link BLOB NOT NULL, session_id TEXT NOT NULL, tip BLOB NOT NULL, marks BLOB NOT NULL,
+        PRIMARY KEY (tenant, link, session_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX ends_by_session ON ends (tenant, session_id)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own; foreign keys are enforced from then on.
 

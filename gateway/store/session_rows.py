@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import NamedTuple, TypeVar
 
-from gateway.records import Session, SessionState, Turn, Usage
+from gateway.records import Alias, Known, Session, SessionState, Turn, Usage
 from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
 from gateway.store.contract import Finished
 
@@ -14,6 +14,7 @@ _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
 _SESSION = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions"
 _TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
 _CANDIDATES = 4  # sessions that share a beginning; the verdict needs to know whether there is more than one
+_NAMESAKES = 32  # replies that share a further name; where there are more, it says nothing
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
 
 
@@ -116,18 +117,23 @@ def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tu
     rows = db.execute(
         f"""SELECT {columns} FROM beginnings b JOIN sessions s ON s.tenant = b.tenant AND s.id = b.session_id
         WHERE b.tenant = ?1 AND b.link = ?2
-        ORDER BY s.tip IS ?2 DESC, s.asked IS ?2 DESC, s.last_active_at DESC LIMIT ?3""",
+        ORDER BY s.tip IS ?2 DESC, s.asked IS ?2 DESC, s.turn_count > 0 DESC, s.last_active_at DESC LIMIT ?3""",
         (tenant, found, _CANDIDATES),
     )
     return found, [Session(*row) for row in rows]
 
 
-def standing(db: sqlite3.Connection, tenant: str, ends: Sequence[bytes]) -> list[Session]:
-    marks = ", ".join("?" * len(ends))
-    found = db.execute(
-        f"SELECT DISTINCT session_id FROM ends WHERE tenant = ? AND link IN ({marks}) LIMIT 2", (tenant, *ends)
-    ).fetchall()
-    return [there for (session_id,) in found if (there := session(db, tenant, session_id))]
+def standing(db: sqlite3.Connection, tenant: str, names: Sequence[bytes]) -> list[Known]:
+    columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
+    places = ", ".join("?" * len(names))
+    rows = db.execute(
+        f"""SELECT e.link, e.marks, e.tip IS s.tip AS current, {columns}
+        FROM (SELECT * FROM ends WHERE tenant = ? AND link IN ({places}) LIMIT ?) e
+        JOIN sessions s ON s.tenant = e.tenant AND s.id = e.session_id
+        ORDER BY current DESC, s.last_active_at DESC""",
+        (tenant, *names, _NAMESAKES),
+    )
+    return [Known(Session(*row), Alias(link, marks), bool(current)) for link, marks, current, *row in rows]
 
 
 def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> bytes | None:
@@ -210,7 +216,6 @@ def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int, held: _
             turn.tenant, turn.session_id,
         ),
     )  # fmt: skip
-    _move_ends(db, turn, last.trace.ends)
     # What it had is part of what it has, unless the last turn was asked anew.
     if held.transcript != transcript:
         transcript_rows.release(db, held.transcript)
@@ -218,17 +223,16 @@ def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int, held: _
         transcript_rows.release_content(db, held.frame)
 
 
-def _move_ends(db: sqlite3.Connection, turn: Turn, ends: Sequence[bytes]) -> None:
-    db.execute("DELETE FROM ends WHERE tenant = ? AND session_id = ?", (turn.tenant, turn.session_id))
-    if ends:
-        db.executemany("INSERT OR IGNORE INTO ends VALUES (?, ?, ?)", [(turn.tenant, e, turn.session_id) for e in ends])
-
-
 def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:
     links = [link for link in (item.trace.asked, item.trace.tip) if link]
     turn = item.turn
     db.executemany(
         "INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", [(turn.tenant, link, turn.session_id) for link in links]
+    )
+    # The same name again: the turn was asked anew.
+    db.executemany(
+        "INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)",
+        [(turn.tenant, name.link, turn.session_id, item.trace.tip, name.marks) for name in item.trace.ends],
     )
 
 

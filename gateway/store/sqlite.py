@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import (
+    Known,
     Manifest,
     Message,
     PinnedObject,
@@ -96,9 +97,9 @@ class SqliteStore:
         """See `Store.beginning`."""
         return session_rows.beginning(self._inline, tenant, links)
 
-    async def standing(self, tenant: str, ends: Sequence[bytes]) -> list[Session]:
+    async def standing(self, tenant: str, names: Sequence[bytes]) -> list[Known]:
         """See `Store.standing`."""
-        return session_rows.standing(self._inline, tenant, ends)
+        return session_rows.standing(self._inline, tenant, names)
 
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,

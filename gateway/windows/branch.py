@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gateway import identity, transcripts
 from gateway.errors import GatewayError
-from gateway.identity import Beginning, Given
+from gateway.identity import Beginning, Given, Prompt
 from gateway.parts import Parts
 from gateway.records import Message, Session, Window
 from gateway.sessions import Place
@@ -25,6 +25,7 @@ class Asked:
     window: str
     named: Given | None
     messages: Sequence[Message]
+    tools: bytes  # `gateway.aliases.tool_names`
     rule: SystemRule
 
 
@@ -42,15 +43,17 @@ async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
     front = transcripts.missing(history, asked.messages, asked.rule)
     whole = asked.messages if front is None else transcripts.merged(front, asked.messages)
     seed = identity.seed({}, f"{seed.hex()} {window.name} {window.created_at}", "")
-    request = Beginning.of(whole, seed)
+    request = Beginning.of(Prompt(whole, seed, asked.tools))
     verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
     if verdict.session and not verdict.forks:
-        return Place(verdict.session, verdict.how, seed, request.asked, roots=request.roots)
-    return Place(await _new(parts, window, None), "window", seed, request.asked, is_new=True, roots=request.roots)
+        return Place(verdict.session, verdict.how, seed, request)
+    return Place(await _new(parts, window, None), "window", seed, request, is_new=True)
 
 
 async def _named(parts: Parts, asked: Asked, named: Given, seed: bytes) -> Place:
-    known = await parts.sessions.place(asked.tenant, named, asked.messages, seed, parts.turns.settle)
+    known = await parts.sessions.place(
+        asked.tenant, named, Prompt(asked.messages, seed, asked.tools), parts.turns.settle
+    )
     if known.is_new:
         head = known.session.head
         session, _, _ = await thaw(

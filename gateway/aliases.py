@@ -1,0 +1,174 @@
+"""Further names of a reply, by which its session is found when the client has changed something before the reply.
+
+The prefix chain (`gateway.identity`) finds a conversation only while every message before the last reply stays the
+same. Many clients change some of them on purpose: a system prompt tells the time, a reminder or retrieved passages are
+part of the last question and are removed from it in the next request, the oldest turns are trimmed away. So each reply
+is also recorded under up to three names that leave one of these out. What such a name leaves out is kept beside it in
+short (`marks`) and compared when it is found again. Sub-agents are told apart the same way: they send the conversation
+of their parent, under another system prompt and with other tools.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from zlib import crc32
+
+from blake3 import blake3
+
+from gateway import transcripts
+from gateway.records import Alias, Message
+
+# What a name leaves out. In order of how much it says:
+# system: the system prompt · question: that, and the last question · history: that, and everything before it
+Kind = Literal["system", "question", "history"]
+KINDS: tuple[Kind, ...] = ("system", "question", "history")
+
+_DIGEST = 16
+_MARK = 8
+_LINE_BYTES = 4
+_HEAD_CHARS, _TAIL_CHARS = 1_000, 4_000  # of a question's text, from its beginning and its end
+_HEAD_LINES, _TAIL_LINES = 8, 24
+_TELLING = 24  # characters of a reply that two conversations hardly have in common by chance
+_LABEL = re.compile(r"(?:\[[^\]]{0,60}\]\s*)?(?:\w[\w ]{0,20}:\s+)?")
+_TAG = re.compile(r"</?[\w-]{1,60}>")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a reply answers, in short. `history` is what stands between the system prompt and the question."""
+
+    start: bytes
+    system: bytes
+    tools: bytes
+    history: bytes
+    question: bytes
+    lines: frozenset[int]
+
+    @classmethod
+    def of(cls, start: bytes, messages: Sequence[Message], digests: Sequence[bytes], tools: bytes) -> "Context":
+        """The context that `messages` are, of which `digests` are the digests; `tools` is `tool_names`."""
+        system = transcripts.leading(messages)
+        asked = len(messages)
+        while asked > system and messages[asked - 1].get("role") != "assistant":
+            asked -= 1
+        return cls(
+            start,
+            _mark(b"".join(digests[:system])),
+            _mark(tools),
+            b"".join(digests[system:asked]),
+            b"".join(digests[asked:]),
+            frozenset(_lines(messages[asked:])),
+        )
+
+    def aliases(self, reply: Message, said: bytes) -> tuple[Alias, ...]:
+        """The names of a reply to this; `said` is its digest."""
+        own = self.system + self.tools
+        rest = b"" if telling(reply) else own + _mark(self.question)
+        marks = own + b"".join(line.to_bytes(_LINE_BYTES, "big") for line in self.lines)
+        names = {
+            "system": self.history + self.question,
+            # Before the first reply nothing else is left to know the conversation by.
+            "question": self.history or own,
+            "history": rest,
+        }
+        return tuple(Alias(_hash(b"\0".join((kind.encode(), self.start, names[kind], said))), marks) for kind in KINDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is kept beside a name."""
+
+    system: bytes
+    tools: bytes
+    lines: frozenset[int]
+
+    @classmethod
+    def read(cls, marks: bytes) -> "Marks":
+        """Read what `Context.aliases` wrote."""
+        lines = range(2 * _MARK, len(marks), _LINE_BYTES)
+        return cls(
+            marks[:_MARK],
+            marks[_MARK : 2 * _MARK],
+            frozenset(int.from_bytes(marks[at : at + _LINE_BYTES], "big") for at in lines),
+        )
+
+
+Match = Literal["", "same", "side"]
+
+
+def compare(kind: Kind, here: Context, there: Marks) -> Match:
+    """Whether a name found at another place means the same conversation, a side conversation of it, or nothing.
+
+    Where neither the system prompt nor the tools are those of the session, it is a sub-agent that speaks.
+    """
+    same_system, same_tools = here.system == there.system, here.tools == there.tools
+    if kind == "history" or (kind == "question" and not here.history):
+        if not _alike(here.lines, there.lines):
+            return ""
+        if same_system != same_tools:
+            return ""
+    return "same" if same_system or same_tools else "side"
+
+
+def _alike(one: frozenset[int], other: frozenset[int]) -> bool:
+    """Whether two questions share half of the lines of the shorter one: the rest was put around it, or removed."""
+    return bool(one) and bool(other) and 2 * len(one & other) >= min(len(one), len(other))
+
+
+def telling(reply: Message) -> bool:
+    """Whether a reply is long enough to be hardly said by chance in another conversation; calls have random ids."""
+    content = reply.get("content")
+    return bool(reply.get("tool_calls")) or (isinstance(content, str) and len(content.strip()) >= _TELLING)
+
+
+def tool_names(frame: Mapping[str, Any]) -> bytes:
+    """The names of the tools in a frame, b"" without any. Their descriptions may tell the time, names do not."""
+    tools = frame.get("tools")
+    return "\0".join(sorted(map(_tool_name, tools))).encode(errors="replace") if isinstance(tools, list) else b""
+
+
+def _tool_name(tool: Any) -> str:
+    if not isinstance(tool, dict):
+        return ""
+    function = tool.get("function")
+    named = function if isinstance(function, dict) else tool
+    return str(named.get("name") or named.get("type"))
+
+
+def _lines(messages: Sequence[Message]) -> Iterator[int]:
+    """Checksums of the first and last lines of a question, without labels, stamps and tags around what was asked."""
+    lines = [kept for text in _texts(messages) for line in _ends(text) if (kept := _bare(line))]
+    if len(lines) > _HEAD_LINES + _TAIL_LINES:
+        lines = lines[:_HEAD_LINES] + lines[-_TAIL_LINES:]
+    for line in lines:
+        yield crc32(line.encode(errors="replace"))
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
+
+
+def _ends(text: str) -> list[str]:
+    if len(text) <= _HEAD_CHARS + _TAIL_CHARS:
+        return text.splitlines()
+    return [*text[:_HEAD_CHARS].splitlines(), *text[-_TAIL_CHARS:].splitlines()]
+
+
+def _bare(line: str) -> str:
+    stripped = _TAG.sub("", line).strip()
+    label = _LABEL.match(stripped)
+    return stripped[label.end() :] if label else stripped
+
+
+def _mark(data: bytes) -> bytes:
+    return _hash(data)[:_MARK]
+
+
+def _hash(data: bytes) -> bytes:
+    return blake3(data).digest(_DIGEST)

@@ -1,0 +1,333 @@
+"""Clients that change what they have said before: whose conversation it is, and what the engine's cache still finds.
+
+The fake engine keeps a prefix cache for each salt, in blocks of 16 tokens, and has a token for each byte. Its figures
+through the gateway are compared with those of the same requests sent to it directly.
+"""
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway import aliases, identity
+from gateway.identity import Beginning, Prompt
+from gateway.records import Alias, Known, Session
+from tests.fakes.engine import MODEL, Exchange, FakeEngine, whole_reply
+from tests.running import Gateway
+
+CHAT = "/v1/chat/completions"
+Message = dict[str, Any]
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def tools(*names: str) -> list[Message]:
+    return [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in names]
+
+
+@pytest.fixture(autouse=True)
+def _replies(engine: FakeEngine) -> None:
+    """Every reply is another one, and none is short; the engine says what it found in its cache, empty at first."""
+    numbers = itertools.count()
+    engine._kv.clear()
+
+    def answer(exchange: Exchange) -> None:
+        body = exchange.request.json
+        text = f"reply {next(numbers)} of {secrets.token_hex(16)}"
+        ids = list(f"{body.get('tools')}{''.join(m['role'] + str(m['content']) for m in body['messages'])}".encode())
+        exchange.json(whole_reply(text, engine._usage(body.get("cache_salt"), ids, completion=9)))
+
+    engine.on_chat = answer
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a client got: the reply, the session, how it was recognised, and how much of its prompt was cached."""
+
+    said: Message
+    session: str
+    match: str
+    cached: int
+
+
+class Client:
+    """Sends what a client sends, without any id."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+
+    def ask(self, messages: Sequence[Message], **more: Any) -> Answer:
+        answer = self._http.post(CHAT, json={"model": MODEL, "messages": list(messages), **more})
+        assert answer.status_code == 200, answer.text
+        body, headers = answer.json(), answer.headers
+        said = assistant(body["choices"][0]["message"]["content"])
+        cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return Answer(said, headers.get("x-session-id", ""), headers.get("x-session-match", ""), cached)
+
+
+SYSTEM = system("You are a coding agent. " * 20)
+MAIN = {"tools": tools("read", "write", "shell")}
+MEMORY = system("You extract memories from conversations. " * 20)
+SUB = {"tools": tools("save_memory")}
+
+
+def coding_agent(
+    client: Client, opening: str, *, reminder: bool, sub_agent: bool, turns: int = 4
+) -> tuple[list[Answer], list[Answer]]:
+    """An agent in the way of Qwen Code: a reminder before the last question only, a sub-agent behind each turn."""
+    main: list[Answer] = []
+    beside: list[Answer] = []
+    history: list[Message] = []
+    for number in range(turns):
+        question = f"{opening} question {number}: " + "please look at this file " * 20
+        sent = (
+            f"<system-reminder>\nThe plan is number {number}.\n</system-reminder>\n\n{question}"
+            if reminder
+            else question
+        )
+        main.append(client.ask([SYSTEM, *history, user(sent)], **MAIN))
+        history += [user(question), main[-1].said]
+        if sub_agent:
+            beside.append(client.ask([MEMORY, *history, user("Extract what is worth to be kept.")], **SUB))
+    return main, beside
+
+
+@pytest.mark.parametrize("sub_agent", [False, True])
+@pytest.mark.parametrize("reminder", [False, True])
+def test_an_agent_with_reminders_and_sub_agents_is_one_session_and_loses_no_cache(
+    engine: FakeEngine, gateway: Gateway, session: str, *, reminder: bool, sub_agent: bool
+) -> None:
+    main, beside = coding_agent(Client(gateway.http), session, reminder=reminder, sub_agent=sub_agent)
+    with httpx.Client(base_url=engine.url) as direct:
+        alone, alone_beside = coding_agent(Client(direct), session, reminder=reminder, sub_agent=sub_agent)
+    assert len({one.session for one in main}) == 1
+    assert not {one.session for one in main} & {one.session for one in beside}
+    assert [one.match for one in beside] == ["side"] * len(beside)
+    # A reply has another length each time, hence the block.
+    for here, there in zip([*main[1:], *beside], [*alone[1:], *alone_beside], strict=True):
+        assert here.cached >= there.cached - 16
+    assert all(one.cached > len(str(SYSTEM["content"])) for one in main[1:])
+
+
+def test_a_side_session_is_linked_to_its_parent_and_shares_its_salt(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    (first, second), (side, _) = coding_agent(Client(gateway.http), session, reminder=False, sub_agent=True, turns=2)
+    assert first.session == second.session
+    gateway.turns(side.session)
+    shown = gateway.http.get(f"/admin/sessions/{side.session}").json()
+    assert (shown["forked_from"], shown["lineage"], shown["recognised_by"]) == (first.session, first.session, "side")
+    assert len({request.json["cache_salt"] for request in engine.seen(CHAT)}) == 1
+
+
+def test_a_side_session_goes_on_by_itself(gateway: Gateway, session: str) -> None:
+    client = Client(gateway.http)
+    question = user(f"{session} a question")
+    main = client.ask([SYSTEM, question], **MAIN)
+    asked = [MEMORY, question, main.said, user("Extract.")]
+    side = client.ask(asked, **SUB)
+    more = client.ask([*asked, side.said, user("And the rest?")], **SUB)
+    assert (more.session, more.match) == (side.session, "prefix")
+
+
+def test_a_system_prompt_that_changes_with_the_same_tools_is_the_same_conversation(
+    gateway: Gateway, session: str
+) -> None:
+    client, history = Client(gateway.http), [user(f"{session} first")]
+    found = set()
+    for minute in range(4):
+        answer = client.ask([system(f"It is 12:0{minute}."), *history], **MAIN)
+        found.add(answer.session)
+        history += [answer.said, user(f"more {minute}")]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "dressed",
+    [
+        "<system-reminder>\nBe brief.\n</system-reminder>\n{}",
+        "{}\n\n<environment_details>\nTime: 12:0{n}\n</environment_details>",
+        "Use these passages:\n[{n}] some passage\n[{n}] another passage\n\nQuestion: {}",
+        "Context information is below.\n---\npassage {n}\n---\nAnswer the query.\nQuery: {}\nAnswer: ",
+        "[12:0{n}] {}",
+        "<user_query>\n{}\n</user_query>",
+    ],
+)
+@pytest.mark.parametrize("short", [False, True])
+def test_what_is_put_around_the_last_question_and_removed_later_is_looked_through(
+    gateway: Gateway, session: str, dressed: str, *, short: bool
+) -> None:
+    client, history, found = Client(gateway.http), [], []
+    for number in range(3):
+        question = "hi" if short else f"{session} asks for number {number}"
+        answer = client.ask([system(session), *history, user(dressed.format(question, n=number))])
+        found.append(answer)
+        history += [user(question), answer.said]
+    assert len({one.session for one in found}) == 1
+    assert [one.match for one in found] == ["new", "last-reply", "last-reply"]
+
+
+def test_parts_of_a_message_that_come_and_go_are_looked_through(gateway: Gateway, session: str) -> None:
+    def parts(*texts: str) -> Message:
+        return {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
+
+    client = Client(gateway.http)
+    first = client.ask([system(session), parts("<reminder>be brief</reminder>", "hi")])
+    assert client.ask([system(session), parts("hi"), first.said, parts("on")]).session == first.session
+
+
+def test_a_history_without_its_oldest_turns_is_the_same_session(gateway: Gateway, session: str) -> None:
+    client, history, found = Client(gateway.http), [], []
+    for number in range(6):
+        history.append(user(f"{session} asks for number {number}"))
+        answer = client.ask([SYSTEM, *history[-5:]], **MAIN)
+        history.append(answer.said)
+        found.append(answer)
+    assert len({one.session for one in found}) == 1
+    assert all(one.cached > len(str(SYSTEM["content"])) for one in found[1:])
+
+
+def test_an_earlier_point_stays_known_when_its_words_have_changed(gateway: Gateway, session: str) -> None:
+    client, history = Client(gateway.http), []
+    for number in range(3):
+        answer = client.ask([SYSTEM, *history, user(f"<b>\n{session} question {number}")])
+        history += [user(f"{session} question {number}"), answer.said]
+    fork = client.ask([SYSTEM, *history[:4], user("otherwise")])
+    assert (fork.match, fork.session == answer.session) == ("fork", False)
+    assert fork.cached > len(str(SYSTEM["content"]))
+
+
+def test_strangers_with_the_same_reply_to_other_questions_stay_strangers(engine: FakeEngine, gateway: Gateway) -> None:
+    engine.on_chat = engine.answer_chat  # "Hello there!" to everybody
+    client, prompt = Client(gateway.http), system(secrets.token_hex(8))
+    one = client.ask([prompt, user("How are you?")])
+    gateway.turns(one.session)
+    other = client.ask([prompt, user("What is the time?"), one.said, user("Really?")])
+    assert (other.match, other.session == one.session) == ("new", False)
+
+
+def test_a_request_that_several_sessions_could_have_sent_is_said_to_be_ambiguous(
+    gateway: Gateway, engine: FakeEngine, session: str
+) -> None:
+    engine.on_chat = engine.answer_chat
+    client = Client(gateway.http)
+    two = {client.ask([system(who), user(session)]).session for who in ("Be Ada.", "Be Bob.")}
+    for one in two:
+        gateway.turns(one)
+    third = client.ask([system("Be Eve."), user(session), assistant("Hello there!"), user("on")])
+    assert (third.match, third.session in two) == ("ambiguous", False)
+    gateway.turns(third.session)
+    assert gateway.http.get(f"/admin/sessions/{third.session}").json()["recognised_by"] == "ambiguous"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_empty_reply_is_followed_by_the_next_turn_whether_the_client_keeps_it_or_not(
+    engine: FakeEngine, gateway: Gateway, session: str, *, kept: bool
+) -> None:
+    client, ordinary = Client(gateway.http), engine.on_chat
+    history = [SYSTEM, user(session)]
+    first = client.ask(history)
+    history += [first.said, user("two")]
+    engine.on_chat = lambda exchange: exchange.json(whole_reply("", engine._usage(None, [1], completion=1)))
+    assert client.ask(history).session == first.session
+    engine.on_chat = ordinary
+    third = client.ask([*history, *([assistant("")] if kept else []), user("three")])
+    assert (third.session, third.match) == (first.session, "prefix")
+
+
+def test_a_first_question_with_an_empty_reply_is_no_conversation_that_two_strangers_share(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    client = Client(gateway.http)
+    engine.on_chat = lambda exchange: exchange.json(whole_reply("", engine._usage(None, [1], completion=1)))
+    first = client.ask([SYSTEM, user(session)])
+    gateway.turns(first.session)
+    # The same question once more is a retry: nobody has had an answer.
+    again = client.ask([SYSTEM, user(session)])
+    assert (again.session, again.match) == (first.session, "retry")
+    assert client.ask([SYSTEM, user(session), user("more")]).session == first.session
+
+
+@pytest.mark.parametrize(
+    ("headers", "match"),
+    [({"x-session-id": "mine"}, "id"), ({"x-claude-code-session-id": "c"}, "id"), ({}, "new")],
+)
+def test_the_answer_says_how_its_session_was_recognised(
+    gateway: Gateway, session: str, headers: dict[str, str], match: str
+) -> None:
+    named = {name: f"{session}-{value}" for name, value in headers.items()}
+    body = {"model": MODEL, "messages": [user(session)]}
+    assert gateway.http.post(CHAT, json=body, headers=named).headers["x-session-match"] == match
+
+
+# --- what a name leaves out
+
+
+def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s") -> list[Known]:
+    """A session whose last reply is known under all of its names."""
+    request = Beginning.of(Prompt(messages, b"", aliases.tool_names({"tools": tools(*names)})))
+    trace = identity.trace(b"", messages, reply, request)
+    return [Known(Session("t", lineage, lineage), alias, current=True) for alias in trace.ends]
+
+
+def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> identity.Verdict:
+    request = Beginning.of(Prompt(messages, b"", aliases.tool_names({"tools": tools(*names)})))
+    answered = request.answered
+    assert answered is not None
+    return identity.judge_changed(request, answered, request.aliases(answered), found)
+
+
+REPLY = assistant("this is what was said in reply to it")
+
+
+def test_only_a_change_of_both_the_system_prompt_and_the_tools_is_a_sub_agent() -> None:
+    found = known([system("a"), user("q")], REPLY, ["f"])
+    asked = [user("q"), REPLY, user("next")]
+    assert judged([system("b"), *asked], found, ["f"]).how == "last reply"
+    assert judged([system("a"), *asked], found, ["g"]).how == "last reply"
+    told = judged([system("b"), *asked], found, ["g"])
+    assert (told.how, told.forks, told.session and told.session.id) == ("side", True, "s")
+
+
+def test_two_sessions_of_one_lineage_give_a_fork_and_of_two_an_ambiguity() -> None:
+    messages, asked = [system("a"), user("q")], [system("b"), user("q"), REPLY, user("next")]
+    twins = [Known(Session("t", name, "s"), one.alias, current=True) for name in "sx" for one in known(messages, REPLY)]
+    assert (judged(asked, twins).how, judged(asked, twins).forks) == ("fork", True)
+    strangers = known(messages, REPLY) + known(messages, REPLY, lineage="other")
+    assert (judged(asked, strangers).how, judged(asked, strangers).session) == ("ambiguous", None)
+
+
+def test_a_short_reply_is_no_name_of_its_own() -> None:
+    short = assistant("ok")
+    history = [user("a"), assistant("first reply of some length, to be sure"), user("q")]
+    asked = [system("s"), user("q"), short, user("next")]
+    assert judged(asked, known([system("s"), *history], short)).how == "last reply"
+    assert (
+        judged([system("s"), user("other"), short, user("next")], known([system("s"), *history], short)).session is None
+    )
+
+
+@pytest.mark.parametrize("broken", [None, 5, "text", {"name": 3}, {"function": "f"}, {"function": {"name": None}}])
+def test_tools_may_be_anything(broken: Any) -> None:
+    assert isinstance(aliases.tool_names({"tools": [broken]}), bytes)
+    assert isinstance(aliases.tool_names({"tools": broken}), bytes)
+
+
+def test_marks_are_read_as_they_were_written() -> None:
+    (alias, *_) = known([system("s"), user("one\ntwo\n" * 50 + "x" * 9_000)], REPLY)
+    marks = aliases.Marks.read(Alias(*alias.alias).marks)
+    assert 2 <= len(marks.lines) <= 32
