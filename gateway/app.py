@@ -43,6 +43,7 @@ from gateway.turns import Turns
 from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
 from gateway.windows.garbage import keep_tidy
+from gateway.windows.textless import REMEDY, textless
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
         swept = await release_strays(parts)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
+        if lost := await textless(parts):
+            log.error("%s; %s", lost, REMEDY)
         yield parts
 
 

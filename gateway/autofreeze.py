@@ -303,7 +303,7 @@ class Autofreeze:
         names = await self._parts.store.auto_windows(tenant, session_id)
         for name in names[self._rules.keep :]:
             try:
-                await delete(self._parts, tenant, name)
+                await delete(self._parts, tenant, name, automatic_of=session_id)
             except GatewayError as error:  # somebody was faster, or a tier is away: the next freeze tries again
                 log.warning("the superseded window %s was not deleted: %s", name, error.message)
             else:

@@ -88,7 +88,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "window_corrupted": Code(
             422,
-            "KV of the window, or of a window's file, is lost or not as its checksum says",
+            "Text or KV of the window, or of a window's file, is lost or not as its checksum says",
             "A window: `verify` says what is lost, a thaw computes it anew. A file: fetch or export it again",
         ),
         "rate_limited": Code(429, "Too many requests; nothing answers this yet", "Wait", retryable=True),

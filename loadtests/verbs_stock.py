@@ -13,6 +13,7 @@ from gateway.kv.keys import object_keys
 from gateway.parts import Parts
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
+from gateway.store.contract import Text
 from gateway.windows.finish import finished
 
 TENANT = "default"
@@ -72,5 +73,5 @@ async def _small(parts: Parts, like: Window, number: int) -> None:
 
 async def _add(parts: Parts, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...]) -> None:
     messages = [{"role": "user", "content": window.name}, {"role": "assistant", "content": "yes"}]
-    if not await parts.store.import_window(window, Manifest(window.manifest, ids, objects), messages, {}):
+    if not await parts.store.add_window(window, Manifest(window.manifest, ids, objects), Text(messages, {})):
         raise RuntimeError(f"there is a window {window.name!r} already")

@@ -14,6 +14,7 @@ from gateway.kv.keys import object_keys
 from gateway.parts import Parts
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
+from gateway.store.contract import Text
 from tests.fakes.engine import MODEL, FakeEngine, render
 from tests.rigs import RedisRig, RedisServer
 
@@ -123,5 +124,6 @@ async def window(parts: Parts, name: str = "w", size: int = 3000) -> Window:
         size_bytes=1, kv="complete", transcript=b"", frame=None, manifest=f"m-{name}", created_at=1.0,
         description="d", tags=("a",), receipt={"tokens": len(IDS)},
     )  # fmt: skip
-    assert await parts.store.import_window(new, Manifest(new.manifest, IDS, tuple(objects)), MESSAGES, FRAME)
-    return new
+    made = await parts.store.add_window(new, Manifest(new.manifest, IDS, tuple(objects)), Text(MESSAGES, FRAME))
+    assert made is not None
+    return made

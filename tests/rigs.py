@@ -1,9 +1,10 @@
 """A tier, and what stands behind it in a test's hands: it writes objects as LMCache does, and harms them."""
 
 import secrets
+import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +39,14 @@ def spelled(*those: ObjectKey) -> list[str]:
 def value(size: int = 5000) -> bytes:
     """The bytes of one object."""
     return secrets.token_bytes(size)
+
+
+def lose_text(store: Path, name: str) -> None:
+    """Take a window's text away, as versions did in which nothing held it while its session was frozen."""
+    with closing(sqlite3.connect(store)) as db:
+        db.execute("DROP TRIGGER IF EXISTS windows_keep_their_text")
+        db.execute("DELETE FROM links WHERE id IN (SELECT transcript FROM windows WHERE name = ?)", (name,))
+        db.commit()
 
 
 class Rig(Protocol):

@@ -16,6 +16,7 @@ from gateway.parts import Parts
 from gateway.records import Manifest, Session, Window
 from gateway.sessions import Place
 from gateway.settings import Settings
+from gateway.store.contract import Text
 from gateway.windows import forget, garbage
 from gateway.windows.delete import delete
 from gateway.windows.usage import Share, TierUse, usage
@@ -68,7 +69,8 @@ class House:
                 TENANT, name, "gone", "l", keys[0].salt, keys[0].salt, "demo", "org/demo", "fp", 1, 48, 16, len(keys),
                 SIZE, "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
             )  # fmt: skip
-            assert await self.parts.store.add_window(window, Manifest(window.manifest, (1,) * 48, objects))
+            manifest = Manifest(window.manifest, (1,) * 48, objects)
+            assert await self.parts.store.add_window(window, manifest, Text([{"role": "user", "content": name}]))
 
 
 def redis_of(house: House) -> RedisRig:

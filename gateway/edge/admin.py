@@ -161,7 +161,7 @@ async def delete_window(call: Call) -> Any:
         "continuation_prompt": verbs.question.about("sent at once as the new session's next turn"),
         "max_tokens": fields.count(1, ask.MAX_TOKENS).about("of the answer to continuation_prompt"),
     },
-    errors=("session_already_exists", *ENGINE),
+    errors=("session_already_exists", "window_corrupted", *ENGINE),
 )
 async def thaw_window(call: Call) -> Any:
     """Thaw a window into a new session."""
@@ -200,7 +200,7 @@ async def thaw_window(call: Call) -> Any:
         "isolate": fields.boolean.default(False).about("under a salt of its own"),
     },
     required=("target_window",),
-    errors=("window_already_exists", "cache_unavailable"),
+    errors=("window_already_exists", "window_corrupted", "cache_unavailable"),
 )
 async def clone_window(call: Call) -> Any:
     """Give a window a second name; no KV byte is copied."""
@@ -222,16 +222,12 @@ async def clone_window(call: Call) -> Any:
     }
 
 
-@partial(Operation, "GET", "/admin/windows/{name}/messages", answers.MESSAGES)
+@partial(Operation, "GET", "/admin/windows/{name}/messages", answers.MESSAGES, errors=("window_corrupted",))
 async def window_messages(call: Call) -> Any:
     """The text of a window."""
     window = await thaw.found(call.parts, call.tenant, call.window_name)
-    frame = await call.parts.store.frame(window.frame) if window.frame else {}
-    return {
-        "window_name": window.name,
-        "messages": await call.parts.store.messages(window.transcript),
-        "frame": frame,
-    }
+    text = await call.parts.store.text(window)
+    return {"window_name": window.name, "messages": text.messages, "frame": text.frame or {}}
 
 
 @partial(Operation, "GET", "/admin/health", answers.HEALTH, query={"component": fields.one_of(*COMPONENTS)})

@@ -7,6 +7,7 @@ from gateway.dialects.contract import INHERITED_FIELDS, Call
 from gateway.edge.incoming import Incoming
 from gateway.parts import Parts
 from gateway.records import Front, Session
+from gateway.sessions import no_session
 from gateway.windows.thaw import usable
 
 
@@ -21,7 +22,7 @@ async def continued(parts: Parts, call: Call, session: Session, incoming: Incomi
 async def begun(parts: Parts, call: Call, name: str, incoming: Incoming) -> Call:
     """The call as the first of a new branch of a window. Raises `window_not_found`."""
     window = await usable(parts, incoming.tenant, name)
-    history = await parts.store.messages(window.transcript)
+    history = (await parts.store.text(window)).messages
     front = transcripts.missing(history, call.messages, incoming.system_rule)
     return await _inheriting(parts, call, front, window.frame)
 
@@ -32,7 +33,10 @@ async def _missing(parts: Parts, call: Call, session: Session, incoming: Incomin
     if history is None:
         return None
     rule = incoming.system_rule or ("replace" if conversed else "")
-    return transcripts.missing(await parts.store.messages(history), call.messages, rule)
+    held = await parts.store.messages(history)
+    if not held:  # it was deleted just now: what is new would go to the engine without what it goes on from
+        raise no_session(session.id)
+    return transcripts.missing(held, call.messages, rule)
 
 
 async def _inheriting(parts: Parts, call: Call, front: Front | None, frame_id: bytes | None) -> Call:

@@ -19,11 +19,13 @@ from gateway.kv.tiers.contract import TierUnavailable
 from gateway.member import Member
 from gateway.parts import Parts
 from gateway.proof import Check, prove
+from gateway.windows.textless import REMEDY, textless
 
 log = logging.getLogger(__name__)
 
 COMPONENTS = ("engine", "cache", "tiers", "store", "isolation")
 _NOBODYS = str(ObjectKey("health", 0, 0, "0" * 64, "0" * 32))
+_ALL_WHOLE = Check("windows", "ok", "every window has its text")
 _EVERY_S = 0.5  # it costs no request: the engines watch themselves
 _TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
 
@@ -88,9 +90,11 @@ class Health:
         return any(proof.leaks for proof in self._standing)
 
     async def test(self) -> list[Check]:
-        """Run the self-test now, on every engine."""
+        """Run the self-test now, on every engine, and look for windows that have lost their text."""
         members = self._parts.engines.members
-        return [check for member in members for check in await self._prove(member)]
+        checks = [check for member in members for check in await self._prove(member)]
+        lost = await textless(self._parts)
+        return [*checks, Check("windows", "warning", lost, REMEDY) if lost else _ALL_WHOLE]
 
     async def _prove(self, member: Member) -> list[Check]:
         """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""
@@ -204,7 +208,8 @@ class Health:
 
     async def _store(self) -> tuple[str, str]:
         await self._parts.store.tier_usage()
-        return "healthy", "answers"
+        lost = await textless(self._parts)
+        return ("degraded", f"{lost}; {REMEDY}") if lost else ("healthy", "answers")
 
     async def _isolation(self) -> tuple[str, str]:
         if self.checks is None:

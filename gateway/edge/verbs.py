@@ -61,7 +61,7 @@ async def verify_window(call: Call) -> Any:
     answers.ANSWERED,
     body={"question": question, "max_tokens": fields.count(1, ask.MAX_TOKENS)},
     required=("question",),
-    errors=ENGINE,
+    errors=("window_corrupted", *ENGINE),
 )
 async def ask_window(call: Call) -> Any:
     """Ask a window a question; the window does not change, and nothing is kept of it."""
@@ -119,7 +119,7 @@ async def evict_window(call: Call) -> Any:
         "prefix": fields.session_id.about("the new sessions are named PREFIX-1, PREFIX-2 and so on"),
     },
     required=("count",),
-    errors=("session_already_exists", *ENGINE),
+    errors=("session_already_exists", "window_corrupted", *ENGINE),
 )
 async def fan_out_window(call: Call) -> Any:
     """Thaw a window into many sessions at once; they share its KV, which is put back when the first of them begins."""

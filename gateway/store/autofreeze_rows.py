@@ -34,15 +34,19 @@ def claim(db: sqlite3.Connection, seen: Session, now: float, until: float, *, co
     cursor = db.execute(
         """INSERT INTO auto_freezes (tenant, session_id, claimed_until)
         SELECT tenant, id, ?1 FROM sessions WHERE tenant = ?2 AND id = ?3 AND turn_count = ?4 AND state = 'active'
+            AND created_at = ?7
         ON CONFLICT (tenant, session_id) DO UPDATE SET claimed_until = excluded.claimed_until
         WHERE claimed_until <= ?5 AND (not_before <= ?5 OR NOT ?6)""",
-        (until, seen.tenant, seen.id, seen.turn_count, now, cool),
+        (until, seen.tenant, seen.id, seen.turn_count, now, cool, seen.created_at),
     )
     return cursor.rowcount == 1
 
 
 def report(db: sqlite3.Connection, seen: Session, window: str | None, not_before: float) -> None:
     key = seen.tenant, seen.id
+    same = "SELECT 1 FROM sessions WHERE tenant = ? AND id = ? AND created_at = ?"
+    if db.execute(same, (*key, seen.created_at)).fetchone() is None:
+        return
     if window is None:
         db.execute(
             """UPDATE auto_freezes SET claimed_until = 0, not_before = ?, failures = failures + 1

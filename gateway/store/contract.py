@@ -1,7 +1,7 @@
 """What the gateway asks of its store. Every call is atomic in itself."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.kv.keys import ObjectKey
@@ -75,14 +75,23 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """What was said, and the frame that a prompt is rendered from with it; None where there is no frame."""
+
+    messages: Sequence[Message]
+    frame: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """What a deleted window has let go of: `pins` that no window holds, and `names` of an isolated clone for LMCache.
 
-    For any other window the names are those of the pins, and `names` is empty.
+    For any other window the names are those of the pins, and `names` is empty. `window` is the one that was deleted.
     """
 
     pins: tuple[ObjectKey, ...] = ()
     names: tuple[ObjectKey, ...] = ()
+    window: Window | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +151,20 @@ class Store(Protocol):
         """
         ...
 
-    async def add_session(self, session: Session) -> bool:
-        """Add a session; False if its id is taken."""
+    async def snapshot(self, tenant: str, session_id: str) -> tuple[Session, Text] | None:
+        """Return the session and its text, both from one moment; None if there is no such session."""
         ...
 
-    async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
-        """Add all of these sessions of one tenant, or none where an id is taken: then return that id."""
+    async def add_session(self, session: Session, *, source: Window | None = None) -> bool:
+        """Add a session; False if its id is taken. See `add_sessions`."""
         ...
 
-    async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
-        """Mark the session frozen, unless it has gone on since `turn_count`."""
+    async def add_sessions(self, sessions: Sequence[Session], *, source: Window | None = None) -> str | None:
+        """Add all of these sessions of one tenant, or none where an id is taken: then return that id.
+
+        With `source` they begin with that window's text. Raises `window_not_found` unless the window is still there,
+        the same one and not another of its name, and `window_corrupted` where its text is gone.
+        """
         ...
 
     async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
@@ -233,17 +246,40 @@ class Store(Protocol):
         """Return the ancestors of a window, nearest first, and its direct clones."""
         ...
 
-    async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
-        """Commit a window, with its manifest unless another window brought it already; False if the name is taken."""
+    async def add_window(
+        self, window: Window, manifest: Manifest, text: Text, *, seen: Session | None = None, wanted: bool = True
+    ) -> Window | None:
+        """Commit a window with its manifest and its text; return it as it was committed, None if its name is taken.
+
+        The window's own `transcript` and `frame` do not count: they become those of `text`, which is added unless the
+        store has it already. `seen` is the session that was frozen, as it was read. It becomes `frozen` unless it has
+        gone on since. Where it was deleted meanwhile, the window is committed all the same if it is `wanted`; else
+        `session_not_found` is raised.
+        """
         ...
 
-    async def import_window(
-        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
-    ) -> bool:
-        """Commit a window with a transcript and a frame that the store does not know yet; False if the name is taken.
+    async def copy_window(self, copy: Window, source: Window, manifest: Manifest | None) -> Window | None:
+        """Commit a copy of `source`, with a manifest of its own or with that of its source; None if its name is taken.
 
-        The window's own `transcript` and `frame` do not count.
+        Raises `window_not_found` unless the source is still there, the same one and not another of its name, and
+        `window_corrupted` where its text is gone.
         """
+        ...
+
+    async def text(self, window: Window) -> Text:
+        """Return a window's text.
+
+        Raises `window_not_found` when the window has just been deleted, and `window_corrupted` where it is there
+        without its text.
+        """
+        ...
+
+    async def check_there(self, window: Window) -> None:
+        """Raise `window_not_found` unless the window is still there, the same one and not another of its name."""
+        ...
+
+    async def windows_without_text(self) -> list[tuple[str, str]]:
+        """Return tenant and name of windows whose text is gone: no window of today, but older versions left some."""
         ...
 
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
@@ -265,10 +301,13 @@ class Store(Protocol):
         """Return the objects of a window's manifest alone. Raises as `manifest` does."""
         ...
 
-    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> Released | None:
+    async def delete_window(
+        self, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
+    ) -> Released | None:
         """Delete a window; return what no window holds any more, or None if there is no such window.
 
-        With `expired_by` only if it had expired by then. Its salts are loose.
+        With `expired_by` only if it had expired by then, with `automatic_of` only if it is an automatic window of that
+        session (`auto_windows`). Its salts are loose.
         """
         ...
 
@@ -292,8 +331,12 @@ class Store(Protocol):
         """Names under which LMCache may have the objects of isolated clones, whose pins go by other names."""
         ...
 
-    async def succeed(self, step: Succession, new: Session) -> Succession:
-        """Add a full session's successor, unless it has one already; return what is so then."""
+    async def succeed(self, step: Succession, new: Session, *, seen: Session) -> Succession:
+        """Add a full session's successor, unless it has one already; return what is so then.
+
+        Raises `session_busy` where the full session is not as it was `seen`, where its window has gone, or where the
+        successor's id was taken meanwhile.
+        """
         ...
 
     async def successions(self, tenant: str, session_id: str) -> list[Succession]:

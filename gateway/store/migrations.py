@@ -306,6 +306,24 @@ _M012 = (
 )
 
 
+@MIGRATIONS.append
+def m013_windows_have_text(db: sqlite3.Connection) -> None:
+    """No window is added without its text, and none loses it; whatever the code above does."""
+    for statement in _M013:
+        db.execute(statement)
+
+
+_M013 = (
+    """CREATE TRIGGER windows_begin_with_text BEFORE INSERT ON windows
+    WHEN NOT EXISTS (SELECT 1 FROM links WHERE id = NEW.transcript)
+        OR (NEW.frame IS NOT NULL AND NOT EXISTS (SELECT 1 FROM contents WHERE id = NEW.frame))
+    BEGIN SELECT RAISE(ABORT, 'a window was to be added without its text'); END""",
+    """CREATE TRIGGER windows_keep_their_text BEFORE DELETE ON links
+    WHEN EXISTS (SELECT 1 FROM windows WHERE transcript = OLD.id)
+    BEGIN SELECT RAISE(ABORT, 'the text of a window was to be deleted'); END""",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own; foreign keys are enforced from then on.
 

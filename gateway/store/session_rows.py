@@ -57,10 +57,12 @@ def add_sessions(db: sqlite3.Connection, new: Sequence[Session]) -> str | None:
     return taken
 
 
-def set_frozen(db: sqlite3.Connection, tenant: str, session_id: str, turn_count: int, at: float) -> None:
+def set_frozen(db: sqlite3.Connection, seen: Session, at: float) -> None:
+    """Mark a session frozen, unless it has gone on since it was `seen` or another one has its id."""
     db.execute(
-        "UPDATE sessions SET state = 'frozen', frozen_at = ? WHERE tenant = ? AND id = ? AND turn_count = ?",
-        (at, tenant, session_id, turn_count),
+        """UPDATE sessions SET state = 'frozen', frozen_at = ?
+        WHERE tenant = ? AND id = ? AND created_at = ? AND turn_count = ? AND transcript IS ?""",
+        (at, seen.tenant, seen.id, seen.created_at, seen.turn_count, seen.transcript),
     )
 
 

@@ -38,10 +38,11 @@ from gateway.store import (
     salt_rows,
     session_rows,
     successor_rows,
+    text_rows,
     transcript_rows,
     window_rows,
 )
-from gateway.store.contract import Finished, LooseSalt, Released, SaltUse, Unfrozen, WindowQuery
+from gateway.store.contract import Finished, LooseSalt, Released, SaltUse, Text, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
 
 T = TypeVar("T")
@@ -110,17 +111,17 @@ class SqliteStore:
             lambda db: session_rows.list_sessions(db, tenant, state, model, limit, offset, expired_by)
         )
 
-    async def add_session(self, session: Session) -> bool:
+    async def snapshot(self, tenant: str, session_id: str) -> tuple[Session, Text] | None:
+        """See `Store.snapshot`."""
+        return await self._read(lambda db: text_rows.snapshot(db, tenant, session_id))
+
+    async def add_session(self, session: Session, *, source: Window | None = None) -> bool:
         """See `Store.add_session`."""
-        return await self._write(lambda db: session_rows.add_session(db, session))
+        return await self.add_sessions([session], source=source) is None
 
-    async def add_sessions(self, sessions: Sequence[Session]) -> str | None:
+    async def add_sessions(self, sessions: Sequence[Session], *, source: Window | None = None) -> str | None:
         """See `Store.add_sessions`."""
-        return await self._write(lambda db: session_rows.add_sessions(db, sessions))
-
-    async def set_frozen(self, tenant: str, session_id: str, *, turn_count: int, at: float) -> None:
-        """See `Store.set_frozen`."""
-        await self._write(lambda db: session_rows.set_frozen(db, tenant, session_id, turn_count, at))
+        return await self._write(lambda db: text_rows.add_sessions(db, sessions, source))
 
     async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
         """See `Store.delete_session`."""
@@ -205,15 +206,27 @@ class SqliteStore:
         """See `Store.lineage`."""
         return await self._read(lambda db: window_rows.lineage(db, tenant, name))
 
-    async def add_window(self, window: Window, manifest: Manifest | None) -> bool:
+    async def add_window(
+        self, window: Window, manifest: Manifest, text: Text, *, seen: Session | None = None, wanted: bool = True
+    ) -> Window | None:
         """See `Store.add_window`."""
-        return await self._write(lambda db: window_rows.add_window(db, window, manifest))
+        return await self._write(lambda db: text_rows.add_window(db, window, manifest, text, seen, wanted=wanted))
 
-    async def import_window(
-        self, window: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
-    ) -> bool:
-        """See `Store.import_window`."""
-        return await self._write(lambda db: window_rows.import_window(db, window, manifest, messages, frame))
+    async def copy_window(self, copy: Window, source: Window, manifest: Manifest | None) -> Window | None:
+        """See `Store.copy_window`."""
+        return await self._write(lambda db: text_rows.copy_window(db, copy, source, manifest))
+
+    async def text(self, window: Window) -> Text:
+        """See `Store.text`."""
+        return await self._read(lambda db: text_rows.text(db, window))
+
+    async def check_there(self, window: Window) -> None:
+        """See `Store.check_there`."""
+        text_rows.check_there(self._inline, window)
+
+    async def windows_without_text(self) -> list[tuple[str, str]]:
+        """See `Store.windows_without_text`."""
+        return await self._read(text_rows.windows_without_text)
 
     async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
         """See `Store.describe_window`."""
@@ -231,9 +244,11 @@ class SqliteStore:
         """See `Store.pinned`."""
         return await self._read(lambda db: manifest_rows.pinned(db, window))
 
-    async def delete_window(self, tenant: str, name: str, *, expired_by: float | None = None) -> Released | None:
+    async def delete_window(
+        self, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
+    ) -> Released | None:
         """See `Store.delete_window`."""
-        return await self._write(lambda db: window_rows.delete_window(db, tenant, name, expired_by))
+        return await self._write(lambda db: window_rows.delete_window(db, tenant, name, expired_by, automatic_of))
 
     async def expired_windows(self, by: float, limit: int) -> list[Window]:
         """See `Store.expired_windows`."""
@@ -255,16 +270,9 @@ class SqliteStore:
         """See `Store.isolated_names`."""
         return await self._read(manifest_rows.isolated_names)
 
-    async def succeed(self, step: Succession, new: Session) -> Succession:
+    async def succeed(self, step: Succession, new: Session, *, seen: Session) -> Succession:
         """See `Store.succeed`."""
-
-        def write(db: sqlite3.Connection) -> Succession:
-            done = successor_rows.succeed(db, step)
-            if done is step:
-                session_rows.add_session(db, new)
-            return done
-
-        return await self._write(write)
+        return await self._write(lambda db: text_rows.succeed(db, step, new, seen))
 
     async def successions(self, tenant: str, session_id: str) -> list[Succession]:
         """See `Store.successions`."""
@@ -330,8 +338,12 @@ class SqliteStore:
     async def _write(self, work: Work[T]) -> T:
         done: Future[T] = Future()
         self._writes.put((work, done))  # type: ignore[arg-type]
+        waiting = asyncio.wrap_future(done)
         try:
-            return await asyncio.shield(asyncio.wrap_future(done))
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            await asyncio.wait([waiting])  # it will be done: whoever is cancelled holds the lock on its pins until then
+            raise
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise GatewayError("storage_full", f"the store's disk is full ({self._path})") from error

@@ -7,10 +7,13 @@ from gateway.records import Succession
 _COLUMNS = "tenant, session_id, successor, window, dropped, link"
 
 
-def succeed(db: sqlite3.Connection, step: Succession) -> Succession:
-    """Give a session its successor, unless it has one; return the one that it has then."""
-    if there := _step(db, "session_id", step.tenant, step.session_id):
-        return there
+def successor(db: sqlite3.Connection, step: Succession) -> Succession | None:
+    """The successor that a session has already."""
+    return _step(db, "session_id", step.tenant, step.session_id)
+
+
+def add(db: sqlite3.Connection, step: Succession) -> None:
+    """Give a session its successor."""
     db.execute(
         f"INSERT INTO successions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
         (step.tenant, step.session_id, step.successor, step.window, step.dropped, step.link),
@@ -18,7 +21,6 @@ def succeed(db: sqlite3.Connection, step: Succession) -> Succession:
     db.execute(
         "UPDATE sessions SET successor = ? WHERE tenant = ? AND id = ?", (step.successor, step.tenant, step.session_id)
     )
-    return step
 
 
 def successions(db: sqlite3.Connection, tenant: str, session_id: str) -> list[Succession]:

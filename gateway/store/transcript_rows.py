@@ -34,9 +34,16 @@ def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
 
 
 def content(db: sqlite3.Connection, content_id: bytes) -> dict[str, Any]:
-    (body,) = db.execute("SELECT body FROM contents WHERE id = ?", (content_id,)).fetchone()
-    value: dict[str, Any] = orjson.loads(body)
+    row = db.execute("SELECT body FROM contents WHERE id = ?", (content_id,)).fetchone()
+    value: dict[str, Any] = orjson.loads(row[0]) if row else {}
     return value
+
+
+def is_there(db: sqlite3.Connection, transcript: bytes, frame: bytes | None) -> bool:
+    """Whether the store has a transcript's last link, from which the others are never taken, and a frame."""
+    if db.execute("SELECT 1 FROM links WHERE id = ?", (transcript,)).fetchone() is None:
+        return False
+    return frame is None or db.execute("SELECT 1 FROM contents WHERE id = ?", (frame,)).fetchone() is not None
 
 
 def add_content(db: sqlite3.Connection, value: Mapping[str, object]) -> bytes:

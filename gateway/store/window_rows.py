@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from gateway.records import Manifest, Message, Window
-from gateway.store import manifest_rows, salt_rows, transcript_rows
+from gateway.records import Manifest, Window
+from gateway.store import autofreeze_rows, manifest_rows, salt_rows, transcript_rows
 from gateway.store.contract import Released, WindowQuery
 
 _COLUMNS = tuple(f.name for f in fields(Window))
@@ -97,9 +97,8 @@ def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], 
     return [parent for (parent,) in ancestors], [clone for (clone,) in clones]
 
 
-def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -> bool:
-    if db.execute("SELECT 1 FROM windows WHERE tenant = ? AND name = ?", (new.tenant, new.name)).fetchone():
-        return False
+def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -> None:
+    """Add a window whose name is free, and whose text is there."""
     if manifest is not None:
         manifest_rows.add(db, manifest)
     values = {name: getattr(new, name) for name in _COLUMNS}
@@ -109,18 +108,6 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
     marks = ", ".join("?" * len(values))
     db.execute(f"INSERT INTO windows ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
     _add_tags(db, new)
-    return True
-
-
-def import_window(
-    db: sqlite3.Connection, new: Window, manifest: Manifest, messages: Sequence[Message], frame: Mapping[str, object]
-) -> bool:
-    if window(db, new.tenant, new.name):
-        return False
-    transcript = transcript_rows.add(db, messages)
-    return add_window(
-        db, replace(new, transcript=transcript or b"", frame=transcript_rows.add_content(db, frame)), manifest
-    )
 
 
 def describe_window(db: sqlite3.Connection, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
@@ -146,9 +133,13 @@ def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Windo
     return [_window(row) for row in found]
 
 
-def delete_window(db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None) -> Released | None:
+def delete_window(
+    db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None, automatic_of: str | None = None
+) -> Released | None:
     gone = window(db, tenant, name)
     if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
+        return None
+    if automatic_of is not None and name not in autofreeze_rows.auto_windows(db, tenant, automatic_of):
         return None
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
     # Whoever gets the name next is a stranger to what came from this one.
@@ -158,7 +149,7 @@ def delete_window(db: sqlite3.Connection, tenant: str, name: str, expired_by: fl
         salt_rows.loosen(db, salt, tenant, gone.lineage)
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release_content(db, gone.frame)
-    return manifest_rows.release(db, gone)
+    return replace(manifest_rows.release(db, gone), window=gone)
 
 
 def window_counts(db: sqlite3.Connection) -> dict[str, int]:

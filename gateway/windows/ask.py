@@ -15,6 +15,7 @@ from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Message, Usage, Window
+from gateway.store.contract import Text
 from gateway.windows.counted import counted
 from gateway.windows.finish import whole_chunks
 from gateway.windows.thaw import Receipt, load, restore, served, usable
@@ -56,14 +57,14 @@ async def ask(
     window = await usable(parts, tenant, name)
     model = await served(parts, window)
     room = _room(window, model, max_tokens)
-    messages = await conversation(parts, window)
+    text = await conversation(parts, window)
     restored = await _put_back(parts, window, progress)
-    frame = await parts.store.frame(window.frame) if window.frame else {}
     progress("answer", 0, 0)
     engine = parts.engines.near(window.lineage)
     reply = await engine.chat(
-        model.id, _quiet(frame), [*messages, *following(messages, question)], window.salt, max_tokens=room
-    )
+        model.id, _quiet(text.frame or {}), [*text.messages, *following(text.messages, question)], window.salt,
+        max_tokens=room,
+    )  # fmt: skip
     duration = round((time.monotonic() - clock) * 1000, 1)
     return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, duration)
 
@@ -83,16 +84,16 @@ def _room(window: Window, model: Model, max_tokens: int | None) -> int:
     return max_tokens or min(USUAL_TOKENS, max(left // 2, 1))
 
 
-async def conversation(parts: Parts, window: Window) -> Sequence[Message]:
-    """Return a window's messages, which a user's may follow. Raises `invalid_request` where none can."""
-    messages = await parts.store.messages(window.transcript)
-    if kind := texts.kind(messages):
+async def conversation(parts: Parts, window: Window) -> Text:
+    """Return a window's text, which a user's message may follow. Raises `invalid_request` where none can."""
+    text = await parts.store.text(window)
+    if kind := texts.kind(text.messages):
         raise GatewayError(
             "invalid_request",
             f"window {window.name!r} holds {texts.NAMES[kind]}, not a conversation: there is nobody to ask",
             hint="thaw it, and go on with it at /v1/completions",
         )
-    return messages
+    return text
 
 
 def following(messages: Sequence[Message], question: str) -> list[Message]:

@@ -39,7 +39,7 @@ async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
     named = asked.named
     if named and named.kind != "key":
         return await _named(parts, asked, named, seed)
-    history = await parts.store.messages(window.transcript)
+    history = (await parts.store.text(window)).messages
     front = transcripts.missing(history, asked.messages, asked.rule)
     whole = asked.messages if front is None else transcripts.merged(front, asked.messages)
     seed = identity.seed({}, f"{seed.hex()} {window.name} {window.created_at}", "")
@@ -47,7 +47,7 @@ async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
     verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
     if verdict.session and not verdict.forks:
         return Place(verdict.session, verdict.how, seed, request)
-    return Place(await _new(parts, window, None), "window", seed, request, is_new=True)
+    return Place(await _new(parts, window), "window", seed, request, is_new=True)
 
 
 async def _named(parts: Parts, asked: Asked, named: Given, seed: bytes) -> Place:
@@ -71,8 +71,8 @@ async def _named(parts: Parts, asked: Asked, named: Given, seed: bytes) -> Place
     return known
 
 
-async def _new(parts: Parts, window: Window, session_id: str | None) -> Session:
+async def _new(parts: Parts, window: Window) -> Session:
     session, _, _ = await thaw(
-        parts, window.tenant, window.name, new_session_id=session_id, warm="none", source="window"
+        parts, window.tenant, window.name, new_session_id=None, warm="none", source="window", seen=window
     )
     return session

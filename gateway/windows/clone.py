@@ -7,7 +7,7 @@ from gateway.parts import Parts
 from gateway.records import Manifest, Window
 from gateway.windows.counted import counted
 from gateway.windows.freeze import Naming, taken
-from gateway.windows.thaw import found, not_found, usable
+from gateway.windows.thaw import usable
 
 
 @counted
@@ -17,9 +17,7 @@ async def clone(parts: Parts, tenant: str, source: str, naming: Naming) -> Windo
     What `naming` leaves empty is the source's.
     """
     original = await usable(parts, tenant, source)
-    copy = copied(original, naming)
-    await add(parts, copy, original, None)
-    return copy
+    return await add(parts, copied(original, naming), original, None)
 
 
 def copied(original: Window, naming: Naming) -> Window:
@@ -35,12 +33,13 @@ def copied(original: Window, naming: Naming) -> Window:
     )
 
 
-async def add(parts: Parts, copy: Window, original: Window, manifest: Manifest | None) -> None:
-    """Commit a copy. Raises `window_already_exists`, and `window_not_found` where its source has gone meanwhile."""
-    # Between our reading and our writing the source may have been deleted, and its pins with it.
-    async with parts.pins.lock.hold(alone=False):
-        now = await found(parts, original.tenant, original.name)
-        if now.manifest != original.manifest:  # another window has its name
-            raise not_found(original.name)
-        if not await parts.store.add_window(copy, manifest):
-            raise taken(copy.name)
+async def add(parts: Parts, copy: Window, original: Window, manifest: Manifest | None) -> Window:
+    """Commit a copy. Raises `window_already_exists`, and `window_not_found` where its source has gone meanwhile.
+
+    The store looks for the source when it commits, so no lock on the pins is needed: a deletion before that leaves no
+    source, and one after it finds that the copy holds the pins.
+    """
+    committed = await parts.store.copy_window(copy, original, manifest)
+    if committed is None:
+        raise taken(copy.name)
+    return committed

@@ -22,18 +22,23 @@ class Deleted:
 
 
 @counted
-async def delete(parts: Parts, tenant: str, name: str, *, expired_by: float | None = None) -> Deleted:
-    """Delete a window; with `expired_by` only one that had expired by then. Raises `window_not_found`.
+async def delete(
+    parts: Parts, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
+) -> Deleted:
+    """Delete a window. Raises `window_not_found`.
+
+    With `expired_by` only one that had expired by then, with `automatic_of` only an automatic one of that session.
 
     Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
     stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
     """
-    window = await found(parts, tenant, name)
+    await found(parts, tenant, name)
     await parts.turns.settle()
     async with parts.pins.lock.hold(alone=True):
-        released = await parts.store.delete_window(tenant, name, expired_by=expired_by)
-        if released is None:  # somebody was faster, or has given it more time
+        released = await parts.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
+        if released is None or released.window is None:  # somebody was faster, or has given it more time
             raise not_found(name)
+        window = released.window  # perhaps another than was found: it got the name meanwhile
         in_use = await parts.sessions.going_on(tenant, window.lineage)
         # The pins of an isolated clone go by its source's names, which the source's own sessions may still use.
         own = window.pin_salt == window.salt

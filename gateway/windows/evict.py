@@ -15,7 +15,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.windows.counted import counted
-from gateway.windows.thaw import usable
+from gateway.windows.thaw import held, usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ async def evict(parts: Parts, tenant: str, name: str, progress: Progress = silen
     names = list(dict.fromkeys(one.key for one in objects))
     before, _ = await parts.pins.present(names)
     progress("restore", 0, len(names))
-    states, warnings = await parts.pins.restore(objects)
+    async with held(parts, window):
+        states, warnings = await parts.pins.restore(objects)
     safe = {key for have in states.values() for key, state in have.items() if state.usable}
     progress("evict", 0, len(safe))
     dropped, locked = await parts.cache.delete([ObjectKey.parse(one) for one in names if one in safe], tier="l1")

@@ -38,10 +38,9 @@ async def export(parts: Parts, tenant: str, name: str, *, as_text: bool = False)
     """
     window = await found(parts, tenant, name)
     manifest = await parts.store.manifest(window)
-    messages = await parts.store.messages(window.transcript)
-    frame = await parts.store.frame(window.frame) if window.frame else {}
+    text = await parts.store.text(window)
     sources = [] if as_text else await _sources(parts, manifest)
-    texts = (orjson.dumps(messages), orjson.dumps(frame), pack(manifest.token_ids))
+    texts = (orjson.dumps(text.messages), orjson.dumps(text.frame or {}), pack(manifest.token_ids))
     contents = Contents(
         _record(window, chunks=len(sources) // window.world_size),
         tuple(Member.of(text) for text in texts),

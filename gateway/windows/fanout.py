@@ -8,7 +8,7 @@ from gateway.parts import Parts
 from gateway.records import Session, Window, check_session_id
 from gateway.windows.counted import counted
 from gateway.windows.finish import whole_chunks
-from gateway.windows.thaw import Receipt, branch_of, found, fresh_id, served, taken, usable, warn
+from gateway.windows.thaw import Receipt, branch_of, fresh_id, served, taken, usable, warn
 
 MOST = 100
 
@@ -30,11 +30,8 @@ async def fanout(
     if model is None or model.fingerprint != window.fingerprint:
         await served(parts, window)
     sessions = [branch_of(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
-    # As in a thaw: the window may have been deleted since, and its transcript with it.
-    async with parts.pins.lock.hold(alone=False):
-        await found(parts, tenant, name)
-        if there := await parts.store.add_sessions(sessions):
-            raise taken(there)
+    if there := await parts.store.add_sessions(sessions, source=window):
+        raise taken(there)
     frozen = Receipt(chunks_expected=whole_chunks(window), chunks_found=window.chunk_count)
     warn(window, frozen)
     return sessions, window, frozen.warnings

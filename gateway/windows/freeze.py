@@ -5,7 +5,10 @@
 3. Compute what is missing: every whole chunk that no tier has yet.
 4. Barrier: wait until each object is seen in a durable tier, by its own name.
 5. Pin and checksum each object.
-6. Commit the manifest. Only now does the window exist; a crash before this leaves pins that the next sweep takes away.
+6. Commit the window with its manifest and the text of the snapshot, in one transaction. Only now does the window exist;
+a crash before this leaves pins that the next sweep takes away.
+
+Nothing holds the session meanwhile: it may go on, be edited or be deleted. The window is what the snapshot was.
 """
 
 import logging
@@ -21,8 +24,9 @@ from gateway.errors import GatewayError
 from gateway.kv.tiers.contract import TierFull
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
-from gateway.records import Manifest, Message, PinnedObject, Session, Usage, Window
+from gateway.records import Manifest, PinnedObject, Session, Usage, Window
 from gateway.sessions import no_session
+from gateway.store.contract import Text
 from gateway.windows.canonical import next_turn_ids
 from gateway.windows.counted import counted
 from gateway.windows.finish import finished
@@ -46,34 +50,44 @@ class _Snapshot:
     """A session at rest, and what it renders to."""
 
     session: Session
-    messages: Sequence[Message]
+    text: Text
     model: Model
     ids: tuple[int, ...]
     salt: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Freezing:
+    """What every step of one freeze needs; `wanted` as in `freeze`."""
+
+    parts: Parts
+    snapshot: _Snapshot
+    wanted: bool
+    progress: Progress
+
+
 @counted
 async def freeze(
-    parts: Parts, tenant: str, session_id: str, naming: Naming, progress: Progress = silent
+    parts: Parts, tenant: str, session_id: str, naming: Naming, progress: Progress = silent, *, wanted: bool = True
 ) -> tuple[Window, list[str]]:
     """Freeze the session's last finished turn; return the window, and warnings where it is less than whole.
 
-    Raises `session_not_found`, `session_busy`, `window_already_exists`, `model_mismatch`, `engine_unreachable`,
-    `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached raises nothing: the window says what it
-    lacks.
+    A session that is deleted meanwhile leaves its window if that is `wanted`; if nobody asked for it, the freeze raises
+    `session_not_found`. Raises `session_not_found`, `session_busy`, `window_already_exists`, `model_mismatch`,
+    `engine_unreachable`, `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached raises nothing: the
+    window says what it lacks.
     """
     clock = time.monotonic()
     if await parts.store.window(tenant, naming.name):
         raise taken(naming.name)
     progress("snapshot", 0, 0)
     snapshot = await _snapshot(parts, tenant, session_id, progress)
-    wanted, warnings = await _plan(parts, snapshot)
-    async with all_or_nothing(parts):
-        if wanted and wanted.keys:
+    planned, warnings = await _plan(parts, snapshot)
+    async with all_or_nothing(parts), _loose_unless_kept(parts, snapshot):
+        if planned and planned.keys:
             await parts.pins.check_room(parts.settings.disk_reserve_bytes)
-        window = await _keep(parts, snapshot, wanted, naming, warnings, clock, progress)
-    await parts.store.set_frozen(tenant, session_id, turn_count=snapshot.session.turn_count, at=window.created_at)
-    return window, warnings
+        freezing = _Freezing(parts, snapshot, wanted, progress)
+        return await _keep(freezing, planned, naming, warnings, clock), warnings
 
 
 async def check_budget(parts: Parts, tenant: str, objects: Sequence[PinnedObject]) -> None:
@@ -105,8 +119,18 @@ async def all_or_nothing(parts: Parts) -> AsyncIterator[None]:
         await release_strays(parts)
         hint = "free space, or delete windows that are not needed"
         raise GatewayError("storage_full", str(error), hint=hint) from error
-    except GatewayError:
+    except BaseException:  # whatever it was: what nobody will commit must not stay pinned
         await release_strays(parts)
+        raise
+
+
+@asynccontextmanager
+async def _loose_unless_kept(parts: Parts, snapshot: _Snapshot) -> AsyncIterator[None]:
+    """Where the block fails, a sweep looks at what it had the engine compute: its session may be gone by then."""
+    try:
+        yield
+    except BaseException:
+        await parts.store.loosen(snapshot.salt, snapshot.session.tenant, snapshot.session.lineage)
         raise
 
 
@@ -122,24 +146,24 @@ def taken(name: str) -> GatewayError:
 async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
     await parts.turns.settle()
     await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
-    session = await parts.store.session(tenant, session_id)
-    if session is None:
+    found = await parts.store.snapshot(tenant, session_id)
+    if found is None:
         raise no_session(session_id)
-    if session.transcript is None:
+    session, text = found
+    if not text.messages:
         raise GatewayError(
             "invalid_request",
             f"session {session_id!r} has no finished turn yet",
             hint="freeze it after its first reply",
         )
-    messages = await parts.store.messages(session.transcript)
     model = await parts.engines.model(session.model)
     progress("render", 0, 0)
-    frame = await parts.store.frame(session.frame) if session.frame else {}
-    ids = await next_turn_ids(parts.engines.near(session.lineage, session.engine), model.id, frame, messages)
+    engine = parts.engines.near(session.lineage, session.engine)
+    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
     # What the turns ran under, a client's own salt folded in; other weights since then mean another salt.
     same = session.fingerprint == model.fingerprint
     salt = session.salt if same else parts.salts.of(tenant, session.lineage, model.fingerprint)
-    return _Snapshot(session, messages, model, tuple(ids), salt)
+    return _Snapshot(session, text, model, tuple(ids), salt)
 
 
 async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[str]]:
@@ -148,7 +172,7 @@ async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[st
         return None, [
             "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
         ]
-    if transcripts.has_media(snapshot.messages):
+    if transcripts.has_media(snapshot.text.messages):
         return None, [
             "media in the conversation: its KV cannot be named by token ids, only text and token ids were kept"
         ]
@@ -163,42 +187,43 @@ async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[st
     return wanted, []
 
 
-async def _keep(
-    parts: Parts, snapshot: _Snapshot, wanted: Plan | None, naming: Naming, warnings: list[str], clock: float,
-    progress: Progress,
-) -> Window:  # fmt: skip
+async def _keep(freezing: _Freezing, planned: Plan | None, naming: Naming, warnings: list[str], clock: float) -> Window:
     """Land, pin and commit; a second time where an object did not land or turned out to be damaged."""
-    if wanted is None or not wanted.keys:
-        return await _commit(parts, _window(snapshot, wanted, 0, (), naming, None, clock), snapshot.ids, (), progress)
+    parts, snapshot, progress = freezing.parts, freezing.snapshot, freezing.progress
+    if planned is None or not planned.keys:
+        return await _commit(freezing, _window(snapshot, planned, 0, (), naming, None, clock), ())
     engine = parts.engines.near(snapshot.session.lineage, snapshot.session.engine)
     for again in (False, True):
-        usage, unreachable = await land(parts, engine, wanted, again=again, progress=progress)
-        progress("pin", 0, len(wanted.keys))
+        usage, unreachable = await land(parts, engine, planned, again=again, progress=progress)
+        progress("pin", 0, len(planned.keys))
         # From the first pin to the commit nobody may unpin.
         async with parts.pins.lock.hold(alone=False):
-            chunks, objects, _ = await pin(parts, wanted)
-            if chunks < wanted.chunks and not again:
+            chunks, objects, _ = await pin(parts, planned)
+            if chunks < planned.chunks and not again:
                 continue
             warnings += unreachable
-            if chunks < wanted.chunks:
-                warnings.append(f"{chunks} of {wanted.chunks} chunks were seen in a tier: a thaw recomputes the rest")
-            window = _window(snapshot, wanted, chunks, objects, naming, usage, clock)
-            return await _commit(parts, window, snapshot.ids, objects, progress)
+            if chunks < planned.chunks:
+                warnings.append(f"{chunks} of {planned.chunks} chunks were seen in a tier: a thaw recomputes the rest")
+            window = _window(snapshot, planned, chunks, objects, naming, usage, clock)
+            return await _commit(freezing, window, objects)
     raise AssertionError("the second time always commits")
 
 
-async def _commit(
-    parts: Parts, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...], progress: Progress
-) -> Window:
-    progress("commit", 0, 0)
+async def _commit(freezing: _Freezing, window: Window, objects: tuple[PinnedObject, ...]) -> Window:
+    parts, snapshot = freezing.parts, freezing.snapshot
+    freezing.progress("commit", 0, 0)
     await check_budget(parts, window.tenant, objects)
-    if not await parts.store.add_window(window, Manifest(window.manifest, ids, objects)):
+    manifest = Manifest(window.manifest, snapshot.ids, objects)
+    committed = await parts.store.add_window(
+        window, manifest, snapshot.text, seen=snapshot.session, wanted=freezing.wanted
+    )
+    if committed is None:
         raise taken(window.name)
-    return window
+    return committed
 
 
 def _window(
-    snapshot: _Snapshot, wanted: Plan | None, chunks: int, objects: Sequence[PinnedObject], naming: Naming,
+    snapshot: _Snapshot, planned: Plan | None, chunks: int, objects: Sequence[PinnedObject], naming: Naming,
     usage: Usage | None, clock: float,
 ) -> Window:  # fmt: skip
     session, model = snapshot.session, snapshot.model
@@ -213,14 +238,14 @@ def _window(
         model=model.id,
         model_root=model.root,
         fingerprint=model.fingerprint,
-        world_size=wanted.world_size if wanted else 1,
+        world_size=planned.world_size if planned else 1,
         token_count=len(snapshot.ids),
-        chunk_size=wanted.chunk_size if wanted else 0,
+        chunk_size=planned.chunk_size if planned else 0,
         chunk_count=0,
         size_bytes=0,
         kv="absent",
-        transcript=session.transcript or b"",
-        frame=session.frame,
+        transcript=b"",
+        frame=None,
         manifest=uuid4().hex,
         created_at=now,
         description=naming.description,

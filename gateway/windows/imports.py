@@ -29,6 +29,7 @@ from gateway.kv.tiers.contract import Tier, TierFull, TierUnavailable
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import Manifest, Message, PinnedObject, Window
+from gateway.store.contract import Text
 from gateway.windows.canonical import next_turn_ids
 from gateway.windows.container import TEXTS, Contents, Reader, Record, corrupted, object_name
 from gateway.windows.counted import counted
@@ -248,10 +249,11 @@ async def _keep(
         progress("commit", 0, 0)
         await check_budget(parts, window.tenant, objects)
         manifest = Manifest(done.manifest, text.ids, objects)
-        if not await parts.store.import_window(done, manifest, text.messages, text.frame):
+        committed = await parts.store.add_window(done, manifest, Text(text.messages, text.frame))
+        if committed is None:
             raise taken(window.name)
         warnings += (await parts.pins.restore(objects))[1]
-        return done
+        return committed
 
 
 async def _pin(

@@ -32,14 +32,12 @@ async def isolate(parts: Parts, tenant: str, source: str, naming: Naming) -> tup
     salt = parts.salts.of(tenant, lineage, original.fingerprint)
     copy = replace(copied(original, naming), lineage=lineage, salt=salt)
     if not await _encrypted(parts, original):
-        await add(parts, copy, original, None)
-        return copy, []
+        return await add(parts, copy, original, None), []
     bare = replace(
         copy, pin_salt=salt, chunk_count=0, size_bytes=0, kv="absent", manifest=uuid4().hex
     )  # fmt: skip
     ids = (await parts.store.manifest(original)).token_ids
-    await add(parts, bare, original, Manifest(bare.manifest, ids, ()))
-    return bare, [
+    return await add(parts, bare, original, Manifest(bare.manifest, ids, ())), [
         f"LMCache encrypts by salt ({_BY_SALT}): only text and token ids are isolated, a thaw computes the KV again"
     ]
 

@@ -11,11 +11,14 @@ _TRIED = 100  # sessions may share a shortened name within a second
 
 
 async def freeze_by_itself(parts: Parts, tenant: str, session_id: str, naming: Naming) -> tuple[Window, list[str]]:
-    """Freeze a session under `naming.name`, or that name with a number behind it. Raises what `freeze` raises."""
+    """Freeze a session under `naming.name`, or that name with a number behind it.
+
+    Nobody asked for this window: it is not made of a session that is deleted meanwhile. Raises what `freeze` raises.
+    """
     for number in range(1, _TRIED + 1):
         tried = naming if number == 1 else replace(naming, name=f"{naming.name}-{number}")
         try:
-            return await freeze(parts, tenant, session_id, tried)
+            return await freeze(parts, tenant, session_id, tried, wanted=False)
         except GatewayError as error:
             if error.code != "window_already_exists":
                 raise

@@ -1,13 +1,15 @@
 """A frozen session goes on, or a thawed one begins: its KV is put back where LMCache looks, and loaded, by itself."""
 
 import logging
+from collections.abc import Sequence
 
 from gateway.errors import GatewayError
 from gateway.kv.tiers.contract import Restored
 from gateway.parts import Parts
 from gateway.progress import silent
-from gateway.records import Session, Window
+from gateway.records import PinnedObject, Session, Window
 from gateway.store.contract import WindowQuery
+from gateway.windows.thaw import held
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +32,11 @@ async def resume(parts: Parts, session: Session) -> None:
         return
     try:
         manifest, sizes = await parts.store.manifest(window), await parts.store.sizes(window)
+        missing = await parts.pins.missing(sizes)
+        evicted = [o for o in manifest.objects if o.key in missing.get(o.tier, ())]
+        states, warnings = await _put_back(parts, window, evicted)
     except GatewayError:  # deleted just now
         return
-    missing = await parts.pins.missing(sizes)
-    states, warnings = await parts.pins.restore([o for o in manifest.objects if o.key in missing.get(o.tier, ())])
     for tier, by_key in states.items():
         if lost := sum(state in (Restored.MISSING, Restored.CORRUPT) for state in by_key.values()):
             warnings.append(f"{tier} tier: {lost} of {window.chunk_count * window.world_size} objects are lost")
@@ -46,6 +49,15 @@ async def resume(parts: Parts, session: Session) -> None:
         await parts.cache.prefetch(window.model_root, window.world_size, manifest.id, ids, window.salt, within, silent)
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
+
+
+async def _put_back(
+    parts: Parts, window: Window, objects: Sequence[PinnedObject]
+) -> tuple[dict[str, dict[str, Restored]], list[str]]:
+    if not objects:  # nearly always: then nobody is waited for
+        return {}, []
+    async with held(parts, window):
+        return await parts.pins.restore(objects)
 
 
 async def _window(parts: Parts, session: Session) -> Window | None:

@@ -114,7 +114,7 @@ class Successors:
                 engine=session.engine, window=window.name, window_transcript=now.window_transcript, frame=now.frame,
                 created_at=time.time(), last_active_at=time.time(),
             )  # fmt: skip
-            step = await self._parts.store.succeed(step, successor)
+            step = await self._parts.store.succeed(step, successor, seen=now)
             log.info("session %s is full: frozen as %s, goes on as %s", session.id, step.window, step.successor)
         there = await self.onward(replace(place, session=replace(now, successor=step.successor)), call)
         if there is None:  # another worker was faster, with a history that this is not

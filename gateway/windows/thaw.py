@@ -11,7 +11,8 @@ The window itself does not change and can be thawed any number of times.
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -59,34 +60,35 @@ async def thaw(
     source: str = "thaw",
     head: bytes | None = None,
     progress: Progress = silent,
+    seen: Window | None = None,
 ) -> tuple[Session, Window, Receipt]:
     """Thaw a window into a new session; `source` and `head` are the session's (see `Session`).
 
-    Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `engine_unreachable`, `engine_timeout`. KV
-    that is lost or damaged raises nothing: the receipt says `partial`, the text is all there, and the engine
-    recomputes.
+    With `seen`, only that very window and not another of its name. Raises `window_not_found`, also where the window is
+    deleted meanwhile, `window_corrupted` where its text is gone, `model_mismatch`, `session_already_exists`,
+    `engine_unreachable`, `engine_timeout`. KV that is lost or damaged raises nothing: the receipt says `partial`, the
+    text is all there, and the engine recomputes.
     """
     clock = time.monotonic()
-    window = await usable(parts, tenant, name)
+    window = seen or await usable(parts, tenant, name)
     model = await served(parts, window)
     session_id = new_session_id or fresh_id(name)
     if await parts.store.session(tenant, session_id):
         raise taken(session_id)
+    text = await parts.store.text(window)
     manifest = await parts.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
     await restore(parts, window, manifest.objects, receipt, progress)
     # Whoever sends the whole history, and no id, goes on here.
-    tip = identity.chain(await parts.store.messages(window.transcript), b"")[-1] if source == "thaw" else None
+    tip = identity.chain(text.messages, b"")[-1] if source == "thaw" else None
     session = replace(branch_of(window, session_id, source), head=head, tip=tip)
     if warm != "none" and receipt.chunks_found:
         await _warm(parts, window, model, manifest, warm, receipt, progress)
     elif warm == "gpu":
         await _through_engine(parts, window, model, manifest, receipt, progress)
-    # While we warmed, the window may have been deleted, and its transcript with it.
-    async with parts.pins.lock.hold(alone=False):
-        await found(parts, tenant, name)
-        if not await parts.store.add_session(session):
-            raise taken(session_id)
+    # While we warmed, the window may have been deleted, and its transcript with it: the store looks again.
+    if not await parts.store.add_session(session, source=window):
+        raise taken(session_id)
     receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
     receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
     return session, window, receipt
@@ -158,10 +160,25 @@ async def served(parts: Parts, window: Window) -> Model:
 async def restore(
     parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt, progress: Progress
 ) -> None:
-    """Put back what eviction took, checking every byte; what is lost is in the receipt, nothing raises."""
+    """Put back what eviction took, checking every byte; what is lost is in the receipt.
+
+    Raises `window_not_found` where the window was deleted since it was read.
+    """
     progress("restore", 0, window.chunk_count)
-    await _put_back(parts, window, objects, receipt)
+    async with held(parts, window):
+        await _put_back(parts, window, objects, receipt)
     warn(window, receipt)
+
+
+@asynccontextmanager
+async def held(parts: Parts, window: Window) -> AsyncIterator[None]:
+    """Keep a window and its pins from being deleted for the block. Raises `window_not_found` if that was done before.
+
+    Whoever puts objects back pins what has lost its pin: of a window that was deleted nobody would take them away.
+    """
+    async with parts.pins.lock.hold(alone=False):
+        await parts.store.check_there(window)
+        yield
 
 
 def warn(window: Window, receipt: Receipt) -> None:

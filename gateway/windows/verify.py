@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.contract import Restored, Tier, TierUnavailable
 from gateway.parts import Parts
@@ -46,8 +47,9 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verification saw. `ok`: all that was ever pinned was found, byte for byte, in every tier, and, where it
-    was asked for, the engine went on from each tier's KV as it does without (`deep`, None where nobody asked).
+    """What a verification saw. `ok`: the text is there, all that was ever pinned was found, byte for byte, in every
+    tier, and, where it was asked for, the engine went on from each tier's KV as it does without (`deep`, None where
+    nobody asked).
 
     `chunks_usable`: leading chunks that a thaw would find whole in one tier or another.
     """
@@ -89,10 +91,21 @@ async def verify(parts: Parts, tenant: str, name: str, progress: Progress = sile
     present, _ = await parts.pins.present([o.key for o in manifest.objects])
     held = [_tier(parts, tier) for tier in states]
     replays = await replay(parts, window, manifest, held, warnings, progress) if deep else None
-    await found(parts, tenant, name)  # deleted while we looked: then what is missing is no damage
+    has_text = await _has_text(parts, window, warnings)  # raises if it was deleted: then what is missing is no damage
     verdict = _verdict(window, manifest, states, present, warnings, clock)
     same = all(one.equal for one in replays or ()) and len(replays or ()) == (len(held) if deep else 0)
-    return replace(verdict, ok=verdict.ok and same, deep=replays)
+    return replace(verdict, ok=verdict.ok and same and has_text, deep=replays)
+
+
+async def _has_text(parts: Parts, window: Window, warnings: list[str]) -> bool:
+    try:
+        await parts.store.text(window)
+    except GatewayError as error:
+        if error.code != "window_corrupted":
+            raise
+        warnings.append(f"{error.message}; {error.hint}")
+        return False
+    return True
 
 
 def _tier(parts: Parts, name: str) -> Tier:

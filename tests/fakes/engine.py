@@ -119,6 +119,7 @@ class FakeEngine:
         self.on_health: Handler = lambda exchange: exchange.json({})
         self.on_tokenize: Handler = self._tokens
         self.before_completion: Callable[[], object] = lambda: None
+        self.on_computed: Callable[[Mapping[str, Any], list[int]], None] = lambda body, ids: None
         self.leaks_salts = False
         with self._news:
             self.requests.clear()
@@ -177,6 +178,7 @@ class FakeEngine:
         """Answer a chat completion as vLLM does."""
         body = exchange.request.json
         ids = render(body["messages"], generation_prompt=True)
+        self.on_computed(body, ids)
         usage = self._usage(body.get("cache_salt"), ids, completion=3)
         if not body.get("stream"):
             exchange.json(whole_reply("Hello there!", usage))
@@ -192,6 +194,7 @@ class FakeEngine:
         self.before_completion()
         body = exchange.request.json
         ids = body["prompt"] if isinstance(body["prompt"], list) else list(body["prompt"].encode())
+        self.on_computed(body, ids)
         usage = self._usage(body.get("cache_salt"), ids, completion=1)
         if not body.get("stream"):
             exchange.json({**text_event("x", "length"), "usage": usage})
