@@ -25,6 +25,9 @@ _POLL_S = 0.05
 _DEFAULT_TOKENS = 513  # where there is no cache to tell its chunk size
 
 
+_ISOLATION = "isolation"
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One thing that was tried: what was seen, and the remedy where it is not as it should be."""
@@ -34,9 +37,17 @@ class Check:
     message: str
     remedy: str = ""
 
+    @property
+    def leaks(self) -> bool:
+        """Whether KV of one salt was seen under another."""
+        return self.status == "failed" and self.name.startswith(_ISOLATION)
 
-async def prove(parts: Parts, engine: Engine) -> list[Check]:
-    """Try everything that the promises rest on, on one engine. Raises nothing; what fails is in the list."""
+
+async def prove(parts: Parts, engine: Engine, land_s: float = _LAND_S) -> list[Check]:
+    """Try everything that the promises rest on, on one engine. Raises nothing; what fails is in the list.
+
+    An object may take `land_s` seconds to be seen in a tier.
+    """
     checks: list[Check] = []
     try:
         models = await engine.models()
@@ -46,9 +57,9 @@ async def prove(parts: Parts, engine: Engine) -> list[Check]:
     checks.append(Check("engine", "ok", f"{engine.url} serves {', '.join(models)}"))
     first = await _plan(parts, engine, model, checks)
     try:
-        checks += await _salts(parts, engine, model, first)
+        checks += await _salts(parts, engine, model, first, land_s)
     except GatewayError as error:
-        checks.append(Check("isolation", "failed", error.message, error.hint))
+        checks.append(Check(_ISOLATION, "failed", error.message, error.hint))
     return checks
 
 
@@ -93,7 +104,7 @@ async def _plan(parts: Parts, engine: Engine, model: Model, checks: list[Check])
         return None
 
 
-async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | None) -> list[Check]:
+async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | None, land_s: float) -> list[Check]:
     """The same prompt under salt A, A again, then B: A must hit its own, B must hit nothing."""
     ids = planned.ids if planned else await _random_ids(engine, model, _DEFAULT_TOKENS)
     a, b = secrets.token_hex(16), secrets.token_hex(16)
@@ -113,25 +124,26 @@ async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | Non
         )
     )
     if planned:
-        checks += await _tiers(parts, planned, a, b)
+        checks += await _tiers(parts, planned, a, b, land_s)
     other = await engine.prefill(model.id, ids, b, store=False)
     leak = f"the same prompt under another salt hit {other.cached} tokens: sessions are NOT isolated"
     remedy = "use --kv-transfer-config with LMCacheMPConnector; LMCacheConnectorV1 ignores the salt"
     checks.append(
-        Check("isolation", "failed", leak, remedy)
+        Check(_ISOLATION, "failed", leak, remedy)
         if other.cached
-        else Check("isolation", "ok", "the same prompt under another salt hit nothing")
+        else Check(_ISOLATION, "ok", "the same prompt under another salt hit nothing")
     )
     if planned:
-        await _clean_up(parts, _under(planned, a))
+        await _clean_up(parts, [*_under(planned, a), *_under(planned, b)])
     return checks
 
 
-async def _tiers(parts: Parts, planned: Plan, a: str, b: str) -> list[Check]:
-    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b, parts.pins.lock)]
+async def _tiers(parts: Parts, planned: Plan, a: str, b: str, land_s: float) -> list[Check]:
+    lock = parts.pins.lock
+    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b, lock, land_s)]
 
 
-async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock) -> list[Check]:
+async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock, land_s: float) -> list[Check]:
     mine, theirs = _under(planned, a), _under(planned, b)
     name = f"{tier.name} tier"
     where = {
@@ -139,12 +151,13 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock) -> list[C
         "redis": "is kv_redis_url LMCache's resp adapter?",
     }
     try:
-        seen = await _landed(tier, mine)
+        seen = await _landed(tier, mine, land_s)
         if seen < len(mine):
-            message = f"{seen} of {len(mine)} objects of a prompt were found under their own names within {_LAND_S:g} s"
+            message = f"{seen} of {len(mine)} objects of a prompt were found under their own names within {land_s:g} s"
             return [Check(name, "failed", message, where[tier.name])]
         if any(await tier.sizes([str(key) for key in theirs])):
-            return [Check(name, "failed", "objects of one salt were found under another", "use LMCacheMPConnector")]
+            leak = f"the {tier.name} tier has objects of one salt under another: sessions are NOT isolated"
+            return [Check(f"{_ISOLATION} in the {name}", "failed", leak, "use LMCacheMPConnector")]
         checks = [Check(name, "ok", f"{seen} objects were found under their salt, none under another")]
         async with lock.hold(alone=False):  # another worker that starts sweeps what no window holds
             return [*checks, await _pinning(tier, mine)]
@@ -161,15 +174,19 @@ async def _pinning(tier: Tier, keys: list[ObjectKey]) -> Check:
         states = await tier.restore(pinned)
     except TierUnavailable as error:
         return Check(name, "failed", str(error), "pins_dir must be writable and on the file system of kv_dir")
-    if pinned and all(state is Restored.RELINKED for state in states):
+    if len(pinned) < len(keys):
+        return Check(
+            name, "failed", f"{len(pinned)} of {len(keys)} objects could be pinned", "give LMCache's storage more room"
+        )
+    if all(state is Restored.RELINKED for state in states):
         return Check(name, "ok", f"{len(pinned)} objects survived the removal of their originals")
     return Check(name, "failed", f"after the removal of the originals: {', '.join(s.value for s in states)}")
 
 
-async def _landed(tier: Tier, keys: list[ObjectKey]) -> int:
+async def _landed(tier: Tier, keys: list[ObjectKey], land_s: float) -> int:
     """Wait for all of these objects; return how many there are."""
     names = [str(key) for key in keys]
-    end = time.monotonic() + _LAND_S
+    end = time.monotonic() + land_s
     while not all(sizes := await tier.sizes(names)) and time.monotonic() < end:  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(_POLL_S)
     return sum(map(bool, sizes))

@@ -124,6 +124,11 @@ class FakeEngine:
         with self._news:
             self.requests.clear()
 
+    def forget(self) -> None:
+        """Lose all KV, as an engine does that restarts."""
+        with self._news:
+            self._kv.clear()
+
     @property
     def listening(self) -> bool:
         """Whether it runs."""
