@@ -1,8 +1,10 @@
 """One fake engine and one gateway before it, for all tests that leave both as they found them."""
 
 import os
+import resource
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,35 @@ class OneForTheStack(LoadScopeScheduling):  # type: ignore[misc]
         return "stack" if nodeid.startswith("tests/stack/") else nodeid.partition("::")[0]
 
 
+STACK_WITHIN_S = 1200
+"""The time limit of a test on the real stack: the first one also waits for vLLM to start, and perhaps to restart."""
+_OPEN_FILES = 8192
+
+
 def pytest_configure() -> None:
     """Let engines leave half of the cores to the tests: threads that wait for each other share a core badly."""
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // 2, 1))
+    _raise_open_files()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests on the real stack more time than `timeout` in pyproject.toml; skip what is not installed."""
+    not_installed = pytest.mark.skip(reason="needs vLLM and LMCache: install the extra `local` or `gpu` too")
+    installed = all(find_spec(name) for name in ("vllm", "lmcache"))
+    for item in items:
+        on_stack = item.get_closest_marker("stack")
+        if on_stack:
+            item.add_marker(pytest.mark.timeout(STACK_WITHIN_S))
+        if not installed and (on_stack or item.get_closest_marker("local")):
+            item.add_marker(not_installed)
+
+
+def _raise_open_files() -> None:
+    """A shell often allows 1,024 open files; both ends of 1,000 streams are in the process of the tests."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,10 +70,11 @@ def shared_engine() -> Iterator[FakeEngine]:
 
 
 @pytest.fixture
-def engine(shared_engine: FakeEngine) -> FakeEngine:
-    """The engine as it is by default, with nothing seen yet."""
+def engine(shared_engine: FakeEngine) -> Iterator[FakeEngine]:
+    """The engine as it is by default, with nothing seen yet; and so again for a gateway that starts before it later."""
     shared_engine.reset()
-    return shared_engine
+    yield shared_engine
+    shared_engine.reset()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ clients that read slowly, leave, or are many in `test_relay.py`; bodies and path
 import asyncio
 import http.client
 import json
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -404,6 +405,10 @@ def test_images_stay_in_the_transcript_and_the_window_says_that_their_kv_is_not_
     assert any("holds no KV" in warning for warning in thawed["warnings"])
 
 
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2500,
+    reason="needs 2,500 open files: raise the hard limit (ulimit -Hn)",
+)
 @apis
 def test_1000_streams_at_once_are_each_answered_whole_and_recorded_once(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api

@@ -16,6 +16,8 @@ from gateway.stack import demo_model, models
 from gateway.stack.errors import StackError
 from gateway.stack.fingerprint import fingerprint
 
+pytestmark = pytest.mark.local
+
 Message = dict[str, Any]
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 

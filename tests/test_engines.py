@@ -1,6 +1,7 @@
 """Several engines: who gets a request, who gets it next, and what a client sees when one of them dies."""
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
@@ -78,13 +79,24 @@ def serving(*models: str, root: str = "org/demo") -> Callable[[Exchange], None]:
 def test_a_session_stays_with_one_engine_and_sessions_are_spread(engines: list[FakeEngine], before: Before) -> None:
     gateway = before(*engines)
     all_healthy(gateway)
-    for number in range(24):
+    # Which engine a session is drawn to depends on the ports of this run: go on until each engine has one.
+    for number in range(300):
         first = chats(engines)
         for _ in range(3):
             gateway.chat(f"s-{number}")
         grown = [now - was for now, was in zip(chats(engines), first, strict=True)]
         assert sorted(grown) == [0, 0, 3]
-    assert all(count >= 6 for count in chats(engines))
+        if number >= 12 and all(chats(engines)):
+            break
+    assert all(chats(engines))
+
+
+@pytest.mark.anyio
+async def test_lineages_are_spread_evenly() -> None:
+    async with members("http://one:8000", "http://two:8000", "http://three:8000") as several:
+        homes = Counter(several.choose(f"lineage-{number}")[0].url for number in range(600))
+    assert sorted(homes) == [member.url for member in sorted(several.members, key=lambda member: member.url)]
+    assert min(homes.values()) > 170
 
 
 def test_a_lineage_stays_together_over_freeze_and_thaw(engines: list[FakeEngine], before: Before) -> None:
@@ -202,7 +214,7 @@ def test_of_50_requests_none_is_lost_when_an_engine_is_killed_under_them(
         answers = [pool.submit(gateway.chat, f"s-{number}") for number in range(50)]
         eventually(lambda: sum(chats(engines)) == 50, "all are on their way")
         held = len(first.seen(CHAT))
-        assert held >= 5
+        assert held  # of 50 sessions: none once in a thousand million runs, as ports are drawn
         first.stop()
         assert {answer.result().status_code for answer in answers} == {200}
     assert sum(chats(others)) == 50

@@ -16,6 +16,8 @@ import pytest
 from gateway.stack import commands, local, lock, models, preflight
 from gateway.stack.errors import StackError
 
+pytestmark = pytest.mark.local
+
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:

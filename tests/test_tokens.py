@@ -11,6 +11,8 @@ from gateway.stack import demo_model
 from gateway.tokens import Estimator, find, hub_folder, unseen
 from tests.running import ROOT
 
+pytestmark = pytest.mark.local
+
 MODEL = "m"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
