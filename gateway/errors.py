@@ -86,6 +86,11 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "payload_too_large": Code(
             413, "The body is larger than may be", "`max_body_bytes` and `max_import_bytes` set the limits"
         ),
+        "too_complex": Code(
+            413,
+            "A body or a file has more parts than may be: messages, values, or levels of nesting",
+            "Send it in several requests; the message says what there is too much of",
+        ),
         "window_corrupted": Code(
             422,
             "Text or KV of the window, or of a window's file, is lost or not as its checksum says",

@@ -17,6 +17,7 @@ WINDOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 TAG = re.compile(r"[\w.:-]{1,64}")
 MAX_TAGS = 20
 MAX_DESCRIPTION = 2000
+MAX_MODEL = 500  # characters of a model's name
 
 Message = dict[str, Any]
 
@@ -255,5 +256,5 @@ class Manifest:
     """What a window is made of: exact token ids, and its KV objects in chunk order (every rank of a chunk together)."""
 
     id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     objects: tuple[PinnedObject, ...]

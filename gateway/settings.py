@@ -106,7 +106,10 @@ class Settings:
     tenant_budget_bytes: int = setting(
         0, "bytes that a tenant's windows may hold, all tiers together; a freeze past it is `storage_full`; 0: no bound"
     )
-    disk_reserve_bytes: int = setting(256 * 2**20, "free bytes on the disk tier below which a freeze is `storage_full`")
+    disk_reserve_bytes: int = setting(
+        256 * 2**20,
+        "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`",
+    )
     sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
     responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")

@@ -19,7 +19,7 @@ PROMISED = {
 }  # fmt: skip
 ADDED = {
     "not_found": 404, "response_not_found": 404, "previous_response_not_found": 404, "method_not_allowed": 405,
-    "request_timeout": 408,
+    "request_timeout": 408, "too_complex": 413,
 }  # fmt: skip
 RETRYABLE = {
     "session_busy", "rate_limited", "request_timeout", "engine_unreachable", "engine_timeout", "cache_unavailable",

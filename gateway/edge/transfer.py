@@ -45,7 +45,7 @@ async def export_window(call: Call) -> Any:
         "as_text": fields.flag.default(False).about("take text and ids, and leave the KV"),
     },
     takes=_TAR,
-    errors=("window_already_exists", "window_corrupted", "cache_unavailable", *ENGINE),
+    errors=("window_already_exists", "window_corrupted", "too_complex", "cache_unavailable", *ENGINE),
 )
 async def import_window(call: Call) -> Any:
     """Make the window in a file a window of this gateway."""

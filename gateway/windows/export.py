@@ -13,7 +13,8 @@ from gateway.kv.tiers.contract import Tier, TierUnavailable
 from gateway.parts import Parts
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.windows import container
-from gateway.windows.container import CHECKSUM, END, MANIFEST, TEXTS, Contents, Member, Record
+from gateway.windows.container import CHECKSUM, END, MANIFEST, TEXTS
+from gateway.windows.contents import Contents, Member, Record
 from gateway.windows.counted import counted
 from gateway.windows.thaw import found
 
@@ -47,7 +48,7 @@ async def export(parts: Parts, tenant: str, name: str, *, as_text: bool = False)
         tuple(Member(item.size, item.checksum.hex()) for _, item in sources),
     )
     head = contents.dump()
-    size = container.BLOCK + container.padded(len(head)) + contents.size
+    size = container.BLOCK + container.padded(len(head)) + contents.size()
     return Export(window, size, _whole(_members(head, texts, sources)))
 
 

@@ -8,35 +8,29 @@
 """
 
 import asyncio
-import errno
-import tempfile
 import time
-from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from sys import byteorder
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
-import orjson
-
-from gateway.dialects.contract import RENDER_FIELDS
 from gateway.engine import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.tiers.contract import Tier, TierFull, TierUnavailable
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
-from gateway.records import Manifest, Message, PinnedObject, Window
+from gateway.records import Manifest, PinnedObject, Window
 from gateway.store.contract import Text
+from gateway.windows import contents as manifests
 from gateway.windows.canonical import next_turn_ids
-from gateway.windows.container import TEXTS, Contents, Reader, Record, corrupted, object_name
+from gateway.windows.container import Reader, object_name
+from gateway.windows.contents import Contents, Record
 from gateway.windows.counted import counted
+from gateway.windows.filed_text import FiledText, read_text
 from gateway.windows.finish import finished
 from gateway.windows.freeze import all_or_nothing, check_budget, taken
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from gateway.windows.spool import Spool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +43,6 @@ class _Here:
     model: Model | None = None  # set where the text has to be rendered anew
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """What the file says in words."""
-
-    messages: list[Message]
-    frame: dict[str, Any]
-    ids: tuple[int, ...]
-
-
 @counted
 async def import_window(
     parts: Parts, tenant: str, source: AsyncIterator[bytes], *, name: str | None = None, as_text: bool = False,
@@ -66,26 +51,28 @@ async def import_window(
     """Import a window from the bytes of its file, under `name` if given; return it, and warnings.
 
     `as_text` takes what was said and leaves the KV: for a model that is served otherwise here. Raises
-    `invalid_request`, `window_corrupted`, `payload_too_large`, `window_already_exists`, `model_mismatch`,
-    `cache_unavailable`, `storage_full`, `engine_unreachable`; then nothing of it is there.
+    `invalid_request`, `window_corrupted`, `payload_too_large`, `too_complex`, `window_already_exists`,
+    `model_mismatch`, `cache_unavailable`, `storage_full`, `engine_unreachable`; then nothing of it is there.
     """
     clock = time.monotonic()
     if name is not None:
         await _refuse_taken(parts, tenant, name)
     reader = Reader(source)
-    contents = await reader.manifest()
+    contents = await asyncio.to_thread(manifests.read, await reader.manifest())
     record = contents.record
-    _refuse_too_large(parts, contents)
+    await _refuse_too_large(parts, contents)
     await _refuse_taken(parts, tenant, name or record.name)
     here, warnings = await (_as_text(parts, record) if as_text else _as_it_is(parts, record))
-    with _spool(parts) as spool:
-        text = await _read_text(reader, contents)
+    async with Spool(parts.settings.data_path, parts.settings.disk_reserve_bytes) as spool:
+        if here.keeps_kv:
+            await spool.expect(sum(member.size for member in contents.objects))
+        text = await read_text(reader, contents.texts)
         await _read_objects(reader, contents, spool if here.keeps_kv else None, progress)
         await reader.finish()
         window = _window(parts, tenant, name or record.name, record, here)
         if here.model is not None:
             engine = parts.engines.near(window.lineage)
-            ids = tuple(await next_turn_ids(engine, here.model.id, text.frame, text.messages))
+            ids = await next_turn_ids(engine, here.model.id, text.frame, list(text.messages))
             text, window = replace(text, ids=ids), replace(window, token_count=len(ids))
         return await _keep(parts, window, record, contents, text, spool, warnings, clock, progress), warnings
 
@@ -95,12 +82,13 @@ async def _refuse_taken(parts: Parts, tenant: str, name: str) -> None:
         raise taken(name)
 
 
-def _refuse_too_large(parts: Parts, contents: Contents) -> None:
+async def _refuse_too_large(parts: Parts, contents: Contents) -> None:
     limit = parts.settings.max_import_bytes
-    if contents.size > limit:
+    size = await asyncio.to_thread(contents.size)
+    if size > limit:
         raise GatewayError(
             "payload_too_large",
-            f"the file says that it has {contents.size} bytes, more than {limit}",
+            f"the file says that it has {size} bytes, more than {limit}",
             hint="max_import_bytes sets the limit",
         )
 
@@ -152,61 +140,13 @@ def _mismatch(message: str, details: dict[str, Any]) -> GatewayError:
     )
 
 
-@contextmanager
-def _spool(parts: Parts) -> Iterator[IO[bytes]]:
-    try:
-        with tempfile.TemporaryFile(dir=parts.settings.data_path) as file:
-            yield file
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise GatewayError("storage_full", f"no room to read the file into ({error.strerror})") from error
-
-
-async def _read_text(reader: Reader, contents: Contents) -> _Text:
-    transcript, frame, ids = [
-        await reader.text(name, member) for name, member in zip(TEXTS, contents.texts, strict=True)
-    ]
-    return _Text(_messages(_json(TEXTS[0], transcript)), _frame(_json(TEXTS[1], frame)), _unpack(ids))
-
-
-def _json(name: str, data: bytes) -> Any:
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise corrupted(f"{name} is not JSON: {error}") from error
-
-
-def _messages(value: Any) -> list[Message]:
-    good = (
-        isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-    )
-    if not good:
-        raise corrupted(f"{TEXTS[0]} is not a list of messages with a role each")
-    return list(value)
-
-
-def _frame(value: Any) -> dict[str, Any]:
-    strange = next((name for name in value if name not in RENDER_FIELDS), None) if isinstance(value, dict) else "?"
-    if strange is not None:
-        raise corrupted(f"{TEXTS[1]} has {strange!r:.80}, which is no field that a prompt is rendered from")
-    return dict(value)
-
-
-def _unpack(data: bytes) -> tuple[int, ...]:
-    ids = array("I", data)
-    if byteorder == "big":
-        ids.byteswap()
-    return tuple(ids)
-
-
-async def _read_objects(reader: Reader, contents: Contents, spool: IO[bytes] | None, progress: Progress) -> None:
+async def _read_objects(reader: Reader, contents: Contents, spool: Spool | None, progress: Progress) -> None:
     """Check every object, and keep it in `spool` if there is one."""
     count = len(contents.objects)
     for index, member in enumerate(contents.objects):
-        async for piece in reader.pieces(object_name(index), member):
+        async for piece in reader.pieces(object_name(index), member.size, member.blake3):
             if spool is not None:
-                await asyncio.to_thread(spool.write, piece)
+                await spool.write(piece)
         progress("read", index + 1, count)
 
 
@@ -239,7 +179,7 @@ def _window(parts: Parts, tenant: str, name: str, record: Record, here: _Here) -
 
 
 async def _keep(
-    parts: Parts, window: Window, record: Record, contents: Contents, text: _Text, spool: IO[bytes],
+    parts: Parts, window: Window, record: Record, contents: Contents, text: FiledText, spool: Spool,
     warnings: list[str], clock: float, progress: Progress,
 ) -> Window:  # fmt: skip
     # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
@@ -257,14 +197,16 @@ async def _keep(
 
 
 async def _pin(
-    parts: Parts, window: Window, contents: Contents, ids: Sequence[int], spool: IO[bytes], warnings: list[str],
+    parts: Parts, window: Window, contents: Contents, ids: Sequence[int], spool: Spool, warnings: list[str],
     progress: Progress,
 ) -> tuple[PinnedObject, ...]:  # fmt: skip
     """Pin every object in each tier that can be reached. Raises TierFull, `cache_unavailable` where none can."""
     if not window.chunk_count:
         return ()
     whole = ids[: window.chunk_count * window.chunk_size]
-    keys = object_keys(window.model_root, whole, window.chunk_size, window.world_size, window.salt)
+    keys = await asyncio.to_thread(
+        object_keys, window.model_root, whole, window.chunk_size, window.world_size, window.salt
+    )
     known = {(o.tier, o.key): o for o in await parts.store.objects(keys)}
     pinned: dict[str, list[PinnedObject]] = {}
     for tier in parts.pins.tiers:
@@ -281,13 +223,13 @@ async def _pin(
 
 async def _pin_in(
     tier: Tier, keys: Sequence[ObjectKey], contents: Contents, known: dict[tuple[str, str], PinnedObject],
-    spool: IO[bytes], progress: Progress,
+    spool: Spool, progress: Progress,
 ) -> list[PinnedObject]:  # fmt: skip
     """Pin the objects in one tier; what a window holds there already stays as it is."""
     pinned = []
-    await asyncio.to_thread(spool.seek, 0)
+    await spool.rewind()
     for key, member in zip(keys, contents.objects, strict=True):
-        value = await asyncio.to_thread(spool.read, member.size)
+        value = await spool.read(member.size)
         pinned.append(known.get((tier.name, str(key))) or await tier.put(key, value))
         progress("place", len(pinned), len(keys))
     return pinned

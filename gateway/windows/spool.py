@@ -1,0 +1,70 @@
+"""A file without a name, which holds what comes in until all of it was checked; the kernel takes it away if we die."""
+
+import asyncio
+import errno
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from gateway.errors import GatewayError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LOOK_EVERY = 16 * 2**20  # bytes between two looks at what is free
+
+
+class Spool:
+    """Takes bytes as long as `reserve` bytes stay free on the disk of `folder`. Raises `storage_full`."""
+
+    def __init__(self, folder: Path, reserve: int) -> None:
+        self._folder = folder
+        self._reserve = reserve
+        self._unlooked = _LOOK_EVERY
+
+    async def __aenter__(self) -> "Spool":
+        self._file = await asyncio.to_thread(self._open)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._file.close)
+
+    async def expect(self, size: int) -> None:
+        """Refuse at once what there is no room for."""
+        await asyncio.to_thread(self._look, size)
+
+    async def write(self, piece: memoryview) -> None:
+        """Add a piece."""
+        await asyncio.to_thread(self._write, piece)
+
+    async def rewind(self) -> None:
+        """Read from the beginning."""
+        await asyncio.to_thread(self._file.seek, 0)
+
+    async def read(self, size: int) -> bytes:
+        """Read what comes next."""
+        return await asyncio.to_thread(self._file.read, size)
+
+    def _open(self) -> IO[bytes]:
+        return tempfile.TemporaryFile(dir=self._folder)
+
+    def _write(self, piece: memoryview) -> None:
+        self._unlooked += len(piece)
+        if self._unlooked >= _LOOK_EVERY:
+            self._look(len(piece))
+            self._unlooked = 0
+        try:
+            self._file.write(piece)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise _full(f"{self._folder}: {error.strerror}") from error
+
+    def _look(self, size: int) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if free - size < self._reserve:
+            raise _full(f"{free} bytes are free in {self._folder}, {self._reserve} are kept free (disk_reserve_bytes)")
+
+
+def _full(why: str) -> GatewayError:
+    hint = "free space, or import it without its KV: as_text=true, or --as-text"
+    return GatewayError("storage_full", f"no room to read the file into: {why}", hint=hint)
