@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
+from gateway.identity import Beginning
 from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.sessions import Place
 from gateway.store.contract import Finished
@@ -91,7 +92,7 @@ def finished(turn: Read, review: Review) -> Finished:
             duration_ms=ended.duration_ms,
             usage=reply.usage,
             detail=ended.detail or reply.error,
-            source=ended.place.source,
+            source=_recognised(ended),
             engine=ended.engine,
             estimated_tokens=review.estimated,
             expected_tokens=review.expected,
@@ -107,6 +108,15 @@ def finished(turn: Read, review: Review) -> Finished:
         response=response,
         asked=ended.call.storage.items if ended.call.storage and response else (),
     )
+
+
+def _recognised(ended: Ended) -> str:
+    """How the session was found, and what of it was put in front of the request."""
+    front, source = ended.call.front, ended.place.source
+    if front is None or not front.origin:
+        return source
+    doubt = ", the client may have meant otherwise" if front.unsure else ""
+    return f"{source}; follows what the {front.origin} holds{doubt}"
 
 
 def _response(turn: Read) -> StoredResponse | None:
@@ -128,10 +138,18 @@ def _response(turn: Read) -> StoredResponse | None:
 def _trace(turn: Read) -> Trace:
     place = turn.ended.place
     try:
-        return identity.trace(place.seed, turn.whole, turn.reply.message, place.request, place.session.head)
+        return identity.trace(place.seed, turn.whole, turn.reply.message, _beginning(turn), place.session.head)
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)
+
+
+def _beginning(turn: Read) -> Beginning | None:
+    """The beginning that the turn is: made anew where more was put in front than was known when its session was."""
+    request = turn.ended.place.request
+    if request is None or request.prompt.messages == turn.whole:
+        return request
+    return Beginning.of(replace(request.prompt, messages=turn.whole))
 
 
 def _reply(ended: Ended) -> Reply:

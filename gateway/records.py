@@ -141,12 +141,15 @@ class Front:
     """What a request lacks of the conversation that it goes on with: it is put before the client's own messages.
 
     `system` takes the place of the client's leading system messages, None leaves those; `history` follows them;
-    `frame` has the template's fields that the client left out.
+    `frame` has the template's fields that the client left out. `origin` says whether the history ends with the window,
+    or with what the session has had since; `unsure`: the client may have meant otherwise.
     """
 
     system: Sequence[Message] | None
     history: Sequence[Message]
     frame: Mapping[str, Any] = field(default_factory=dict)
+    origin: Literal["", "window", "session"] = field(default="", compare=False)
+    unsure: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

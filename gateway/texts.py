@@ -29,12 +29,11 @@ def kind(messages: Sequence[Message]) -> str:
     return str(messages[0]["role"]) if raw else ""
 
 
-def missing(window: Sequence[Message], sent: Sequence[Message]) -> Front | None:
-    """Return what of a window's text a turn in a thawed session lacks; None where it was sent whole.
+def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
+    """Whether `sent` begins with a window's text, or with more than half of it (then the client edited it further on,
+    or trimmed its end).
 
-    It is whole if it begins with the window's text, or with more than half of it (then the client edited it further
-    on, or trimmed its end). Otherwise it is what is new. Raises `invalid_request` where one is a text and the other is
-    token ids or a chat.
+    Raises `invalid_request` where one is a text and the other is token ids or a chat.
     """
     had, has = kind(window), kind(sent)
     if had != has:
@@ -44,8 +43,23 @@ def missing(window: Sequence[Message], sent: Sequence[Message]) -> Front | None:
             hint=f"{_HOW[had]}, or use another session",
         )
     start = window[0]["content"]
-    whole = shared(start, sent[0]["content"]) * 2 > len(start)
-    return None if whole else Front(None, window)
+    return shared(start, sent[0]["content"]) * 2 > len(start)
+
+
+def missing(
+    window: Sequence[Message], sent: Sequence[Message], current: Sequence[Message] | None = None
+) -> Front | None:
+    """Return what a turn in a thawed session lacks of its text; None where it was sent whole.
+
+    `current` is the session's text by now, None where that is still the window's. Raises what `is_whole` raises.
+    """
+    if is_whole(window, sent):
+        return None
+    if current is None or kind(current) != kind(sent) or len(window) > 1:
+        return Front(None, window, origin="window")
+    new = sent[0]["content"]
+    again = current[0]["content"][len(window[0]["content"]) :][: len(new)] == new
+    return Front(None, window, origin="window", unsure=True) if again else Front(None, current, origin="session")
 
 
 def joined(parts: Iterable[Message]) -> list[Message]:

@@ -87,32 +87,82 @@ def common(a: Sequence[Message], b: Sequence[Message]) -> int:
     return length
 
 
-def missing(window: Sequence[Message], sent: Sequence[Message], rule: SystemRule) -> Front | None:
-    """Return what of a window's transcript a turn in a thawed session lacks; None where it was sent whole.
+def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
+    """Whether `sent` holds a window's transcript, apart perhaps from the system messages.
 
-    `sent` is a full history if it begins with the window's messages, or if it shares at least the system message and
-    the first exchange with them (then the client edited it later on, and putting the window in front would say it all
-    twice).
-    Otherwise it is what is new. Raises `window_system_conflict` when it brings another system message and `rule` does
-    not say which to use, and `invalid_request` where one is a chat and the other is not.
+    So it is if it begins with the window's messages, or shares at least the first exchange with them: then the client
+    edited it later on, and with the window in front it would be there twice.
     """
     if texts.kind(window) or texts.kind(sent):
-        return texts.missing(window, sent)
-    window_system, window_rest = split(window)
-    sent_system, sent_rest = split(sent)
-    shared = common(window_rest, sent_rest)
-    full = shared == len(window_rest) or shared >= 2
-    agree = len(window_system) == len(sent_system) and common(window_system, sent_system) == len(window_system)
+        return texts.is_whole(window, sent)
+    rest = split(window)[1]
+    shared = common(rest, split(sent)[1])
+    return shared == len(rest) or shared >= 2
+
+
+def missing(
+    window: Sequence[Message], sent: Sequence[Message], rule: SystemRule, current: Sequence[Message] | None = None
+) -> Front | None:
+    """Return what a turn in a thawed session lacks of its conversation; None where it was sent whole.
+
+    `current` is the session's transcript by now, None where that is still the window's. If `sent` is not whole
+    (`is_whole`), it is taken up where it overlaps with the transcript, so that the last turns are not there twice where
+    a client keeps only those; what is all new comes after the whole transcript. Raises `window_system_conflict` when it
+    brings another system message and `rule` does not say which to use, and `invalid_request` where one is a chat and
+    the other is not.
+    """
+    if texts.kind(window) or texts.kind(sent):
+        return texts.missing(window, sent, current)
+    had = window if current is None else current
+    full = is_whole(window, sent)
+    system, theirs = split(window if full else had)[0], split(sent)[0]
+    agree = len(system) == len(theirs) and common(system, theirs) == len(system)
     if full and agree:
         return None
-    if sent_system and not agree and not rule:
+    if theirs and not agree and not rule:
         raise GatewayError(
             "window_system_conflict",
             "the request's system message differs from the window's",
             hint="send the window's own or none, or say which to use with X-Window-System: keep or replace",
         )
-    theirs = agree or (sent_system and rule == "replace")
-    return Front(None if theirs else window_system, [] if full else window_rest)
+    kept = None if agree or (theirs and rule == "replace") else system
+    if full:
+        return Front(kept, [])
+    rest = split(window)[1]
+    history, unsure = _taken_up(rest, split(had)[1], split(sent)[1])
+    within = len(history) <= len(rest) and common(history, rest) == len(history)
+    return Front(kept, history, origin="window" if within else "session", unsure=unsure)
+
+
+def _taken_up(window: list[Message], current: list[Message], sent: Sequence[Message]) -> tuple[list[Message], bool]:
+    """What stands in front of `sent`, and whether the client may have meant otherwise.
+
+    All of these are without their leading system messages.
+    """
+    since = current[len(window) :] if common(window, current) == len(window) else []
+    again = common(since, sent)
+    said = next((i for i, message in enumerate(sent) if message.get("role") == "assistant"), None)
+    if again and (said is not None or _questions(since) == 1):
+        # The client keeps what was said since the window, or asks the first question anew.
+        return window, again == len(sent)
+    if said is None:
+        return current, again > 0
+    place = _overlap(current, sent, said)
+    # At its very beginning: a successor, which has what was left out from the window.
+    return (current[:place], False) if place else (window, bool(since) and place is None)
+
+
+def _questions(messages: Sequence[Message]) -> int:
+    """How many replies there are, each to a question."""
+    return sum(message.get("role") == "assistant" for message in messages)
+
+
+def _overlap(current: Sequence[Message], sent: Sequence[Message], said: int) -> int | None:
+    """Where in a transcript `sent` begins, whose first reply is at `said`: with most messages shared, latest."""
+    starts = [at - said for at in range(said, len(current)) if same(current[at], sent[said])]
+    shared = {start: common(current[start:], sent) for start in starts}
+    found = [start for start, length in shared.items() if length > said]
+    return max(found, key=lambda start: (shared[start], start), default=None)
 
 
 def merged(front: Front, sent: Sequence[Message]) -> list[Message]:

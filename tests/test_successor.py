@@ -308,3 +308,20 @@ def test_it_is_remembered_over_a_restart(engine: FakeEngine, tmp_path: Path, ses
         following = ask(gateway, [*said, u(98)], session)
         assert following.headers["x-session-id"] == f"{session}.2"
         assert following.headers["x-context-ancestor"] == answer.headers["x-context-ancestor"]
+
+
+def test_a_thawed_session_that_gets_only_what_is_new_goes_on_in_its_successor(
+    engine: FakeEngine, full: Gateway, session: str
+) -> None:
+    assert ask(full, [SYSTEM, u(0)], session).status_code == 200
+    assert full.freeze(session, f"w-{session}").status_code == 201
+    thawed = full.http.post(f"/admin/windows/w-{session}/thaw", json={}).json()["session_id"]
+    number, answer = 1, ask(full, [u(1, 300)], thawed)
+    while "x-context-ancestor" not in answer.headers:
+        number += 1
+        answer = ask(full, [u(number, 300)], thawed)
+        assert answer.status_code == 200, answer.headers
+    had = seen(engine)
+    following = ask(full, [u(99)], thawed)
+    assert following.headers["x-session-id"] == answer.headers["x-session-id"]
+    assert seen(engine) == [*had, REPLY, u(99)]

@@ -122,6 +122,63 @@ def continued(window: list[dict[str, Any]], sent: list[dict[str, Any]], rule: Sy
     return sent if front is None else merged(front, sent)
 
 
+SINCE = [*WINDOW, u("3"), a("three")]
+LATER = [*SINCE, u("4"), a("four")]
+
+
+@pytest.mark.parametrize(
+    ("current", "sent", "whole", "origin", "unsure"),
+    [
+        # Only what is new goes on from all that was said.
+        (SINCE, [u("4")], [*SINCE, u("4")], "session", False),
+        (LATER, [u("5"), u("6")], [*LATER, u("5"), u("6")], "session", False),
+        (SINCE, [{"role": "tool", "content": "x"}], [*SINCE, {"role": "tool", "content": "x"}], "session", False),
+        # A client that keeps what was said since the window.
+        (SINCE, [u("3"), a("three"), u("4")], [*SINCE, u("4")], "window", False),
+        (LATER, [u("3"), a("3!"), u("4")], [*WINDOW, u("3"), a("3!"), u("4")], "window", False),
+        # The last turns alone: they are not there twice.
+        (LATER, [u("4"), a("four"), u("5")], [*LATER, u("5")], "session", False),
+        (LATER, [a("four"), u("5")], [*LATER, u("5")], "session", False),
+        (LATER, [u("2"), a("two"), u("3"), a("three"), u("x")], [*SINCE, u("x")], "window", False),
+        (None, [u("2"), a("two"), u("3")], [*WINDOW, u("3")], "window", False),
+        (None, [u("2"), a("two"), u("x"), a("y"), u("3")], [*WINDOW, u("x"), a("y"), u("3")], "window", False),
+        # The first question since the window once more: asked anew, or said again?
+        (SINCE, [u("3")], [*WINDOW, u("3")], "window", True),
+        (LATER, [u("3")], [*LATER, u("3")], "session", True),
+        # Something else is said to have been said since the window.
+        (SINCE, [u("x"), a("y"), u("z")], [*WINDOW, u("x"), a("y"), u("z")], "window", True),
+        (None, [u("x"), a("y"), u("z")], [*WINDOW, u("x"), a("y"), u("z")], "window", False),
+    ],
+)
+def test_a_turn_goes_on_from_what_its_session_holds_and_says_nothing_twice(
+    current: list[dict[str, Any]] | None,
+    sent: list[dict[str, Any]],
+    whole: list[dict[str, Any]],
+    origin: str,
+    *,
+    unsure: bool,
+) -> None:
+    for system in ([], [SYSTEM]):
+        front = missing(WINDOW, [*system, *sent], "", current)
+        assert front is not None
+        assert (merged(front, [*system, *sent]), front.origin, front.unsure) == (whole, origin, unsure)
+
+
+def test_the_same_turn_more_than_once_is_taken_up_at_the_last() -> None:
+    current = [*WINDOW, *[u("go on"), a("more")] * 3]
+    front = missing(WINDOW, [u("go on"), a("more"), u("x")], "", [*WINDOW, u("0"), a("zero"), *current[5:]])
+    assert front is not None
+    assert merged(front, [u("go on"), a("more"), u("x")]) == [*WINDOW, u("0"), a("zero"), *current[5:], u("x")]
+
+
+def test_a_session_whose_system_message_was_replaced_keeps_it() -> None:
+    current = [OTHER, *SINCE[1:]]
+    front = missing(WINDOW, [u("4")], "", current)
+    assert front is not None
+    assert merged(front, [u("4")]) == [*current, u("4")]
+    assert missing(WINDOW, [OTHER, u("4")], "", current) is not None
+
+
 OTHER = {"role": "system", "content": "be verbose"}
 
 

@@ -6,7 +6,7 @@ from gateway import transcripts
 from gateway.dialects.contract import INHERITED_FIELDS, Call
 from gateway.edge.incoming import Incoming
 from gateway.parts import Parts
-from gateway.records import Front, Session
+from gateway.records import Front, Message, Session
 from gateway.sessions import no_session
 from gateway.windows.thaw import usable
 
@@ -19,6 +19,12 @@ async def continued(parts: Parts, call: Call, session: Session, incoming: Incomi
     return await _inheriting(parts, call, front, None if session.window_transcript is None else session.frame)
 
 
+def leaves_history(call: Call) -> bool:
+    """Whether the client leaves its history to us: then a session's successor goes on, if it has one."""
+    conversed = call.storage is not None and call.storage.conversation
+    return conversed or (call.front is not None and call.front.origin == "session")
+
+
 async def begun(parts: Parts, call: Call, name: str, incoming: Incoming) -> Call:
     """The call as the first of a new branch of a window. Raises `window_not_found`."""
     window = await usable(parts, incoming.tenant, name)
@@ -28,15 +34,35 @@ async def begun(parts: Parts, call: Call, name: str, incoming: Incoming) -> Call
 
 
 async def _missing(parts: Parts, call: Call, session: Session, incoming: Incoming) -> Front | None:
-    conversed = call.storage is not None and call.storage.conversation
-    history = session.transcript if conversed else session.window_transcript
-    if history is None:
+    if call.storage is not None and call.storage.conversation:
+        if session.transcript is None:
+            return None
+        history = await _held(parts, session, session.transcript)
+        return transcripts.missing(history, call.messages, incoming.system_rule or "replace")
+    if session.window_transcript is None:
         return None
-    rule = incoming.system_rule or ("replace" if conversed else "")
-    held = await parts.store.messages(history)
-    if not held:  # it was deleted just now: what is new would go to the engine without what it goes on from
+    window = await _held(parts, session, session.window_transcript)
+    current = None if transcripts.is_whole(window, call.messages) else await _current(parts, session)
+    return transcripts.missing(window, call.messages, incoming.system_rule, current)
+
+
+async def _held(parts: Parts, session: Session, transcript: bytes) -> list[Message]:
+    """The messages of a session's transcript. Raises `session_not_found` where it was deleted just now: what is new
+    would go to the engine without what it goes on from."""
+    held = await parts.store.messages(transcript)
+    if not held:
         raise no_session(session.id)
-    return transcripts.missing(held, call.messages, rule)
+    return held
+
+
+async def _current(parts: Parts, session: Session) -> list[Message] | None:
+    """A thawed session's transcript, with the turn that is over just now; None where it is still the window's."""
+    if parts.sessions.in_turn(session.tenant, session.id):
+        await parts.turns.settle()
+        session = await parts.sessions.open(session.tenant, session.id)
+    if session.transcript is None or session.transcript == session.window_transcript:
+        return None
+    return await _held(parts, session, session.transcript)
 
 
 async def _inheriting(parts: Parts, call: Call, front: Front | None, frame_id: bytes | None) -> Call:

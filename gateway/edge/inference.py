@@ -119,9 +119,10 @@ class Inference:
             call = replace(call, model=model.id)
         call, before = await responses.resume(parts, incoming.tenant, call)
         place = await self._place(incoming, named, call, before)
-        if call.storage and call.storage.conversation:
+        asked, call = call, await front.continued(parts, call, place.session, incoming)
+        if place.session.successor and front.leaves_history(call):
             place = await self._successors.newest(place)
-        call = await front.continued(parts, call, place.session, incoming)
+            call = await front.continued(parts, asked, place.session, incoming)
         turn = _Turn(incoming, dialect, call, place, model, normalised, arrived)
         if onward := await self._successors.onward(place, call):
             turn = _onward(turn, onward)
@@ -222,6 +223,11 @@ def _headers(turn: _Turn) -> Headers:
     ]
     if model and model.context_limit:
         headers.append((b"x-context-limit", b"%d" % model.context_limit))
+    front = turn.call.front
+    if front and front.origin:
+        doubt = b"; ambiguous" if front.unsure else b""
+        headers.append((b"x-context-history", front.origin.encode() + doubt))
+        headers.append((b"x-context-added-messages", b"%d" % len(front.history)))
     if turn.ancestor:
         headers.append((b"x-context-ancestor", turn.ancestor.encode()))
         headers.append((b"x-context-dropped-messages", b"%d" % turn.dropped))
