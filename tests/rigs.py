@@ -1,6 +1,7 @@
 """A tier, and what stands behind it in a test's hands: it writes objects as LMCache does, and harms them."""
 
 import secrets
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -167,6 +168,14 @@ class RedisServer:
         with redis.Redis(port=self.port) as client:
             eventually(lambda: _answers(client), "redis-server answers")
         return self
+
+    def hang(self) -> None:
+        """Stop it where it is: connections stay, and nothing answers."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it answer again."""
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Kill it."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from tests.rigs import DiskRig, key, keys, small_disk, spelled, value
+from tests.running import ROOT
 
 pytestmark = pytest.mark.anyio
 SHM = Path("/dev/shm")
@@ -118,6 +121,42 @@ async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskR
         assert reader.read() == wrong
     assert rig.live(key(0)) == content
     assert names(rig.kv) == names(rig.pins) == [key(0).file_name]
+
+
+_TRUNCATED = """
+import asyncio, os, sys, threading
+from pathlib import Path
+from gateway.kv.tiers.disk import DiskTier
+from gateway.records import PinnedObject
+from tests.rigs import key
+
+folder = Path(sys.argv[1])
+file = folder / "pins" / key(0).file_name
+
+def open_files():
+    maps = Path("/proc/self/maps").read_text()
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return file.name in maps or any(file.name in link for link in links)
+
+async def main():
+    (folder / "kv").mkdir()
+    async with DiskTier(folder / "kv", folder / "pins") as tier:
+        with file.open("wb") as made:
+            made.truncate(2**30)
+        going = asyncio.create_task(tier.verify([PinnedObject(str(key(0)), "disk", 2**30, bytes(32))]))
+        while not await asyncio.to_thread(open_files):
+            await asyncio.sleep(0)
+        os.truncate(file, 0)
+        print((await going)[0].value)
+
+asyncio.run(main())
+"""
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_corrupt_and_harms_nobody(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _TRUNCATED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "corrupt\n"), done.stderr
 
 
 # --- bytes freed

@@ -1,5 +1,6 @@
 """The Redis tier before a real redis-server: copies, full memory, many objects, other stores, a server that dies."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.liveness import Liveness
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.rigs import RedisRig, RedisServer, key, keys, spelled, value
@@ -173,3 +175,103 @@ async def test_a_server_that_comes_back_is_found_again(own_server: RedisServer) 
         own_server.start()
         assert await rig.tier.sizes(spelled(*keys(1))) == [0]
     rig.client.close()
+
+
+# --- a server that hangs
+
+_REST_S = 30
+
+
+async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing(own_server: RedisServer) -> None:
+    now = time.monotonic()
+    async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 5, lambda: now) as tier:
+        assert await tier.sizes(spelled(*keys(1))) == [0]
+        own_server.hang()
+        async with asyncio.timeout(8):  # by their timeouts they would take more than ten seconds each
+            with pytest.raises(TierUnavailable, match=r"redis tier: it hangs .* left alone for 30 s"):
+                await tier.sizes(spelled(*keys(1)))
+            assert tier.resting
+            await every_verb(tier)
+        own_server.go_on()
+        with pytest.raises(TierUnavailable, match="left alone for 30 s"):
+            await tier.sizes(spelled(*keys(1)))
+        now += _REST_S
+        assert await tier.sizes(spelled(*keys(1))) == [0]
+        assert not tier.resting
+
+
+async def test_a_server_that_still_hangs_after_its_rest_has_another(own_server: RedisServer) -> None:
+    now = time.monotonic()
+    async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 0.5, lambda: now) as tier:
+        own_server.hang()
+        for _ in range(2):
+            async with asyncio.timeout(5):
+                with pytest.raises(TierUnavailable, match="left alone for 30 s"):
+                    await tier.sizes(spelled(*keys(1)))
+            now += _REST_S
+
+
+async def test_a_server_that_stops_in_the_middle_of_a_long_call_is_noticed(own_server: RedisServer) -> None:
+    rig = RedisRig(own_server.port)
+    fill(rig, 40, size=2**20)
+    async with rig.tier:
+        objects = await rig.tier.pin(keys(40), {})
+        going = asyncio.create_task(rig.tier.verify(objects * 50))
+        before = int(rig.client.info("stats")["total_commands_processed"])
+        while int(rig.client.info("stats")["total_commands_processed"]) < before + 5:  # noqa: ASYNC110 - it reads
+            await asyncio.sleep(0)
+        own_server.hang()
+        async with asyncio.timeout(8):
+            with pytest.raises(TierUnavailable, match="hangs"):
+                await going
+    rig.client.close()
+
+
+async def test_a_slow_call_to_a_server_that_lives_is_waited_for() -> None:
+    slow = asyncio.Event()
+    asked = 0
+
+    async def probe() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            slow.set()
+
+    liveness = Liveness(probe, 5.0)
+    assert await liveness.run(slow.wait)
+    assert not liveness.resting
+
+
+async def test_a_stall_of_our_own_is_not_the_servers() -> None:
+    answered = asyncio.Event()
+    asked = 0
+
+    async def probe() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            time.sleep(0.6)  # noqa: ASYNC251 - nothing else of this process goes on
+            await asyncio.sleep(0.01)
+        answered.set()
+
+    liveness = Liveness(probe, 0.2)
+    assert await liveness.run(answered.wait)
+    assert not liveness.resting
+    assert asked == 2
+
+
+async def test_whoever_stops_waiting_ends_the_call() -> None:
+    ended = asyncio.Event()
+
+    async def call() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    going = asyncio.create_task(Liveness(lambda: asyncio.sleep(0), 5.0).run(call))
+    await asyncio.sleep(0.01)
+    going.cancel()
+    await ended.wait()
+    with pytest.raises(asyncio.CancelledError):
+        await going

@@ -54,11 +54,19 @@ async def delete(
 
 
 async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None) -> list[str]:
-    """Drop the objects from LMCache's memory, and from its books in each tier, or in `tiers`."""
+    """Drop the objects from LMCache's memory, and from its books in each tier, or in `tiers`.
+
+    LMCache would wait for a tier that hangs: then they leave its memory alone.
+    """
     if parts.cache is None or not keys:
         return []
+    asked = parts.pins.tiers if tiers is None else tiers
     try:
-        for tier in parts.pins.tiers if tiers is None else tiers:
+        if any(tier.resting for tier in asked):
+            await parts.cache.delete(keys, tier="l1")
+        for tier in asked:
+            if tier.resting:
+                continue
             await parts.cache.delete(keys, tier="all", adapter=tier.adapter)
     except GatewayError as error:
         return [error.message]

@@ -54,6 +54,11 @@ class Tier(Protocol):
         """LMCache's name for the kind of storage behind it."""
         ...
 
+    @property
+    def resting(self) -> bool:
+        """Whether it hung a moment ago: every call raises TierUnavailable at once until it is tried again."""
+        ...
+
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """Bytes that LMCache would find now of each of these keys, spelled as `str` writes them; 0 where it has none.
 

@@ -26,6 +26,8 @@ from gateway.records import PinnedObject
 Item = TypeVar("Item")
 T = TypeVar("T")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMLINK})
+_UNREADABLE = frozenset({errno.EIO, errno.EBADMSG})  # a bad sector, or one that fails its file system's checksum
+_BLOCK = 2**20
 _THREADS = 4  # hashing and reading overlap; more only fight over the disk
 
 
@@ -47,6 +49,11 @@ class DiskTier:
 
     async def __aexit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def resting(self) -> bool:
+        """See `Tier.resting`."""
+        return False
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
@@ -279,6 +286,10 @@ def _matches(path: Path, item: PinnedObject) -> bool:
         return path.stat().st_size == item.size and _checksum(path) == item.checksum
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        return False
 
 
 def _read(path: Path, item: PinnedObject) -> bytes | None:
@@ -286,11 +297,20 @@ def _read(path: Path, item: PinnedObject) -> bytes | None:
         value = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        return None
     return value if len(value) == item.size and blake3(value).digest() == item.checksum else None
 
 
 def _checksum(path: Path) -> bytes:
-    return blake3().update_mmap(path).digest()
+    """The blake3 of a file. Not by `mmap`: a file truncated meanwhile, or a bad sector, would kill the process."""
+    digest, block = blake3(), bytearray(_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(memoryview(block)[:size])
+    return digest.digest()
 
 
 def _sync_directory(path: Path) -> None:

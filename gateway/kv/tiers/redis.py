@@ -5,6 +5,7 @@ byte means reading it, which goes over the network: in batches, so that memory s
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,9 +14,11 @@ from typing import Any, TypeVar, cast
 from blake3 import blake3
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as SilentError
 
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
+from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.records import PinnedObject
 
 T = TypeVar("T")
@@ -25,6 +28,7 @@ _SIZES = """local sizes = {}
 for i, key in ipairs(KEYS) do sizes[i] = redis.call('STRLEN', key) end
 return table.concat(sizes, ' ')"""
 _VALUES_PER_CALL = 4  # whole objects: megabytes each
+_ANSWER_S = 1.5  # for a PING: Redis does one thing at a time, and what we ask of it takes milliseconds
 
 Seen = tuple[int, bytes] | None  # size in bytes and blake3 of a value, None where there is none
 
@@ -35,7 +39,8 @@ class RedisTier:
     name = "redis"
     adapter = "resp"
 
-    def __init__(self, url: str, store_id: str, timeout_s: float) -> None:
+    def __init__(self, url: str, store_id: str, timeout_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._liveness = Liveness(self._ping, min(timeout_s, _ANSWER_S), now)
         self._redis = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=2 * timeout_s)
         self._prefix = f"cwg:{store_id}:pin:"
 
@@ -44,6 +49,11 @@ class RedisTier:
 
     async def __aexit__(self, *_: object) -> None:
         await self._redis.aclose()
+
+    @property
+    def resting(self) -> bool:
+        """See `Tier.resting`."""
+        return self._liveness.resting
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
         """See `Tier.sizes`."""
@@ -213,13 +223,29 @@ class RedisTier:
         # Hashing megabytes would hold up every stream of this process.
         return await asyncio.to_thread(lambda: [None if v is None else (len(v), blake3(v).digest()) for v in values])
 
+    async def _ping(self) -> None:
+        try:
+            await _timed(self._redis.ping)
+        except TimeoutError:
+            raise
+        except (RedisError, OSError):  # a sign of life as well; the call itself will tell it
+            return
+
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await call()
+            return await self._liveness.run(partial(_timed, call))
         except OutOfMemoryError as error:
             raise TierFull(f"redis tier: {error}") from error
-        except (TimeoutError, RedisError, OSError) as error:
+        except (RedisError, OSError, Hung) as error:
             raise TierUnavailable(f"redis tier: {error or type(error).__name__}") from error
+
+
+async def _timed(call: Callable[[], Awaitable[T]]) -> T:
+    """Raises the built-in TimeoutError in place of the client's own."""
+    try:
+        return await call()
+    except SilentError as error:
+        raise TimeoutError(str(error)) from error
 
 
 def _judge(seen: Seen, item: PinnedObject) -> Restored:
