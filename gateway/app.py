@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import uvloop
@@ -174,6 +174,8 @@ async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]
 def main(settings: Settings) -> None:
     """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
     sock = server.listen(settings)
+    with suppress(OSError):  # whoever writes there first says what is wrong with it
+        settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if settings.workers == 1:
         _run(run(settings, sock, lambda: None))
         return
