@@ -6,6 +6,7 @@ The bytes of an object are other ones each time it is computed, as floats of ano
 """
 
 import json
+import random
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,19 @@ class FakeLMCache:
         self.memory.clear()
         for path in self.folder.glob("*.data"):
             path.unlink()
+
+    def some(self, chance: random.Random, share: float) -> int:
+        """Evict a share of the objects, each from memory, from the directory or from both."""
+        evicted = 0
+        for path in sorted(self.folder.glob("*.data")):
+            if chance.random() < share:
+                evicted += 1
+                where = chance.choice(["memory", "directory", "both"])
+                if where != "directory":
+                    self.memory.discard(path.name)
+                if where != "memory":
+                    path.unlink(missing_ok=True)
+        return evicted
 
     def keys(self, ids: Sequence[int], salt: str) -> list[ObjectKey]:
         """The keys of the whole chunks of `ids`."""
