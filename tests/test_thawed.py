@@ -10,6 +10,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Session, Window
+from gateway.windows import export as exporting
 from gateway.windows.ask import ask
 from gateway.windows.delete import delete
 from gateway.windows.evict import evict
@@ -187,3 +188,13 @@ async def test_an_isolated_clone_and_a_fanout_share_the_pins(house: Cached) -> N
     assert session is not None
     await resume(house.parts, session)
     assert house.cache.prefetches == [(made.salt, WHOLE)]
+
+
+async def test_an_export_of_a_window_that_is_deleted_meanwhile_tells_of_no_damage(house: Cached) -> None:
+    window = await house.parts.store.window(TENANT, "w")
+    assert window is not None
+    manifest = await house.parts.store.manifest(window)
+    await delete(house.parts, TENANT, "w")
+    with pytest.raises(GatewayError) as caught:
+        await exporting._sources(house.parts, window, manifest)
+    assert caught.value.code == "window_not_found"

@@ -40,7 +40,7 @@ async def export(parts: Parts, tenant: str, name: str, *, as_text: bool = False)
     window = await found(parts, tenant, name)
     manifest = await parts.store.manifest(window)
     text = await parts.store.text(window)
-    sources = [] if as_text else await _sources(parts, manifest)
+    sources = [] if as_text else await _sources(parts, window, manifest)
     texts = (orjson.dumps(text.messages), orjson.dumps(text.frame or {}), pack(manifest.token_ids))
     contents = Contents(
         _record(window, chunks=len(sources) // window.world_size),
@@ -60,7 +60,7 @@ def pack(ids: Sequence[int]) -> bytes:
     return values.tobytes()
 
 
-async def _sources(parts: Parts, manifest: Manifest) -> list[Source]:
+async def _sources(parts: Parts, window: Window, manifest: Manifest) -> list[Source]:
     """Where each object can be read, in chunk order."""
     good: dict[str, Source] = {}
     unreachable: list[str] = []
@@ -78,6 +78,7 @@ async def _sources(parts: Parts, manifest: Manifest) -> list[Source]:
     if lost and unreachable:
         raise GatewayError("cache_unavailable", unreachable[0], hint=hint)
     if lost:
+        await parts.store.check_there(window)  # else it was deleted while we looked: that is no damage
         raise GatewayError(
             "window_corrupted", f"{len(lost)} of {len(names)} KV objects are lost or damaged in every tier", hint=hint
         )
