@@ -17,7 +17,7 @@ from tests.fakes.lmcache import FakeLMCache
 from tests.running import gateway_before
 
 pytestmark = pytest.mark.anyio
-STEPS = int(os.environ.get("CWG_MODEL_STEPS", "240"))
+STEPS = int(os.environ.get("CWG_MODEL_STEPS", "250"))
 
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["all sessions kept", "sessions forgotten"])
