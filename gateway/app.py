@@ -13,7 +13,7 @@ import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from gateway import workers
+from gateway import limits, workers
 from gateway.autofreeze import Autofreeze
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
@@ -36,6 +36,7 @@ from gateway.reviews import Reviews
 from gateway.salts import read_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
+from gateway.stalls import LostSince, Stalls
 from gateway.store.sqlite import SqliteStore
 from gateway.telemetry import Shared, Telemetry, clear, forget
 from gateway.tokens import Estimator, hub_folder
@@ -87,6 +88,7 @@ class Gateway:
 async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Parts]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
+        stalls = await stack.enter_async_context(Stalls())
         store = await stack.enter_async_context(
             SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
         )
@@ -106,7 +108,9 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             settings=settings,
             store=store,
             engines=await stack.enter_async_context(
-                Engines([_member(url, settings) for url in settings.engine_urls], settings.engine_check_s)
+                Engines(
+                    [_member(url, settings, stalls.lost_since) for url in settings.engine_urls], settings.engine_check_s
+                )
             ),
             cache=cache,
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
@@ -118,6 +122,7 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             telemetry=telemetry,
             chores=await stack.enter_async_context(Chores()),
             estimator=estimator,
+            stalls=stalls,
         )
         for member in parts.engines.members:
             telemetry.watch_engine(member.url, partial(getattr, member, "up"))
@@ -132,12 +137,20 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
         yield parts
 
 
-def _member(url: str, settings: Settings) -> Member:
+def _member(url: str, settings: Settings, lost_since: LostSince) -> Member:
     connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
     key, fingerprint = settings.engine_api_key, settings.model_fingerprint
     return Member(
-        Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence),
-        Engine(url, api_key=key, fingerprint=fingerprint, connect_timeout_s=connect, timeout_s=silence),
+        Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence, lost_since=lost_since),
+        Engine(
+            url,
+            api_key=key,
+            fingerprint=fingerprint,
+            connect_timeout_s=connect,
+            timeout_s=silence,
+            lost_since=lost_since,
+        ),
+        lost_since,
     )
 
 
@@ -168,11 +181,12 @@ async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]
         gc.freeze()
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
         ready()
-        await server.serve(gateway, settings, sock)
+        await server.serve(gateway, settings, sock, parts.stalls.lost_since)
 
 
 def main(settings: Settings) -> None:
     """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
+    limits.raise_open_files()
     sock = server.listen(settings)
     with suppress(OSError):  # whoever writes there first says what is wrong with it
         settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,7 +16,9 @@ from blake3 import blake3
 from gateway import transcripts
 from gateway.dialects.contract import usage_of
 from gateway.errors import GatewayError
+from gateway.limits import OutOfFiles
 from gateway.records import Message, Usage
+from gateway.stalls import LostSince, is_ours, never_lost
 
 _ASK_AGAIN_S = 1.0
 _UNSTORED: Mapping[str, Any] = {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
@@ -151,8 +153,13 @@ class Questions(ABC):
 class Engine(Questions):
     """A client of one vLLM server."""
 
-    def __init__(self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float,
+        lost_since: LostSince = never_lost,
+    ) -> None:  # fmt: skip
         self.url = url
+        self._lost_since = lost_since
+        self._out_of_files = OutOfFiles()
         self._fingerprint = fingerprint
         self._quick = httpx.Timeout(connect_timeout_s)
         self.cards: list[dict[str, Any]] = []  # the models as the engine itself describes them
@@ -233,14 +240,24 @@ class Engine(Questions):
     async def ask(
         self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
     ) -> httpx.Response:
-        """See `Questions.ask`."""
+        """See `Questions.ask`. Raises `rate_limited` when too many of our own files are open."""
+        return await self._ask(method, path, json, quick=quick)
+
+    async def _ask(
+        self, method: str, path: str, json: Mapping[str, Any] | None, *, quick: bool, again: bool = True
+    ) -> httpx.Response:
+        began = time.monotonic()
         timeout = self._quick if quick else httpx.USE_CLIENT_DEFAULT
         try:
             return await self._http.request(method, path, json=json, timeout=timeout)
         except httpx.TimeoutException as error:
+            if again and quick and is_ours(self._lost_since, began):  # such a question costs an engine nothing
+                return await self._ask(method, path, json, quick=quick, again=False)
             code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
             raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error
         except httpx.HTTPError as error:
+            if self._out_of_files.caused(error):
+                raise GatewayError("rate_limited", "the gateway has too many open files") from error
             raise GatewayError(
                 "engine_unreachable",
                 f"engine at {self.url} does not answer: {error or type(error).__name__}",

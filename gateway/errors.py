@@ -96,7 +96,12 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "Text or KV of the window, or of a window's file, is lost or not as its checksum says",
             "A window: `verify` says what is lost, a thaw computes it anew. A file: fetch or export it again",
         ),
-        "rate_limited": Code(429, "Too many requests; nothing answers this yet", "Wait", retryable=True),
+        "rate_limited": Code(
+            429,
+            "Too much is going on: clients, open files, or finished turns that wait for the store",
+            "Wait a moment; `max_connections`, `turn_queue` and the limit on open files set how much may be",
+            retryable=True,
+        ),
         "internal": Code(500, "The gateway failed", "Its log says why; that is a bug, please report it"),
         "engine_unreachable": Code(
             502,

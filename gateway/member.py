@@ -11,6 +11,7 @@ from typing import Any, Literal
 from gateway.breaker import LIMIT, Breaker
 from gateway.engine import Engine
 from gateway.errors import GatewayError
+from gateway.stalls import LostSince, is_ours, never_lost
 from gateway.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,13 @@ class Member:
     """One engine. Its health is looked at all the time; a request that it does not answer hastens the next look.
 
     Two things take it out: `LIMIT` failed looks in a row eject it, until the first good one; `LIMIT` requests in a row
-    that it left without an answer make it rest (`Breaker`), even where its health looks good.
+    that it left without an answer make it rest (`Breaker`), even where its health looks good. A look that failed while
+    this process itself did not run, or could open no file, says nothing about the engine.
     """
 
-    def __init__(self, upstream: Upstream, engine: Engine) -> None:
+    def __init__(self, upstream: Upstream, engine: Engine, lost_since: LostSince = never_lost) -> None:
         self.url = engine.url
+        self._lost_since = lost_since
         self.upstream = upstream
         self.engine = engine
         self.breaker = Breaker()
@@ -116,8 +119,11 @@ class Member:
         try:
             await self.engine.check()
         except GatewayError as error:
-            self._slow_to_fail = time.monotonic() - clock > _SLOW_S
-            self._sick(error.message)
+            if error.code == "rate_limited" or is_ours(self._lost_since, clock):
+                self._hasten.set()
+            else:
+                self._slow_to_fail = time.monotonic() - clock > _SLOW_S
+                self._sick(error.message)
         else:
             self._well()
         self._looked_at = time.monotonic()

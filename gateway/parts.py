@@ -8,6 +8,7 @@ from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
+from gateway.stalls import Stalls
 from gateway.store.contract import Store
 from gateway.telemetry import Telemetry
 from gateway.tokens import Estimator
@@ -29,3 +30,4 @@ class Parts:
     chores: Chores
     telemetry: Telemetry
     estimator: Estimator
+    stalls: Stalls

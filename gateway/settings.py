@@ -85,14 +85,17 @@ class Settings:
     connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
     engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
     client_timeout_s: float = setting(
-        30.0, "seconds a client may take for its headers, and between two parts of a body"
+        30.0, "seconds a client may take for its headers, between two parts of a body, and to take some of its answer"
+    )
+    max_connections: int = setting(
+        10_000, "clients at once; for one more an idle connection is closed, or it gets 503 where none is idle"
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
     max_import_bytes: int = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
     max_reply_bytes: int = setting(
         64 * 2**20, "largest reply that is kept for the transcript; a larger one only passes"
     )
-    turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns wait")
+    turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns are `rate_limited`")
     turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
     sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
     expiry_grace_s: float = setting(60.0, "seconds for which the text of an expired window can still be read")
@@ -283,7 +286,7 @@ def _check(s: Settings) -> None:
     _rules(s)
     for f in fields(s):
         value = getattr(s, f.name)
-        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name == "turn_queue":
+        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name in ("turn_queue", "max_connections"):
             fits = value > 0 or (value == 0 and f.name in _NONE_IS_0)
             _require(fits, f"{f.name} must be more than 0, not {value}")
 

@@ -68,6 +68,7 @@ METRICS = (
     Metric("cwg_verb_seconds", "histogram", ("verb",), "how long those took that were `ok`", buckets=_VERB_S),
     Metric("cwg_turns_in_flight", "gauge", (), "turns that are going on or wait to be recorded"),
     Metric("cwg_turns_unrecorded", "gauge", (), "turns that are over and wait for the store"),
+    Metric("cwg_turns_lost_total", "counter", (), "turns that were answered and could not be recorded"),
     Metric("cwg_event_loop_lag_seconds", "gauge", (), "longest delay of the event loop in ten seconds", "livemax"),
     Metric("cwg_workers", "gauge", (), "worker processes that serve"),
     Metric("cwg_engine_up", "gauge", ("engine",), "1 when the engine answered last time, else 0", "livemax"),
@@ -121,6 +122,7 @@ class Telemetry:
         self._completion = self._counter("cwg_completion_tokens_total")
         self._cached = self._counter("cwg_cached_tokens_total")
         self._misses = self._counter("cwg_misses_total")
+        self._lost = self._counter("cwg_turns_lost_total")
         self._turn_seconds = self._histogram("cwg_turn_seconds")
         self._overhead = self._histogram("cwg_overhead_seconds")
         self._verbs = self._counter("cwg_verbs_total")
@@ -163,6 +165,10 @@ class Telemetry:
     def missed(self, reason: str) -> None:
         """Count a turn that hit less than it should have. Reasons are a few words of our own, never a client's."""
         self._misses.labels(reason).inc()
+
+    def lost_turn(self) -> None:
+        """Count a turn that was answered and could not be recorded."""
+        self._lost.inc()
 
     @contextmanager
     def verb(self, verb: str) -> Iterator[None]:

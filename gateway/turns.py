@@ -2,20 +2,25 @@
 
 A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens
 here too: on the path its bytes were only kept.
+
+While the store cannot be written (a full disk), finished turns wait in memory and are tried again, and no new turn
+begins: what was answered is recorded, and what could not be recorded is not answered.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from gateway import ended
 from gateway.ended import Ended, Read, Review
+from gateway.errors import GatewayError
 from gateway.inflight import TurnLocks
 from gateway.reviews import Reviews
 from gateway.sessions import Place, Sessions
-from gateway.store.contract import Finished, Store
+from gateway.store.contract import Finished, Store, StoreUnavailable
 from gateway.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -28,6 +33,8 @@ _OTHERS_S = 1.0  # far more than an engine needs to end a stream, or another wor
 _POLL_S = 0.005
 _READ_AT_ONCE = 4  # replies read before streams have their turn again
 _STOP_S = 10.0
+_TRY_AGAIN_S = 0.5  # between two attempts while the store cannot be written
+_COMPLAIN_EVERY_S = 60.0
 _NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
 
 
@@ -57,7 +64,10 @@ class Turns:
         self._finished = 0  # turns that have entered it
         self._progress = asyncio.Condition()
         self._hurry = asyncio.Event()  # somebody waits for the record
-        self._room = asyncio.Semaphore(room)
+        self._room = room
+        self._trouble: StoreUnavailable | None = None  # why the store does not take turns just now
+        self._complained = -_COMPLAIN_EVERY_S
+        self._ending = asyncio.Event()
         self._on_recorded: Callable[[str, str], None] = lambda tenant, session_id: None
 
     async def __aenter__(self) -> "Turns":
@@ -66,11 +76,12 @@ class Turns:
 
     async def __aexit__(self, *_: object) -> None:
         self._hurry.set()
+        self._ending.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
                 await self._queue.join()
-        if self._queue.qsize():
-            log.error("%d finished turns were not recorded: the store did not take them", self._queue.qsize())
+        if self.unrecorded:
+            log.error("%d finished turns were not recorded: the store did not take them", self.unrecorded)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -79,10 +90,24 @@ class Turns:
         """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
         self._on_recorded = on_recorded
 
-    async def enter(self, place: Place) -> None:
-        """A turn begins; waits while too many finished ones are still unrecorded."""
-        await self._room.acquire()
+    def enter(self, place: Place) -> None:
+        """A turn begins. Raises `rate_limited` when too many wait for the store, `storage_full` when it takes none."""
+        if (trouble := self._trouble) is not None:
+            full = trouble.code == "storage_full"
+            hint = "free space there, or delete windows and sessions that are not needed" if full else ""
+            raise GatewayError(trouble.code, f"the turn could not be recorded: {trouble.message}", hint=hint)
+        if self.unrecorded >= self._room:
+            raise GatewayError(
+                "rate_limited",
+                f"{self.unrecorded} finished turns wait for the store",
+                hint="send it again in a moment; turn_queue sets how many may wait",
+            )
         self._sessions.enter(place)
+
+    @property
+    def trouble(self) -> str:
+        """Why turns cannot be recorded just now; empty where they can."""
+        return self._trouble.message if self._trouble else ""
 
     def said(self, place: Place) -> None:
         """A client gets the last event of its reply just now; the engine has still to end the stream."""
@@ -104,18 +129,18 @@ class Turns:
         """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
 
         That goes for streams that have yet to be ended, and for the turns of other workers, unless one of those does
-        not get on.
+        not get on. While the store cannot be written nobody waits for it.
         """
         theirs = self._locks.over_elsewhere() if self._locks else set()
         goal, said = self._finished, self._said.copy()
         if said or self._recorded < goal:
             self._hurry.set()
         async with self._progress:
-            await self._progress.wait_for(lambda: self._recorded >= goal)
+            await self._progress.wait_for(lambda: self._recorded >= goal or self._trouble is not None)
             if said:
                 try:
                     async with asyncio.timeout(_OTHERS_S):
-                        await self._progress.wait_for(lambda: not said & self._said)
+                        await self._progress.wait_for(lambda: not said & self._said or self._trouble is not None)
                 except TimeoutError:  # an engine that hangs: nobody waits for it again
                     self._said -= said
         if self._locks and theirs:
@@ -141,7 +166,6 @@ class Turns:
                 self._said.discard(id(over.place))
                 self._sessions.leave(over.place)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
-                self._room.release()
                 self._queue.task_done()
             if self._locks and closed is not None:
                 self._locks.recorded(closed)
@@ -181,17 +205,60 @@ class Turns:
 
     async def _record(self, finished: list[Finished]) -> None:
         try:
-            await self._store.record(finished)
+            await self._record_when_possible(finished)
         except Exception:
             if len(finished) > 1:
                 for one in finished:  # one that cannot be recorded must not cost the others
                     await self._record([one])
                 return
             (one,) = finished
-            log.exception("could not record a turn of session %s", one.turn.session_id)
-            if one.messages is not None or one.response:  # perhaps it is the transcript: the turn was, all the same
-                turn = replace(one.turn, detail="the transcript could not be kept")
-                await self._record([replace(one, turn=turn, messages=None, response=None)])
+            if self._may_complain():
+                log.exception("could not record a turn of session %s", one.turn.session_id)
+            if one.messages is None and not one.response:
+                self._telemetry.lost_turn()
+                return
+            # Perhaps it is the transcript that cannot be kept: the turn was, all the same.
+            turn = replace(one.turn, detail="the transcript could not be kept")
+            await self._record([replace(one, turn=turn, messages=None, response=None)])
+
+    async def _record_when_possible(self, finished: list[Finished]) -> None:
+        """Record turns, however long it takes until the store can be written."""
+        while True:
+            try:
+                await self._store.record(finished, last=self._ending.is_set())
+            except StoreUnavailable as error:
+                await self._set_trouble(error)
+            else:
+                await self._set_trouble(None)
+                return
+            await self._wait_to_try_again()
+
+    async def _wait_to_try_again(self) -> None:
+        if self._ending.is_set():
+            await asyncio.sleep(_TRY_AGAIN_S)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TRY_AGAIN_S):
+                await self._ending.wait()
+
+    async def _set_trouble(self, error: StoreUnavailable | None) -> None:
+        if error is None and self._trouble is None:
+            return
+        if error is None:
+            log.warning("turns are recorded again")
+        elif self._trouble is None:
+            log.error("turns cannot be recorded, and no new one begins until they can: %s", error.message)
+        self._trouble = error
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _may_complain(self) -> bool:
+        """Whether the last complaint is a while ago: what one turn fails for, many may."""
+        now = time.monotonic()
+        if now - self._complained < _COMPLAIN_EVERY_S:
+            return False
+        self._complained = now
+        return True
 
 
 async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:

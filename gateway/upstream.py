@@ -7,6 +7,7 @@ keep up, and aborts by closing the socket, which is what makes vLLM stop generat
 
 import asyncio
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from urllib.parse import urlsplit
 import httptools
 
 from gateway.errors import GatewayError
+from gateway.limits import OutOfFiles
+from gateway.stalls import LostSince, is_ours, never_lost
 
 Headers = Sequence[tuple[bytes, bytes]]
 Take = Callable[[Sequence[bytes]], bool]
@@ -60,12 +63,16 @@ class Origin:
 class Upstream:
     """Keeps connections to one engine and sends requests over them."""
 
-    def __init__(self, url: str, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, connect_timeout_s: float, silence_timeout_s: float, lost_since: LostSince = never_lost
+    ) -> None:
         self.url = url
         self._origin = Origin.parse(url)
         self._tls = ssl.create_default_context() if self._origin.tls else None
         self._connect_timeout_s = connect_timeout_s
         self._silence_timeout_s = silence_timeout_s
+        self._lost_since = lost_since
+        self._out_of_files = OutOfFiles()
         self._idle: deque[Connection] = deque()
         port = f":{self._origin.port}" if self._origin.port not in (80, 443) else ""
         host = f"[{self._origin.host}]" if ":" in self._origin.host else self._origin.host
@@ -113,22 +120,31 @@ class Upstream:
             raise
         return connection
 
-    async def _connect(self) -> "Connection":
-        loop = asyncio.get_running_loop()
-        origin = self._origin
+    async def _connect(self, *, again: bool = True) -> "Connection":
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(loop, self._silence_timeout_s), origin.host, origin.port, ssl=self._tls
-                )
-        except (OSError, TimeoutError) as error:
-            reason = (
-                f"no connection within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-            )
-            raise UpstreamError(
-                "engine_unreachable", f"engine at {self.url}: {reason}", began=False, sent=False
-            ) from error
+            return await self._open()
+        except TimeoutError as error:
+            if again and is_ours(self._lost_since, began):  # the engine gets another chance
+                return await self._connect(again=False)
+            raise self._unreachable(f"no connection within {self._connect_timeout_s:g} s") from error
+        except OSError as error:
+            if self._out_of_files.caused(error):
+                why = "the gateway has too many open files"
+                raise UpstreamError("rate_limited", why, began=False, sent=False) from error
+            raise self._unreachable(str(error)) from error
+
+    async def _open(self) -> "Connection":
+        loop, origin = asyncio.get_running_loop(), self._origin
+        async with asyncio.timeout(self._connect_timeout_s):
+            _, connection = await loop.create_connection(
+                lambda: Connection(loop, self._silence_timeout_s, self._lost_since),
+                origin.host, origin.port, ssl=self._tls,
+            )  # fmt: skip
         return connection
+
+    def _unreachable(self, why: str) -> UpstreamError:
+        return UpstreamError("engine_unreachable", f"engine at {self.url}: {why}", began=False, sent=False)
 
     def _head(self, method: str, target: bytes, headers: Headers, length: int) -> bytes:
         lines = [method.encode(), b" ", self._origin.prefix.encode(), target, b" HTTP/1.1\r\n", self._host_line]
@@ -146,8 +162,11 @@ class Connection(asyncio.Protocol):
     status: int
     headers: list[tuple[bytes, bytes]]
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, silence_timeout_s: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, silence_timeout_s: float, lost_since: LostSince = never_lost
+    ) -> None:
         self._loop = loop
+        self._lost_since = lost_since
         self._silence_timeout_s = silence_timeout_s
         self._transport: asyncio.Transport
         self._closed = False
@@ -376,6 +395,9 @@ class Connection(asyncio.Protocol):
         silent = self._loop.time() - self._heard
         if self._paused:  # it is the client who is slow
             silent = 0.0
+        if silent >= self._silence_timeout_s:
+            # While we did not run nothing could be heard, and what has come since is read after the timers.
+            silent -= self._lost_since(self._heard)
         if silent < self._silence_timeout_s:
             self._timer = self._loop.call_later(self._silence_timeout_s - silent, self._on_timer)
             return

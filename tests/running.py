@@ -19,6 +19,11 @@ from tests.fakes.engine import MODEL, WITHIN
 
 ROOT = Path(__file__).parents[1]
 SERVE = [sys.executable, "-m", "gateway", "serve"]
+_LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def eventually(
@@ -69,11 +74,13 @@ class Gateway:
         hooks = {"response": [documented.check]}
         self.http = httpx.Client(base_url=self.url, timeout=30, headers=headers, event_hooks=hooks)
         self.process: subprocess.Popen[bytes]
+        self.limit_files: tuple[int, int] | None = None  # soft and hard limit on its open files; None: ours
 
     def start(self) -> "Gateway":
         """Start the process, without waiting for it."""
+        limits = [sys.executable, "-c", _LIMITED, *map(str, self.limit_files)] if self.limit_files else []
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(SERVE, env=self._environment, cwd=ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*limits, *SERVE], env=self._environment, cwd=ROOT, stdout=log, stderr=log)
         return self
 
     def wait(self, path: str = "/readyz") -> "Gateway":

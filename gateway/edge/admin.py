@@ -253,11 +253,11 @@ async def healthz(_: Call) -> Any:
 @partial(Operation, "GET", "/readyz", answers.READY, probe=True, also={503: answers.NOT_READY})
 async def readyz(call: Call) -> Any:
     """Tell whether requests will succeed."""
-    seen = call.health
-    if seen.ready:
+    waits = call.health.waiting_for
+    if waits is None:
         return {"status": "ready"}
-    why = "isolation" if seen.leaking else "engine" if not seen.engine_up else "self-test"
-    return json_answer(503, {"status": "not ready", "waiting_for": why})
+    part, why = waits
+    return json_answer(503, {"status": "not ready", "waiting_for": part, "reason": why})
 
 
 OPERATIONS = (

@@ -325,4 +325,4 @@ METRICS = {
 }
 ALIVE = shape(status=word("ok"))
 READY = shape(status=word("ready"))
-NOT_READY = shape(status=word("not ready"), waiting_for=TEXT)
+NOT_READY = shape(status=word("not ready"), waiting_for=TEXT, reason=TEXT)

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway import __version__
+from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.pins import Lock
 from gateway.kv.tiers.contract import TierUnavailable
 from gateway.member import Member
 from gateway.parts import Parts
 from gateway.proof import Check, prove
+from gateway.stalls import is_ours
 from gateway.windows.textless import REMEDY, textless
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ COMPONENTS = ("engine", "cache", "tiers", "store", "isolation")
 _NOBODYS = str(ObjectKey("health", 0, 0, "0" * 64, "0" * 32))
 _ALL_WHOLE = Check("windows", "ok", "every window has its text")
 _EVERY_S = 0.5  # it costs no request: the engines watch themselves
+_WRITE_EVERY_S = 10.0  # between two looks whether the store can be written: each is a commit
+_WRITE_AGAIN_S = 1.0  # the same while it cannot, or when somebody asks
 _TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
 
 
@@ -53,6 +57,8 @@ class Health:
         self._parts = parts
         self._started = time.monotonic()
         self._proofs: dict[str, _Proof] = {}  # by engine
+        self._store_trouble = ""
+        self._wrote_at = -_WRITE_EVERY_S
         self._one_by_one = Lock(parts.settings.data_path / "proof.lock")
 
     async def __aenter__(self) -> "Health":
@@ -81,8 +87,20 @@ class Health:
 
     @property
     def ready(self) -> bool:
-        """Whether requests will succeed: the self-test has run on an engine that is up, and found no leak on any."""
-        return bool(self._standing) and not self.leaking
+        """Whether requests will succeed."""
+        return self.waiting_for is None
+
+    @property
+    def waiting_for(self) -> tuple[str, str] | None:
+        """Which part requests would fail for, and why: the self-test must have run on an engine and found no leak."""
+        if self.leaking:
+            return "isolation", "one salt's KV was found under another"
+        if not self.engine_up:
+            return "engine", self._parts.engines.trouble()
+        if not self._standing:
+            return "self-test", "it has not run yet"
+        trouble = self._parts.turns.trouble or self._store_trouble
+        return ("store", trouble) if trouble else None
 
     @property
     def leaking(self) -> bool:
@@ -167,6 +185,7 @@ class Health:
             await asyncio.sleep(_EVERY_S)
 
     async def _look(self) -> None:
+        await self._write_to_store(_WRITE_AGAIN_S if self._store_trouble else _WRITE_EVERY_S)
         for member in self._parts.engines.up:
             proof = self._proofs.get(member.url)
             if proof is None or proof.life != member.lives or proof.outdated(time.monotonic()):
@@ -194,7 +213,11 @@ class Health:
         cache = self._parts.cache
         if cache is None:
             return "degraded", "no cache is configured"
-        return ("healthy", "answers") if await cache.healthy() else ("unhealthy", "LMCache does not answer")
+        began = time.monotonic()
+        well = await cache.healthy()
+        if not well and is_ours(self._parts.stalls.lost_since, began):
+            well = await cache.healthy()
+        return ("healthy", "answers") if well else ("unhealthy", "LMCache does not answer")
 
     async def _tiers(self) -> tuple[str, str]:
         if not self._parts.pins.tiers:
@@ -206,8 +229,23 @@ class Health:
             return "degraded", str(error)
         return "healthy", ", ".join(tier.name for tier in self._parts.pins.tiers)
 
+    async def _write_to_store(self, every_s: float) -> None:
+        """Find out whether the store can be written, unless that was done less than `every_s` ago."""
+        if time.monotonic() - self._wrote_at < every_s:
+            return
+        try:
+            await self._parts.store.check()
+        except GatewayError as error:
+            self._store_trouble = error.message
+        else:
+            self._store_trouble = ""
+        self._wrote_at = time.monotonic()
+
     async def _store(self) -> tuple[str, str]:
+        await self._write_to_store(_WRITE_AGAIN_S)
         await self._parts.store.tier_usage()
+        if trouble := self._parts.turns.trouble or self._store_trouble:
+            return "unhealthy", trouble
         lost = await textless(self._parts)
         return ("degraded", f"{lost}; {REMEDY}") if lost else ("healthy", "answers")
 

@@ -161,7 +161,7 @@ class Inference:
             on_last=partial(parts.turns.said, turn.place),
         )
         started_at, clock = time.time(), time.monotonic()
-        await parts.turns.enter(turn.place)
+        parts.turns.enter(turn.place)
         route = parts.engines.route(session.lineage, session.engine, call.model)
         try:
             await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)

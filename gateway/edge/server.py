@@ -1,8 +1,9 @@
-"""uvicorn as the gateway runs it: no headers of its own, no log line per request, and a bound on slow headers."""
+"""uvicorn as the gateway runs it: no headers of its own, no log line per request, and bounds on slow clients."""
 
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,14 +11,19 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from gateway import limits
 from gateway.edge import upgrades
 from gateway.edge.client import EXTENSION
+from gateway.edge.connections import Connections, detect_dead_peer
 from gateway.errors import StartError
 from gateway.settings import Settings
+from gateway.stalls import LostSince, is_ours
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the pool of any client we know keeps a connection, so that the client closes first
 _SHUTDOWN_S = 10
+_USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that takes nothing comes first: it knows of our stalls
+_REFUSED_S = 1.0  # how long a client that was refused has to read why
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; agents send a few kilobytes
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -67,10 +73,15 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with bounds on the head of every request: seconds, and bytes."""
 
     head_timeout_s: float
+    open_connections: Connections
+    lost_since: LostSince
     lost = False
+    refused = False
+    lingering = False
     on_gone: Callable[[], None] | None = None
     on_writable: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
+    _unsent: asyncio.TimerHandle | None = None
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -78,10 +89,22 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = GatheringTransport(transport, self.loop)  # type: ignore[assignment]
         self.parser = upgrades.Http1Parser(self)
-        self._expect_head()
+        detect_dead_peer(transport.get_extra_info("socket"), self.head_timeout_s + _USER_TIMEOUT_MARGIN_S)
+        if self.open_connections.admit(self):
+            self._expect_head()
+            return
+        self.refused = True
+        self.lingering = self.open_connections.linger()
+        if self.lingering:
+            self._deadline = self.loop.call_later(_REFUSED_S, self.transport.abort)
+        else:
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Something came: of a head, or of a body."""
+        if self.refused:
+            self._refuse()
+            return
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_head()
         super().data_received(data)
@@ -96,6 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # it will be read again, or refused
         self._cancel()
+        self.open_connections.begin(self)
         super().on_headers_complete()
         self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
 
@@ -103,6 +127,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """The body is complete."""
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is sent, or waits in the socket."""
+        self.open_connections.end(self)
+        super().on_response_complete()
+
+    def close_idle(self) -> None:
+        """See `gateway.edge.connections.Closable.close_idle`."""
+        self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP."""
@@ -114,8 +147,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write(answer)
         self.transport.close()
 
+    def pause_writing(self) -> None:
+        """The client does not take what is sent as fast as it comes."""
+        super().pause_writing()
+        self._expect_progress()
+
     def resume_writing(self) -> None:
         """The client has caught up."""
+        self._stop_expecting_progress()
         super().resume_writing()
         if self.on_writable is not None:
             self.on_writable()
@@ -123,10 +162,37 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._cancel()
+        self._stop_expecting_progress()
+        self.open_connections.release(self)
+        if self.lingering:
+            self.open_connections.lingered()
         self.lost = True
         super().connection_lost(exc)
         if self.on_gone is not None:
             self.on_gone()
+
+    def _expect_progress(self) -> None:
+        """Close the connection unless the client takes some of what waits for it, in the time that it has for that."""
+        waits, since = self.transport.get_write_buffer_size(), time.monotonic()
+        self._unsent = self.loop.call_later(self.head_timeout_s, self._check_progress, waits, since)
+
+    def _check_progress(self, waited: int, since: float) -> None:
+        if self.transport.get_write_buffer_size() < waited or is_ours(self.lost_since, since):
+            self._expect_progress()
+        else:
+            self.transport.abort()
+
+    def _stop_expecting_progress(self) -> None:
+        if self._unsent is not None:
+            self._unsent.cancel()
+            self._unsent = None
+
+    def _refuse(self) -> None:
+        """Say that there are too many connections, once, and read what still comes: a reset would take the answer."""
+        if not self.lost and not self.transport.is_closing() and self._head_bytes == 0:
+            self._head_bytes = 1
+            cast(GatheringTransport, self.transport).write_now(upgrades.TOO_MANY_CONNECTIONS)
+            self.transport.write_eof()
 
     def _expect_head(self) -> None:
         self._head_bytes = 0
@@ -217,11 +283,17 @@ def listen_beside(sock: socket.socket) -> socket.socket:
     return other
 
 
-async def serve(app: ASGIApp, settings: Settings, sock: socket.socket) -> None:
+async def serve(app: ASGIApp, settings: Settings, sock: socket.socket, lost_since: LostSince) -> None:
     """Serve `app` on `sock` until SIGINT or SIGTERM."""
+    most = min(settings.max_connections, limits.clients(limits.open_files()))
+    bounds = {
+        "head_timeout_s": settings.client_timeout_s,
+        "open_connections": Connections(most),
+        "lost_since": staticmethod(lost_since),
+    }
     config = uvicorn.Config(
         app,
-        http=type("Protocol", (BoundedProtocol,), {"head_timeout_s": settings.client_timeout_s}),
+        http=type("Protocol", (BoundedProtocol,), bounds),
         ws="none",
         loop="none",
         lifespan="off",

@@ -52,12 +52,10 @@ class Http1Parser(httptools.HttpRequestParser):
         owner.parser.feed_data(b"\r\n".join((*head, b"", rest)))
 
 
-def _closing(error: GatewayError) -> bytes:
+def _closing(error: GatewayError, status: bytes = b"400 Bad Request", more: bytes = b"") -> bytes:
     body = bytes(error_answer(error).body)
-    head = (
-        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-    )
-    return head % len(body) + body
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%b\r\n"
+    return head % (status, len(body), more) + body
 
 
 NO_OTHER_PROTOCOL = _closing(
@@ -73,4 +71,13 @@ NO_HTTP = _closing(
         "this is not a request in HTTP/1.1",
         hint="neither TLS nor HTTP/2 is spoken on this port: the base URL begins with http://",
     )
+)
+TOO_MANY_CONNECTIONS = _closing(
+    GatewayError(
+        "rate_limited",
+        "too many clients are being answered",
+        hint="send it again in a moment; max_connections and the limit on open files set how many there may be",
+    ),
+    b"503 Service Unavailable",
+    b"retry-after: 1\r\n",
 )

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import (
     Known,
@@ -19,6 +20,10 @@ from gateway.records import (
     Turn,
     Window,
 )
+
+
+class StoreUnavailable(GatewayError):
+    """The store cannot be written just now, whatever it is: its disk is full or out of order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +215,16 @@ class Store(Protocol):
         """Return the objects under a salt that windows hold: their pins, and what LMCache has of isolated clones."""
         ...
 
-    async def record(self, finished: Sequence[Finished]) -> None:
-        """Record finished turns; each makes its session if it is new and moves its transcript on."""
+    async def check(self) -> None:
+        """Write something. Raises StoreUnavailable where that cannot be done."""
+        ...
+
+    async def record(self, finished: Sequence[Finished], *, last: bool = False) -> None:
+        """Record finished turns; each makes its session if it is new and moves its transcript on.
+
+        On a full disk turns use up a part of what is set aside for that, the `last` ones all of it. Raises
+        StoreUnavailable: the same turns can be recorded later.
+        """
         ...
 
     async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:

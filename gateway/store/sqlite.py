@@ -2,21 +2,18 @@
 
 The reads that a request waits for (`session`, `beginning`, `standing`) are point reads from pages that SQLite has
 cached: some ten microseconds, less than handing them to a thread would cost. Everything else runs in a thread of its
-own. All waiting writes go into one transaction, each under a savepoint, so that a burst of turns costs one commit and a
-failing write only itself.
+own; `gateway.store.writer` is the one that writes.
 """
 
 import asyncio
-import queue
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gateway.errors import GatewayError, StartError
+from gateway.errors import StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import (
     Known,
@@ -42,15 +39,15 @@ from gateway.store import (
     transcript_rows,
     window_rows,
 )
+from gateway.store.ballast import PART_BYTES, Ballast, Reserve
 from gateway.store.contract import Finished, LooseSalt, Released, SaltUse, Text, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
+from gateway.store.writer import Work, Writer
 
 T = TypeVar("T")
-Work = Callable[[sqlite3.Connection], T]
 _BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
 _BUSY_POLL_S = 0.01
 _CACHE_KIB = 16 * 1024  # of pages, for each connection: the objects of a large window lie all over their table
-_WRITES_PER_COMMIT = 256
 _FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
 
 
@@ -61,22 +58,37 @@ class SqliteStore:
         self._path = path
         self._turns_kept = turns_kept
         self._responses_kept = responses_kept
-        self._writes: queue.SimpleQueue[tuple[Work[object], Future[object]] | None] = queue.SimpleQueue()
+        self._ballast = Ballast(path)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
-        self._writer = threading.Thread(target=self._write_all, name="store-writer", daemon=True)
+        self._writer = Writer(path, self._connect, self._ballast)
         self.store_id = ""
 
     async def __aenter__(self) -> "SqliteStore":
         """Open the database and bring its schema up to date. Raises StartError."""
         try:
-            self._open()
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._open_on_any_disk()
         except (OSError, sqlite3.DatabaseError) as error:
-            raise StartError(f"the store {self._path} cannot be opened: {error}") from error
+            hint = f"; its disk is full: free {2 * PART_BYTES >> 20} MiB there" if self._no_room() else ""
+            raise StartError(f"the store {self._path} cannot be opened: {error}{hint}") from error
+        self._ballast.restore()
         self._writer.start()
         return self
 
+    def _open_on_any_disk(self) -> None:
+        """Open it; where the disk is full, use up what was set aside for that, part by part."""
+        for part in (Reserve.TURNS, Reserve.DELETIONS):
+            try:
+                return self._open()
+            except (OSError, sqlite3.DatabaseError):
+                if not (self._no_room() and self._ballast.give_up(part)):
+                    raise
+        return self._open()
+
+    def _no_room(self) -> bool:
+        return self._path.parent.is_dir() and self._ballast.free_bytes < PART_BYTES // 4
+
     def _open(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path.touch(mode=0o600)
         self._inline = self._connect()
         migrate(self._inline)
@@ -84,8 +96,7 @@ class SqliteStore:
         self._slow = self._connect()
 
     async def __aexit__(self, *_: object) -> None:
-        self._writes.put(None)
-        await asyncio.to_thread(self._writer.join)
+        await self._writer.stop()
         self._reader.shutdown()
         self._slow.close()
         self._inline.close()
@@ -125,12 +136,12 @@ class SqliteStore:
 
     async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
         """See `Store.delete_session`."""
-        return await self._write(lambda db: session_rows.delete_session(db, tenant, session_id, idle_since))
+        return await self._delete(lambda db: session_rows.delete_session(db, tenant, session_id, idle_since))
 
     async def forget_idle(self, keep: int) -> int:
         """See `Store.forget_idle`."""
         forgotten = 0
-        while some := await self._write(lambda db: session_rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
+        while some := await self._delete(lambda db: session_rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
             forgotten += some
         return forgotten
 
@@ -156,19 +167,24 @@ class SqliteStore:
 
     async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
         """See `Store.loosen`."""
-        await self._write(lambda db: salt_rows.loosen(db, salt, tenant, lineage))
+        await self._delete(lambda db: salt_rows.loosen(db, salt, tenant, lineage))
 
     async def settle_salt(self, gone: LooseSalt) -> None:
         """See `Store.settle_salt`."""
-        await self._write(lambda db: salt_rows.settle(db, gone))
+        await self._delete(lambda db: salt_rows.settle(db, gone))
 
     async def held_under(self, salt: str) -> set[ObjectKey]:
         """See `Store.held_under`."""
         return await self._read(lambda db: manifest_rows.held_under(db, salt))
 
-    async def record(self, finished: Sequence[Finished]) -> None:
+    async def check(self) -> None:
+        """See `Store.check`."""
+        await self._write(_touch)
+        await asyncio.to_thread(self._ballast.restore)
+
+    async def record(self, finished: Sequence[Finished], *, last: bool = False) -> None:
         """See `Store.record`."""
-        await self._write(lambda db: self._record(db, finished))
+        await self._write(lambda db: self._record(db, finished), Reserve.DELETIONS if last else Reserve.TURNS)
 
     def _record(self, db: sqlite3.Connection, finished: Sequence[Finished]) -> None:
         session_rows.record(db, finished, self._turns_kept)
@@ -184,7 +200,7 @@ class SqliteStore:
 
     async def delete_response(self, tenant: str, response_id: str) -> bool:
         """See `Store.delete_response`."""
-        return await self._write(lambda db: response_rows.delete(db, tenant, response_id))
+        return await self._delete(lambda db: response_rows.delete(db, tenant, response_id))
 
     async def messages(self, transcript: bytes) -> list[Message]:
         """See `Store.messages`."""
@@ -248,7 +264,7 @@ class SqliteStore:
         self, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
     ) -> Released | None:
         """See `Store.delete_window`."""
-        return await self._write(lambda db: window_rows.delete_window(db, tenant, name, expired_by, automatic_of))
+        return await self._delete(lambda db: window_rows.delete_window(db, tenant, name, expired_by, automatic_of))
 
     async def expired_windows(self, by: float, limit: int) -> list[Window]:
         """See `Store.expired_windows`."""
@@ -335,34 +351,16 @@ class SqliteStore:
     async def _read(self, work: Work[T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
 
-    async def _write(self, work: Work[T]) -> T:
-        done: Future[T] = Future()
-        self._writes.put((work, done))  # type: ignore[arg-type]
-        waiting = asyncio.wrap_future(done)
-        try:
-            return await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            await asyncio.wait([waiting])  # it will be done: whoever is cancelled holds the lock on its pins until then
-            raise
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise GatewayError("storage_full", f"the store's disk is full ({self._path})") from error
-            raise
+    async def _delete(self, work: Work[T]) -> T:
+        return await self._write(work, Reserve.DELETIONS)
 
-    def _write_all(self) -> None:
-        db = self._connect()
-        while (first := self._writes.get()) is not None:
-            batch, last = [first], False
-            while len(batch) < _WRITES_PER_COMMIT and not self._writes.empty():
-                item = self._writes.get()
-                if item is None:
-                    last = True
-                    break
-                batch.append(item)
-            _commit(db, batch)
-            if last:
-                break
-        db.close()
+    async def _write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
+        return await self._writer.write(work, reserve)
+
+
+def _touch(db: sqlite3.Connection) -> None:
+    # The value has to be another each time: SQLite writes no page that would stay as it is.
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('checked_at', ?)", (str(time.time_ns()),))
 
 
 def _whole(db: sqlite3.Connection, work: Work[T]) -> T:
@@ -386,35 +384,3 @@ def _use_wal(db: sqlite3.Connection) -> None:
             time.sleep(_BUSY_POLL_S)
         else:
             return
-
-
-def _commit(db: sqlite3.Connection, batch: Sequence[tuple[Work[object], Future[object]]]) -> None:
-    results: list[tuple[Future[object], object, BaseException | None]] = []
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        for work, done in batch:
-            results.append((done, *_one(db, work)))
-        db.execute("COMMIT")
-    except BaseException as error:  # noqa: BLE001 - whoever waits gets it; the thread must live on
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        results = [(done, None, error) for _, done in batch]
-    for done, value, failure in results:
-        if failure is None:
-            done.set_result(value)
-        else:
-            done.set_exception(failure)
-
-
-def _one(db: sqlite3.Connection, work: Work[object]) -> tuple[object, BaseException | None]:
-    db.execute("SAVEPOINT work")
-    try:
-        value = work(db)
-    except BaseException as error:
-        if not db.in_transaction:  # SQLite rolled everything back itself (disk full): the whole batch has failed
-            raise
-        db.execute("ROLLBACK TO work")
-        db.execute("RELEASE work")
-        return None, error
-    db.execute("RELEASE work")
-    return value, None
