@@ -8,8 +8,10 @@ Nothing here tells what was said: roles, places, names of fields and counts are 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+import orjson
 
 from gateway import texts, transcripts
 from gateway.records import Message
@@ -29,6 +31,11 @@ Reason = Literal[
 REASONS: tuple[str, ...] = get_args(Reason)
 
 MAX_DETAIL = 200
+_NOT_IN_PROMPT = frozenset(
+    {"tool_choice", "parallel_tool_calls"}
+)  # vLLM: they steer what is sampled, not what is asked
+_GENEROUS, _FRONT_TOKENS = 1.5, 256
+_CAREFUL = 0.85  # of what is estimated
 _ENDING = 16  # tokens at most that a generation prompt adds to a prompt and the next one may not have
 _NAME = 30
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -114,14 +121,60 @@ def _of_miss(e: Evidence, before: Left, cached: int) -> tuple[Reason, str]:
         return "new-salt", "the model's fingerprint changed" if fingerprint else "the salt is another"
     if before.messages is None:
         return "unknown", "what came before is not kept any more"
-    if fields := _changed(before.frame or {}, e.frame or {}) if before.frame is not None else []:
-        return "frame-changed", f"{', '.join(fields)} {'differs' if len(fields) == 1 else 'differ'}"
     change = first_change(before.messages, e.messages)
+    fields = frame_changes(before.frame or {}, e.frame or {}) if before.frame is not None else []
+    if fields and not (change and change.system) and cached <= _front(before):
+        return "frame-changed", f"{', '.join(fields)} {'differs' if len(fields) == 1 else 'differ'}"
     if _differ(e.engine, before.engine) and (change is None or not cached):
         return "other-engine", "the turn before went to another engine"
     if change is not None:
-        return "message-changed", change
+        return "message-changed", change.detail
     return _of_same(e, before, before.messages, cached)
+
+
+def frame_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the fields of a frame that differ and are part of a prompt, in order."""
+    changed = [name for name in sorted({*before, *now}) if _written(before.get(name)) != _written(now.get(name))]
+    # vLLM can be told to leave the tools out where none may be called: --exclude-tools-when-tool-choice-none.
+    none = (before.get("tool_choice") == "none") != (now.get("tool_choice") == "none")
+    kept = [name[:_NAME] for name in changed if name not in _NOT_IN_PROMPT]
+    return kept or (["tool_choice"] if none and before.get("tools") else [])
+
+
+def _written(value: Any) -> bytes:
+    """A field as a template writes it: in the order of its keys, and nothing where it is empty."""
+    return orjson.dumps(value) if value else b""
+
+
+def _front(before: Left) -> float:
+    """Tokens, generously, up to which a prompt is made of system messages and its frame: what is found beyond them has
+    the same ones, or a template that writes them further on."""
+    messages = before.messages or ()
+    system = messages[: transcripts.leading(messages)]
+    frame = sum(len(_written(value)) for value in (before.frame or {}).values())
+    front, rest = frame + _size(system), _size(messages[len(system) :])
+    return _GENEROUS * before.tokens * front / (front + rest + 1) + _FRONT_TOKENS
+
+
+def _size(messages: Sequence[Message]) -> int:
+    return sum(
+        len(str(message.get("content") or "")) + len(str(message.get("tool_calls") or "")) for message in messages
+    )
+
+
+def shared(before: Left, now: Sequence[Message], frame: Mapping[str, Any]) -> Left | None:
+    """What a fork finds of the conversation that it left, carefully estimated; None if that is nothing, or unknown."""
+    messages = before.messages or ()
+    if before.frame is None or frame_changes(before.frame, frame):
+        return None
+    count = next((i for i, (one, other) in enumerate(zip(messages, now, strict=False)) if not alike(one, other)), None)
+    part = messages[: min(len(messages), len(now)) if count is None else count]
+    if len(part) <= transcripts.leading(part):
+        return None
+    size = sum(len(_written(value)) for value in before.frame.values())
+    share = (size + _size(part)) / (size + _size(messages) + 1)
+    tokens = int(before.tokens * share * _CAREFUL)
+    return replace(before, tokens=tokens, prompt=tokens, messages=part)
 
 
 def _of_same(e: Evidence, before: Left, messages: Sequence[Message], cached: int) -> tuple[Reason, str]:
@@ -134,15 +187,40 @@ def _of_same(e: Evidence, before: Left, messages: Sequence[Message], cached: int
     return "evicted", f"nothing else explains it; {e.idle_s:.0f} s since the turn before"
 
 
-def first_change(before: Sequence[Message], now: Sequence[Message]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Where a history differs first from what it was, and how; `system`: before any tools of its prompt."""
+
+    detail: str
+    system: bool = False
+
+
+def first_change(before: Sequence[Message], now: Sequence[Message]) -> Change | None:
     """Where a history differs first from what it was, and how; None where it goes on, or asks the last turn again."""
     if texts.kind(before) or texts.kind(now):
-        return _change_of_text(before, now)
-    return _change_of_chat(before, now)
+        change = _change_of_text(before, now)
+        return Change(change) if change else None
+    place = next((i for i, (one, other) in enumerate(zip(before, now, strict=False)) if not alike(one, other)), None)
+    change = _change_of_chat(before, now, min(len(before), len(now)) if place is None else place)
+    return Change(change, place is not None and place < transcripts.leading(before)) if change else None
 
 
-def _change_of_chat(before: Sequence[Message], now: Sequence[Message]) -> str | None:
-    place = transcripts.common(before, now)
+def alike(one: Message, other: Message) -> bool:
+    """Whether two messages make the same tokens in a usual template: reasoning aside, to the last blank."""
+    if one == other:
+        return True
+    return transcripts.same(one, other) and _text(one) == _text(other)
+
+
+def _text(message: Message) -> str:
+    """The text of a message as it is written into a prompt; vLLM writes each part on a line of its own."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return str(content or "")
+    return "\n".join(str(part.get("text", "")) if isinstance(part, dict) else "" for part in content)
+
+
+def _change_of_chat(before: Sequence[Message], now: Sequence[Message], place: int) -> str | None:
     if place == len(before) or (place == len(now) == len(before) - 1 and before[-1].get("role") == "assistant"):
         return None
     if place == len(now):
@@ -155,7 +233,7 @@ def _change_of_chat(before: Sequence[Message], now: Sequence[Message]) -> str | 
     if _role(old) != _role(new):
         return f"message {place}: {_role(new)} in place of {_role(old)}"
     what = "the reply was sent back differently" if old.get("role") == "assistant" else "differs"
-    return f"{_named(place, old)}: {what} ({_how(transcripts.canonical(old), transcripts.canonical(new))})"
+    return f"{_named(place, old)}: {what} ({_how(old, new)})"
 
 
 def _change_of_text(before: Sequence[Message], now: Sequence[Message]) -> str | None:
@@ -170,11 +248,15 @@ def _change_of_text(before: Sequence[Message], now: Sequence[Message]) -> str | 
     return f"the text differs from character {place} on" if had == texts.TEXT else f"token {place} is another"
 
 
-def _how(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    fields = _changed(old, new)
-    one, other = old.get("content"), new.get("content")
-    if fields == ["content"] and isinstance(one, str) and isinstance(other, str):
-        return f"content, from character {texts.shared(one, other)} on"
+def _how(old: Message, new: Message) -> str:
+    if transcripts.same(old, new):
+        if _text(old).split() == _text(new).split():
+            return "white space"
+        return "reasoning in its text" if old.get("role") == "assistant" else "the same text in other parts"
+    one, other = transcripts.canonical(old), transcripts.canonical(new)
+    fields, text, changed = _changed(one, other), one.get("content"), other.get("content")
+    if fields == ["content"] and isinstance(text, str) and isinstance(changed, str):
+        return f"content, from character {texts.shared(text, changed)} on"
     return ", ".join(fields)
 
 

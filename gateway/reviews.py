@@ -49,6 +49,8 @@ class Reviews:
         before = await self._before(ended)
         estimate = self._estimator.ahead(model, before.tokens, turn.whole, frame)
         self._estimator.observe(model, estimate, usage.prompt)
+        if before.left is None and ended.place.session.parent:
+            before = await self._of_parent(ended, turn.whole, frame)
         miss = misses.why(await self._evidence(turn, usage, before, frame))
         if turn.messages is not None:
             self._keep(ended, usage, turn.messages, frame)
@@ -85,6 +87,18 @@ class Reviews:
                 return _Before(None, 0.0)
         return just
 
+    async def _of_parent(self, ended: Ended, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
+        """What a new session finds of the one that it is a fork of: both run under one salt."""
+        new = ended.place.session
+        parent = await self._store.session(new.tenant, new.parent or "")
+        left = _left(parent) if parent else None
+        if parent is None or parent.transcript is None or left is None or left.salt != ended.salt:
+            return _Before(None, 0.0)
+        messages, had = await self._store.messages(parent.transcript), {}
+        if parent.frame:
+            had = dict(await self._store.frame(parent.frame))
+        return _Before(misses.shared(replace(left, messages=messages, frame=had), whole, frame), parent.last_active_at)
+
     async def _evidence(self, turn: Read, usage: Usage, before: _Before, frame: Mapping[str, Any]) -> Evidence:
         ended = turn.ended
         evidence = Evidence(
@@ -99,7 +113,7 @@ class Reviews:
             engine=ended.engine,
             idle_s=max(0.0, ended.started_at - before.at),
         )
-        if before.left is None or not evidence.missed:
+        if before.left is None or before.left.messages is not None or not evidence.missed:
             return evidence
         # A turn that ran beside this one may have left messages here, but it is not what came before.
         just = self._unrecorded.get(_key(ended)) if before is self._last.get(_key(ended)) else None

@@ -47,6 +47,16 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     ({"frame": {}}, {}, 384, "frame-changed: tools differs"),
     ({"frame": {"tools": [], "chat_template_kwargs": {"a": 1}}}, {}, 384,
      "frame-changed: chat_template_kwargs, tools differ"),
+    ({"frame": {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}, "cached": 256}, {}, 384,
+     "reply-rerendered: found up to the last reply of 100 tokens"),
+    ({"frame": {"tools": TOOLS, "tool_choice": "none"}}, {}, 384, "frame-changed: tool_choice differs"),
+    ({"frame": {"tools": [dict(reversed(TOOLS[0].items()))]}}, {}, 384, "frame-changed: tools differs"),
+    ({"frame": {}, "messages": [m("system", f"{SECRET}!"), *NEXT[1:]]}, {}, 384,
+     f"message-changed: message 0 (system): differs (content, from character {len(SECRET)} on)"),
+    ({"cached": 256, "messages": [*BEFORE[:4], m("assistant", "2 "), m("user")]}, {}, 384,
+     "message-changed: message 4 (assistant): the reply was sent back differently (white space)"),
+    ({"cached": 256, "messages": [*BEFORE[:4], m("assistant", "<think>so</think>2"), m("user")]}, {}, 384,
+     "message-changed: message 4 (assistant): the reply was sent back differently (reasoning in its text)"),
     ({"engine": "b"}, {}, 384, "other-engine: the turn before went to another engine"),
     ({"engine": "b", "cached": 128}, {}, 384, "other-engine: the turn before went to another engine"),
     ({"engine": "b", "cached": 128, "messages": [m("system"), m("user", "ONE")]}, {}, 384,
@@ -85,6 +95,28 @@ def test_every_reason_can_be_given() -> None:
     assert given_reasons | {"first-turn"} == set(REASONS) == set(get_args(misses.Reason))
 
 
+def test_tools_that_the_cache_reached_beyond_are_not_blamed() -> None:
+    long = [BEFORE[0], m("user", "one " * 3_000), *BEFORE[2:]]
+    left = {"tokens": 3_100, "prompt": 3_000, "messages": long}
+    turn = {"prompt": 3_500, "frame": {}, "messages": [*long, m("user")]}
+    assert why(evidence({**turn, "cached": 2_944}, left)).reason == "reply-rerendered"
+    assert why(evidence({**turn, "cached": 64}, left)).reason == "frame-changed"
+
+
+def test_a_fork_expects_what_it_shares_and_nothing_under_other_tools() -> None:
+    before = Left(**{**LEFT, "tokens": 4000, "prompt": 3900})
+    forked = misses.shared(before, [*BEFORE[:3], m("user", "otherwise")], {"tools": TOOLS})
+    assert forked is not None
+    assert forked.messages == BEFORE[:3]
+    assert 1000 < forked.tokens < 4000
+    whole = misses.shared(before, NEXT, {"tools": TOOLS})
+    assert whole is not None
+    assert forked.tokens < whole.tokens < 4000
+    assert misses.shared(before, NEXT, {}) is None
+    assert misses.shared(before, [m("system", "another"), *NEXT[1:]], {"tools": TOOLS}) is None
+    assert misses.shared(before, [BEFORE[0], m("user", "x")], {"tools": TOOLS}) is None
+
+
 CHANGES: list[tuple[list[dict[str, Any]], str | None]] = [
     (NEXT, None),
     (BEFORE, None),
@@ -120,12 +152,14 @@ CHANGES: list[tuple[list[dict[str, Any]], str | None]] = [
     ],
 )
 def test_the_first_change_of_a_text_is_named(before: dict[str, Any], now: dict[str, Any], change: str | None) -> None:
-    assert first_change([before], [now]) == change
+    found = first_change([before], [now])
+    assert (found and found.detail) == change
 
 
 @pytest.mark.parametrize(("now", "change"), CHANGES)
 def test_the_first_change_of_a_history_is_named(now: list[dict[str, Any]], change: str | None) -> None:
-    assert first_change(BEFORE, now) == change
+    found = first_change(BEFORE, now)
+    assert (found and found.detail) == change
 
 
 contents = (

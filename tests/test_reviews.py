@@ -14,7 +14,7 @@ from gateway.sessions import Place
 from gateway.store.contract import Finished
 from gateway.store.sqlite import SqliteStore
 from gateway.tokens import Estimator
-from tests.fakes.engine import Exchange, FakeEngine, whole_reply
+from tests.fakes.engine import Exchange, FakeEngine, render, whole_reply
 from tests.running import Gateway
 
 CHAT = "/v1/chat/completions"
@@ -65,6 +65,54 @@ def test_a_turn_that_missed_says_why(
     assert turn["miss"].startswith(why)
     assert turn["cached_tokens"] < turn["expected_cached_tokens"]
     assert "tell me" not in turn["miss"]
+
+
+def test_a_tool_choice_is_not_in_the_prompt_and_explains_nothing(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    gateway.chat(session, messages=LONG, tools=tools, tool_choice="auto")
+    gateway.turns(session)
+    engine._kv.clear()
+    gateway.chat(session, messages=[*LONG, REPLY, u("?")], tools=tools, tool_choice="required")
+    assert last(gateway, session, 2)["miss"].startswith("evicted")
+
+
+def test_a_reply_that_comes_back_without_its_blanks_is_what_a_branch_of_a_window_misses(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    def answer(exchange: Exchange) -> None:
+        ids = render(exchange.request.json["messages"], generation_prompt=True)
+        exchange.json(whole_reply(f" {'so it is ' * 60}", engine._usage("s", ids, completion=600)))
+
+    engine.on_chat = answer
+    reply = gateway.chat(session, messages=LONG).json()["choices"][0]["message"]["content"]
+    gateway.turns(session)
+    assert gateway.freeze(session, f"w-{session}").status_code == 201
+    messages = [*LONG, {"role": "assistant", "content": reply.strip()}, u("?")]
+    answered = gateway.http.post(f"/w/w-{session}{CHAT}", json={"model": "demo", "messages": messages})
+    (turn,) = gateway.turns(answered.headers["x-session-id"])
+    assert turn["cached_tokens"] < turn["expected_cached_tokens"]
+    assert turn["miss"] == "message-changed: message 2 (assistant): the reply was sent back differently (white space)"
+
+
+def test_a_fork_expects_what_it_shares_with_the_conversation_that_it_left(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    def ask(messages: list[dict[str, Any]]) -> str:
+        answered = gateway.http.post(CHAT, json={"model": "demo", "messages": messages})
+        return str(answered.headers["x-session-id"])
+
+    beginning = [SYSTEM, u(f"{session} tell me " * 60), REPLY]
+    origin = ask(beginning[:2])
+    assert ask([*beginning, u("one " * 200)]) == origin
+    gateway.turns(origin, 2)
+    (turn,) = gateway.turns(ask([*beginning, u("another " * 200)]))
+    assert (turn["recognised_by"], turn["miss"]) == ("fork", "none")
+    assert 1024 < turn["expected_cached_tokens"] <= turn["cached_tokens"]
+    engine._kv.clear()
+    (turn,) = gateway.turns(ask([*beginning, u("a third " * 200)]))
+    assert turn["miss"].startswith("evicted")
 
 
 def test_a_deleted_session_leaves_nothing_to_the_next_of_its_name(
