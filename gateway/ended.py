@@ -8,6 +8,7 @@ from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
 from gateway.identity import Beginning
+from gateway.offload import HEAVY_BYTES, is_heavy
 from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.sessions import Place
 from gateway.store.contract import Finished
@@ -33,7 +34,15 @@ class Ended:
     detail: str = ""
     engine: str = ""
     overhead_s: float = 0.0  # our own work before the engine was asked
+    heavy_body: bool = False  # what a client sent was large, whatever of it are messages
     normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
+
+    @property
+    def heavy(self) -> bool:
+        """Whether to read and hash it takes so long that it is done beside the event loop."""
+        front = self.call.front
+        asked = is_heavy(self.call.messages) or (front is not None and is_heavy(front.history))
+        return asked or self.heavy_body or sum(map(len, self.chunks or ())) > HEAVY_BYTES
 
     @property
     def at(self) -> float:

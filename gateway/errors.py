@@ -88,8 +88,8 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "too_complex": Code(
             413,
-            "A body or a file has more parts than may be: messages, values, or levels of nesting",
-            "Send it in several requests; the message says what there is too much of",
+            "A request or a file has more parts than may be: values, messages, parameters, or levels of nesting",
+            "Send less at once; the message says what there is too much of, and which setting bounds it",
         ),
         "window_corrupted": Code(
             422,

@@ -10,6 +10,7 @@ Nothing here reads a clock, a socket or a store.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import orjson
@@ -46,6 +47,7 @@ HEADERS = frozenset({SESSION_HEADER, _CLAUDE, _CLAUDE_AGENT, _CODEX, _SUBAGENT, 
 
 _DIGEST = 16
 _MAX_ID = 128
+_LONGEST_USER = 4096  # characters of a `user_id` that are looked at
 _SIDE = 17  # characters that a side conversation adds to its agent's id
 
 
@@ -114,7 +116,7 @@ def _in_body(body: Mapping[str, Any]) -> Given | None:
 
 def _session_of_user(user_id: object) -> str:
     """The session in Claude Code's `user_id`: a JSON object, or `user_..._session_ID` as older versions wrote it."""
-    text = _text(user_id)
+    text = _text(user_id)[:_LONGEST_USER]
     return _text(_object(text).get("session_id")) or text.rpartition("_session_")[2] if "session" in text else ""
 
 
@@ -216,13 +218,28 @@ def _hash(data: bytes) -> bytes:
 # --- the verdict
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """What of a request tells its conversation; `seed` is `seed`, `tools` is `aliases.tool_names`."""
 
     messages: Sequence[Message]
     seed: bytes
     tools: bytes = b""
+
+    @cached_property
+    def head(self) -> bytes:
+        """See `head`."""
+        return head(self.messages)
+
+    @cached_property
+    def beginning(self) -> "Beginning":
+        """The beginning that this request is."""
+        return Beginning.of(Prompt(self.messages, self.seed, self.tools))  # a copy: a cycle would outlive the request
+
+    def prepare(self, named: Given | None) -> None:
+        """Hash what a request with this id is going to be recognised by; for many or large messages it takes long."""
+        if self.messages and not (named and named.kind == "session"):
+            _ = self.beginning, self.head
 
 
 @dataclass(frozen=True, slots=True)

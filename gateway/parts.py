@@ -1,11 +1,12 @@
 """The parts of a running gateway, as the verbs and the doors need them. `gateway.app` makes and opens them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.chores import Chores
 from gateway.engines import Engines
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
+from gateway.offload import Offload
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.stalls import Stalls
@@ -31,3 +32,4 @@ class Parts:
     telemetry: Telemetry
     estimator: Estimator
     stalls: Stalls
+    offload: Offload = field(default_factory=Offload)

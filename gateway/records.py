@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from gateway.errors import GatewayError
+from policies.shown import shown
 
 SessionState = Literal["active", "frozen", "thawed", "expired"]
 # complete: every whole chunk is pinned · partial: only the first ones · absent: none, thaw recomputes everything
@@ -28,7 +29,7 @@ def check_session_id(value: object, where: str = "session_id") -> str:
         return value
     raise GatewayError(
         "invalid_session_id",
-        f"{where} {value!r:.200} is not a session id",
+        f"{where} {shown(value, 200)} is not a session id",
         hint="use 1 to 128 of A-Z a-z 0-9 _ . : - and begin with a letter or digit",
         details={"field": where},
     )
@@ -40,7 +41,7 @@ def check_window_name(value: object, where: str = "window_name") -> str:
         return value
     raise GatewayError(
         "invalid_window_name",
-        f"{where} {value!r:.200} is not a window name",
+        f"{where} {shown(value, 200)} is not a window name",
         hint="use 1 to 128 of A-Z a-z 0-9 _ . - and begin with a letter or digit",
         details={"field": where},
     )

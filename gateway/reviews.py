@@ -10,6 +10,7 @@ from typing import Any
 from gateway import misses
 from gateway.ended import Ended, Read, Review
 from gateway.misses import Evidence, Left
+from gateway.offload import Offload
 from gateway.records import Message, Session, Usage
 from gateway.store.contract import Store
 from gateway.tokens import Estimator
@@ -36,6 +37,7 @@ class Reviews:
     def __init__(self, store: Store, estimator: Estimator, chunk_size: Callable[[], int]) -> None:
         self._store = store
         self._estimator = estimator
+        self._offload = Offload()
         self._chunk_size = chunk_size
         self._last: dict[tuple[str, str], _Before] = {}  # of this worker's turns; without their messages
         self._unrecorded: dict[tuple[str, str], tuple[Sequence[Message], Mapping[str, Any]]] = {}
@@ -47,11 +49,13 @@ class Reviews:
             return Review()
         model, frame = ended.call.model, ended.call.whole_frame
         before = await self._before(ended)
-        estimate = self._estimator.ahead(model, before.tokens, turn.whole, frame)
+        heavy = ended.heavy
+        estimate = await self._offload.run(heavy, self._estimator.ahead, model, before.tokens, turn.whole, frame)
         self._estimator.observe(model, estimate, usage.prompt)
         if before.left is None and ended.place.session.parent:
             before = await self._of_parent(ended, turn.whole, frame)
-        miss = misses.why(await self._evidence(turn, usage, before, frame))
+        evidence = await self._evidence(turn, usage, before, frame)
+        miss = await self._offload.run(heavy, misses.why, evidence)
         if turn.messages is not None:
             self._keep(ended, usage, turn.messages, frame)
         return Review(estimate.tokens, miss.expected, str(miss))

@@ -14,6 +14,7 @@ from gateway.records import MAX_DESCRIPTION, WINDOW_NAME
 from policies.contract import Policy
 from policies.door import PolicyError, build
 from policies.idle_timeout import MOST_MINUTES
+from policies.shown import shown
 from policies.token_threshold import MOST_TOKENS
 
 TAG = "auto"
@@ -114,7 +115,7 @@ def description(reason: str) -> str:
 
 
 def _refused(name: str, must: str, value: object) -> GatewayError:
-    return GatewayError("invalid_request", f"{name} must be {must}, not {value!r:.100}", details={"field": name})
+    return GatewayError("invalid_request", f"{name} must be {must}, not {shown(value)}", details={"field": name})
 
 
 @reads({"type": "boolean"})

@@ -94,9 +94,9 @@ class Sessions:
             session = await self.open(tenant, new, named.source if named else "new")
             return Place(session, session.source, seed, is_new=not session.created_at)
         if named and named.kind == "agent":
-            session = await self._of_agent(tenant, named, identity.head(prompt.messages))
+            session = await self._of_agent(tenant, named, prompt.head)
             if not session.created_at:
-                session = await self._forked(session, Beginning.of(prompt), settle)
+                session = await self._forked(session, prompt.beginning, settle)
             return self._named(session, named, seed)
         return await self._by_prefix(tenant, named, prompt, settle)
 
@@ -142,7 +142,7 @@ class Sessions:
         prompt: Prompt,
         settle: Callable[[], Awaitable[None]],
     ) -> Place:
-        request = Beginning.of(prompt)
+        request = prompt.beginning
         verdict = await self.look_up(tenant, request, settle)
         if verdict.session and not verdict.forks:
             return Place(verdict.session, verdict.how, prompt.seed, request)

@@ -61,6 +61,12 @@ class Settings:
         "",
         "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
     )
+    allowed_origins: tuple[str, ...] = setting(
+        (), "origins, as `https://app.example`, whose pages may use the gateway from a browser; `*`: all of them"
+    )
+    extra_paths: tuple[str, ...] = setting(
+        (), "more of the engine's API that passes through: `POST /v1/x`, `GET /v1/y/*`, `* /v1/z`; else it is closed"
+    )
     engine_urls: tuple[str, ...] = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
     )
@@ -91,6 +97,13 @@ class Settings:
         10_000, "clients at once; for one more an idle connection is closed, or it gets 503 where none is idle"
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
+    max_json_values: int = setting(
+        1_100_000, "most members that the arrays and objects of a JSON body may have together"
+    )
+    max_messages: int = setting(10_000, "most messages, or items of input, that a request may hold")
+    body_timeout_s: float = setting(
+        120.0, "seconds that a whole body may take, and one more for each 64 KiB that have come"
+    )
     max_import_bytes: int = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
     max_reply_bytes: int = setting(
         64 * 2**20, "largest reply that is kept for the transcript; a larger one only passes"
@@ -282,11 +295,20 @@ def _check(s: Settings) -> None:
     for name in s.normalise:
         near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
         _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
+    for one in s.extra_paths:
+        method, _, path = one.partition(" ")
+        shaped = path.startswith("/v1/") and (method == "*" or (method.isalpha() and method.isupper()))
+        _require(shaped, f"extra_paths: {one!r} is not a method and a path below /v1/, as in 'POST /v1/x'")
+    for one in s.allowed_origins:
+        _require(
+            one == "*" or _is_origin(one), f"allowed_origins: {one!r} is not an origin, as in 'https://app.example'"
+        )
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
     _rules(s)
     for f in fields(s):
         value = getattr(s, f.name)
-        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name in ("turn_queue", "max_connections"):
+        counts = ("turn_queue", "max_connections", "max_messages", "max_json_values")
+        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name in counts:
             fits = value > 0 or (value == 0 and f.name in _NONE_IS_0)
             _require(fits, f"{f.name} must be more than 0, not {value}")
 
@@ -310,6 +332,11 @@ def _bare(url: str) -> str:
     """A URL without what makes no difference."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.lower(), path=parts.path.rstrip("/")).geturl()
+
+
+def _is_origin(text: str) -> bool:
+    scheme, separator, host = text.partition("://")
+    return bool(scheme and separator and host) and "/" not in host
 
 
 def _is_url(url: str, schemes: tuple[str, ...]) -> bool:

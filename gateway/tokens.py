@@ -138,7 +138,7 @@ class Estimator:
         """
         state = self._models.get(model) or _Model()
         texts = [text for message in messages for text in _texts(message)]
-        tools = [orjson.dumps(tool).decode() for tool in frame.get("tools") or ()]
+        tools = [orjson.dumps(tool).decode() for tool in _list(frame.get("tools"))]
         size, text = _counted(state, [*texts, *tools], most)
         ids = sum(len(m["content"]) for m in messages if m.get("role") == TOKENS)
         wrapped = 0 if kind(messages) else len(messages)  # no template writes anything around a text
@@ -221,11 +221,16 @@ def _texts(message: Message) -> Iterator[str]:
         yield content
     elif isinstance(content, list):
         yield from (str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
-    for call in message.get("tool_calls") or ():
+    for call in _list(message.get("tool_calls")):
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             yield str(function.get("name", ""))
             yield str(function.get("arguments", ""))
+
+
+def _list(value: Any) -> list[Any]:
+    """A list that a client sent; nothing where it sent something else, which the engine refuses."""
+    return value if isinstance(value, list) else []
 
 
 def _counted(state: _Model, texts: Sequence[str], most: int) -> tuple[int, int]:

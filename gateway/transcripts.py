@@ -8,9 +8,7 @@ is sent to the engine stays as the client, or the window, has it.
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import orjson
-
-from gateway import texts
+from gateway import complexity, texts
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
 
@@ -53,8 +51,8 @@ def _canonical_call(call: Any) -> Any:
         return call
     kept = {name: value for name, value in call.items() if name != "index"}
     try:
-        arguments = orjson.loads(function["arguments"])
-    except orjson.JSONDecodeError:
+        arguments = complexity.parse_text(function["arguments"])
+    except ValueError:
         return kept
     return {**kept, "function": {**function, "arguments": _whole_numbers(arguments)}}
 

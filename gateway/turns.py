@@ -18,6 +18,7 @@ from gateway import ended
 from gateway.ended import Ended, Read, Review
 from gateway.errors import GatewayError
 from gateway.inflight import TurnLocks
+from gateway.offload import Offload
 from gateway.reviews import Reviews
 from gateway.sessions import Place, Sessions
 from gateway.store.contract import Finished, Store, StoreUnavailable
@@ -53,6 +54,7 @@ class Turns:
     ) -> None:
         self._store = store
         self._reviews = reviews
+        self._offload = Offload()
         self._sessions = sessions
         self._telemetry = telemetry
         self._locks = locks
@@ -158,7 +160,7 @@ class Turns:
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closed = self._close_batch({id(over.place) for over in batch})
-            finished = [ended.finished(turn, await self._review(turn)) async for turn in _all(batch)]
+            finished = [await self._to_store(over) async for over in _all(batch)]
             await self._record(finished)
             self._reviews.recorded()
             for over, one in zip(batch, finished, strict=True):
@@ -194,6 +196,12 @@ class Turns:
                 async with asyncio.timeout(_GATHER_S):
                     await self._hurry.wait()
         self._hurry.clear()
+
+    async def _to_store(self, over: Ended) -> Finished:
+        """What the store is to keep of a turn; a large one is read and hashed beside the event loop."""
+        heavy = over.heavy
+        turn = await self._offload.run(heavy, ended.read, over)
+        return await self._offload.run(heavy, ended.finished, turn, await self._review(turn))
 
     async def _review(self, turn: Read) -> Review:
         try:
@@ -268,8 +276,8 @@ async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
                 await asyncio.sleep(_POLL_S)
 
 
-async def _all(batch: Sequence[Ended]) -> AsyncIterator[Read]:
+async def _all(batch: Sequence[Ended]) -> AsyncIterator[Ended]:
     for number, one in enumerate(batch, 1):
-        yield ended.read(one)
+        yield one
         if number % _READ_AT_ONCE == 0:
             await asyncio.sleep(0)

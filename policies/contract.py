@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from policies.shown import shown
+
 Event = Literal["turn", "sweep", "shutdown"]
 
 
@@ -56,10 +58,10 @@ def check_number(name: str, value: object, *, most: float, whole: bool = False) 
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not 0 < value <= most:
         kind = "whole number" if whole else "number"
-        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:g}, not {value!r:.100}")
+        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:g}, not {shown(value)}")
 
 
 def check_policies(value: object) -> None:
     """Raise ValueError unless a combination's parameter is a list of policies."""
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"policies must be a list of at least one policy, not {value!r:.100}")
+        raise ValueError(f"policies must be a list of at least one policy, not {shown(value)}")

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from policies.contract import Policy
+from policies.shown import shown
 
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
@@ -19,6 +20,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "all_of": "policies.all_of:AllOf",
     }
 )
+_LONGEST_NAME = 200  # of a policy that somebody has misspelt
 _DEEPEST = 8  # combinations of combinations; nobody means more
 
 
@@ -36,7 +38,7 @@ def build(spec: object, strangers: Collection[str] = (), field: str = "policy", 
     NAME is a built-in's, or one of `strangers`, "package.module:Class". A list under `policies` is made first.
     """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
-        raise PolicyError(field, f'must be an object with "use": the name of a policy, not {spec!r:.100}')
+        raise PolicyError(field, f'must be an object with "use": the name of a policy, not {shown(spec)}')
     if depth > _DEEPEST:
         raise PolicyError(field, f"combinations may lie {_DEEPEST} deep, no deeper")
     parameters = {name: value for name, value in spec.items() if name != "use"}
@@ -50,12 +52,12 @@ def build(spec: object, strangers: Collection[str] = (), field: str = "policy", 
 
 def _found(name: str, strangers: Collection[str], field: str) -> Any:
     if name not in BUILT_IN and name not in strangers:
-        near = difflib.get_close_matches(name, [*BUILT_IN, *strangers], n=1)
+        near = difflib.get_close_matches(name, [*BUILT_IN, *strangers], n=1) if len(name) <= _LONGEST_NAME else []
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join([*BUILT_IN, *strangers])}"
-        raise PolicyError(field, f"unknown policy {name!r:.100}: {hint}")
+        raise PolicyError(field, f"unknown policy {shown(name)}: {hint}")
     module, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not (module and colon and attribute):
-        raise PolicyError(field, f'{name!r:.100} must be "package.module:Class"')
+        raise PolicyError(field, f'{shown(name)} must be "package.module:Class"')
     try:
         loaded = importlib.import_module(module)
     except Exception as error:

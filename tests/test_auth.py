@@ -97,7 +97,7 @@ def test_the_right_key_opens_every_door_in_each_of_its_spellings(guarded: Gatewa
 
 def test_the_engine_sees_its_own_key_and_never_the_clients(engine: FakeEngine, guarded: Gateway, session: str) -> None:
     guarded.chat(session, headers={"authorization": f"Bearer {KEY}"})
-    guarded.http.get("/v1/some", headers={"x-api-key": KEY, "authorization": "Bearer other"})
+    guarded.http.get("/v1/models/some", headers={"x-api-key": KEY, "authorization": "Bearer other"})
     guarded.http.post("/admin/windows", json={"session_id": session, "window_name": "w"}, headers={"x-api-key": KEY})
     for request in engine.requests:
         assert request.header("authorization") == ["Bearer engine-key"]

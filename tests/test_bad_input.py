@@ -36,6 +36,7 @@ from tests.wire import Wire
 
 USAGE = usage_of(10, 2)
 MB = 2**20
+TYPE = "content-type: application/json"
 
 
 @dataclass(frozen=True)
@@ -428,7 +429,13 @@ def test_1000_streams_at_once_are_each_answered_whole_and_recorded_once(
     api.answers(engine, answer)
     wanted = b"".join([api.word, *api.stream(["lo"], None)])
     request = json.dumps({"model": MODEL, **api.body, "stream": True}).encode()
-    head = [f"POST /s/{session}{api.path} HTTP/1.1", "host: x", f"content-length: {len(request)}", "connection: close"]
+    head = [
+        f"POST /s/{session}{api.path} HTTP/1.1",
+        "host: x",
+        TYPE,
+        f"content-length: {len(request)}",
+        "connection: close",
+    ]
     message = "\r\n".join([*head, "", ""]).encode() + request
 
     async def one(url: str) -> bytes:
@@ -534,6 +541,7 @@ def test_what_is_no_http_behind_a_stream_does_not_get_into_it(
 H2C = [
     "Connection: Upgrade, HTTP2-Settings",
     "Upgrade: h2c",
+    TYPE,
     "HTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA",
 ]
 
@@ -566,7 +574,7 @@ def test_a_wish_for_h2c_is_ignored_and_the_request_is_what_it_is(
 def test_a_wish_for_h2c_in_a_chunked_body_is_ignored(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     address = urlsplit(gateway.url)
     connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=fake.WITHIN)
-    headers = {"connection": "upgrade", "upgrade": "h2c", "x-session-id": session}
+    headers = {"connection": "upgrade", "upgrade": "h2c", "x-session-id": session, "content-type": "application/json"}
     body = json.dumps({"model": MODEL, **APIS[0].body}).encode()
     connection.request("POST", APIS[0].path, iter([body[:9], body[9:]]), headers, encode_chunked=True)
     response = connection.getresponse()
@@ -593,10 +601,10 @@ def test_an_upgrade_that_the_connection_does_not_name_is_no_upgrade(gateway: Gat
         ("POST", "/detokenize"),
         ("POST", "/s/a/v1/embeddings"),
         ("GET", "/v1/models/org%2Fdemo"),
-        ("GET", "/v1/files?limit=2"),
+        ("GET", "/v1/models/org%2Fdemo?limit=2"),
     ],
 )
-def test_everything_else_that_the_engine_has_passes_through(
+def test_what_else_the_engine_has_for_clients_passes_through(
     engine: FakeEngine, gateway: Gateway, method: str, path: str
 ) -> None:
     def echo(exchange: Exchange) -> None:
@@ -604,7 +612,10 @@ def test_everything_else_that_the_engine_has_passes_through(
 
     engine.on_other = engine.on_tokenize = echo
     body = b'{ "input" : "x", "prompt":"Once", "temperature": 0.10 }'
-    answer = gateway.http.request(method, path, content=body if method == "POST" else None)
+    sent: dict[str, Any] = (
+        {"content": body, "headers": {"content-type": "application/json"}} if method == "POST" else {}
+    )
+    answer = gateway.http.request(method, path, **sent)
     assert (answer.status_code, answer.headers["x-odd"]) == (203, "1")
     assert answer.json()["target"] == path.removeprefix("/s/a")
     if method == "POST":

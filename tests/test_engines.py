@@ -123,9 +123,9 @@ def test_what_is_no_turn_follows_its_session_and_is_spread_without_one(
     home = next(engine for engine in engines if engine.seen(CHAT))
     for _ in range(3):
         gateway.http.post("/v1/embeddings", json={"model": MODEL, "input": "x"}, headers={"x-session-id": session})
-        gateway.http.get(f"/s/{session}/v1/whatever")
+        gateway.http.get(f"/s/{session}/v1/models/whatever")
     assert [len(engine.seen("/v1/embeddings")) for engine in engines] == [3 * (e is home) for e in engines]
-    assert [len(engine.seen("/v1/whatever")) for engine in engines] == [3 * (e is home) for e in engines]
+    assert [len(engine.seen("/v1/models/whatever")) for engine in engines] == [3 * (e is home) for e in engines]
     for _ in range(6):
         gateway.http.post("/v1/rerank", json={"model": MODEL, "query": "x"})
     assert [len(engine.seen("/v1/rerank")) for engine in engines] == [2, 2, 2]
@@ -295,7 +295,7 @@ def test_an_engine_that_is_slow_to_fail_is_not_tried_any_more_once_it_is_ejected
             gateway.start().wait("/healthz")
             eventually(lambda: "is ejected" in gateway.log, "ejected", within=30)
             clock = time.monotonic()
-            assert gateway.http.get("/v1/whatever").json()["error"]["code"] == "engine_unreachable"
+            assert gateway.http.get("/v1/models/whatever").json()["error"]["code"] == "engine_unreachable"
             assert time.monotonic() - clock < 1
         finally:
             gateway.close()

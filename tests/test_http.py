@@ -13,7 +13,7 @@ from tests.wire import Wire
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
@@ -66,7 +66,10 @@ def test_a_body_in_many_small_pieces_arrives_whole(engine: FakeEngine, strict: G
 def test_a_body_that_does_not_come_is_given_up_in_time(strict: Gateway, path: str) -> None:
     with Wire(strict.url) as wire:
         clock = time.monotonic()
-        wire.send(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{" % path.encode())
+        wire.send(
+            b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+            % path.encode()
+        )
         assert (wire.head(), wire.json()["error"]["code"]) == (408, "request_timeout")
         assert 0.9 < time.monotonic() - clock < 8
 

@@ -13,6 +13,8 @@ from tests.running import Gateway, gateway_before
 from tests.wire import Wire
 
 CHAT = "/v1/chat/completions"
+TYPE = {"content-type": "application/json"}
+JSON = b"content-type: application/json\r\n"
 HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 BODY: dict[str, Any] = {"model": MODEL, "messages": HI}
 
@@ -66,7 +68,7 @@ def test_a_bad_session_id_is_refused_in_header_and_url_and_never_reaches_the_eng
     in_url = b"POST /s/%s%s HTTP/1.1" % (quote(name, safe="").encode(), CHAT.encode())
     for start in (in_header, in_url):
         with Wire(gateway.url) as wire:
-            wire.send(b"%s\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (start, len(body), body))
+            wire.send(b"%s\r\nhost: x\r\n%scontent-length: %d\r\n\r\n%s" % (start, JSON, len(body), body))
             assert (wire.head(), wire.json()["error"]["code"]) == (400, "invalid_session_id")
     assert engine.seen(CHAT) == []
 
@@ -151,7 +153,6 @@ PRIVATE: dict[str, Any] = {
         "/v1/messages",
         "/v1/chat/completions/batch",
         "/v1/rerank",
-        "/v1/unknown",
     ],
 )
 def test_private_fields_never_reach_the_engine_and_everything_else_does(
@@ -273,23 +274,24 @@ def test_a_path_outside_the_api_never_reaches_the_engine(
     assert body["error"]["code"] == code
 
 
-def test_a_header_cannot_carry_another_header(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+@pytest.mark.parametrize(
+    ("evil", "status"),
+    [(b"a\r\n b", 400), (b"a\nx-injected: 1", 400), (b"a\rx-injected: 1", 400), (b"a\0b", 400), (b"a\tb", 200)],
+)
+def test_a_header_cannot_carry_another_header(engine: FakeEngine, gateway: Gateway, evil: bytes, status: int) -> None:
     body = json.dumps(BODY).encode()
-    for evil in (b"a\r\n b", b"a\nx-injected: 1", b"a\rx-injected: 1", b"a\0b"):
-        with Wire(gateway.url) as wire:
-            wire.send(
-                b"POST %s HTTP/1.1\r\nhost: x\r\nx-evil: %s\r\ncontent-length: %d\r\n\r\n%s"
-                % (CHAT.encode(), evil, len(body), body)
-            )
-            wire.head()
-        assert all(request.header("x-injected") in ([], ["1"]) for request in engine.requests)
-        assert all(
-            "\n" not in value and "\0" not in value for request in engine.requests for _, value in request.headers
+    with Wire(gateway.url) as wire:
+        wire.send(
+            b"POST %s HTTP/1.1\r\nhost: x\r\n%sx-evil: %s\r\ncontent-length: %d\r\n\r\n%s"
+            % (CHAT.encode(), JSON, evil, len(body), body)
         )
+        assert wire.head() == status
+    assert [request.header("x-evil") for request in engine.seen(CHAT)] == [["a\tb"]] * (status == 200)
+    assert [name for request in engine.requests for name, _ in request.headers if name == "x-injected"] == []
 
 
 def test_two_lengths_are_refused_and_never_smuggled(engine: FakeEngine, gateway: Gateway) -> None:
-    inner = b"GET /v1/evil HTTP/1.1\r\nhost: x\r\n\r\n"
+    inner = b"GET /v1/models/evil HTTP/1.1\r\nhost: x\r\n\r\n"
     for headers in (
         b"content-length: 5\r\ntransfer-encoding: chunked",
         b"content-length: 5\r\ncontent-length: 50",
@@ -298,11 +300,11 @@ def test_two_lengths_are_refused_and_never_smuggled(engine: FakeEngine, gateway:
         b"transfer-encoding : chunked",
     ):
         with Wire(gateway.url) as wire:
-            wire.send(b"POST /v1/x HTTP/1.1\r\nhost: x\r\n%s\r\n\r\n0\r\n\r\n%s" % (headers, inner))
+            wire.send(b"POST /v1/audio/translations HTTP/1.1\r\nhost: x\r\n%s\r\n\r\n0\r\n\r\n%s" % (headers, inner))
             assert wire.head() == 400
             wire.rest()
-    assert engine.seen("/v1/evil") == []
-    assert engine.seen("/v1/x") == []
+    assert engine.seen("/v1/models/evil") == []
+    assert engine.seen("/v1/audio/translations") == []
 
 
 # --- bodies
@@ -331,7 +333,7 @@ def test_two_lengths_are_refused_and_never_smuggled(engine: FakeEngine, gateway:
 def test_a_body_that_is_no_json_object_is_refused_in_the_shape_of_openai(
     engine: FakeEngine, gateway: Gateway, body: bytes, says: str
 ) -> None:
-    response = gateway.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    response = gateway.http.post(CHAT, content=body, headers=TYPE)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["type"]) == (400, "invalid_request", "invalid_request_error")
     assert says in error["message"]
@@ -340,17 +342,14 @@ def test_a_body_that_is_no_json_object_is_refused_in_the_shape_of_openai(
 
 @pytest.mark.parametrize("depth", [100, 250, 300, 1000])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_a_deeply_nested_body_is_passed_on_or_refused_but_never_a_failure(
+def test_a_deeply_nested_body_is_refused_and_never_a_failure(
     engine: FakeEngine, gateway: Gateway, session: str, path: str, depth: int
 ) -> None:
     deep = b'{"a":' * depth + b"1" + b"}" * depth
     body = b'{"model":"demo","messages":[{"role":"user","content":"hi"}],"prompt":[1],"metadata":%s}' % deep
-    response = gateway.http.post(
-        path, content=body, headers={"x-session-id": session, "content-type": "application/json"}
-    )
-    assert response.status_code in (200, 400)
-    if response.status_code == 400:
-        assert response.json()["error"]["code"] == "invalid_request"
+    response = gateway.http.post(path, content=body, headers={"x-session-id": session, **TYPE})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_complex"
 
 
 def test_a_name_that_comes_twice_means_to_the_engine_what_it_means_to_the_gateway(
@@ -359,7 +358,7 @@ def test_a_name_that_comes_twice_means_to_the_engine_what_it_means_to_the_gatewa
     body = (
         b'{"model":"demo","cache_salt":"a","messages":[],"messages":[{"role":"user","content":"hi"}],"cache_salt":"b"}'
     )
-    gateway.http.post(CHAT, content=body, headers={"x-session-id": session})
+    gateway.http.post(CHAT, content=body, headers={"x-session-id": session, **TYPE})
     (request,) = engine.seen(CHAT)
     assert request.body.count(b'"cache_salt"') == request.body.count(b'"messages"') == 1
     gateway.chat(session, cache_salt="b")
@@ -371,7 +370,7 @@ def test_a_number_too_large_for_64_bits_is_not_changed_on_its_way(
     engine: FakeEngine, gateway: Gateway, session: str, number: str
 ) -> None:
     body = b'{"model":"demo","messages":[{"role":"user","content":"hi"}],"tools":[{"maximum":%s}]}' % number.encode()
-    response = gateway.http.post(CHAT, content=body, headers={"x-session-id": session})
+    response = gateway.http.post(CHAT, content=body, headers={"x-session-id": session, **TYPE})
     assert response.status_code == 400 or f'"maximum":{number}'.encode() in engine.seen(CHAT)[0].body
 
 
@@ -426,9 +425,8 @@ def test_models_and_other_endpoints_pass_through_with_query(engine: FakeEngine, 
     engine.on_other = lambda exchange: exchange.json(
         {"target": exchange.request.target, "method": exchange.request.method}
     )
-    for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
-        answer = gateway.http.request(method, "/v1/some%20thing?a=%2F&b").json()
-        assert answer == {"target": "/v1/some%20thing?a=%2F&b", "method": method}
+    answer = gateway.http.get("/v1/models/some%20thing?a=%2F&b").json()
+    assert answer == {"target": "/v1/models/some%20thing?a=%2F&b", "method": "GET"}
 
 
 def test_a_salt_is_another_one_under_another_secret(

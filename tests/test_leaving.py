@@ -21,6 +21,8 @@ Events = Callable[[replies.Said, Mapping[str, Any]], Iterator[bytes]]
 _CLIENTS, _AT_ONCE = 60, 8
 _AT_ONCE_CLOSED = struct.pack("ii", 1, 0)
 
+TYPE = "content-type: application/json\r\n"
+
 
 def test_a_reset_in_mid_stream_is_a_client_that_left_and_no_error(engine: FakeEngine, tmp_path: Path) -> None:
     engine.on_chat = _send_without_end
@@ -98,7 +100,7 @@ def _send_without_end(exchange: Exchange) -> None:
 def _reset_in_mid_stream(url: str, session: str) -> None:
     address = urlsplit(url)
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
-    head = f"POST /s/{session}/v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /s/{session}/v1/chat/completions HTTP/1.1\r\nhost: x\r\n{TYPE}content-length: {len(body)}\r\n\r\n"
     with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
         sock.sendall(head.encode() + body)
         seen = b""

@@ -342,7 +342,7 @@ HUGE_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("window_freeze", {**W, "x" * 900_000: 1}, "unknown_parameter"),
     ("window_freeze", {**W, "tags": [{"a": ["b"] * 200_000}]}, "invalid_request"),
     ("window_ask", {"window_name": "w", "question": "x" * 900_000}, "invalid_request"),
-    ("auto_freeze_config", {"policy": {"policies": [{}] * 200_000}}, "invalid_request"),
+    ("auto_freeze_config", {"policy": {"policies": [{}] * 90_000}}, "invalid_request"),
     ("auto_freeze_config", {"policy": {"policies": [{"use": "x" * 900_000}]}}, "invalid_request"),
 ]
 

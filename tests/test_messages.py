@@ -437,7 +437,9 @@ def test_tokens_are_counted_with_what_the_engine_would_get_in_front(
 ) -> None:
     engine.on_other = answer
     assert talk(gateway, f"{session}-new", COUNT).json() == {"input_tokens": 1}
-    assert gateway.http.post(COUNT, content=AS_SENT).json() == {"input_tokens": 1}
+    assert gateway.http.post(COUNT, content=AS_SENT, headers={"content-type": "application/json"}).json() == {
+        "input_tokens": 1
+    }
     assert engine.seen(COUNT)[-1].body == AS_SENT
     gateway.chat(session, "hello")
     gateway.freeze(session, f"w-{session}").raise_for_status()

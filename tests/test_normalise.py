@@ -245,6 +245,8 @@ def test_what_only_passes_through_is_normalised_too(engine: FakeEngine, gateway:
 
 def test_a_body_without_the_line_keeps_every_byte(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     body = b'{"model": "demo",  "messages":[{"role":"user","content":"h\\u0069"}], "seed": 1.0e0}'
-    gateway.http.post(CHAT.decode(), content=body, headers={"x-session-id": session})
+    gateway.http.post(
+        CHAT.decode(), content=body, headers={"x-session-id": session, "content-type": "application/json"}
+    )
     (request,) = engine.seen(CHAT.decode())
     assert request.body.startswith(body[:-1])

@@ -95,7 +95,8 @@ def two_workers(gateway: Gateway) -> Iterator[tuple[Wire, Wire]]:
 def ask(wire: Wire, method: str, path: str, **body: Any) -> httpx.Response:
     """One admin request on this very connection."""
     raw = json.dumps(body).encode() if body else b""
-    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(raw)}\r\n\r\n"
+    kind = "content-type: application/json"
+    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\n{kind}\r\ncontent-length: {len(raw)}\r\n\r\n"
     wire.send(head.encode() + raw)
     status = wire.head()
     return httpx.Response(status, json=wire.json())

@@ -1,6 +1,7 @@
 """An HTTP client that hides nothing: what is sent is sent as it is, and what comes is seen chunk by chunk."""
 
 import json
+import select
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +39,8 @@ class Wire:
 
     def post(self, path: str, body: bytes, *headers: str) -> None:
         """Send a request with a length."""
+        if not any(header.lower().startswith("content-type:") for header in headers):
+            headers = ("content-type: application/json", *headers)
         head = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", *headers]
         self.send("\r\n".join(head).encode() + b"\r\n\r\n" + body)
 
@@ -81,3 +84,7 @@ class Wire:
     def rest(self) -> bytes:
         """Read until the other side closes. Raises TimeoutError when it does not."""
         return self._stream.read()
+
+    def readable(self) -> bool:
+        """Whether an answer has begun to come."""
+        return bool(select.select([self._sock], [], [], 0.01)[0])

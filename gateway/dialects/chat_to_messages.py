@@ -11,6 +11,7 @@ from typing import Any
 from gateway.dialects.messages_to_chat import BILLING, converted, tool_changes
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
+from policies.shown import shown
 
 # Besides these, what a message holds either never reaches a prompt, or cannot be said.
 _SAID = {
@@ -50,10 +51,10 @@ def messages(sent: Sequence[Message]) -> list[dict[str, Any]]:
     for message in sent:
         role = message.get("role")
         if role not in _SAID:
-            raise _unsayable(f"a message of role {role!r:.40}")
+            raise _unsayable(f"a message of role {shown(role, 40)}")
         for name in message.keys() - _SAID[role] - _UNSEEN:
             if message[name] not in (None, "", [], {}):
-                raise _unsayable(f"{name!r:.40} of a message of role {role}")
+                raise _unsayable(f"{shown(name, 40)} of a message of role {role}")
         _ROLES[role](message, said)
     return said
 
@@ -142,7 +143,7 @@ def _part(part: Any) -> dict[str, Any]:
 
 def _part_text(part: Any, where: str) -> str:
     if _kind(part) != "text" or not isinstance(part.get("text"), str):
-        raise _unsayable(f"a part of type {_kind(part)!r:.40} in {where}")
+        raise _unsayable(f"a part of type {shown(_kind(part), 40)} in {where}")
     text: str = part["text"]
     return text
 
@@ -190,14 +191,14 @@ def _thought(effort: object, body: Mapping[str, Any]) -> dict[str, Any]:
     if effort == "none":
         return {"thinking": {"type": "disabled"}}
     if effort not in _EFFORTS:
-        raise _unsayable(f"the window's reasoning_effort {effort!r:.40}")
+        raise _unsayable(f"the window's reasoning_effort {shown(effort, 40)}")
     return {"output_config": {**(body.get("output_config") or {}), "effort": effort}}
 
 
 def _fields(frame: Mapping[str, Any]) -> dict[str, Any]:
     for name in frame.keys() - _SAID_IN_FRAME:
         if frame[name]:
-            raise _unsayable(f"{name!r:.40} of the window")
+            raise _unsayable(f"{shown(name, 40)} of the window")
     fields = {name: frame[name] for name in _SAID_IN_FRAME if frame.get(name)}
     if "tools" in fields:
         fields["tools"] = [_declared(tool) for tool in fields["tools"]]

@@ -13,7 +13,7 @@ from gateway.records import Front, Message, Usage
 
 # What a client may not send to the engine as it likes: the salt is ours, transfer parameters can name token ids and
 # cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body).
-PRIVATE_FIELDS = ("cache_salt", "kv_transfer_params", "priority", "session_id")
+PRIVATE_FIELDS = ("cache_salt", "kv_transfer_params", "ec_transfer_params", "priority", "session_id")
 
 
 # Request fields that a chat template sees besides the messages (vllm 0.32, chat_completion/protocol.py).
@@ -159,6 +159,8 @@ def sanitise(body: dict[str, Any]) -> str:
     extra = body.get("vllm_xargs")  # vLLM merges it into the same place as kv_transfer_params
     if isinstance(extra, dict):
         body["vllm_xargs"] = {k: v for k, v in extra.items() if k not in PRIVATE_FIELDS}
+    if isinstance(client_salt, dict | list):
+        return write_json({"": client_salt}).decode()
     return str(client_salt) if client_salt is not None else ""
 
 

@@ -25,6 +25,7 @@ from gateway.dialects.events import json_object
 from gateway.dialects.openai import error_body, sentence
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
+from policies.shown import shown
 
 _FRAME_FIELDS = ("parallel_tool_calls", "chat_template_kwargs", "mm_processor_kwargs")
 # A prompt that is not made of instructions and input.
@@ -105,7 +106,7 @@ def _storage(body: dict[str, Any], sent: list[Any] | None) -> Storage:
     if previous is not None and not isinstance(previous, str):
         raise _refused("previous_response_id", "previous_response_id must be a string", "send the id of a response")
     if store is not None and not isinstance(store, bool):
-        raise _refused("store", f"store must be true or false, not {store!r:.50}", "leave it out for true")
+        raise _refused("store", f"store must be true or false, not {shown(store, 50)}", "leave it out for true")
     if previous is not None and conversation is not None:
         raise _refused(
             "previous_response_id",

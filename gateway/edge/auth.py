@@ -2,31 +2,36 @@
 
 import hmac
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from urllib.parse import urlsplit
 
 from gateway.errors import GatewayError
+from policies.shown import shown
 
 TENANT = "default"
 KEY_HEADERS = (b"authorization", b"x-api-key")
+_FROM_PAGES = frozenset({b"origin", b"sec-fetch-site"})
+_BROWSER_HEADERS = _FROM_PAGES | {b"host"}
+_OWN_SITE = (b"same-origin", b"none")
 # Names that nobody can register and show to the world: RFC 6761, 6762 and 8375, and ICANN's resolution on .internal.
 _RESERVED = (".localhost", ".local", ".internal", ".test", ".home.arpa")
 
 
-def tenant(headers: Iterable[tuple[bytes, bytes]], api_key: str) -> str:
+def tenant(headers: Collection[tuple[bytes, bytes]], api_key: str, allowed_origins: Collection[str] = ()) -> str:
     """Return the tenant of a request.
 
-    Raises `unauthorized` when a key is set and the request does not carry it, and `forbidden` when none is set and the
-    request was sent to a name that may be anybody's: a page can make its own name mean this machine (DNS rebinding),
-    and its browser believes then that we are its own site.
+    Raises `unauthorized` when a key is set and the request does not carry it. Where none is set, raises `forbidden`
+    for what a page of another site makes a browser send, and for a request to a name that may be anybody's: a page can
+    make its own name mean this machine (DNS rebinding), and its browser believes then that we are its own site.
     """
     if not api_key:
-        host = next((value for name, value in headers if name == b"host"), b"")
+        refuse_foreign(headers, allowed_origins)
+        host = _header(headers, b"host")
         if not _is_ours(host):
             raise GatewayError(
                 "forbidden",
-                f"requests to {host.decode('latin-1')!r:.200} are served with a key only",
+                f"requests to {shown(host.decode('latin-1'), 200)} are served with a key only",
                 hint="set api_key (CWG_API_KEY), or ask by address or as localhost",
             )
         return TENANT
@@ -39,6 +44,32 @@ def tenant(headers: Iterable[tuple[bytes, bytes]], api_key: str) -> str:
         "the API key is missing or wrong",
         hint="send it as `Authorization: Bearer KEY` or `x-api-key: KEY`",
     )
+
+
+def refuse_foreign(headers: Iterable[tuple[bytes, bytes]], allowed_origins: Collection[str] = ()) -> None:
+    """Raise `forbidden` for a request that a page of another site made a browser send.
+
+    A browser adds `Origin` to every POST, but not to what an image or a link makes it GET: it adds `Sec-Fetch-Site`
+    there, unless the page's own address is plain http and not local (W3C Fetch Metadata, 2.3).
+    """
+    found = {name: value for name, value in headers if name in _BROWSER_HEADERS}
+    if not found.keys() & _FROM_PAGES:  # no browser: agents and SDKs
+        return
+    origin = found.get(b"origin")
+    if origin is not None:
+        known = origin.partition(b"://")[2] == found.get(b"host", b"") or origin.decode("latin-1") in allowed_origins
+    else:
+        known = found.get(b"sec-fetch-site", b"none").strip().lower() in _OWN_SITE
+    if not known and "*" not in allowed_origins:
+        raise GatewayError(
+            "forbidden",
+            f"requests from {shown((origin or b'another site').decode('latin-1'), 200)} are not served here",
+            hint="if that page is yours, name its origin in allowed_origins, or set api_key",
+        )
+
+
+def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes:
+    return next((value for name, value in headers if name == wanted), b"")
 
 
 def _bare(value: bytes) -> bytes:

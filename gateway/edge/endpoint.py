@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,14 +15,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.autofreeze import Autofreeze
 from gateway.edge import auth, fields
 from gateway.edge.health import Health
-from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, stream_body
+from gateway.edge.http import ClientGone, Headers, bounded_query, not_found, parse_object, read_body, stream_body
 from gateway.edge.operation import JSON, NDJSON, Operation
 from gateway.errors import GatewayError
 from gateway.parts import Parts
 from gateway.progress import Progress, silent
 from gateway.records import check_session_id, check_window_name
+from policies.shown import shown
 
 log = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 2**20
+"""Largest JSON body of the admin API and of MCP: names, a description, a question."""
+_LONGEST_FIELD = 100
 
 
 class Call:
@@ -46,11 +52,13 @@ class Call:
 
     def _query(self) -> dict[str, Any]:
         """The query, checked no further. A parameter that comes twice is refused; tags are one list."""
+        bounded_query(self._request.scope["query_string"])
         items = self._request.query_params.multi_items()
-        names = [name for name, _ in items]
-        twice = next((name for name in names if names.count(name) > 1 and name != "tags"), None)
+        times = Counter(name for name, _ in items)
+        twice = next((name for name, count in times.items() if count > 1 and name != "tags"), None)
         if twice is not None:
-            raise GatewayError("invalid_request", f"{twice} is given more than once", details={"field": twice})
+            message = f"{shown(twice)} is given more than once"
+            raise GatewayError("invalid_request", message, details={"field": twice[:_LONGEST_FIELD]})
         given: dict[str, Any] = dict(items)
         if "tags" in given:
             given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
@@ -60,16 +68,24 @@ class Call:
         """The JSON body; none is an empty object."""
         limits, request = self.parts.settings, self._request
         raw = await read_body(
-            request.scope, request.receive, limit=limits.max_body_bytes, timeout_s=limits.client_timeout_s
+            request.scope,
+            request.receive,
+            limit=min(MAX_JSON_BYTES, limits.max_body_bytes),
+            timeout_s=limits.client_timeout_s,
+            body_timeout_s=limits.body_timeout_s,
         )
-        given = parse_object(raw) if raw else {}
+        given = parse_object(raw, limits.max_json_values) if raw else {}
         return fields.read(given, operation.body, operation.required, nulls=operation.nulls)
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body of a request that is too large to be read whole."""
         limits, request = self.parts.settings, self._request
         return stream_body(
-            request.scope, request.receive, limit=limits.max_import_bytes, timeout_s=limits.client_timeout_s
+            request.scope,
+            request.receive,
+            limit=limits.max_import_bytes,
+            timeout_s=limits.client_timeout_s,
+            body_timeout_s=limits.body_timeout_s,
         )
 
     @property
@@ -110,7 +126,7 @@ class Endpoint:
         except GatewayError as error:
             answer = error_answer(error)
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %.200r failed", scope["method"], scope["path"])
             answer = error_answer(GatewayError("internal", "the gateway failed; its log says why"))
         await answer(scope, receive, send)
 
@@ -166,8 +182,9 @@ class Methods:
 
 def _tenant(request: Request) -> str:
     parts: Parts = request.state.parts
-    refuse_foreign(request)
-    return auth.tenant(request.scope["headers"], parts.settings.api_key)
+    headers, settings = request.scope["headers"], parts.settings
+    auth.refuse_foreign(headers, settings.allowed_origins)
+    return auth.tenant(headers, settings.api_key, settings.allowed_origins)
 
 
 async def _no_route(request: Request, _: Exception) -> Response:
@@ -217,10 +234,3 @@ def error_shape(error: GatewayError) -> dict[str, Any]:
 def json_answer(status: int, value: Any) -> Response:
     """A JSON answer."""
     return Response(orjson.dumps(value), status, media_type="application/json")
-
-
-def refuse_foreign(request: Request) -> None:
-    """Refuse what a page of another site makes a browser send: where there is no key, that is all it takes."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host", ""):
-        raise GatewayError("forbidden", f"requests from {origin!r:.200} are not served here")

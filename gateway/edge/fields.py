@@ -9,8 +9,10 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.field import Field, reads
 from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME, check_session_id, check_window_name
+from policies.shown import shown
 
 _MOST_SECONDS = 1e10
+_LONGEST_NAME = 100  # of a parameter that somebody has misspelt: to compare costs its length squared
 
 
 @reads({"type": "string", "pattern": f"^{SESSION_ID.pattern}$"}, "invalid_session_id")
@@ -29,10 +31,10 @@ def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
     """Raise `unknown_parameter` for the first name that is not known, with the nearest one that is."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
+            near = difflib.get_close_matches(name, list(known), n=1) if len(name) <= _LONGEST_NAME else []
             raise GatewayError(
                 "unknown_parameter",
-                f"unknown parameter {name!r:.100}",
+                f"unknown parameter {shown(name)}",
                 hint=f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known) or 'none'}",
                 details={"field": name[:100]},
             )
@@ -40,7 +42,7 @@ def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
 
 def invalid(name: str, must: str, value: object) -> GatewayError:
     """The error for a field that is not what it must be."""
-    return GatewayError("invalid_request", f"{name} must be {must}, not {value!r:.100}", details={"field": name})
+    return GatewayError("invalid_request", f"{name} must be {must}, not {shown(value)}", details={"field": name})
 
 
 def text(name: str, value: object, *, longest: int) -> str:

@@ -1,13 +1,16 @@
 """What a client need not send: the beginning of its conversation that a window or the store has, put in front."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gateway import transcripts
 from gateway.dialects.contract import INHERITED_FIELDS, Call
 from gateway.edge.incoming import Incoming
+from gateway.offload import is_heavy
 from gateway.parts import Parts
 from gateway.records import Front, Message, Session
 from gateway.sessions import no_session
+from gateway.transcripts import SystemRule
 from gateway.windows.thaw import usable
 
 
@@ -29,7 +32,7 @@ async def begun(parts: Parts, call: Call, name: str, incoming: Incoming) -> Call
     """The call as the first of a new branch of a window. Raises `window_not_found`."""
     window = await usable(parts, incoming.tenant, name)
     history = (await parts.store.text(window)).messages
-    front = transcripts.missing(history, call.messages, incoming.system_rule)
+    front = await _lacking(parts, call, history, incoming.system_rule)
     return await _inheriting(parts, call, front, window.frame)
 
 
@@ -38,12 +41,25 @@ async def _missing(parts: Parts, call: Call, session: Session, incoming: Incomin
         if session.transcript is None:
             return None
         history = await _held(parts, session, session.transcript)
-        return transcripts.missing(history, call.messages, incoming.system_rule or "replace")
+        return await _lacking(parts, call, history, incoming.system_rule or "replace")
     if session.window_transcript is None:
         return None
     window = await _held(parts, session, session.window_transcript)
-    current = None if transcripts.is_whole(window, call.messages) else await _current(parts, session)
-    return transcripts.missing(window, call.messages, incoming.system_rule, current)
+    heavy = is_heavy(window) or is_heavy(call.messages)
+    whole = await parts.offload.run(heavy, transcripts.is_whole, window, call.messages)
+    return await _lacking(parts, call, window, incoming.system_rule, None if whole else await _current(parts, session))
+
+
+async def _lacking(
+    parts: Parts,
+    call: Call,
+    history: Sequence[Message],
+    rule: SystemRule,
+    current: Sequence[Message] | None = None,
+) -> Front | None:
+    """See `transcripts.missing`."""
+    heavy = is_heavy(history) or is_heavy(call.messages)
+    return await parts.offload.run(heavy, transcripts.missing, history, call.messages, rule, current)
 
 
 async def _held(parts: Parts, session: Session, transcript: bytes) -> list[Message]:

@@ -11,9 +11,12 @@ from gateway.dialects.contract import Dialect
 from gateway.dialects.messages import MessagesDialect
 from gateway.dialects.responses import ResponsesDialect
 from gateway.edge.http import not_found
+from gateway.edge.routes import ROUTES
 from gateway.errors import GatewayError
+from gateway.offload import HEAVY_BYTES
 from gateway.records import check_session_id, check_window_name
 from gateway.transcripts import SystemRule
+from policies.shown import shown
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
@@ -25,28 +28,19 @@ TURNS: dict[bytes, Dialect] = {
     b"/v1/responses": ResponsesDialect(),
     b"/v1/messages": MESSAGES,
 }
-COUNT = b"/v1/messages/count_tokens"
-
-# Endpoints that take a `cache_salt` and leave KV behind (vllm 0.32), though they are no turns of a session here.
-SALTED = frozenset(
-    {
-        b"/v1/chat/completions/batch",
-        b"/v1/embeddings",
-        b"/v1/rerank",
-        b"/v1/score",
-        b"/v1/systemone",
-    }
-)
-
 # What vLLM has beside `/v1` and clients ask for: no KV comes of it.
 BESIDE = (b"/tokenize", b"/detokenize")
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What the base URL says: the engine's path, and the session or the window that all under it belongs to."""
+    """What the base URL says: the engine's path, and the session or the window that all under it belongs to.
+
+    `known` is the path as the engine routes it: decoded, and without a slash at its end.
+    """
 
     path: bytes
+    known: bytes
     session_id: str | None = None
     window: str | None = None
 
@@ -61,6 +55,11 @@ class Incoming:
     tenant: str
     base: Base
     body: bytes
+
+    @property
+    def heavy(self) -> bool:
+        """Whether its body takes so long to parse that it is done beside the event loop."""
+        return len(self.body) > HEAVY_BYTES
 
     @property
     def target(self) -> bytes:
@@ -81,7 +80,7 @@ class Incoming:
         if sent == b"replace":
             return "replace"
         if sent:
-            raise GatewayError("invalid_request", f"X-Window-System is {sent!r:.50}", hint="use keep or replace")
+            raise GatewayError("invalid_request", f"X-Window-System is {shown(sent, 50)}", hint="use keep or replace")
         return ""
 
 
@@ -102,12 +101,12 @@ def base_of(scope: Scope) -> Base:
     if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
-    if known in TURNS or known in SALTED or known == COUNT:
+    if known in ROUTES:
         raw = known
     if window is None:
         sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
         window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
-    return Base(raw, session_id, window)
+    return Base(raw, known, session_id, window)
 
 
 def spoken(scope: Scope) -> Dialect:

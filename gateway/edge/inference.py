@@ -1,7 +1,7 @@
 """The inference door: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, before the engine.
 
 What `TURNS` has is a turn of a session: read once, salted, relayed, and handed to `gateway.turns` when it is over.
-Everything else passes through (`gateway.edge.passing`).
+What else `gateway.edge.routes` has passes through (`gateway.edge.passing`).
 """
 
 import logging
@@ -16,13 +16,15 @@ from gateway import aliases, identity, normalise
 from gateway.dialects.contract import Call, Dialect
 from gateway.edge import auth, front, responses
 from gateway.edge.client import client_of
-from gateway.edge.http import ClientGone, Headers, parse_object, read_body, send_answer
-from gateway.edge.incoming import COUNT, SYSTEM_HEADER, TURNS, WINDOW_HEADER, Incoming, base_of, spoken
+from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, require_json, send_answer
+from gateway.edge.incoming import SYSTEM_HEADER, TURNS, WINDOW_HEADER, Base, Incoming, base_of, spoken
 from gateway.edge.passing import Passing
 from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers, send_full
+from gateway.edge.routes import COUNT, RESPONSES, Routes
 from gateway.ended import Ended
 from gateway.engine import Model
 from gateway.errors import GatewayError
+from gateway.offload import HEAVY_MESSAGES, is_heavy
 from gateway.parts import Parts
 from gateway.records import StoredResponse
 from gateway.sessions import Place
@@ -43,6 +45,7 @@ _DROPPED = frozenset(
         SYSTEM_HEADER,
         WINDOW_HEADER,
         b"x-vllm-priority",
+        b"x-data-parallel-rank",
         *identity.HEADERS,
     }
 )
@@ -63,6 +66,16 @@ class _Turn:
     dropped: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Understood:
+    """A turn's request, taken apart."""
+
+    call: Call
+    named: identity.Given | None
+    normalised: tuple[str, ...]
+    prompt: identity.Prompt
+
+
 class Inference:
     """The ASGI application of the inference door."""
 
@@ -76,54 +89,68 @@ class Inference:
         self._successors = Successors(parts)
         self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        self._routes = Routes(settings.extra_paths)
         self._passing = Passing(parts, self._successors, self._outgoing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            incoming = await self._read(scope, receive, send)
-            dialect = TURNS.get(incoming.base.path)
-            if dialect and scope["method"] == "POST":
-                await self._turn(incoming, dialect)
-            elif incoming.base.path == COUNT and scope["method"] == "POST":
-                await self._passing.count(incoming)
-            elif kept := await responses.serve(self._parts, incoming.tenant, scope["method"], incoming.target):
-                await send_answer(send, 200, kept)
-            else:
-                await self._passing.serve(incoming)
+            await self._serve(scope, receive, send)
         except GatewayError as error:
             await send_answer(send, error.status, spoken(scope).error(error))
         except ClientGone:
             return
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %.200r failed", scope["method"], scope["path"])
             failure = GatewayError("internal", "the gateway failed; its log says why")
             with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
                 await send_answer(send, failure.status, spoken(scope).error(failure))
 
-    async def _read(self, scope: Scope, receive: Receive, send: Send) -> Incoming:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._parts.settings
-        tenant = auth.tenant(scope["headers"], settings.api_key)
+        tenant = auth.tenant(scope["headers"], settings.api_key, settings.allowed_origins)
         base = base_of(scope)
-        body = await read_body(scope, receive, limit=settings.max_body_bytes, timeout_s=settings.client_timeout_s)
+        route = self._routes.check(scope["method"], base.known)
+        if route.needs_json:
+            require_json(scope["headers"])
+        incoming = await self._read(scope, receive, send, tenant, base)
+        if dialect := TURNS.get(base.path):
+            await self._turn(incoming, dialect)
+        elif base.path == COUNT:
+            await self._passing.count(incoming)
+        elif not base.path.startswith(RESPONSES):
+            await self._passing.serve(incoming, route)
+        elif kept := await responses.serve(self._parts, tenant, scope["method"], incoming.target):
+            await send_answer(send, 200, kept)
+        else:
+            raise not_found(scope["path"])
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send, tenant: str, base: Base) -> Incoming:
+        settings = self._parts.settings
+        body = await read_body(
+            scope,
+            receive,
+            limit=settings.max_body_bytes,
+            timeout_s=settings.client_timeout_s,
+            body_timeout_s=settings.body_timeout_s,
+        )
         return Incoming(scope, receive, send, tenant, base, body)
 
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts, arrived = self._parts, time.monotonic()
-        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
-        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
-        call = dialect.read(body, b"" if normalised else incoming.body)
+        asked = await parts.offload.run(incoming.heavy, self._understood, incoming, dialect)
+        call = asked.call
         model = await parts.engines.look_up(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
         call, before = await responses.resume(parts, incoming.tenant, call)
-        place = await self._place(incoming, named, call, before)
-        asked, call = call, await front.continued(parts, call, place.session, incoming)
+        place = await self._place(incoming, asked, before)
+        sent, call = call, await front.continued(parts, call, place.session, incoming)
         if place.session.successor and front.leaves_history(call):
             place = await self._successors.newest(place)
-            call = await front.continued(parts, asked, place.session, incoming)
-        turn = _Turn(incoming, dialect, call, place, model, normalised, arrived)
+            call = await front.continued(parts, sent, place.session, incoming)
+        turn = _Turn(incoming, dialect, call, place, model, asked.normalised, arrived)
         if onward := await self._successors.onward(place, call):
             turn = _onward(turn, onward)
         answer = await self._relayed(turn)
@@ -148,7 +175,8 @@ class Inference:
         await resume(parts, session)
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
-        outgoing = self._outgoing(incoming, dialect.write(call, salt))
+        heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
+        outgoing = self._outgoing(incoming, await parts.offload.run(heavy, dialect.write, call, salt))
         answer = Answer(
             dialect,
             _headers(turn),
@@ -172,7 +200,10 @@ class Inference:
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
-                    call=call,
+                    call=replace(call, raw=b"", body={})
+                    if incoming.heavy
+                    else call,  # for the record nobody needs them
+                    heavy_body=incoming.heavy,
                     outcome=answer.outcome,
                     status=answer.status,
                     started_at=started_at,
@@ -187,21 +218,35 @@ class Inference:
             )
         return answer
 
-    async def _place(
-        self, incoming: Incoming, named: identity.Given | None, call: Call, before: StoredResponse | None
-    ) -> Place:
+    async def _place(self, incoming: Incoming, asked: _Understood, before: StoredResponse | None) -> Place:
         """Say which session the turn belongs to."""
-        parts, tenant = self._parts, incoming.tenant
-        key = named.id if named and named.kind == "key" else ""
-        seed = identity.seed(call.body, key, call.client_salt)
+        parts, tenant, named, prompt = self._parts, incoming.tenant, asked.named, asked.prompt
         if before is not None:
-            return await responses.place(parts, before, named, seed)
-        tools = aliases.tool_names(call.frame)
-        if incoming.base.window is None or not call.messages:
-            prompt = identity.Prompt(call.messages, seed, tools)
-            return await parts.sessions.place(tenant, named, prompt, parts.turns.settle)
-        asked = branch.Asked(tenant, incoming.base.window, named, call.messages, tools, incoming.system_rule)
-        return await branch.place(parts, asked, seed)
+            return await responses.place(parts, before, named, prompt.seed)
+        if incoming.base.window is not None and prompt.messages:
+            beneath = branch.Asked(tenant, incoming.base.window, named, prompt, incoming.system_rule)
+            return await branch.place(parts, beneath)
+        if len(prompt.messages) > HEAVY_MESSAGES:
+            await parts.offload.run(True, prompt.prepare, named)
+        return await parts.sessions.place(tenant, named, prompt, parts.turns.settle)
+
+    def _understood(self, incoming: Incoming, dialect: Dialect) -> _Understood:
+        """Parse a request and take it apart. Raises `invalid_request`, `invalid_session_id`, `too_complex`."""
+        settings = self._parts.settings
+        parsed = parse_object(incoming.body, settings.max_json_values)
+        body, normalised = normalise.in_body(parsed, incoming.base.path, self._rules)
+        named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
+        call = dialect.read(body, b"" if normalised else incoming.body)
+        if len(call.messages) > settings.max_messages:
+            message = f"the request holds {len(call.messages)} messages; at most {settings.max_messages} are taken"
+            raise GatewayError("too_complex", message, hint="max_messages sets the limit")
+        key = named.id if named and named.kind == "key" else ""
+        prompt = identity.Prompt(
+            call.messages, identity.seed(call.body, key, call.client_salt), aliases.tool_names(call.frame)
+        )
+        if incoming.heavy:
+            prompt.prepare(named)
+        return _Understood(call, named, normalised, prompt)
 
     def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added

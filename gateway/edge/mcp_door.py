@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlencode
 
 import orjson
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import complexity
 from gateway.edge import auth, inside
-from gateway.edge.endpoint import error_answer, refuse_foreign
+from gateway.edge.endpoint import MAX_JSON_BYTES, error_answer
 from gateway.edge.http import ClientGone, read_body
 from gateway.edge.mcp_params import AdminRequest, Ask, Json, Tell
 from gateway.edge.operation import NDJSON
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 OverHttp = Callable[[Callable[[Any], Ask], int], "StreamableHTTPSessionManager"]
 
 PATH = "/mcp"
-_MAX_BODY_BYTES = 2**20  # names, a description, a question: nothing that a tool takes is long
 # What a client may send in vain. MCP's own client gives up its connection, and every other call on it, when the answer
 # comes while it still sends and the socket is closed on it.
 _MOST_IN_VAIN = 2**24
@@ -37,7 +36,7 @@ class McpDoor:
     def __init__(self, admin: ASGIApp, settings: Settings) -> None:
         self._admin = admin
         self._settings = settings
-        self._limit = min(_MAX_BODY_BYTES, settings.max_body_bytes)
+        self._limit = min(MAX_JSON_BYTES, settings.max_body_bytes)
         self._opened = asyncio.Event()
         self._loading: asyncio.Task[OverHttp] | None = None
         self._running: asyncio.Task[None] | None = None
@@ -73,12 +72,21 @@ class McpDoor:
         await manager.handle_request(scope, _again(body, receive), send)
 
     async def _let_in(self, scope: Scope, receive: Receive) -> bytes:
-        refuse_foreign(Request(scope))
-        auth.tenant(scope["headers"], self._settings.api_key)
+        auth.refuse_foreign(scope["headers"], self._settings.allowed_origins)
+        auth.tenant(scope["headers"], self._settings.api_key, self._settings.allowed_origins)
         if scope["method"] != "POST":
             why = "there are no streams of the server's own, and no sessions to end"
             raise GatewayError("method_not_allowed", f"{scope['method']} is not served here: {why}", hint="use POST")
-        return await read_body(scope, receive, limit=self._limit, timeout_s=self._settings.client_timeout_s)
+        body = await read_body(
+            scope,
+            receive,
+            limit=self._limit,
+            timeout_s=self._settings.client_timeout_s,
+            body_timeout_s=self._settings.body_timeout_s,
+        )
+        with suppress(orjson.JSONDecodeError):  # MCP has its own words for that
+            complexity.parse(body, self._settings.max_json_values)
+        return body
 
     async def _open(self) -> "StreamableHTTPSessionManager":
         if self._loading is None:

@@ -26,7 +26,7 @@ PLACEHOLDERS: Mapping[str, tuple[Field[str], str]] = {
 }
 # What a verb may raise that needs the engine.
 ENGINE = ("model_mismatch", "engine_unreachable", "engine_timeout")
-_ALWAYS = ("invalid_request", "unknown_parameter", "request_timeout", "payload_too_large", "internal")
+_ALWAYS = ("invalid_request", "unknown_parameter", "request_timeout", "payload_too_large", "too_complex", "internal")
 _GUARDED = ("unauthorized", "forbidden")
 _IN_A_PATH = ("not_found", "method_not_allowed")  # a name with a slash in it is another path
 

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway import identity, normalise
-from gateway.dialects.contract import is_clean, sanitise, with_fields, write_json
+from gateway.dialects.contract import Call, is_clean, sanitise, with_fields, write_json
 from gateway.edge import front
 from gateway.edge.client import client_of
 from gateway.edge.http import Headers, parse_object, send_answer
-from gateway.edge.incoming import MESSAGES, SALTED, Incoming, spoken
+from gateway.edge.incoming import MESSAGES, Incoming, spoken
 from gateway.edge.relay import Answer, Outgoing, relay
+from gateway.edge.routes import Route
 from gateway.parts import Parts
 from gateway.records import Session
 from gateway.sessions import Place
@@ -25,7 +26,7 @@ class Passing:
         self._outgoing = outgoing
         self._rules = frozenset(parts.settings.normalise)
 
-    async def serve(self, incoming: Incoming) -> None:
+    async def serve(self, incoming: Incoming, route: Route) -> None:
         """Relay a request."""
         engines = self._parts.engines
         if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
@@ -34,7 +35,7 @@ class Passing:
             return
         body, session, model = incoming.body, None, ""
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body, session, model = await self._sanitised(incoming)
+            body, session, model = await self._sanitised(incoming, route)
         elif len(engines.members) > 1:
             session = await self._session_of(incoming, {})
         await self._relay(incoming, body, session, model)
@@ -42,9 +43,8 @@ class Passing:
     async def count(self, incoming: Incoming) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
         parts = self._parts
-        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        body, call = await parts.offload.run(incoming.heavy, self._counted, incoming)
         session = await self._session_of(incoming, body)
-        call = MESSAGES.read(body, b"" if normalised else incoming.body)
         if session and session.window_transcript is not None:
             call = await front.continued(parts, call, session, incoming)
         elif incoming.base.window is not None and call.messages:
@@ -53,20 +53,28 @@ class Passing:
             call = onward.call
         await self._relay(incoming, MESSAGES.question(call), session, call.model)
 
+    def _counted(self, incoming: Incoming) -> tuple[dict[str, Any], Call]:
+        body, normalised = self._parsed(incoming)
+        return body, MESSAGES.read(body, b"" if normalised else incoming.body)
+
+    def _parsed(self, incoming: Incoming) -> tuple[dict[str, Any], tuple[str, ...]]:
+        parsed = parse_object(incoming.body, self._parts.settings.max_json_values)
+        return normalise.in_body(parsed, incoming.base.path, self._rules)
+
     async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
         engines = self._parts.engines
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
         answer = Answer(spoken(incoming.scope), _named(incoming), limit=0)
         await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming) -> tuple[bytes, Session | None, str]:
+    async def _sanitised(self, incoming: Incoming, route: Route) -> tuple[bytes, Session | None, str]:
         """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""
-        body, normalised = normalise.in_body(parse_object(incoming.body), incoming.base.path, self._rules)
+        body, normalised = await self._parts.offload.run(incoming.heavy, self._parsed, incoming)
         raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
         sent = body.get("model")
         named = sent if isinstance(sent, str) else ""
-        salted = incoming.base.path in SALTED
+        salted = route.salted
         several = len(self._parts.engines.members) > 1
         session = await self._session_of(incoming, body) if salted or several else None
         if not salted:

@@ -34,6 +34,7 @@ FULL_HINT = (
     "with on_full=successor the gateway goes on by itself"
 )
 _HINT_BYTES = 500
+_CORS = b"access-control-"  # who may read our answers in a browser is not the engine's to say
 _REFUSAL_BYTES = 64 * 1024  # what is longer says something else
 
 
@@ -156,7 +157,7 @@ async def relay(route: Route, outgoing: Outgoing, client: Client, send: Send, an
 
 
 async def _forward(connection: Connection, client: Client, send: Send, answer: Answer, engine: str) -> None:
-    kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP]
+    kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP and not k.startswith(_CORS)]
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
     if connection.status == 400 and answer.may_be_full:
@@ -205,7 +206,7 @@ async def _refused(connection: Connection, kept: Headers, send: Send, answer: An
 async def send_full(send: Send, held: tuple[Headers, bytes], hint: str) -> None:
     """Send a held answer after all, with a hint that the engine does not give."""
     headers, body = held
-    said = hint.encode("latin-1", "replace").replace(b"\n", b" ")[:_HINT_BYTES]
+    said = " ".join(hint.split()).encode("ascii", "replace")[:_HINT_BYTES]
     await _send_whole(send, 400, [*headers, (HINT_HEADER, said)], body)
 
 

@@ -13,6 +13,7 @@ import orjson
 from gateway import transcripts
 from gateway.dialects.contract import Call
 from gateway.edge import fields
+from gateway.edge.http import bounded_query
 from gateway.errors import GatewayError
 from gateway.field import Field
 from gateway.identity import Given
@@ -128,6 +129,7 @@ async def serve(parts: Parts, tenant: str, method: str, target: bytes) -> bytes 
     verb = _VERBS.get((method, rest))
     if verb is None or not response_id:
         return None
+    bounded_query(query.encode("latin-1"))
     asked = dict(parse_qsl(query, keep_blank_values=True))
     return orjson.dumps(await verb(parts, tenant, unquote(response_id), asked))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway import limits
@@ -25,6 +25,8 @@ _SHUTDOWN_S = 10
 _USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that takes nothing comes first: it knows of our stalls
 _REFUSED_S = 1.0  # how long a client that was refused has to read why
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; agents send a few kilobytes
+MAX_HEADERS = 200  # of a request; 64 KiB would hold 13,000
+MAX_PIPELINED = 16  # requests that wait for the answer before them, on one connection
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -69,8 +71,16 @@ class GatheringTransport:
                 self._transport.write(data)
 
 
+class _Refused(Exception):
+    """Ends the parser: the request will not be served."""
+
+
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with bounds on the head of every request: seconds, and bytes."""
+    """uvicorn's HTTP protocol with bounds on the head of every request: seconds, bytes, and headers.
+
+    Reading goes on while a response is written, or nobody would see that the client has left; so what comes then is
+    counted too. Trailers are dropped: those who filter headers before us do not see them (RFC 9110, 6.5.1).
+    """
 
     head_timeout_s: float
     open_connections: Connections
@@ -82,7 +92,11 @@ class BoundedProtocol(HttpToolsProtocol):
     on_writable: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
     _unsent: asyncio.TimerHandle | None = None
+    _in_head = True  # whether the next byte belongs to a head, or to nothing yet
     _head_bytes = 0
+    _message_ended = False  # within the bytes that came last
+    _trailer_bytes = 0
+    _answer = upgrades.NO_HTTP  # to what cannot be served
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -107,18 +121,43 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_head()
-        super().data_received(data)
-        if self._deadline is not None:  # the head is not complete yet
+        room = MAX_HEAD_BYTES - self._head_bytes
+        if self._in_head and len(data) > room:
+            self._feed(memoryview(data)[:room])
+            if self._in_head:
+                self.refuse(_HEAD_TOO_LARGE)
+                return
+            data = memoryview(data)[room:]
+        self._feed(data)
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        """Let the parser read, and count what it read of a head that is not complete."""
+        self._message_ended = False
+        super().data_received(data)  # type: ignore[arg-type]
+        if self._in_head and not self._message_ended:  # else most of it was another message
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.write(_HEAD_TOO_LARGE)
-                self.transport.close()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header is complete, or a trailer."""
+        if not self._in_head:
+            self._trailer_bytes += len(name) + len(value)
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                raise _Refused
+            return
+        if len(self.headers) >= MAX_HEADERS:
+            self._answer = _HEAD_TOO_LARGE
+            raise _Refused
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
         if self.parser.should_upgrade():
             return  # it will be read again, or refused
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _Refused
         self._cancel()
+        self._in_head = False
+        self._trailer_bytes = 0
         self.open_connections.begin(self)
         super().on_headers_complete()
         self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
@@ -126,6 +165,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The body is complete."""
         if not self.parser.should_upgrade():
+            self._in_head = self._message_ended = True
+            self._head_bytes = 0
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -137,9 +178,13 @@ class BoundedProtocol(HttpToolsProtocol):
         """See `gateway.edge.connections.Closable.close_idle`."""
         self.transport.close()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        served: Any = _Unframed(app, cycle) if cycle.scope["http_version"] == "1.0" else app
+        super()._start_asgi_task(cycle, served)
+
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP."""
-        self.refuse(upgrades.NO_HTTP)
+        """What came is no HTTP, or no request that is served."""
+        self.refuse(self._answer)
 
     def refuse(self, answer: bytes) -> None:
         """See `gateway.edge.upgrades.Owner.refuse`."""
@@ -195,13 +240,35 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write_eof()
 
     def _expect_head(self) -> None:
-        self._head_bytes = 0
         self._deadline = self.loop.call_later(self.head_timeout_s, self.transport.close)
 
     def _cancel(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+class _Unframed:
+    """An application for a client of HTTP/1.0: it reads until the connection closes, and knows no chunks."""
+
+    def __init__(self, app: ASGIApp, cycle: RequestResponseCycle) -> None:
+        self._app = app
+        self._cycle = cycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; uvicorn closes the connection after it."""
+        has_length = True
+
+        async def send_unframed(message: Message) -> None:
+            nonlocal has_length
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                self._cycle.chunked_encoding = None if has_length else False
+            elif not has_length:
+                self._cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive, send_unframed)
 
 
 class UvicornClient:

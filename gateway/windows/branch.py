@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gateway import identity, transcripts
 from gateway.errors import GatewayError
 from gateway.identity import Beginning, Given, Prompt
+from gateway.offload import is_heavy
 from gateway.parts import Parts
 from gateway.records import Message, Session, Window
 from gateway.sessions import Place
@@ -19,17 +20,16 @@ from gateway.windows.thaw import thaw, usable
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request under a window: `messages` as the client sent them, never empty."""
+    """A request under a window: `prompt` has the messages as the client sent them, never none."""
 
     tenant: str
     window: str
     named: Given | None
-    messages: Sequence[Message]
-    tools: bytes  # `gateway.aliases.tool_names`
+    prompt: Prompt
     rule: SystemRule
 
 
-async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
+async def place(parts: Parts, asked: Asked) -> Place:
     """Return the branch that the request belongs to, thawed just now if it is new.
 
     Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session
@@ -38,29 +38,33 @@ async def place(parts: Parts, asked: Asked, seed: bytes) -> Place:
     window = await usable(parts, asked.tenant, asked.window)
     named = asked.named
     if named and named.kind != "key":
-        return await _named(parts, asked, named, seed)
+        return await _named(parts, asked, named)
     history = (await parts.store.text(window)).messages
-    front = transcripts.missing(history, asked.messages, asked.rule)
-    whole = asked.messages if front is None else transcripts.merged(front, asked.messages)
-    seed = identity.seed({}, f"{seed.hex()} {window.name} {window.created_at}", "")
-    request = Beginning.of(Prompt(whole, seed, asked.tools))
+    seed = identity.seed({}, f"{asked.prompt.seed.hex()} {window.name} {window.created_at}", "")
+    heavy = is_heavy(history) or is_heavy(asked.prompt.messages)
+    request = await parts.offload.run(heavy, _beginning, history, asked, seed)
     verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
     if verdict.session and not verdict.forks:
         return Place(verdict.session, verdict.how, seed, request)
     return Place(await _new(parts, window), "window", seed, request, is_new=True)
 
 
-async def _named(parts: Parts, asked: Asked, named: Given, seed: bytes) -> Place:
-    known = await parts.sessions.place(
-        asked.tenant, named, Prompt(asked.messages, seed, asked.tools), parts.turns.settle
-    )
+def _beginning(history: Sequence[Message], asked: Asked, seed: bytes) -> Beginning:
+    """The beginning of the whole conversation, whether or not the client sent the window's part of it."""
+    sent = asked.prompt.messages
+    front = transcripts.missing(history, sent, asked.rule)
+    return Beginning.of(Prompt(sent if front is None else transcripts.merged(front, sent), seed, asked.prompt.tools))
+
+
+async def _named(parts: Parts, asked: Asked, named: Given) -> Place:
+    known = await parts.sessions.place(asked.tenant, named, asked.prompt, parts.turns.settle)
     if known.is_new:
         head = known.session.head
         session, _, _ = await thaw(
             parts, asked.tenant, asked.window, new_session_id=known.session.id, warm="none", source=known.source,
             head=head,
         )  # fmt: skip
-        return Place(session, known.source, seed, is_new=True)
+        return Place(session, known.source, asked.prompt.seed, is_new=True)
     if known.session.window != asked.window:
         raise GatewayError(
             "invalid_request",
