@@ -2,17 +2,21 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.errors import GatewayError
 from gateway.store.contract import Text
 from gateway.windows import forget, garbage
-from gateway.windows.clone import add, copied
-from gateway.windows.delete import delete
+from gateway.windows.clone import add, clone, copied
+from gateway.windows.delete import Deleted, delete
+from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming, freeze
+from gateway.windows.isolate import isolate
+from gateway.windows.naming import freeze_by_itself
 from gateway.windows.thaw import thaw
 from gateway.windows.verify import verify
 from tests.cached import CHUNKS, IDS, MESSAGES, TENANT, Cached, opened
@@ -199,6 +203,21 @@ async def test_what_a_freeze_computed_in_vain_is_looked_after(engine: FakeEngine
     assert house.pinned == set()
 
 
+async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_window(
+    engine: FakeEngine, house: Cached
+) -> None:
+    await house.session(stored=False)
+    loop = asyncio.get_running_loop()
+    deletion = deleted(house)
+    engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
+    with pytest.raises(GatewayError, match="deleted while it was frozen") as caught:
+        await freeze_by_itself(house.parts, TENANT, "s", Naming("auto"))
+    assert caught.value.code == "session_not_found"
+    assert (await house.parts.store.window(TENANT, "auto"), house.pinned) == (None, set())
+    await forget.forget_loose(house.parts)
+    assert list(house.cache.folder.iterdir()) == []
+
+
 # --- the verbs on what is there
 
 
@@ -223,6 +242,24 @@ async def test_a_source_that_is_another_window_by_now_is_not_cloned(house: Cache
         assert await house.parts.store.window(TENANT, "copy") is None
         if await house.parts.store.window(TENANT, "w") is None:
             await house.window()
+
+
+async def test_whoever_comes_after_a_deletion_makes_nothing_of_the_window(house: Cached) -> None:
+    """A deletion that has begun is done before what begins after it: both wait for the store's only writer."""
+    makes: list[Callable[[], Coroutine[Any, Any, object]]] = [
+        lambda: clone(house.parts, TENANT, "w", Naming("made")),
+        lambda: isolate(house.parts, TENANT, "w", Naming("made")),
+        lambda: fanout(house.parts, TENANT, "w", 2, "made"),
+    ]
+    for make in makes:
+        await house.window()
+        gone, refused = await asyncio.gather(delete(house.parts, TENANT, "w"), make(), return_exceptions=True)
+        assert isinstance(gone, Deleted)
+        assert isinstance(refused, GatewayError)
+        assert refused.code == "window_not_found"
+        assert await house.parts.store.window(TENANT, "made") is None
+        assert await house.parts.store.session(TENANT, "made-1") is None
+        assert house.pinned == set()
 
 
 async def test_a_window_whose_tier_cannot_be_asked_is_not_verified(

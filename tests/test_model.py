@@ -20,6 +20,7 @@ pytestmark = pytest.mark.anyio
 STEPS = int(os.environ.get("CWG_MODEL_STEPS", "250"))
 
 
+@pytest.mark.timeout(300 + STEPS)
 @pytest.mark.parametrize("forgets", [False, True], ids=["all sessions kept", "sessions forgotten"])
 async def test_what_is_acknowledged_holds_whatever_happens_at_once(
     engine: FakeEngine, tmp_path: Path, *, forgets: bool
