@@ -75,12 +75,11 @@ async def thaw(
     session_id = new_session_id or fresh_id(name)
     if await parts.store.session(tenant, session_id):
         raise taken(session_id)
-    text = await parts.store.text(window)
+    # Whoever sends the whole history, and no id, goes on here.
+    tip = identity.chain((await parts.store.text(window)).messages, b"")[-1] if source == "thaw" else None
     manifest = await parts.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
     await restore(parts, window, manifest.objects, receipt, progress)
-    # Whoever sends the whole history, and no id, goes on here.
-    tip = identity.chain(text.messages, b"")[-1] if source == "thaw" else None
     session = replace(branch_of(window, session_id, source), head=head, tip=tip)
     if warm != "none" and receipt.chunks_found:
         await _warm(parts, window, model, manifest, warm, receipt, progress)
