@@ -22,7 +22,7 @@ WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrid
 # Hundreds of processes start in a test run: where Python may keep no bytecode, each would compile the gateway anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: up test lint docs fuzz bench bench-relay bench-thaw bench-identity bench-disconnects bench-verbs soak agents-tour clean
+.PHONY: up test lint docs fuzz attack bench bench-relay bench-thaw bench-identity bench-disconnects bench-verbs soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -44,6 +44,11 @@ docs: $(VENV)/with-test
 # 10,000 requests made up from the OpenAPI document; `make fuzz ARGS="--stack"` sends them to the real stack.
 fuzz: $(VENV)/with-test
 	$(BIN)/python -m loadtests.fuzz $(ARGS)
+
+# What was once found to stop, fill or fool a gateway, tried again; ten minutes. `make attack ARGS=--stack` tries what
+# needs vLLM and LMCache as well, ARGS="--only NAME" one trial, ARGS=--list names them.
+attack: $(VENV)/with-test
+	$(BIN)/python -m loadtests.attack $(ARGS)
 
 bench: bench-relay bench-thaw bench-identity
 
