@@ -35,7 +35,8 @@ SESSIONS = 4
 WINDOWS = 6
 _LONGEST = 7  # messages; then a client begins a new conversation
 _QUIET_S = 20.0
-_GONE = {(404, "session_not_found"), (404, "window_not_found")}
+_NO_SESSION = (404, "session_not_found")  # a thawed one that is deleted just now: its turn has nothing to go on from
+_GONE = {_NO_SESSION, (404, "window_not_found")}
 _TAKEN = {(409, "window_already_exists"), (409, "session_already_exists")}
 _EMPTY = {(400, "invalid_request")}  # of a session without a finished turn
 _BUSY = {(409, "session_busy")}
@@ -139,9 +140,14 @@ class Client:
         self.world.note(whole)
         asked = {"model": MODEL, "messages": messages, "stream": self.world.random.random() < 0.3}
         headers = {"x-session-id": session}
-        await self.world.must("POST", "/v1/chat/completions", session, json=asked, headers=headers)
-        self.world.turns[session] += 1
-        self.views[session] = whole
+        answer = await self.world.ask(
+            "POST", "/v1/chat/completions", {_NO_SESSION}, session, json=asked, headers=headers
+        )
+        if answer is not None:
+            self.world.turns[session] += 1
+            self.views[session] = whole
+        elif session not in self.world.uncertain and not self.world.forgets:
+            raise Broken(f"a turn was told that there is no session {session}, which nobody deletes")
 
     def _user(self) -> dict[str, Any]:
         self.world.latest += 1
