@@ -96,7 +96,7 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
         locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
         if locks is not None:
             stack.callback(locks.close)
-        sessions = Sessions(store, locks)
+        sessions = Sessions(store, locks, by_prefix=settings.identify == "prefix")
         cache: LMCache | None = None
         if settings.cache_url:
             own = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")

@@ -60,8 +60,9 @@ class Place:
 class Sessions:
     """Sessions as this process sees them. `locks` is None where it is the only worker."""
 
-    def __init__(self, store: Store, locks: TurnLocks | None = None) -> None:
+    def __init__(self, store: Store, locks: TurnLocks | None = None, *, by_prefix: bool = True) -> None:
         self._store = store
+        self._by_beginning = by_prefix
         self._locks = locks
         self._in_flight: Counter[tuple[str, str]] = Counter()
         self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
@@ -151,6 +152,8 @@ class Sessions:
 
     async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
+        if not self._by_beginning:  # who knows what others said could go on with it
+            return Verdict(None)
         verdict = await self._judge(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
         asked_now = self._is_asked(tenant, request.asked) or self._is_in_turn(verdict.session)

@@ -81,6 +81,10 @@ class Settings:
     store_url: str = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
     secret_file: str = setting("", "secret of the salts, made on first use; empty: `<data_dir>/secret`")
     isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
+    identify: str = setting(
+        "prefix",
+        "how a request without an id finds its session: `prefix`: by its conversation; `by_id`: it begins a new one",
+    )
     model_fingerprint: str = setting("", "what tells the served weights apart from others of the same name")
     normalise: tuple[str, ...] = setting(
         rules.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
@@ -286,6 +290,7 @@ def _check(s: Settings) -> None:
         not s.store_url or s.store_url.startswith("sqlite:///"), f"store_url {s.store_url!r} must be sqlite:///PATH"
     )
     _require(s.isolation in ("session", "tenant"), f"isolation {s.isolation!r} is neither 'session' nor 'tenant'")
+    _require(s.identify in ("prefix", "by_id"), f"identify {s.identify!r} is neither 'prefix' nor 'by_id'")
     _require(s.on_full in ("error", "successor"), f"on_full {s.on_full!r} is neither 'error' nor 'successor'")
     _require(
         s.log_level in ("debug", "info", "warning", "error"),

@@ -1,9 +1,12 @@
 """One key at every door: asked for, compared whole, and never handed on."""
 
+import hmac
+import inspect
 from collections.abc import Iterator
 
 import pytest
 
+from gateway.edge import auth
 from tests.fakes.engine import FakeEngine
 from tests.running import Gateway, gateway_before
 
@@ -123,3 +126,11 @@ def test_without_a_key_of_its_own_the_gateway_hands_on_the_clients(
 ) -> None:
     gateway.chat(session, headers={"authorization": "Bearer engines-own"})
     assert engine.seen(CHAT)[0].header("authorization") == ["Bearer engines-own"]
+
+
+def test_keys_are_compared_in_constant_time() -> None:
+    """No test can time it."""
+    lines = inspect.getsource(auth.tenant).splitlines()
+    (comparison,) = [line for line in lines if "wanted" in line and "wanted =" not in line]
+    assert "hmac.compare_digest(_bare(value), wanted)" in comparison
+    assert auth.hmac is hmac

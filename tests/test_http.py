@@ -46,6 +46,12 @@ def test_a_body_without_a_length_that_turns_out_too_large_is_refused(
     assert engine.seen(CHAT) == []
 
 
+def test_a_body_without_a_length_is_refused_before_it_ends(engine: FakeEngine, strict: Gateway) -> None:
+    with Wire(strict.url) as wire:
+        wire.send(CHUNKED + b"7d0\r\n" + b" " * 2000)
+        assert (wire.head(), wire.json()["error"]["code"]) == (413, "payload_too_large")
+
+
 def test_a_body_of_exactly_the_limit_is_taken(engine: FakeEngine, strict: Gateway) -> None:
     with Wire(strict.url) as wire:
         wire.post(CHAT, BODY + b" " * (1000 - len(BODY)))

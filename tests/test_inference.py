@@ -439,6 +439,14 @@ def test_a_salt_is_another_one_under_another_secret(
     assert one != two
 
 
+def test_a_salt_is_another_one_for_other_weights(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    for weights in ("one", "two", "one"):
+        with gateway_before(engine.url, tmp_path, model_fingerprint=weights) as gateway:
+            gateway.chat(session)
+    one, two, again = salts(engine)
+    assert one == again != two
+
+
 def test_isolation_by_tenant_gives_all_sessions_one_salt(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_before(engine.url, tmp_path, isolation="tenant") as gateway:
         for name in ("a", "b"):

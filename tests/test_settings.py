@@ -29,6 +29,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "store_url": ("sqlite:///x.db", '"sqlite:///x.db"', "sqlite:///x.db"),
     "secret_file": ("s", '"s"', "s"),
     "isolation": ("tenant", '"tenant"', "tenant"),
+    "identify": ("by_id", '"by_id"', "by_id"),
     "model_fingerprint": ("f", '"f"', "f"),
     "normalise": ("timestamp-line", '["timestamp-line"]', ("timestamp-line",)),
     "tokenizer_file": ("t", '"t"', "t"),

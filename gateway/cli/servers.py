@@ -14,6 +14,7 @@ from gateway.cli import asking as gateway
 from gateway.cli.asking import Failure
 from gateway.client import Admin, AdminError
 from gateway.errors import StartError
+from gateway.logs import SafeFormatter
 from gateway.settings import Settings, SettingsError, load
 
 
@@ -83,7 +84,9 @@ def _look(admin: Admin) -> None:
 def _log_to_stderr(settings: Settings) -> None:
     who = "%(process)d " if settings.workers > 1 else ""
     line = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format=line)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter(line))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     for library in ("httpx", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
 

@@ -1,0 +1,43 @@
+"""What an admin route answers when its own code fails."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+from starlette.types import Message
+
+from gateway.edge import inside
+from gateway.edge.endpoint import Call, Endpoint
+from gateway.edge.operation import NDJSON, Operation
+
+SECRET = "a path of ours"
+
+
+async def failing(call: Call) -> Any:
+    """Fail."""
+    raise RuntimeError(SECRET)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("accept", ["application/json", NDJSON])
+async def test_a_failure_is_told_in_few_words_and_the_log_has_the_rest(
+    accept: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = inside.scope("GET", "/probe", b"", b"", [(b"accept", accept.encode())])
+    names = ("parts", "health", "autofreeze", "inference")
+    scope["state"] = {name: SimpleNamespace() for name in names}
+    with caplog.at_level(logging.ERROR):
+        await Endpoint(Operation("GET", "/probe", {}, failing, takes="", probe=True))(scope, inside.nothing_more, send)
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert orjson.loads(body)["error"] == {
+        "code": "internal", "message": "the gateway failed; its log says why", "hint": "", "retryable": False,
+        "details": {},
+    }  # fmt: skip
+    assert SECRET in caplog.text
