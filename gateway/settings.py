@@ -37,7 +37,14 @@ _RULES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 _NONE_IS_0 = frozenset(
-    {"disk_budget_bytes", "expiry_grace_s", "redis_budget_bytes", "session_ttl_s", "tenant_budget_bytes"}
+    {
+        "abort_grace_s",
+        "disk_budget_bytes",
+        "expiry_grace_s",
+        "redis_budget_bytes",
+        "session_ttl_s",
+        "tenant_budget_bytes",
+    }
 )
 
 
@@ -279,6 +286,11 @@ def _check(s: Settings) -> None:
     _require(bool(s.engine_urls), "engine_urls is empty; give the base URL of each engine")
     for name, url in [*(("engine_urls", url) for url in s.engine_urls), ("cache_url", s.cache_url)]:
         empty = not url and name == "cache_url"
+        # Addresses are shown in errors, health, turns and logs.
+        _require(
+            "@" not in url.partition("://")[2].partition("/")[0],
+            f"{name} has a user name or password in a URL; take it out (a key for the engine is engine_api_key)",
+        )
         _require(empty or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
     twice = [url for url, times in Counter(map(_bare, s.engine_urls)).items() if times > 1]
     _require(not twice, f"engine_urls has {', '.join(twice)} more than once; give each engine once")

@@ -136,6 +136,15 @@ def test_an_unknown_rule_of_the_normaliser_stops_the_start_and_names_the_nearest
     assert load(environment={"CWG_NORMALISE": ""}).normalise == ()
 
 
+@pytest.mark.parametrize("name", ["engine_urls", "cache_url"])
+@pytest.mark.parametrize("url", ["http://u:s3cret@h:1", "http://s3cret@h", "http://:s3cret@h/x", "ftp://u:s3cret@h"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(name: str, url: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} has a user name or password") as refused:
+        load(environment={f"CWG_{name.upper()}": url})
+    assert "s3cret" not in str(refused.value)
+    assert load(environment={f"CWG_{name.upper()}": "http://h/@x"})  # in a path it is only a character
+
+
 def test_foreign_variables_never_stop_the_start() -> None:
     foreign = {"PORT": "x", "CWGX": "1", "cwg_port": "1", "CWG_URL": "http://x", "VLLM_API_KEY": "k", "": ""}
     assert load(environment=foreign) == Settings()
