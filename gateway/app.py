@@ -149,6 +149,8 @@ def _member(url: str, settings: Settings, lost_since: LostSince) -> Member:
             connect_timeout_s=connect,
             timeout_s=silence,
             lost_since=lost_since,
+            abort_grace_s=settings.abort_grace_s,
+            has_cache=bool(settings.cache_url),
         ),
         lost_since,
     )

@@ -4,11 +4,12 @@ Requests of clients do not come through here; the relay streams them over `gatew
 """
 
 import asyncio
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from blake3 import blake3
@@ -23,6 +24,12 @@ from gateway.stalls import LostSince, is_ours, never_lost
 _ASK_AGAIN_S = 1.0
 _UNSTORED: Mapping[str, Any] = {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
 Reply = httpx.Response  # for those who pass it on
+
+AbortRisk = Literal["none", "mended", "exposed", "unknown"]
+"""Whether aborting a request during its KV load may end an engine: it loads none; its connector sees to it
+(`gateway.stack.connector`); it may; its metrics are not to be seen."""
+_MENDED = re.compile(r"^vllm:lmcache_mp_abort_safe\b.* 1(\.0)?$", re.MULTILINE)
+_CONNECTOR = "vllm:lmcache_mp_lookup_duration_seconds"  # a metric of LMCacheMPConnector 0.5, there from the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +161,24 @@ class Engine(Questions):
     """A client of one vLLM server."""
 
     def __init__(
-        self, url: str, *, api_key: str, fingerprint: str, connect_timeout_s: float, timeout_s: float,
+        self,
+        url: str,
+        *,
+        api_key: str,
+        fingerprint: str,
+        connect_timeout_s: float,
+        timeout_s: float,
         lost_since: LostSince = never_lost,
-    ) -> None:  # fmt: skip
+        abort_grace_s: float = 0.0,
+        has_cache: bool = False,
+    ) -> None:
         self.url = url
         self._lost_since = lost_since
         self._out_of_files = OutOfFiles()
+        self.abort_risk: AbortRisk = "unknown"
+        self._abort_grace_s = abort_grace_s
+        self._has_cache = has_cache
+        self._left: set[asyncio.Task[httpx.Response]] = set()  # nobody waits for these any more
         self._fingerprint = fingerprint
         self._quick = httpx.Timeout(connect_timeout_s)
         self.cards: list[dict[str, Any]] = []  # the models as the engine itself describes them
@@ -178,7 +197,15 @@ class Engine(Questions):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._left:
+            await asyncio.wait(self._left)
         await self._http.aclose()
+
+    @property
+    def grace_s(self) -> float:
+        """Seconds that a request which may load KV has, after nobody wants it, to begin its reply; 0: none needed."""
+        risky = self.abort_risk == "exposed" or (self.abort_risk == "unknown" and self._has_cache)
+        return self._abort_grace_s if risky else 0.0
 
     def known(self, name: str) -> Model | None:
         """The model as last seen, without asking. No name means the engine's first, as it does to the engine itself."""
@@ -220,10 +247,37 @@ class Engine(Questions):
 
         Only a 5xx means that it is not: before some engines stands a proxy that shows nothing but `/v1`.
         """
+        try:
+            await self._check()
+        except GatewayError:
+            self.abort_risk = "unknown"  # it may come back with another connector
+            raise
+        if self.abort_risk == "unknown":
+            self.abort_risk = await self._ask_abort_risk()
+
+    async def _check(self) -> None:
         answer = await self.ask("GET", "/health", quick=True)
         if answer.status_code >= 500:
             raise GatewayError("engine_unreachable", f"engine at {self.url} answered {answer.status_code} to /health")
         await self.models()
+
+    async def _ask_abort_risk(self) -> AbortRisk:
+        try:
+            answer = await self.ask("GET", "/metrics", quick=True)
+        except GatewayError:
+            return "unknown"
+        if answer.status_code != 200 or "vllm:" not in answer.text:
+            return "unknown"
+        if _CONNECTOR not in answer.text:
+            return "none"
+        return "mended" if _MENDED.search(answer.text) else "exposed"
+
+    async def version(self) -> str:
+        """Ask for vLLM's version; "" where it is not told."""
+        try:
+            return str((await self.ask("GET", "/version", quick=True)).json()["version"])
+        except (GatewayError, ValueError, KeyError, TypeError):
+            return ""
 
     def _on_asked(self, _: object) -> None:
         self._asking = None
@@ -248,8 +302,11 @@ class Engine(Questions):
     ) -> httpx.Response:
         began = time.monotonic()
         timeout = self._quick if quick else httpx.USE_CLIENT_DEFAULT
+        request = self._http.request(method, path, json=json, timeout=timeout)
         try:
-            return await self._http.request(method, path, json=json, timeout=timeout)
+            if json and "cache_salt" in json and (grace_s := self.grace_s):
+                return await self._not_aborted(request, grace_s)
+            return await request
         except httpx.TimeoutException as error:
             if again and quick and is_ours(self._lost_since, began):  # such a question costs an engine nothing
                 return await self._ask(method, path, json, quick=quick, again=False)
@@ -263,6 +320,22 @@ class Engine(Questions):
                 f"engine at {self.url} does not answer: {error or type(error).__name__}",
                 hint="is vLLM running, and is engine_urls its address?",
             ) from error
+
+    async def _not_aborted(self, request: Coroutine[Any, Any, httpx.Response], grace_s: float) -> httpx.Response:
+        """Await a request; if this is cancelled, the request still has `grace_s` to end by itself."""
+        task = asyncio.create_task(request)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._left.add(task)
+            task.add_done_callback(self._on_left_done)
+            asyncio.get_running_loop().call_later(grace_s, task.cancel)
+            raise
+
+    def _on_left_done(self, task: asyncio.Task[httpx.Response]) -> None:
+        self._left.discard(task)
+        if not task.cancelled():
+            task.exception()  # asked for, or asyncio logs that nobody did
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:

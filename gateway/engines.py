@@ -15,10 +15,10 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from gateway.connection import Connection, Headers, UpstreamError
 from gateway.engine import Model, Questions, Reply
 from gateway.errors import GatewayError
 from gateway.member import WELL, Member
-from gateway.upstream import Connection, Headers, UpstreamError
 
 log = logging.getLogger(__name__)
 
@@ -222,13 +222,16 @@ class Route:
         """Who answered."""
         return self._member.url if self._member else ""
 
-    async def send(self, method: str, target: bytes, headers: Headers, body: bytes) -> Connection:
-        """See `Upstream.send`."""
+    async def send(
+        self, method: str, target: bytes, headers: Headers, body: bytes, *, may_load: bool = False
+    ) -> Connection:
+        """See `Upstream.send`; `may_load` tells whether the engine may find KV of the prompt in the cache."""
         failed: UpstreamError | None = None
         was_sent = False
         for place, member in enumerate(self._members):
             try:
-                connection = await member.upstream.send(method, target, headers, body)
+                grace_s = member.engine.grace_s if may_load else 0.0
+                connection = await member.upstream.send(method, target, headers, body, grace_s=grace_s)
             except UpstreamError as error:
                 if error.code != "engine_unreachable":
                     raise

@@ -55,12 +55,30 @@ async def prove(parts: Parts, engine: Engine, land_s: float = _LAND_S) -> list[C
         return [Check("engine", "failed", error.message, error.hint)]
     model = next(iter(models.values()))
     checks.append(Check("engine", "ok", f"{engine.url} serves {', '.join(models)}"))
+    checks += await _aborts(engine)
     first = await _plan(parts, engine, model, checks)
     try:
         checks += await _salts(parts, engine, model, first, land_s)
     except GatewayError as error:
         checks.append(Check(_ISOLATION, "failed", error.message, error.hint))
     return checks
+
+
+async def _aborts(engine: Engine) -> list[Check]:
+    """Tell whether a client that leaves may end this engine, as far as its metrics let one know."""
+    if engine.abort_risk == "mended":
+        return [Check("aborts", "ok", "a client may leave while its KV is being loaded")]
+    if engine.abort_risk != "exposed":
+        return []
+    return [
+        Check(
+            "aborts",
+            "warning",
+            "a client that leaves while its KV is being loaded may end this engine "
+            f"(vLLM {await engine.version() or 'of a version not told'}; vllm#46240, LMCache#4938)",
+            "start it with kv_connector AbortSafeLMCacheConnector of gateway.stack.connector (docs/own-vllm.md)",
+        )
+    ]
 
 
 async def _plan(parts: Parts, engine: Engine, model: Model, checks: list[Check]) -> Plan | None:

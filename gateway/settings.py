@@ -101,6 +101,10 @@ class Settings:
     )
     connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
     engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
+    abort_grace_s: float = setting(
+        10.0,
+        "seconds in which an engine that may die of an abort can begin its reply after the client has left; 0: none",
+    )
     client_timeout_s: float = setting(
         30.0, "seconds a client may take for its headers, between two parts of a body, and to take some of its answer"
     )

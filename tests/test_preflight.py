@@ -279,3 +279,8 @@ def _redis(directory: Path, password: str) -> Iterator[int]:
             yield port
         finally:
             server.kill()
+
+
+def test_versions_that_the_mend_was_not_checked_with_are_named() -> None:
+    assert preflight.warning_of_versions(preflight.installed_versions()) == ""
+    assert "vllm 0.33.0" in preflight.warning_of_versions({"vllm": "0.33.0", "lmcache": "0.5.6"})

@@ -254,13 +254,23 @@ def test_a_client_that_leaves_in_mid_stream_aborts_the_engine(
     assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
 
 
-def test_a_client_that_only_closes_its_sending_side_still_gets_its_answer(
+def test_a_client_that_closes_only_its_sending_side_has_left(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
+    aborted = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        if exchange.gone():
+            aborted.set()
+
+    engine.on_chat = answer
     with Wire(gateway.url) as wire:
         wire.chat(session)
-        assert wire.head() == 200
-        assert wire.json()["choices"][0]["message"]["content"] == "Hello there!"
+        engine.wait_seen("/v1/chat/completions")
+        wire.end()
+        assert wire.rest() == b""
+    assert aborted.wait(fake.WITHIN)
+    assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
 
 
 def test_a_client_that_leaves_is_recorded_once_though_the_engine_goes_on_sending(

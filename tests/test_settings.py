@@ -35,6 +35,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "tokenizer_file": ("t", '"t"', "t"),
     "connect_timeout_s": ("0.5", "0.5", 0.5),
     "engine_timeout_s": ("1", "1", 1.0),
+    "abort_grace_s": ("0", "0", 0.0),
     "client_timeout_s": ("1e1", "1e1", 10.0),
     "max_connections": ("12", "12", 12),
     "max_body_bytes": ("1", "1", 1),

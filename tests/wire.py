@@ -33,6 +33,10 @@ class Wire:
         self._stream.close()
         self._sock.close()
 
+    def end(self) -> None:
+        """Close the sending side alone: nothing more is asked, but the answer could still come."""
+        self._sock.shutdown(socket.SHUT_WR)
+
     def send(self, data: bytes) -> None:
         """Send bytes as they are."""
         self._sock.sendall(data)

@@ -176,7 +176,8 @@ class Inference:
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
-        outgoing = self._outgoing(incoming, await parts.offload.run(heavy, dialect.write, call, salt))
+        written = await parts.offload.run(heavy, dialect.write, call, salt)
+        outgoing = replace(self._outgoing(incoming, written), may_load=True)
         answer = Answer(
             dialect,
             _headers(turn),

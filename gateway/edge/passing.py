@@ -1,6 +1,7 @@
 """What is no turn of a session passes through: without what a client may not send, with a salt where KV comes of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from gateway import identity, normalise
@@ -38,7 +39,7 @@ class Passing:
             body, session, model = await self._sanitised(incoming, route)
         elif len(engines.members) > 1:
             session = await self._session_of(incoming, {})
-        await self._relay(incoming, body, session, model)
+        await self._relay(incoming, body, session, model, may_load=route.salted)
 
     async def count(self, incoming: Incoming) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
@@ -61,11 +62,14 @@ class Passing:
         parsed = parse_object(incoming.body, self._parts.settings.max_json_values)
         return normalise.in_body(parsed, incoming.base.path, self._rules)
 
-    async def _relay(self, incoming: Incoming, body: bytes, session: Session | None, model: str) -> None:
+    async def _relay(
+        self, incoming: Incoming, body: bytes, session: Session | None, model: str, *, may_load: bool = False
+    ) -> None:
         engines = self._parts.engines
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
         answer = Answer(spoken(incoming.scope), _named(incoming), limit=0)
-        await relay(route, self._outgoing(incoming, body), client_of(incoming.scope), incoming.send, answer)
+        outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
+        await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
 
     async def _sanitised(self, incoming: Incoming, route: Route) -> tuple[bytes, Session | None, str]:
         """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""

@@ -1,7 +1,8 @@
 """The way of bytes: the engine's answer to the client, chunk for chunk, and a copy for after the request.
 
 Nothing in here waits for anything but the engine and the client. A client that leaves, before the first byte or after
-it, closes the engine's connection, which aborts its work.
+it, closes the engine's connection, which aborts its work; where that could end the engine, only once its reply has
+begun (`Upstream.send`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 
 from starlette.types import Send
 
+from gateway.connection import Connection, UpstreamError, as_gateway_error
 from gateway.dialects.contract import Dialect
 from gateway.edge.client import Client
 from gateway.edge.http import ClientGone, ClientWatch, Headers, send_answer
 from gateway.engines import Route
 from gateway.records import Outcome
 from gateway.sse import UsageFilter
-from gateway.upstream import Connection, UpstreamError, as_gateway_error
 
 # RFC 9110, 7.6.1: these speak of one connection, not of the message. Length and encoding of the body are set anew.
 HOP_BY_HOP = frozenset(
@@ -46,6 +47,7 @@ class Outgoing:
     target: bytes
     headers: Headers
     body: bytes
+    may_load: bool = False  # it has a salt; what KV there is under it, the gateway knows only in part
 
 
 class Stamps:
@@ -142,7 +144,9 @@ async def relay(route: Route, outgoing: Outgoing, client: Client, send: Send, an
     """Send `outgoing` to the engine and its answer to the client; `answer` tells afterwards how it went."""
     try:
         with ClientWatch(client) as watch:
-            connection = await route.send(outgoing.method, outgoing.target, outgoing.headers, outgoing.body)
+            connection = await route.send(
+                outgoing.method, outgoing.target, outgoing.headers, outgoing.body, may_load=outgoing.may_load
+            )
             watch.on_writable = connection.resume
             try:
                 await _forward(connection, client, send, answer, route.engine)

@@ -153,8 +153,9 @@ def _connector(engine: Engine) -> dict[str, Any]:
         driven = "lmcache_driven" if engine.transfer == "lmcache_driven" else "engine_driven"
         extra["lmcache.mp.mp_transfer_mode"] = driven
     return {
-        "kv_connector": "LMCacheMPConnector",
-        "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+        # LMCache's own, with a mend: without it a client that leaves during a load ends the engine.
+        "kv_connector": "AbortSafeLMCacheConnector",
+        "kv_connector_module_path": "gateway.stack.connector",
         "kv_role": "kv_both",
         # The default is to fail the request when the cache dies between look-up and load.
         "kv_load_failure_policy": "recompute",

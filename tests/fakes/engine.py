@@ -17,7 +17,7 @@ import orjson
 
 MODEL = "demo"
 WITHIN = 20.0  # seconds that anything a test waits for may take, on a machine that does other things too
-_WATCHED = frozenset({"/health", "/v1/models"})
+_WATCHED = frozenset({"/health", "/v1/models", "/metrics"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,10 @@ class Exchange:
         body = json.dumps(value, separators=(",", ":")).encode()
         lines = ["content-type: application/json", f"content-length: {len(body)}", *headers]
         self.raw(f"HTTP/1.1 {status} X\r\n".encode() + "".join(f"{x}\r\n" for x in lines).encode() + b"\r\n" + body)
+
+    def text(self, body: str) -> None:
+        """Send a whole answer of plain text."""
+        self.raw(f"HTTP/1.1 200 X\r\ncontent-type: text/plain\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
 
     def begin(self, kind: str = "text/event-stream; charset=utf-8", status: int = 200) -> None:
         """Send the head of a chunked answer."""
@@ -117,6 +121,7 @@ class FakeEngine:
         self.on_other: Handler = lambda exchange: exchange.json({"detail": "Not Found"}, 404)
         self.on_models: Handler = self._models
         self.on_health: Handler = lambda exchange: exchange.json({})
+        self.metrics = "vllm:num_requests_running 0.0\n"
         self.on_tokenize: Handler = self._tokens
         self.before_completion: Callable[[], object] = lambda: None
         self.on_computed: Callable[[Mapping[str, Any], list[int]], None] = lambda body, ids: None
@@ -224,6 +229,8 @@ class FakeEngine:
                 self.on_health(exchange)
             case "GET", "/v1/models":
                 self.on_models(exchange)
+            case "GET", "/metrics":
+                exchange.text(self.metrics)
             case "POST", "/tokenize":
                 self.on_tokenize(exchange)
             case "POST", "/v1/completions":

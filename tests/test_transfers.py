@@ -1,0 +1,71 @@
+"""The end of a request is passed to vLLM's scheduler once, and never before the load into its blocks is over."""
+
+from gateway.stack.transfers import Transfers
+
+
+def step(transfers: Transfers, loaded: set[str], stored: set[str]) -> tuple[set[str], set[str]]:
+    """What the scheduler hears of one step's reports."""
+    return transfers.loads_done(loaded), transfers.stores_done(stored)
+
+
+def aborted_while_loading() -> Transfers:
+    transfers = Transfers()
+    transfers.load_submitted("a")
+    transfers.finished("a", delays_free=True)
+    return transfers
+
+
+def test_a_request_that_loads_runs_and_ends_is_passed_on_as_reported() -> None:
+    transfers = Transfers()
+    transfers.load_submitted("a")
+    assert step(transfers, {"a"}, set()) == ({"a"}, set())
+    transfers.finished("a", delays_free=True)
+    assert step(transfers, set(), {"a"}) == (set(), {"a"})
+
+
+def test_blocks_are_not_freed_by_a_store_that_never_was_while_the_load_goes_on() -> None:
+    transfers = aborted_while_loading()
+    assert step(transfers, set(), {"a"}) == (set(), set())
+    assert step(transfers, {"a"}, set()) == ({"a"}, set())
+
+
+def test_an_aborted_request_that_ends_both_ways_in_one_step_ends_once() -> None:
+    assert step(aborted_while_loading(), {"a"}, {"a"}) == ({"a"}, set())
+
+
+def test_a_store_that_is_reported_after_the_load_has_ended_the_request_is_not_passed_on() -> None:
+    transfers = aborted_while_loading()
+    assert step(transfers, {"a"}, set()) == ({"a"}, set())
+    assert step(transfers, set(), {"a"}) == (set(), set())
+
+
+def test_an_abort_after_the_load_waits_for_the_store() -> None:
+    transfers = Transfers()
+    transfers.load_submitted("a")
+    assert step(transfers, {"a"}, set()) == ({"a"}, set())  # the request waits to be scheduled
+    transfers.finished("a", delays_free=True)
+    assert step(transfers, set(), {"a"}) == (set(), {"a"})
+    assert step(transfers, set(), {"a"}) == (set(), set())
+
+
+def test_an_engine_that_stores_nothing_still_waits_for_the_load() -> None:
+    transfers = Transfers()
+    transfers.load_submitted("a")
+    transfers.finished("a", delays_free=False)
+    transfers.finished("b", delays_free=False)
+    assert step(transfers, {"a"}, {"b"}) == ({"a"}, set())
+
+
+def test_a_request_that_is_loaded_again_after_preemption_ends_with_its_second_load() -> None:
+    transfers = Transfers()
+    for _ in range(2):
+        transfers.load_submitted("a")
+        assert step(transfers, {"a"}, set()) == ({"a"}, set())
+    transfers.load_submitted("a")
+    transfers.finished("a", delays_free=True)
+    assert step(transfers, set(), {"a"}) == (set(), set())
+    assert step(transfers, {"a"}, set()) == ({"a"}, set())
+
+
+def test_what_was_never_known_is_not_passed_on() -> None:
+    assert step(Transfers(), {"a"}, {"b"}) == (set(), set())
