@@ -190,14 +190,15 @@ async def test_a_freeze_that_is_cancelled_leaves_no_pin(engine: FakeEngine, hous
     assert house.pinned == ({key.file_name for key in house.keys(window)} if window else set())
 
 
-async def test_what_a_freeze_computed_in_vain_is_looked_after(engine: FakeEngine, house: Cached) -> None:
+@pytest.mark.parametrize("failure", [GatewayError("storage_full", "no"), OSError("no"), asyncio.CancelledError()])
+async def test_what_a_freeze_computed_in_vain_is_looked_after(house: Cached, failure: BaseException) -> None:
     session = await house.session(stored=False)
 
     def seen(step: str, done: int, total: int) -> None:
         if step == "commit":
-            raise GatewayError("storage_full", "no")
+            raise failure
 
-    with pytest.raises(GatewayError):
+    with pytest.raises(type(failure)):
         await house.window(progress=seen)
     assert [one.salt for one in await house.parts.store.loose_salts()] == [session.salt]
     assert house.pinned == set()
