@@ -830,6 +830,23 @@ async def test_two_stores_on_one_file_see_each_others_work_and_have_one_name(ope
 
 # --- SQLite
 
+
+async def test_whoever_is_cancelled_goes_on_only_when_its_write_is_done(store: Store, tmp_path: Path) -> None:
+    """It holds a lock on pins, which are let go of unless a window has them by then."""
+    with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")  # nobody else writes
+        adding = asyncio.create_task(store.add_session(Session(TENANT, "s", "l")))
+        await asyncio.sleep(0)
+        adding.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not adding.done()
+        db.execute("ROLLBACK")
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    assert await store.session(TENANT, "s")
+
+
 WRITER = """
 import asyncio, sys
 from pathlib import Path
