@@ -29,7 +29,6 @@ from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Lock, Pins
 from gateway.kv.tiers.contract import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
-from gateway.kv.tiers.redis import RedisTier
 from gateway.member import Member
 from gateway.parts import Parts
 from gateway.reviews import Reviews
@@ -164,6 +163,9 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
         except TierUnavailable as error:
             raise StartError(f"{error}: make pins_dir writable") from error
     if settings.kv_redis_url:
+        # A third of all that a start has to import, and most gateways have no Redis.
+        from gateway.kv.tiers.redis import RedisTier  # noqa: PLC0415
+
         tier = RedisTier(settings.kv_redis_url, store_id, settings.connect_timeout_s)
         tiers.append(await stack.enter_async_context(tier))
     return tuple(tiers)

@@ -85,13 +85,13 @@ class Gateway:
 
     def wait(self, path: str = "/readyz") -> "Gateway":
         """Wait until it is ready."""
-        eventually(lambda: self._answers(path), f"200 at {path}", within=30, more=lambda: self.log)
+        eventually(lambda: self._answers(path), f"200 at {path}", within=60, more=lambda: self.log)
         return self
 
     def stop(self) -> int:
         """Ask it to end and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def close(self) -> None:
         """End it whatever state it is in."""

@@ -6,6 +6,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ DEAD = "http://127.0.0.1:9"
 def serve(**settings: object) -> subprocess.CompletedProcess[str]:
     """Start a gateway that is expected to end by itself."""
     given = environment({f"CWG_{name.upper()}": str(value) for name, value in settings.items()})
-    return subprocess.run(SERVE, env=given, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run(SERVE, env=given, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *says: str) -> None:
@@ -107,6 +108,11 @@ def test_a_pins_dir_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> Non
     assert_one_clear_line(ended, "pins_dir")
 
 
+def test_a_start_without_redis_does_not_import_its_client() -> None:
+    code = "import sys, gateway.app; sys.exit(any(name in sys.modules for name in ('redis', 'opentelemetry')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
 def test_it_says_that_it_listens_only_when_it_does(tmp_path: Path) -> None:
     tmp_path.joinpath("data").mkdir()
     gateway = Gateway(tmp_path, DEAD)
@@ -182,7 +188,7 @@ def test_a_stream_that_does_not_end_is_closed_after_the_grace_time_and_recorded(
 
 def test_turns_recorded_before_a_kill_are_there_after_it(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_before(engine.url, tmp_path) as gateway:
-        for count in range(1, 6):
+        for count in range(1, 4):
             gateway.chat(session)
             gateway.turns(session, count)
             gateway.process.kill()

@@ -31,6 +31,7 @@ _ALL_WHOLE = Check("windows", "ok", "every window has its text")
 _EVERY_S = 0.5  # it costs no request: the engines watch themselves
 _WRITE_EVERY_S = 10.0  # between two looks whether the store can be written: each is a commit
 _WRITE_AGAIN_S = 1.0  # the same while it cannot, or when somebody asks
+_FIRST_S = 0.05  # until an engine was seen for the first time: readiness waits for it
 _TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
 
 
@@ -182,7 +183,7 @@ class Health:
                 await self._look()
             except Exception:  # the watch must not end; what it saw last stands until the next look
                 log.exception("could not look at the parts")
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(_EVERY_S if self._proofs else _FIRST_S)
 
     async def _look(self) -> None:
         await self._write_to_store(_WRITE_AGAIN_S if self._store_trouble else _WRITE_EVERY_S)
