@@ -32,6 +32,7 @@ from gateway.kv.tiers.disk import DiskTier
 from gateway.member import Member
 from gateway.parts import Parts
 from gateway.reviews import Reviews
+from gateway.salt_notes import SaltNotes
 from gateway.salts import read_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
@@ -118,6 +119,7 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             turns=await stack.enter_async_context(
                 Turns(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
             ),
+            salt_notes=await stack.enter_async_context(SaltNotes(store)),
             telemetry=telemetry,
             chores=await stack.enter_async_context(Chores()),
             estimator=estimator,

@@ -15,6 +15,8 @@ from gateway.store.contract import Finished
 
 log = logging.getLogger(__name__)
 
+_MAX_DETAIL = 1000  # an engine repeats what it refuses
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -94,13 +96,14 @@ def finished(turn: Read, review: Review) -> Finished:
         turn=Turn(
             tenant=session.tenant,
             session_id=session.id,
-            model=ended.call.model,
+            # What the engine does not serve is a client's own text, as long as it likes.
+            model=ended.call.model if ended.fingerprint or reply.message else "",
             outcome="engine_error" if reply.error else "completed" if reply.message else ended.outcome,
             status=ended.status,
             started_at=ended.started_at,
             duration_ms=ended.duration_ms,
             usage=reply.usage,
-            detail=ended.detail or reply.error,
+            detail=(ended.detail or reply.error)[:_MAX_DETAIL],
             source=_recognised(ended),
             engine=ended.engine,
             estimated_tokens=review.estimated,

@@ -7,6 +7,7 @@ from gateway.engines import Engines
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.offload import Offload
+from gateway.salt_notes import SaltNotes
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.stalls import Stalls
@@ -28,6 +29,7 @@ class Parts:
     salts: SaltRule
     sessions: Sessions
     turns: Turns
+    salt_notes: SaltNotes
     chores: Chores
     telemetry: Telemetry
     estimator: Estimator

@@ -7,7 +7,8 @@ they hold (`gateway.inflight`).
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -241,6 +242,20 @@ class Sessions:
         _drop(self._lineages, (session.tenant, session.lineage))
         if self._locks is not None:
             self._locks.let_go(_marks(place))
+
+    @contextmanager
+    def under_way(self, tenant: str, lineage: str) -> Iterator[None]:
+        """In the block KV is made under a salt of the lineage, though by no turn of a session: none of it is swept."""
+        mark: Mark = ("lineage", tenant, lineage)
+        if self._locks is not None:
+            self._locks.hold([mark])
+        self._lineages[tenant, lineage] += 1
+        try:
+            yield
+        finally:
+            _drop(self._lineages, (tenant, lineage))
+            if self._locks is not None:
+                self._locks.let_go([mark])
 
     def in_turn(self, tenant: str, session_id: str) -> bool:
         """Whether the session is in a turn, or has one that waits to be recorded."""

@@ -453,3 +453,64 @@ def test_isolation_by_tenant_gives_all_sessions_one_salt(engine: FakeEngine, tmp
             gateway.chat(name)
     one, two = salts(engine)
     assert one == two
+
+
+# --- names of models
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"])
+def test_a_models_name_that_is_too_long_is_refused_before_the_engine_is_asked(
+    engine: FakeEngine, gateway: Gateway, session: str, path: str
+) -> None:
+    for length, status in ((500, 200), (501, 400), (100_000, 400)):
+        engine.on_other = lambda exchange: exchange.json({"data": []})
+        body = {**BODY, "prompt": "x", "input": "x", "model": "m" * length}
+        answer = gateway.http.post(path, json=body, headers={"x-session-id": session})
+        assert (answer.status_code == 400) == (status == 400)
+        assert status == 200 or f"model has {length} characters; the name of a model has at most 500" in answer.text
+    assert len(engine.seen(path)) == 1
+
+
+def refusing(exchange: Exchange) -> None:
+    """As vLLM answers where it does not serve the model."""
+    message = f"The model `{exchange.request.json['model']}` does not exist." * 100
+    exchange.json({"error": {"message": message, "type": "NotFoundError", "param": "model", "code": 404}}, 404)
+
+
+def test_a_session_whose_only_request_was_refused_is_in_no_list_and_keeps_nothing_of_what_was_sent(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    engine.on_chat = refusing
+    gateway.chat(session, model="[/x]\x1b[2J")
+    (turn,) = gateway.turns(session)
+    assert (turn["outcome"], turn["status"]) == ("engine_error", 404)
+    seen = gateway.http.get(f"/admin/sessions/{session}").json()
+    assert (seen["model"], turn["model"], seen["turn_count"]) == ("", "", 0)
+    assert len(turn["detail"]) <= 1000
+    listed = [one["id"] for one in gateway.http.get("/admin/sessions?limit=100").json()["sessions"]]
+    assert session not in listed
+    engine.reset()
+    gateway.chat(session)
+    gateway.turns(session, 2)
+    first = gateway.http.get("/admin/sessions?limit=1").json()["sessions"][0]
+    assert (first["id"], first["model"], first["turn_count"]) == (session, MODEL, 1)
+
+
+def test_a_session_that_is_refused_later_keeps_its_model(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    gateway.chat(session)
+    engine.on_chat = refusing
+    gateway.chat(session, model="other")
+    gateway.turns(session, 2)
+    assert gateway.http.get(f"/admin/sessions/{session}").json()["model"] == MODEL
+
+
+def test_a_first_turn_that_the_client_left_is_in_the_list(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    def hang(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.gone()
+
+    engine.on_chat = hang
+    with gateway.http.stream("POST", CHAT, json={**BODY, "stream": True}, headers={"x-session-id": session}):
+        engine.wait_seen(CHAT)
+    assert gateway.turns(session)[0]["outcome"] == "client_gone"
+    assert session in [one["id"] for one in gateway.http.get("/admin/sessions?limit=100").json()["sessions"]]

@@ -11,6 +11,7 @@ from gateway.dialects.contract import (
     Call,
     Reply,
     is_clean,
+    model_of,
     sanitise,
     usage_of,
     with_fields,
@@ -45,7 +46,7 @@ class ChatDialect:
         return Call(
             body=body,
             raw=raw if clean else b"",
-            model=body["model"] if isinstance(body.get("model"), str) else "",
+            model=model_of(body),
             messages=messages if sound and messages else [],
             frame={name: body[name] for name in RENDER_FIELDS if body.get(name) is not None},
             hide_usage=body.get("stream") is True and not (isinstance(options, dict) and options.get("include_usage")),

@@ -9,7 +9,7 @@ import orjson
 
 from gateway import transcripts
 from gateway.errors import GatewayError
-from gateway.records import Front, Message, Usage
+from gateway.records import MAX_MODEL, Front, Message, Usage
 
 # What a client may not send to the engine as it likes: the salt is ours, transfer parameters can name token ids and
 # cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body).
@@ -144,6 +144,21 @@ def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
 def _count(value: object) -> int | None:
     """A number of tokens, None for whatever else an engine may send."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
+def model_of(body: Mapping[str, Any]) -> str:
+    """The model that a body names, "" without one. Raises `invalid_request` for a name that none can have."""
+    model = body.get("model")
+    if not isinstance(model, str):
+        return ""
+    if len(model) > MAX_MODEL:
+        raise GatewayError(
+            "invalid_request",
+            f"model has {len(model)} characters; the name of a model has at most {MAX_MODEL}",
+            hint="GET /v1/models lists the models that are served",
+            details={"field": "model"},
+        )
+    return model
 
 
 def is_clean(body: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import orjson
 
 from gateway import sse
 from gateway.dialects import chat_to_messages, messages_to_chat
-from gateway.dialects.contract import Call, Reply, is_clean, sanitise, usage_of, with_fields, write_json
+from gateway.dialects.contract import Call, Reply, is_clean, model_of, sanitise, usage_of, with_fields, write_json
 from gateway.dialects.events import json_object, objects
 from gateway.errors import GatewayError
 from gateway.records import Usage
@@ -46,7 +46,7 @@ class MessagesDialect:
         return Call(
             body=body,
             raw=raw if clean else b"",
-            model=body["model"] if isinstance(body.get("model"), str) else "",
+            model=model_of(body),
             messages=messages,
             frame=frame,
             hide_usage=False,  # it is part of the protocol

@@ -17,6 +17,7 @@ from gateway.dialects.contract import (
     Reply,
     Storage,
     is_clean,
+    model_of,
     sanitise,
     usage_of,
     with_fields,
@@ -54,7 +55,7 @@ class ResponsesDialect:
         return Call(
             body=body,
             raw=raw if clean and len(body) == before else b"",
-            model=body["model"] if isinstance(body.get("model"), str) else "",
+            model=model_of(body),
             messages=_messages(body, sent),
             frame=_frame(body),
             hide_usage=False,

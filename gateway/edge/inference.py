@@ -193,7 +193,8 @@ class Inference:
         parts.turns.enter(turn.place)
         route = parts.engines.route(session.lineage, session.engine, call.model)
         try:
-            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
+            with parts.salt_notes.turn(session, salt):
+                await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
             parts.turns.finish(
                 Ended(

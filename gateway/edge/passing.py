@@ -1,11 +1,13 @@
 """What is no turn of a session passes through: without what a client may not send, with a salt where KV comes of it."""
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from gateway import identity, normalise
-from gateway.dialects.contract import Call, is_clean, sanitise, with_fields, write_json
+from gateway.dialects.contract import Call, is_clean, model_of, sanitise, with_fields, write_json
 from gateway.edge import front
 from gateway.edge.client import client_of
 from gateway.edge.http import Headers, parse_object, send_answer
@@ -15,7 +17,10 @@ from gateway.edge.routes import Route
 from gateway.parts import Parts
 from gateway.records import Session
 from gateway.sessions import Place
+from gateway.store.contract import SaltNote
 from gateway.windows.successor import Successors
+
+_ANONYMOUS = "anonymous/"  # begins the lineage of a request without a session; no session id has a slash
 
 
 class Passing:
@@ -35,11 +40,13 @@ class Passing:
             await send_answer(incoming.send, 200, cards, _named(incoming))
             return
         body, session, model = incoming.body, None, ""
+        made: SaltNote | None = None
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body, session, model = await self._sanitised(incoming, route)
+            body, session, model, made = await self._sanitised(incoming, route)
         elif len(engines.members) > 1:
             session = await self._session_of(incoming, {})
-        await self._relay(incoming, body, session, model, may_load=route.salted)
+        with self._making_kv(made) if made else nullcontext():
+            await self._relay(incoming, body, session, model, may_load=route.salted)
 
     async def count(self, incoming: Incoming) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
@@ -53,6 +60,17 @@ class Passing:
         if session and (onward := await self._successors.onward(Place(session, "", b""), call)):
             call = onward.call
         await self._relay(incoming, MESSAGES.question(call), session, call.model)
+
+    @contextmanager
+    def _making_kv(self, made: SaltNote) -> Iterator[None]:
+        """In the block the engine makes KV that no turn's record will tell of; it may land for a while after it."""
+        parts = self._parts
+        parts.salt_notes.add(made)
+        try:
+            with parts.sessions.under_way(made.tenant, made.lineage):
+                yield
+        finally:
+            parts.salt_notes.add(made)  # as of now: what lands after a look at it is looked for again
 
     def _counted(self, incoming: Incoming) -> tuple[dict[str, Any], Call]:
         body, normalised = self._parsed(incoming)
@@ -71,22 +89,23 @@ class Passing:
         outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
         await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming, route: Route) -> tuple[bytes, Session | None, str]:
-        """The body as the engine gets it, and whose it is and for which model, as far as that is of use."""
+    async def _sanitised(self, incoming: Incoming, route: Route) -> tuple[bytes, Session | None, str, SaltNote | None]:
+        """The body as the engine gets it, whose it is and for which model as far as that is of use, and its salt."""
         body, normalised = await self._parts.offload.run(incoming.heavy, self._parsed, incoming)
         raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
-        sent = body.get("model")
-        named = sent if isinstance(sent, str) else ""
+        named = model_of(body)
         salted = route.salted
         several = len(self._parts.engines.members) > 1
         session = await self._session_of(incoming, body) if salted or several else None
         if not salted:
-            return raw or write_json(body), session, named
+            return raw or write_json(body), session, named, None
         model = await self._parts.engines.look_up(named)
-        lineage, fingerprint = session.lineage if session else "", model.fingerprint if model else ""
-        salt = self._parts.salts.of(incoming.tenant, lineage, fingerprint, client_salt)
-        return with_fields(raw, body, {"cache_salt": salt}), session, named
+        # Who names no session shares KV with nobody: nothing tells that the next request is theirs too.
+        lineage = session.lineage if session else f"{_ANONYMOUS}{secrets.token_hex(16)}"
+        salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
+        made = SaltNote(salt, incoming.tenant, lineage, session.id if session else "")
+        return with_fields(raw, body, {"cache_salt": salt}), session, named, made
 
     async def _session_of(self, incoming: Incoming, body: dict[str, Any]) -> Session | None:
         given = identity.given(incoming.scope["headers"], body, incoming.base.session_id)

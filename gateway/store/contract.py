@@ -110,6 +110,16 @@ class LooseSalt:
 
 
 @dataclass(frozen=True, slots=True)
+class SaltNote:
+    """A salt that KV is being made under; `session_id` is empty where it is no session's."""
+
+    salt: str
+    tenant: str
+    lineage: str
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SaltUse:
     """A salt that sessions of a lineage have turns under, and when one of them was last active."""
 
@@ -152,7 +162,8 @@ class Store(Protocol):
     ) -> tuple[list[Session], int]:  # fmt: skip
         """Return one page of sessions, last active first, and how many there are in all.
 
-        Those that were last active before `expired_by` count as `expired`, whatever they were until then.
+        Those that were last active before `expired_by` count as `expired`, whatever they were until then. One whose
+        every request was refused is no conversation, and is left out.
         """
         ...
 
@@ -205,6 +216,10 @@ class Store(Protocol):
 
     async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
         """Note a salt that nobody will have let go of who is stopped before: what lies under it is to be seen to."""
+        ...
+
+    async def note_salts(self, notes: Sequence[SaltNote]) -> None:
+        """Note salts: as the session's where it is there, else as loose. Done again, it is noted as of now."""
         ...
 
     async def settle_salt(self, gone: LooseSalt) -> None:

@@ -4,7 +4,7 @@ import sqlite3
 import time
 from collections.abc import Iterable
 
-from gateway.store.contract import LooseSalt, SaltUse
+from gateway.store.contract import LooseSalt, SaltNote, SaltUse
 
 
 def use(db: sqlite3.Connection, tenant: str, session_id: str, salts: Iterable[str]) -> None:
@@ -27,6 +27,15 @@ def leave(db: sqlite3.Connection, tenant: str, session_id: str, lineage: str) ->
 
 def loosen(db: sqlite3.Connection, salt: str, tenant: str, lineage: str) -> None:
     db.execute("INSERT OR REPLACE INTO loose_salts VALUES (?, ?, ?, ?)", (salt, tenant, lineage, time.time()))
+
+
+def note(db: sqlite3.Connection, notes: Iterable[SaltNote]) -> None:
+    for one in notes:
+        found = db.execute("SELECT 1 FROM sessions WHERE tenant = ? AND id = ?", (one.tenant, one.session_id))
+        if found.fetchone():
+            use(db, one.tenant, one.session_id, [one.salt])
+        else:
+            loosen(db, one.salt, one.tenant, one.lineage)
 
 
 def loose(db: sqlite3.Connection) -> list[LooseSalt]:

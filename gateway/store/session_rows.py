@@ -29,7 +29,10 @@ def list_sessions(
 ) -> tuple[list[Session], int]:  # fmt: skip
     where, values = (
         """WHERE tenant = ? AND (? IS NULL OR CASE WHEN last_active_at < ? THEN 'expired' ELSE state END = ?)
-        AND (? IS NULL OR model = ?)""",
+        AND (? IS NULL OR model = ?)
+        AND (turn_count > 0 OR transcript IS NOT NULL OR coalesce((
+            SELECT min(t.outcome IN ('engine_error', 'gateway_error')) FROM turns t
+            WHERE t.tenant = sessions.tenant AND t.session_id = sessions.id), 0) = 0)""",
         (tenant, state, expired_by, state, model, model),
     )
     (total,) = db.execute(f"SELECT count(*) FROM sessions {where}", values).fetchone()

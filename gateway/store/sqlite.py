@@ -40,7 +40,7 @@ from gateway.store import (
     window_rows,
 )
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
-from gateway.store.contract import Finished, LooseSalt, Released, SaltUse, Text, Unfrozen, WindowQuery
+from gateway.store.contract import Finished, LooseSalt, Released, SaltNote, SaltUse, Text, Unfrozen, WindowQuery
 from gateway.store.migrations import migrate
 from gateway.store.writer import Work, Writer
 
@@ -168,6 +168,10 @@ class SqliteStore:
     async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
         """See `Store.loosen`."""
         await self._delete(lambda db: salt_rows.loosen(db, salt, tenant, lineage))
+
+    async def note_salts(self, notes: Sequence[SaltNote]) -> None:
+        """See `Store.note_salts`."""
+        await self._write(lambda db: salt_rows.note(db, notes))
 
     async def settle_salt(self, gone: LooseSalt) -> None:
         """See `Store.settle_salt`."""

@@ -1,0 +1,73 @@
+"""Notes in the store of salts that KV is being made under, before anything else there knows of them.
+
+A turn is recorded when it is over, and what merely passes through never is. Were the gateway killed meanwhile, nobody
+would know whose KV the engine has made, and nobody would ever remove it. So such a salt is noted when the work begins:
+as loose, which the next sweep looks at when the work is over, or as another salt of a session that is there already.
+Nobody waits for a note. It is written some milliseconds later, with those of others, and no KV can have landed by then.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from gateway.records import Session
+from gateway.store.contract import SaltNote, Store
+
+log = logging.getLogger(__name__)
+
+_GATHER_S = 0.05  # a commit of the store is for all notes of so long
+
+
+class SaltNotes:
+    """Takes notes of salts to the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._due: dict[SaltNote, None] = {}
+        self._wake = asyncio.Event()
+
+    async def __aenter__(self) -> "SaltNotes":
+        self._task = asyncio.create_task(self._run(), name="salt notes")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        await self._write()
+
+    @contextmanager
+    def turn(self, session: Session, salt: str) -> Iterator[None]:
+        """A turn goes on in the block; at its end it is handed over to be recorded."""
+        if salt == session.salt:  # the store has it
+            yield
+            return
+        note = SaltNote(salt, session.tenant, session.lineage, session.id)
+        self.add(note)
+        try:
+            yield
+        finally:
+            self._due.pop(note, None)  # the record comes as soon as the note would
+
+    def add(self, note: SaltNote) -> None:
+        """Note a salt. Never waits."""
+        self._due[note] = None
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(_GATHER_S)
+            self._wake.clear()
+            await self._write()
+
+    async def _write(self) -> None:
+        notes, self._due = list(self._due), {}
+        if not notes:
+            return
+        try:
+            await self._store.note_salts(notes)
+        except Exception:
+            # A full disk, say. The KV is that of turns which are recorded all the same, unless we are killed first.
+            log.exception("could not note %d salts", len(notes))
