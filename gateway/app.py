@@ -5,15 +5,16 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from gateway import limits, workers
+from gateway import limits, serve_lock, workers
 from gateway.autofreeze import Autofreeze
 from gateway.chores import Chores
 from gateway.edge import admin, endpoint, server
@@ -33,7 +34,7 @@ from gateway.member import Member
 from gateway.parts import Parts
 from gateway.reviews import Reviews
 from gateway.salt_notes import SaltNotes
-from gateway.salts import read_secret
+from gateway.secret_check import checked_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.stalls import LostSince, Stalls
@@ -45,9 +46,11 @@ from gateway.upstream import Upstream
 from gateway.windows.freeze import release_strays
 from gateway.windows.garbage import keep_tidy
 from gateway.windows.textless import REMEDY, textless
+from gateway.workers import Patience, Report
 
 log = logging.getLogger(__name__)
 
+_SIGNS_OF_LIFE = 10  # of a worker in the time after which it is given up
 _INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
 
 
@@ -114,7 +117,7 @@ async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncI
             ),
             cache=cache,
             pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
-            salts=SaltRule(read_secret(settings.secret_path), settings.isolation == "tenant"),
+            salts=SaltRule(await checked_secret(settings, store), settings.isolation == "tenant"),
             sessions=sessions,
             turns=await stack.enter_async_context(
                 Turns(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
@@ -173,8 +176,11 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
     return tuple(tiers)
 
 
-async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None], shared: Shared | None = None) -> None:
-    """Serve `sock` until a signal; `ready` is called when it is served. Raises StartError."""
+async def run(settings: Settings, sock: socket.socket, report: Report | None, shared: Shared | None = None) -> None:
+    """Serve `sock` until a signal; one of several workers reports that it serves, and that it is alive.
+
+    Raises StartError.
+    """
     async with (
         open_parts(settings, shared) as parts,
         Health(parts) as health,
@@ -186,8 +192,16 @@ async def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]
         gc.collect()
         gc.freeze()
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
-        ready()
+        if report is not None:
+            report.ready()
+            parts.chores.begin(_show_life(report, settings.worker_timeout_s / _SIGNS_OF_LIFE), "reporting")
         await server.serve(gateway, settings, sock, parts.stalls.lost_since)
+
+
+async def _show_life(report: Report, every_s: float) -> None:
+    while True:
+        report.alive()
+        await asyncio.sleep(every_s)
 
 
 def main(settings: Settings) -> None:
@@ -196,19 +210,34 @@ def main(settings: Settings) -> None:
     sock = server.listen(settings)
     with suppress(OSError):  # whoever writes there first says what is wrong with it
         settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    locked = serve_lock.lock(_locks(settings))
+    try:
+        _serve(settings, sock)
+    finally:
+        for file in locked:
+            os.close(file)
+
+
+def _locks(settings: Settings) -> list[Path]:
+    """What no other gateway may have: the data directory, and the store where that lies elsewhere."""
+    store = settings.store_path
+    own = settings.data_path / "serve.lock"
+    return [own] if store.parent == settings.data_path else [own, store.with_name(f"{store.name}.lock")]
+
+
+def _serve(settings: Settings, sock: socket.socket) -> None:
     if settings.workers == 1:
-        _run(run(settings, sock, lambda: None))
+        _run(run(settings, sock, None))
         return
     folder = settings.data_path / "metrics"
     clear(folder)
 
-    def serve(slot: int, sock: socket.socket, ready: Callable[[], None]) -> None:
-        _run(run(settings, sock, ready, Shared(folder, slot)))
+    def serve(slot: int, sock: socket.socket, report: Report) -> None:
+        _run(run(settings, sock, report, Shared(folder, slot)))
 
     gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
-    workers.supervise(
-        settings.workers, sock, serve, lambda slot: forget(folder, slot), longer_s=settings.shutdown_freeze_s
-    )
+    patience = Patience(settings.shutdown_freeze_s, settings.worker_timeout_s)
+    workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot), patience)
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

@@ -182,10 +182,18 @@ class Autofreeze:
             return "it has no finished turn yet"
         if one.session.state != "active":
             return f"it is {one.session.state} and has not gone on since"
-        if one.not_before > now:
+        if self._is_held(one, now):
             why = f"its last freeze failed, {one.failures} in a row" if one.failures else "cool-down"
             return f"{why}: not for {one.not_before - now:.0f} s"
         return ""
+
+    def _is_held(self, one: Unfrozen, now: float) -> bool:
+        """Whether a cool-down, or the wait after a failure, is going on; one that ends too late to be true is over."""
+        return now < one.not_before <= self._latest(now)
+
+    def _latest(self, now: float) -> float:
+        """When any wait that begins now is over: what ends later was set while the clock was wrong."""
+        return now + max(self._rules.cooldown_seconds, _LAST_RETRY_S)
 
     def _touch(self, tenant: str, session_id: str) -> None:
         if len(self._touched) < _TOUCHED:
@@ -238,7 +246,7 @@ class Autofreeze:
         for row in rows:
             if row.session.token_count < row.covered_tokens:
                 await self._parts.store.uncover(row.session)
-        ripe = [row for row in rows if _key(row) not in self._waiting and (self._ending or row.not_before <= now)]
+        ripe = [row for row in rows if _key(row) not in self._waiting and (self._ending or not self._is_held(row, now))]
         seen = [self._observation(row, event, now) for row in ripe]
         decisions = await self._deciding.decide(self._policies, seen) if ripe else []
         for one, decision in zip(ripe, decisions, strict=False):
@@ -256,7 +264,8 @@ class Autofreeze:
             token_count=session.token_count,
             covered_tokens=min(one.covered_tokens, session.token_count),
             context_limit=model.context_limit if model else None,
-            idle_s=max(0.0, now - session.last_active_at),
+            # A turn of the future was recorded while the clock was wrong, and would not be idle until that time comes.
+            idle_s=abs(now - session.last_active_at),
             age_s=max(0.0, now - session.created_at),
         )
 
@@ -277,12 +286,13 @@ class Autofreeze:
         if self._parts.sessions.in_turn(session.tenant, session.id):
             return  # it is looked at again when that is recorded
         now = time.time()
-        if not await store.claim_freeze(session, now=now, until=now + _CLAIM_S, cool=not self._ending):
+        until, latest = now + _CLAIM_S, self._latest(now)
+        if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=not self._ending):
             return
         try:
             window, _ = await freeze_by_itself(self._parts, session.tenant, session.id, self._naming(session, reason))
         except Exception as error:
-            wait = min(_FIRST_RETRY_S * 2.0 ** min(one.failures, 16), _LAST_RETRY_S)
+            wait = retry_after(one.failures)
             await store.report_freeze(session, window=None, not_before=time.time() + wait)
             if not isinstance(error, GatewayError):
                 raise
@@ -308,6 +318,11 @@ class Autofreeze:
                 log.warning("the superseded window %s was not deleted: %s", name, error.message)
             else:
                 log.info("the superseded window %s was deleted", name)
+
+
+def retry_after(failures: int) -> float:
+    """Seconds until a session is tried again after so many failures before this one."""
+    return min(_FIRST_RETRY_S * 2.0 ** min(failures, 16), _LAST_RETRY_S)
 
 
 def _key(one: Unfrozen) -> Key:

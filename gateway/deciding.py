@@ -56,7 +56,7 @@ class Deciding:
 
     async def _in_thread(self, work: Callable[[], T]) -> T | None:
         done: Future[T] = Future()
-        threading.Thread(target=lambda: done.set_result(work()), name="policies", daemon=True).start()
+        threading.Thread(target=_settle, args=(done, work), name="policies", daemon=True).start()
         self._late = done  # type: ignore[assignment]
         waiting = asyncio.wrap_future(done)
         finished, _ = await asyncio.wait({waiting}, timeout=_PATIENCE_S)
@@ -69,7 +69,7 @@ class Deciding:
         name, policy = named
         try:
             decision: object = policy.decide(seen)
-        except Exception as error:
+        except BaseException as error:  # also SystemExit, by which a policy may think to end only itself
             if self._may_complain(name):
                 log.exception("policy %s failed for session %s", name, seen.session_id)
             return Opinion(name, None, f"{type(error).__name__}: {error}")
@@ -86,3 +86,11 @@ class Deciding:
             return False
         self._complained[name] = now
         return True
+
+
+def _settle(done: "Future[T]", work: Callable[[], T]) -> None:
+    """Do `work` and hand its result on, or its failure: while there is neither, nothing more is decided."""
+    try:
+        done.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - whoever waits gets it, but as no SystemExit: that would end all
+        done.set_exception(RuntimeError(f"the policies failed: {error!r}"))

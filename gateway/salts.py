@@ -26,6 +26,11 @@ def salt(secret: bytes, tenant: str, scope: str, fingerprint: str, client_salt: 
     return hmac.digest(secret, text, "sha256").hex()[:SALT_CHARS]
 
 
+def mark(secret: bytes, store_id: str) -> str:
+    """Return by what a store knows its secret again; it tells nothing about the secret itself."""
+    return hmac.digest(secret, b"cwg-store\0" + store_id.encode(), "sha256").hex()
+
+
 def read_secret(path: Path) -> bytes:
     """Return the secret in `path`, made on first use (mode 0600). Raises StartError.
 

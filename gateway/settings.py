@@ -64,6 +64,9 @@ class Settings:
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
     port: int = setting(8700, "port to listen on; 0 takes a free one")
     workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
+    worker_timeout_s: float = setting(
+        30.0, "seconds for which one of several workers may not respond before it is killed and replaced"
+    )
     api_key: str = setting(
         "",
         "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
@@ -87,6 +90,10 @@ class Settings:
     data_dir: str = setting("data", "where the gateway keeps what is its own")
     store_url: str = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
     secret_file: str = setting("", "secret of the salts, made on first use; empty: `<data_dir>/secret`")
+    accept_new_secret: bool = setting(
+        False,
+        "start with a secret other than the store's, once: KV that was stored under the old one is not found again",
+    )
     isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
     identify: str = setting(
         "prefix",
@@ -142,6 +149,9 @@ class Settings:
         "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`",
     )
     sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
+    clock_hold_s: float = setting(
+        3600.0, "seconds for which nothing expires after the clock has jumped, or after a long time without a gateway"
+    )
     responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
     on_full: str = setting(

@@ -3,9 +3,11 @@
 The parent serves nothing and has neither loop nor thread, so that it can fork at any time. Each worker opens parts of
 its own. The first one starts alone: what has to be done once (a secret, a schema, a sweep) is done when the others
 begin. A worker that dies is started again, at once and then later each time; one that cannot start, when none other
-serves, ends all.
+serves, ends all. One that serves and does not respond any more is killed, and so replaced: the kernel would deal it
+connections for ever.
 """
 
+import faulthandler
 import logging
 import os
 import selectors
@@ -24,8 +26,36 @@ from gateway.errors import StartError
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[int, socket.socket, Callable[[], None]], None]
-"""What a worker does: its number, its socket, and what it calls when it serves. Raises StartError."""
+_READY = b"\x01"
+_ALIVE = b"\x02"
+
+
+class Report:
+    """How a worker tells its parent that it is well. Never waits: a parent that is stopped reads nothing."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+        os.set_blocking(pipe, False)
+
+    def ready(self) -> None:
+        """It serves. From now on it has to call `alive` again and again."""
+        self._say(_READY)
+
+    def alive(self) -> None:
+        """It responds."""
+        self._say(_ALIVE)
+
+    def failed(self, why: str) -> None:
+        """It cannot serve."""
+        self._say(why.encode())
+
+    def _say(self, what: bytes) -> None:
+        with suppress(BrokenPipeError, BlockingIOError):  # the parent is gone, and the leash says so; or it is stopped
+            os.write(self._pipe, what)
+
+
+Serve = Callable[[int, socket.socket, Report], None]
+"""What a worker does: its number, its socket, and how it tells that it serves and is alive. Raises StartError."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FIRST_DELAY_S = 0.5
@@ -33,7 +63,8 @@ _LONGEST_DELAY_S = 30.0
 _MANY = 16  # deaths, by when the delay has long been the longest
 _SOUND_S = 60.0  # who has lived so long has not died of how it started
 _END_S = 30.0  # more than a worker takes to close its streams and to record its turns
-_READY = b"+"
+_DUMP_S = 3.0  # from SIGABRT, which writes down where a worker hangs, to SIGKILL, which ends also a stopped one
+_LATE_S = 1.0  # the parent itself was stopped: what the workers have said meanwhile is yet to be read
 
 
 @dataclass(slots=True)
@@ -44,24 +75,32 @@ class _Worker:
     started: float
     ready: bool = False
     said: bytes = b""
+    heard: float = 0.0  # when it last responded
+    aborted: bool = False
 
 
-def supervise(
-    count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], *, longer_s: float = 0.0
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds that a worker has: at the end beyond what it needs to close, and between two signs of life."""
+
+    longer_s: float = 0.0
+    silent_s: float = 30.0
+
+
+def supervise(count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], patience: Patience) -> None:
     """Keep `count` workers on the address of `sock`, until SIGTERM or SIGINT. Raises StartError.
 
-    `mourn` is called with the number of a worker that has ended, before another takes its place. At the end a worker
-    has `longer_s` beyond what it needs to close.
+    `mourn` is called with the number of a worker that has ended, before another takes its place.
     """
-    _Crew(count, sock, serve, mourn, _END_S + longer_s).keep()
+    _Crew(count, sock, serve, mourn, patience).keep()
 
 
 class _Crew:
     def __init__(
-        self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], end_s: float
+        self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], patience: Patience
     ) -> None:
-        self._end_s = end_s
+        self._end_s = _END_S + patience.longer_s
+        self._silent_s = patience.silent_s
         self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, if that comes soon
         self._serve = serve
         self._mourn = mourn
@@ -84,12 +123,18 @@ class _Crew:
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         while self._workers or self._due:
-            for key, _ in self._news.select(self._patience()):
+            patience = self._patience()
+            began = time.monotonic()
+            events = self._news.select(patience)
+            if patience is not None and time.monotonic() - began > patience + _LATE_S:
+                self._excuse()
+            for key, _ in events:
                 if key.data is None:
                     woken.recv(64)
                 else:
                     self._hear(key.data)
             self._obey()
+            self._end_silent()
             self._fill()
         if self._failure:
             raise StartError(self._failure)
@@ -99,6 +144,7 @@ class _Crew:
 
     def _patience(self) -> float | None:
         times = [*self._due.values(), *([self._kill_at] if self._kill_at is not None else [])]
+        times += [self._silent_at(worker) for worker in self._watched]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _obey(self) -> None:
@@ -108,6 +154,32 @@ class _Crew:
         if self._kill_at is not None and (self._told > 1 or time.monotonic() >= self._kill_at):
             self._signal(signal.SIGKILL)
             self._kill_at = time.monotonic() + self._end_s
+
+    @property
+    def _watched(self) -> list[_Worker]:
+        """Those that have to show that they are alive: at the end all have a time of their own."""
+        return [] if self._kill_at is not None else [worker for worker in self._workers.values() if worker.ready]
+
+    def _silent_at(self, worker: _Worker) -> float:
+        return worker.heard + self._silent_s + (_DUMP_S if worker.aborted else 0.0)
+
+    def _excuse(self) -> None:
+        """Forget how long the workers have been silent: we were not there to hear them."""
+        for worker in self._workers.values():
+            worker.heard = time.monotonic()
+
+    def _end_silent(self) -> None:
+        """Kill who has not responded for too long; what has happened to it is seen when it has ended."""
+        for worker in self._watched:
+            if time.monotonic() < self._silent_at(worker):
+                continue
+            if worker.aborted:
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.heard = time.monotonic()
+            else:
+                log.error("worker %d has not responded for %g s and is ended", worker.pid, self._silent_s)
+                os.kill(worker.pid, signal.SIGABRT)
+                worker.aborted = True
 
     def _end(self) -> None:
         self._kill_at = time.monotonic() + self._end_s
@@ -137,18 +209,20 @@ class _Crew:
             self._work(slot, tell)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.close(tell)
-        worker = self._workers[slot] = _Worker(slot, pid, news, time.monotonic())
+        now = time.monotonic()
+        worker = self._workers[slot] = _Worker(slot, pid, news, now, heard=now)
         self._news.register(news, selectors.EVENT_READ, worker)
 
     def _work(self, slot: int, tell: int) -> NoReturn:
         """Be a worker."""
         code = 1
+        report = Report(tell)
         try:
             self._become_worker(slot)
-            self._serve(slot, self._socks[slot], lambda: _say(tell, _READY))
+            self._serve(slot, self._socks[slot], report)
             code = 0
         except StartError as error:
-            _say(tell, str(error).encode())
+            report.failed(str(error))
         except Exception:  # nothing may get out of here: below are the parent's frames
             log.exception("worker %d failed", os.getpid())
         finally:
@@ -156,6 +230,7 @@ class _Crew:
             os._exit(code)
 
     def _become_worker(self, slot: int) -> None:
+        faulthandler.enable()  # so that SIGABRT tells where it hung
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # SIGINT stays blocked: a Ctrl-C on the terminal comes to all, and the parent says once what follows from it.
@@ -172,13 +247,13 @@ class _Crew:
         said = os.read(worker.news, 4096)
         if not said:
             self._bury(worker)
-        elif said == _READY:
+            return
+        worker.heard = time.monotonic()
+        worker.said += said.translate(None, _READY + _ALIVE)
+        if _READY in said:
             worker.ready = True
-            now = time.monotonic()
-            self._due |= dict.fromkeys(self._waiting, now)
+            self._due |= dict.fromkeys(self._waiting, worker.heard)
             self._waiting.clear()
-        else:
-            worker.said += said
 
     def _bury(self, worker: _Worker) -> None:
         _, status = os.waitpid(worker.pid, 0)
@@ -212,11 +287,6 @@ class _Crew:
         if delay and len(self._socks) > 1:  # new connections go to the others; those in its queue are lost
             self._socks.pop(slot).close()
         log.error("worker %d: %s; another starts in %g s", worker.pid, how, delay)
-
-
-def _say(tell: int, what: bytes) -> None:
-    with suppress(BrokenPipeError):  # the parent is gone, and the leash says so
-        os.write(tell, what)
 
 
 def _follow(held: int, end_s: float) -> None:

@@ -60,7 +60,7 @@ def _found(name: str, strangers: Collection[str], field: str) -> Any:
         raise PolicyError(field, f'{shown(name)} must be "package.module:Class"')
     try:
         loaded = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PolicyError(field, f"cannot import {module!r}: {type(error).__name__}: {error}") from error
     if not hasattr(loaded, attribute):
         raise PolicyError(field, f"module {module!r} has no {attribute!r}")
@@ -76,7 +76,7 @@ def _made(kind: Any, parameters: Mapping[str, Any], field: str) -> Policy:
         raise PolicyError(field, f"these parameters do not fit: {error}{known}") from error
     try:
         policy: Policy = kind(**parameters)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PolicyError(field, str(error) or type(error).__name__) from error
     if not callable(getattr(policy, "decide", None)):
         raise PolicyError(field, f"{kind!r:.100} has no method decide(observation)")

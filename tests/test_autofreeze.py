@@ -3,12 +3,17 @@
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.autofreeze import Autofreeze, retry_after
+from gateway.records import Session
+from gateway.store.contract import Unfrozen
 from tests.fakes.engine import FakeEngine
+from tests.houses import House
 from tests.running import Gateway, eventually, gateway_before
 from tests.test_admin import error_of
 
@@ -249,3 +254,35 @@ def test_a_policy_of_the_settings_that_is_not_there_stops_the_start(engine: Fake
         assert "Traceback" not in gateway.log
     finally:
         gateway.close()
+
+
+def test_failures_in_a_row_are_retried_less_and_less_often() -> None:
+    waits = [retry_after(failures) for failures in (0, 1, 2, 6, 7, 1000)]
+    assert waits == [30, 60, 120, 1920, 3600, 3600]
+
+
+@pytest.mark.anyio
+async def test_policies_are_not_asked_about_a_session_that_has_to_wait(house: House) -> None:
+    await house.parts.store.add_session(Session("t", "s", lineage="s", state="active", token_count=10**6))
+    settings = replace(house.settings, auto_freeze_tokens=10)
+    autofreeze = Autofreeze(replace(house.parts, settings=settings))
+    session = await house.parts.store.session("t", "s")
+    assert session is not None
+    async with autofreeze:
+        now = time.time()
+        waits = {"over": now - 1, "cool-down": now + 30, "after a failure": now + 3599, "a wrong clock's": now + 10**6}
+        asked = [
+            name
+            for name, not_before in waits.items()
+            if [one async for one in autofreeze._decided([Unfrozen(session, 0, not_before, 0)], "turn")]
+        ]
+    assert asked == ["over", "a wrong clock's"]
+
+
+@pytest.mark.anyio
+async def test_a_session_whose_last_turn_lies_in_the_future_is_idle(house: House) -> None:
+    now = time.time()
+    autofreeze = Autofreeze(house.parts)
+    for last in (now - 3600, now + 3600):
+        one = Unfrozen(Session("t", "s", lineage="s", last_active_at=last), 0, 0.0, 0)
+        assert autofreeze._observation(one, "sweep", now).idle_s == pytest.approx(3600)

@@ -12,7 +12,7 @@ from gateway.records import WINDOW_NAME
 from gateway.rules import Rules
 from policies.contract import Observation
 from policies.door import BUILT_IN, PolicyError, build
-from tests.fakes.policies import Failing, Lying, Turns
+from tests.fakes.policies import Exiting, Failing, Lying, Turns
 
 SEEN = Observation(
     event="sweep",
@@ -173,3 +173,22 @@ async def test_a_policy_that_fails_or_lies_does_not_keep_the_others_from_decidin
     assert "must return Freeze(reason) or None, not True" in lying.error
     assert (turns.decision and turns.decision.reason, turns.error) == ("1 turns", "")
     assert caplog.text.count("policy failing failed") == caplog.text.count("policy lying") == 1
+
+
+@pytest.mark.anyio
+async def test_a_policy_that_would_exit_keeps_nothing_from_being_decided_now_or_later() -> None:
+    named = [("exiting", Exiting()), ("turns", Turns(1))]
+    deciding = Deciding()
+    for _ in range(2):
+        decisions = await deciding.decide(named, [SEEN])  # type: ignore[arg-type]
+        assert [d and d.reason for d in decisions] == ["1 turns"]
+    exiting, _ = await deciding.opinions(named, SEEN)  # type: ignore[arg-type]
+    assert exiting.error == "SystemExit: 3"
+
+
+def test_at_shutdown_takes_what_was_active_up_to_the_very_minute() -> None:
+    policy = build({"use": "at_shutdown", "minutes": 2})
+    ending = replace(SEEN, event="shutdown")
+    assert policy.decide(replace(ending, idle_s=120.0)) is not None
+    assert policy.decide(replace(ending, idle_s=120.1)) is None
+    assert policy.decide(replace(SEEN, event="sweep", idle_s=1.0)) is None

@@ -452,6 +452,19 @@ async def test_only_an_automatic_window_is_superseded(store: Store) -> None:
     assert await store.delete_window(TENANT, "w", automatic_of="s")
 
 
+async def test_a_claim_keeps_to_the_cool_down_and_to_no_time_that_only_a_wrong_clock_can_have_set(store: Store) -> None:
+    await store.record([finished("s", says("1", "a"))])
+    seen = await store.session(TENANT, "s")
+    assert seen is not None
+    assert await store.claim_freeze(seen, now=1.0, until=2.0, cool=True)
+    await store.report_freeze(seen, window=None, not_before=100.0)
+    assert not await store.claim_freeze(seen, now=99.0, until=100.0, cool=True)
+    assert not await store.claim_freeze(seen, now=50.0, until=51.0, latest=100.0, cool=True)
+    assert await store.claim_freeze(seen, now=50.0, until=500.0, latest=99.0, cool=True)
+    assert not await store.claim_freeze(seen, now=51.0, until=52.0, latest=501.0, cool=False), "it is claimed"
+    assert await store.claim_freeze(seen, now=51.0, until=52.0, latest=499.0, cool=False)
+
+
 async def test_a_claim_is_of_one_session_and_not_of_another_of_its_id(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     seen = await store.session(TENANT, "s")

@@ -5,15 +5,17 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from gateway import workers
 from gateway.edge import server
 from tests.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta
 from tests.running import Gateway, eventually, gateway_before
@@ -77,7 +79,7 @@ def alive(pid: int) -> bool:
     """Whether a process runs."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -336,8 +338,64 @@ def test_a_worker_that_cannot_start_again_is_tried_later_each_time_while_the_oth
         assert "another starts in 0.5 s" in gateway.log
         assert "another starts in 1 s" in gateway.log
         assert gateway.chat(session).status_code == 200
+        eventually(lambda: workers_counted(gateway) == COUNT - 1, "the one that is dead does not count")
         secret.write_bytes(kept)
         eventually(lambda: len(pids(gateway)) == COUNT, "it has come back", within=30)
+
+
+def workers_counted(gateway: Gateway) -> float:
+    """How many workers there are, by the numbers of whichever is asked."""
+    lines = gateway.http.get("/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith("cwg_workers "))
+
+
+def test_a_worker_that_hangs_is_replaced_and_the_others_are_not(engine: FakeEngine, tmp_path: Path) -> None:
+    with crew(engine, tmp_path, worker_timeout_s=2) as gateway:
+        before = workers_of(gateway.process.pid)
+        victim = min(before)
+        os.kill(victim, signal.SIGSTOP)
+        eventually(lambda: not alive(victim), "it is ended", more=lambda: gateway.log)
+        eventually(lambda: len(workers_of(gateway.process.pid)) == COUNT, "another takes its place")
+        eventually(lambda: len(pids(gateway)) == COUNT, "and serves")
+        assert before - {victim} < workers_of(gateway.process.pid)
+        assert f"worker {victim} has not responded for 2 s" in gateway.log
+        assert f"worker {victim}: killed by SIGKILL" in gateway.log
+
+
+def test_a_worker_that_hangs_writes_down_where_if_it_still_can(engine: FakeEngine, tmp_path: Path) -> None:
+    own = "tests.fakes.policies:SlowToMake"
+    with crew(engine, tmp_path, worker_timeout_s=2, auto_freeze=True, auto_freeze_policies=own) as gateway:
+        with suppress(httpx.HTTPError):  # its connection ends with it
+            gateway.http.put("/admin/policies", json={"policies": [{"use": own, "seconds": 600}]})
+        eventually(lambda: "killed by SIGABRT" in gateway.log, "it is ended", more=lambda: gateway.log)
+        assert "fakes/policies.py" in gateway.log
+        eventually(lambda: len(pids(gateway)) == COUNT, "another serves")
+
+
+def test_a_parent_that_was_stopped_ends_no_worker_for_what_it_did_not_hear(engine: FakeEngine, tmp_path: Path) -> None:
+    with crew(engine, tmp_path, worker_timeout_s=1) as gateway:
+        before = workers_of(gateway.process.pid)
+        everybody = [gateway.process.pid, *before]
+        for stopped in (everybody[:1], everybody):
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            threading.Event().wait(2.5)
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+            eventually(lambda: pids(gateway) == before, "all of them serve")
+        assert "has not responded" not in gateway.log
+
+
+def test_a_worker_that_has_lived_long_is_replaced_at_once_however_often_it_died_before() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        crew = workers._Crew(1, sock, lambda *_: None, lambda _: None, workers.Patience())
+
+        def waits(lived_s: float) -> bool:
+            now = time.monotonic()
+            crew._start_again(workers._Worker(0, 1, -1, now - lived_s), "died")
+            return crew._due[0] > now + 0.1
+
+        assert [waits(lived) for lived in (0, 0, 0, 3600, 0)] == [False, True, True, False, True]
 
 
 def test_workers_that_cannot_start_are_one_clear_line(tmp_path: Path) -> None:
@@ -393,6 +451,7 @@ def test_a_second_ctrl_c_ends_at_once(engine: FakeEngine, tmp_path: Path, sessio
         eventually(lambda: not accepts(gateway), "no new connection is taken")
         gateway.process.send_signal(signal.SIGINT)
         gateway.process.wait(WITHIN)
+        assert "killed by SIGKILL" in gateway.log  # after ten seconds they would have ended by themselves
         assert not any(alive(pid) for pid in children)
         held.go_on.set()
 

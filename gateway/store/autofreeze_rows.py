@@ -30,14 +30,14 @@ def unfrozen_sessions(db: sqlite3.Connection, keys: Iterable[tuple[str, str]]) -
     return [Unfrozen(Session(*row[3:]), *row[:3]) for row in found if row]
 
 
-def claim(db: sqlite3.Connection, seen: Session, now: float, until: float, *, cool: bool) -> bool:
+def claim(db: sqlite3.Connection, seen: Session, now: float, until: float, latest: float, *, cool: bool) -> bool:
     cursor = db.execute(
         """INSERT INTO auto_freezes (tenant, session_id, claimed_until)
         SELECT tenant, id, ?1 FROM sessions WHERE tenant = ?2 AND id = ?3 AND turn_count = ?4 AND state = 'active'
             AND created_at = ?7
         ON CONFLICT (tenant, session_id) DO UPDATE SET claimed_until = excluded.claimed_until
-        WHERE claimed_until <= ?5 AND (not_before <= ?5 OR NOT ?6)""",
-        (until, seen.tenant, seen.id, seen.turn_count, now, cool, seen.created_at),
+        WHERE (claimed_until <= ?5 OR claimed_until > ?8) AND (not_before <= ?5 OR not_before > ?8 OR NOT ?6)""",
+        (until, seen.tenant, seen.id, seen.turn_count, now, cool, seen.created_at, latest),
     )
     return cursor.rowcount == 1
 

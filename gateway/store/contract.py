@@ -1,5 +1,6 @@
 """What the gateway asks of its store. Every call is atomic in itself."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -234,6 +235,18 @@ class Store(Protocol):
         """Write something. Raises StoreUnavailable where that cannot be done."""
         ...
 
+    async def newest(self) -> float | None:
+        """Return when the newest record of a session or window was made, None where there is none."""
+        ...
+
+    async def known_secret(self) -> tuple[str | None, bool]:
+        """Return the mark of the secret that it was used with (`salts.mark`), and whether it holds any session."""
+        ...
+
+    async def remember_secret(self, mark: str) -> None:
+        """Keep the mark of the secret that it is used with from now on."""
+        ...
+
     async def record(self, finished: Sequence[Finished], *, last: bool = False) -> None:
         """Record finished turns; each makes its session if it is new and moves its transcript on.
 
@@ -386,10 +399,13 @@ class Store(Protocol):
         """Return sessions as above, by tenant and id, whatever their state; without those that are not there."""
         ...
 
-    async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
+    async def claim_freeze(
+        self, seen: Session, *, now: float, until: float, cool: bool, latest: float = math.inf
+    ) -> bool:
         """Take the automatic freeze of a session for oneself, until it is reported or `until` is over.
 
         False where another has it, where the session is not as it was `seen`, and, with `cool`, before `not_before`.
+        Neither a claim nor `not_before` holds that ends after `latest`: it was set while the clock was wrong.
         """
         ...
 

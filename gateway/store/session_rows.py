@@ -278,3 +278,10 @@ def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> l
 
 def _batches(values: Sequence[T]) -> Iterable[Sequence[T]]:
     return (values[i : i + _VARIABLES] for i in range(0, len(values), _VARIABLES))
+
+
+def newest(db: sqlite3.Connection) -> float | None:
+    (at,) = db.execute(
+        "SELECT max(at) FROM (SELECT max(last_active_at) AS at FROM sessions UNION SELECT max(created_at) FROM windows)"
+    ).fetchone()
+    return at if at is None else float(at)

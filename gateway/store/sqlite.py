@@ -6,6 +6,7 @@ own; `gateway.store.writer` is the one that writes.
 """
 
 import asyncio
+import math
 import sqlite3
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -33,6 +34,7 @@ from gateway.store import (
     manifest_rows,
     response_rows,
     salt_rows,
+    secret_rows,
     session_rows,
     successor_rows,
     text_rows,
@@ -186,6 +188,18 @@ class SqliteStore:
         await self._write(_touch)
         await asyncio.to_thread(self._ballast.restore)
 
+    async def newest(self) -> float | None:
+        """See `Store.newest`."""
+        return await self._read(session_rows.newest)
+
+    async def known_secret(self) -> tuple[str | None, bool]:
+        """See `Store.known_secret`."""
+        return await self._read(secret_rows.known)
+
+    async def remember_secret(self, mark: str) -> None:
+        """See `Store.remember_secret`."""
+        await self._write(lambda db: secret_rows.remember(db, mark))
+
     async def record(self, finished: Sequence[Finished], *, last: bool = False) -> None:
         """See `Store.record`."""
         await self._write(lambda db: self._record(db, finished), Reserve.DELETIONS if last else Reserve.TURNS)
@@ -318,9 +332,11 @@ class SqliteStore:
         """See `Store.unfrozen_sessions`."""
         return await self._read(lambda db: autofreeze_rows.unfrozen_sessions(db, keys))
 
-    async def claim_freeze(self, seen: Session, *, now: float, until: float, cool: bool) -> bool:
+    async def claim_freeze(
+        self, seen: Session, *, now: float, until: float, cool: bool, latest: float = math.inf
+    ) -> bool:
         """See `Store.claim_freeze`."""
-        return await self._write(lambda db: autofreeze_rows.claim(db, seen, now, until, cool=cool))
+        return await self._write(lambda db: autofreeze_rows.claim(db, seen, now, until, latest, cool=cool))
 
     async def report_freeze(self, seen: Session, *, window: str | None, not_before: float) -> None:
         """See `Store.report_freeze`."""

@@ -56,10 +56,11 @@ async def delete_session(parts: Parts, tenant: str, session_id: str) -> Forgotte
     return done
 
 
-async def forget_sessions(parts: Parts) -> tuple[int, int]:
+async def forget_sessions(parts: Parts, *, expire: bool = True) -> tuple[int, int]:
     """Delete the sessions beyond `sessions_kept`, and those past `session_ttl_s`; return how many of each."""
     beyond = await parts.store.forget_idle(parts.settings.sessions_kept)
-    return beyond, await _expire(parts, expired_by(parts.settings)) if parts.settings.session_ttl_s else 0
+    expire = expire and bool(parts.settings.session_ttl_s)
+    return beyond, await _expire(parts, expired_by(parts.settings)) if expire else 0
 
 
 def expired_by(settings: Settings) -> float:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 
+from gateway.clock import Clock
 from gateway.errors import GatewayError
 from gateway.kv.pins import Lock
 from gateway.parts import Parts
@@ -22,15 +23,21 @@ async def keep_tidy(parts: Parts) -> None:
     every = parts.settings.sweep_every_s
     # Held for life: a worker that dies lets go of it, and another takes over.
     async with Lock(parts.settings.data_path / "sweep.lock", poll_s=every).hold(alone=True):
+        clock, doubt = Clock(parts.settings.clock_hold_s), ""
+        clock.started_after(await parts.store.newest())
         while True:
             await asyncio.sleep(every)
-            await sweep(parts)
+            before, doubt = doubt, clock.doubt()
+            if doubt and not before:
+                log.warning("nothing expires for up to %g s (clock_hold_s): %s", parts.settings.clock_hold_s, doubt)
+            await sweep(parts, expire=not doubt)
 
 
-async def sweep(parts: Parts) -> None:
-    """One round. A step that fails is logged and keeps the others from nothing."""
-    await parts.chores.attempt(_windows(parts), "deleting expired windows")
-    await parts.chores.attempt(_sessions(parts), "forgetting idle sessions")
+async def sweep(parts: Parts, *, expire: bool = True) -> None:
+    """One round. A step that fails is logged and keeps the others from nothing; with `expire` age is a reason to go."""
+    if expire:
+        await parts.chores.attempt(_windows(parts), "deleting expired windows")
+    await parts.chores.attempt(_sessions(parts, expire=expire), "forgetting idle sessions")
     await parts.chores.attempt(_loose(parts), "removing KV that nobody needs")
     await parts.chores.attempt(keep_budgets(parts), "keeping the budgets")
 
@@ -55,8 +62,8 @@ async def _expire(parts: Parts, window: Window, by: float) -> None:
         log.warning("window %s: %s", window.name, warning)
 
 
-async def _sessions(parts: Parts) -> None:
-    beyond, expired = await forget.forget_sessions(parts)
+async def _sessions(parts: Parts, *, expire: bool) -> None:
+    beyond, expired = await forget.forget_sessions(parts, expire=expire)
     if beyond:
         log.info("forgot %d sessions that were idle longest: more than sessions_kept", beyond)
     if expired:

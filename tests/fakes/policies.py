@@ -22,6 +22,13 @@ class Failing:
         raise RuntimeError(f"no idea what to do with {seen.session_id}")
 
 
+class Exiting:
+    """Ends the process, as it thinks."""
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        raise SystemExit(3)
+
+
 class Lying:
     """Answers something else than a decision."""
 
@@ -38,3 +45,13 @@ class Slow:
 
 class NotOne:
     """Has no `decide`."""
+
+
+class SlowToMake:
+    """Takes its time before it can be asked."""
+
+    def __init__(self, seconds: float = 0) -> None:
+        time.sleep(seconds)
+
+    def decide(self, seen: Observation, /) -> Freeze | None:
+        return None

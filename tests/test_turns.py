@@ -1,0 +1,77 @@
+"""Finished turns on their way to the store, without a gateway around them."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway.dialects.chat import ChatDialect
+from gateway.ended import Ended
+from gateway.errors import GatewayError
+from gateway.records import Session
+from gateway.reviews import Reviews
+from gateway.sessions import Place, Sessions
+from gateway.store.sqlite import SqliteStore
+from gateway.telemetry import Stored, Telemetry
+from gateway.tokens import Estimator
+from gateway.turns import Turns
+
+pytestmark = pytest.mark.anyio
+_ROOM = 8
+
+
+class Desk:
+    """Turns over a store of their own."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.store = store
+        self.telemetry = Telemetry()
+        reviews = Reviews(store, Estimator(), lambda: 64)
+        self.turns = Turns(store, Sessions(store, None), reviews, self.telemetry, None, room=_ROOM)
+
+    def finish(self, session_id: str) -> None:
+        """Begin and end a turn of a session."""
+        call = ChatDialect().read({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}, b"")
+        place = Place(Session("t", session_id, lineage=session_id), "", b"")
+        self.turns.enter(place)
+        self.turns.finish(
+            Ended(place, "f", "salt", ChatDialect(), call, "engine_cut", 200, 1.0, 1.0, streamed=False, chunks=())
+        )
+
+    @property
+    def lost(self) -> float:
+        """How many turns were lost."""
+        rows = self.telemetry.rows(Stored({}, {}))
+        return sum(row["value"] for row in rows if row["name"] == "cwg_turns_lost_total")
+
+
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    """Turns, with nothing recorded yet."""
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
+        yield Desk(store)
+
+
+async def test_a_turn_that_cannot_be_recorded_costs_the_others_of_its_batch_nothing(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with desk.turns:
+        for session_id in ("a", "\ud800", "b", "\ud801", "c"):  # SQLite takes no half of a surrogate pair
+            desk.finish(session_id)
+        await desk.turns.settle()
+        assert [await desk.store.session("t", name) is not None for name in "abc"] == [True] * 3
+    assert desk.lost == 2
+    assert caplog.text.count("could not record a turn") == 1
+
+
+async def test_past_its_room_no_turn_begins_until_some_are_recorded(desk: Desk) -> None:
+    # Nobody takes them to the store yet.
+    for number in range(_ROOM):
+        desk.finish(f"s{number}")
+    with pytest.raises(GatewayError) as refused:
+        desk.finish("one more")
+    assert refused.value.code == "rate_limited"
+    assert "turn_queue" in refused.value.hint
+    async with desk.turns:
+        await desk.turns.settle()
+        desk.finish("one more")
