@@ -1,6 +1,7 @@
 """`cwg` as users run it: what it prints, and with which code it ends."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.engine import FakeEngine
+from gateway.cli.showing import line, printable
+from tests.fakes.engine import MODEL, FakeEngine
 from tests.running import ROOT, Gateway, environment, free_port, gateway_before
 
 Ended = subprocess.CompletedProcess[str]
@@ -305,3 +307,76 @@ def test_a_wrong_setting_in_the_environment_is_one_line() -> None:
     assert_failed(cwg("serve", engine_url="http://x"), "'engine_urls'")
     assert_failed(cwg("serve", "--port", "70000"), "70000")
     assert_failed(cwg("serve", engine_timeout_s="soon"), "CWG_ENGINE_TIMEOUT_S")
+
+
+# --- what a terminal would obey
+
+EVIL = "a\x1b]52;c;ZXZpbA==\x07b\x1b[2Jc\x9b1md\x00e\x7ff\r\ng\rh\ti[/x][bold]"
+SHOWN = "a\\x1b]52;c;ZXZpbA==\\x07b\\x1b[2Jc\\x9b1md\\x00e\\x7ff\ng\\x0dh\ti[/x][bold]"
+
+
+def answering(value: object) -> bytes:
+    """A whole answer of HTTP."""
+    body = json.dumps(value).encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def harmless(ended: Ended) -> bool:
+    """Whether no character but tabs and ends of lines is one that a terminal obeys."""
+    return not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ended.stdout + ended.stderr)
+
+
+def test_a_text_is_shown_with_its_control_characters_spelled_out() -> None:
+    assert printable(EVIL) == SHOWN
+    assert printable("tab\tline\nénd") == "tab\tline\nénd"
+    assert line("a\nb\r\nc\x1bd\x85e") == "a b c\\x1bd e"
+
+
+def test_nothing_that_was_said_reaches_a_terminal_as_it_is(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    engine.on_chat = lambda exchange: exchange.json(
+        {"id": "x", "object": "chat.completion", "model": MODEL, "usage": {"prompt_tokens": 9, "completion_tokens": 1},
+         "choices": [{"index": 0, "message": {"role": "assistant", "content": EVIL}, "finish_reason": "stop"}]}
+    )  # fmt: skip
+    gateway.chat(session, EVIL)
+    evil = EVIL.replace("\x00", "")
+    gateway.freeze(session, session, description=evil)
+    for command in (
+        ["messages", session],
+        ["status", session],
+        ["list"],
+        ["sessions"],
+        ["tree"],
+        ["describe", session, "--ttl", "60"],
+        ["ask", session, "what?"],
+        ["messages", session, "--json"],
+        ["status", session, "--json"],
+        ["describe", session, "--description", evil],
+        ["delete", f"{session}\x1b[2J"],
+        ["freeze", "x\x9b2J", "y"],
+        ["thaw", session, "--session", f"t-{session}", "--continue", evil],
+    ):
+        ended = cwg(*command, url=gateway.url)
+        assert harmless(ended), (command, ended)
+    assert SHOWN in cwg("messages", session, url=gateway.url).stdout
+    assert json.loads(cwg("messages", session, "--json", url=gateway.url).stdout)["messages"][1]["content"] == EVIL
+
+
+def test_markup_in_a_name_is_a_name() -> None:
+    row = {
+        "id": "s", "state": "active", "model": "[/x]\x1b[2J[bold]y", "token_count": 1, "turn_count": 1, "window": None,
+        "last_active_at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    page = {"sessions": [row], "total": 1, "limit": 20, "offset": 0, "has_more": False}
+    with something_else(answering(page)) as url:
+        ended = cwg("sessions", url=url)
+    assert ended.returncode == 0, ended.stderr
+    assert "[/x]\\x1b[2J[bold]y" in ended.stdout
+
+
+def test_a_doctors_words_are_words(engine: FakeEngine) -> None:
+    check = {"name": "engine", "status": "failed", "message": "serves [/x]\x1b[2J", "remedy": "[/y]\x9b"}
+    with something_else(answering({"ok": False, "checks": [check]})) as url:
+        ended = cwg("doctor", url=url)
+    assert (ended.returncode, harmless(ended)) == (1, True)
+    assert "failed   engine: serves [/x]\\x1b[2J" in ended.stdout
+    assert "[/y]\\x9b" in ended.stdout

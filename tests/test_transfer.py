@@ -503,6 +503,22 @@ def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: P
     assert lines.json()["error"]["code"] == "invalid_request"
 
 
+def test_an_export_is_for_its_owner_alone_and_overwrites_nothing_unasked(
+    gateway: Gateway, session: str, tmp_path: Path
+) -> None:
+    gateway.chat(session)
+    gateway.freeze(session, session)
+    file = tmp_path / "w.cwg"
+    file.write_bytes(b"mine")
+    refused = cwg(gateway, "export", session, str(file))
+    assert (refused.returncode, "--force" in refused.stderr) == (1, True)
+    assert file.read_bytes() == b"mine"
+    assert cwg(gateway, "export", session, str(file), "--force").returncode == 0
+    assert file.read_bytes() == gateway.http.get(f"/admin/windows/{session}/export").content
+    assert cwg(gateway, "export", session, str(tmp_path / "fresh.cwg")).returncode == 0
+    assert {f.name: f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {"w.cwg": 0o600, "fresh.cwg": 0o600}
+
+
 def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str, tmp_path: Path) -> None:
     failed = cwg(gateway, "export", f"no-{session}", str(tmp_path / "w.cwg"))
     assert (failed.returncode, f"no-{session}" in failed.stderr) == (1, True)

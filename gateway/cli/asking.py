@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
+from gateway.cli.showing import line, say
 from gateway.client import Admin, AdminError, OnProgress
 
 _ERR = Console(stderr=True)
@@ -26,7 +27,7 @@ class Failure(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print it."""
-        click.echo(f"error: {self.message}", err=True)
+        say(f"error: {self.message}", err=True)
 
 
 class Word(click.Choice[str]):
@@ -80,11 +81,11 @@ def watched(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def bar() -> Iterator[OnProgress]:
     """A bar of progress, on a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=_ERR, transient=True, disable=not _ERR.is_terminal) as shown:
         task = shown.add_task("", total=None)
         yield lambda step: shown.update(
-            task, description=step["stage"], completed=step["done"], total=step["total"] or None
+            task, description=line(step["stage"]), completed=step["done"], total=step["total"] or None
         )
 
 
@@ -98,7 +99,7 @@ def names(kind: str) -> list[str]:
     """The names of windows, or of sessions; none where the gateway cannot be asked."""
     try:
         nodes = admin(_SOON_S).call("GET", "/admin/tree", query={"limit": _NAMES})["nodes"]
-        return [str(node["name"]) for node in nodes if node["kind"] == kind]
+        return [line(node["name"]) for node in nodes if node["kind"] == kind]
     except (AdminError, LookupError, TypeError):
         return []
 

@@ -1,11 +1,14 @@
 """Verbs that tell what is there."""
 
+from typing import Any
+
 import click
+from rich.text import Text
 
 from gateway import drawing
 from gateway.cli import asking as gateway
 from gateway.cli.asking import Word, verb
-from gateway.cli.showing import OUT, print_json, show, table
+from gateway.cli.showing import OUT, line, print_json, say, show, table
 
 
 @verb
@@ -33,10 +36,16 @@ def tree(limit: int, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
-    for root in drawing.trees(answer["nodes"]):
+    for root in drawing.trees([_printable(node) for node in answer["nodes"]]):
         OUT.print(root, highlight=False)
     if answer["truncated"]:
-        click.echo(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
+        say(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _printable(part) for name, part in value.items()}
+    return line(value) if isinstance(value, str) else value
 
 
 @verb
@@ -58,12 +67,15 @@ def doctor(as_json: bool) -> None:
         print_json(answer)
     else:
         for check in answer["checks"]:
-            mark = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}[check["status"]]
-            OUT.print(f"{mark:<20} {check['name']}: {check['message']}", highlight=False)
+            OUT.print(_verdict(check["status"]), Text(line(f"{check['name']}: {check['message']}")))
             if check["status"] != "ok" and check["remedy"]:
-                OUT.print(f"{'':<8} {check['remedy']}", highlight=False)
+                OUT.print(Text(line(f"{'':<8} {check['remedy']}")))
     if not answer["ok"]:
         raise SystemExit(1)
+
+
+def _verdict(status: str) -> Text:
+    return Text(f"{status:<8}", {"ok": "green", "warning": "yellow", "failed": "red"}[status])
 
 
 @verb

@@ -12,6 +12,7 @@ import click
 
 from gateway.cli import asking as gateway
 from gateway.cli.asking import Failure
+from gateway.cli.showing import say
 from gateway.client import Admin, AdminError
 from gateway.errors import StartError
 from gateway.logs import SafeFormatter
@@ -68,7 +69,7 @@ def mcp() -> None:
     except AdminError as error:
         raise gateway.failure(error) from error
     if sys.stdin.isatty():
-        click.echo("cwg mcp: waiting for MCP on stdin; a client should start this, not a person", err=True)
+        say("cwg mcp: waiting for MCP on stdin; a client should start this, not a person", err=True)
     threading.Thread(target=_look, args=[admin], daemon=True).start()
     asyncio.run(over_stdio(admin.ask))
 
@@ -78,7 +79,7 @@ def _look(admin: Admin) -> None:
     try:
         admin.call("GET", "/admin/sessions", query={"limit": 1})
     except AdminError as error:
-        click.echo(f"cwg mcp: {gateway.failure(error)}; every call tries again", err=True)
+        say(f"cwg mcp: {gateway.failure(error)}; every call tries again", err=True)
 
 
 def _log_to_stderr(settings: Settings) -> None:

@@ -7,7 +7,7 @@ import click
 
 from gateway.cli import asking as gateway
 from gateway.cli.asking import Word, completing, verb, window
-from gateway.cli.showing import flat, print_json, show, warn
+from gateway.cli.showing import flat, print_json, say, show, warn
 
 
 @verb
@@ -54,10 +54,10 @@ def thaw(
     if said is None:
         return
     if said["error"] is not None:
-        click.echo(f"error: thawed, but not gone on: {said['error'].get('message')}", err=True)
+        say(f"error: thawed, but not gone on: {said['error'].get('message')}", err=True)
         raise SystemExit(1)
     if not as_json:
-        click.echo(said["message"]["content"] or "")
+        say(said["message"]["content"] or "")
 
 
 @verb
@@ -114,10 +114,10 @@ def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None
     if as_json:
         print_json(answer)
         return
-    click.echo(answer["answer"])
+    say(answer["answer"])
     receipt = answer["receipt"]
     cached = "?" if receipt["cached_tokens"] is None else receipt["cached_tokens"]
-    click.echo(
+    say(
         f"{receipt['prompt_tokens']} tokens, {cached} from the cache; {receipt['completion_tokens']} of answer "
         f"({answer['finish_reason']}); {receipt['duration_ms']:.0f} ms",
         err=True,
@@ -137,7 +137,7 @@ def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
         print_json(answer)
         return
     for session in answer["sessions"]:
-        click.echo(session)
+        say(session)
     warn(answer)
 
 
@@ -177,7 +177,7 @@ def verify(name: str, deep: bool, as_json: bool) -> None:
     show(answer, as_json, seen)
     if not as_json:
         for one in answer["damaged"]:
-            click.echo(f"chunk {one['chunk']} {one['hash']}: {one['state']} in {one['tier'] or 'every tier'}", err=True)
+            say(f"chunk {one['chunk']} {one['hash']}: {one['state']} in {one['tier'] or 'every tier'}", err=True)
     if not answer["ok"]:
         raise SystemExit(1)
 
@@ -233,7 +233,7 @@ def messages(name: str, as_json: bool) -> None:
         print_json(answer)
         return
     for message in answer["messages"]:
-        click.echo(f"{message.get('role', '?')}: {message.get('content')}")
+        say(f"{message.get('role', '?')}: {message.get('content')}")
 
 
 COMMANDS = (freeze, thaw, clone, describe, ask, fanout, prefetch, evict, verify, delete, status, messages)
