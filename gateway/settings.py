@@ -146,7 +146,8 @@ class Settings:
     )
     disk_reserve_bytes: int = setting(
         256 * 2**20,
-        "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`",
+        "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`; "
+        "a sweep then takes KV of idle sessions",
     )
     sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
     clock_hold_s: float = setting(

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -346,6 +347,17 @@ async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and
     for salt in ("salt-turning", "salt-unknown"):
         assert tight.there(under(salt, 6)) == [under(salt, 6)] * 2
     assert f"disk tier holds {14 * SIZE} bytes, {4 * SIZE} more than its budget" in caplog.text
+
+
+async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_a_budget_too(house: House) -> None:
+    await house.session("idle", "salt-idle", idle_s=100)
+    house.stored(under("salt-idle", 6))
+    await house.window("w", under("salt-idle", 2))
+    await garbage.sweep(house.parts)
+    assert house.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
+    more_than_any_disk_has = replace(house.parts.settings, disk_reserve_bytes=2**60)
+    await garbage.sweep(replace(house.parts, settings=more_than_any_disk_has))
+    assert house.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
 
 
 async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House) -> None:

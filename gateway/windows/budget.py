@@ -1,4 +1,8 @@
-"""Budgets: a tier that holds too much loses the KV of the sessions that were idle longest. Windows lose nothing."""
+"""Budgets: a tier that holds too much loses the KV of the sessions that were idle longest. Windows lose nothing.
+
+So does the disk tier, with or without a budget, when less than `disk_reserve_bytes` are free on its disk: the store may
+lie on the same one.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -19,18 +23,19 @@ async def keep_budgets(parts: Parts) -> None:
     """Bring every tier within its budget, as far as sessions that are idle have something to give."""
     budgets = {"disk": parts.settings.disk_budget_bytes, "redis": parts.settings.redis_budget_bytes}
     for tier in parts.pins.tiers:
-        budget = budgets.get(tier.name, 0)
-        if not budget:
-            continue
         try:
-            await _keep(parts, tier, budget)
+            free = await tier.free()
+            lacking = 0 if free is None else max(0, parts.settings.disk_reserve_bytes - free)
+            if budgets.get(tier.name, 0) or lacking:
+                await _keep(parts, tier, budgets.get(tier.name, 0), lacking)
         except TierUnavailable as error:
             log.warning("could not look at a budget: %s", error)
 
 
-async def _keep(parts: Parts, tier: Tier, budget: int) -> None:
+async def _keep(parts: Parts, tier: Tier, budget: int, lacking: int) -> None:
     stored = await tier.inventory()
     held = sum(one.size for one in stored)
+    budget = min(budget or held, max(0, held - lacking))
     if held <= budget:
         return
     by_salt: dict[str, list[ObjectKey]] = {}
