@@ -1,6 +1,7 @@
 """What nobody needs any more goes from the tiers, and nothing else does: real files, a real Redis, a real store."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -167,6 +168,23 @@ async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_nex
     assert house.there(under("salt-a")) == [[], []]
 
 
+async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_keeps_its_kv(house: House) -> None:
+    await house.session("a", "salt-a", lineage="l")
+    house.stored(under("salt-a"))
+    assert await house.parts.store.delete_session(TENANT, "a")
+    lock = str(house.parts.settings.data_path / "pins.lock")
+
+    def waits() -> bool:
+        return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()].count(lock) > 1
+
+    async with house.parts.pins.lock.hold(alone=False):
+        going = asyncio.create_task(forget.forget_loose(house.parts))
+        await asyncio.to_thread(eventually, waits, "it has looked, and waits for the lock")
+        await house.session("b", "salt-a", lineage="l")
+    assert (await going).kept == 1
+    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+
+
 async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(house: House) -> None:
     await house.session("a", "salt-a")
     await forget.delete_session(house.parts, TENANT, "a")
@@ -205,7 +223,9 @@ async def test_sessions_that_are_idle_longer_than_session_ttl_s_go_unless_they_a
         assert house.there(under("salt-idle")) == [[]]
         assert house.there(under("salt-fresh")) == [under("salt-fresh")]
         assert house.there(under("salt-turning")) == [under("salt-turning")]
-        assert await parts.store.session(TENANT, "idle") is None
+        assert [await parts.store.session(TENANT, name) is not None for name in ("idle", "fresh", "turning")] == [
+            False, True, True,
+        ]  # fmt: skip
 
 
 async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds(house: House) -> None:
@@ -363,6 +383,17 @@ async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_
 async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House) -> None:
     await tight.session("old", "shared", lineage="l", idle_s=300)
     await tight.session("fork", "shared", lineage="l", idle_s=1)
+    await tight.session("middle", "salt-middle", idle_s=100)
+    tight.stored(under("shared", 6))
+    tight.stored(under("salt-middle", 6))
+    await garbage.sweep(tight.parts)
+    assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
+    assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
+
+
+async def test_a_salt_of_a_whole_tenant_is_as_old_as_the_last_of_all_its_sessions(tight: House) -> None:
+    await tight.session("old", "shared", lineage="one", idle_s=300)
+    await tight.session("new", "shared", lineage="another", idle_s=1)
     await tight.session("middle", "salt-middle", idle_s=100)
     tight.stored(under("shared", 6))
     tight.stored(under("salt-middle", 6))

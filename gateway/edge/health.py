@@ -21,6 +21,7 @@ from gateway.member import Member
 from gateway.parts import Parts
 from gateway.proof import Check, prove
 from gateway.stalls import is_ours
+from gateway.store.damage import damage
 from gateway.windows.textless import REMEDY, textless
 
 log = logging.getLogger(__name__)
@@ -109,11 +110,19 @@ class Health:
         return any(proof.leaks for proof in self._standing)
 
     async def test(self) -> list[Check]:
-        """Run the self-test now, on every engine, and look for windows that have lost their text."""
+        """Run the self-test now, on every engine, and look for damage in the store and windows without their text."""
         members = self._parts.engines.members
         checks = [check for member in members for check in await self._prove(member)]
+        checks.append(await self._pages())
         lost = await textless(self._parts)
         return [*checks, Check("windows", "warning", lost, REMEDY) if lost else _ALL_WHOLE]
+
+    async def _pages(self) -> Check:
+        wrong = await asyncio.to_thread(damage, self._parts.settings.store_path)
+        if not wrong:
+            return Check("store", "ok", "every page of it is whole")
+        remedy = "stop the gateway and put a copy of the store back, or save what can be read: sqlite3 STORE .recover"
+        return Check("store", "failed", f"the store is damaged: {'; '.join(wrong)}", remedy)
 
     async def _prove(self, member: Member) -> list[Check]:
         """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""

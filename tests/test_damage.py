@@ -1,0 +1,44 @@
+"""A store with a damaged page is noticed by `doctor`, whoever needs that page."""
+
+import sqlite3
+from pathlib import Path
+
+from gateway.store.damage import damage
+from tests.fakes.engine import FakeEngine
+from tests.running import gateway_before
+
+
+def garbled(store: Path, table: str) -> None:
+    """Write garbage over the first page of a table."""
+    with sqlite3.connect(store) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    db.close()
+    with store.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xa5" * size)
+
+
+def test_doctor_tells_of_a_damaged_page(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    with gateway_before(engine.url, tmp_path) as gateway:
+        gateway.chat(session)
+        gateway.turns(session)
+
+        def store_check() -> dict[str, str]:
+            checks = gateway.http.post("/admin/doctor", json={}).json()["checks"]
+            (found,) = [check for check in checks if check["name"] == "store"]
+            return dict(found)
+
+        assert store_check()["status"] == "ok"
+        garbled(gateway.data_dir / "gateway.db", "window_tags")
+        found = store_check()
+        assert found["status"] == "failed"
+        assert "the store is damaged" in found["message"]
+        assert ".recover" in found["remedy"]
+
+
+def test_a_store_that_is_none_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "gateway.db").write_bytes(b"not a database" * 1000)
+    assert damage(tmp_path / "gateway.db") == ["file is not a database"]
+    assert damage(tmp_path / "none.db") == ["unable to open database file"]
