@@ -90,6 +90,7 @@ CHAT_SHAPES: Mapping[str, Shape] = {
         b'"tools"', b'[{"type":"function","function":{"name":"f","parameters":{"enum":[', b'"e"', b"]}}}]"
     ),
     "stop strings": _beside(b'"stop"', b"[", b'"s"', b"]"),
+    "many strings": numbered(_HEAD + _MESSAGES + b',"stop":[', b'"string %d"', b"]}"),
     "metadata": numbered(_HEAD + _MESSAGES + b',"metadata":{', b'"k%d":"v"', b"}}"),
     "same key": _beside(b'"metadata"', b"{", b'"k":1', b"}"),
     "many fields": numbered(_HEAD + _MESSAGES + b",", b'"f%d":1', b"}"),

@@ -209,7 +209,7 @@ def hard_limit_300(ground: Ground) -> Verdict:
     good, refused = statuses.count(200), statuses.count(503)
     checks = {
         f"each is served or refused, not { ({s: statuses.count(s) for s in set(statuses)}) }": good + refused == 200,
-        "the log says so": any(word in log for word in ("descriptor", "open files", "emfile", "connections")),
+        "the log says so": any(word in log for word in ("files may be open", "open files", "emfile", "connections")),
         "it is not blamed on the engine": 502 not in statuses,
         "a turn works afterwards": back,
     }

@@ -328,7 +328,8 @@ def damaged_store(ground: Ground) -> Verdict:
     gateway.launch()
     wait_for(lambda: not gateway.alive or gateway.get("/healthz", timeout=2).status == 200, 20)
     if not gateway.alive:
-        return verdict(True, f"it does not start: {gateway.log[-200:].strip()}")
+        said = gateway.log.strip().rpartition("\n")[2]
+        return verdict("Traceback" not in gateway.log, f"it does not start: {said[:200]}")
     doctor = gateway.post("/admin/doctor")
     broken = sum(gateway.get(f"/admin/windows/w{n}/messages").status >= 500 for n in range(30))
     said = doctor.status != 200 or not doctor.json().get("ok", True)
@@ -347,7 +348,7 @@ def file_modes(ground: Ground) -> Verdict:
         done = gateway.cli("export", "w", str(target))
     finally:
         os.umask(old)
-    files = [gateway.data, target, *(file for file in gateway.data.rglob("*") if file.iswindow_file())]
+    files = [gateway.data, target, *(file for file in gateway.data.rglob("*") if file.is_file())]
     open_ = [
         file.name
         for file in files

@@ -21,7 +21,7 @@ from loadtests.attack_rig import (
     pour,
     verdict,
 )
-from tests.fakes.engine import MODEL, Exchange, FakeEngine, delta
+from tests.fakes.engine import DONE, MODEL, Exchange, FakeEngine, delta
 
 TRIALS = Trials()
 _BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
@@ -41,6 +41,8 @@ class Endless:
         exchange.begin()
         while not self.over.wait(0.1):
             exchange.chunk(delta(content="x"))
+        exchange.chunk(DONE)
+        exchange.end()
 
 
 def _poured(gateway: Gateway, begin: Callable[[], object], first: bytes, piece: bytes) -> Effect:

@@ -20,7 +20,7 @@ from loadtests.attack_rig import (
 
 TRIALS = Trials()
 _SMALL, _LARGE = 6 * 2**20, 60 * 2**20
-_FUZZ_S = 100.0
+_FUZZ_S = 75.0
 _ANSWER_S = 60.0
 
 

@@ -2,8 +2,8 @@
 
 `python -m loadtests.attack_watch PORT PID` answers each line on stdin with one line of JSON. What counts is `pause_ms`:
 the time in which the gateway did not answer, without that in which this machine let neither it nor us run, which the
-kernel counts for each thread (/proc/PID/schedstat, in ns). On a machine that does other work too, the time on the
-clock, `clock_ms`, says more about that work than about the gateway.
+kernel counts for each thread (/proc/PID/task/*/schedstat, in ns). On a machine that does other work too, the time on
+the clock, `clock_ms`, says more about that work than about the gateway.
 """
 
 import json
@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _ASK = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
@@ -23,11 +24,11 @@ class Watch:
 
     def __init__(self, port: int, pid: int) -> None:
         self._port = port
-        self._gateway = Path(f"/proc/{pid}/schedstat")
-        self._mine = Path(f"/proc/{os.getpid()}/schedstat")
+        self._gateway = Path(f"/proc/{pid}/task")
+        self._mine = Path(f"/proc/{os.getpid()}/task")
         self._sock: socket.socket | None = None
         self._since = 0.0  # when the request under way was sent; 0: none is
-        self._waited = 0
+        self._waited: dict[str, int] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -48,12 +49,12 @@ class Watch:
         if self._sock in select.select([self._sock, sys.stdin], [], [], 0.5)[0]:
             self._receive(self._sock, mine)
 
-    def look(self, mine: int | None = None) -> None:
+    def look(self, mine: dict[str, int] | None = None) -> None:
         """Count the request that is under way up to now; `mine`: what we had waited for a core before it came."""
         if self._since:
             took = time.monotonic() - self._since
-            starved = _starved(self._gateway) - self._waited
-            starved += _starved(self._mine) - mine if mine is not None else 0
+            starved = _most_more(_starved(self._gateway), self._waited)
+            starved += _most_more(_starved(self._mine), mine) if mine is not None else 0
             self.clock = max(self.clock, took)
             self.pause = max(self.pause, took - starved / 1e9)
 
@@ -65,7 +66,7 @@ class Watch:
         except OSError:
             self._drop()
 
-    def _receive(self, sock: socket.socket, mine: int) -> None:
+    def _receive(self, sock: socket.socket, mine: dict[str, int]) -> None:
         try:
             answer = sock.recv(65536)
         except OSError:
@@ -86,12 +87,19 @@ class Watch:
         time.sleep(0.02)
 
 
-def _starved(file: Path) -> int:
-    """Nanoseconds in which a process wanted to run and could not; 0 where it has ended."""
-    try:
-        return int(file.read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
+def _starved(tasks: Path) -> dict[str, int]:
+    """Nanoseconds in which each thread of a process wanted to run and could not; nothing where it has ended."""
+    found = {}
+    with suppress(OSError):
+        for task in tasks.iterdir():
+            with suppress(OSError, IndexError):
+                found[task.name] = int((task / "schedstat").read_text().split()[1])
+    return found
+
+
+def _most_more(now: dict[str, int], before: dict[str, int]) -> int:
+    """How much one thread waited since then: the one that waited most, for the others may wait for it."""
+    return max((waited - before.get(name, 0) for name, waited in now.items()), default=0)
 
 
 def main() -> None:
