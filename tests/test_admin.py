@@ -667,6 +667,7 @@ def test_the_doctor_proves_isolation_and_names_a_leak(engine: FakeEngine, gatewa
         "cache": "warning",
         "cached_tokens": "ok",
         "isolation": "ok",
+        "store": "ok",
         "windows": "ok",
     }
     engine.leaks_salts = True

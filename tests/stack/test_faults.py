@@ -29,6 +29,8 @@ def test_the_self_test_proves_isolation_in_every_tier(shared: Gateway) -> None:
         "redis tier": "ok",
         "redis pins": "ok",
         "isolation": "ok",
+        "store": "ok",
+        "windows": "ok",
     }
 
 
