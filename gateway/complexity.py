@@ -28,6 +28,7 @@ MAX_QUOTED = 8_000_000
 """Commas and brackets inside strings as well: a string may hold JSON that is parsed later, as tool calls do."""
 
 _LOOKED_INTO = 64 * 1024  # characters that are not counted first
+_SHORT_BYTES = 16 * 1024
 _STEP = 1024 * 1024  # bytes counted at a time, so that other threads get their turn
 _BACKSLASH = ord("\\")
 _BACKSLASHES = re.compile(rb"\\*")
@@ -40,7 +41,9 @@ def parse(text: bytes, most: int = MAX_VALUES) -> Any:
     if len(text) > COUNTED_BYTES:
         refuse_many(text, most)
     value = orjson.loads(text)
-    refuse_complex(value, most)
+    # A value takes two bytes or more, a level one bracket: what most turns are needs no closer look.
+    if len(text) > min(_SHORT_BYTES, 2 * most) or text.count(b"{") + text.count(b"[") > MAX_DEPTH:
+        refuse_complex(value, most)
     return value
 
 

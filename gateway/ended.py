@@ -42,9 +42,10 @@ class Ended:
     @property
     def heavy(self) -> bool:
         """Whether to read and hash it takes so long that it is done beside the event loop."""
+        if self.heavy_body or sum(map(len, self.chunks or ())) > HEAVY_BYTES:
+            return True
         front = self.call.front
-        asked = is_heavy(self.call.messages) or (front is not None and is_heavy(front.history))
-        return asked or self.heavy_body or sum(map(len, self.chunks or ())) > HEAVY_BYTES
+        return is_heavy(self.call.messages) or (front is not None and is_heavy(front.history))
 
     @property
     def at(self) -> float:

@@ -199,9 +199,11 @@ class Turns:
 
     async def _to_store(self, over: Ended) -> Finished:
         """What the store is to keep of a turn; a large one is read and hashed beside the event loop."""
-        heavy = over.heavy
-        turn = await self._offload.run(heavy, ended.read, over)
-        return await self._offload.run(heavy, ended.finished, turn, await self._review(turn))
+        if not over.heavy:
+            turn = ended.read(over)
+            return ended.finished(turn, await self._review(turn))
+        turn = await self._offload.run(True, ended.read, over)
+        return await self._offload.run(True, ended.finished, turn, await self._review(turn))
 
     async def _review(self, turn: Read) -> Review:
         try:

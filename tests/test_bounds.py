@@ -175,6 +175,23 @@ def test_a_second_head_behind_a_stream_is_bounded(engine: FakeEngine, gateway: G
     assert gateway.memory - before < 16 * MB
 
 
+def test_a_second_head_in_small_pieces_is_bounded_too(engine: FakeEngine, gateway: Gateway) -> None:
+    engine.on_chat = streaming
+
+    def drip(wire: Wire) -> None:
+        for _ in range(20):
+            wire.send(b"y" * 20_000)
+            gateway.http.get("/healthz")  # by now the gateway has read it
+
+    with Wire(gateway.url) as wire:
+        wire.post(CHAT, STREAM)
+        wire.head()
+        wire.chunk()
+        wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ")
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            drip(wire)
+
+
 def test_only_so_many_requests_wait_for_the_answer_before_them(engine: FakeEngine, gateway: Gateway) -> None:
     engine.on_chat = streaming
     with Wire(gateway.url) as wire:

@@ -139,7 +139,10 @@ class Inference:
     async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         parts, arrived = self._parts, time.monotonic()
-        asked = await parts.offload.run(incoming.heavy, self._understood, incoming, dialect)
+        if incoming.heavy:
+            asked = await parts.offload.run(True, self._understood, incoming, dialect)
+        else:
+            asked = self._understood(incoming, dialect)
         call = asked.call
         model = await parts.engines.look_up(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
