@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from gateway.stack import commands, local, lock, models, preflight
 from gateway.stack.errors import StackError
+from tests.running import ROOT
 
 pytestmark = pytest.mark.local
 
@@ -151,6 +153,12 @@ def test_more_memory_than_the_machine_has_is_refused(tmp_path: Path, free_port: 
         preflight.check_memory(plan)
 
 
+def test_the_demo_needs_no_more_memory_than_the_readme_asks_for(tmp_path: Path, free_port: int) -> None:
+    (asked,) = re.findall(r"(\d+) GB of free memory", (ROOT / "README.md").read_text())
+    needed = preflight.needed_memory(local.plan(options(tmp_path, free_port)))
+    assert 4 * 10**9 < needed < int(asked) * 10**9
+
+
 def test_more_engine_kv_than_shared_memory_is_refused() -> None:
     preflight.check_shared_memory(2**20)
     with pytest.raises(StackError, match=r"GiB in /dev/shm are free, 1\d{6}\.\d GiB are needed: remount it larger"):
@@ -251,6 +259,7 @@ def _plan(stack: local.LocalStack) -> local.Plan:
         cache_port=2,
         cache_http_port=3,
         chunk_size=64,
+        cache_gb=stack.cpu_cache_gb or 1.0,
         engine_kv_gb=1,
         on_cpu=True,
     )

@@ -29,7 +29,7 @@ from gateway.settings import Settings, SettingsError, load
 @click.option("--max-model-len", type=click.IntRange(min=1), help="context limit; the model's own if not given")
 @click.option("--chunk-size", type=click.IntRange(min=1), help="tokens per chunk; 256, or 64 for the built-in model")
 @click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
-@click.option("--cpu-cache-gb", type=float, default=2.0, show_default=True, help="LMCache's memory tier")
+@click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier; 2 GiB, or 1 for the built-in model")
 def up(**options: Any) -> None:
     """Start the whole local stack: LMCache, vLLM and the gateway, under one supervisor."""
     from gateway.stack.errors import StackError  # noqa: PLC0415 - see `serve`

@@ -41,7 +41,7 @@ class LocalStack:
     max_model_len: int | None = None
     chunk_size: int | None = None
     redis_url: str | None = None
-    cpu_cache_gb: float = 2.0
+    cpu_cache_gb: float | None = None
     engine_kv_gb: int | None = None
     demo_size: Size = "small"
     transfer: commands.Transfer = "lmcache_driven"
@@ -58,6 +58,7 @@ class Plan:
     cache_port: int
     cache_http_port: int
     chunk_size: int
+    cache_gb: float
     engine_kv_gb: int
     on_cpu: bool
 
@@ -116,6 +117,7 @@ def plan(options: LocalStack) -> Plan:
         # The demo's KV is small: 1 GiB holds at least 65,536 tokens of it. LMCache's own chunk size is 256, but even a
         # short conversation with the demo should fill some chunks.
         chunk_size=options.chunk_size or (64 if model.is_demo else 256),
+        cache_gb=options.cpu_cache_gb or (1.0 if model.is_demo else 2.0),
         engine_kv_gb=options.engine_kv_gb or (1 if model.is_demo else 4),
         on_cpu=on_cpu,
     )
@@ -195,7 +197,7 @@ def _cache_launch(plan: Plan) -> Launch:
             http_port=plan.cache_http_port,
             kv_dir=plan.kv_dir,
             chunk_size=plan.chunk_size,
-            memory_gb=plan.options.cpu_cache_gb,
+            memory_gb=plan.cache_gb,
             instance_id=instance,
             redis_url=plan.options.redis_url,
             # The port is this stack's alone, so no other stack on the machine has a segment of that name.

@@ -19,9 +19,13 @@ from gateway.stack.transfers import CHECKED
 _GIB = 2**30
 _DISK_BYTES = _GIB
 """The demo model, logs, and KV of a few thousand tokens. How much KV there will be, nobody knows beforehand."""
-# What the processes take before any KV, measured: LMCache 0.9 GiB, vLLM's three processes 2.3 GiB.
-_CACHE_BYTES = _GIB
+# What the processes take besides KV and weights, measured as the sum of their proportional set sizes: LMCache 0.4 GiB,
+# vLLM's two processes 1.3 GiB with the demo, and 0.6 more while they start, its three with another model 2.3, all else
+# 0.1 GiB.
+_CACHE_BYTES = 0.5 * _GIB
+_DEMO_ENGINE_BYTES = 2 * _GIB
 _ENGINE_BYTES = 2.5 * _GIB
+_GATEWAY_BYTES = 0.1 * _GIB
 _QUEUES_BYTES = _GIB // 2
 """vLLM's own message queues between its processes, which lie in /dev/shm beside the KV."""
 _REDIS_WITHIN = 3.0
@@ -138,12 +142,17 @@ def check_data_dir(data_dir: Path) -> None:
 
 def check_memory(plan: local.Plan) -> None:
     """The kernel kills what asks for too much, without a word to the user."""
+    check_room("of memory", _available_memory(), needed_memory(plan), "lower --cpu-cache-gb or take a smaller model")
+    if plan.on_cpu:
+        check_shared_memory(plan.engine_kv_gb * _GIB)
+
+
+def needed_memory(plan: local.Plan) -> float:
+    """Bytes that all processes of a stack take together, their shared memory counted once."""
     kv = plan.engine_kv_gb * _GIB if plan.on_cpu else 0
     weights = plan.model.weight_bytes if plan.on_cpu else 0
-    needed = plan.options.cpu_cache_gb * _GIB + _CACHE_BYTES + _ENGINE_BYTES + kv + weights
-    check_room("of memory", _available_memory(), needed, "lower --cpu-cache-gb or take a smaller model")
-    if plan.on_cpu:
-        check_shared_memory(kv)
+    engine = _DEMO_ENGINE_BYTES if plan.model.is_demo else _ENGINE_BYTES
+    return plan.cache_gb * _GIB + _CACHE_BYTES + engine + _GATEWAY_BYTES + kv + weights
 
 
 def check_shared_memory(kv: int) -> None:

@@ -61,7 +61,7 @@ def stack() -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="cwg-test-") as root, redis_server(Path(root)) as (client, _):
         port = client.connection_pool.connection_kwargs["port"]
         options = local.LocalStack(
-            data_dir=Path(root) / "data", redis_url=f"redis://127.0.0.1:{port}", max_model_len=8192
+            data_dir=Path(root) / "data", redis_url=f"redis://127.0.0.1:{port}", max_model_len=8192, cpu_cache_gb=2.0
         )
         with local.running(options) as (plan, parts), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
             yield Stack(plan, parts, client, Path(root), engine)
