@@ -64,13 +64,13 @@ class Context:
     def aliases(self, reply: Message, said: bytes) -> tuple[Alias, ...]:
         """The names of a reply to this; `said` is its digest."""
         own = self.system + self.tools
-        rest = b"" if telling(reply) else own + _mark(self.question)
         marks = own + b"".join(line.to_bytes(_LINE_BYTES, "big") for line in self.lines)
         names = {
             "system": self.history + self.question,
             # Before the first reply nothing else is left to know the conversation by.
             "question": self.history or own,
-            "history": rest,
+            # A short reply is said too often to be looked for under every system prompt.
+            "history": b"" if telling(reply) else own,
         }
         return tuple(Alias(_hash(b"\0".join((kind.encode(), self.start, names[kind], said))), marks) for kind in KINDS)
 
@@ -112,14 +112,19 @@ def compare(kind: Kind, here: Context, there: Marks) -> Match:
 
 
 def _alike(one: frozenset[int], other: frozenset[int]) -> bool:
-    """Whether two questions share half of the lines of the shorter one: the rest was put around it, or removed."""
-    return bool(one) and bool(other) and 2 * len(one & other) >= min(len(one), len(other))
+    """Whether two questions share half of the lines of the shorter one: the rest was put around it, or removed.
+
+    Neither may have any, as the result of a tool that said nothing.
+    """
+    shorter = min(len(one), len(other))
+    return 2 * len(one & other) >= shorter if shorter else one == other
 
 
 def telling(reply: Message) -> bool:
     """Whether a reply is long enough to be hardly said by chance in another conversation; calls have random ids."""
-    content = reply.get("content")
-    return bool(reply.get("tool_calls")) or (isinstance(content, str) and len(content.strip()) >= _TELLING)
+    said = transcripts.canonical(reply)  # the same however the client sends it back
+    content = said.get("content")
+    return "tool_calls" in said or (isinstance(content, str) and len(content) >= _TELLING)
 
 
 def tool_names(frame: Mapping[str, Any]) -> bytes:

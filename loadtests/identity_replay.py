@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from typing import Any
 import orjson
 import uvloop
 
-from loadtests import contenders, identity_report, identity_score, identity_traces, machine
+from loadtests import contenders, identity_cache, identity_report, identity_score, identity_traces, machine
+from loadtests.identity_cache import Found
 from loadtests.identity_client import Replay, replay
 from loadtests.identity_score import Verdict
 
@@ -31,13 +32,18 @@ _DRAIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a report is made of. `kinds`: how the gateway says that it recognised its sessions."""
+    """What a report is made of.
+
+    `cached`: what a prefix cache would have found, by kind of conversation; `kinds`: how the gateway says that it
+    recognised its sessions.
+    """
 
     machine: dict[str, str]
     version: str
     seed: int
     verdicts: list[Verdict]
     unseen: int
+    cached: dict[str, Found]
     kinds: dict[str, int]
     took_ms: list[float]
     duration_s: float
@@ -106,11 +112,13 @@ def _run(seen: Replay, shown: dict[str, dict[str, Any]], options: argparse.Names
     for session in shown.values():
         how = str(session.get("recognised_by"))
         kinds[how] = kinds.get(how, 0) + 1
+    lineages = {name: str(session["lineage"]) for name, session in shown.items()}
     return Run(
         machine=machine.describe(),
         version=version,
         seed=options.seed,
-        verdicts=identity_score.judge(seen.seen, {name: session["lineage"] for name, session in shown.items()}),
+        verdicts=identity_score.judge(seen.seen, lineages),
+        cached=identity_cache.by_trace(seen.seen, lineages),
         unseen=sum(not one.session for one in seen.seen),
         kinds=kinds,
         took_ms=sorted(1000 * took for took in seen.took_s),
@@ -128,7 +136,9 @@ def _raw(run: Run) -> dict[str, Any]:
         }
         for v in run.verdicts
     ]  # fmt: skip
-    return {"machine": run.machine, "version": run.version, "seed": run.seed, "kinds": run.kinds, "verdicts": verdicts}
+    cached = {trace: asdict(found) for trace, found in run.cached.items()}
+    about = {"machine": run.machine, "version": run.version, "seed": run.seed, "kinds": run.kinds}
+    return {**about, "cached": cached, "verdicts": verdicts}
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loadtests import identity_score
+from loadtests import identity_cache, identity_score
 from loadtests.identity_score import Score
 
 if TYPE_CHECKING:
     from loadtests.identity_replay import Run
 
-PRECISION, RECALL = 0.99, 0.97
+PRECISION, RECALL = 0.998, 0.995
 # What no recognition by prefix can know, and what a human would say otherwise than our rules; see the notes.
 SUMMARISED = ("after a summary", "after old tool results were cleared")
 FIRST_AGAIN = ("the first question again", "the first message edited")
@@ -24,6 +24,7 @@ def markdown(run: Run) -> str:
         _head(run),
         "## Targets\n\n" + _targets(run),
         "## By kind of conversation\n\n" + _table(identity_score.by_trace(run.verdicts)),
+        "## What the cache finds\n\n" + _cached(run),
         "## By what happened\n\n" + _table(identity_score.by_step(run.verdicts)),
         "## By client\n\n" + _table(identity_score.by_client(run.verdicts)),
         "## What the misses are\n\n" + _misses(run),
@@ -67,7 +68,7 @@ def _targets(run: Run) -> str:
 
 
 def _target(name: str, asked: float, seen: float, of: str) -> list[str]:
-    return [name, f">= {asked:.0%}", f"{seen:.2%}", of, "yes" if seen >= asked else "**no**"]
+    return [name, f">= {asked:.1%}", f"{seen:.2%}", of, "yes" if seen >= asked else "**no**"]
 
 
 def _table(scores: Mapping[str, Score]) -> str:
@@ -81,6 +82,22 @@ def _table(scores: Mapping[str, Score]) -> str:
             _share(s.recognised, s.goes_on), _some(s.forks), _share(s.forks_known, s.forks), _some(s.new),
             _share(s.apart, s.new),
         ])  # fmt: skip
+    return "\n".join(map(_line, rows))
+
+
+def _cached(run: Run) -> str:
+    rows = [
+        ["", "prompt tokens", "engine alone", "through the gateway", "turns below"],
+        ["---", *["---:"] * 4],
+    ]
+    for name, found in run.cached.items():
+        shares = (f"{part / found.tokens:.1%}" for part in (found.alone, found.gateway))
+        rows.append([name, f"{found.tokens:,}", *shares, f"{found.behind:,} of {found.turns:,}"])
+    alone, gateway, tokens = (
+        sum(getattr(f, name) for f in run.cached.values()) for name in ("alone", "gateway", "tokens")
+    )
+    behind = sum(found.behind for found in run.cached.values())
+    rows.append(["**all**", f"{tokens:,}", f"{alone / tokens:.2%}", f"{gateway / tokens:.2%}", f"{behind:,}"])
     return "\n".join(map(_line, rows))
 
 
@@ -117,12 +134,11 @@ def _notes(run: Run) -> str:
         "- Strangers with the same first reply have said and heard the very same when they go on: which session is "
         "whose cannot be known. No reply is made of the other's words, but the session that the first answer named may "
         "be the other's from then on. A swap spoils both for the count.",
-        "- Retrieval: the client sends its first question with passages and later without them, so that the first "
-        "reply has nothing known before it but the system prompt; from the second reply on it is recognised by that.",
+        "- Side conversations (a memory extractor, a title from the whole thread) are counted as forks: a session of "
+        "their own, in the lineage of the conversation that they were given.",
+        "- What the cache finds: " + " ".join((identity_cache.__doc__ or "").split()),
         f"- {run.unseen} requests were given up by their client before it saw a session; the turns after them are "
         "judged.",
-        "- Not in the traces: clients that drop the oldest messages of a long history, whose every request begins "
-        "differently.",
     ))  # fmt: skip
 
 

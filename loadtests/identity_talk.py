@@ -11,13 +11,11 @@ from loadtests.scripted_upstream import MODEL, Kind, Message, kind_of, reply, se
 # What a request truly is: the first of a conversation, one that goes on with its conversation, or the first of a
 # conversation that goes on from an older point of another.
 Truth = Literal["new", "same", "fork"]
-# The system message at a moment: some clients write it anew each time.
-System = Callable[[float], Message]
+# The system message at a moment: some clients write it anew each time, some have none.
+System = Callable[[float], Message | None]
 
-_TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
-    for name in ("read", "bash", "edit", "task")
-]
+TOOLS = ("read", "bash", "edit", "task")
+"""Names of an agent's tools."""
 
 
 @dataclass(eq=False, slots=True)
@@ -36,7 +34,7 @@ class Request:
     messages: list[Message] = field(repr=False)
     seed: int
     stream: bool
-    tools: bool
+    tools: tuple[str, ...]
     client: str
     at: float
     of: str = ""
@@ -52,7 +50,11 @@ class Request:
     def body(self) -> dict[str, Any]:
         """What is sent: nothing in it names the conversation; the seed is this one request's chance."""
         body: dict[str, Any] = {"model": MODEL, "seed": self.seed, "stream": self.stream, "messages": self.messages}
-        return {**body, "tools": _TOOLS} if self.tools else body
+        return {**body, "tools": [_tool(name) for name in self.tools]} if self.tools else body
+
+
+def _tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
 
 
 class World:
@@ -85,7 +87,14 @@ class Talk:
     """One conversation of a client. `history` is all but the system message, as the client keeps it."""
 
     def __init__(
-        self, world: World, trace: str, system: System, *, client: Client | None = None, tools: bool = False, at: float
+        self,
+        world: World,
+        trace: str,
+        system: System | None,
+        *,
+        client: Client | None = None,
+        tools: tuple[str, ...] = (),
+        at: float,
     ) -> None:
         self.world = world
         self.trace = trace
@@ -132,7 +141,8 @@ class Talk:
         return request
 
     def _sent(self) -> list[Message]:
-        return self.client.dress([self._system(self.at), *self.history])
+        system = self._system(self.at) if self._system else None
+        return self.client.dress([*([system] if system else []), *self.history])
 
     def turn(self, kind: Kind = Kind.TEXT, step: str = "", *, luck: int | None = None) -> Request:
         """Send what there is and take the reply into the history."""
@@ -156,9 +166,18 @@ class Talk:
         for call in self.history[-1].get("tool_calls") or ():
             self.history.append({"role": "tool", "tool_call_id": call["id"], "content": output(rng)})
 
-    def fork(self, keep: int) -> "Talk":
-        """Another conversation that shares the first `keep` messages with this."""
-        other = Talk(self.world, self.trace, self._system, client=self.client, tools=self._tools, at=self.at)
+    def fork(
+        self, keep: int, *, trace: str = "", system: System | None = None, tools: tuple[str, ...] | None = None
+    ) -> "Talk":
+        """Another conversation that shares the first `keep` messages with this; of a sub-agent, with its own prompt."""
+        other = Talk(
+            self.world,
+            trace or self.trace,
+            system or self._system,
+            client=self.client,
+            tools=self._tools if tools is None else tools,
+            at=self.at,
+        )
         other.history, other._left = self.history[:keep], self.name
         other.waits_for = [self.last] if self.last else []
         return other

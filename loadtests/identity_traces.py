@@ -11,14 +11,16 @@ names its own. What is a conversation, and what a fork of one:
 - a first request that comes again after it was answered is another conversation: a stranger asks like that too. So is
   an edited first message: all it shares is the system prompt;
 - a history that the client replaced by a summary, or took old tool results out of, is the same conversation. No
-  prefix can tell.
+  prefix can tell;
+- what the agents of `loadtests.identity_agents` do is told there.
 """
 
 import random
 from collections.abc import Callable, Sequence
 
+from loadtests.identity_agents import AGENTS, fixed
 from loadtests.identity_clients import CLIENTS
-from loadtests.identity_talk import Request, System, Talk, World, output, phrase, waits
+from loadtests.identity_talk import TOOLS, Request, System, Talk, World, output, phrase, waits
 from loadtests.scripted_upstream import Kind, Message
 
 _PROMPTS = (
@@ -44,12 +46,6 @@ def generate(seed: int, turns: int, pause_s: float = 0.25) -> list[Request]:
         scenario(world)
         made[scenario] += len(world.requests) - before
     return sorted(world.requests, key=lambda request: (request.at, request.number))
-
-
-def fixed(text: str) -> System:
-    """A system message that is always the same."""
-    message: Message = {"role": "system", "content": text}
-    return lambda _: message
 
 
 def _chat(world: World) -> None:
@@ -111,7 +107,7 @@ _RETRIES = {
 
 def _agent(world: World, trace: str = "agent", system: System | None = None) -> Talk:
     """A coding agent: tasks of tool loops."""
-    talk = Talk(world, trace, system or fixed(_AGENT), tools=True, at=world.moment())
+    talk = Talk(world, trace, system or fixed(_AGENT), tools=TOOLS, at=world.moment())
     for _ in range(world.rng.randint(1, 3)):
         _loop(talk.say(phrase(world.rng)), world.rng.randint(8, 14))
     return talk
@@ -120,7 +116,7 @@ def _agent(world: World, trace: str = "agent", system: System | None = None) -> 
 def _parent(world: World) -> None:
     """An agent that starts sub-agents: side by side, and often with the same words."""
     rng = world.rng
-    talk = Talk(world, "agent with sub-agents", fixed(_AGENT), tools=True, at=world.moment())
+    talk = Talk(world, "agent with sub-agents", fixed(_AGENT), tools=TOOLS, at=world.moment())
     _loop(talk.say(phrase(rng)), rng.randint(2, 6))
     for _ in range(rng.randint(1, 3)):
         talk.say(phrase(rng)).turn(Kind.TOOLS)
@@ -137,7 +133,7 @@ def _children(parent: Talk, *, same: bool) -> list[Talk]:
     trace = "sub-agents, same first message" if same else "sub-agents"
     children = []
     for _ in parent.history[-1]["tool_calls"]:
-        child = Talk(parent.world, trace, fixed(_SUBAGENT), client=parent.client, tools=True, at=parent.at)
+        child = Talk(parent.world, trace, fixed(_SUBAGENT), client=parent.client, tools=TOOLS, at=parent.at)
         child.waits_for = waits([parent])
         _loop(child.say(task if same else phrase(rng)), rng.randint(1, 8))
         children.append(child)
@@ -294,15 +290,16 @@ def _retrieval(world: World) -> None:
 
 
 SHARES: dict[Callable[[World], object], float] = {
-    _chat: 0.14,
-    _strangers: 0.08,
+    **dict.fromkeys(AGENTS, 0.03),
+    _chat: 0.08,
+    _strangers: 0.05,
     _twins: 0.005,
-    _agent: 0.235,
-    _parent: 0.20,
-    _retries: 0.07,
-    _edits: 0.06,
-    _agent_edits: 0.04,
-    _compaction: 0.06,
+    _agent: 0.105,
+    _parent: 0.10,
+    _retries: 0.04,
+    _edits: 0.05,
+    _agent_edits: 0.03,
+    _compaction: 0.04,
     _interrupted: 0.03,
     _first_again: 0.015,
     _billed: 0.04,

@@ -46,6 +46,7 @@ class Kind(IntEnum):
     FAILS = 5  # 503
     CUT = 6  # half of a stream, and nothing after it until the client leaves
     STALLS = 7  # nothing at all until the client leaves
+    EMPTY = 8  # a reply that says nothing
 
 
 def seed_of(kind: Kind, luck: int) -> int:
@@ -67,6 +68,8 @@ def reply(seed: int) -> Message:
     if kind in (Kind.TOOL, Kind.TOOLS, Kind.THINKING_TOOL):
         message["content"] = _text(rng, 3, 12) if rng.random() < 0.4 else None
         message["tool_calls"] = [_call(rng) for _ in range(rng.randint(2, 4) if kind is Kind.TOOLS else 1)]
+    if kind is Kind.EMPTY:
+        message["content"] = ""
     if kind is Kind.CUT:
         message["content"] = "".join(_pieces(message["content"])[:2])
     return message

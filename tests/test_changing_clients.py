@@ -311,14 +311,29 @@ def test_two_sessions_of_one_lineage_give_a_fork_and_of_two_an_ambiguity() -> No
     assert (judged(asked, strangers).how, judged(asked, strangers).session) == ("ambiguous", None)
 
 
-def test_a_short_reply_is_no_name_of_its_own() -> None:
+def test_a_short_reply_is_known_by_its_question_and_under_its_system_prompt_alone() -> None:
     short = assistant("ok")
     history = [user("a"), assistant("first reply of some length, to be sure"), user("q")]
-    asked = [system("s"), user("q"), short, user("next")]
-    assert judged(asked, known([system("s"), *history], short)).how == "last reply"
-    assert (
-        judged([system("s"), user("other"), short, user("next")], known([system("s"), *history], short)).session is None
-    )
+    found = known([system("s"), *history], short)
+    assert judged([system("s"), user("<b>\nq"), short, user("next")], found).how == "last reply"
+    assert judged([system("s"), user("other"), short, user("next")], found).session is None
+    assert judged([system("t"), user("q"), short, user("next")], found).session is None
+
+
+@pytest.mark.parametrize("said", [REPLY["content"], "ok"])
+def test_a_reply_has_one_name_however_it_is_sent_back(said: str) -> None:
+    found = known([system("s"), user("a"), assistant("first reply of some length"), user("q")], assistant(f" {said}\n"))
+    for content in (said, [{"type": "text", "text": said}], f"<think>why</think>{said}"):
+        asked = [system("s"), user("q"), {"role": "assistant", "content": content}, user("next")]
+        assert judged(asked, found).how == "last reply"
+
+
+def test_a_question_without_words_is_the_same_as_another_one() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
+    silent = {"role": "tool", "tool_call_id": "1", "content": ""}
+    found = known([system("s"), user("q"), call, silent], REPLY)
+    assert judged([system("s"), call, silent, REPLY, user("next")], found).how == "last reply"
+    assert judged([system("s"), user("q"), REPLY, user("next")], found).session is None
 
 
 @pytest.mark.parametrize("broken", [None, 5, "text", {"name": 3}, {"function": "f"}, {"function": {"name": None}}])
