@@ -30,6 +30,7 @@ _LINE_BYTES = 4
 _HEAD_CHARS, _TAIL_CHARS = 1_000, 4_000  # of a question's text, from its beginning and its end
 _HEAD_LINES, _TAIL_LINES = 8, 24
 _TELLING = 24  # characters of a reply that two conversations hardly have in common by chance
+_LABEL_CHARS = 24
 _LABEL = re.compile(r"(?:\[[^\]]{0,60}\]\s*)?(?:\w[\w ]{0,20}:\s+)?")
 _TAG = re.compile(r"</?[\w-]{1,60}>")
 
@@ -143,11 +144,12 @@ def _tool_name(tool: Any) -> str:
 
 def _lines(messages: Sequence[Message]) -> Iterator[int]:
     """Checksums of the first and last lines of a question, without labels, stamps and tags around what was asked."""
-    lines = [kept for text in _texts(messages) for line in _ends(text) if (kept := _bare(line))]
+    lines = [line for text in _texts(messages) for line in _ends(text) if line and not line.isspace()]
     if len(lines) > _HEAD_LINES + _TAIL_LINES:
         lines = lines[:_HEAD_LINES] + lines[-_TAIL_LINES:]
-    for line in lines:
-        yield crc32(line.encode(errors="replace"))
+    for line in map(_bare, lines):
+        if line:
+            yield crc32(line.encode(errors="replace"))
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:
@@ -166,7 +168,9 @@ def _ends(text: str) -> list[str]:
 
 
 def _bare(line: str) -> str:
-    stripped = _TAG.sub("", line).strip()
+    stripped = (_TAG.sub("", line) if "<" in line else line).strip()
+    if stripped[:1] != "[" and ": " not in stripped[:_LABEL_CHARS]:
+        return stripped
     label = _LABEL.match(stripped)
     return stripped[label.end() :] if label else stripped
 

@@ -9,7 +9,7 @@ Nothing here reads a clock, a socket or a store.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import orjson
 from blake3 import blake3
 
 from gateway import transcripts
-from gateway.aliases import KINDS, Context, Marks, Match, compare
+from gateway.aliases import KINDS, Context, Marks, Match, compare, tool_names
 from gateway.errors import GatewayError
 from gateway.records import SESSION_ID, Alias, Known, Message, Session, Trace, check_session_id
 
@@ -220,11 +220,11 @@ def _hash(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What of a request tells its conversation; `seed` is `seed`, `tools` is `aliases.tool_names`."""
+    """What of a request tells its conversation: `seed` is what `seed` returns, `frame` that of its call."""
 
     messages: Sequence[Message]
     seed: bytes
-    tools: bytes = b""
+    frame: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def head(self) -> bytes:
@@ -234,7 +234,7 @@ class Prompt:
     @cached_property
     def beginning(self) -> "Beginning":
         """The beginning that this request is."""
-        return Beginning.of(Prompt(self.messages, self.seed, self.tools))  # a copy: a cycle would outlive the request
+        return Beginning.of(Prompt(self.messages, self.seed, self.frame))  # a copy: a cycle would outlive the request
 
     def prepare(self, named: Given | None) -> None:
         """Hash what a request with this id is going to be recognised by; for many or large messages it takes long."""
@@ -293,7 +293,8 @@ class Beginning:
         return len(self.links) - self.links[::-1].index(known)
 
     def _context(self, count: int) -> Context:
-        return Context.of(self.prompt.seed, self.prompt.messages[:count], self.digests[:count], self.prompt.tools)
+        prompt = self.prompt
+        return Context.of(prompt.seed, prompt.messages[:count], self.digests[:count], tool_names(prompt.frame))
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,13 +279,13 @@ def test_the_answer_says_how_its_session_was_recognised(
 
 def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s") -> list[Known]:
     """A session whose last reply is known under all of its names."""
-    request = Beginning.of(Prompt(messages, b"", aliases.tool_names({"tools": tools(*names)})))
+    request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
     trace = identity.trace(b"", messages, reply, request)
     return [Known(Session("t", lineage, lineage), alias, current=True) for alias in trace.ends]
 
 
 def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> identity.Verdict:
-    request = Beginning.of(Prompt(messages, b"", aliases.tool_names({"tools": tools(*names)})))
+    request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
     answered = request.answered
     assert answered is not None
     return identity.judge_changed(request, answered, request.aliases(answered), found)

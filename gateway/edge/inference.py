@@ -12,7 +12,7 @@ from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import aliases, identity, normalise
+from gateway import identity, normalise
 from gateway.dialects.contract import Call, Dialect
 from gateway.edge import auth, front, responses
 from gateway.edge.client import client_of
@@ -246,9 +246,7 @@ class Inference:
             message = f"the request holds {len(call.messages)} messages; at most {settings.max_messages} are taken"
             raise GatewayError("too_complex", message, hint="max_messages sets the limit")
         key = named.id if named and named.kind == "key" else ""
-        prompt = identity.Prompt(
-            call.messages, identity.seed(call.body, key, call.client_salt), aliases.tool_names(call.frame)
-        )
+        prompt = identity.Prompt(call.messages, identity.seed(call.body, key, call.client_salt), call.frame)
         if incoming.heavy:
             prompt.prepare(named)
         return _Understood(call, named, normalised, prompt)

@@ -53,7 +53,7 @@ def _beginning(history: Sequence[Message], asked: Asked, seed: bytes) -> Beginni
     """The beginning of the whole conversation, whether or not the client sent the window's part of it."""
     sent = asked.prompt.messages
     front = transcripts.missing(history, sent, asked.rule)
-    return Beginning.of(Prompt(sent if front is None else transcripts.merged(front, sent), seed, asked.prompt.tools))
+    return Beginning.of(Prompt(sent if front is None else transcripts.merged(front, sent), seed, asked.prompt.frame))
 
 
 async def _named(parts: Parts, asked: Asked, named: Given) -> Place:
