@@ -87,6 +87,7 @@ async def test_chunks_behind_one_that_never_lands_are_not_claimed(house: Cached)
     assert (window.kv, window.chunk_count) == ("partial", 2)
     assert f"2 of {CHUNKS} chunks were seen" in warnings[0]
     assert {o.key for o in await house.parts.store.pinned(window)} == {str(key) for key in house.keys(window)[:2]}
+    assert house.pinned == {key.file_name for key in house.keys(window)[:2]}, "what lies behind the hole is let go of"
 
 
 async def test_nothing_can_be_unpinned_between_the_pins_and_the_commit(house: Cached) -> None:

@@ -87,7 +87,10 @@ async def freeze(
         if planned and planned.keys:
             await parts.pins.check_room(parts.settings.disk_reserve_bytes)
         freezing = _Freezing(parts, snapshot, wanted, progress)
-        return await _keep(freezing, planned, naming, warnings, clock), warnings
+        window = await _keep(freezing, planned, naming, warnings, clock)
+    if planned and window.chunk_count < planned.chunks:
+        await release_strays(parts)  # chunks behind a hole were pinned too, and no window holds them
+    return window, warnings
 
 
 async def check_budget(parts: Parts, tenant: str, objects: Sequence[PinnedObject]) -> None:
