@@ -1,0 +1,143 @@
+"""Clients and gateways that go away while KV is being loaded: the engine lives on, and what it computes is right.
+
+Without the mend in `gateway.stack.connector` the engine dies in the first rounds.
+"""
+
+import json
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.stack.conftest import Stack
+from tests.stack.drive import Gateway, chat
+
+pytestmark = pytest.mark.stack
+
+_TOKENS = 5000  # of the window: its load takes the stack some tenths of a second
+_AT_ONCE = 5
+_DELAYS_MS = (20, 35, 50, 75, 100, 130, 160, 200, 250, 300)  # each for `_AT_ONCE` clients: 50 of them
+_KILLS_MS = (40, 80, 120, 200)  # each with `_AT_ONCE` turns under way: 20 of them
+_LINE = "Tell me what you wrote into the books. "
+
+
+class Frozen:
+    """A window, fresh sessions of it whose KV is in no memory of the engine, and what is the right answer in them."""
+
+    def __init__(self, stack: Stack, gateway: Gateway) -> None:
+        self._stack = stack
+        self._gateway = gateway
+        self._count = 0
+        per_line = len(self._tokenize(_LINE * 50)) / 50
+        text = {"role": "user", "content": _LINE * int(_TOKENS / per_line)}
+        reply = chat(gateway.client("origin"), [text]).choices[0].message.content
+        gateway.freeze("origin", "origin")
+        self._asked = [text, {"role": "assistant", "content": reply}, {"role": "user", "content": "Go on."}]
+        self._witness = self._tokenize(_LINE * 100)
+
+    def sessions(self, count: int) -> list[str]:
+        """Thaw isolated clones: each has a salt of its own."""
+        made = []
+        for _ in range(count):
+            self._count += 1
+            body = {"target_window": f"clone-{self._count}", "isolate": True}
+            answer = self._gateway.http.post("/admin/windows/origin/clone", json=body)
+            assert answer.status_code == 201, answer.text
+            made.append(self._gateway.thaw(f"clone-{self._count}")["session_id"])
+        return made
+
+    def ask(self, sessions: Sequence[str], delay_ms: int) -> "Asked":
+        """Send a streamed turn in each, and wait."""
+        body = json.dumps({"model": "demo", "messages": self._asked, "max_tokens": 200, "stream": True}).encode()
+        return Asked(self._gateway.url, sessions, body, delay_ms)
+
+    def answer(self) -> tuple[int, Any]:
+        """How much of a turn's prompt was loaded, and the reply with its logprobs."""
+        (session,) = self.sessions(1)
+        reply = chat(self._gateway.client(session), self._asked, logprobs=True)
+        choice = reply.choices[0]
+        return reply.usage.prompt_tokens_details.cached_tokens, [(t.token, t.logprob) for t in choice.logprobs.content]
+
+    def computed(self) -> Any:
+        """What the engine makes of a prompt that it has to compute, in the blocks that it freed last."""
+        body = {"prompt": self._witness, "max_tokens": 4, "temperature": 0, "logprobs": 0}
+        answer = self._stack.engine.post(
+            "/v1/completions", json={"model": "demo", "cache_salt": secrets.token_hex(8), **body}
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+    def _tokenize(self, text: str) -> list[int]:
+        answer = self._stack.engine.post("/tokenize", json={"model": "demo", "prompt": text})
+        return list(answer.json()["tokens"])
+
+
+class Asked:
+    """Turns under way; leaving is to close their sockets at once."""
+
+    def __init__(self, url: str, sessions: Sequence[str], body: bytes, delay_ms: int) -> None:
+        address = urlsplit(url)
+        self._sockets = [socket.create_connection((address.hostname, address.port)) for _ in sessions]
+        for sock, session in zip(self._sockets, sessions, strict=True):
+            head = f"POST /s/{session}/v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+        threading.Event().wait(delay_ms / 1000)
+
+    def leave(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+
+def life(stack: Stack) -> tuple[int, str]:
+    """The engine's process, and when it was started."""
+    pid = stack.parts.engine.pid
+    assert stack.parts.engine.exit_code is None, stack.parts.engine.last_lines()
+    return pid, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+@pytest.fixture(scope="module")
+def gateway(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("leaving")
+    gateway = Gateway(stack.settings(folder / "data"), folder / "gateway.log").start()
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture(scope="module")
+def frozen(stack: Stack, gateway: Gateway) -> Frozen:
+    return Frozen(stack, gateway)
+
+
+def test_clients_that_leave_during_their_loads_harm_neither_the_engine_nor_others(stack: Stack, frozen: Frozen) -> None:
+    before, loaded, computed = life(stack), frozen.answer(), frozen.computed()
+    assert loaded[0] >= _TOKENS * 0.9, "the answer to compare with was loaded itself"
+    for delay_ms in _DELAYS_MS:
+        frozen.ask(frozen.sessions(_AT_ONCE), delay_ms).leave()
+        assert frozen.computed() == computed, f"something was written into freed blocks, {delay_ms} ms after asking"
+    assert frozen.answer() == loaded
+    assert life(stack) == before
+
+
+def test_gateways_killed_during_loads_harm_neither_the_engine_nor_others(
+    stack: Stack, gateway: Gateway, frozen: Frozen
+) -> None:
+    before, loaded, computed = life(stack), frozen.answer(), frozen.computed()
+    for delay_ms in _KILLS_MS:
+        asked = frozen.ask(frozen.sessions(_AT_ONCE), delay_ms)
+        gateway.stop(signal.SIGKILL)
+        assert frozen.computed() == computed, f"something was written into freed blocks, {delay_ms} ms after asking"
+        asked.leave()
+        gateway.start()
+    assert frozen.answer() == loaded
+    assert life(stack) == before
+
+
+def test_the_engine_tells_that_clients_may_leave(gateway: Gateway) -> None:
+    checks = gateway.http.post("/admin/doctor", json={}).json()["checks"]
+    assert [check["status"] for check in checks if check["name"] == "aborts"] == ["ok"]
