@@ -137,12 +137,12 @@ def _notes(run: Run) -> str:
         "- Side conversations (a memory extractor, a title from the whole thread) are counted as forks: a session of "
         "their own, in the lineage of the conversation that they were given.",
         "- What the cache finds is told by a model of vLLM's prefix cache: blocks of 32 tokens (of four characters), "
-        "unlimited, a block found if it and all before it were computed under the same salt. Through the gateway the salt "
-        "is that of the session's lineage, and lines that `normalise` removes are gone. The engine alone has no salt; but "
-        "what strangers share is kept apart by the gateway on purpose, so each conversation is compared with an engine "
-        "that it has to itself, with its forks and side conversations. What begins with nothing of another conversation "
-        "(a title from quoted text, a sub-agent with a task of its own) "
-        "counts as a conversation of its own in both.",
+        "unlimited, a block found if it and all before it were computed under the same salt. Through the gateway the "
+        "salt is that of the session's lineage, and lines that `normalise` removes are gone. The engine alone has no "
+        "salt; but what strangers share is kept apart by the gateway on purpose, so each conversation is compared with "
+        "an engine that it has to itself, with its forks and side conversations. What begins with nothing of another "
+        "conversation (a title from quoted text, a sub-agent with a task of its own) counts as a conversation of its "
+        "own in both.",
         f"- {run.unseen} requests were given up by their client before it saw a session; the turns after them are "
         "judged.",
     ))  # fmt: skip
