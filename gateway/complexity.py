@@ -21,6 +21,9 @@ MAX_VALUES = 1_100_000
 MAX_CONTAINERS = 100_000
 """Arrays and objects among them: they cost ten times as much as a number."""
 
+MAX_NAMES = 100_000
+"""Members of objects among them: a distinct name costs as much as an array."""
+
 COUNTED_BYTES = 512 * 1024
 """A shorter text is parsed uncounted: even the worst takes less than 20 ms."""
 
@@ -32,7 +35,7 @@ _SHORT_BYTES = 16 * 1024
 _STEP = 1024 * 1024  # bytes counted at a time, so that other threads get their turn
 _BACKSLASH = ord("\\")
 _BACKSLASHES = re.compile(rb"\\*")
-_PLAIN = bytes(set(range(256)) - set(b'"[{,'))  # what counts nothing
+_PLAIN = bytes(set(range(256)) - set(b'"[{,:'))  # what counts nothing
 _HINT = "send less at once; max_json_values sets the limit"
 
 
@@ -52,27 +55,20 @@ def refuse_many(text: bytes, most: int = MAX_VALUES) -> None:
     at_most = _marks(text)
     if at_most > max(MAX_QUOTED, most):
         raise _too_many(at_most, max(MAX_QUOTED, most), "commas and brackets, those in strings included")
-    if at_most <= min(most, MAX_CONTAINERS):
-        return
-    values, containers = _outside_strings(text, most)
-    if values > most:
-        raise _too_many(values, most, "values")
-    if containers > MAX_CONTAINERS:
-        raise _too_many(containers, MAX_CONTAINERS, "arrays and objects")
+    if at_most > min(most, MAX_CONTAINERS, MAX_NAMES):
+        _refuse(*_outside_strings(text, most), most)
 
 
 def refuse_complex(value: Any, most: int = MAX_VALUES) -> None:
     """Raise `too_complex` for a parsed value that is too large or too deep."""
-    level, values, containers = [value] if type(value) in (dict, list) else [], 0, 0
+    level, values, containers, names = [value] if type(value) in (dict, list) else [], 0, 0, 0
     for _ in range(MAX_DEPTH):
         if not level:
             return
         values += sum(map(len, level))
         containers += len(level)
-        if values > most:
-            raise _too_many(values, most, "values")
-        if containers > MAX_CONTAINERS:
-            raise _too_many(containers, MAX_CONTAINERS, "arrays and objects")
+        names += sum(len(each) for each in level if type(each) is dict)
+        _refuse(values, containers, names, most)
         level = [
             inner
             for outer in level
@@ -105,11 +101,21 @@ def _marks(text: bytes) -> int:
     )
 
 
-def _outside_strings(text: bytes, most: int) -> tuple[int, int]:
-    """Values and containers, counted outside strings; counting ends soon after `most`."""
-    values = containers = start = 0
+def _refuse(values: int, containers: int, names: int, most: int) -> None:
+    """Raise `too_complex` where there are more of these than may be."""
+    if values > most:
+        raise _too_many(values, most, "values")
+    if containers > MAX_CONTAINERS:
+        raise _too_many(containers, MAX_CONTAINERS, "arrays and objects")
+    if names > MAX_NAMES:
+        raise _too_many(names, MAX_NAMES, "members of objects")
+
+
+def _outside_strings(text: bytes, most: int) -> tuple[int, int, int]:
+    """Values, containers and members of objects, counted outside strings; counting ends soon after a bound."""
+    values = containers = names = start = 0
     inside = False
-    while start < len(text) and values <= most and containers <= MAX_CONTAINERS:
+    while start < len(text) and values <= most and containers <= MAX_CONTAINERS and names <= MAX_NAMES:
         end = _cut(text, start + _STEP)
         piece = text[start:end].replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _PLAIN)
         parts = piece.split(b'"')
@@ -118,8 +124,9 @@ def _outside_strings(text: bytes, most: int) -> tuple[int, int]:
         opened = bare.count(b"[") + bare.count(b"{")
         containers += opened
         values += bare.count(b",") + opened
+        names += bare.count(b":")
         start = end
-    return values, containers
+    return values, containers, names
 
 
 def _cut(text: bytes, end: int) -> int:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from gateway import complexity
-from gateway.complexity import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES
+from gateway.complexity import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_VALUES
 from gateway.errors import GatewayError
 from policies.shown import shown
 
@@ -47,10 +47,11 @@ def test_what_nests_deeper_is_refused(depth: int) -> None:
         (b"[" + b"{}," * (MAX_CONTAINERS + 1) + b"1]", "arrays and objects"),
         (b"[" + b"[]," * (MAX_CONTAINERS + 1) + b"1]", "arrays and objects"),
         (b"[" + b"1," * (MAX_VALUES + 1) + b"1]", "values"),
-        (b"{" + b",".join(b'"%d":1' % i for i in range(MAX_VALUES + 1)) + b"}", "values"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(MAX_NAMES + 1)) + b"}", "members of objects"),
+        (b"[" + b",".join([b'{"a":1,"b":2,"c":3}'] * (MAX_NAMES // 3 + 1)) + b"]", "members of objects"),
         (b'["' + b"," * (complexity.MAX_QUOTED + 1) + b'"]', "strings included"),
     ],
-    ids=["objects", "arrays", "numbers", "keys", "in a string"],
+    ids=["objects", "arrays", "numbers", "names", "names of many objects", "in a string"],
 )
 def test_what_holds_too_much_is_refused_before_it_is_parsed(text: bytes, what: str) -> None:
     with pytest.raises(GatewayError, match=what):
@@ -61,6 +62,9 @@ def test_a_short_text_is_counted_when_it_is_parsed() -> None:
     text = b"[" + b"[]," * (MAX_CONTAINERS + 1) + b"1]"
     assert len(text) < COUNTED_BYTES
     assert "arrays and objects" in refusal(text)
+    names = b"{" + b",".join(b'"%d":1' % i for i in range(MAX_NAMES + 1)) + b"}"
+    with pytest.raises(GatewayError, match="members of objects"):
+        complexity.refuse_complex(orjson.loads(names))
     assert complexity.parse(b"[" + b"1," * 100 + b"1]", most=101)
     with pytest.raises(GatewayError, match="at most 100"):
         complexity.parse(b"[" + b"1," * 100 + b"1]", most=100)
@@ -90,7 +94,7 @@ def test_strings_are_told_apart_wherever_a_piece_ends() -> None:
     assert complexity._outside_strings(text, MAX_VALUES)[1] == 1 + len(values)
     assert complexity.parse(text) == values
     run = orjson.dumps(["\\" * 3_000_000, "," * 200_000, "\\" * 1_048_575 + '"', "[" * 200_000])
-    assert complexity._outside_strings(run, MAX_VALUES) == (4, 1)
+    assert complexity._outside_strings(run, MAX_VALUES) == (4, 1, 0)
 
 
 def test_json_in_a_string_is_looked_into_within_the_same_bounds() -> None:
