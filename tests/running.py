@@ -72,7 +72,7 @@ class Gateway:
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
         hooks = {"response": [documented.check]}
-        self.http = httpx.Client(base_url=self.url, timeout=30, headers=headers, event_hooks=hooks)
+        self.http = httpx.Client(base_url=self.url, timeout=60, headers=headers, event_hooks=hooks)
         self.process: subprocess.Popen[bytes]
         self.limit_files: tuple[int, int] | None = None  # soft and hard limit on its open files; None: ours
 

@@ -24,7 +24,7 @@ def cwg(*arguments: str, **settings: str) -> Ended:
     """Run one command."""
     given = environment({f"CWG_{name.upper()}": value for name, value in settings.items()})
     command = [sys.executable, "-m", "gateway", *arguments]
-    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def assert_failed(ended: Ended, *says: str) -> None:
@@ -206,7 +206,7 @@ def test_commands_and_names_are_completed(gateway: Gateway, session: str, typed:
     for url in (gateway.url, f"http://127.0.0.1:{free_port()}"):
         ended = subprocess.run(
             [sys.executable, "-c", code], env={**environment({"CWG_URL": url}), **asked}, cwd=ROOT,
-            capture_output=True, text=True, timeout=30, check=False,
+            capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert (ended.returncode, ended.stderr) == (0, "")
         if url == gateway.url:

@@ -10,7 +10,7 @@ from gateway import identity
 from gateway.errors import GatewayError
 from gateway.identity import Beginning, Given, Prompt, given
 from gateway.records import SESSION_ID, Session
-from tests.fakes.engine import MODEL, Exchange, FakeEngine, usage_of, whole_reply
+from tests.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, usage_of, whole_reply
 from tests.running import Gateway, eventually
 
 CHAT = "/v1/chat/completions"
@@ -346,7 +346,7 @@ def test_users_of_one_application_are_kept_apart(gateway: Gateway, session: str,
 
 
 def test_two_first_requests_at_once_are_two_conversations(engine: FakeEngine, gateway: Gateway, session: str) -> None:
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=WITHIN)
 
     def answer(exchange: Exchange) -> None:
         both.wait()
@@ -366,7 +366,7 @@ def test_two_with_the_same_reply_that_go_on_at_once_go_on_in_two_sessions(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     strangers = {ask(gateway, [user(session)]) for _ in range(2)}
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=WITHIN)
 
     def answer(exchange: Exchange) -> None:
         both.wait()

@@ -493,7 +493,7 @@ def test_stdio_goes_on_after_what_is_no_mcp(gateway: Gateway) -> None:
         answers = (json.loads(line) for line in process.stdout)
         listed = next(line for line in answers if line.get("id") == 2)
         assert "windows" in listed["result"]["structuredContent"], listed
-        _, errors = process.communicate(timeout=15)
+        _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, b"")
 
 

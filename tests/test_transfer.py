@@ -476,7 +476,7 @@ def test_token_ids_are_little_endian() -> None:
 def cwg(gateway: Gateway, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gateway", *arguments]
     given = environment({"CWG_URL": gateway.url})
-    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_kill_in_mid_export_leaves_the_cli_without_a_file(gateway: Gateway, tm
     with subprocess.Popen(command, env=given, cwd=ROOT, stderr=subprocess.PIPE) as client:
         eventually(lambda: any(f.stat().st_size for f in out.iterdir()), "the export has begun")
         killed(gateway)
-        _, said = client.communicate(timeout=30)
+        _, said = client.communicate(timeout=120)
     assert (client.returncode, b"Traceback" in said) == (1, False), said
     assert list(out.iterdir()) == []
 
@@ -104,7 +104,7 @@ def test_a_kill_in_mid_export_leaves_the_cli_without_a_file(gateway: Gateway, tm
 def test_a_kill_while_an_import_is_read_leaves_nothing_of_it(gateway: Gateway, share: float) -> None:
     data = file_of(gateway)
     before = everything(gateway)
-    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
     connection.putrequest("POST", "/admin/windows/import?window_name=again")
     connection.putheader("content-length", str(len(data)))
     connection.endheaders()
