@@ -239,7 +239,10 @@ def test_ec042_a_clock_that_was_set_back_makes_no_session_idle_for_a_negative_ti
     gateway.chat(session)
     gateway.turns(session)
     with closing(sqlite3.connect(gateway.data_dir / "gateway.db")) as db, db:
-        db.execute("UPDATE sessions SET created_at = created_at + 3600, last_active_at = last_active_at + 3600")
+        later = (
+            "UPDATE sessions SET created_at = created_at + 3600, last_active_at = last_active_at + 3600 WHERE id = ?"
+        )
+        db.execute(later, (session,))
     assert gateway.http.post("/admin/policies/check", json={"session_id": session}).json()["idle_seconds"] >= 0
     assert gateway.chat(session, "and again").status_code == 200
     assert gateway.freeze(session, f"w-{session}").status_code == 201

@@ -1,5 +1,6 @@
 """When the context is full: what the client is told, what the engine gets to see, and that nothing is lost."""
 
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,8 +53,8 @@ def full(engine: FakeEngine, going_on: Gateway) -> Gateway:
     return going_on
 
 
-def u(number: int, size: int = 800) -> dict[str, Any]:
-    return {"role": "user", "content": f"question {number} ".ljust(size, ".")}
+def u(number: int, size: int = 800, opening: str = "") -> dict[str, Any]:
+    return {"role": "user", "content": f"{opening}question {number} ".ljust(size, ".")}
 
 
 def ask(gateway: Gateway, messages: list[dict[str, Any]], session: str = "", **more: Any) -> httpx.Response:
@@ -64,8 +65,9 @@ def ask(gateway: Gateway, messages: list[dict[str, Any]], session: str = "", **m
 def until_full(gateway: Gateway, session: str, **more: Any) -> tuple[list[dict[str, Any]], httpx.Response]:
     """Talk until a session goes on in another; return the whole history, the last reply included, and the answer."""
     said: list[dict[str, Any]] = [SYSTEM]
+    opening = f"this is {secrets.token_hex(6)}: "  # without an id, the same words would go on where another test ended
     for number in range(20):
-        said.append(u(number))
+        said.append(u(number, opening=opening if number == 0 else ""))
         answer = ask(gateway, said, session, **more)
         assert answer.status_code == 200, answer.headers.get("x-context-hint", answer.text)
         said.append(REPLY)
