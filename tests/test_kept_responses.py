@@ -502,12 +502,13 @@ def test_the_openai_client_reads_what_is_kept(engine: FakeEngine, gateway: Gatew
     assert (unknown.value.code, unknown.value.param) == ("previous_response_not_found", "previous_response_id")
 
 
-def test_other_paths_of_the_api_are_the_engines(engine: FakeEngine, gateway: Gateway) -> None:
+def test_of_other_paths_the_engine_gets_those_that_are_known(engine: FakeEngine, gateway: Gateway) -> None:
     engine.on_other = lambda exchange: exchange.json({"target": exchange.request.target})
-    for method, path in [("POST", "/render"), ("POST", "/compact"), ("PATCH", "/resp_1"), ("GET", "/resp_1/x")]:
-        body = {} if method == "POST" else None
-        answer = gateway.http.request(method, f"{PATH}{path}", json=body).json()
-        assert answer == {"target": f"{PATH}{path}"}
+    assert gateway.http.post(f"{PATH}/render", json={}).json() == {"target": f"{PATH}/render"}
+    for method, path in [("POST", "/compact"), ("PATCH", "/resp_1"), ("GET", "/resp_1/x")]:
+        answer = gateway.http.request(method, f"{PATH}{path}", json={} if method == "POST" else None)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert [request.target for request in engine.asked] == [f"{PATH}/render"]
 
 
 # --- what is kept, and for how long

@@ -20,7 +20,7 @@ from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read
 from gateway.edge.incoming import SYSTEM_HEADER, TURNS, WINDOW_HEADER, Base, Incoming, base_of, spoken
 from gateway.edge.passing import Passing
 from gateway.edge.relay import Answer, Outgoing, Stamps, relay, request_headers, send_full
-from gateway.edge.routes import COUNT, RESPONSES, Routes
+from gateway.edge.routes import COUNT, Routes
 from gateway.ended import Ended
 from gateway.engine import Model
 from gateway.errors import GatewayError
@@ -118,7 +118,7 @@ class Inference:
             await self._turn(incoming, dialect)
         elif base.path == COUNT:
             await self._passing.count(incoming)
-        elif not base.path.startswith(RESPONSES):
+        elif not route.kept:
             await self._passing.serve(incoming, route)
         elif kept := await responses.serve(self._parts, tenant, scope["method"], incoming.target):
             await send_answer(send, 200, kept)

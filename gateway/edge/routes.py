@@ -20,12 +20,13 @@ class Route:
     """Which methods of a path pass. `salted`: its JSON body takes a `cache_salt`, since KV may come of it.
 
     `needs_json`: a body of another content type is refused, as vLLM does (`validate_json_request`). A page of another
-    site can make a browser send a text, but JSON only after asking us.
+    site can make a browser send a text, but JSON only after asking us. `kept`: the gateway answers from its own store.
     """
 
     methods: frozenset[str]
     salted: bool = False
     needs_json: bool = False
+    kept: bool = False
 
 
 _QUESTION = Route(_GET)
@@ -53,7 +54,7 @@ ROUTES: Mapping[bytes, Route] = {
     b"/tokenize": _RENDERING,
     b"/detokenize": _RENDERING,
 }
-_BELOW: Mapping[bytes, Route] = {b"/v1/models/": _QUESTION, RESPONSES: Route(_ANY)}
+_BELOW: Mapping[bytes, Route] = {b"/v1/models/": _QUESTION, RESPONSES: Route(_ANY, kept=True)}
 
 
 class Routes:
