@@ -8,8 +8,7 @@ Nobody waits for a note. It is written some milliseconds later, with those of ot
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from gateway.records import Session
 from gateway.store.contract import SaltNote, Store
@@ -37,18 +36,18 @@ class SaltNotes:
             await self._task
         await self._write()
 
-    @contextmanager
-    def turn(self, session: Session, salt: str) -> Iterator[None]:
-        """A turn goes on in the block; at its end it is handed over to be recorded."""
-        if salt == session.salt:  # the store has it
-            yield
-            return
+    def begin(self, session: Session, salt: str) -> SaltNote | None:
+        """Note the salt of a turn that begins; return the note, None where the store has that salt already."""
+        if salt == session.salt:
+            return None
         note = SaltNote(salt, session.tenant, session.lineage, session.id)
         self.add(note)
-        try:
-            yield
-        finally:
-            self._due.pop(note, None)  # the record comes as soon as the note would
+        return note
+
+    def withdraw(self, note: SaltNote | None) -> None:
+        """Take back a note that is not written yet."""
+        if note is not None:
+            self._due.pop(note, None)
 
     def add(self, note: SaltNote) -> None:
         """Note a salt. Never waits."""

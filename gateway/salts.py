@@ -7,6 +7,7 @@ and it takes in the model's fingerprint because LMCache's keys hold the `--model
 
 import hmac
 import secrets
+from functools import lru_cache
 from pathlib import Path
 
 from gateway.errors import StartError
@@ -15,6 +16,7 @@ VERSION = b"cwg1"
 SALT_CHARS = 32  # hex: no `@ / \\ NUL`, which vLLM refuses, and short enough for LMCache's file names
 
 
+@lru_cache(4096)  # every turn of a session asks for the same
 def salt(secret: bytes, tenant: str, scope: str, fingerprint: str, client_salt: str = "") -> str:
     """Return the `cache_salt` of `scope` (a lineage, or a whole tenant) under the model with `fingerprint`.
 

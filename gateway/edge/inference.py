@@ -179,8 +179,8 @@ class Inference:
         fingerprint = model.fingerprint if model else ""
         salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
-        written = await parts.offload.run(heavy, dialect.write, call, salt)
-        outgoing = replace(self._outgoing(incoming, written), may_load=True)
+        written = await parts.offload.run(True, dialect.write, call, salt) if heavy else dialect.write(call, salt)
+        outgoing = self._outgoing(incoming, written, may_load=True)
         answer = Answer(
             dialect,
             _headers(turn),
@@ -195,19 +195,19 @@ class Inference:
         started_at, clock = time.time(), time.monotonic()
         parts.turns.enter(turn.place)
         route = parts.engines.route(session.lineage, session.engine, call.model)
+        note = parts.salt_notes.begin(session, salt)
         try:
-            with parts.salt_notes.turn(session, salt):
-                await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
+            parts.salt_notes.withdraw(note)  # the record comes as soon as the note would
             parts.turns.finish(
                 Ended(
                     place=turn.place,
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
-                    call=replace(call, raw=b"", body={})
-                    if incoming.heavy
-                    else call,  # for the record nobody needs them
+                    # A large body takes memory until the turn is recorded, which has no need of it.
+                    call=replace(call, raw=b"", body={}) if incoming.heavy else call,
                     heavy_body=incoming.heavy,
                     outcome=answer.outcome,
                     status=answer.status,
@@ -251,9 +251,9 @@ class Inference:
             prompt.prepare(named)
         return _Understood(call, named, normalised, prompt)
 
-    def _outgoing(self, incoming: Incoming, body: bytes) -> Outgoing:
+    def _outgoing(self, incoming: Incoming, body: bytes, *, may_load: bool = False) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
-        return Outgoing(incoming.scope["method"], incoming.target, headers, body)
+        return Outgoing(incoming.scope["method"], incoming.target, headers, body, may_load)
 
 
 def _onward(turn: _Turn, onward: Onward) -> _Turn:

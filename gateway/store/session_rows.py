@@ -236,7 +236,8 @@ def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:
     )
     # The same name again: the turn was asked anew.
     db.executemany(
-        "INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)",
+        """INSERT INTO ends VALUES (?, ?, ?, ?, ?)
+        ON CONFLICT DO UPDATE SET tip = excluded.tip, marks = excluded.marks""",
         [(turn.tenant, name.link, turn.session_id, item.trace.tip, name.marks) for name in item.trace.ends],
     )
 

@@ -1,0 +1,143 @@
+"""What a change costs on the request path: two checkouts of the gateway in front of one canned engine, interleaved.
+
+`python -m loadtests.relay_compare OTHER_CHECKOUT [--rounds 30]` compares this tree with another one. Every round asks
+each gateway the same requests, in turns, and takes the processor time of its threads (from /proc), which a busy
+machine changes far less than latency. A second gateway of the other checkout shows what difference is
+noise. Prints the median of the rounds' ratios, with the middle half of them.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.running import free_port
+
+HERE = Path(__file__).parents[1]
+PER_ROUND = {"json": 100, "stream": 50, "500 KB": 30, "session": 100}
+
+
+def body(kind: str, number: int) -> bytes:
+    """A request of that kind; every one begins another conversation, but those of the kind `session`."""
+    texts = (
+        [f"Tell me about window {number}."]
+        if kind != "500 KB"
+        else [f"line {number} {i}: " + "lorem ipsum " * 80 for i in range(500)]
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    if len(messages) % 2 == 0:
+        messages.append({"role": "user", "content": "and then?"})
+    return json.dumps({"model": "canned", "messages": messages, "stream": kind == "stream"}).encode()
+
+
+class Gateway:
+    """A gateway of one checkout, and a connection to it."""
+
+    def __init__(self, source: Path, engine: str, folder: Path) -> None:
+        self.port = free_port()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CWG_")}
+        settings = {"PORT": self.port, "ENGINE_URLS": engine, "DATA_DIR": folder, "AUTO_FREEZE": "false"}
+        environment |= {f"CWG_{name}": str(value) for name, value in settings.items()} | {"PYTHONPATH": str(source)}
+        command = [sys.executable, "-m", "gateway", "serve"]
+        self.process = subprocess.Popen(command, cwd=source, env=environment, stderr=subprocess.DEVNULL)
+        self.http = http.client.HTTPConnection("127.0.0.1", self.port)
+        self._wait()
+
+    def _wait(self) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                self.http.request("GET", "/readyz")
+                if self.http.getresponse().read() and self.http.sock:
+                    return
+            except OSError:
+                self.http.close()
+                time.sleep(0.1)
+        raise SystemExit(f"the gateway on port {self.port} does not come up")
+
+    def spend(self, kind: str, payloads: list[bytes]) -> float:
+        """Send a round of requests; return the seconds of processor time that each took."""
+        path = "/s/one/v1/chat/completions" if kind == "session" else "/v1/chat/completions"
+        before = self._cpu_s()
+        for payload in payloads:
+            self.http.request("POST", path, payload, {"content-type": "application/json"})
+            answer = self.http.getresponse()
+            assert answer.status == 200, answer.read()
+            answer.read()
+        time.sleep(0.1)  # the turns are recorded after their answers
+        return (self._cpu_s() - before) / len(payloads)
+
+    def _cpu_s(self) -> float:
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+@contextmanager
+def gateways(sources: dict[str, Path]) -> Iterator[dict[str, Gateway]]:
+    """A gateway of each checkout, in front of one engine."""
+    port = free_port()
+    engine = subprocess.Popen([sys.executable, "-m", "loadtests.canned_upstream", "--port", str(port)], cwd=HERE)
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"http://127.0.0.1:{port}"
+        running = {name: Gateway(source, url, Path(folder) / name) for name, source in sources.items()}
+        try:
+            yield running
+        finally:
+            for gateway in running.values():
+                gateway.stop()
+            engine.terminate()
+            engine.wait(30)
+
+
+def main() -> None:
+    """Compare, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path, help="a checkout of the tree to compare with")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    other = options.other.resolve()
+    spent: dict[tuple[str, str], list[float]] = {}
+    with gateways({"other": other, "again": other, "this": HERE}) as running:
+        for number in range(options.rounds + 1):
+            for kind in PER_ROUND:
+                names = list(running)[number % 3 :] + list(running)[: number % 3]
+                first = number * PER_ROUND[kind]
+                payloads = [body(kind, first + i) for i in range(PER_ROUND[kind])]
+                for name in names:
+                    took = running[name].spend(kind, payloads)
+                    if number:  # the first round warms up
+                        spent.setdefault((name, kind), []).append(took)
+    print(f"| request | other, ms | this / other | other / other |\n|---|---:|---:|---:|\n{_rows(spent)}")
+
+
+def _rows(spent: dict[tuple[str, str], list[float]]) -> str:
+    rows = []
+    for kind in PER_ROUND:
+        base = spent["other", kind]
+        cells = [_ratio(spent[name, kind], base) for name in ("this", "again")]
+        rows.append(f"| {kind} | {statistics.median(base) * 1000:.2f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _ratio(one: list[float], other: list[float]) -> str:
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+if __name__ == "__main__":
+    main()
