@@ -22,7 +22,7 @@ WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrid
 # Hundreds of processes start in a test run: where Python may keep no bytecode, each would compile the gateway anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: up test lint docs fuzz attack bench bench-relay bench-thaw bench-identity bench-disconnects bench-verbs soak agents-tour clean
+.PHONY: up test lint docs fuzz attack bench bench-relay bench-thaw bench-identity bench-compare bench-disconnects bench-verbs soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -58,6 +58,10 @@ bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 
 bench-thaw: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.thaw_speed $(ARGS)
+
+# Another checkout of the gateway beside this one, interleaved: make bench-compare OTHER=../before
+bench-compare: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.relay_compare $(OTHER) $(ARGS)
 
 bench-disconnects: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.disconnects $(ARGS)

@@ -113,10 +113,9 @@ def main() -> None:
     spent: dict[tuple[str, str], list[float]] = {}
     with gateways({"other": other, "again": other, "this": HERE}) as running:
         for number in range(options.rounds + 1):
-            for kind in PER_ROUND:
-                names = list(running)[number % 3 :] + list(running)[: number % 3]
-                first = number * PER_ROUND[kind]
-                payloads = [body(kind, first + i) for i in range(PER_ROUND[kind])]
+            names = list(running)[number % 3 :] + list(running)[: number % 3]
+            for kind, count in PER_ROUND.items():
+                payloads = [body(kind, number * count + i) for i in range(count)]
                 for name in names:
                     took = running[name].spend(kind, payloads)
                     if number:  # the first round warms up
