@@ -11,7 +11,7 @@ import logging
 from contextlib import suppress
 
 from gateway.records import Session
-from gateway.store.contract import SaltNote, Store
+from gateway.store.contract import SaltNote, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class SaltNotes:
             return
         try:
             await self._store.note_salts(notes)
-        except Exception:
+        except StoreUnavailable as error:
             # A full disk, say. The KV is that of turns which are recorded all the same, unless we are killed first.
+            log.warning("could not note %d salts: %s", len(notes), error)
+        except Exception:
             log.exception("could not note %d salts", len(notes))

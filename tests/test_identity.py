@@ -434,11 +434,16 @@ def test_a_conversation_whose_system_prompt_tells_the_time_is_one_session(gatewa
     assert turn["recognised_by"] == "last reply"
 
 
-def test_a_conversation_whose_questions_come_back_shorter_is_one_session(gateway: Gateway, session: str) -> None:
+def test_a_conversation_whose_questions_come_back_shorter_is_one_session(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    # Only the replies tell it from others, and every other test has the same ones.
+    reply = f"Hello, {session}!"
+    engine.on_chat = lambda exchange: exchange.json(whole_reply(reply, usage_of(5, 5)))
     messages = [user(session)]
     found = {ask(gateway, messages)}
     for text in ("two", "three", "four"):
-        messages += [assistant("Hello there!"), user(text)]
+        messages += [assistant(reply), user(text)]
         found.add(ask(gateway, [*messages[:-1], user(f"Passages: ... Question: {text}")]))
     assert len(found) == 1
 
