@@ -335,6 +335,25 @@ def finished(response_id: str, tenant: str = "default", session: str = "s", at: 
     )  # fmt: skip
 
 
+@pytest.mark.anyio
+async def test_an_answer_replaces_another_of_its_id_in_its_own_session_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with SqliteStore(tmp_path / "x.db", turns_kept=5) as store:
+        await store.record([finished("resp_x", session="first", at=1.0)])
+        await store.record([finished("resp_x", session="second", at=2.0), finished("resp_y", session="second", at=3.0)])
+        kept = await store.response("default", "resp_x")
+        assert kept is not None
+        assert (kept.session_id, kept.created_at) == ("first", 1.0)
+        assert await store.response("default", "resp_y")
+        assert len(await store.turns("default", "second", 5)) == 2  # the turn is recorded all the same
+        assert "'resp_x' is that of another session" in caplog.text
+        await store.record([finished("resp_x", session="first", at=4.0)])
+        again = await store.response("default", "resp_x")
+        assert again is not None
+        assert again.created_at == 4.0
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -539,15 +558,6 @@ async def test_only_so_many_answers_are_kept_for_each_tenant_and_nothing_of_the_
         assert await store.delete_session("default", "s5")
         assert await store.response("default", "r5") is None
         assert await store.messages(oldest.asked) == []
-
-
-@pytest.mark.anyio
-async def test_an_id_that_comes_again_names_the_later_answer(tmp_path: Path) -> None:
-    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
-        await store.record([finished("r", at=1.0), finished("r", session="other", at=2.0)])
-        found = await store.response("default", "r")
-        assert found is not None
-        assert (found.session_id, found.created_at) == ("other", 2.0)
 
 
 def test_many_at_once_go_on_from_one_answer(engine: FakeEngine, gateway: Gateway) -> None:

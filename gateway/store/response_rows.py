@@ -1,5 +1,6 @@
 """The SQL of kept answers (Responses API). Whoever calls owns the transaction."""
 
+import logging
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,22 +12,40 @@ from gateway.records import StoredResponse
 from gateway.store import transcript_rows
 from gateway.store.contract import Finished
 
+log = logging.getLogger(__name__)
+
 # What an answer repeats of its request: long, and the same from answer to answer of a conversation.
 _ECHOED = ("instructions", "tools")
 
 
 def record(db: sqlite3.Connection, finished: Sequence[Finished], keep: int) -> None:
-    """Keep the answers of finished turns, and of each tenant the last `keep`."""
+    """Keep the answers of finished turns, and of each tenant the last `keep`.
+
+    An answer replaces an earlier one of the same id only in the same session: whatever made two ids equal, nobody may
+    take away what another session was answered.
+    """
     kept = [(item, item.response) for item in finished if item.response]
     for item, response in kept:
+        if _is_of_another_session(db, response):
+            log.warning(
+                "an answer of session %s is not kept: its id %.200r is that of another session's answer",
+                response.session_id, response.id,
+            )  # fmt: skip
+            continue
         transcript = transcript_rows.add(db, item.messages) if item.messages else None
         _add(db, replace(response, transcript=transcript, asked=transcript_rows.add(db, item.asked)))
     for tenant in {response.tenant for _, response in kept}:
         _drop_oldest(db, tenant, keep)
 
 
+def _is_of_another_session(db: sqlite3.Connection, new: StoredResponse) -> bool:
+    query = "SELECT session_id FROM responses WHERE tenant = ? AND id = ?"
+    row = db.execute(query, (new.tenant, new.id)).fetchone()
+    return row is not None and row[0] != new.session_id
+
+
 def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
-    delete(db, new.tenant, new.id)  # an id that comes again names the later answer, as it does to the engine
+    delete(db, new.tenant, new.id)  # an id that comes again in its session names the later answer: it was a retry
     answer = orjson.dumps({name: None if name in _ECHOED else value for name, value in new.answer.items()})
     echo = transcript_rows.add_content(db, {name: new.answer[name] for name in _ECHOED if name in new.answer})
     db.execute(
