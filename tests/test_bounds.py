@@ -352,7 +352,7 @@ def test_what_a_setting_names_passes_and_its_bodies_are_salted(engine: FakeEngin
 def test_what_steers_the_engine_is_taken_out_of_body_and_head(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
-    private = {"ec_transfer_params": {"a": 1}, "kv_transfer_params": {"a": 1}, "priority": 1}
+    private = {"ec_transfer_params": {"a": 1}, "kv_transfer_params": {"a": 1}, "priority": 1, "request_id": "a"}
     gateway.chat(session, headers={"x-data-parallel-rank": "1"}, **private)
     (request,) = engine.seen(CHAT)
     assert private.keys() & request.json.keys() == set()

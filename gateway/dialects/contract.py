@@ -12,8 +12,9 @@ from gateway.errors import GatewayError
 from gateway.records import MAX_MODEL, Front, Message, Usage
 
 # What a client may not send to the engine as it likes: the salt is ours, transfer parameters can name token ids and
-# cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body).
-PRIVATE_FIELDS = ("cache_salt", "kv_transfer_params", "ec_transfer_params", "priority", "session_id")
+# cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body). vLLM makes the
+# answer's id of the request's, and answers are kept under their ids.
+PRIVATE_FIELDS = ("cache_salt", "kv_transfer_params", "ec_transfer_params", "priority", "session_id", "request_id")
 
 
 # Request fields that a chat template sees besides the messages (vllm 0.32, chat_completion/protocol.py).

@@ -50,7 +50,6 @@ class ResponsesDialect:
         client_salt = sanitise(body)
         sent = _items(body.get("input"))
         before = len(body)
-        body.pop("request_id", None)  # vLLM makes the answer's id of it, under which we keep the answer
         storage = _storage(body, sent)
         return Call(
             body=body,
