@@ -186,6 +186,7 @@ def test_running_out_of_files_is_not_blamed_on_the_engine(engine: FakeEngine, tm
             assert wire.head() == 429
             assert wire.json()["error"]["code"] == "rate_limited"
         resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert [turn["outcome"] for turn in gateway.turns(f"{session}-0")] == ["gateway_error"]
         wire.chat(session)
         assert wire.head() == 200
         wire.body()

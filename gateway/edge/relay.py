@@ -156,7 +156,8 @@ async def relay(route: Route, outgoing: Outgoing, client: Client, send: Send, an
         answer.outcome = "client_gone"
     except UpstreamError as error:  # nothing was sent yet
         refused = as_gateway_error(error)
-        answer.outcome, answer.detail, answer.status = "engine_error", str(error), refused.status
+        answer.outcome = "gateway_error" if error.code == "rate_limited" else "engine_error"
+        answer.detail, answer.status = str(error), refused.status
         await send_answer(send, refused.status, answer.dialect.error(refused), answer.extra_headers)
 
 
