@@ -38,6 +38,7 @@ from gateway.secret_check import checked_secret
 from gateway.sessions import SaltRule, Sessions
 from gateway.settings import Settings
 from gateway.stalls import LostSince, Stalls
+from gateway.store.damage import StoreDamaged
 from gateway.store.sqlite import SqliteStore
 from gateway.telemetry import Shared, Telemetry, clear, forget
 from gateway.tokens import Estimator, hub_folder
@@ -242,4 +243,7 @@ def _serve(settings: Settings, sock: socket.socket) -> None:
 
 def _run(work: Coroutine[None, None, None]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work)
+        try:
+            runner.run(work)
+        except StoreDamaged as error:  # once it serves, whoever asks is told; so this was its start
+            raise StartError(f"{error.message}; {error.hint}") from error

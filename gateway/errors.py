@@ -120,9 +120,9 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "storage_full": Code(
             507,
-            "A disk or Redis has no room, or less than `disk_reserve_bytes`; or the tenant's windows would hold more "
-            "than `tenant_budget_bytes`",
-            "Free space, or delete windows that are not needed",
+            "A disk or Redis has no room, or less than `disk_reserve_bytes`; a quota or the limit on the size of "
+            "files is reached; or the tenant's windows would hold more than `tenant_budget_bytes`",
+            "Free space, delete windows that are not needed, or raise the limit",
         ),
     }
 )

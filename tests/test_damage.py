@@ -3,9 +3,13 @@
 import sqlite3
 from pathlib import Path
 
-from gateway.store.damage import damage
+import pytest
+
+from gateway.store.damage import StoreDamaged, damage
+from gateway.store.sqlite import SqliteStore
 from tests.fakes.engine import FakeEngine
-from tests.running import gateway_before
+from tests.running import free_port, gateway_before
+from tests.test_server import DEAD, assert_one_clear_line, serve
 
 
 def garbled(store: Path, table: str) -> None:
@@ -42,3 +46,23 @@ def test_a_store_that_is_none_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "gateway.db").write_bytes(b"not a database" * 1000)
     assert damage(tmp_path / "gateway.db") == ["file is not a database"]
     assert damage(tmp_path / "none.db") == ["unable to open database file"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("table", ["sqlite_autoindex_objects_1", "meta"])
+async def test_a_gateway_does_not_start_on_a_damaged_store_and_says_what_to_do(tmp_path: Path, table: str) -> None:
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5):
+        pass
+    garbled(tmp_path / "gateway.db", table)
+    ended = serve(port=free_port(), engine_urls=DEAD, data_dir=tmp_path)
+    assert_one_clear_line(ended, "malformed", "put a copy of the store back", ".recover", "cwg doctor")
+
+
+@pytest.mark.anyio
+async def test_who_reads_a_damaged_page_is_told_so(tmp_path: Path) -> None:
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
+        garbled(tmp_path / "gateway.db", "sqlite_autoindex_objects_1")
+        with pytest.raises(StoreDamaged) as told:
+            await store.held_objects()
+        assert ".recover" in told.value.hint
+        assert await store.list_sessions("default", state=None, model=None, limit=5, offset=0) == ([], 0)

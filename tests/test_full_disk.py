@@ -51,7 +51,10 @@ def test_turns_are_kept_while_the_store_cannot_be_written_and_no_new_one_begins(
             while (response := gateway.chat(session)).status_code == 200:
                 answered += 1
             assert answered >= 1
+            assert response.status_code == 507
+            assert response.json()["error"]["code"] == "storage_full"
             assert "could not be recorded" in response.json()["error"]["message"]
+            assert "ulimit -f" in response.json()["error"]["message"]
             ready = gateway.http.get("/readyz")
             assert (ready.status_code, ready.json()["waiting_for"]) == (503, "store")
             assert "cannot be written" in ready.json()["reason"]

@@ -21,6 +21,7 @@ from gateway.member import Member
 from gateway.parts import Parts
 from gateway.proof import Check, prove
 from gateway.stalls import is_ours
+from gateway.store.damage import REMEDY as RESCUE
 from gateway.store.damage import damage
 from gateway.windows.textless import REMEDY, textless
 
@@ -121,8 +122,7 @@ class Health:
         wrong = await asyncio.to_thread(damage, self._parts.settings.store_path)
         if not wrong:
             return Check("store", "ok", "every page of it is whole")
-        remedy = "stop the gateway and put a copy of the store back, or save what can be read: sqlite3 STORE .recover"
-        return Check("store", "failed", f"the store is damaged: {'; '.join(wrong)}", remedy)
+        return Check("store", "failed", f"the store is damaged: {'; '.join(wrong)}", RESCUE)
 
     async def _prove(self, member: Member) -> list[Check]:
         """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""

@@ -3,7 +3,26 @@
 import sqlite3
 from pathlib import Path
 
+from gateway.errors import GatewayError
+
+REMEDY = (
+    "stop the gateway and put a copy of the store back, or rescue what can be read into a new one "
+    "(sqlite3 STORE .recover | sqlite3 NEW); then check it with cwg doctor"
+)
+_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})  # primary result codes
 _MOST = 5  # findings that are told
+
+
+class StoreDamaged(GatewayError):
+    """The store's file is not as SQLite wrote it; neither a retry nor a restart helps."""
+
+    def __init__(self, path: Path, error: sqlite3.Error) -> None:
+        super().__init__("internal", f"the store {path} is damaged: {error}", hint=REMEDY)
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error of SQLite says that a file is damaged, or no database."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
 
 
 def damage(path: Path) -> list[str]:

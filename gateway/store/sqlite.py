@@ -43,6 +43,7 @@ from gateway.store import (
 )
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
 from gateway.store.contract import Finished, LooseSalt, Released, SaltNote, SaltUse, Text, Unfrozen, WindowQuery
+from gateway.store.damage import REMEDY, StoreDamaged, is_damage
 from gateway.store.migrations import migrate
 from gateway.store.writer import Work, Writer
 
@@ -71,8 +72,7 @@ class SqliteStore:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._open_on_any_disk()
         except (OSError, sqlite3.DatabaseError) as error:
-            hint = f"; its disk is full: free {2 * PART_BYTES >> 20} MiB there" if self._no_room() else ""
-            raise StartError(f"the store {self._path} cannot be opened: {error}{hint}") from error
+            raise StartError(f"the store {self._path} cannot be opened: {error}{self._remedy(error)}") from error
         self._ballast.restore()
         self._writer.start()
         return self
@@ -86,6 +86,11 @@ class SqliteStore:
                 if not (self._no_room() and self._ballast.give_up(part)):
                     raise
         return self._open()
+
+    def _remedy(self, error: Exception) -> str:
+        if is_damage(error):
+            return f"; {REMEDY}"
+        return f"; its disk is full: free {2 * PART_BYTES >> 20} MiB there" if self._no_room() else ""
 
     def _no_room(self) -> bool:
         return self._path.parent.is_dir() and self._ballast.free_bytes < PART_BYTES // 4
@@ -369,7 +374,12 @@ class SqliteStore:
         return db
 
     async def _read(self, work: Work[T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):
+                raise StoreDamaged(self._path, error) from error
+            raise
 
     async def _delete(self, work: Work[T]) -> T:
         return await self._write(work, Reserve.DELETIONS)
@@ -389,7 +399,7 @@ def _whole(db: sqlite3.Connection, work: Work[T]) -> T:
     try:
         return work(db)
     finally:
-        db.execute("COMMIT")
+        db.execute("ROLLBACK")  # there is nothing to commit, and of a damaged file a COMMIT fails
 
 
 def _use_wal(db: sqlite3.Connection) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from gateway.store.ballast import Ballast, Reserve
 from gateway.store.contract import StoreUnavailable
+from gateway.store.damage import StoreDamaged, is_damage
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -65,11 +66,21 @@ class Writer:
             await asyncio.wait([waiting])  # it will be done: whoever is cancelled holds the lock on its pins until then
             raise
         except sqlite3.DatabaseError as error:
-            if _primary(error) not in _OUT_OF_ORDER:
-                raise
-            if self._is_full(error):
-                raise StoreUnavailable("storage_full", f"the store's disk is full ({self._path})") from error
-            raise StoreUnavailable("internal", f"the store {self._path} cannot be written: {error}") from error
+            raise self._as_told(error) from error
+
+    def _as_told(self, error: sqlite3.DatabaseError) -> Exception:
+        """What whoever wanted to write is told of an error; the error itself where it is a fault of ours."""
+        if is_damage(error):
+            return StoreDamaged(self._path, error)
+        if _primary(error) not in _OUT_OF_ORDER:
+            return error
+        if self._is_full(error):
+            return StoreUnavailable("storage_full", f"the store's disk is full ({self._path})")
+        if error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
+            # SQLite keeps EFBIG and EDQUOT to itself: for all but ENOSPC it has this one code (os_unix.c, unixWrite).
+            why = "a limit on the size of files (ulimit -f) or a quota is reached, or the disk is faulty"
+            return StoreUnavailable("storage_full", f"the store {self._path} cannot be written: {why}")
+        return StoreUnavailable("internal", f"the store {self._path} cannot be written: {error}")
 
     def _run(self) -> None:
         db = self._connect()

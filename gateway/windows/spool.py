@@ -9,7 +9,7 @@ from typing import IO
 
 from gateway.errors import GatewayError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOOK_EVERY = 16 * 2**20  # bytes between two looks at what is free
 
 

@@ -25,7 +25,7 @@ from gateway.records import PinnedObject
 
 Item = TypeVar("Item")
 T = TypeVar("T")
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMLINK})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK})
 _UNREADABLE = frozenset({errno.EIO, errno.EBADMSG})  # a bad sector, or one that fails its file system's checksum
 _BLOCK = 2**20
 _THREADS = 4  # hashing and reading overlap; more only fight over the disk
