@@ -85,7 +85,9 @@ class Gateway:
 
     def wait(self, path: str = "/readyz") -> "Gateway":
         """Wait until it is ready."""
-        eventually(lambda: self._answers(path), f"200 at {path}", within=60, more=lambda: self.log)
+        eventually(
+            lambda: self._answers(path), f"200 at {path}", within=60, more=lambda: f"{self._last_answer}\n{self.log}"
+        )
         return self
 
     def stop(self) -> int:
@@ -136,9 +138,12 @@ class Gateway:
     def _answers(self, path: str) -> bool:
         assert self.process.poll() is None, f"the gateway ended with {self.process.poll()}:\n{self.log}"
         try:
-            return self.http.get(path).status_code == 200
-        except httpx.TransportError:
+            answer = self.http.get(path, timeout=5)
+        except httpx.TransportError as error:
+            self._last_answer = repr(error)
             return False
+        self._last_answer = answer.text
+        return answer.status_code == 200
 
 
 @contextmanager
