@@ -22,6 +22,7 @@ def test_the_self_test_proves_isolation_in_every_tier(shared: Gateway) -> None:
     assert report["ok"]
     assert {check["name"]: check["status"] for check in report["checks"]} == {
         "engine": "ok",
+        "aborts": "ok",
         "cache": "ok",
         "cached_tokens": "ok",
         "disk tier": "ok",
