@@ -1,14 +1,16 @@
 """The Redis tier before a real redis-server: copies, full memory, many objects, other stores, a server that dies."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
-from gateway.kv.tiers.liveness import Liveness
+from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.rigs import RedisRig, RedisServer, key, keys, spelled, value
@@ -258,6 +260,26 @@ async def test_a_stall_of_our_own_is_not_the_servers() -> None:
     assert await liveness.run(answered.wait)
     assert not liveness.resting
     assert asked == 2
+
+
+async def test_a_call_that_fails_while_the_sign_of_life_does_is_nobodys_forgotten_error() -> None:
+    asked = asyncio.Event()
+
+    async def call() -> None:
+        await asked.wait()
+        raise TimeoutError("the call")
+
+    async def probe() -> None:
+        asked.set()
+        await asyncio.sleep(0.01)  # the call has failed by now
+        raise TimeoutError("the sign of life")
+
+    forgotten: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: forgotten.append(context))
+    with pytest.raises(Hung):
+        await Liveness(probe, 5.0).run(call)
+    gc.collect()  # asyncio tells of an exception that nobody has looked at when its task goes
+    assert forgotten == []
 
 
 async def test_whoever_stops_waiting_ends_the_call() -> None:

@@ -55,6 +55,8 @@ class Liveness:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+            elif not task.cancelled():
+                task.exception()  # it may have failed while we asked; asyncio logs what nobody has looked at
 
     async def _tried(self, call: Callable[[], Awaitable[T]]) -> T:
         if self._until is not None:  # the rest is over: a sign of life comes first, it is cheaper than the call
