@@ -142,7 +142,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this trial alone; can be repeated")
     parser.add_argument("--list", action="store_true", help="tell the trials and end")
     parser.add_argument("--seed", type=int, help="of what is drawn by chance; else the time")
-    parser.add_argument("--source", type=Path, default=root, help="run the gateway of another checkout")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=root,
+        help="run the gateway of another checkout; engine and cache with --stack are those of this one",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     options.source = options.source.resolve()
