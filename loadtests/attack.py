@@ -130,9 +130,13 @@ def _cell(text: str) -> str:
 
 
 def _commit(source: Path) -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "an unknown commit"
+    """The last commit that changed the gateway itself, and whether it was changed since."""
+    git = ["git", "-C", str(source)]
+    last = subprocess.run(
+        [*git, "log", "-1", "--format=%h", "--", "gateway"], capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "gateway"], capture_output=True, check=False)
+    return (last.stdout.strip() or "an unknown commit") + " with changes" * bool(changed.returncode)
 
 
 def _options() -> argparse.Namespace:
