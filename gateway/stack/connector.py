@@ -9,6 +9,10 @@ LMCache#4185 and LMCache#4938. vllm#48821 removes the assertion and leaves the w
 stores in the scheduler before it frees, and LMCache#4939 reports one end per request. None was released when this was
 written. Here it is done between the two: the connector sees every completion before the scheduler does
 (`update_connector_output`), and passes on the one that ends the request.
+
+A request that is aborted earlier, between look-up and load, leaves what LMCache has found for it locked in its memory
+for `--l1-read-ttl-seconds` (300): the locks belong to whoever reads the result of the look-up, and nobody does. A few
+dozen such requests fill the memory, and nothing can be loaded for minutes. So these look-ups are read to their end.
 """
 
 from importlib.metadata import version
@@ -16,6 +20,7 @@ from typing import Any
 
 import vllm
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 from lmcache.integration.vllm.lmcache_mp_metrics import LMCacheMPPromMetrics
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.logger import init_logger
@@ -41,6 +46,7 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._transfers: Transfers | None = None
+        self._unread: dict[str, Any] = {}  # trackers of aborted requests, by id, whose look-ups nobody has read
         if role != KVConnectorRole.SCHEDULER:
             return
         found = installed()
@@ -58,7 +64,8 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
             )
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        """See the base class; notes the loads that go to the workers with this step."""
+        """See the base class, called in every step; notes the loads that go to the workers with this one."""
+        self._release_unread()
         metadata = super().build_connector_meta(scheduler_output)
         if self._transfers is not None:
             for request in metadata.requests:
@@ -68,10 +75,41 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """See the base class; vLLM calls this for aborted requests as well."""
-        delays_free, params = super().request_finished(request, block_ids)
-        if self._transfers is not None:
-            self._transfers.finished(request.request_id, delays_free=delays_free)
+        request_id = request.request_id
+        tracker = self.request_trackers.get(request_id)
+        if self._transfers and tracker and not self.lazy_offload and _is_looked_up(tracker):
+            self._cleanup_request_tracker(request_id)
+            self._unread[request_id] = tracker
+            delays_free, params = self._can_store, None
+        else:
+            delays_free, params = super().request_finished(request, block_ids)
+        if self._transfers:
+            self._transfers.finished(request_id, delays_free=delays_free)
         return delays_free, params
+
+    def has_pending_push_work(self) -> bool:
+        """See the base class: whether the engine has to go on stepping though it has no requests."""
+        return bool(self._unread) or bool(super().has_pending_push_work())
+
+    def _release_unread(self) -> None:
+        """Read the look-ups that have a result by now, unlock what they found, and end their sessions."""
+        adapter = self.scheduler_adapter
+        for request_id, tracker in list(self._unread.items()):
+            found = adapter.check_lookup_result(request_id)
+            if found is None:
+                continue
+            if found:
+                adapter.free_lookup_locks(
+                    tracker.get_token_ids(),
+                    start=0,
+                    end=found,
+                    request_id=request_id,
+                    cache_salt=tracker.cache_salt,
+                    request_configs=tracker.request_configs,
+                )
+            adapter.cleanup_lookup_result(request_id)
+            adapter.end_session(request_id)
+            del self._unread[request_id]
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class; the scheduler reads `connector_output` afterwards, without what it must not see."""
@@ -86,6 +124,12 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
     ) -> Any:
         """See the base class."""
         return _Metrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _is_looked_up(tracker: Any) -> bool:
+    """Whether a look-up was begun for a request, and neither a load nor a computation has followed."""
+    begun = tracker.lookup_started_at is not None or tracker.num_lmcache_hit_tokens > 0
+    return bool(begun and tracker.state == LMCacheMPRequestState.PREFETCHING)
 
 
 class _Metrics(LMCacheMPPromMetrics):  # type: ignore[misc]
