@@ -28,6 +28,7 @@ _KILLS, _CUT = 20, 2  # times that the gateway is killed, and turns that it has 
 _SEEN_WITHIN_S = 3.0
 _TRIES = 3  # for each time: not every load is seen before it is over
 _LOADING = re.compile(r"^vllm:num_requests_kv_fetch_by_stage\{[^}]*stage=\"in_progress\"[^}]*\} (\S+)$", re.MULTILINE)
+_BUSY = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 _LINE = "Tell me what you wrote into the books. "
 
 
@@ -65,9 +66,12 @@ class Frozen:
         """Wait until the engine loads; False where it was too quick to be seen."""
         end = time.monotonic() + _SEEN_WITHIN_S
         while time.monotonic() < end:
-            if sum(map(float, _LOADING.findall(self._stack.engine.get("/metrics").text))):
+            if self._gauge(_LOADING):
                 return True
         return False
+
+    def _gauge(self, pattern: re.Pattern[str]) -> float:
+        return sum(map(float, pattern.findall(self._stack.engine.get("/metrics").text)))
 
     def locked(self) -> int:
         """Objects that the cache keeps in its memory because somebody is to read them."""
@@ -82,7 +86,12 @@ class Frozen:
         return reply.usage.prompt_tokens_details.cached_tokens, [(t.token, t.logprob) for t in choice.logprobs.content]
 
     def computed(self) -> Any:
-        """What the engine makes of a prompt that it has to compute, in the blocks that it freed last."""
+        """What the engine makes of a prompt that it has to compute, in the blocks that it freed last.
+
+        It is alone by then: computed beside another prompt, the same tokens come out with other last bits. The requests
+        of those who left are no longer counted, though their loads may go on.
+        """
+        until(lambda: not self._gauge(_BUSY), "those who left are aborted")
         body = {"prompt": self._witness, "max_tokens": 4, "temperature": 0, "logprobs": 0}
         answer = self._stack.engine.post(
             "/v1/completions", json={"model": "demo", "cache_salt": secrets.token_hex(8), **body}
