@@ -72,7 +72,7 @@ class Settings:
         "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
     )
     allowed_origins: tuple[str, ...] = setting(
-        (), "origins, as `https://app.example`, whose pages may use the gateway from a browser; `*`: all of them"
+        (), "origins, as `https://app.example`, whose pages are not refused; `*`: all. No CORS headers are sent"
     )
     extra_paths: tuple[str, ...] = setting(
         (), "more of the engine's API that passes through: `POST /v1/x`, `GET /v1/y/*`, `* /v1/z`; else it is closed"
@@ -116,7 +116,7 @@ class Settings:
         30.0, "seconds a client may take for its headers, between two parts of a body, and to take some of its answer"
     )
     max_connections: int = setting(
-        10_000, "clients at once; for one more an idle connection is closed, or it gets 503 where none is idle"
+        10_000, "clients at once; for one more an idle connection is closed, else it is refused (503, or a reset)"
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
     max_json_values: int = setting(
