@@ -17,6 +17,11 @@ _KEEP_IDLE_S = 4.0
 # Bytes that may wait for a slow client before we stop reading from the engine.
 _HIGH_WATER = 256 * 1024
 _LOW_WATER = 64 * 1024
+# Bytes of an answer that are not of its body: its head, a line between two chunks, trailers. vLLM's head has 200.
+_MOST_UNFRAMED = 256 * 1024
+# A read of so many bytes has filled the buffer (256,000 in uvloop), and libuv would go on with up to 31 more reads of
+# this connection before it lets another one have its turn.
+_LARGE_READ = 128 * 1024
 # What vLLM may stream before it has computed anything: keep-alive comments, and the first two events of a response.
 _PREAMBLE = (b":", b"event: response.created", b"event: response.in_progress")
 
@@ -63,6 +68,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._framed = False  # the answer says where it ends
         self._head_done = False
+        self._unframed = 0  # bytes since the last of the body, or since the beginning
         self._complete = False
         self._keep_alive = False
         self._surplus = False
@@ -192,21 +198,28 @@ class Connection(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        if self._idle_since:  # nobody has asked for anything: it is not the answer to whatever is asked next
+        # Nobody has asked for more: it is not the answer to whatever is asked next.
+        if self._idle_since or self._complete or self._error is not None:
             self.abort()
             return
         self._heard = self._loop.time()
         self._answered = True
+        self._unframed += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._fail("engine_unreachable", "the engine switched protocols, which was not asked for")
         except httptools.HttpParserError as error:
             self._fail("engine_unreachable", f"the engine did not speak HTTP: {error}")
+        if self._unframed > _MOST_UNFRAMED:
+            self._fail("engine_unreachable", f"the engine sent over {_MOST_UNFRAMED >> 10} KiB of headers")
         if self._take is None or self._complete or self._error is not None:
             self._wake()
         else:
             self._hand_on()
+        if len(data) >= _LARGE_READ and not self._paused and not self._closed:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
@@ -225,7 +238,7 @@ class Connection(asyncio.Protocol):
         self._surplus = self._complete  # an answer that nobody asked for: none of it is ours, and neither is the next
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._surplus:
+        if self._surplus or self._head_done:  # a trailer is dropped (RFC 9110, 6.5.1)
             return
         lower = name.lower()
         if lower in (b"content-length", b"transfer-encoding"):
@@ -245,6 +258,7 @@ class Connection(asyncio.Protocol):
             self._complete = True
 
     def on_body(self, body: bytes) -> None:
+        self._unframed = 0
         if self._surplus:
             return
         if not self._replying:
@@ -266,6 +280,11 @@ class Connection(asyncio.Protocol):
             self._keep_alive = bool(self._parser.should_keep_alive())
             if self._abandoned:
                 self.abort()
+
+    def _read_on(self) -> None:
+        """Read again, now that the other connections have had their turn."""
+        if not self._paused and not self._closed:
+            self._transport.resume_reading()
 
     def _write(self, *parts: bytes) -> None:
         if not self._transport.is_closing():

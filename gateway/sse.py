@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 # An event ends at an empty line; a line ends at CRLF, LF or CR (WHATWG HTML, "Server-sent events", 9.2.6).
 # A CR at the very end of what has come may be half of a CRLF, so it is not an end yet.
-_END_OF_EVENT = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
-_LINE = re.compile(rb"\r\n|\n|\r")
+# Spelled out twice and not as `{2}`: only so does `re` see which bytes a match can begin with, and skip the others.
+_LINE_END = rb"(?:\r\n|\n|\r(?=[^\n]))"
+_END_OF_EVENT = re.compile(_LINE_END + _LINE_END)
 
 
 def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -21,8 +22,10 @@ def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield from regular
         return
     data: list[bytes] = []
-    lines = _LINE.split(whole)
-    for line in lines[:-1]:  # what follows the last line end is not a line yet
+    lines = whole.splitlines()
+    if not whole.endswith((b"\n", b"\r")):
+        del lines[-1:]  # what follows the last line end is not a line yet
+    for line in lines:
         if not line:
             if data:
                 yield b"\n".join(data)
@@ -55,7 +58,7 @@ class UsageFilter:
     """Takes the final usage event out of a stream for a client that did not ask for it, and leaves no trace of it.
 
     A chunk that ends with an event and holds no mark (all but two of a stream) goes on as it is; only an event that the
-    network cut is held back until its end is there.
+    network cut is held back until its end is there. An event of more than `MOST_HELD` bytes is passed on unexamined.
 
     OpenAI's API marks the usage event with an empty `choices` list, which no event of a reply has. Inside a JSON string
     the quotes would be escaped, so a model that talks about `"choices":[]` does not trigger it. vLLM stamps its
@@ -67,12 +70,15 @@ class UsageFilter:
 
     USAGE = b'"choices":[]'
     FINISH = b'"finish_reason":"'
+    MOST_HELD = 4 * 2**20  # usage events have a few hundred bytes, events with log probabilities up to a megabyte
     _STAMP = re.compile(rb'(,"system_fingerprint":"[^"]*")[^{}]*\}\s*$')
 
     def __init__(self, stamp: bytes | None = b"") -> None:
         self.stamp = stamp
         self._held: list[bytes] = []  # pieces of an event whose end has not come
         self._waiting: list[bytes] = []
+        self._size = 0  # bytes of both
+        self._tail: bytes | None = None  # the last bytes of an event that is passed on unexamined
 
     def pass_on(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
         """Return what may go to the client now of these chunks, each still apart."""
@@ -81,7 +87,7 @@ class UsageFilter:
 
     def _free(self, chunks: Sequence[bytes]) -> int:
         """How many of the first chunks are whole events that may go as they are, so that none needs to be fed."""
-        if self._held or self._waiting:
+        if self._size or self._tail is not None:
             return 0
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         end = min((at for at in (data.find(self.USAGE), data.find(self.FINISH)) if at >= 0), default=len(data))
@@ -93,40 +99,67 @@ class UsageFilter:
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what may go to the client now of a chunk; empty if it is held back."""
+        if self._tail is not None:
+            return self._feed_oversized(self._tail, chunk)
         if not self._held and chunk.endswith(b"\n\n") and b"\n\n" not in chunk[:-1] and b"\r" not in chunk:
             return self._event(chunk)  # one event, and whole
         # Only what is new can hold an end, but for the few bytes of one that were there before.
         before = b"".join(self._held[-3:])[-3:] if self._held else b""
-        if not _END_OF_EVENT.search(before + chunk):
-            self._held.append(chunk)
-            return b""
-        data = b"".join((*self._held, chunk))
-        out: list[bytes] = []
-        start = 0
-        for end in (m.end() for m in _END_OF_EVENT.finditer(data)):
-            out.append(self._event(data[start:end]))
-            start = end
-        self._held = [data[start:]] if start < len(data) else []
-        return b"".join(out)
+        if _end_of_event(before + chunk) < 0:
+            return self._hold(chunk)
+        return self._feed_whole(b"".join((*self._held, chunk)))
 
     def flush(self) -> bytes:
         """Return what is still held when the stream has ended."""
         held = b"".join((*self._waiting, *self._held))
-        self._waiting, self._held = [], []
+        self._waiting, self._held, self._size = [], [], 0
         return held
+
+    def _feed_whole(self, data: bytes) -> bytes:
+        """Pass on the events that `data` begins with, and hold the rest of it."""
+        out: list[bytes] = []
+        start = 0
+        self._held, self._size = [], sum(map(len, self._waiting))
+        for end in (m.end() for m in _END_OF_EVENT.finditer(data)):
+            out.append(self._event(data[start:end]))
+            start = end
+        if start < len(data):
+            out.append(self._hold(data[start:]))
+        return b"".join(out)
+
+    def _feed_oversized(self, tail: bytes, chunk: bytes) -> bytes:
+        """Pass on the next piece of an event that is too large to be held."""
+        data = tail + chunk
+        end = _end_of_event(data)
+        if end < 0:
+            self._tail = data[-3:]
+            return chunk
+        self._tail = None
+        rest = data[end:]
+        return chunk[: len(chunk) - len(rest)] + (self.feed(rest) if rest else b"")
+
+    def _hold(self, piece: bytes) -> bytes:
+        """Hold a piece of an event, or pass on all that is held where it is too much."""
+        self._held.append(piece)
+        self._size += len(piece)
+        if self._size <= self.MOST_HELD:
+            return b""
+        self._tail = b"".join(self._held[-3:])[-3:]
+        return self.flush()
 
     def _event(self, event: bytes) -> bytes:
         if self.USAGE in event:
             return self._usage(event)
         if self.stamp is None and (self._waiting or self.FINISH in event):
             self._waiting.append(event)
-            return b""
+            self._size += len(event)
+            return b"" if self._size <= self.MOST_HELD else self.flush()
         return self._stamped(event)
 
     def _usage(self, event: bytes) -> bytes:
         found = self._STAMP.search(event)
         self.stamp = found[1] if found else b""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._size = self._waiting, [], 0
         return b"".join(self._stamped(one) for one in waiting)
 
     def _stamped(self, event: bytes) -> bytes:
@@ -134,3 +167,12 @@ class UsageFilter:
             return event
         end = event.rindex(b"}")
         return event[:end] + self.stamp + event[end:]
+
+
+def _end_of_event(data: bytes) -> int:
+    """Where the first event in `data` ends, -1 if none does."""
+    if b"\r" not in data:
+        at = data.find(b"\n\n")
+        return at + 2 if at >= 0 else -1
+    found = _END_OF_EVENT.search(data)
+    return found.end() if found else -1

@@ -4,7 +4,7 @@ import asyncio
 import datetime
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -153,3 +153,86 @@ async def test_an_https_engine_has_to_show_a_certificate_that_is_trusted(tmp_pat
     async with served(peer, tls) as upstream:
         with pytest.raises(UpstreamError, match="certificate verify failed"):
             await upstream.send("GET", b"/", [], b"")
+
+
+@pytest.mark.parametrize("line", [b"a: " + b"b" * 16_384 + b"\r\n", b"x" * 16_384], ids=["lines", "one value"])
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"HTTP/1.1 200 X\r\na: ",
+        b"HTTP/1.1 103 X\r\n\r\n" * 9000 + b"HTTP/1.1 200 X\r\na: ",
+        CHUNKED + b"2\r\nok\r\n0\r\na: ",
+    ],
+    ids=["head", "interim heads", "trailers"],
+)
+async def test_headers_without_end_are_an_error_and_the_connection_is_closed(begin: bytes, line: bytes) -> None:
+    closed = asyncio.Event()
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asked(reader)
+        writer.write(begin)
+        try:
+            for _ in range(MUCH // len(line)):
+                writer.write(line)
+                await writer.drain()
+        except ConnectionError:
+            closed.set()
+
+    async with served(peer) as upstream:
+
+        async def exchange() -> None:
+            connection = await upstream.send("GET", b"/", [], b"")
+            try:
+                await connection.pour(lambda chunks: True)
+            finally:
+                upstream.release(connection)
+
+        with pytest.raises(UpstreamError, match="256 KiB of headers") as raised:
+            await exchange()
+        assert raised.value.code == "engine_unreachable"
+        await asyncio.wait_for(closed.wait(), WITHIN)
+
+
+async def test_an_answer_may_have_any_number_of_chunks() -> None:
+    many = 100_000  # their sizes alone, 6 bytes each, are more than what there may be of headers at once
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asked(reader)
+        writer.write(CHUNKED + b"1\r\nx\r\n" * many + b"0\r\n\r\n")
+
+    taken: list[bytes] = []
+    async with served(peer) as upstream:
+        connection = await upstream.send("GET", b"/", [], b"")
+        taken.extend(await connection.pour(lambda chunks: not taken.extend(chunks)))
+        upstream.release(connection)
+    assert len(taken) == many
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
+async def test_an_engine_that_sends_much_at_once_lets_others_have_their_turn(anyio_backend: object) -> None:
+    taken: dict[int, int] = {}  # bytes in each turn of the event loop
+    turn = 0
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asked(reader)
+        writer.write(b"HTTP/1.1 200 X\r\ncontent-length: %d\r\n\r\n" % MUCH)
+        writer.write(b"x" * MUCH)
+
+    def take(chunks: Sequence[bytes]) -> bool:
+        taken[turn] = taken.get(turn, 0) + sum(map(len, chunks))
+        return True
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async with served(peer) as upstream:
+        connection = await upstream.send("GET", b"/", [], b"")
+        counting = asyncio.create_task(count_turns())
+        taken[-1] = sum(map(len, await connection.pour(take)))
+        counting.cancel()
+        upstream.release(connection)
+    assert sum(taken.values()) == MUCH
+    assert max(taken.values()) <= 2**19

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from gateway.sse import events
 from tests.fakes import engine as fake
 from tests.fakes.engine import DONE, Exchange, FakeEngine, delta, event, stream_of, usage_of, whole_reply
 from tests.running import Gateway, eventually, gateway_before
@@ -174,6 +175,35 @@ def test_a_stream_that_the_engine_cuts_ends_with_an_error_event_that_a_client_ca
     assert json.loads(events[-2])["error"]["code"] == ENGINE_DOWN
     (turn,) = gateway.turns(session)
     assert turn["outcome"] == "engine_cut"
+
+
+def test_an_event_that_is_too_large_to_be_held_is_recorded_whole_and_its_cut_is_an_event_of_its_own(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    text, whole = "x" * 6 * 2**20, threading.Event()
+    large = delta(content=text)
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        if whole.is_set():
+            for piece in (large[:-100], large[-100:], *stream_of(["."], usage_of(1, 2))[1:]):
+                exchange.chunk(piece)
+            exchange.end()
+        else:
+            exchange.chunk(large[:-100])
+            exchange.cut()
+
+    engine.on_chat = answer
+    cut = gateway.chat(session, stream=True).content
+    assert cut.startswith(large[:-100] + b"\n\ndata: ")
+    assert json.loads(list(events([cut]))[1])["error"]["code"] == "engine_unreachable"
+    whole.set()
+    shown = gateway.chat(session, stream=True).content
+    assert shown.startswith(large)
+    assert b'"choices":[]' not in shown
+    completed, was_cut = gateway.turns(session, 2)
+    assert (completed["outcome"], completed["completion_tokens"]) == ("completed", 2)
+    assert was_cut["outcome"] == "engine_cut"
 
 
 def test_the_openai_client_raises_when_the_engine_cuts_a_stream(

@@ -118,3 +118,34 @@ def test_a_large_event_costs_time_in_proportion_to_its_size() -> None:
     out = [one.feed(event[start : start + 65_536]) for start in range(0, len(event), 65_536)]
     assert b"".join(out) == event
     assert time.process_time() - clock < 6  # linear: 50 ms to a second; rescanning what is held: 20 s and more
+
+
+def test_an_event_without_end_is_passed_on_and_what_follows_it_is_filtered_again() -> None:
+    one, endless = UsageFilter(), b"x" * 65_536
+    pieces = 2 * UsageFilter.MOST_HELD // len(endless)
+    shown = [one.feed(endless) for _ in range(pieces)]
+    assert len(b"".join(shown)) == pieces * len(endless)
+    assert [bool(piece) for piece in shown].index(True) * len(endless) == UsageFilter.MOST_HELD
+    assert one.feed(b"x\n") + one.feed(b"\n" + TALK + USAGE[:9]) + one.feed(USAGE[9:] + DONE) == b"x\n\n" + TALK + DONE
+
+
+def test_what_waits_for_a_usage_event_that_does_not_come_is_bounded() -> None:
+    one, last = UsageFilter(None), delta(content="x" * 65_536, finish_reason="stop")
+    shown = b"".join(one.feed(last) for _ in range(2 * UsageFilter.MOST_HELD // len(last)))
+    assert len(shown) >= UsageFilter.MOST_HELD - 2 * len(last)
+    assert one.stamp is None
+
+
+class Narrow(UsageFilter):
+    MOST_HELD = 10
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_events_that_are_too_large_to_be_held_lose_no_byte_at_any_cut(line_end: bytes) -> None:
+    stream = spelt(RECORDING, line_end)
+    for cut in range(len(stream) + 1):
+        one = Narrow()
+        shown = one.feed(stream[:cut]) + one.feed(stream[cut:]) + one.flush()
+        assert shown in (stream, spelt(WITHOUT_USAGE, line_end)), cut
+    one = Narrow()
+    assert b"".join(one.feed(stream[i : i + 1]) for i in range(len(stream))) + one.flush() == stream

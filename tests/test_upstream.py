@@ -218,7 +218,14 @@ def test_an_answer_that_nobody_asked_for_closes_the_kept_connection(
 
 @pytest.mark.parametrize(
     "junk",
-    [b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n", b"\0" * 100, b"HTTP/9.9 999\r\n\r\n"],
+    [
+        b"SSH-2.0-OpenSSH_9\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n",
+        b"\0" * 100,
+        b"HTTP/9.9 999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\na: " + b"b" * 2**19,
+    ],
+    ids=["another protocol", "no length", "zeros", "no version", "a head without end"],
 )
 def test_an_engine_that_does_not_speak_http_is_a_502(
     engine: FakeEngine, gateway: Gateway, session: str, junk: bytes

@@ -177,7 +177,7 @@ async def _forward(connection: Connection, client: Client, send: Send, answer: A
         if not answer.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
         # Half an event may have gone out already; the error must not become its other half.
-        end = b"\n\n" if pipe.broken and not pipe.hidden else b""
+        end = b"\n\n" if pipe.broken else b""
         event = answer.dialect.error_event(as_gateway_error(error), answer.chunks or ())
         await send({"type": "http.response.body", "body": end + event})
         return
