@@ -116,7 +116,9 @@ class Settings:
         30.0, "seconds a client may take for its headers, between two parts of a body, and to take some of its answer"
     )
     max_connections: int = setting(
-        10_000, "clients at once; for one more an idle connection is closed, else it is refused (503, or a reset)"
+        10_000,
+        "clients at once; for one more an idle connection is closed, else it is refused (503) unless it is a probe "
+        "(`/healthz`, `/readyz`)",
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
     max_json_values: int = setting(

@@ -1,11 +1,15 @@
 """Clients that take nothing, and more clients than there is room for: each has an end, and none stops the others."""
 
 import json
+import os
 import resource
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import pytest
 
 from tests.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta
 from tests.running import Gateway, eventually, gateway_before
@@ -125,6 +129,65 @@ def test_a_client_beyond_the_limit_is_told_so_and_served_when_there_is_room(
         for wire in busy:
             assert wire.chunks() == [DONE]
         assert gateway.chat(session).status_code == 200
+
+
+@contextmanager
+def full(engine: FakeEngine, folder: Path, session: str) -> Iterator[Gateway]:
+    """A gateway that answers as many clients as it may."""
+    with gateway_before(engine.url, folder, max_connections=3) as gateway, ExitStack() as stack:
+        go_on = hold(engine)
+        busy = [stack.enter_context(Wire(gateway.url)) for _ in range(3)]
+        for number, wire in enumerate(busy):
+            begin(wire, f"{session}-{number}")
+        yield gateway
+        go_on.set()
+        for wire in busy:
+            assert wire.chunks() == [DONE]
+        assert gateway.chat(session).status_code == 200
+
+
+def probe(gateway: Gateway, path: str) -> int:
+    """The status that a probe gets on a connection of its own, which is closed then."""
+    with Wire(gateway.url) as wire:
+        wire.send(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+        status = wire.head()
+        assert wire.json()
+        assert wire.rest() == b""
+        return status
+
+
+def test_a_gateway_that_is_full_answers_probes(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    with full(engine, tmp_path, session) as gateway:
+        for _ in range(50):
+            assert (probe(gateway, "/healthz"), probe(gateway, "/readyz"), probe(gateway, "/v1/models")) == (
+                200, 200, 503
+            )  # fmt: skip
+
+
+def test_connections_that_ask_nothing_do_not_keep_probes_out(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    with full(engine, tmp_path, session) as gateway, ExitStack() as stack:
+        silent = [stack.enter_context(Wire(gateway.url)) for _ in range(100)]
+        assert probe(gateway, "/healthz") == 200
+        for wire in silent:
+            assert wire.head() == 503
+        assert gateway.log.count("clients were refused") == 1
+
+
+@pytest.mark.parametrize("filler", [0, 20_000], ids=["small", "large"])
+def test_each_of_a_burst_of_clients_beyond_the_limit_reads_why_it_is_refused(
+    engine: FakeEngine, tmp_path: Path, session: str, filler: int
+) -> None:
+    with full(engine, tmp_path, session) as gateway, ExitStack() as stack:
+        os.kill(gateway.process.pid, signal.SIGSTOP)  # so that all of them come at once
+        try:
+            burst = [stack.enter_context(Wire(gateway.url)) for _ in range(200)]
+            for wire in burst:
+                wire.chat(session, filler="x" * filler)
+        finally:
+            os.kill(gateway.process.pid, signal.SIGCONT)
+        assert [wire.head() for wire in burst] == [503] * 200
+        assert {wire.json()["error"]["code"] for wire in burst} == {"rate_limited"}
+        assert probe(gateway, "/healthz") == 200
 
 
 def test_connections_without_a_request_make_room_for_new_ones(engine: FakeEngine, tmp_path: Path, session: str) -> None:

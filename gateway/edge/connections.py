@@ -1,45 +1,57 @@
 """Connections of clients: how many there may be, and what is done about clients that went away without a word."""
 
+import logging
 import socket
+import time
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_EVERY_S = 10
 _KEEPALIVE_PROBES = 3
-_LINGERING = 32  # connections beyond the limit that are kept for the moment it takes to refuse them in words
+_RESERVE = 32  # connections beyond the limit whose request is read: a probe is answered, others are told to come later
+_COMPLAIN_EVERY_S = 60.0
 
 
 class Closable(Protocol):
-    """A connection that can be closed while no request is on it."""
+    """A connection that can be closed."""
 
     def close_idle(self) -> None:
-        """Close it."""
+        """Close it; no request on it is being answered."""
         ...
 
 
 class Connections:
-    """The open connections. One without a request on it is closed when there is no room for a new one."""
+    """The open connections. One without a request on it is closed when there is no room for a new one.
+
+    Where all are busy, the newest few beyond them are kept in reserve, for the moment it takes to read what they want.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._idle: dict[Closable, None] = {}  # in the order in which they became idle
         self._busy: set[Closable] = set()
-        self._lingering = 0
+        self._reserve: dict[Closable, None] = {}  # oldest first
+        self._refused = 0
+        self._complained = -_COMPLAIN_EVERY_S
 
     def admit(self, connection: Closable) -> bool:
-        """Count a new connection, unless all there may be are busy."""
+        """Count a new connection; False if all there may be are busy, so that it is only in the reserve."""
+        if len(self._busy) >= self._most:
+            if len(self._reserve) >= _RESERVE:
+                _close_oldest(self._reserve)
+            self._reserve[connection] = None
+            return False
         if len(self._idle) + len(self._busy) >= self._most:
-            if not self._idle:
-                return False
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            oldest.close_idle()
+            _close_oldest(self._idle)
         self._idle[connection] = None
         return True
 
     def begin(self, connection: Closable) -> None:
         """A request has come on it."""
         self._idle.pop(connection, None)
+        self._reserve.pop(connection, None)
         self._busy.add(connection)
 
     def end(self, connection: Closable) -> None:
@@ -51,18 +63,27 @@ class Connections:
     def release(self, connection: Closable) -> None:
         """It is closed."""
         self._idle.pop(connection, None)
+        self._reserve.pop(connection, None)
         self._busy.discard(connection)
 
-    def linger(self) -> bool:
-        """Keep a connection that was not admitted for a moment; tell whether that is possible."""
-        if self._lingering >= _LINGERING:
-            return False
-        self._lingering += 1
-        return True
+    def refused(self) -> None:
+        """A client was told that there are too many; how many were, is logged once a minute."""
+        self._refused += 1
+        if time.monotonic() - self._complained < _COMPLAIN_EVERY_S:
+            return
+        self._complained = time.monotonic()
+        log.warning(
+            "%d clients were refused (503): all %d connections are busy; "
+            "max_connections and the limit on open files set how many there may be",
+            self._refused, self._most,
+        )  # fmt: skip
+        self._refused = 0
 
-    def lingered(self) -> None:
-        """Such a connection is closed."""
-        self._lingering -= 1
+
+def _close_oldest(connections: dict[Closable, None]) -> None:
+    oldest = next(iter(connections))
+    del connections[oldest]
+    oldest.close_idle()
 
 
 def detect_dead_peer(sock: socket.socket, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -23,7 +24,8 @@ _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the pool of any client we know keeps a connection, so that the client closes first
 _SHUTDOWN_S = 10
 _USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that takes nothing comes first: it knows of our stalls
-_REFUSED_S = 1.0  # how long a client that was refused has to read why
+_REFUSED_S = 1.0  # how long a client beyond the limit has to send its head, get its answer, and read it
+_PROBES = frozenset({b"/healthz", b"/readyz"})
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; agents send a few kilobytes
 MAX_HEADERS = 200  # of a request; 64 KiB would hold 13,000
 MAX_PIPELINED = 16  # requests that wait for the answer before them, on one connection
@@ -86,8 +88,8 @@ class BoundedProtocol(HttpToolsProtocol):
     open_connections: Connections
     lost_since: LostSince
     lost = False
-    refused = False
-    lingering = False
+    reserved = False  # beyond `max_connections`: only a probe is answered
+    refused = False  # what still comes is dropped
     on_gone: Callable[[], None] | None = None
     on_writable: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -106,18 +108,13 @@ class BoundedProtocol(HttpToolsProtocol):
         detect_dead_peer(transport.get_extra_info("socket"), self.head_timeout_s + _USER_TIMEOUT_MARGIN_S)
         if self.open_connections.admit(self):
             self._expect_head()
-            return
-        self.refused = True
-        self.lingering = self.open_connections.linger()
-        if self.lingering:
-            self._deadline = self.loop.call_later(_REFUSED_S, self.transport.abort)
         else:
-            self.transport.abort()
+            self.reserved = True
+            self._deadline = self.loop.call_later(_REFUSED_S, self.close_idle)
 
     def data_received(self, data: bytes) -> None:
         """Something came: of a head, or of a body."""
         if self.refused:
-            self._refuse()
             return
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_head()
@@ -133,7 +130,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes | memoryview) -> None:
         """Let the parser read, and count what it read of a head that is not complete."""
         self._message_ended = False
-        super().data_received(data)  # type: ignore[arg-type]
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:  # no HTTP, or no request that is served
+            self.refuse(self._answer)
         if self._in_head and not self._message_ended:  # else most of it was another message
             self._head_bytes += len(data)
 
@@ -155,11 +156,17 @@ class BoundedProtocol(HttpToolsProtocol):
             return  # it will be read again, or refused
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused
-        self._cancel()
+        if self.reserved and self.url.partition(b"?")[0] not in _PROBES:
+            self._answer = upgrades.TOO_MANY_CONNECTIONS
+            raise _Refused
+        if not self.reserved:
+            self._cancel()
         self._in_head = False
         self._trailer_bytes = 0
         self.open_connections.begin(self)
         super().on_headers_complete()
+        if self.reserved:
+            self.cycle.keep_alive = False
         self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
 
     def on_message_complete(self) -> None:
@@ -176,20 +183,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def close_idle(self) -> None:
         """See `gateway.edge.connections.Closable.close_idle`."""
+        if self.reserved and self.cycle is None:
+            self.refuse(upgrades.TOO_MANY_CONNECTIONS)
         self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         served: Any = _Unframed(app, cycle) if cycle.scope["http_version"] == "1.0" else app
         super()._start_asgi_task(cycle, served)
 
-    def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP, or no request that is served."""
-        self.refuse(self._answer)
-
     def refuse(self, answer: bytes) -> None:
         """See `gateway.edge.upgrades.Owner.refuse`."""
+        if self.refused:
+            return
         if self.cycle is None or self.cycle.response_complete:
             self.transport.write(answer)
+            if self.reserved:
+                self._linger()
+                return
         self.transport.close()
 
     def pause_writing(self) -> None:
@@ -209,8 +219,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._cancel()
         self._stop_expecting_progress()
         self.open_connections.release(self)
-        if self.lingering:
-            self.open_connections.lingered()
         self.lost = True
         super().connection_lost(exc)
         if self.on_gone is not None:
@@ -232,11 +240,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unsent.cancel()
             self._unsent = None
 
-    def _refuse(self) -> None:
-        """Say that there are too many connections, once, and read what still comes: a reset would take the answer."""
-        if not self.lost and not self.transport.is_closing() and self._head_bytes == 0:
-            self._head_bytes = 1
-            cast(GatheringTransport, self.transport).write_now(upgrades.TOO_MANY_CONNECTIONS)
+    def _linger(self) -> None:
+        """Send no more, and drop what still comes until `_deadline`: a reset would take the answer from the client."""
+        self.refused = True
+        self.open_connections.refused()
+        cast(GatheringTransport, self.transport).write_now(b"")
+        if not self.transport.is_closing():
             self.transport.write_eof()
 
     def _expect_head(self) -> None:
