@@ -1,6 +1,7 @@
 """A store with a damaged page is noticed by `doctor`, whoever needs that page."""
 
 import sqlite3
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,40 @@ async def test_who_reads_a_damaged_page_is_told_so(tmp_path: Path) -> None:
             await store.held_objects()
         assert ".recover" in told.value.hint
         assert await store.list_sessions("default", state=None, model=None, limit=5, offset=0) == ([], 0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("page", "read"),
+    [
+        ("sessions", lambda store: store.session("default", "s")),
+        ("sqlite_autoindex_windows_1", lambda store: store.window("default", "w")),
+        ("beginnings", lambda store: store.beginning("default", [b"x"])),
+        ("ends", lambda store: store.standing("default", [b"x"])),
+    ],
+)
+async def test_a_request_that_reads_a_damaged_page_is_told_so(
+    tmp_path: Path, page: str, read: Callable[[SqliteStore], Awaitable[object]]
+) -> None:
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5):
+        pass
+    garbled(tmp_path / "gateway.db", page)
+    async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
+        with pytest.raises(StoreDamaged):
+            await read(store)
+
+
+def test_a_request_that_needs_a_damaged_page_is_answered_with_what_to_do(
+    engine: FakeEngine, tmp_path: Path, session: str
+) -> None:
+    with gateway_before(engine.url, tmp_path) as gateway:
+        gateway.chat(session)
+        gateway.turns(session)
+        assert gateway.stop() == 0
+        garbled(gateway.data_dir / "gateway.db", "sessions")
+        gateway.start().wait("/healthz")
+        response = gateway.chat(session)
+        assert response.status_code == 500
+        assert "is damaged: database disk image is malformed" in response.json()["error"]["message"]
+        assert ".recover" in response.json()["error"]["message"]
+        assert "completions' failed" not in gateway.log

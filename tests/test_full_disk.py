@@ -3,6 +3,7 @@
 import os
 import resource
 import socket
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from gateway.errors import GatewayError
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
+from gateway.store.contract import StoreUnavailable
+from gateway.store.failures import write_failure
+from gateway.store.writer import Writer
+from gateway.windows.spool import Spool
 from tests.fakes.engine import FakeEngine
 from tests.running import Gateway, eventually, free_port, gateway_before
 from tests.test_admin import error_of
@@ -18,6 +24,7 @@ from tests.test_server import DEAD, assert_one_clear_line, serve
 from tests.test_telemetry import numbers, value
 
 _DISK_MIB = 48
+_SMALL_FILE = 128 * 1024
 _TEXT = "All of this has to be kept. " * 700  # some 20 KB
 
 
@@ -195,3 +202,64 @@ def test_a_start_on_a_full_disk_with_nothing_set_aside_says_what_to_do(disk: Pat
     fill(disk)
     ended = serve(port=free_port(), engine_urls=DEAD, data_dir=disk / "data")
     assert_one_clear_line(ended, "gateway.db", "full", "free 8 MiB")
+
+
+# --- what refuses, where SQLite does not say
+
+
+def broken_write() -> sqlite3.OperationalError:
+    """What SQLite says of any write that the system refuses, but for a full disk."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+    return error
+
+
+@pytest.mark.anyio
+async def test_a_disk_that_fails_is_not_taken_for_one_that_is_full(tmp_path: Path) -> None:
+    def fail(_: object) -> None:
+        raise broken_write()
+
+    store = tmp_path / "x.db"
+    store.touch()
+    writer = Writer(store, lambda: sqlite3.connect(":memory:", isolation_level=None), Ballast(store))
+    writer.start()
+    with pytest.raises(
+        StoreUnavailable, match=r"x\.db cannot be written: Input/output error; is its disk faulty"
+    ) as told:
+        await writer.write(fail)
+    await writer.stop()
+    assert told.value.code == "internal"
+
+
+def test_a_quota_or_a_limit_is_told_apart_from_a_disk_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_bytes(bytes(_SMALL_FILE - 4096))
+    with small_files():
+        told = write_failure(tmp_path / "x.db", broken_write(), full=False)
+    assert isinstance(told, StoreUnavailable)
+    assert (told.code, "ulimit -f" in told.message) == ("storage_full", True)
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 128 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL_FILE, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("over", [100, 2**20])
+async def test_a_limit_on_the_size_of_files_is_told_of_an_import_too(tmp_path: Path, over: int) -> None:
+    async def spool() -> None:
+        async with Spool(tmp_path, 1) as file:
+            for _ in range(_SMALL_FILE // 4096):
+                await file.write(memoryview(bytes(4096)))
+            await file.write(memoryview(bytes(over)))
+            await file.rewind()
+
+    with small_files(), pytest.raises(GatewayError, match="File too large") as told:
+        await spool()
+    assert told.value.code == "storage_full"

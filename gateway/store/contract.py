@@ -24,7 +24,7 @@ from gateway.records import (
 
 
 class StoreUnavailable(GatewayError):
-    """The store cannot be written just now, whatever it is: its disk is full or out of order."""
+    """The store cannot be read or written just now, whatever it is: its disk is full or out of order."""
 
 
 @dataclass(frozen=True, slots=True)

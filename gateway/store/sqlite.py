@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,15 +43,14 @@ from gateway.store import (
     window_rows,
 )
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
+from gateway.store.connect import connect
 from gateway.store.contract import Finished, LooseSalt, Released, SaltNote, SaltUse, Text, Unfrozen, WindowQuery
-from gateway.store.damage import REMEDY, StoreDamaged, is_damage
+from gateway.store.damage import REMEDY, is_damage
+from gateway.store.failures import read_failure
 from gateway.store.migrations import migrate
 from gateway.store.writer import Work, Writer
 
 T = TypeVar("T")
-_BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
-_BUSY_POLL_S = 0.01
-_CACHE_KIB = 16 * 1024  # of pages, for each connection: the objects of a large window lie all over their table
 _FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
 
 
@@ -63,7 +63,7 @@ class SqliteStore:
         self._responses_kept = responses_kept
         self._ballast = Ballast(path)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
-        self._writer = Writer(path, self._connect, self._ballast)
+        self._writer = Writer(path, partial(connect, path), self._ballast)
         self.store_id = ""
 
     async def __aenter__(self) -> "SqliteStore":
@@ -97,10 +97,10 @@ class SqliteStore:
 
     def _open(self) -> None:
         self._path.touch(mode=0o600)
-        self._inline = self._connect()
+        self._inline = connect(self._path)
         migrate(self._inline)
         (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
-        self._slow = self._connect()
+        self._slow = connect(self._path)
 
     async def __aexit__(self, *_: object) -> None:
         await self._writer.stop()
@@ -110,15 +110,15 @@ class SqliteStore:
 
     async def session(self, tenant: str, session_id: str) -> Session | None:
         """See `Store.session`."""
-        return session_rows.session(self._inline, tenant, session_id)
+        return self._read_inline(lambda db: session_rows.session(db, tenant, session_id))
 
     async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
         """See `Store.beginning`."""
-        return session_rows.beginning(self._inline, tenant, links)
+        return self._read_inline(lambda db: session_rows.beginning(db, tenant, links))
 
     async def standing(self, tenant: str, names: Sequence[bytes]) -> list[Known]:
         """See `Store.standing`."""
-        return session_rows.standing(self._inline, tenant, names)
+        return self._read_inline(lambda db: session_rows.standing(db, tenant, names))
 
     async def list_sessions(
         self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,
@@ -235,7 +235,7 @@ class SqliteStore:
 
     async def window(self, tenant: str, name: str) -> Window | None:
         """See `Store.window`."""
-        return window_rows.window(self._inline, tenant, name)
+        return self._read_inline(lambda db: window_rows.window(db, tenant, name))
 
     async def list_windows(self, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
         """See `Store.list_windows`."""
@@ -261,7 +261,7 @@ class SqliteStore:
 
     async def check_there(self, window: Window) -> None:
         """See `Store.check_there`."""
-        text_rows.check_there(self._inline, window)
+        self._read_inline(lambda db: text_rows.check_there(db, window))
 
     async def windows_without_text(self) -> list[tuple[str, str]]:
         """See `Store.windows_without_text`."""
@@ -363,23 +363,17 @@ class SqliteStore:
         """See `Store.set_auto_freeze`."""
         await self._write(lambda db: autofreeze_rows.set_rules(db, rules))
 
-    def _connect(self) -> sqlite3.Connection:
-        # Python's own transaction handling is off: every BEGIN and COMMIT is written here.
-        db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        _use_wal(db)
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        # FULL syncs the log at each commit, off the request path: a window that was committed survives a power cut.
-        db.execute("PRAGMA synchronous = FULL")
-        return db
+    def _read_inline(self, work: Work[T]) -> T:
+        try:
+            return work(self._inline)
+        except sqlite3.DatabaseError as error:
+            raise read_failure(self._path, error) from error
 
     async def _read(self, work: Work[T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
         except sqlite3.DatabaseError as error:
-            if is_damage(error):
-                raise StoreDamaged(self._path, error) from error
-            raise
+            raise read_failure(self._path, error) from error
 
     async def _delete(self, work: Work[T]) -> T:
         return await self._write(work, Reserve.DELETIONS)
@@ -400,17 +394,3 @@ def _whole(db: sqlite3.Connection, work: Work[T]) -> T:
         return work(db)
     finally:
         db.execute("ROLLBACK")  # there is nothing to commit, and of a damaged file a COMMIT fails
-
-
-def _use_wal(db: sqlite3.Connection) -> None:
-    """Write ahead. Where two open a new file at once, SQLite refuses one of them without waiting for the other."""
-    end = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
-                raise
-            time.sleep(_BUSY_POLL_S)
-        else:
-            return

@@ -14,20 +14,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from gateway.store.ballast import Ballast, Reserve
-from gateway.store.contract import StoreUnavailable
-from gateway.store.damage import StoreDamaged, is_damage
+from gateway.store.failures import primary, write_failure
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 _WRITES_PER_COMMIT = 256
 _FULL_BYTES = 2**20  # with less free than this, an I/O error is taken for a full disk
-# Primary result codes (sqlite.org/rescode.html) that speak of the file or its disk, not of what was to be written.
-_OUT_OF_ORDER = frozenset(
-    {
-        sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
-    }
-)  # fmt: skip
 
 
 class _Write(NamedTuple):
@@ -66,21 +58,7 @@ class Writer:
             await asyncio.wait([waiting])  # it will be done: whoever is cancelled holds the lock on its pins until then
             raise
         except sqlite3.DatabaseError as error:
-            raise self._as_told(error) from error
-
-    def _as_told(self, error: sqlite3.DatabaseError) -> Exception:
-        """What whoever wanted to write is told of an error; the error itself where it is a fault of ours."""
-        if is_damage(error):
-            return StoreDamaged(self._path, error)
-        if _primary(error) not in _OUT_OF_ORDER:
-            return error
-        if self._is_full(error):
-            return StoreUnavailable("storage_full", f"the store's disk is full ({self._path})")
-        if error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
-            # SQLite keeps EFBIG and EDQUOT to itself: for all but ENOSPC it has this one code (os_unix.c, unixWrite).
-            why = "a limit on the size of files (ulimit -f) or a quota is reached, or the disk is faulty"
-            return StoreUnavailable("storage_full", f"the store {self._path} cannot be written: {why}")
-        return StoreUnavailable("internal", f"the store {self._path} cannot be written: {error}")
+            raise await asyncio.to_thread(write_failure, self._path, error, full=self._is_full(error)) from error
 
     def _run(self) -> None:
         db = self._connect()
@@ -110,14 +88,10 @@ class Writer:
                 write.done.set_exception(full)
 
     def _is_full(self, error: BaseException) -> bool:
-        code = _primary(error)
+        code = primary(error)
         if code == sqlite3.SQLITE_IOERR:  # so SQLite reports a shared-memory file for which there is no room
             return self._ballast.free_bytes < _FULL_BYTES
         return code == sqlite3.SQLITE_FULL
-
-
-def _primary(error: BaseException) -> int:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _without(batch: Sequence[_Write], part: Reserve, full: BaseException) -> list[_Write]:

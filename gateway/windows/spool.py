@@ -4,6 +4,8 @@ import asyncio
 import errno
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +28,8 @@ class Spool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._file.close)
+        with suppress(OSError):  # of what could not be written: that was told already, or nobody wants it any more
+            await asyncio.to_thread(self._file.close)
 
     async def expect(self, size: int) -> None:
         """Refuse at once what there is no room for."""
@@ -38,7 +41,7 @@ class Spool:
 
     async def rewind(self) -> None:
         """Read from the beginning."""
-        await asyncio.to_thread(self._file.seek, 0)
+        await asyncio.to_thread(self._do, lambda: self._file.seek(0))  # which writes what is left in the buffer
 
     async def read(self, size: int) -> bytes:
         """Read what comes next."""
@@ -52,12 +55,16 @@ class Spool:
         if self._unlooked >= _LOOK_EVERY:
             self._look(len(piece))
             self._unlooked = 0
+        self._do(lambda: self._file.write(piece))
+
+    def _do(self, work: Callable[[], object]) -> None:
         try:
-            self._file.write(piece)
+            work()
         except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise _full(f"{self._folder}: {error.strerror}") from error
+            why = f"{self._folder}: {error.strerror}"
+            if error.errno in _FULL:
+                raise _full(why) from error
+            raise GatewayError("internal", f"the file cannot be read into {why}") from error
 
     def _look(self, size: int) -> None:
         free = shutil.disk_usage(self._folder).free
