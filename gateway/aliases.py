@@ -3,12 +3,14 @@
 The prefix chain (`gateway.identity`) finds a conversation only while every message before the last reply stays the
 same. Many clients change some of them on purpose: a system prompt tells the time, a reminder or retrieved passages are
 part of the last question and are removed from it in the next request, the oldest turns are trimmed away. So each reply
-is also recorded under up to three names that leave one of these out. What such a name leaves out is kept beside it in
-short (`marks`) and compared when it is found again. Sub-agents are told apart the same way: they send the conversation
-of their parent, under another system prompt and with other tools.
+is also recorded by what was said in it, together with digests of the history and of the question that it answers. It is
+looked for with both, with the history, and alone: each `Kind` leaves more out. What the system prompt, the tools and
+the lines of the question were is kept beside it in short (`marks`) and compared when it is found. Sub-agents are told
+apart the same way: they send the conversation of their parent, under another system prompt and with other tools.
 """
 
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,14 +21,14 @@ from blake3 import blake3
 from gateway import transcripts
 from gateway.records import Alias, Message
 
-# What a name leaves out. In order of how much it says:
+# What is left out when a reply is looked for. In order of how much the rest says:
 # system: the system prompt · question: that, and the last question · history: that, and everything before it
 Kind = Literal["system", "question", "history"]
 KINDS: tuple[Kind, ...] = ("system", "question", "history")
 
 _DIGEST = 16
 _MARK = 8
-_LINE_BYTES = 4
+_NONE = bytes(_MARK)  # in marks, whose parts are of one length
 _HEAD_CHARS, _TAIL_CHARS = 1_000, 4_000  # of a question's text, from its beginning and its end
 _HEAD_LINES, _TAIL_LINES = 8, 24
 _TELLING = 24  # characters of a reply that two conversations hardly have in common by chance
@@ -37,7 +39,9 @@ _TAG = re.compile(r"</?[\w-]{1,60}>")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a reply answers, in short. `history` is what stands between the system prompt and the question."""
+    """What a reply answers, in short. `history` is what stands between the system prompt and the question, b"" where
+    that is nothing.
+    """
 
     start: bytes
     system: bytes
@@ -55,25 +59,25 @@ class Context:
             asked -= 1
         return cls(
             start,
-            _mark(b"".join(digests[:system])),
-            _mark(tools),
-            b"".join(digests[system:asked]),
-            b"".join(digests[asked:]),
+            _mark(digests[:system]) or _NONE,
+            _mark([_hash(tools)]) if tools else _NONE,
+            _mark(digests[system:asked]),
+            _mark(digests[asked:]),
             frozenset(_lines(messages[asked:])),
         )
 
     def aliases(self, reply: Message, said: bytes) -> tuple[Alias, ...]:
-        """The names of a reply to this; `said` is its digest."""
+        """The names of a reply to this; `said` is its digest.
+
+        A short reply is said too often to be looked for by its words alone: it has a second name, which holds the
+        system prompt and the tools too.
+        """
         own = self.system + self.tools
-        marks = own + b"".join(line.to_bytes(_LINE_BYTES, "big") for line in self.lines)
-        names = {
-            "system": self.history + self.question,
-            # Before the first reply nothing else is left to know the conversation by.
-            "question": self.history or own,
-            # A short reply is said too often to be looked for under every system prompt.
-            "history": b"" if telling(reply) else own,
-        }
-        return tuple(Alias(_hash(b"\0".join((kind.encode(), self.start, names[kind], said))), marks) for kind in KINDS)
+        marks = own + struct.pack(f">{len(self.lines)}I", *self.lines)
+        links = [_hash(self.start + said)]
+        if not telling(reply):
+            links.append(_hash(self.start + own + said))
+        return tuple(Alias(link, self.history, self.question, marks) for link in links)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +91,18 @@ class Marks:
     @classmethod
     def read(cls, marks: bytes) -> "Marks":
         """Read what `Context.aliases` wrote."""
-        lines = range(2 * _MARK, len(marks), _LINE_BYTES)
-        return cls(
-            marks[:_MARK],
-            marks[_MARK : 2 * _MARK],
-            frozenset(int.from_bytes(marks[at : at + _LINE_BYTES], "big") for at in lines),
-        )
+        lines = struct.iter_unpack(">I", marks[2 * _MARK :])
+        return cls(marks[:_MARK], marks[_MARK : 2 * _MARK], frozenset(line for (line,) in lines))
+
+
+def is_named(kind: Kind, names: Sequence[Alias], there: Alias) -> bool:
+    """Whether a reply recorded as `there` is one that goes by `names`, with that left out."""
+    said, alone = names[0], names[-1]
+    if kind == "history":
+        return there.link == alone.link
+    if kind == "question":
+        return there.link == (said if said.history else alone).link and there.history == said.history
+    return there[:3] == said[:3]
 
 
 Match = Literal["", "same", "side"]
@@ -109,6 +119,9 @@ def compare(kind: Kind, here: Context, there: Marks) -> Match:
             return ""
         if same_system != same_tools:
             return ""
+    # Before the first reply nothing else is left to know the conversation by.
+    if kind == "question" and not here.history and not same_system:
+        return ""
     return "same" if same_system or same_tools else "side"
 
 
@@ -175,8 +188,11 @@ def _bare(line: str) -> str:
     return stripped[label.end() :] if label else stripped
 
 
-def _mark(data: bytes) -> bytes:
-    return _hash(data)[:_MARK]
+def _mark(digests: Sequence[bytes]) -> bytes:
+    """What the messages of these digests are, in short; b"" for none."""
+    if len(digests) > 1:
+        return _hash(b"".join(digests))[:_MARK]
+    return digests[0][:_MARK] if digests else b""
 
 
 def _hash(data: bytes) -> bytes:

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gateway import identity
 from gateway.dialects.contract import Call, Dialect, Reply
 from gateway.errors import GatewayError
-from gateway.identity import Beginning
+from gateway.identity import Beginning, Prompt
 from gateway.offload import HEAVY_BYTES, is_heavy
 from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.sessions import Place
@@ -160,9 +160,9 @@ def _trace(turn: Read) -> Trace:
 def _beginning(turn: Read) -> Beginning | None:
     """The beginning that the turn is: made anew where more was put in front than was known when its session was."""
     request = turn.ended.place.request
-    if request is None or request.prompt.messages == turn.whole:
+    if request is None or request.messages == turn.whole:
         return request
-    return Beginning.of(replace(request.prompt, messages=turn.whole))
+    return Beginning.of(Prompt(turn.whole, request.seed, request.frame))
 
 
 def _reply(ended: Ended) -> Reply:

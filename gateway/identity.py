@@ -17,7 +17,7 @@ import orjson
 from blake3 import blake3
 
 from gateway import transcripts
-from gateway.aliases import KINDS, Context, Marks, Match, compare, tool_names
+from gateway.aliases import KINDS, Context, Marks, Match, compare, is_named, tool_names
 from gateway.errors import GatewayError
 from gateway.records import SESSION_ID, Alias, Known, Message, Session, Trace, check_session_id
 
@@ -234,7 +234,7 @@ class Prompt:
     @cached_property
     def beginning(self) -> "Beginning":
         """The beginning that this request is."""
-        return Beginning.of(Prompt(self.messages, self.seed, self.frame))  # a copy: a cycle would outlive the request
+        return Beginning.of(self)
 
     def prepare(self, named: Given | None) -> None:
         """Hash what a request with this id is going to be recognised by; for many or large messages it takes long."""
@@ -246,7 +246,9 @@ class Prompt:
 class Beginning:
     """The chain of a request, and how many of its first messages may end a turn or its question, longest first."""
 
-    prompt: Prompt
+    messages: Sequence[Message]
+    seed: bytes
+    frame: Mapping[str, Any]
     digests: Sequence[bytes]
     links: Sequence[bytes]
     points: Sequence[int]
@@ -261,7 +263,8 @@ class Beginning:
         unanswered = [i for i in range(1, len(roles)) if roles[i - 1] == roles[i] == "user"]
         points = sorted({len(roles), *replies, *(i - 1 for i in replies), *unanswered} - {0}, reverse=True)
         digests = [_digest(message) for message in prompt.messages]
-        return cls(prompt, digests, _linked(digests, prompt.seed), points, replies)
+        links = _linked(digests, prompt.seed)
+        return cls(prompt.messages, prompt.seed, prompt.frame, digests, links, points, replies)
 
     @property
     def candidates(self) -> list[bytes]:
@@ -284,17 +287,16 @@ class Beginning:
         return self._context(self.replies[-1] - 1) if self.replies else None
 
     def aliases(self, answered: Context) -> tuple[Alias, ...]:
-        """Further names of the last reply in this request, in the order of `aliases.KINDS`."""
+        """Further names of the last reply in this request."""
         last = self.replies[-1] - 1
-        return answered.aliases(self.prompt.messages[last], self.digests[last]) if self.digests[last] else ()
+        return answered.aliases(self.messages[last], self.digests[last]) if self.digests[last] else ()
 
     def depth(self, known: bytes) -> int:
         """How many messages there are up to a link: an empty reply has that of the message before it."""
         return len(self.links) - self.links[::-1].index(known)
 
     def _context(self, count: int) -> Context:
-        prompt = self.prompt
-        return Context.of(prompt.seed, prompt.messages[:count], self.digests[:count], tool_names(prompt.frame))
+        return Context.of(self.seed, self.messages[:count], self.digests[:count], tool_names(self.frame))
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,10 +360,10 @@ def judge_changed(request: Beginning, answered: Context, names: Sequence[Alias],
     is shared. Sessions of several lineages: nobody can know, and the request is a stranger's.
     """
     depth = request.replies[-1]
-    for kind, name in zip(KINDS, names, strict=True):
+    for kind in KINDS:
         meant: dict[Match, list[Known]] = {"": [], "same": [], "side": []}
         for one in found:
-            if one.alias.link == name.link:
+            if is_named(kind, names, one.alias):
                 meant[compare(kind, answered, Marks.read(one.alias.marks))].append(one)
         current = [one.session for one in meant["same"] if one.current]
         if len(current) == 1:

@@ -100,9 +100,16 @@ class Succession:
 
 
 class Alias(NamedTuple):
-    """Another name of a reply, and in short what that name leaves out (`gateway.aliases`)."""
+    """Another name of a reply (`gateway.aliases`): `link` is the hash of what was said, the other fields are in short
+    what it answers.
+
+    `history` (b"" where there is none) and `question` are digests, so that a reply can be looked for by its link alone,
+    with its history, or with both. `marks` is compared when it has been found.
+    """
 
     link: bytes
+    history: bytes
+    question: bytes
     marks: bytes
 
 

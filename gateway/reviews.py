@@ -5,6 +5,7 @@ Runs in the turns task. What came before is read from the store only if fewer to
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from gateway import misses
@@ -50,12 +51,13 @@ class Reviews:
         model, frame = ended.call.model, ended.call.whole_frame
         before = await self._before(ended)
         heavy = ended.heavy
-        estimate = await self._offload.run(heavy, self._estimator.ahead, model, before.tokens, turn.whole, frame)
+        ahead = partial(self._estimator.ahead, model, before.tokens, turn.whole, frame)
+        estimate = await self._offload.run(True, ahead) if heavy else ahead()
         self._estimator.observe(model, estimate, usage.prompt)
         if before.left is None and ended.place.session.parent:
             before = await self._of_parent(ended, turn.whole, frame)
         evidence = await self._evidence(turn, usage, before, frame)
-        miss = await self._offload.run(heavy, misses.why, evidence)
+        miss = await self._offload.run(True, misses.why, evidence) if heavy else misses.why(evidence)
         if turn.messages is not None:
             self._keep(ended, usage, turn.messages, frame)
         return Review(estimate.tokens, miss.expected, str(miss))

@@ -3,11 +3,13 @@
 A turn is recorded when it is over, and what merely passes through never is. Were the gateway killed meanwhile, nobody
 would know whose KV the engine has made, and nobody would ever remove it. So such a salt is noted when the work begins:
 as loose, which the next sweep looks at when the work is over, or as another salt of a session that is there already.
-Nobody waits for a note. It is written some milliseconds later, with those of others, and no KV can have landed by then.
+Nobody waits for a note. It is written some milliseconds later, with those of others, and no KV can have landed by then;
+a turn that is over before that is recorded about as soon, and its note is withdrawn.
 """
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 
 from gateway.records import Session
@@ -15,7 +17,7 @@ from gateway.store.contract import SaltNote, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.05  # a commit of the store is for all notes of so long
+_GATHER_S = 0.025  # a note is written when it is once to twice as old
 
 
 class SaltNotes:
@@ -34,7 +36,7 @@ class SaltNotes:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        await self._write()
+        await self._write(list(self._due))
 
     def begin(self, session: Session, salt: str) -> SaltNote | None:
         """Note the salt of a turn that begins; return the note, None where the store has that salt already."""
@@ -57,12 +59,14 @@ class SaltNotes:
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
-            await asyncio.sleep(_GATHER_S)
             self._wake.clear()
-            await self._write()
+            due = list(self._due)
+            await asyncio.sleep(_GATHER_S)
+            await self._write([note for note in due if note in self._due])
 
-    async def _write(self) -> None:
-        notes, self._due = list(self._due), {}
+    async def _write(self, notes: Sequence[SaltNote]) -> None:
+        for note in notes:
+            del self._due[note]
         if not notes:
             return
         try:

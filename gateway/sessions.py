@@ -186,7 +186,7 @@ class Sessions:
         names = request.aliases(answered) if answered else ()
         if not answered or not names:
             return Verdict(None)
-        found = await self._store.standing(tenant, [name.link for name in names])
+        found = await self._store.standing(tenant, names)
         return identity.judge_changed(request, answered, names, found)
 
     def _asks_else(self, session: Session | None, request: Beginning) -> bool:
@@ -223,8 +223,9 @@ class Sessions:
             self._locks.hold(_marks(place))
         self._in_flight[key] += 1
         self._lineages[session.tenant, session.lineage] += 1
-        self._asking.setdefault(key, []).append(place.asked)
-        self._questions[session.tenant, place.asked] += 1
+        asked = place.asked
+        self._asking.setdefault(key, []).append(asked)
+        self._questions[session.tenant, asked] += 1
         if session.head is not None:
             self._heads.setdefault(key, session.head)
 
@@ -232,8 +233,9 @@ class Sessions:
         """A turn is over and recorded."""
         session = place.session
         key = session.tenant, session.id
-        self._asking[key].remove(place.asked)
-        _drop(self._questions, (session.tenant, place.asked))
+        asked = place.asked
+        self._asking[key].remove(asked)
+        _drop(self._questions, (session.tenant, asked))
         if _drop(self._in_flight, key):
             del self._asking[key]
             self._heads.pop(key, None)

@@ -200,22 +200,46 @@ async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(s
 
 
 async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_gone_on(store: Store) -> None:
-    def ending(session: str, reply: str, *names: bytes) -> Finished:
+    def named(said: bytes, history: bytes, question: bytes) -> Alias:
+        return Alias(said, history, question, b"after " + history + question)
+
+    def ending(session: str, reply: str, *names: Alias) -> Finished:
         turn = finished(session, says("1", reply))
-        return replace(turn, trace=replace(turn.trace, ends=tuple(Alias(name, b"of " + name) for name in names)))
+        return replace(turn, trace=replace(turn.trace, ends=names))
 
-    async def known(*names: bytes) -> list[tuple[str, bytes, bool]]:
-        found = await store.standing(TENANT, names)
-        return sorted((one.session.id, one.alias.marks, one.current) for one in found)
+    async def known(*names: Alias) -> list[tuple[str, bytes, bool]]:
+        return [(one.session.id, one.alias.marks, one.current) for one in await store.standing(TENANT, names)]
 
-    await store.record([ending("s", "a", b"old", b"both"), ending("t", "a", b"both"), ending("u", "a", b"u")])
-    await store.record([ending("s", "b", b"new", b"both")])
-    assert await known(b"new", b"none") == [("s", b"of new", True)]
-    assert await known(b"old") == [("s", b"of old", False)]
-    assert await known(b"both", b"u") == [("s", b"of both", True), ("t", b"of both", True), ("u", b"of u", True)]
-    assert await store.standing("other", [b"new"]) == []
+    one, two = named(b"said", b"h", b"q"), named(b"said", b"h", b"r")
+    await store.record([ending("s", "a", one), ending("t", "a", two), ending("u", "a", named(b"said", b"", b"q"))])
+    assert sorted(await known(one)) == [("s", b"after hq", True), ("t", b"after hr", True), ("u", b"after q", True)]
+    await store.record([ending("s", "b", named(b"said", b"h", b"s"))])
+    assert sorted(await known(two))[:2] == [("s", b"after hq", False), ("s", b"after hs", True)]
+    assert (await known(two))[-1] == ("s", b"after hq", False)  # not its last reply any more
+    await store.record([ending("s", "c", one)])
+    assert ("s", b"after hq", True) in await known(one)  # asked anew: the row is of the last turn that had this reply
+    assert await known(named(b"unsaid", b"h", b"q")) == []
+    assert await store.standing("other", [one]) == []
     assert await store.delete_session(TENANT, "u")
-    assert await known(b"u") == []
+    assert "u" not in {session for session, _, _ in await known(one)}
+
+
+async def test_a_short_reply_that_many_gave_is_found_by_what_it_answers(store: Store) -> None:
+    def ending(number: int) -> Finished:
+        turn = finished(f"s{number:03}", says(str(number), "a"))
+        names = tuple(
+            Alias(link, b"h%d" % (number // 40), b"q%d" % number, b"") for link in (b"ok", b"ok of one prompt")
+        )
+        return replace(turn, trace=replace(turn.trace, ends=names))
+
+    async def known(history: bytes, question: bytes) -> set[str]:
+        names = [Alias(link, history, question, b"") for link in (b"ok", b"ok of one prompt")]
+        return {one.session.id for one in await store.standing(TENANT, names)}
+
+    await store.record([ending(number) for number in range(200)])
+    assert "s177" in await known(b"h4", b"q177")
+    assert len({name for name in await known(b"h4", b"") if "s160" <= name < "s200"}) >= 32
+    assert 0 < len(await known(b"", b"")) < 200  # some of them
 
 
 async def test_of_sessions_at_one_reply_those_that_had_a_turn_come_before_those_that_were_thawed(store: Store) -> None:

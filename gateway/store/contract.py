@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import (
+    Alias,
     Known,
     Manifest,
     Message,
@@ -150,10 +151,10 @@ class Store(Protocol):
         """
         ...
 
-    async def standing(self, tenant: str, names: Sequence[bytes]) -> list[Known]:
-        """Return sessions that have a reply of one of these names (`Trace.ends`): some of them, where there are many.
+    async def standing(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
+        """Return sessions that have a reply which goes by these names, whatever is left out (`gateway.aliases`).
 
-        Those whose last reply it is come first, then the last active ones.
+        Where there are many, some of them; those whose last reply it is come first, then the last active ones.
         """
         ...
 

@@ -324,6 +324,27 @@ _M013 = (
 )
 
 
+@MIGRATIONS.append
+def m014_one_row_for_each_reply(db: sqlite3.Connection) -> None:
+    """A reply's names as one row that is looked for by the beginning of its key, see `gateway.records.Alias`.
+
+    The names made until now are hashes of all of that: a conversation is known by its prefix until its next turn.
+    """
+    for statement in _M014:
+        db.execute(statement)
+
+
+_M014 = (
+    "DROP TABLE ends",
+    """CREATE TABLE ends (
+        tenant TEXT NOT NULL, link BLOB NOT NULL, history BLOB NOT NULL, question BLOB NOT NULL,
+        session_id TEXT NOT NULL, tip BLOB NOT NULL, marks BLOB NOT NULL,
+        PRIMARY KEY (tenant, link, history, question, session_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX ends_by_session ON ends (tenant, session_id)",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own; foreign keys are enforced from then on.
 

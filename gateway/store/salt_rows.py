@@ -10,7 +10,8 @@ from gateway.store.contract import LooseSalt, SaltNote, SaltUse
 def use(db: sqlite3.Connection, tenant: str, session_id: str, salts: Iterable[str]) -> None:
     """A session has turns under `salts`."""
     rows = [(salt, tenant, session_id) for salt in dict.fromkeys(salts) if salt]
-    db.executemany("INSERT OR IGNORE INTO session_salts VALUES (?, ?, ?)", rows)
+    if rows:
+        db.executemany("INSERT OR IGNORE INTO session_salts VALUES (?, ?, ?)", rows)
 
 
 def of_session(db: sqlite3.Connection, tenant: str, session_id: str) -> list[str]:

@@ -1,9 +1,10 @@
 """The SQL of sessions and their turns: plain functions that take a connection. Whoever calls owns the transaction."""
 
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, TypeVar
 
 from gateway.records import Alias, Known, Session, SessionState, Turn, Usage
 from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
@@ -11,8 +12,10 @@ from gateway.store.contract import Finished
 
 T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
+_session_values = attrgetter(*_SESSION_COLUMNS)
 _SESSION = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions"
 _TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
+_turn_values = attrgetter(*_TURN_COLUMNS)
 _CANDIDATES = 4  # sessions that share a beginning; the verdict needs to know whether there is more than one
 _NAMESAKES = 32  # replies that share a further name; where there are more, it says nothing
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
@@ -42,13 +45,19 @@ def list_sessions(
 
 def add_session(db: sqlite3.Connection, new: Session) -> bool:
     """Add a session; where it stands already, others may go on from there."""
-    marks = ", ".join("?" * len(_SESSION_COLUMNS))
-    values = [getattr(new, name) for name in _SESSION_COLUMNS]
-    cursor = db.execute(f"INSERT OR IGNORE INTO sessions ({', '.join(_SESSION_COLUMNS)}) VALUES ({marks})", values)
-    if cursor.rowcount == 1 and new.tip is not None:
+    added = _insert(db, new)
+    if added and new.tip is not None:
         db.execute("INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", (new.tenant, new.tip, new.id))
-    if cursor.rowcount == 1:
+    if added:
         salt_rows.use(db, new.tenant, new.id, [new.salt])
+    return added
+
+
+def _insert(db: sqlite3.Connection, new: Session) -> bool:
+    marks = ", ".join("?" * len(_SESSION_COLUMNS))
+    cursor = db.execute(
+        f"INSERT OR IGNORE INTO sessions ({', '.join(_SESSION_COLUMNS)}) VALUES ({marks})", _session_values(new)
+    )
     return cursor.rowcount == 1
 
 
@@ -128,17 +137,23 @@ def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tu
     return found, [Session(*row) for row in rows]
 
 
-def standing(db: sqlite3.Connection, tenant: str, names: Sequence[bytes]) -> list[Known]:
+def standing(db: sqlite3.Connection, tenant: str, names: Sequence[Alias]) -> list[Known]:
+    said, alone = names[0], names[-1]
+    before = said if said.history else alone  # see `gateway.aliases.is_named`
     columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
-    places = ", ".join("?" * len(names))
     rows = db.execute(
-        f"""SELECT e.link, e.marks, e.tip IS s.tip AS current, {columns}
-        FROM (SELECT * FROM ends WHERE tenant = ? AND link IN ({places}) LIMIT ?) e
-        JOIN sessions s ON s.tenant = e.tenant AND s.id = e.session_id
+        f"""SELECT e.link, e.history, e.question, e.marks, e.tip IS s.tip AS current, {columns}
+        FROM (
+            SELECT * FROM (SELECT * FROM ends WHERE tenant = ?1 AND link = ?2 AND history = ?4 AND question = ?5
+                LIMIT ?6)
+            UNION SELECT * FROM (SELECT * FROM ends WHERE tenant = ?1 AND link = ?3 AND history = ?4 LIMIT ?6)
+            UNION SELECT * FROM (SELECT * FROM ends WHERE tenant = ?1 AND link = ?7 LIMIT ?6)
+        ) e JOIN sessions s ON s.tenant = e.tenant AND s.id = e.session_id
         ORDER BY current DESC, s.last_active_at DESC""",
-        (tenant, *names, _NAMESAKES),
+        (tenant, said.link, before.link, said.history, said.question, _NAMESAKES, alone.link),
     )
-    return [Known(Session(*row), Alias(link, marks), bool(current)) for link, marks, current, *row in rows]
+    named = len(Alias._fields)
+    return [Known(Session(*row[named + 1 :]), Alias(*row[:named]), bool(row[named])) for row in rows]
 
 
 def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> bytes | None:
@@ -159,73 +174,89 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
     for item in finished:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
     for items in by_session.values():
-        _move_on(db, items)
+        is_new = _move_on(db, items)
         for item in items:
             _add_turn(db, item.turn)
             _add_beginnings(db, item)
-        _prune_turns(db, items[-1].turn, turns_kept)
+        if not is_new or len(items) > turns_kept:
+            _prune_turns(db, items[-1].turn, turns_kept)
 
 
-class _Held(NamedTuple):
-    """What a session has of its last turn."""
+def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> bool:
+    """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone.
 
-    transcript: bytes | None
-    frame: bytes | None
-    salt: str
-
-
-def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
-    """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone."""
-    held = _held(db, items[0])
-    _touch(db, items)
-    # One that failed may have left KV too; what the session ran under last is known.
-    salt_rows.use(db, items[0].turn.tenant, items[0].turn.session_id, {item.salt for item in items} - {held.salt})
+    Tells whether it is new.
+    """
+    turn = items[0].turn
     moving = [item for item in items if item.messages is not None]
-    if moving:
-        _move_transcript(db, moving[-1], len(moving), held)
-
-
-def _held(db: sqlite3.Connection, first: Finished) -> _Held:
-    """What a session has; if it is not there, make it. Of one that was deleted meanwhile, what it held is gone."""
-    turn, began = first.turn, first.session
+    transcript = transcript_rows.add(db, moving[-1].messages or ()) if moving else None
+    frame = transcript_rows.add_content(db, moving[-1].frame) if moving else None
+    values = _seen(items) | (_moved(moving, transcript, frame) if moving else {})
     query = "SELECT transcript, frame, salt FROM sessions WHERE tenant = ? AND id = ?"
-    if row := db.execute(query, (turn.tenant, turn.session_id)).fetchone():
-        return _Held(*row)
-    new = Session(turn.tenant, turn.session_id, began.lineage, turn.model, source=began.source, parent=began.parent)
-    add_session(db, replace(new, created_at=turn.started_at))
-    return _Held(None, None, "")
-
-
-def _touch(db: sqlite3.Connection, items: Sequence[Finished]) -> None:
-    last = items[-1]
-    head = next((item.trace.head for item in items if item.trace.head), None)
-    now = max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items)
-    db.execute(
-        """UPDATE sessions SET last_active_at = max(last_active_at, ?), head = coalesce(head, ?), asked = ?,
-        answered = ? WHERE tenant = ? AND id = ?""",
-        (now, head, last.trace.asked or None, last.messages is not None, last.turn.tenant, last.turn.session_id),
-    )
-
-
-def _move_transcript(db: sqlite3.Connection, last: Finished, turns: int, held: _Held) -> None:
-    turn, usage = last.turn, last.turn.usage
-    transcript = transcript_rows.add(db, last.messages or ())
-    frame = transcript_rows.add_content(db, last.frame)
-    db.execute(
-        """UPDATE sessions SET turn_count = turn_count + ?, state = 'active', model = ?, fingerprint = ?, salt = ?,
-        token_count = coalesce(?, token_count), prompt_tokens = coalesce(?, prompt_tokens), transcript = ?, frame = ?,
-        tip = ?, engine = ?, normalised = ? WHERE tenant = ? AND id = ?""",
-        (
-            turns, turn.model, last.fingerprint, last.salt, usage and usage.prompt + usage.completion,
-            usage and usage.prompt, transcript, frame, last.trace.tip, turn.engine, last.normalised,
-            turn.tenant, turn.session_id,
-        ),
-    )  # fmt: skip
+    held = db.execute(query, (turn.tenant, turn.session_id)).fetchone()
+    if held:
+        _update(db, turn, values)
+    else:  # new, or deleted meanwhile: what it held is gone
+        _begin(db, items[0], values)
+    had_transcript, had_frame, had_salt = held or (None, None, "")
+    # One that failed may have left KV too; what the session ran under last is known.
+    salt_rows.use(db, turn.tenant, turn.session_id, {item.salt for item in items} - {had_salt})
     # What it had is part of what it has, unless the last turn was asked anew.
-    if held.transcript != transcript:
-        transcript_rows.release(db, held.transcript)
-    if held.frame != frame:
-        transcript_rows.release_content(db, held.frame)
+    if moving and had_transcript != transcript:
+        transcript_rows.release(db, had_transcript)
+    if moving and had_frame != frame:
+        transcript_rows.release_content(db, had_frame)
+    return held is None
+
+
+def _seen(items: Sequence[Finished]) -> dict[str, Any]:
+    """What a session's row is to say after turns, whether or not their replies are known."""
+    last = items[-1]
+    return {
+        "last_active_at": max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items),
+        "head": next((item.trace.head for item in items if item.trace.head), None),
+        "asked": last.trace.asked or None,
+        "answered": last.messages is not None,
+    }
+
+
+def _moved(moving: Sequence[Finished], transcript: bytes | None, frame: bytes | None) -> dict[str, Any]:
+    """What a session's row is to say besides after turns whose replies are known."""
+    last = moving[-1]
+    turn, usage = last.turn, last.turn.usage
+    return {
+        "turn_count": len(moving), "state": "active", "model": turn.model, "fingerprint": last.fingerprint,
+        "salt": last.salt, "token_count": usage.prompt + usage.completion if usage else None,
+        "prompt_tokens": usage.prompt if usage else None, "transcript": transcript, "frame": frame,
+        "tip": last.trace.tip, "engine": turn.engine, "normalised": last.normalised,
+    }  # fmt: skip
+
+
+def _begin(db: sqlite3.Connection, first: Finished, values: Mapping[str, Any]) -> None:
+    turn, began = first.turn, first.session
+    known = {"model": turn.model} | {name: value for name, value in values.items() if value is not None}
+    new = Session(
+        turn.tenant, turn.session_id, began.lineage, source=began.source, parent=began.parent,
+        created_at=turn.started_at, **known,
+    )  # fmt: skip
+    _insert(db, new)
+
+
+# How a value comes into a row that is there; others take the place of what it has.
+_COMBINED = {
+    "last_active_at": "max(last_active_at, ?)",
+    "head": "coalesce(head, ?)",
+    "turn_count": "turn_count + ?",
+    "token_count": "coalesce(?, token_count)",
+    "prompt_tokens": "coalesce(?, prompt_tokens)",
+}
+
+
+def _update(db: sqlite3.Connection, turn: Turn, values: Mapping[str, Any]) -> None:
+    changes = ", ".join(f"{name} = {_COMBINED.get(name, '?')}" for name in values)
+    db.execute(
+        f"UPDATE sessions SET {changes} WHERE tenant = ? AND id = ?", (*values.values(), turn.tenant, turn.session_id)
+    )
 
 
 def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:
@@ -236,22 +267,21 @@ def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:
     )
     # The same name again: the turn was asked anew.
     db.executemany(
-        """INSERT INTO ends VALUES (?, ?, ?, ?, ?)
+        """INSERT INTO ends VALUES (?, ?, ?, ?, ?, ?, ?)
         ON CONFLICT DO UPDATE SET tip = excluded.tip, marks = excluded.marks""",
-        [(turn.tenant, name.link, turn.session_id, item.trace.tip, name.marks) for name in item.trace.ends],
+        [(turn.tenant, *name[:3], turn.session_id, item.trace.tip, name.marks) for name in item.trace.ends],
     )
 
 
 def _add_turn(db: sqlite3.Connection, turn: Turn) -> None:
     usage = turn.usage
-    values = {
-        **{name: getattr(turn, name) for name in _TURN_COLUMNS},
-        "prompt_tokens": usage and usage.prompt,
-        "completion_tokens": usage and usage.completion,
-        "cached_tokens": usage and usage.cached,
-    }
-    marks = ", ".join("?" * len(values))
-    db.execute(f"INSERT INTO turns ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+    counts = (usage.prompt, usage.completion, usage.cached) if usage else (None, None, None)
+    marks = ", ".join("?" * (len(_TURN_COLUMNS) + len(counts)))
+    db.execute(
+        f"""INSERT INTO turns ({", ".join(_TURN_COLUMNS)}, prompt_tokens, completion_tokens, cached_tokens)
+        VALUES ({marks})""",
+        (*_turn_values(turn), *counts),
+    )
 
 
 def _prune_turns(db: sqlite3.Connection, turn: Turn, keep: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from gateway.errors import StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import (
+    Alias,
     Known,
     Manifest,
     Message,
@@ -116,7 +117,7 @@ class SqliteStore:
         """See `Store.beginning`."""
         return self._read_inline(lambda db: session_rows.beginning(db, tenant, links))
 
-    async def standing(self, tenant: str, names: Sequence[bytes]) -> list[Known]:
+    async def standing(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
         """See `Store.standing`."""
         return self._read_inline(lambda db: session_rows.standing(db, tenant, names))
 

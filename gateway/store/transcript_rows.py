@@ -55,19 +55,19 @@ def add_content(db: sqlite3.Connection, value: Mapping[str, object]) -> bytes:
 def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
     # The bodies are written once more below rather than kept: most are there already, and a long transcript's would
     # all be in memory at once.
-    chain: list[tuple[bytes, bytes | None]] = []
+    chain: list[tuple[bytes, bytes | None, bytes]] = []
     parent: bytes | None = None
     for message in transcript:
         content_id, _ = _content(message)
         link = blake3((parent or b"") + content_id).digest(_ID_BYTES)
-        chain.append((link, parent))
+        chain.append((link, parent, content_id))
         parent = link
     known = len(chain)
     # From the end: all but the last turn's messages are there already.
     while known and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[known - 1][0],)).fetchone():
         known -= 1
-    for depth, (link, before) in enumerate(chain[known:], start=known):
-        content_id, body = _content(transcript[depth])
+    for depth, (link, before, content_id) in enumerate(chain[known:], start=known):
+        body = orjson.dumps(transcript[depth])
         db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
         db.execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link, before, content_id, depth))
     return parent
