@@ -81,6 +81,15 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A reply in a request: how many messages there are with it, what it answers, and its further names."""
+
+    depth: int
+    context: Context
+    names: Sequence[Alias]
+
+
+@dataclass(frozen=True, slots=True)
 class Marks:
     """What is kept beside a name."""
 

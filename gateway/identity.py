@@ -4,11 +4,11 @@ Agents name their sessions in headers and body fields of their own (`given`). Wh
 prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings. The store knows
 every point at which a turn asked or was answered; the longest known beginning of a request says which conversation it
 goes on with (`judge`). Where a client changed something before the last reply, a system prompt that tells the time or
-a question that came with passages, that reply is found by what did not change (`gateway.aliases`, `judge_changed`).
+a question that came with passages, that reply is found by what did not change (`gateway.aliases`, `gateway.changed`).
 Nothing here reads a clock, a socket or a store.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -17,9 +17,9 @@ import orjson
 from blake3 import blake3
 
 from gateway import transcripts
-from gateway.aliases import KINDS, Context, Marks, Match, compare, is_named, tool_names
+from gateway.aliases import Answered, Context, telling, tool_names
 from gateway.errors import GatewayError
-from gateway.records import SESSION_ID, Alias, Known, Message, Session, Trace, check_session_id
+from gateway.records import SESSION_ID, Message, Session, Trace, check_session_id
 
 # session: exactly this session · agent: an agent's id for all that it does, side conversations too ·
 # key: what conversations of one kind share
@@ -48,6 +48,7 @@ HEADERS = frozenset({SESSION_HEADER, _CLAUDE, _CLAUDE_AGENT, _CODEX, _SUBAGENT, 
 _DIGEST = 16
 _MAX_ID = 128
 _LONGEST_USER = 4096  # characters of a `user_id` that are looked at
+_LOOK_BACK = 4  # replies of a request that are looked for under their further names
 _SIDE = 17  # characters that a side conversation adds to its agent's id
 
 
@@ -281,15 +282,20 @@ class Beginning:
         """What the reply to this request will answer."""
         return self._context(len(self.digests))
 
-    @property
-    def answered(self) -> Context | None:
-        """What the last reply in this request answers; None without one."""
-        return self._context(self.replies[-1] - 1) if self.replies else None
+    def answered(self, beyond: int = 0) -> Iterator[Answered]:
+        """The last replies of this request after its first `beyond` messages, latest first.
 
-    def aliases(self, answered: Context) -> tuple[Alias, ...]:
-        """Further names of the last reply in this request."""
-        last = self.replies[-1] - 1
-        return answered.aliases(self.messages[last], self.digests[last]) if self.digests[last] else ()
+        The client may have put exchanges of its own after the reply that the engine gave last, as aider does with the
+        files that it shows. Of the replies before the last only those count that are hardly said twice.
+        """
+        for place in self.replies[: -_LOOK_BACK - 1 : -1]:
+            is_last = place == self.replies[-1]
+            if place > beyond and self.digests[place - 1] and (is_last or telling(self.messages[place - 1])):
+                yield self._answered(place)
+
+    def _answered(self, place: int) -> Answered:
+        context = self._context(place - 1)
+        return Answered(place, context, context.aliases(self.messages[place - 1], self.digests[place - 1]))
 
     def depth(self, known: bytes) -> int:
         """How many messages there are up to a link: an empty reply has that of the message before it."""
@@ -309,7 +315,7 @@ class Verdict:
     how: str = "new"
 
 
-_STRANGER = Verdict(None)
+STRANGER = Verdict(None)
 
 
 def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]) -> Verdict:
@@ -322,9 +328,9 @@ def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]
     - Anywhere before: a fork, provided that a reply is part of what is shared.
     """
     if known is None or not candidates:
-        return _STRANGER
+        return STRANGER
     depth = request.depth(known)
-    answered_before = any(reply <= depth for reply in request.replies)
+    answered_before = any(reply <= depth and request.digests[reply - 1] for reply in request.replies)
     asking = [one for one in candidates if one.asked == known]
     if depth == len(request.links):
         return _again(depth, asking, candidates, answered_before)
@@ -334,10 +340,12 @@ def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]
     waiting = next((one for one in asking if _waits(one)), None)
     if waiting:
         return Verdict(waiting, depth=depth, how="prefix")
-    # A client may send any reply back as it likes; two that asked the same cannot be told apart by that.
-    if depth + 1 in request.replies and len(asking) == 1 and (answered_before or len(candidates) == 1):
+    # A client may send any reply back as it likes, an empty one in place of a call that failed, too; two that asked the
+    # same cannot be told apart by that.
+    replied = depth + 1 in request.replies or not request.digests[depth - 1]
+    if replied and len(asking) == 1 and (answered_before or len(candidates) == 1):
         return Verdict(asking[0], depth=depth, how="prefix")
-    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else _STRANGER
+    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else STRANGER
 
 
 def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session], answered_before: bool) -> Verdict:
@@ -345,7 +353,7 @@ def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session],
     waiting = next((one for one in asking if _waits(one)), None)
     if waiting or (asking and answered_before):
         return Verdict(waiting or asking[0], depth=depth, how="retry")
-    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else _STRANGER
+    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else STRANGER
 
 
 def _waits(session: Session) -> bool:
@@ -353,30 +361,18 @@ def _waits(session: Session) -> bool:
     return not session.answered or session.tip == session.asked
 
 
-def judge_changed(request: Beginning, answered: Context, names: Sequence[Alias], found: Sequence[Known]) -> Verdict:
-    """Say which session a request goes on with whose last reply is known under other names alone.
-
-    The name that leaves out least decides. Several sessions of one lineage that answer to it: a fork, so that their KV
-    is shared. Sessions of several lineages: nobody can know, and the request is a stranger's.
-    """
-    depth = request.replies[-1]
-    for kind in KINDS:
-        meant: dict[Match, list[Known]] = {"": [], "same": [], "side": []}
-        for one in found:
-            if is_named(kind, names, one.alias):
-                meant[compare(kind, answered, Marks.read(one.alias.marks))].append(one)
-        current = [one.session for one in meant["same"] if one.current]
-        if len(current) == 1:
-            return Verdict(current[0], depth=depth, how="last reply")
-        if stems := meant["same"] or meant["side"]:
-            return _branch(stems, depth, "fork" if meant["same"] else "side")
-    return _STRANGER
+def was_answered(request: Beginning, verdict: Verdict) -> bool:
+    """Whether the verdict is that somebody has asked the very same before, and has the reply to it."""
+    session = verdict.session
+    return session is not None and verdict.depth == len(request.links) and (verdict.forks or not _waits(session))
 
 
-def _branch(stems: Sequence[Known], depth: int, how: str) -> Verdict:
-    if len({one.session.lineage for one in stems}) > 1:
-        return Verdict(None, how="ambiguous")
-    return Verdict(stems[0].session, forks=True, depth=depth, how=how)
+def likelier(again: Verdict, standing: Verdict) -> Verdict:
+    """Of the verdict that a request was answered before and the one without that: who asks an old question anew, does
+    so soon, so the session that was active last. A fork, of a session that has gone on, comes after both."""
+    if again.session is None or standing.session is None or standing.forks:
+        return again
+    return standing if again.forks or standing.session.last_active_at > again.session.last_active_at else again
 
 
 MATCHES = ("id", "prefix", "retry", "last-reply", "fork", "side", "window", "successor", "ambiguous", "new")

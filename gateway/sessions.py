@@ -7,12 +7,12 @@ they hold (`gateway.inflight`).
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from gateway import identity, salts
+from gateway import changed, identity, salts
 from gateway.errors import GatewayError
 from gateway.identity import Beginning, Given, Prompt, Verdict
 from gateway.inflight import Mark, TurnLocks
@@ -173,21 +173,29 @@ class Sessions:
         return self._questions[tenant, asked] > 0 or self._elsewhere(("question", tenant, asked.hex()))
 
     async def _judge(self, tenant: str, request: Beginning) -> Verdict:
-        known, candidates = await self._store.beginning(tenant, request.candidates)
-        # Of sessions at the same point, one that is asking something else just now is the least likely.
-        verdict = identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        verdict = await self._judge_links(tenant, request, request.candidates)
+        if identity.was_answered(request, verdict):
+            # Another session may stand where this was asked: the same script, run once more, gets the same replies and
+            # asks the same.
+            standing = await self._judge_links(tenant, request, request.candidates[1:])
+            verdict = identity.likelier(verdict, standing)
         if (verdict.session and not verdict.forks) or not request.replies or verdict.depth >= request.replies[-1]:
             return verdict
-        changed = await self._judge_changed(tenant, request)
+        changed = await self._judge_changed(tenant, request, verdict.depth)
         return changed if changed.session or not verdict.session else verdict
 
-    async def _judge_changed(self, tenant: str, request: Beginning) -> Verdict:
-        answered = request.answered
-        names = request.aliases(answered) if answered else ()
-        if not answered or not names:
-            return Verdict(None)
-        found = await self._store.standing(tenant, names)
-        return identity.judge_changed(request, answered, names, found)
+    async def _judge_links(self, tenant: str, request: Beginning, links: Sequence[bytes]) -> Verdict:
+        known, candidates = await self._store.beginning(tenant, links)
+        # Of sessions at the same point, one that is asking something else just now is the least likely.
+        return identity.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+
+    async def _judge_changed(self, tenant: str, request: Beginning, known: int) -> Verdict:
+        """Judge a request of which no more than `known` messages are."""
+        for reply in request.answered(known):
+            found = await self._store.standing(tenant, reply.names)
+            if verdict := changed.judge(reply, found):
+                return verdict
+        return Verdict(None)
 
     def _asks_else(self, session: Session | None, request: Beginning) -> bool:
         """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""

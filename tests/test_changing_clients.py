@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import aliases, identity
+from gateway import aliases, changed, identity
 from gateway.identity import Beginning, Prompt
 from gateway.records import Alias, Known, Session
 from tests.fakes.engine import MODEL, Exchange, FakeEngine, whole_reply
@@ -190,6 +190,74 @@ def test_parts_of_a_message_that_come_and_go_are_looked_through(gateway: Gateway
     assert client.ask([system(session), parts("hi"), first.said, parts("on")]).session == first.session
 
 
+def test_exchanges_that_the_client_puts_after_the_last_reply_are_looked_past(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    """In the way of aider when it edits: what was changed and what the files hold now, each with a made-up reply."""
+
+    def talk(client: Client) -> list[Answer]:
+        files = [user("These are the files:\n" + "a line of code\n" * 20), assistant("Ok, I will use these contents.")]
+        done: list[Message] = []
+        found = []
+        for number in range(4):
+            question = f"{session} asks for change number {number}"
+            found.append(client.ask([SYSTEM, *done, *files, user(f"{question}\n\nUse the edit format.")]))
+            done += [user(question), found[-1].said, user("I committed the changes."), assistant("Ok.")]
+        return found
+
+    turns = talk(Client(gateway.http))
+    with httpx.Client(base_url=engine.url) as direct:
+        alone = talk(Client(direct))
+    assert [one.match for one in turns] == ["new", *["last-reply"] * 3]
+    assert len({one.session for one in turns}) == 1
+    for here, there in zip(turns[1:], alone[1:], strict=True):
+        assert here.cached >= there.cached - 16 > 0
+
+
+def test_of_conversations_with_the_same_preamble_and_reply_the_one_with_the_same_question_goes_on(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    engine.on_chat = engine.answer_chat  # "Hello there!" to everybody
+    client = Client(gateway.http)
+    preamble = "\n".join(f"- {session} tool {number} does something" for number in range(40))
+    opened = {}
+    for question in ("hi", "hello, are you there?", "good morning"):
+        opened[question] = client.ask([SYSTEM, user(f"{preamble}\n<reminder>\n{question}")], **MAIN)
+        gateway.turns(opened[question].session)
+    for question, first in opened.items():
+        again = client.ask([SYSTEM, user(f"{preamble}\n{question}"), first.said, user("go on")], **MAIN)
+        assert (again.match, again.session) == ("last-reply", first.session)
+
+
+def test_the_same_script_run_again_is_a_conversation_of_its_own_in_every_turn(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    engine.on_chat = engine.answer_chat
+    client, runs = Client(gateway.http), []
+    for _ in range(2):
+        history, found = [SYSTEM], set()
+        for number in range(3):
+            answer = client.ask([*history, user(f"{session} question {number}")])
+            gateway.turns(answer.session)
+            history += [user(f"{session} question {number}"), answer.said]
+            found.add(answer.session)
+        runs.append(found)
+    assert [len(found) for found in runs] == [1, 1]
+    assert runs[0] != runs[1]
+
+
+def test_a_reply_that_is_sent_back_as_an_empty_one_is_followed_by_the_next_turn(gateway: Gateway, session: str) -> None:
+    """In the way of smolagents, which keeps no call that it could not run."""
+    client, history = Client(gateway.http), [SYSTEM, user(session)]
+    found = []
+    for _ in range(3):
+        found.append(client.ask(history, **MAIN))
+        gateway.turns(found[-1].session)
+        history += [assistant(""), user("Error: an argument is missing. Try again.")]
+    assert [one.match for one in found] == ["new", "prefix", "prefix"]
+    assert len({one.session for one in found}) == 1
+
+
 def test_a_history_without_its_oldest_turns_is_the_same_session(gateway: Gateway, session: str) -> None:
     client, history, found = Client(gateway.http), [], []
     for number in range(6):
@@ -286,9 +354,8 @@ def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *,
 
 def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> identity.Verdict:
     request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
-    answered = request.answered
-    assert answered is not None
-    return identity.judge_changed(request, answered, request.aliases(answered), found)
+    verdicts = (changed.judge(reply, found) for reply in request.answered())
+    return next((verdict for verdict in verdicts if verdict), identity.STRANGER)
 
 
 REPLY = assistant("this is what was said in reply to it")
