@@ -31,9 +31,9 @@ _MARK = 8
 _NONE = bytes(_MARK)  # in marks, whose parts are of one length
 _HEAD_CHARS, _TAIL_CHARS = 1_000, 4_000  # of a question's text, from its beginning and its end
 _HEAD_LINES, _TAIL_LINES = 8, 24
-_TELLING = 24  # characters of a reply that two conversations hardly have in common by chance
 _LABEL_CHARS = 24
 _LABEL = re.compile(r"(?:\[[^\]]{0,60}\]\s*)?(?:\w[\w ]{0,20}:\s+)?")
+_DIGITS = b"0123456789"
 _TAG = re.compile(r"</?[\w-]{1,60}>")
 
 
@@ -59,7 +59,7 @@ class Context:
             asked -= 1
         return cls(
             start,
-            _mark(digests[:system]) or _NONE,
+            _undated(messages[:system], digests[:system]),
             _mark([_hash(tools)]) if tools else _NONE,
             _mark(digests[system:asked]),
             _mark(digests[asked:]),
@@ -75,7 +75,7 @@ class Context:
         own = self.system + self.tools
         marks = own + struct.pack(f">{len(self.lines)}I", *self.lines)
         links = [_hash(self.start + said)]
-        if not telling(reply):
+        if not transcripts.telling(reply):
             links.append(_hash(self.start + own + said))
         return tuple(Alias(link, self.history, self.question, marks) for link in links)
 
@@ -143,13 +143,6 @@ def _alike(one: frozenset[int], other: frozenset[int]) -> bool:
     return 2 * len(one & other) >= shorter if shorter else one == other
 
 
-def telling(reply: Message) -> bool:
-    """Whether a reply is long enough to be hardly said by chance in another conversation; calls have random ids."""
-    said = transcripts.canonical(reply)  # the same however the client sends it back
-    content = said.get("content")
-    return "tool_calls" in said or (isinstance(content, str) and len(content) >= _TELLING)
-
-
 def tool_names(frame: Mapping[str, Any]) -> bytes:
     """The names of the tools in a frame, b"" without any. Their descriptions may tell the time, names do not."""
     tools = frame.get("tools")
@@ -195,6 +188,12 @@ def _bare(line: str) -> str:
         return stripped
     label = _LABEL.match(stripped)
     return stripped[label.end() :] if label else stripped
+
+
+def _undated(messages: Sequence[Message], digests: Sequence[bytes]) -> bytes:
+    """What tells a system prompt from another, be it that of another minute: its text without digits, in short."""
+    text = "\0".join(_texts(messages)).encode(errors="replace").translate(None, _DIGITS)
+    return _hash(text)[:_MARK] if text else _mark(digests) or _NONE
 
 
 def _mark(digests: Sequence[bytes]) -> bytes:

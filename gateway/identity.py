@@ -17,7 +17,7 @@ import orjson
 from blake3 import blake3
 
 from gateway import transcripts
-from gateway.aliases import Answered, Context, telling, tool_names
+from gateway.aliases import Answered, Context, tool_names
 from gateway.errors import GatewayError
 from gateway.records import SESSION_ID, Message, Session, Trace, check_session_id
 
@@ -289,8 +289,8 @@ class Beginning:
         files that it shows. Of the replies before the last only those count that are hardly said twice.
         """
         for place in self.replies[: -_LOOK_BACK - 1 : -1]:
-            is_last = place == self.replies[-1]
-            if place > beyond and self.digests[place - 1] and (is_last or telling(self.messages[place - 1])):
+            counts = place == self.replies[-1] or transcripts.telling(self.messages[place - 1])
+            if place > beyond and counts and self.digests[place - 1]:
                 yield self._answered(place)
 
     def _answered(self, place: int) -> Answered:

@@ -16,9 +16,12 @@ SystemRule = Literal["", "keep", "replace"]
 
 _SYSTEM_ROLES = ("system", "developer")  # no set: a client may send a list for a role, which has no hash
 # Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
-_IGNORED = frozenset({"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"})
+_IGNORED = frozenset(
+    {"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call", "provider_specific_fields"}
+)  # the last is litellm's
 
 _64_BIT = 2.0**63
+_TELLING = 24  # characters of a reply that two conversations hardly have in common by chance
 
 
 def canonical(message: Message) -> dict[str, Any]:
@@ -75,6 +78,13 @@ def same(a: Message, b: Message) -> bool:
     return a == b or canonical(a) == canonical(b)
 
 
+def telling(reply: Message) -> bool:
+    """Whether a reply is long enough to be hardly said by chance in another conversation; calls have random ids."""
+    said = canonical(reply)  # the same however the client sends it back
+    content = said.get("content")
+    return "tool_calls" in said or (isinstance(content, str) and len(content) >= _TELLING)
+
+
 def common(a: Sequence[Message], b: Sequence[Message]) -> int:
     """How many leading messages two lists share."""
     length = 0
@@ -89,13 +99,26 @@ def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
     """Whether `sent` holds a window's transcript, apart perhaps from the system messages.
 
     So it is if it begins with the window's messages, or shares at least the first exchange with them: then the client
-    edited it later on, and with the window in front it would be there twice.
+    edited it later on, and with the window in front it would be there twice. The first reply stands for the exchange
+    where it is hardly said twice: many clients take out of a question what they had put around it (a reminder,
+    passages).
     """
     if texts.kind(window) or texts.kind(sent):
         return texts.is_whole(window, sent)
-    rest = split(window)[1]
-    shared = common(rest, split(sent)[1])
-    return shared == len(rest) or shared >= 2
+    rest, theirs = split(window)[1], split(sent)[1]
+    shared = common(rest, theirs)
+    return shared == len(rest) or shared >= 2 or _same_first_reply(rest, theirs)
+
+
+def _same_first_reply(window: Sequence[Message], sent: Sequence[Message]) -> bool:
+    place = _first_reply(window)
+    if place is None or place != _first_reply(sent):
+        return False
+    return telling(sent[place]) and same(window[place], sent[place])
+
+
+def _first_reply(messages: Sequence[Message]) -> int | None:
+    return next((i for i, message in enumerate(messages) if message.get("role") == "assistant"), None)
 
 
 def missing(
@@ -105,9 +128,10 @@ def missing(
 
     `current` is the session's transcript by now, None where that is still the window's. If `sent` is not whole
     (`is_whole`), it is taken up where it overlaps with the transcript, so that the last turns are not there twice where
-    a client keeps only those; what is all new comes after the whole transcript. Raises `window_system_conflict` when it
-    brings another system message and `rule` does not say which to use, and `invalid_request` where one is a chat and
-    the other is not.
+    a client keeps only those; what is all new comes after the whole transcript. A client that sends replies of the
+    transcript keeps its conversation itself, and its own system message counts: it may tell the time, or be that of a
+    sub-agent. Raises `window_system_conflict` when what is all new brings another system message and `rule` does not
+    say which to use, and `invalid_request` where one is a chat and the other is not.
     """
     if texts.kind(window) or texts.kind(sent):
         return texts.missing(window, sent, current)
@@ -115,15 +139,15 @@ def missing(
     full = is_whole(window, sent)
     system, theirs = split(window if full else had)[0], split(sent)[0]
     agree = len(system) == len(theirs) and common(system, theirs) == len(system)
-    if full and agree:
+    if full and (agree or (theirs and not rule)):
         return None
-    if theirs and not agree and not rule:
+    if theirs and not agree and not rule and not _holds_a_reply(split(had)[1], split(sent)[1]):
         raise GatewayError(
             "window_system_conflict",
             "the request's system message differs from the window's",
             hint="send the window's own or none, or say which to use with X-Window-System: keep or replace",
         )
-    kept = None if agree or (theirs and rule == "replace") else system
+    kept = None if agree or (theirs and rule != "keep") else system
     if full:
         return Front(kept, [])
     rest = split(window)[1]
@@ -139,7 +163,7 @@ def _taken_up(window: list[Message], current: list[Message], sent: Sequence[Mess
     """
     since = current[len(window) :] if common(window, current) == len(window) else []
     again = common(since, sent)
-    said = next((i for i, message in enumerate(sent) if message.get("role") == "assistant"), None)
+    said = _first_reply(sent)
     if again and (said is not None or _questions(since) == 1):
         # The client keeps what was said since the window, or asks the first question anew.
         return window, again == len(sent)
@@ -148,6 +172,12 @@ def _taken_up(window: list[Message], current: list[Message], sent: Sequence[Mess
     place = _overlap(current, sent, said)
     # At its very beginning: a successor, which has what was left out from the window.
     return (current[:place], False) if place else (window, bool(since) and place is None)
+
+
+def _holds_a_reply(current: Sequence[Message], sent: Sequence[Message]) -> bool:
+    """Whether the first reply in `sent` is one of the transcript, after the same question."""
+    said = _first_reply(sent)
+    return said is not None and _overlap(current, sent, said) is not None
 
 
 def _questions(messages: Sequence[Message]) -> int:

@@ -94,6 +94,21 @@ def test_an_agent_and_its_side_conversation_under_a_window(gateway: Gateway, ses
     assert side.startswith(f"{session}-cc:")
 
 
+def test_an_agent_that_had_a_session_before_goes_on_in_a_branch_beside_it(
+    engine: FakeEngine, gateway: Gateway, session: str, window: str
+) -> None:
+    """Its id is that of its own session, as pi's `session_id` is, and it cannot leave it away."""
+    named = {"session_id": f"{session}-pi"}
+    before = ask(gateway, "", [user("before")], headers=named).headers["x-session-id"]
+    gateway.turns(before)
+    first = ask(gateway, f"/w/{window}", [user("work")], headers=named).headers["x-session-id"]
+    assert sent(engine) == [*BEGINNING, REPLY, user("work")]
+    gateway.turns(first)
+    second = ask(gateway, f"/w/{window}", [user("work"), REPLY, user("on")], headers=named).headers["x-session-id"]
+    assert (before, first.startswith(f"{session}-pi:"), first == second) == (f"{session}-pi", True, True)
+    assert ask(gateway, "", [user("before"), REPLY, user("on")], headers=named).headers["x-session-id"] == before
+
+
 def test_another_system_message_is_a_conflict_unless_it_is_said_which_to_use(
     engine: FakeEngine, gateway: Gateway, window: str
 ) -> None:

@@ -13,9 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import aliases, changed, identity
-from gateway.identity import Beginning, Prompt
-from gateway.records import Alias, Known, Session
 from tests.fakes.engine import MODEL, Exchange, FakeEngine, whole_reply
 from tests.running import Gateway
 
@@ -154,6 +151,18 @@ def test_a_system_prompt_that_changes_with_the_same_tools_is_the_same_conversati
         found.add(answer.session)
         history += [answer.said, user(f"more {minute}")]
     assert len(found) == 1
+
+
+def test_a_history_that_is_cut_under_a_system_prompt_that_tells_the_time_is_the_same_session(
+    gateway: Gateway, session: str
+) -> None:
+    client, history = Client(gateway.http), []
+    found = []
+    for number in range(4):
+        history.append(user(f"{session} question {number}"))
+        found.append(client.ask([system(f"Help.\nIt is 2026-11-30 08:17:5{number}.70601."), *history[-5:]]))
+        history.append(found[-1].said)
+    assert len({one.session for one in found}) == 1
 
 
 @pytest.mark.parametrize(
@@ -340,76 +349,3 @@ def test_the_answer_says_how_its_session_was_recognised(
     named = {name: f"{session}-{value}" for name, value in headers.items()}
     body = {"model": MODEL, "messages": [user(session)]}
     assert gateway.http.post(CHAT, json=body, headers=named).headers["x-session-match"] == match
-
-
-# --- what a name leaves out
-
-
-def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s") -> list[Known]:
-    """A session whose last reply is known under all of its names."""
-    request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
-    trace = identity.trace(b"", messages, reply, request)
-    return [Known(Session("t", lineage, lineage), alias, current=True) for alias in trace.ends]
-
-
-def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> identity.Verdict:
-    request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
-    verdicts = (changed.judge(reply, found) for reply in request.answered())
-    return next((verdict for verdict in verdicts if verdict), identity.STRANGER)
-
-
-REPLY = assistant("this is what was said in reply to it")
-
-
-def test_only_a_change_of_both_the_system_prompt_and_the_tools_is_a_sub_agent() -> None:
-    found = known([system("a"), user("q")], REPLY, ["f"])
-    asked = [user("q"), REPLY, user("next")]
-    assert judged([system("b"), *asked], found, ["f"]).how == "last reply"
-    assert judged([system("a"), *asked], found, ["g"]).how == "last reply"
-    told = judged([system("b"), *asked], found, ["g"])
-    assert (told.how, told.forks, told.session and told.session.id) == ("side", True, "s")
-
-
-def test_two_sessions_of_one_lineage_give_a_fork_and_of_two_an_ambiguity() -> None:
-    messages, asked = [system("a"), user("q")], [system("b"), user("q"), REPLY, user("next")]
-    twins = [Known(Session("t", name, "s"), one.alias, current=True) for name in "sx" for one in known(messages, REPLY)]
-    assert (judged(asked, twins).how, judged(asked, twins).forks) == ("fork", True)
-    strangers = known(messages, REPLY) + known(messages, REPLY, lineage="other")
-    assert (judged(asked, strangers).how, judged(asked, strangers).session) == ("ambiguous", None)
-
-
-def test_a_short_reply_is_known_by_its_question_and_under_its_system_prompt_alone() -> None:
-    short = assistant("ok")
-    history = [user("a"), assistant("first reply of some length, to be sure"), user("q")]
-    found = known([system("s"), *history], short)
-    assert judged([system("s"), user("<b>\nq"), short, user("next")], found).how == "last reply"
-    assert judged([system("s"), user("other"), short, user("next")], found).session is None
-    assert judged([system("t"), user("q"), short, user("next")], found).session is None
-
-
-@pytest.mark.parametrize("said", [REPLY["content"], "ok"])
-def test_a_reply_has_one_name_however_it_is_sent_back(said: str) -> None:
-    found = known([system("s"), user("a"), assistant("first reply of some length"), user("q")], assistant(f" {said}\n"))
-    for content in (said, [{"type": "text", "text": said}], f"<think>why</think>{said}"):
-        asked = [system("s"), user("q"), {"role": "assistant", "content": content}, user("next")]
-        assert judged(asked, found).how == "last reply"
-
-
-def test_a_question_without_words_is_the_same_as_another_one() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
-    silent = {"role": "tool", "tool_call_id": "1", "content": ""}
-    found = known([system("s"), user("q"), call, silent], REPLY)
-    assert judged([system("s"), call, silent, REPLY, user("next")], found).how == "last reply"
-    assert judged([system("s"), user("q"), REPLY, user("next")], found).session is None
-
-
-@pytest.mark.parametrize("broken", [None, 5, "text", {"name": 3}, {"function": "f"}, {"function": {"name": None}}])
-def test_tools_may_be_anything(broken: Any) -> None:
-    assert isinstance(aliases.tool_names({"tools": [broken]}), bytes)
-    assert isinstance(aliases.tool_names({"tools": broken}), bytes)
-
-
-def test_marks_are_read_as_they_were_written() -> None:
-    (alias, *_) = known([system("s"), user("one\ntwo\n" * 50 + "x" * 9_000)], REPLY)
-    marks = aliases.Marks.read(Alias(*alias.alias).marks)
-    assert 2 <= len(marks.lines) <= 32

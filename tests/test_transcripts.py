@@ -30,6 +30,7 @@ WINDOW = [SYSTEM, u("1"), a("one"), u("2"), a("two")]
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        (a("x"), a("x", provider_specific_fields={"token_ids": None})),
         (a("x"), a("x", refusal=None, tool_calls=[], audio=None, function_call=None, annotations=[])),
         (a("x", reasoning="because"), a("x")),
         (a("x", reasoning_content="because"), a("x", reasoning_content="otherwise")),
@@ -182,15 +183,33 @@ def test_a_session_whose_system_message_was_replaced_keeps_it() -> None:
 OTHER = {"role": "system", "content": "be verbose"}
 
 
-@pytest.mark.parametrize("sent", [[OTHER, u("3")], [OTHER, *WINDOW[1:], u("3")], [SYSTEM, OTHER, u("3")]])
+@pytest.mark.parametrize("sent", [[OTHER, u("3")], [SYSTEM, OTHER, u("3")], [OTHER, u("2"), a("other"), u("3")]])
 def test_another_system_message_is_a_conflict_unless_a_rule_decides(sent: list[dict[str, Any]]) -> None:
     with pytest.raises(GatewayError) as conflict:
         continued(WINDOW, sent, "")
     assert conflict.value.code == "window_system_conflict"
     assert "X-Window-System" in conflict.value.hint
-    assert continued(WINDOW, sent, "keep") == [*WINDOW, u("3")]
-    theirs = [m for m in sent if m["role"] == "system"]
-    assert continued(WINDOW, sent, "replace") == [*theirs, *WINDOW[1:], u("3")]
+    theirs, rest = [m for m in sent if m["role"] == "system"], [m for m in sent if m["role"] != "system"]
+    assert continued(WINDOW, sent, "keep") == [*WINDOW, *rest]
+    assert continued(WINDOW, sent, "replace") == [*theirs, *WINDOW[1:], *rest]
+
+
+@pytest.mark.parametrize("sent", [WINDOW[1:], WINDOW[3:]])
+def test_a_client_that_keeps_its_conversation_itself_is_taken_at_its_own_system_message(
+    sent: list[dict[str, Any]],
+) -> None:
+    """It tells the time, holds retrieved passages, or is that of a sub-agent."""
+    assert continued(WINDOW, [OTHER, *sent, u("3")], "") == [OTHER, *WINDOW[1:], u("3")]
+    assert continued(WINDOW, [OTHER, *sent, u("3")], "keep") == [*WINDOW, u("3")]
+
+
+def test_a_first_question_without_what_was_around_it_is_still_the_whole_history() -> None:
+    reply = a("a reply that is hardly said twice")
+    window = [SYSTEM, u("<reminder>be brief</reminder> 1"), reply]
+    sent = [SYSTEM, u("1"), reply, u("2")]
+    assert continued(window, sent, "") == sent
+    short = [SYSTEM, u("1"), a("ok"), u("2")]
+    assert continued([*window[:2], a("ok")], short, "") == [*window[:2], a("ok"), *short[1:]]
 
 
 def test_a_developer_message_is_a_system_message() -> None:

@@ -5,7 +5,7 @@ the whole conversation, begun with the window itself, so that the next turn find
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway import identity, transcripts
 from gateway.errors import GatewayError
@@ -38,7 +38,7 @@ async def place(parts: Parts, asked: Asked) -> Place:
     window = await usable(parts, asked.tenant, asked.window)
     named = asked.named
     if named and named.kind != "key":
-        return await _named(parts, asked, named)
+        return await _named(parts, asked, named, window)
     history = (await parts.store.text(window)).messages
     seed = identity.seed({}, f"{asked.prompt.seed.hex()} {window.name} {window.created_at}", "")
     heavy = is_heavy(history) or is_heavy(asked.prompt.messages)
@@ -56,8 +56,10 @@ def _beginning(history: Sequence[Message], asked: Asked, seed: bytes) -> Beginni
     return Beginning.of(Prompt(sent if front is None else transcripts.merged(front, sent), seed, asked.prompt.frame))
 
 
-async def _named(parts: Parts, asked: Asked, named: Given) -> Place:
+async def _named(parts: Parts, asked: Asked, named: Given, window: Window) -> Place:
     known = await parts.sessions.place(asked.tenant, named, asked.prompt, parts.turns.settle)
+    if named.kind == "agent" and not known.is_new and known.session.window != asked.window:
+        known = await _beside(parts, asked, known, window)
     if known.is_new:
         head = known.session.head
         session, _, _ = await thaw(
@@ -73,6 +75,17 @@ async def _named(parts: Parts, asked: Asked, named: Given) -> Place:
             details={"session_id": known.session.id, "window_name": known.session.window},
         )
     return known
+
+
+async def _beside(parts: Parts, asked: Asked, known: Place, window: Window) -> Place:
+    """The branch of an agent that had its session before it was sent to the window: it cannot leave its id away, as a
+    person can."""
+    branch_id = identity.side(known.session.id, identity.seed({}, f"{window.name} {window.created_at}", ""))
+    session = await parts.sessions.open(asked.tenant, branch_id)
+    is_new = not session.created_at
+    return Place(
+        replace(session, head=asked.prompt.head) if is_new else session, known.source, known.seed, is_new=is_new
+    )
 
 
 async def _new(parts: Parts, window: Window) -> Session:
