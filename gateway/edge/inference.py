@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import identity, normalise
 from gateway.dialects.contract import Call, Dialect
-from gateway.edge import auth, front, responses
+from gateway.edge import auth, front, references, responses
 from gateway.edge.client import client_of
 from gateway.edge.http import ClientGone, Headers, not_found, parse_object, read_body, require_json, send_answer
 from gateway.edge.incoming import SYSTEM_HEADER, TURNS, WINDOW_HEADER, Base, Incoming, base_of, spoken
@@ -143,7 +143,9 @@ class Inference:
             asked = await parts.offload.run(True, self._understood, incoming, dialect)
         else:
             asked = self._understood(incoming, dialect)
-        call = asked.call
+        call = await references.resolve(parts, incoming.tenant, asked.call, dialect)
+        if call is not asked.call:
+            asked = self._taken_apart(incoming, call, asked.named, asked.normalised)
         model = await parts.engines.look_up(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
@@ -241,9 +243,14 @@ class Inference:
         parsed = parse_object(incoming.body, settings.max_json_values)
         body, normalised = normalise.in_body(parsed, incoming.base.path, self._rules)
         named = identity.given(incoming.scope["headers"], body, incoming.base.session_id)
-        call = dialect.read(body, b"" if normalised else incoming.body)
-        if len(call.messages) > settings.max_messages:
-            message = f"the request holds {len(call.messages)} messages; at most {settings.max_messages} are taken"
+        return self._taken_apart(incoming, dialect.read(body, b"" if normalised else incoming.body), named, normalised)
+
+    def _taken_apart(
+        self, incoming: Incoming, call: Call, named: identity.Given | None, normalised: tuple[str, ...]
+    ) -> _Understood:
+        limit = self._parts.settings.max_messages
+        if len(call.messages) > limit:
+            message = f"the request holds {len(call.messages)} messages; at most {limit} are taken"
             raise GatewayError("too_complex", message, hint="max_messages sets the limit")
         key = named.id if named and named.kind == "key" else ""
         prompt = identity.Prompt(call.messages, identity.seed(call.body, key, call.client_salt), call.frame)

@@ -264,6 +264,10 @@ class Store(Protocol):
         """Return a kept answer, or None."""
         ...
 
+    async def response_items(self, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return items of kept answers by their ids; those that are not there are left out."""
+        ...
+
     async def delete_response(self, tenant: str, response_id: str) -> bool:
         """Delete a kept answer; False if there is none. Answers that go on from it stay."""
         ...

@@ -345,6 +345,27 @@ _M014 = (
 )
 
 
+@MIGRATIONS.append
+def m015_items_of_responses(db: sqlite3.Connection) -> None:
+    """Which kept answer an item is of: clients name what they were answered by the ids of the items."""
+    for statement in _M015:
+        db.execute(statement)
+
+
+_M015 = (
+    """CREATE TABLE response_items (
+        tenant TEXT NOT NULL, id TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (tenant, id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX response_items_by_number ON response_items (number)",
+    """INSERT OR IGNORE INTO response_items
+    SELECT tenant, json_extract(item.value, '$.id'), number
+    FROM responses, json_each(CAST(answer AS TEXT), '$.output') AS item
+    WHERE item.type = 'object' AND json_type(item.value, '$.id') = 'text'""",
+    """CREATE TRIGGER response_items_go_with_their_answer AFTER DELETE ON responses
+    BEGIN DELETE FROM response_items WHERE number = OLD.number; END""",
+)
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own; foreign keys are enforced from then on.
 

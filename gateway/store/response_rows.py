@@ -48,7 +48,7 @@ def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
     delete(db, new.tenant, new.id)  # an id that comes again in its session names the later answer: it was a retry
     answer = orjson.dumps({name: None if name in _ECHOED else value for name, value in new.answer.items()})
     echo = transcript_rows.add_content(db, {name: new.answer[name] for name in _ECHOED if name in new.answer})
-    db.execute(
+    cursor = db.execute(
         """INSERT INTO responses
         (tenant, id, session_id, lineage, created_at, answer, echo, instructed, transcript, asked)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
@@ -57,6 +57,31 @@ def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
             new.transcript, new.asked,
         ),
     )  # fmt: skip
+    # An id that another answer's item has stays that item's.
+    db.executemany(
+        "INSERT OR IGNORE INTO response_items VALUES (?, ?, ?)",
+        [(new.tenant, item_id, cursor.lastrowid) for item_id in _items(new.answer)],
+    )
+
+
+def _items(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The items of an answer by their ids."""
+    output = answer.get("output")
+    items = [item for item in output if isinstance(item, dict)] if isinstance(output, list) else []
+    return {item["id"]: item for item in items if isinstance(item.get("id"), str)}
+
+
+def items(db: sqlite3.Connection, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for item_id in ids:
+        if item_id not in found:
+            row = db.execute(
+                """SELECT answer FROM response_items JOIN responses USING (number)
+                WHERE response_items.tenant = ? AND response_items.id = ?""",
+                (tenant, item_id),
+            ).fetchone()
+            found |= _items(orjson.loads(row[0])) if row else {}
+    return {item_id: found[item_id] for item_id in ids if item_id in found}
 
 
 def find(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredResponse | None:

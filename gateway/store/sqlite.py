@@ -222,6 +222,10 @@ class SqliteStore:
         """See `Store.response`."""
         return await self._read(lambda db: response_rows.find(db, tenant, response_id))
 
+    async def response_items(self, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """See `Store.response_items`."""
+        return await self._read(lambda db: response_rows.items(db, tenant, ids))
+
     async def delete_response(self, tenant: str, response_id: str) -> bool:
         """See `Store.delete_response`."""
         return await self._delete(lambda db: response_rows.delete(db, tenant, response_id))
