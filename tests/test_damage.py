@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from gateway.records import Alias
 from gateway.store.damage import StoreDamaged, damage
 from gateway.store.sqlite import SqliteStore
 from tests.fakes.engine import FakeEngine
 from tests.running import free_port, gateway_before
 from tests.test_server import DEAD, assert_one_clear_line, serve
+
+_ALIAS = Alias(b"link", b"history", b"question", b"")
 
 
 def garbled(store: Path, table: str) -> None:
@@ -76,7 +79,7 @@ async def test_who_reads_a_damaged_page_is_told_so(tmp_path: Path) -> None:
         ("sessions", lambda store: store.session("default", "s")),
         ("sqlite_autoindex_windows_1", lambda store: store.window("default", "w")),
         ("beginnings", lambda store: store.beginning("default", [b"x"])),
-        ("ends", lambda store: store.standing("default", [b"x"])),
+        ("ends", lambda store: store.standing("default", [_ALIAS])),
     ],
 )
 async def test_a_request_that_reads_a_damaged_page_is_told_so(
