@@ -178,6 +178,8 @@ class Sessions:
             # Another session may stand where this was asked: the same script, run once more, gets the same replies and
             # asks the same.
             standing = await self._judge_links(tenant, request, request.candidates[1:])
+            if request.replies and (standing.forks or not standing.session):
+                standing = await self._judge_changed(tenant, request, request.replies[-1] - 1)
             verdict = identity.likelier(verdict, standing)
         if (verdict.session and not verdict.forks) or not request.replies or verdict.depth >= request.replies[-1]:
             return verdict

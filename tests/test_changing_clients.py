@@ -238,15 +238,16 @@ def test_of_conversations_with_the_same_preamble_and_reply_the_one_with_the_same
         assert (again.match, again.session) == ("last-reply", first.session)
 
 
+@pytest.mark.parametrize("dressed", ["{}", "{}\n\nAnswer in English."])
 def test_the_same_script_run_again_is_a_conversation_of_its_own_in_every_turn(
-    engine: FakeEngine, gateway: Gateway, session: str
+    engine: FakeEngine, gateway: Gateway, session: str, dressed: str
 ) -> None:
     engine.on_chat = engine.answer_chat
     client, runs = Client(gateway.http), []
     for _ in range(2):
         history, found = [SYSTEM], set()
         for number in range(3):
-            answer = client.ask([*history, user(f"{session} question {number}")])
+            answer = client.ask([*history, user(dressed.format(f"{session} question {number}"))])
             gateway.turns(answer.session)
             history += [user(f"{session} question {number}"), answer.said]
             found.add(answer.session)
