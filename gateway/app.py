@@ -52,7 +52,8 @@ from gateway.workers import Patience, Report
 log = logging.getLogger(__name__)
 
 _SIGNS_OF_LIFE = 10  # of a worker in the time after which it is given up
-_INFERENCE = ("/v1/", "/s/", "/w/", *(path.decode() for path in BESIDE))
+_INFERENCE = ("/v1/", "/s/", "/w/")
+_BESIDE = frozenset(path.decode() for path in BESIDE)
 
 
 class Gateway:
@@ -76,7 +77,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["path"].startswith(_INFERENCE):
+        if scope["path"].startswith(_INFERENCE) or scope["path"] in _BESIDE:
             await self._inference(scope, receive, send)
         elif scope["path"] == PATH:
             await self._mcp(scope, receive, send)

@@ -257,7 +257,7 @@ def test_no_spelling_of_the_path_brings_a_completion_past_the_salt(
         ("/s/a/s/b/v1/models", "not_found"),
         ("/v1", "not_found"),
         ("/metricsx", "not_found"),
-        ("/health", "not_found"),
+        ("/healthx", "not_found"),
         ("/tokenizex", "not_found"),
         ("/tokenize/x", "not_found"),
         ("/s/a/tokenizex", "not_found"),
@@ -272,6 +272,14 @@ def test_a_path_outside_the_api_never_reaches_the_engine(
         status, body = wire.head(), wire.json()
     assert status in (400, 404)
     assert body["error"]["code"] == code
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/load"])
+def test_what_load_generators_ask_before_they_start_is_answered_by_the_engine(
+    engine: FakeEngine, gateway: Gateway, path: str
+) -> None:
+    engine.on_health = engine.on_other = lambda exchange: exchange.json({"reached": exchange.request.target})
+    assert gateway.http.get(path).json() == {"reached": path}
 
 
 @pytest.mark.parametrize(

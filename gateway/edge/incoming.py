@@ -11,7 +11,7 @@ from gateway.dialects.contract import Dialect
 from gateway.dialects.messages import MessagesDialect
 from gateway.dialects.responses import ResponsesDialect
 from gateway.edge.http import not_found
-from gateway.edge.routes import ROUTES
+from gateway.edge.routes import ROUTES, STATE
 from gateway.errors import GatewayError
 from gateway.offload import HEAVY_BYTES
 from gateway.records import check_session_id, check_window_name
@@ -29,7 +29,7 @@ TURNS: dict[bytes, Dialect] = {
     b"/v1/messages": MESSAGES,
 }
 # What vLLM has beside `/v1` and clients ask for: no KV comes of it.
-BESIDE = (b"/tokenize", b"/detokenize")
+BESIDE = (b"/tokenize", b"/detokenize", *STATE)
 
 
 @dataclass(frozen=True, slots=True)

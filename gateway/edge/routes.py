@@ -37,6 +37,7 @@ _FORM = Route(_POST)
 TURNS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 RESPONSES = b"/v1/responses/"
 COUNT = b"/v1/messages/count_tokens"
+STATE = (b"/health", b"/ping", b"/version", b"/load")  # load generators ask before they start
 ROUTES: Mapping[bytes, Route] = {
     **dict.fromkeys(TURNS, _COMPUTING),
     COUNT: _RENDERING,
@@ -53,6 +54,7 @@ ROUTES: Mapping[bytes, Route] = {
     b"/v1/audio/translations": _FORM,
     b"/tokenize": _RENDERING,
     b"/detokenize": _RENDERING,
+    **dict.fromkeys(STATE, _QUESTION),
 }
 _BELOW: Mapping[bytes, Route] = {b"/v1/models/": _QUESTION, RESPONSES: Route(_ANY, kept=True)}
 
