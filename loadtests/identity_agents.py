@@ -1,4 +1,8 @@
-"""Habits of agents and chat applications that send no id, as their requests show them.
+"""Habits of agents and chat applications that send no id, in the shape of their requests, with words of our own.
+
+Seen in recordings (2026-11-30): Qwen Code 0.24.4, aider 0.86.2, smolagents 1.26.0, llama-index-core 0.14.25,
+agno 3.1.10, LangGraph 1.2.24, pi 0.73.1, Vercel's AI SDK 7.0.173. What an empty reply does to pi, tool loops, and the
+others are written from what is known of them.
 
 Each rewrites its history in its own way, or sends requests beside its conversation. Which is which:
 
@@ -9,6 +13,7 @@ Each rewrites its history in its own way, or sends requests beside its conversat
 """
 
 import json
+import random
 from collections.abc import Callable, Sequence
 
 from loadtests.identity_clients import CLIENTS
@@ -59,32 +64,61 @@ def _asked_apart(talk: Talk, trace: str, prompt: str, last: int) -> None:
 # --- agents
 
 
+def _parts(*texts: str) -> list[Message]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
 def qwen_code(world: World) -> None:
-    """Qwen Code: a reminder before the last question alone; after each task a sub-agent extracts memories."""
+    """Qwen Code: the same pages before the first question of every conversation, a reminder before the last one alone;
+    after each task a sub-agent extracts memories, from the conversation as it was sent last."""
     rng = world.rng
     talk = Talk(world, "Qwen Code", fixed(_CODING), tools=TOOLS, at=world.moment())
     memory = fixed("You are the memory extraction agent.\n" + "- Keep facts, not chatter.\n" * 20)
+    pages = (
+        "<system-reminder>\n" + "".join(f"- tool {n} does this and that\n" for n in range(30)) + "</system-reminder>",
+    )
     for number in range(rng.randint(2, 4)):
         question = phrase(rng)
+        before = () if number else pages
         reminder = f"<system-reminder>\nToday is Monday, step {number}. {phrase(rng)}\n</system-reminder>"
-        parts = [{"type": "text", "text": text} for text in (reminder, question)]
-        _dressed(talk, question, parts if rng.random() < 0.5 else f"{reminder}\n\n{question}")
-        talk.say(phrase(rng))
-        _tools(talk, 1, 3)
+        asked, kept = _parts(*before, reminder, question), _parts(*before, question)
+        talk.history.append({"role": "user", "content": asked})
+        _tools(talk, 0, 2)
         talk.turn()
-        _beside(talk, "Qwen Code, memory", memory, ("save_memory", "read_memory"), "Extract what is worth keeping.")
+        _beside(talk, "Qwen Code, memory", memory, ("read", "save_memory"), "Extract what is worth keeping.")
+        talk.history[next(i for i, m in enumerate(talk.history) if m.get("content") is asked)] = {
+            "role": "user",
+            "content": kept,
+        }
 
 
 def aider(world: World) -> None:
-    """aider: a canned exchange with a changing map of the repository; a reminder at the end of the last question."""
+    """aider: made-up exchanges show a changing map of the repository and the files; the files stand behind all that
+    was done, once they were edited. A reminder ends the last question."""
     rng = world.rng
     talk = Talk(world, "aider", fixed("Act as an expert software developer.\n" * 12), at=world.moment())
-    talk.history = [{}, {"role": "assistant", "content": "Ok, I won't try and edit those files without asking first."}]
+    shown: list[Message] = []
+    done: list[Message] = []
+    current: list[Message] = []
+    files = _shown(rng, "These files are in the chat now", "I take these for the contents of the files.")
     for _ in range(rng.randint(2, 5)):
-        if not talk.history[0] or rng.random() < 0.4:
-            talk.history[0] = {"role": "user", "content": f"Here are summaries of some files:\n{output(rng)}"}
+        if not shown or rng.random() < 0.4:
+            shown = _shown(rng, "Here are summaries of some files", "I will not edit those without asking first.")
+        talk.history = [*shown, *done, *files, *current]
         question = phrase(rng)
-        _dressed(talk, question, f"{question}\n\n*SEARCH/REPLACE block* rules:\nEvery block must use this format.")
+        _dressed(talk, question, f"{question}\n\nEvery change has to be a block of this format.")
+        current += talk.history[-2:]
+        if rng.random() < 0.5:
+            edited: list[Message] = [
+                {"role": "user", "content": "I made these changes."},
+                {"role": "assistant", "content": "Ok."},
+            ]
+            done, current = [*done, *current, *edited], []
+            files = _shown(rng, "These files are in the chat now", "I take these for the contents of the files.")
+
+
+def _shown(rng: random.Random, what: str, reply: str) -> list[Message]:
+    return [{"role": "user", "content": f"{what}:\n{output(rng)}"}, {"role": "assistant", "content": reply}]
 
 
 def langgraph(world: World) -> None:
@@ -100,18 +134,21 @@ def langgraph(world: World) -> None:
 
 
 def smolagents(world: World) -> None:
-    """smolagents: a tool call is kept as text that it writes itself, its result as a user's message."""
+    """smolagents: a tool call is kept as text that it writes itself, its result as a user's message; of a call that
+    could not be run an empty reply is kept."""
     rng = world.rng
     talk = Talk(
         world, "smolagents", fixed("You are an expert assistant who solves tasks with tools."), at=world.moment()
     )
     talk.say(f"New task:\n{phrase(rng)}")
     for _ in range(rng.randint(3, 8)):
-        talk.turn()
-        thought = talk.history[-1]["content"] or ""
+        failed = rng.random() < 0.2
+        talk.turn(Kind.TOOL if failed else Kind.TEXT)
+        thought = talk.history[-1].get("content") or ""
         calls = [{"id": "call_1", "type": "function", "function": {"name": "python", "arguments": phrase(rng)}}]
-        talk.history[-1]["content"] = f"{thought.strip()}\nCalling tools:\n{json.dumps(calls)}"
-        talk.say(f"Observation:\n{output(rng)}")
+        said = "" if failed else f"{thought.strip()}\nCalling tools:\n{json.dumps(calls)}"
+        talk.history[-1] = {"role": "assistant", "content": _parts(said)}
+        talk.say("Error: an argument is missing. Try again." if failed else f"Observation:\n{output(rng)}")
     talk.turn()
 
 
@@ -130,25 +167,46 @@ def pi(world: World) -> None:
 
 
 def llama_index(world: World) -> None:
-    """LlamaIndex's context chat: passages around the last question, replies without the blanks around them."""
+    """LlamaIndex's context chat: passages for the last question in the system prompt, replies without the blanks around
+    them."""
     rng = world.rng
-    talk = Talk(world, "LlamaIndex", fixed("You are a helpful assistant."), client=_TRIMS, at=world.moment())
+    passages = {"": ""}
+
+    def system(_: float) -> Message:
+        return {
+            "role": "system",
+            "content": f"Use these passages:\n---\n{passages['']}\n---\nYou are a helpful assistant.",
+        }
+
+    talk = Talk(world, "LlamaIndex", system, client=_TRIMS, at=world.moment())
     for _ in range(rng.randint(3, 6)):
-        question = phrase(rng)
-        front = f"Context information is below.\n---------------------\n{output(rng)}\n---------------------"
-        _dressed(
-            talk, question, f"{front}\nGiven the context information, answer the query.\nQuery: {question}\nAnswer: "
-        )
+        passages[""] = output(rng)
+        talk.say(phrase(rng)).turn()
+
+
+def agno(world: World) -> None:
+    """agno: the system prompt tells the time, to the microsecond; the last runs alone are sent."""
+    rng = world.rng
+    helpful = "You are a helpful assistant.\n" * 20
+
+    def system(at: float) -> Message:
+        return {"role": "system", "content": f"{helpful}- The time is 2026-11-30 08:{int(at) % 60:02}:{at % 60:09.6f}."}
+
+    talk = Talk(world, "agno", system, at=world.moment())
+    for _ in range(rng.randint(3, 7)):
+        talk.say(phrase(rng))
+        talk.history = talk.history[-5:]
+        talk.turn()
 
 
 def vercel(world: World) -> None:
-    """Vercel's AI SDK: parts, and several steps for one question."""
+    """Vercel's AI SDK: several steps for one question."""
     rng = world.rng
     talk = Talk(
         world, "Vercel AI SDK", fixed("You are a helpful assistant."), tools=("weather", "search"), at=world.moment()
     )
     for _ in range(rng.randint(2, 5)):
-        talk.history.append({"role": "user", "content": [{"type": "text", "text": phrase(rng)}]})
+        talk.say(phrase(rng))
         _tools(talk, 0, 3)
         talk.turn()
 
@@ -248,6 +306,6 @@ def _nothing(_: float) -> Message | None:
 
 
 AGENTS: Sequence[Callable[[World], None]] = (
-    qwen_code, aider, langgraph, smolagents, pi, llama_index, vercel, open_webui, cline, goose, continue_dev,
+    qwen_code, aider, langgraph, smolagents, pi, llama_index, agno, vercel, open_webui, cline, goose, continue_dev,
     claude_code, zed,
 )  # fmt: skip
