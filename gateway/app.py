@@ -14,40 +14,42 @@ import uvloop
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from gateway import limits, serve_lock, workers
-from gateway.autofreeze import Autofreeze
-from gateway.chores import Chores
-from gateway.edge import admin, endpoint, server
-from gateway.edge.health import Health
-from gateway.edge.incoming import BESIDE
-from gateway.edge.inference import Inference
-from gateway.edge.mcp_door import PATH, McpDoor
-from gateway.engine import Engine
-from gateway.engines import Engines
+from gateway.api import endpoint, server, workers
+from gateway.api.admin import routes
+from gateway.api.health import Health
+from gateway.api.inference.handler import Inference
+from gateway.api.inference.request import BESIDE
+from gateway.api.mcp.transport import PATH, McpDoor
+from gateway.api.workers import Patience, Report
+from gateway.engines.client import Engine
+from gateway.engines.connection_pool import Upstream
+from gateway.engines.node import Member
+from gateway.engines.pool import Engines
 from gateway.errors import StartError
-from gateway.inflight import TurnLocks
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Lock, Pins
-from gateway.kv.tiers.contract import Tier, TierUnavailable
+from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
-from gateway.member import Member
-from gateway.parts import Parts
-from gateway.reviews import Reviews
-from gateway.salt_notes import SaltNotes
-from gateway.secret_check import checked_secret
-from gateway.sessions import SaltRule, Sessions
+from gateway.metrics import Shared, Telemetry, clear, forget
+from gateway.runtime import open_files, serve_lock
+from gateway.runtime.stalls import LostSince, Stalls
+from gateway.sessions.cache_review import Reviews
+from gateway.sessions.in_flight import TurnLocks
+from gateway.sessions.recorder import Turns
+from gateway.sessions.resolver import SaltRule, Sessions
+from gateway.sessions.salt_notes import SaltNotes
+from gateway.sessions.secret_check import checked_secret
+from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings
-from gateway.stalls import LostSince, Stalls
 from gateway.store.damage import StoreDamaged
-from gateway.store.sqlite import SqliteStore
-from gateway.telemetry import Shared, Telemetry, clear, forget
-from gateway.tokens import Estimator, hub_folder
-from gateway.turns import Turns
-from gateway.upstream import Upstream
+from gateway.store.store import SqliteStore
+from gateway.windows.autofreeze import rules
+from gateway.windows.autofreeze.service import Autofreeze
+from gateway.windows.background import Chores
+from gateway.windows.context import Parts
 from gateway.windows.freeze import release_strays
-from gateway.windows.garbage import keep_tidy
-from gateway.windows.textless import REMEDY, textless
-from gateway.workers import Patience, Report
+from gateway.windows.missing_text import REMEDY, textless
+from gateway.windows.retention.sweeper import keep_tidy
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Gateway:
         self._state = {
             "parts": parts, "health": health, "autofreeze": autofreeze, "inference": self._inference
         }  # fmt: skip
-        self._rest = Starlette(routes=admin.routes(), exception_handlers=endpoint.HANDLERS)
+        self._rest = Starlette(routes=routes.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
         self._mcp = McpDoor(self._admin, parts.settings)
 
@@ -207,8 +209,11 @@ async def _show_life(report: Report, every_s: float) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had."""
-    limits.raise_open_files()
+    """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had,
+    SettingsError for settings that automatic freezing cannot have.
+    """
+    rules.from_settings(settings)  # a value that no rule can have stops the start
+    open_files.raise_open_files()
     sock = server.listen(settings)
     with suppress(OSError):  # whoever writes there first says what is wrong with it
         settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The one error of the gateway, and the table of its codes.
 
 Every failure that a caller may see is a `GatewayError` with one of the codes below; the HTTP status and whether a
-retry makes sense hang on the code, so they are written once. `gateway.edge` renders it: in the admin API's shape, or in
+retry makes sense hang on the code, so they are written once. `gateway.api` renders it: in the admin API's shape, or in
 the shape of the dialect that the client speaks.
 """
 

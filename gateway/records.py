@@ -52,8 +52,8 @@ class Session:
     """A conversation. `transcript` and `frame` are content ids in the store.
 
     `source` says how it was recognised when it began, `parent` which session it is a fork of. `head`, `asked` and `tip`
-    are links of its chain (gateway.identity): what it began with, what its last turn asked, and its last reply;
-    `answered` tells whether what was asked last has its reply.
+    are links of its chain (gateway.sessions.prefix_chain): what it began with, what its last turn asked, and its last
+    reply; `answered` tells whether what was asked last has its reply.
     """
 
     tenant: str
@@ -80,7 +80,7 @@ class Session:
     answered: bool = False
     prompt_tokens: int = 0  # of its last turn
     engine: str = ""  # that served its last turn
-    normalised: str = ""  # rules of gateway.normalise that took something out, separated by spaces
+    normalised: str = ""  # rules of gateway.dialects.prompt_filters that took something out, separated by spaces
     successor: str | None = None  # the session that its conversation goes on in, since its context was full
 
 
@@ -88,7 +88,8 @@ class Session:
 class Succession:
     """A full session and its successor: what was left out are `dropped` messages after the system's.
 
-    `link` is the link of the chain (gateway.identity) that they are, begun with nothing; `window` holds them.
+    `link` is the link of the chain (gateway.sessions.prefix_chain) that they are, begun with nothing; `window` holds
+    them.
     """
 
     tenant: str
@@ -100,8 +101,8 @@ class Succession:
 
 
 class Alias(NamedTuple):
-    """Another name of a reply (`gateway.aliases`): `link` is the hash of what was said, the other fields are in short
-    what it answers.
+    """Another name of a reply (`gateway.sessions.reply_aliases`): `link` is the hash of what was said, the other fields
+    are in short what it answers.
 
     `history` (b"" where there is none) and `question` are digests, so that a reply can be looked for by its link alone,
     with its history, or with both. `marks` is compared when it has been found.

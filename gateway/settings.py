@@ -7,33 +7,18 @@ the start and names the nearest right one.
 import difflib
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
-from gateway import normalise as rules
-from gateway import rules as rules_of
-from gateway.errors import GatewayError
-from gateway.rules import Rules
+from gateway.dialects import prompt_filters as rules
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
 # Variables of ours that are not settings of the server: the client side of the CLI.
 CLIENT_VARIABLES = frozenset({"CWG_URL"})
-_RULES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    # of each setting the rule that it stands for, and how it is read as one
-    "auto_freeze": ("enabled", lambda value: value),
-    "auto_freeze_idle_minutes": ("idle_timeout_minutes", lambda value: value or None),
-    "auto_freeze_tokens": ("token_threshold", lambda value: value or None),
-    "auto_freeze_share": ("context_share", lambda value: value or None),
-    "auto_freeze_at_shutdown": ("at_shutdown", lambda value: value),
-    "auto_freeze_name": ("naming_pattern", lambda value: value),
-    "auto_freeze_cooldown_s": ("cooldown_seconds", lambda value: value),
-    "auto_freeze_keep": ("keep", lambda value: value),
-    "auto_freeze_ttl_days": ("ttl_seconds", lambda value: value * 86400 or None),
-}
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 _NONE_IS_0 = frozenset(
@@ -198,11 +183,6 @@ class Settings:
         return Path(self.store_url.removeprefix("sqlite:///")).expanduser().absolute()
 
     @property
-    def rules(self) -> Rules:
-        """The rules of automatic freezing, unless they are set otherwise at run time."""
-        return _rules(self)
-
-    @property
     def secret_path(self) -> Path:
         """File of the secret."""
         return Path(self.secret_file).expanduser().absolute() if self.secret_file else self.data_path / "secret"
@@ -338,23 +318,12 @@ def _check(s: Settings) -> None:
             one == "*" or _is_origin(one), f"allowed_origins: {one!r} is not an origin, as in 'https://app.example'"
         )
     _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
-    _rules(s)
     for f in fields(s):
         value = getattr(s, f.name)
         counts = ("turn_queue", "max_connections", "max_messages", "max_json_values")
         if f.name.endswith(("_s", "_bytes", "_kept")) or f.name in counts:
             fits = value > 0 or (value == 0 and f.name in _NONE_IS_0)
             _require(fits, f"{f.name} must be more than 0, not {value}")
-
-
-def _rules(s: Settings) -> Rules:
-    values: dict[str, Any] = {}
-    try:
-        for name, (rule, read) in _RULES.items():
-            values[rule] = rules_of.READERS[rule](name, read(getattr(s, name)))
-    except GatewayError as error:
-        raise SettingsError(error.message) from error
-    return Rules(policies=tuple({"use": name} for name in s.auto_freeze_policies), **values)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -160,7 +160,7 @@ def worker_that_is_stopped(ground: Ground) -> Verdict:
     """A worker that stands still (SIGSTOP) is noticed: after 30 s every new connection is answered"""
     gateway = ground.gateway(ground.engine().url, workers=2)
     if not wait_for(lambda: len(_serving(gateway)) == 2, 20):
-        return Verdict(False, f"workers {gateway.workers()}")
+        return Verdict(False, f"workers {gateway.api.workers()}")
     victim = gateway.workers()[0]
     os.kill(victim, signal.SIGSTOP)
     answered: list[int] = []

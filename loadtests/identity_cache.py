@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import orjson
 from blake3 import blake3
 
-from gateway import normalise
+from gateway.dialects import prompt_filters
 from loadtests.identity_score import Seen
 from loadtests.identity_talk import Request
 from loadtests.scripted_upstream import Kind, Message, reply
 
 BLOCK = 32
 _CHARS = 4 * BLOCK
-_RULES = frozenset(normalise.RULES)
+_RULES = frozenset(prompt_filters.RULES)
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ def by_trace(seen: Sequence[Seen], lineages: Mapping[str, str]) -> dict[str, Fou
             continue
         prompt = _prompt(request, request.messages)
         had = alone.turn(owner, prompt, request)
-        normal, _ = normalise.apply(request.messages, _RULES)
+        normal, _ = prompt_filters.apply(request.messages, _RULES)
         has = through.turn(lineages[one.session], _prompt(request, normal), request)
         _add(found[request.trace], len(prompt) // 4, had, has)
     return dict(sorted(found.items()))

@@ -11,7 +11,7 @@ from loadtests.soak_watch import Sample
 # 16 GB in two months; the fragments of a heap breathe by a few MB.
 _FLAT_MB_PER_H = 10.0
 _JUDGED_MINUTES = 20.0  # a shorter run sees the heap grow into its shape and no more
-_MAX_IDLE = 256  # connections that `gateway.upstream` keeps at most
+_MAX_IDLE = 256  # connections that `gateway.engines.connection_pool` keeps at most
 _SHOWN = 14  # rows of the table of samples
 # Threads and pools are made when they are needed first.
 _SPARE_FDS = 8

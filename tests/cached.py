@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway import identity
 from gateway.app import open_parts
 from gateway.kv.keys import ObjectKey
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
 from gateway.records import Session, Turn, Window
+from gateway.runtime.progress import Progress, silent
+from gateway.sessions import prefix_chain
 from gateway.settings import Settings
-from gateway.store.contract import Finished
+from gateway.store.types import Finished
+from gateway.windows.context import Parts
 from gateway.windows.freeze import Naming, freeze
 from tests.fakes.engine import MODEL, FakeEngine, render
 from tests.fakes.lmcache import CHUNK, FakeLMCache
@@ -69,7 +69,7 @@ class Cached:
         salt = self.parts.salts.of(TENANT, name, fingerprint)
         said = [dict(message) for message in messages]
         turn = Turn(TENANT, name, MODEL, "completed", 200, time.time(), 1.0)
-        trace = identity.trace(b"", said[:-1], said[-1], None)
+        trace = prefix_chain.trace(b"", said[:-1], said[-1], None)
         await self.parts.store.record([Finished(turn, Session(TENANT, name, name), fingerprint, salt, said, {}, trace)])
         if stored:
             self.cache.store(render(said[:-1], generation_prompt=True), salt)

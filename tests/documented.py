@@ -8,8 +8,8 @@ import httpx
 import orjson
 from jsonschema import Draft202012Validator
 
-from gateway.edge import openapi
-from gateway.edge.admin import OPERATIONS
+from gateway.api.admin import openapi
+from gateway.api.admin.routes import OPERATIONS
 
 
 @cache

@@ -1,6 +1,6 @@
 """docs/errors.md, made from the table of codes and from the routes: `make docs` writes it."""
 
-from gateway.edge.admin import OPERATIONS
+from gateway.api.admin.routes import OPERATIONS
 from gateway.errors import CODES, Code
 from tests.running import ROOT
 

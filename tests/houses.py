@@ -11,10 +11,10 @@ from pathlib import Path
 
 from gateway.app import open_parts
 from gateway.kv.keys import object_keys
-from gateway.parts import Parts
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
-from gateway.store.contract import Text
+from gateway.store.types import Text
+from gateway.windows.context import Parts
 from tests.fakes.engine import MODEL, FakeEngine, render
 from tests.rigs import RedisRig, RedisServer
 

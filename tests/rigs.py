@@ -13,7 +13,7 @@ from typing import Protocol
 import redis
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Tier
+from gateway.kv.tiers.base import Tier
 from gateway.kv.tiers.disk import DiskTier
 from gateway.kv.tiers.redis import RedisTier
 from tests.running import eventually, free_port

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.engine import Engine
+from gateway.engines.client import Engine
 from tests.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, delta
 from tests.running import Gateway, gateway_before
 from tests.wire import Wire

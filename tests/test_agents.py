@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway.edge.incoming import TURNS
+from gateway.api.inference.request import TURNS
 from loadtests.scripted_engine import ScriptedEngine
 from tests.running import Gateway, gateway_before
 

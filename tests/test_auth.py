@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.edge import auth
+from gateway.api import auth
 from tests.fakes.engine import FakeEngine
 from tests.running import Gateway, gateway_before
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gateway.autofreeze import Autofreeze, retry_after
 from gateway.records import Session
-from gateway.store.contract import Unfrozen
+from gateway.store.types import Unfrozen
+from gateway.windows.autofreeze.service import Autofreeze, retry_after
 from tests.fakes.engine import FakeEngine
 from tests.houses import House
 from tests.running import Gateway, eventually, gateway_before

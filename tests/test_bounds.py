@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.edge import server
-from gateway.edge.http import MAX_PARAMETERS
+from gateway.api import server
+from gateway.api.asgi import MAX_PARAMETERS
 from tests.fakes.engine import MODEL, Exchange, FakeEngine, delta
 from tests.running import Gateway, eventually, gateway_before
 from tests.wire import Wire

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.breaker import LIMIT, Breaker
+from gateway.engines.breaker import LIMIT, Breaker
 
 
 def opened(at: float) -> Breaker:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway.engine import Engine
+from gateway.engines.client import Engine
 from gateway.errors import GatewayError
-from gateway.windows.canonical import next_turn_ids
+from gateway.windows.next_turn import next_turn_ids
 from tests.fakes.engine import MODEL, Exchange, FakeEngine
 
 pytestmark = pytest.mark.anyio

@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 
-from gateway import aliases, changed, identity
-from gateway.identity import Beginning, Prompt
 from gateway.records import Alias, Known, Session
+from gateway.sessions import alias_match, prefix_chain, reply_aliases
+from gateway.sessions.prefix_chain import Beginning, Prompt
 from tests.test_changing_clients import Message, assistant, system, tools, user
 
 
 def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s") -> list[Known]:
     """A session whose last reply is known under all of its names."""
     request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
-    trace = identity.trace(b"", messages, reply, request)
+    trace = prefix_chain.trace(b"", messages, reply, request)
     return [Known(Session("t", lineage, lineage), alias, current=True) for alias in trace.ends]
 
 
-def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> identity.Verdict:
+def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> prefix_chain.Verdict:
     request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
-    verdicts = (changed.judge(reply, found) for reply in request.answered())
-    return next((verdict for verdict in verdicts if verdict), identity.STRANGER)
+    verdicts = (alias_match.judge(reply, found) for reply in request.answered())
+    return next((verdict for verdict in verdicts if verdict), prefix_chain.STRANGER)
 
 
 REPLY = assistant("this is what was said in reply to it")
@@ -71,11 +71,11 @@ def test_a_question_without_words_is_the_same_as_another_one() -> None:
 
 @pytest.mark.parametrize("broken", [None, 5, "text", {"name": 3}, {"function": "f"}, {"function": {"name": None}}])
 def test_tools_may_be_anything(broken: Any) -> None:
-    assert isinstance(aliases.tool_names({"tools": [broken]}), bytes)
-    assert isinstance(aliases.tool_names({"tools": broken}), bytes)
+    assert isinstance(reply_aliases.tool_names({"tools": [broken]}), bytes)
+    assert isinstance(reply_aliases.tool_names({"tools": broken}), bytes)
 
 
 def test_marks_are_read_as_they_were_written() -> None:
     (alias, *_) = known([system("s"), user("one\ntwo\n" * 50 + "x" * 9_000)], REPLY)
-    marks = aliases.Marks.read(Alias(*alias.alias).marks)
+    marks = reply_aliases.Marks.read(Alias(*alias.alias).marks)
     assert 2 <= len(marks.lines) <= 32

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from gateway.dialects.base import PRIVATE_FIELDS, Call, Reply, with_fields
 from gateway.dialects.chat import ChatDialect
-from gateway.dialects.contract import PRIVATE_FIELDS, Call, Reply, with_fields
 from gateway.errors import GatewayError
 from gateway.records import Usage
 from tests.fakes.engine import DONE, chunk_event, delta, event, stream_of, usage_of

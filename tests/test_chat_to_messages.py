@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from gateway.dialects.chat_to_messages import in_front, messages
 from gateway.dialects.messages_to_chat import conversation, frame
+from gateway.dialects.transcripts import canonical, merged, same
 from gateway.errors import GatewayError
 from gateway.records import Front
-from gateway.transcripts import canonical, merged, same
 from tests.test_messages_to_chat import ADD, ADD_TOOL, NOW, NOW_TOOL, call, change
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAA="}}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.cli.showing import line, printable
+from gateway.cli.output import line, printable
 from tests.fakes.engine import MODEL, FakeEngine
 from tests.running import ROOT, Gateway, environment, free_port, gateway_before
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.clock import Clock
-from gateway.store.sqlite import SqliteStore
-from gateway.windows import garbage
+from gateway.runtime.clock import Clock
+from gateway.store.store import SqliteStore
+from gateway.windows.retention import sweeper
 from tests.houses import House, window
 
 DAY = 86400.0
@@ -81,9 +81,9 @@ def test_after_a_long_time_without_a_gateway_nothing_expires_at_once() -> None:
 async def test_a_sweep_without_expiry_leaves_what_has_expired(house: House) -> None:
     await window(house.parts, "w")
     await house.parts.store.describe_window("default", "w", {"expires_at": 1.0})
-    await garbage.sweep(house.parts, expire=False)
+    await sweeper.sweep(house.parts, expire=False)
     assert await house.parts.store.window("default", "w")
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
     assert await house.parts.store.window("default", "w") is None
 
 

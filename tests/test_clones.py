@@ -11,15 +11,15 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
 from gateway.records import Session, Window
-from gateway.windows import forget
 from gateway.windows.clone import clone
 from gateway.windows.delete import Deleted, delete
 from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming
 from gateway.windows.isolate import isolate
 from gateway.windows.resume import resume
+from gateway.windows.retention import orphans
+from gateway.windows.retention.usage import usage
 from gateway.windows.thaw import thaw
-from gateway.windows.usage import usage
 from gateway.windows.verify import verify
 from tests.fakes.engine import FakeEngine
 from tests.houses import CHUNK, CHUNKS, IDS, House, cache_server, opened, value, window
@@ -152,18 +152,18 @@ async def test_each_deletion_leaves_the_others_whole_and_the_last_leaves_nothing
     await apart(house)
     for name in ("w", "apart"):
         session = await thawed(house, name)
-        await forget.delete_session(house.parts, TENANT, session.id)
+        await orphans.delete_session(house.parts, TENANT, session.id)
     left = list(order)
     for name in order[:-1]:
         assert (await gone(house, name)).blocks_deleted == 0
         left.remove(name)
         await verified(house, *left)
         for other in left:
-            await forget.delete_session(house.parts, TENANT, (await thawed(house, other)).id)
+            await orphans.delete_session(house.parts, TENANT, (await thawed(house, other)).id)
     last = await gone(house, order[-1])
     assert last.blocks_deleted == CHUNKS
     assert last.space_freed_bytes >= 2 * SIZE
-    await forget.forget_loose(house.parts)
+    await orphans.forget_loose(house.parts)
     assert house.everything() == empty
 
 
@@ -177,7 +177,7 @@ async def test_a_session_of_the_source_keeps_its_cache_when_the_clone_goes_last(
     assert done.blocks_deleted == 0
     assert [house.redis.live(key) for key in keys] == [value(index) for index in range(CHUNKS)]
     assert await house.parts.store.held_objects() == set()
-    await forget.delete_session(house.parts, TENANT, session.id)
+    await orphans.delete_session(house.parts, TENANT, session.id)
     assert [house.redis.live(key) for key in keys] == [None] * CHUNKS
 
 
@@ -201,5 +201,5 @@ async def test_clones_and_deletions_of_one_window_at_once_leave_whole_windows_on
     await verified(house, *made)
     for name in made:
         await gone(house, name)
-    await forget.forget_loose(house.parts)
+    await orphans.forget_loose(house.parts)
     assert house.everything() == empty

@@ -6,8 +6,8 @@ from typing import Any
 import openai
 import pytest
 
+from gateway.dialects.base import Call, Reply
 from gateway.dialects.completions import CompletionsDialect
-from gateway.dialects.contract import Call, Reply
 from gateway.errors import GatewayError
 from gateway.records import Front, Usage
 from tests.fakes.engine import DONE, MODEL, FakeEngine, event, text_event, texts_of, usage_of

@@ -7,9 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway import complexity
-from gateway.complexity import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_VALUES
 from gateway.errors import GatewayError
+from gateway.validation import json_limits
+from gateway.validation.json_limits import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_VALUES
 from policies.shown import shown
 
 
@@ -23,7 +23,7 @@ def nested(depth: int, inner: Any = 1) -> Any:
 def refusal(text: bytes) -> str:
     """Why a text is refused."""
     with pytest.raises(GatewayError) as caught:
-        complexity.parse(text)
+        json_limits.parse(text)
     assert (caught.value.code, caught.value.status) == ("too_complex", 413)
     assert len(caught.value.message) < 200
     return caught.value.message
@@ -31,7 +31,7 @@ def refusal(text: bytes) -> str:
 
 @pytest.mark.parametrize("depth", [0, 1, MAX_DEPTH - 1, MAX_DEPTH])
 def test_what_nests_within_the_bound_is_taken(depth: int) -> None:
-    assert complexity.parse(orjson.dumps(nested(depth))) == nested(depth)
+    assert json_limits.parse(orjson.dumps(nested(depth))) == nested(depth)
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 250, 1000])
@@ -49,13 +49,13 @@ def test_what_nests_deeper_is_refused(depth: int) -> None:
         (b"[" + b"1," * (MAX_VALUES + 1) + b"1]", "values"),
         (b"{" + b",".join(b'"%d":1' % i for i in range(MAX_NAMES + 1)) + b"}", "members of objects"),
         (b"[" + b",".join([b'{"a":1,"b":2,"c":3}'] * (MAX_NAMES // 3 + 1)) + b"]", "members of objects"),
-        (b'["' + b"," * (complexity.MAX_QUOTED + 1) + b'"]', "strings included"),
+        (b'["' + b"," * (json_limits.MAX_QUOTED + 1) + b'"]', "strings included"),
     ],
     ids=["objects", "arrays", "numbers", "names", "names of many objects", "in a string"],
 )
 def test_what_holds_too_much_is_refused_before_it_is_parsed(text: bytes, what: str) -> None:
     with pytest.raises(GatewayError, match=what):
-        complexity.refuse_many(text)
+        json_limits.refuse_many(text)
 
 
 def test_a_short_text_is_counted_when_it_is_parsed() -> None:
@@ -64,10 +64,10 @@ def test_a_short_text_is_counted_when_it_is_parsed() -> None:
     assert "arrays and objects" in refusal(text)
     names = b"{" + b",".join(b'"%d":1' % i for i in range(MAX_NAMES + 1)) + b"}"
     with pytest.raises(GatewayError, match="members of objects"):
-        complexity.refuse_complex(orjson.loads(names))
-    assert complexity.parse(b"[" + b"1," * 100 + b"1]", most=101)
+        json_limits.refuse_complex(orjson.loads(names))
+    assert json_limits.parse(b"[" + b"1," * 100 + b"1]", most=101)
     with pytest.raises(GatewayError, match="at most 100"):
-        complexity.parse(b"[" + b"1," * 100 + b"1]", most=100)
+        json_limits.parse(b"[" + b"1," * 100 + b"1]", most=100)
 
 
 LARGE: dict[str, Any] = {
@@ -82,7 +82,7 @@ LARGE: dict[str, Any] = {
 
 @pytest.mark.parametrize("value", LARGE.values(), ids=LARGE)
 def test_what_people_send_passes_however_large(value: Any) -> None:
-    assert complexity.parse(orjson.dumps(value)) == value
+    assert json_limits.parse(orjson.dumps(value)) == value
 
 
 def test_strings_are_told_apart_wherever_a_piece_ends() -> None:
@@ -91,17 +91,17 @@ def test_strings_are_told_apart_wherever_a_piece_ends() -> None:
     values = [draw.choices(texts, k=draw.randrange(6)) for _ in range(90_000)]
     text = orjson.dumps(values)
     assert len(text) > 2 * COUNTED_BYTES
-    assert complexity._outside_strings(text, MAX_VALUES)[1] == 1 + len(values)
-    assert complexity.parse(text) == values
+    assert json_limits._outside_strings(text, MAX_VALUES)[1] == 1 + len(values)
+    assert json_limits.parse(text) == values
     run = orjson.dumps(["\\" * 3_000_000, "," * 200_000, "\\" * 1_048_575 + '"', "[" * 200_000])
-    assert complexity._outside_strings(run, MAX_VALUES) == (4, 1, 0)
+    assert json_limits._outside_strings(run, MAX_VALUES) == (4, 1, 0)
 
 
 def test_json_in_a_string_is_looked_into_within_the_same_bounds() -> None:
-    assert complexity.parse_text('{"a": [1, 2]}') == {"a": [1, 2]}
+    assert json_limits.parse_text('{"a": [1, 2]}') == {"a": [1, 2]}
     for text in ("{", "[" * 200 + "]" * 200, "[" + "1," * 5_000_000 + "1]"):
         with pytest.raises(ValueError, match=r"."):
-            complexity.parse_text(text)
+            json_limits.parse_text(text)
 
 
 @pytest.mark.parametrize(

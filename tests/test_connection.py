@@ -13,8 +13,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from gateway.connection import UpstreamError
-from gateway.upstream import Upstream
+from gateway.engines.connection import UpstreamError
+from gateway.engines.connection_pool import Upstream
 from tests.fakes.engine import WITHIN
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.records import Alias
 from gateway.store.damage import StoreDamaged, damage
-from gateway.store.sqlite import SqliteStore
+from gateway.store.store import SqliteStore
 from tests.fakes.engine import FakeEngine
 from tests.running import free_port, gateway_before
 from tests.test_server import DEAD, assert_one_clear_line, serve

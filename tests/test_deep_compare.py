@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.windows.deep import Said, compare
+from gateway.windows.replay import Said, compare
 
 WHOLE = 64
 CONTROL = Said(

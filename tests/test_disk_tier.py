@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from tests.rigs import DiskRig, key, keys, small_disk, spelled, value
 from tests.running import ROOT

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.encodings import Encoding, NoEncoding, read
+from gateway.sessions.tokenizer import Encoding, NoEncoding, read
 from gateway.stack import demo_model
 from tests.running import ROOT
 
@@ -23,7 +23,7 @@ LLAMA, QWEN = WORDS + r"\p{N}{1,3}" + OTHERS, WORDS + r"\p{N}" + OTHERS
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 TEXTS = [
-    *(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("gateway/edge/*.py"))),
+    *(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("gateway/api/*.py"))),
     (ROOT / "gateway/stack/demo_template.jinja").read_text(encoding="utf-8"),
     (ROOT / "README.md").read_text(encoding="utf-8"),
     "",

@@ -8,9 +8,9 @@ import orjson
 import pytest
 from starlette.types import Message
 
-from gateway.edge import inside
-from gateway.edge.endpoint import Call, Endpoint
-from gateway.edge.operation import NDJSON, Operation
+from gateway.api import in_process
+from gateway.api.endpoint import Call, Endpoint
+from gateway.api.operation import NDJSON, Operation
 
 SECRET = "a path of ours"
 
@@ -30,11 +30,13 @@ async def test_a_failure_is_told_in_few_words_and_the_log_has_the_rest(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = inside.scope("GET", "/probe", b"", b"", [(b"accept", accept.encode())])
+    scope = in_process.scope("GET", "/probe", b"", b"", [(b"accept", accept.encode())])
     names = ("parts", "health", "autofreeze", "inference")
     scope["state"] = {name: SimpleNamespace() for name in names}
     with caplog.at_level(logging.ERROR):
-        await Endpoint(Operation("GET", "/probe", {}, failing, takes="", probe=True))(scope, inside.nothing_more, send)
+        await Endpoint(Operation("GET", "/probe", {}, failing, takes="", probe=True))(
+            scope, in_process.nothing_more, send
+        )
     body = b"".join(message.get("body", b"") for message in sent)
     assert orjson.loads(body)["error"] == {
         "code": "internal", "message": "the gateway failed; its log says why", "hint": "", "retryable": False,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gateway.engine import Engine
-from gateway.engines import Engines
+from gateway.engines.client import Engine
+from gateway.engines.connection_pool import Upstream
+from gateway.engines.node import Member
+from gateway.engines.pool import Engines
 from gateway.errors import GatewayError
-from gateway.member import Member
-from gateway.upstream import Upstream
 from tests.fakes.engine import DONE, MODEL, Exchange, FakeEngine, chunk_event, delta, event, usage_of
 from tests.running import Gateway, eventually, gateway_before, not_accepting
 from tests.wire import Wire

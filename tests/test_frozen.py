@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.store.contract import Text
-from gateway.windows import forget, garbage
+from gateway.store.types import Text
 from gateway.windows.clone import add, clone, copied
 from gateway.windows.delete import Deleted, delete
 from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming, freeze
 from gateway.windows.isolate import isolate
 from gateway.windows.naming import freeze_by_itself
+from gateway.windows.retention import orphans, sweeper
 from gateway.windows.thaw import thaw
 from gateway.windows.verify import verify
 from tests.cached import CHUNKS, IDS, MESSAGES, TENANT, Cached, opened
@@ -124,7 +124,7 @@ async def edited(house: Cached) -> None:
 
 
 async def deleted(house: Cached) -> None:
-    await forget.delete_session(house.parts, TENANT, "s")
+    await orphans.delete_session(house.parts, TENANT, "s")
 
 
 async def begun_anew(house: Cached) -> None:
@@ -134,7 +134,7 @@ async def begun_anew(house: Cached) -> None:
 
 async def swept(house: Cached) -> None:
     await house.parts.store.forget_idle(0)
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
 
 
 @pytest.mark.parametrize("meanwhile", [edited, deleted, begun_anew, swept], ids=lambda one: one.__name__)
@@ -168,11 +168,11 @@ async def test_a_window_has_what_the_freeze_read_whatever_becomes_of_its_session
     session, _, receipt = await thaw(house.parts, TENANT, "w", new_session_id="t", warm="gpu")
     assert (receipt.chunks_found, session.transcript) == (CHUNKS, before.transcript)
     # And nothing is left when both are gone.
-    await forget.delete_session(house.parts, TENANT, "t")
+    await orphans.delete_session(house.parts, TENANT, "t")
     await delete(house.parts, TENANT, "w")
     if now is not None:
         await deleted(house)
-    await forget.forget_loose(house.parts)
+    await orphans.forget_loose(house.parts)
     assert (house.pinned, list(house.cache.folder.iterdir())) == (set(), [])
 
 
@@ -216,7 +216,7 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
         await freeze_by_itself(house.parts, TENANT, "s", Naming("auto"))
     assert caught.value.code == "session_not_found"
     assert (await house.parts.store.window(TENANT, "auto"), house.pinned) == (None, set())
-    await forget.forget_loose(house.parts)
+    await orphans.forget_loose(house.parts)
     assert list(house.cache.folder.iterdir()) == []
 
 

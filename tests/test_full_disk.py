@@ -13,10 +13,10 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
-from gateway.store.contract import StoreUnavailable
 from gateway.store.failures import write_failure
+from gateway.store.types import StoreUnavailable
 from gateway.store.writer import Writer
-from gateway.windows.spool import Spool
+from gateway.windows.archive.spool import Spool
 from tests.fakes.engine import FakeEngine
 from tests.running import Gateway, eventually, free_port, gateway_before
 from tests.test_admin import error_of

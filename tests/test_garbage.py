@@ -13,15 +13,15 @@ import pytest
 from gateway.app import open_parts
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import TierFull
-from gateway.parts import Parts
+from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, Session, Window
-from gateway.sessions import Place
+from gateway.sessions.resolver import Place
 from gateway.settings import Settings
-from gateway.store.contract import Text
-from gateway.windows import forget, garbage
+from gateway.store.types import Text
+from gateway.windows.context import Parts
 from gateway.windows.delete import delete
-from gateway.windows.usage import Share, TierUse, usage
+from gateway.windows.retention import orphans, sweeper
+from gateway.windows.retention.usage import Share, TierUse, usage
 from tests.fakes.engine import FakeEngine
 from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, value
 from tests.running import Gateway, eventually, gateway_before
@@ -112,12 +112,12 @@ async def test_a_deleted_session_takes_its_kv_along_from_every_tier(house: House
     await house.session("a", "salt-a")
     house.stored(under("salt-a"))
     house.stored(under("salt-b"))
-    done = await forget.delete_session(house.parts, TENANT, "a")
+    done = await orphans.delete_session(house.parts, TENANT, "a")
     assert (done.blocks_deleted, done.space_freed_bytes, done.warnings) == (3, 2 * 3 * SIZE, ())
     assert house.there(under("salt-a")) == [[], []]
     assert house.there(under("salt-b")) == [under("salt-b")] * 2
     with pytest.raises(GatewayError, match="no session 'a'"):
-        await forget.delete_session(house.parts, TENANT, "a")
+        await orphans.delete_session(house.parts, TENANT, "a")
 
 
 async def test_what_a_window_holds_stays_until_the_window_goes(house: House) -> None:
@@ -125,7 +125,7 @@ async def test_what_a_window_holds_stays_until_the_window_goes(house: House) -> 
     await house.session("a", "salt-a")
     house.stored(keys)
     await house.window("w", keys[:2])
-    done = await forget.delete_session(house.parts, TENANT, "a")
+    done = await orphans.delete_session(house.parts, TENANT, "a")
     assert done.blocks_deleted == 3
     assert house.there(keys) == [keys[:2]] * 2
     assert [rig.live(one) for rig in house.rigs for one in keys[:2]].count(None) == 0
@@ -137,11 +137,11 @@ async def test_the_kv_that_two_sessions_share_goes_with_the_last_of_them(house: 
     await house.session("a", "shared", lineage="a")
     await house.session("b", "shared", lineage="a")
     house.stored(under("shared"))
-    first = await forget.delete_session(house.parts, TENANT, "b")
+    first = await orphans.delete_session(house.parts, TENANT, "b")
     assert (first.blocks_deleted, first.space_freed_bytes) == (0, 0)
     assert "another session" in first.warnings[0]
     assert house.there(under("shared")) == [under("shared")] * 2
-    assert (await forget.delete_session(house.parts, TENANT, "a")).blocks_deleted == 3
+    assert (await orphans.delete_session(house.parts, TENANT, "a")).blocks_deleted == 3
     assert house.there(under("shared")) == [[], []]
 
 
@@ -152,7 +152,7 @@ async def test_a_window_that_was_deleted_first_leaves_nothing_when_its_session_g
     kept = await delete(house.parts, TENANT, "w")
     assert (kept.blocks_deleted, kept.space_freed_bytes) == (0, 2 * SIZE)  # the copies in Redis; links cost nothing
     assert house.there(under("salt-a")) == [under("salt-a")] * 2
-    await forget.delete_session(house.parts, TENANT, "a")
+    await orphans.delete_session(house.parts, TENANT, "a")
     assert house.there(under("salt-a")) == [[], []]
 
 
@@ -161,10 +161,10 @@ async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_nex
     house.stored(under("salt-a"))
     fork = Place(Session(TENANT, "fork", "l"), "fork", b"")
     house.parts.sessions.enter(fork)
-    assert (await forget.delete_session(house.parts, TENANT, "a")).blocks_deleted == 0
+    assert (await orphans.delete_session(house.parts, TENANT, "a")).blocks_deleted == 0
     assert house.there(under("salt-a")) == [under("salt-a")] * 2
     house.parts.sessions.leave(fork)
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
     assert house.there(under("salt-a")) == [[], []]
 
 
@@ -178,7 +178,7 @@ async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_k
         return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()].count(lock) > 1
 
     async with house.parts.pins.lock.hold(alone=False):
-        going = asyncio.create_task(forget.forget_loose(house.parts))
+        going = asyncio.create_task(orphans.forget_loose(house.parts))
         await asyncio.to_thread(eventually, waits, "it has looked, and waits for the lock")
         await house.session("b", "salt-a", lineage="l")
     assert (await going).kept == 1
@@ -187,9 +187,9 @@ async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_k
 
 async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(house: House) -> None:
     await house.session("a", "salt-a")
-    await forget.delete_session(house.parts, TENANT, "a")
+    await orphans.delete_session(house.parts, TENANT, "a")
     house.stored(under("salt-a"))
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
     assert house.there(under("salt-a")) == [[], []]
     assert [one.salt for one in await house.parts.store.loose_salts()] == ["salt-a"]  # it may not have been the last
 
@@ -203,7 +203,7 @@ async def test_sessions_beyond_sessions_kept_take_their_kv_along(
         for number in range(3):
             await house.session(f"s{number}", f"salt-{number}", idle_s=10 - number)
             house.stored(under(f"salt-{number}"))
-        await garbage.sweep(parts)
+        await sweeper.sweep(parts)
         assert [house.there(under(f"salt-{number}")) for number in range(3)] == [[[]], [[]], [under("salt-2")]]
 
 
@@ -219,7 +219,7 @@ async def test_sessions_that_are_idle_longer_than_session_ttl_s_go_unless_they_a
         turning = await parts.store.session(TENANT, "turning")
         assert turning
         parts.sessions.enter(Place(turning, "", b""))
-        await garbage.sweep(parts)
+        await sweeper.sweep(parts)
         assert house.there(under("salt-idle")) == [[]]
         assert house.there(under("salt-fresh")) == [under("salt-fresh")]
         assert house.there(under("salt-turning")) == [under("salt-turning")]
@@ -234,7 +234,7 @@ async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds
     await house.session("a", "s")
     house.stored([held, free])
     await house.window("w", [held])
-    await forget.delete_session(house.parts, TENANT, "a")
+    await orphans.delete_session(house.parts, TENANT, "a")
     assert house.there([held, free]) == [[held], [held]]
 
 
@@ -242,10 +242,10 @@ async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(house: House
     await house.session("a", "salt-a")
     house.stored(under("salt-a"))
     (tmp_path / "kv").rename(tmp_path / "away")
-    done = await forget.delete_session(house.parts, TENANT, "a")
+    done = await orphans.delete_session(house.parts, TENANT, "a")
     assert "disk tier" in done.warnings[0]
     (tmp_path / "away").rename(tmp_path / "kv")
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
     assert house.there(under("salt-a")) == [[], []]
 
 
@@ -263,7 +263,7 @@ async def test_an_expired_window_is_deleted_when_its_grace_is_over_and_one_that_
         await house.window(name, keys, expires_at=expires_at)
     with pytest.raises(GatewayError, match="no window 'grace'"):
         await delete(house.parts, TENANT, "grace", expired_by=now - grace)
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
     left = [name for name in ("over", "grace", "alive", "for-ever") if await house.parts.store.window(TENANT, name)]
     assert left == ["grace", "alive", "for-ever"]
     assert house.there(under("salt-over")) == [[], []]
@@ -278,7 +278,7 @@ async def test_many_expired_windows_and_two_sweeps_at_once_delete_each_once(
     for number in range(250):
         await house.window(f"w{number}", keys, expires_at=1.0)
     with caplog.at_level("INFO"):
-        await asyncio.gather(garbage.sweep(house.parts), garbage.sweep(house.parts))
+        await asyncio.gather(sweeper.sweep(house.parts), sweeper.sweep(house.parts))
     assert await house.parts.store.window_counts() == {}
     assert house.there(keys) == [[], []]
     assert sum("has expired" in line for line in caplog.messages) == 250
@@ -342,12 +342,12 @@ async def test_past_its_budget_a_tier_loses_the_kv_of_the_sessions_that_were_idl
     for number in range(5):
         await tight.session(f"s{number}", f"salt-{number}", idle_s=100 - number)
         tight.stored(under(f"salt-{number}"))
-    await garbage.sweep(tight.parts)
+    await sweeper.sweep(tight.parts)
     left = [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
     # The disk has room for three sessions, Redis for four.
     assert left == [[0, 0], [0, 3], [3, 3], [3, 3], [3, 3]]
     assert await tight.parts.store.session(TENANT, "s0") is not None
-    await garbage.sweep(tight.parts)
+    await sweeper.sweep(tight.parts)
     assert left == [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
 
 
@@ -362,7 +362,7 @@ async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and
     turning = await tight.parts.store.session(TENANT, "turning")
     assert turning
     tight.parts.sessions.enter(Place(turning, "", b""))
-    await garbage.sweep(tight.parts)
+    await sweeper.sweep(tight.parts)
     assert tight.there(under("salt-idle", 6)) == [under("salt-idle", 2)] * 2
     for salt in ("salt-turning", "salt-unknown"):
         assert tight.there(under(salt, 6)) == [under(salt, 6)] * 2
@@ -373,10 +373,10 @@ async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_
     await house.session("idle", "salt-idle", idle_s=100)
     house.stored(under("salt-idle", 6))
     await house.window("w", under("salt-idle", 2))
-    await garbage.sweep(house.parts)
+    await sweeper.sweep(house.parts)
     assert house.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
     more_than_any_disk_has = replace(house.parts.settings, disk_reserve_bytes=2**60)
-    await garbage.sweep(replace(house.parts, settings=more_than_any_disk_has))
+    await sweeper.sweep(replace(house.parts, settings=more_than_any_disk_has))
     assert house.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
 
 
@@ -386,7 +386,7 @@ async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House)
     await tight.session("middle", "salt-middle", idle_s=100)
     tight.stored(under("shared", 6))
     tight.stored(under("salt-middle", 6))
-    await garbage.sweep(tight.parts)
+    await sweeper.sweep(tight.parts)
     assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
     assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
 
@@ -397,7 +397,7 @@ async def test_a_salt_of_a_whole_tenant_is_as_old_as_the_last_of_all_its_session
     await tight.session("middle", "salt-middle", idle_s=100)
     tight.stored(under("shared", 6))
     tight.stored(under("salt-middle", 6))
-    await garbage.sweep(tight.parts)
+    await sweeper.sweep(tight.parts)
     assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
     assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gateway.parts import Parts
-from gateway.windows import forget
+from gateway.windows.archive.export import export
 from gateway.windows.clone import clone
+from gateway.windows.context import Parts
 from gateway.windows.delete import delete
-from gateway.windows.export import export
 from gateway.windows.freeze import Naming, release_strays
+from gateway.windows.retention import orphans
+from gateway.windows.retention.usage import usage
 from gateway.windows.thaw import thaw
-from gateway.windows.usage import usage
 from gateway.windows.verify import verify
 from tests.fakes.engine import FakeEngine
 from tests.houses import CHUNKS, House, opened, window
@@ -58,7 +58,7 @@ async def test_every_verb_goes_on_without_it_and_says_so(hung: House) -> None:
         tiers, warnings = await usage(parts)
         assert ([tier.name for tier in tiers], len(warnings)) == (["disk"], 1)
         assert (await delete(parts, "default", "w")).warnings
-        assert (await forget.delete_session(parts, "default", "t")).warnings
+        assert (await orphans.delete_session(parts, "default", "t")).warnings
         deleted = await delete(parts, "default", "again")
         assert deleted.blocks_deleted == CHUNKS
         assert any("redis tier: it hangs" in warning for warning in deleted.warnings)

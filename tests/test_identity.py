@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from gateway import identity
 from gateway.errors import GatewayError
-from gateway.identity import Beginning, Given, Prompt, given
 from gateway.records import SESSION_ID, Session
+from gateway.sessions import prefix_chain
+from gateway.sessions.prefix_chain import Beginning, Given, Prompt, given
 from tests.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, usage_of, whole_reply
 from tests.running import Gateway, eventually
 
@@ -94,10 +94,10 @@ def test_a_foreign_id_that_does_not_fit_is_hashed_and_ours_is_refused() -> None:
 def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> None:
     for length in (1, 110, 111, 112, 127, 128):
         main = "a" * length
-        beside = identity.side(main, identity.head([user("title of work")]))
+        beside = prefix_chain.side(main, prefix_chain.head([user("title of work")]))
         assert SESSION_ID.fullmatch(beside)
         assert beside.startswith(f"{main[:111]}:")
-        assert beside != identity.side(main, identity.head([user("another")]))
+        assert beside != prefix_chain.side(main, prefix_chain.head([user("another")]))
 
 
 # --- the verdict
@@ -106,13 +106,13 @@ def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> No
 def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s", start: bytes = b"") -> Session:
     """A session whose last turn is `messages`; the last of them is the reply if it was answered."""
     asked = messages[:-1] if answered else messages
-    trace = identity.trace(start, asked, messages[-1] if answered else None)
+    trace = prefix_chain.trace(start, asked, messages[-1] if answered else None)
     return Session("t", name, name, asked=trace.asked, tip=trace.tip, answered=answered)
 
 
-def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> identity.Verdict:
+def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> prefix_chain.Verdict:
     beginning = Beginning.of(Prompt(request, b""))
-    return identity.judge(beginning, beginning.links[known - 1] if known else None, candidates)
+    return prefix_chain.judge(beginning, beginning.links[known - 1] if known else None, candidates)
 
 
 FIRST = [SYSTEM, user("one"), assistant("1")]
@@ -188,17 +188,21 @@ def test_a_shared_system_prompt_or_question_makes_no_conversation() -> None:
     ],
 )
 def test_what_clients_change_on_the_way_changes_no_link(sent: dict[str, Any]) -> None:
-    assert identity.link(b"", sent) == identity.link(b"", assistant("1"))
+    assert prefix_chain.link(b"", sent) == prefix_chain.link(b"", assistant("1"))
 
 
 def test_reasoning_that_never_ends_is_all_that_was_said() -> None:
-    assert identity.link(b"", assistant("<think>1")) != identity.link(b"", assistant("<think>2"))
-    assert identity.link(b"", assistant("<think>1</think>")) != identity.link(b"", assistant("<think>2</think>"))
+    assert prefix_chain.link(b"", assistant("<think>1")) != prefix_chain.link(b"", assistant("<think>2"))
+    assert prefix_chain.link(b"", assistant("<think>1</think>")) != prefix_chain.link(
+        b"", assistant("<think>2</think>")
+    )
 
 
 def test_a_tool_that_said_nothing_says_the_same_as_a_part_without_text() -> None:
     silent = {"role": "tool", "tool_call_id": "c1", "content": ""}
-    assert identity.link(b"", {**silent, "content": [{"type": "text", "text": ""}]}) == identity.link(b"", silent)
+    assert prefix_chain.link(b"", {**silent, "content": [{"type": "text", "text": ""}]}) == prefix_chain.link(
+        b"", silent
+    )
 
 
 def test_tool_calls_are_the_same_however_their_arguments_are_spelt() -> None:
@@ -206,25 +210,25 @@ def test_tool_calls_are_the_same_however_their_arguments_are_spelt() -> None:
         function = {"name": "add", "arguments": arguments}
         return {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function, **more}]}
 
-    one = identity.link(b"", call('{"b": 1.0, "a": [2]}'))
-    assert one == identity.link(b"", call('{"a":[2],"b":1}', index=0))
-    assert one != identity.link(b"", call('{"a":[2],"b":1.5}'))
+    one = prefix_chain.link(b"", call('{"b": 1.0, "a": [2]}'))
+    assert one == prefix_chain.link(b"", call('{"a":[2],"b":1}', index=0))
+    assert one != prefix_chain.link(b"", call('{"a":[2],"b":1.5}'))
     for number in ("1" + "0" * 20, "-9223372036854775809", "18446744073709551616", "1e300"):
-        huge = identity.link(b"", call(f'{{"n": {number}}}'))
-        assert huge == identity.link(b"", call(f'{{"n":{number}}}', index=0))
+        huge = prefix_chain.link(b"", call(f'{{"n": {number}}}'))
+        assert huge == prefix_chain.link(b"", call(f'{{"n":{number}}}', index=0))
         assert huge != one
-    assert identity.link(b"", call('{"n": 1e18}')) == identity.link(b"", call('{"n": 1000000000000000000}'))
+    assert prefix_chain.link(b"", call('{"n": 1e18}')) == prefix_chain.link(b"", call('{"n": 1000000000000000000}'))
 
 
 def test_the_seed_keeps_apart_what_the_client_keeps_apart() -> None:
     seeds = [
-        identity.seed({}, "", ""),
-        identity.seed({"user": "a"}, "", ""),
-        identity.seed({"user": "b"}, "", ""),
-        identity.seed({"safety_identifier": "c"}, "", ""),
-        identity.seed({"safety_identifier": "d"}, "", ""),
-        identity.seed({}, "a", ""),
-        identity.seed({}, "", "a"),
+        prefix_chain.seed({}, "", ""),
+        prefix_chain.seed({"user": "a"}, "", ""),
+        prefix_chain.seed({"user": "b"}, "", ""),
+        prefix_chain.seed({"safety_identifier": "c"}, "", ""),
+        prefix_chain.seed({"safety_identifier": "d"}, "", ""),
+        prefix_chain.seed({}, "a", ""),
+        prefix_chain.seed({}, "", "a"),
     ]
     assert len(set(seeds)) == len(seeds)
 
@@ -234,7 +238,7 @@ def test_a_message_that_nests_too_deep_is_refused() -> None:
     for _ in range(300):
         deep = [deep]
     with pytest.raises(GatewayError, match="cannot be written as JSON"):
-        identity.link(b"", {"role": "user", "content": deep})
+        prefix_chain.link(b"", {"role": "user", "content": deep})
 
 
 # --- through the gateway

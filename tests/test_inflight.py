@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from gateway.errors import StartError
-from gateway.inflight import Mark, TurnLocks
+from gateway.sessions.in_flight import Mark, TurnLocks
 from tests.running import ROOT
 
 HOLDER = """
 import sys
 from pathlib import Path
-from gateway.inflight import TurnLocks
+from gateway.sessions.in_flight import TurnLocks
 locks = TurnLocks(Path(sys.argv[1]))
 locks.hold([("session", "t", "s")])
 print("held", flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.store.migrations import MIGRATIONS
+from gateway.store.schema import MIGRATIONS
 from tests.fakes.engine import MODEL, FakeEngine
 from tests.fakes.responses import PATH, called, said, serve
 from tests.running import Gateway

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import transcripts
-from gateway.dialects import items
+from gateway.dialects import response_items, transcripts
 from gateway.errors import GatewayError
 
 USER = {"role": "user", "content": "hi"}
@@ -75,7 +74,7 @@ ANSWER = {"role": "tool", "content": "12", "tool_call_id": "c1"}
     ],
 )  # fmt: skip
 def test_items_are_put_together_as_the_engine_does_it(given_items: Any, messages: Any) -> None:
-    assert items.read(given_items) == messages
+    assert response_items.read(given_items) == messages
 
 
 @pytest.mark.parametrize(
@@ -104,15 +103,15 @@ def test_items_are_put_together_as_the_engine_does_it(given_items: Any, messages
     ],
 )
 def test_what_chat_has_no_words_for_is_not_guessed(item: Any) -> None:
-    assert items.read([USER, item]) is None
+    assert response_items.read([USER, item]) is None
 
 
 def test_only_an_unfinished_reply_at_the_end_is_written_on() -> None:
     unfinished = {**SAID, "status": "incomplete"}
-    assert items.continues_reply([USER, unfinished])
-    assert items.continues_reply([USER, {**WHY, "status": "in_progress"}])
+    assert response_items.continues_reply([USER, unfinished])
+    assert response_items.continues_reply([USER, {**WHY, "status": "in_progress"}])
     for complete in ([], [USER, SAID], [unfinished, USER], [USER, {**CALL, "status": "incomplete"}], [1]):
-        assert not items.continues_reply(complete)
+        assert not response_items.continues_reply(complete)
 
 
 TEXT = st.text(max_size=8)
@@ -139,7 +138,7 @@ REPLIES = st.builds(
 @given(st.lists(st.tuples(st.lists(PLAIN | RESULTS, min_size=1, max_size=3), REPLIES), max_size=4))
 def test_messages_said_as_items_read_back_as_the_same(exchanges: Any) -> None:
     conversation = [message for before, reply in exchanges for message in (*before, reply)]
-    again = items.read(items.write(conversation))
+    again = response_items.read(response_items.write(conversation))
     assert again is not None
     assert transcripts.common(conversation, again) == len(conversation) == len(again)
     for one, other in zip(conversation, again, strict=True):
@@ -160,22 +159,22 @@ def test_messages_said_as_items_read_back_as_the_same(exchanges: Any) -> None:
 )
 def test_a_message_that_items_have_no_words_for_is_refused_by_its_number(message: Any, number: int) -> None:
     with pytest.raises(GatewayError, match=f"message {number} of the conversation") as refused:
-        items.write([USER, message])
+        response_items.write([USER, message])
     assert refused.value.code == "invalid_request"
 
 
 def test_replies_that_would_run_into_each_other_are_refused() -> None:
     said, called = {"role": "assistant", "content": "a"}, {"role": "assistant", "tool_calls": [tool_call()]}
-    assert len(items.write([USER, said, said])) == 3
+    assert len(response_items.write([USER, said, said])) == 3
     with pytest.raises(GatewayError, match="message 1"):
-        items.write([USER, said, called])
+        response_items.write([USER, said, called])
 
 
 def test_tools_are_shown_as_the_engine_shows_them() -> None:
     parameters = {"type": "object", "properties": {"z": {}, "a": {}}}
     function = {"type": "function", "name": "now", "description": None, "strict": True, "parameters": parameters}
     inner = {"type": "function", "name": "find", "parameters": parameters}
-    shown = items.chat_tools(
+    shown = response_items.chat_tools(
         [
             {**function, "output_schema": {}},
             {"type": "web_search_preview"},
@@ -187,18 +186,18 @@ def test_tools_are_shown_as_the_engine_shows_them() -> None:
     assert [tool["function"]["name"] for tool in shown] == ["now", "maps__find", "patch"]
     assert shown[0] == {"type": "function", "function": {"name": "now", "parameters": parameters, "strict": True}}
     assert shown[2]["function"]["parameters"]["required"] == ["input"]
-    assert items.response_tools(shown[:1]) == [
+    assert response_items.response_tools(shown[:1]) == [
         {"type": "function", "name": "now", "parameters": parameters, "strict": True}
     ]
     for odd in (None, "x", 7, {}, []):
-        assert items.chat_tools(odd) == []
+        assert response_items.chat_tools(odd) == []
 
 
 def test_a_choice_of_tools_is_said_in_chat_where_chat_has_it() -> None:
     named = {"type": "function", "function": {"name": "now"}}
     for choice in ("auto", "none", "required"):
-        assert items.chat_tool_choice(choice) == choice
-    assert items.chat_tool_choice({"type": "function", "name": "now"}) == named
-    assert items.chat_tool_choice({"type": "custom", "name": "now"}) == named
+        assert response_items.chat_tool_choice(choice) == choice
+    assert response_items.chat_tool_choice({"type": "function", "name": "now"}) == named
+    assert response_items.chat_tool_choice({"type": "custom", "name": "now"}) == named
     for other in (None, 7, "any", {"type": "web_search_preview"}, {"type": "allowed_tools", "tools": []}):
-        assert items.chat_tool_choice(other) is None
+        assert response_items.chat_tool_choice(other) is None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.jsonscan import BadJson, Budget, TooDeep, TooMany, check, elements, members
+from gateway.validation.json_scan import BadJson, Budget, TooDeep, TooMany, check, elements, members
 
 few = settings(max_examples=60, deadline=None)
 values = st.recursive(

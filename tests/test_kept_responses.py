@@ -10,10 +10,10 @@ import httpx
 import openai
 import pytest
 
-from gateway.edge import responses
+from gateway.api.inference import stored_responses
 from gateway.records import Session, StoredResponse, Trace, Turn
-from gateway.store.contract import Finished
-from gateway.store.sqlite import SqliteStore
+from gateway.store.store import SqliteStore
+from gateway.store.types import Finished
 from tests.fakes.engine import MODEL, Exchange, FakeEngine
 from tests.fakes.responses import PATH, called, event, response_of, said, serve, stream_of, usage_of
 from tests.running import Gateway, gateway_before
@@ -204,7 +204,7 @@ async def test_a_turn_that_is_recorded_while_the_store_is_asked_is_found() -> No
 
     sessions = SimpleNamespace(in_flight=1)
     parts: Any = SimpleNamespace(store=Store(), sessions=sessions, turns=SimpleNamespace(settle=settle))
-    assert await responses.serve(parts, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
+    assert await stored_responses.serve(parts, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
 
 
 def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(

@@ -15,7 +15,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
-from gateway.progress import silent
+from gateway.runtime.progress import silent
 
 pytestmark = pytest.mark.anyio
 

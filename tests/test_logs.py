@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from gateway.logs import SafeFormatter
+from gateway.runtime.logs import SafeFormatter
 
 FORGED = "x\n2026-11-30 12:00:00 CRITICAL gateway.app: forged\r\x1b[2J\x9b31m\u2028"
 

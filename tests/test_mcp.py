@@ -16,7 +16,7 @@ import pytest
 from mcp import Client, MCPError
 from mcp_types import CallToolResult, TextContent, TextResourceContents
 
-from gateway.edge.mcp_tools import tool_named
+from gateway.api.mcp.tools import tool_named
 from tests.fakes.engine import FakeEngine
 from tests.mcp_clients import over_http, over_stdio
 from tests.running import ROOT, Gateway, environment, free_port, gateway_before

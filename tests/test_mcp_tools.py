@@ -9,11 +9,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from gateway import rules
-from gateway.edge.mcp_params import AdminRequest
-from gateway.edge.mcp_tool import Tool
-from gateway.edge.mcp_tools import RESOURCES, TOOLS, tool_named
+from gateway.api.mcp.parameters import AdminRequest
+from gateway.api.mcp.tool import Tool
+from gateway.api.mcp.tools import RESOURCES, TOOLS, tool_named
 from gateway.errors import CODES, GatewayError
+from gateway.windows.autofreeze import rules
 from tests.running import ROOT
 
 _TOLD = re.compile(

@@ -7,7 +7,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from gateway.dialects.contract import PRIVATE_FIELDS, Call, Reply
+from gateway.dialects.base import PRIVATE_FIELDS, Call, Reply
 from gateway.dialects.messages import MessagesDialect
 from gateway.errors import CODES, GatewayError
 from gateway.records import Front, Usage

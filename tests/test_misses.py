@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import misses
-from gateway.misses import MAX_DETAIL, REASONS, Evidence, Left, first_change, why
+from gateway.sessions import misses
+from gateway.sessions.misses import MAX_DETAIL, REASONS, Evidence, Left, first_change, why
 
 SECRET = "the launch code is 0000"
 TOOLS = [{"type": "function", "function": {"name": "f"}}]

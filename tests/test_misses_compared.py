@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gateway.misses import Evidence, Left, why
+from gateway.sessions.misses import Evidence, Left, why
 from gateway.stack import demo_model
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.normalise import RULES, apply, in_body
+from gateway.dialects.prompt_filters import RULES, apply, in_body
 from tests.fakes.engine import MODEL, FakeEngine
 from tests.running import Gateway
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from gateway.edge.admin import OPERATIONS
+from gateway.api.admin.routes import OPERATIONS
 from gateway.errors import CODES
 from tests import documented
 from tests.running import Gateway

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.stack import leftovers, local
+from gateway.stack import cleanup, local
 from gateway.stack.errors import StackError
-from gateway.stack.part import Launch, Part
+from gateway.stack.process import Launch, Part
 
 WITHIN = 30.0
 SHM = Path("/dev/shm")
@@ -37,7 +37,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 OWNER = """
 import sys, time
 from pathlib import Path
-from gateway.stack.part import Launch, Part
+from gateway.stack.process import Launch, Part
 from gateway.stack.reaper import reaping
 engine, directory, port = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 part = Part(Launch("engine", (sys.executable, "-c", engine, port), f"http://127.0.0.1:{port}/health",
@@ -202,7 +202,7 @@ def test_what_a_killed_run_left_is_swept_at_the_next_start(part: Part, tmp_path:
     os.killpg(part.pid, signal.SIGKILL)
     eventually(lambda: not is_alive(child) and part.exit_code is not None, "all of it is dead")
     assert segment.exists()
-    leftovers.sweep(tmp_path)
+    cleanup.sweep(tmp_path)
     assert not segment.exists()
     assert not temporary.exists()
 
@@ -212,14 +212,14 @@ def test_what_came_after_the_last_look_is_swept_while_it_lives(part: Part, tmp_p
     eventually(part.is_ready, "it has its segment and its child, and nobody has noted them")
     _, segment, child, _ = said(part.log)
     assert segment.name not in (tmp_path / "engine.json").read_text()
-    leftovers.sweep(tmp_path)
+    cleanup.sweep(tmp_path)
     assert not is_alive(child)
     assert not segment.exists()
 
 
 def test_a_process_that_only_has_the_same_number_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
-        ledger = leftovers.Ledger(tmp_path / "engine.json")
+        ledger = cleanup.Ledger(tmp_path / "engine.json")
         ledger.write(stranger.pid, tmp_path / "t", owns_segments=False)
         noted = {"processes": [[stranger.pid, 1]], "segments": [], "temporary": ""}
         _change(tmp_path / "engine.json", noted)
@@ -232,7 +232,7 @@ def test_a_segment_that_only_has_the_same_name_is_left_alone(tmp_path: Path) -> 
     segment = SHM / f"cwg-test-{os.getpid()}"
     segment.touch()
     try:
-        ledger = leftovers.Ledger(tmp_path / "engine.json")
+        ledger = cleanup.Ledger(tmp_path / "engine.json")
         ledger.write(os.getpid(), tmp_path / "t", owns_segments=False)
         noted = {"processes": [], "segments": [[segment.name, segment.stat().st_ino + 1]], "temporary": ""}
         _change(tmp_path / "engine.json", noted)
@@ -244,7 +244,7 @@ def test_a_segment_that_only_has_the_same_name_is_left_alone(tmp_path: Path) -> 
 
 def test_a_ledger_of_before_the_last_boot_kills_nothing(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) as stranger:
-        ledger = leftovers.Ledger(tmp_path / "engine.json")
+        ledger = cleanup.Ledger(tmp_path / "engine.json")
         ledger.write(stranger.pid, tmp_path / "t", owns_segments=False)
         _change(tmp_path / "engine.json", {"boot": "another"})
         ledger.sweep()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.kv.pins import Lock, Pins
-from gateway.kv.tiers.contract import Restored, TierFull
+from gateway.kv.tiers.base import Restored, TierFull
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.rigs import DiskRig, RedisRig, RedisServer, key, keys, spelled, value

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from gateway import rules
-from gateway.deciding import Deciding
 from gateway.errors import GatewayError
 from gateway.records import WINDOW_NAME
-from gateway.rules import Rules
+from gateway.windows.autofreeze import rules
+from gateway.windows.autofreeze.policy_runner import Deciding
+from gateway.windows.autofreeze.rules import Rules
 from policies.contract import Observation
-from policies.door import BUILT_IN, PolicyError, build
+from policies.loader import BUILT_IN, PolicyError, build
 from tests.fakes.policies import Exiting, Failing, Lying, Turns
 
 SEEN = Observation(

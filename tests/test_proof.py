@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from gateway.api.selftest import Check, prove
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.disk import DiskTier
-from gateway.parts import Parts
-from gateway.proof import Check, prove
 from gateway.records import PinnedObject
+from gateway.windows.context import Parts
 from tests.fakes.engine import Exchange, FakeEngine
 from tests.houses import CHUNK, House, value
 

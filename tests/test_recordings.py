@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from gateway.dialects.base import Dialect, Reply
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.completions import CompletionsDialect
-from gateway.dialects.contract import Dialect, Reply
 from gateway.dialects.messages import MessagesDialect
 from gateway.dialects.responses import ResponsesDialect
-from gateway.sse import UsageFilter, events
+from gateway.dialects.sse import UsageFilter, events
 from tests.recordings.remake import FOLDER, REQUESTS
 
 # The first word of a recording's name, and the dialect that reads it.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.kv.tiers.contract import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
 from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from gateway.sse import events
+from gateway.dialects.sse import events
 from tests.fakes import engine as fake
 from tests.fakes.engine import DONE, Exchange, FakeEngine, delta, event, stream_of, usage_of, whole_reply
 from tests.running import Gateway, eventually, gateway_before

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway.dialects.contract import PRIVATE_FIELDS, Call, Reply
+from gateway.dialects.base import PRIVATE_FIELDS, Call, Reply
 from gateway.dialects.responses import ResponsesDialect
 from gateway.errors import GatewayError
 from gateway.records import Front, Usage

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
+from gateway.dialects.base import Reply
 from gateway.dialects.chat import ChatDialect
-from gateway.dialects.contract import Reply
-from gateway.ended import Ended, Read
 from gateway.records import Session, Trace, Turn, Usage
-from gateway.reviews import Reviews
-from gateway.sessions import Place
-from gateway.store.contract import Finished
-from gateway.store.sqlite import SqliteStore
-from gateway.tokens import Estimator
+from gateway.sessions.cache_review import Reviews
+from gateway.sessions.completed_turn import Ended, Read
+from gateway.sessions.resolver import Place
+from gateway.sessions.token_estimator import Estimator
+from gateway.store.store import SqliteStore
+from gateway.store.types import Finished
 from tests.fakes.engine import Exchange, FakeEngine, render, whole_reply
 from tests.running import Gateway
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import StartError
-from gateway.salts import read_secret, salt
+from gateway.sessions.salts import read_secret, salt
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 

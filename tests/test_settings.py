@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.settings import Settings, SettingsError, load, table
+from gateway.windows.autofreeze import rules
 from tests.running import ROOT
 
 # Another value than the default for each row, as text and as TOML.
@@ -179,7 +180,7 @@ def test_foreign_variables_never_stop_the_start() -> None:
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=name):
-        load(environment={f"CWG_{name.upper()}": text})
+        rules.from_settings(load(environment={f"CWG_{name.upper()}": text}))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.sse import UsageFilter, events
+from gateway.dialects.sse import UsageFilter, events
 from tests.fakes.engine import DONE, chunk_event, delta, stream_of, usage_of
 
 USAGE = chunk_event([], usage_of(12, 3, cached=8))

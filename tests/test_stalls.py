@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import pytest
 
-from gateway.engine import Engine
-from gateway.member import Member
-from gateway.stalls import Stalls
-from gateway.upstream import Upstream, UpstreamError
+from gateway.engines.client import Engine
+from gateway.engines.connection_pool import Upstream, UpstreamError
+from gateway.engines.node import Member
+from gateway.runtime.stalls import Stalls
 from tests.fakes.engine import WITHIN, Exchange, FakeEngine
 from tests.running import gateway_before
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from gateway import identity
 from gateway.errors import GatewayError, StartError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Alias, Manifest, PinnedObject, Session, Succession, Trace, Turn, Usage, Window
+from gateway.sessions import prefix_chain
 from gateway.store import transcript_rows
-from gateway.store.contract import Finished, Released, Store, Text, WindowQuery
-from gateway.store.migrations import MIGRATIONS, migrate
-from gateway.store.sqlite import SqliteStore
+from gateway.store.schema import MIGRATIONS, migrate
+from gateway.store.store import SqliteStore
+from gateway.store.types import Finished, Released, Store, Text, WindowQuery
 from tests.rigs import key, keys, lose_text, small_disk, spelled
 from tests.running import ROOT
 
@@ -56,7 +56,7 @@ def finished(
     """A turn that is over."""
     usage = None if messages is None else Usage(10 * len(messages), 1, 2)
     turn = Turn(tenant, session, "demo", "completed" if messages else "client_gone", 200, at, 500.0, usage)
-    trace = identity.trace(b"", messages[:-1], messages[-1]) if messages else Trace(b"", b"", None)
+    trace = prefix_chain.trace(b"", messages[:-1], messages[-1]) if messages else Trace(b"", b"", None)
     began = Session(tenant, session, session)
     return Finished(turn, began, "fp", f"salt-{session}", messages, more.pop("frame", {}), trace, **more)
 
@@ -121,8 +121,8 @@ async def test_a_first_turn_makes_its_session(store: Store) -> None:
     assert session == Session(
         TENANT, "a", "a", "demo", "fp", "salt-a", "active", token_count=21, turn_count=1,
         transcript=session.transcript, frame=session.frame, created_at=100.0, last_active_at=100.5,
-        head=identity.head(says("hi")), asked=identity.link(b"", says("hi")[0]), answered=True, prompt_tokens=20,
-        tip=identity.chain(says("hi", "hello"), b"")[-1],
+        head=prefix_chain.head(says("hi")), asked=prefix_chain.link(b"", says("hi")[0]), answered=True,
+        prompt_tokens=20, tip=prefix_chain.chain(says("hi", "hello"), b"")[-1],
     )  # fmt: skip
     assert await store.messages(session.transcript) == says("hi", "hello")
     assert await store.frame(session.frame) == {"tools": [1]}
@@ -174,7 +174,7 @@ async def test_a_turn_without_a_reply_moves_the_clock_and_leaves_a_question_open
 
 def links(*texts: str) -> list[bytes]:
     """The chain of a conversation, longest first."""
-    return identity.chain(says(*texts), b"")[::-1]
+    return prefix_chain.chain(says(*texts), b"")[::-1]
 
 
 async def test_the_longest_known_beginning_names_the_sessions_that_have_been_there(store: Store) -> None:
@@ -887,7 +887,7 @@ async def test_whoever_is_cancelled_goes_on_only_when_its_write_is_done(store: S
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from gateway.store.sqlite import SqliteStore
+from gateway.store.store import SqliteStore
 from gateway.kv.keys import ObjectKey
 from tests.test_store import TENANT, add, finished, says
 from tests.rigs import key

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.errors import StartError
+from gateway.metrics import METRICS, Stored, Telemetry, clear, forget
 from gateway.records import Turn, Usage
-from gateway.telemetry import METRICS, Stored, Telemetry, clear, forget
 from tests.fakes.engine import MODEL, Exchange, FakeEngine, delta, usage_of, whole_reply
 from tests.running import ROOT, Gateway, eventually, gateway_before
 from tests.test_admin import error_of

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import texts, transcripts
+from gateway.dialects import text_transcripts, transcripts
 from gateway.errors import GatewayError
 from gateway.records import Front
 
@@ -35,7 +35,7 @@ STORY = "Once upon a time there was a king."
     ],
 )
 def test_a_conversation_is_a_text_where_nothing_in_it_is_a_chat(messages: list[dict[str, Any]], kind: str) -> None:
-    assert texts.kind(messages) == kind
+    assert text_transcripts.kind(messages) == kind
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_no_conversation_is_changed_on_the_way() -> None:
 
 @given(st.text(alphabet="ab", max_size=40), st.text(alphabet="ab", max_size=40))
 def test_what_two_texts_share_is_their_longest_common_beginning(one: str, other: str) -> None:
-    length = texts.shared(one, other)
+    length = text_transcripts.shared(one, other)
     assert one[:length] == other[:length]
     assert length in (len(one), len(other)) or one[length] != other[length]
-    assert texts.shared(list(map(ord, one)), list(map(ord, other))) == length
+    assert text_transcripts.shared(list(map(ord, one)), list(map(ord, other))) == length

@@ -10,7 +10,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Session, Window
-from gateway.windows import export as exporting
+from gateway.windows.archive import export as exporting
 from gateway.windows.ask import ask
 from gateway.windows.delete import delete
 from gateway.windows.evict import evict

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from gateway.kv.tiers.contract import Restored, Stored
+from gateway.kv.tiers.base import Restored, Stored
 from gateway.records import PinnedObject
 from tests.rigs import DiskRig, RedisRig, RedisServer, Rig, key, keys, spelled, value
 

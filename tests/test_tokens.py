@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from gateway.encodings import read
 from gateway.errors import StartError
+from gateway.sessions.token_estimator import Estimator, find, hub_folder, unseen
+from gateway.sessions.tokenizer import read
 from gateway.stack import demo_model
-from gateway.tokens import Estimator, find, hub_folder, unseen
 from tests.running import ROOT
 
 pytestmark = pytest.mark.local

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from gateway.dialects.transcripts import SystemRule, common, has_media, hoisted, merged, missing, same
 from gateway.errors import GatewayError
-from gateway.transcripts import SystemRule, common, has_media, hoisted, merged, missing, same
 
 SYSTEM = {"role": "system", "content": "be terse"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, 2], "b": "x y"}'}}

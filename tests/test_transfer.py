@@ -14,16 +14,16 @@ import orjson
 import pytest
 from blake3 import blake3
 
+from gateway.api.admin import serializers
 from gateway.app import open_parts
-from gateway.edge import show
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
-from gateway.parts import Parts
-from gateway.windows import container, contents
+from gateway.windows.archive import file_format, manifest
+from gateway.windows.archive.export import export, pack
+from gateway.windows.archive.import_ import import_window
+from gateway.windows.archive.spool import Spool
+from gateway.windows.context import Parts
 from gateway.windows.delete import delete
-from gateway.windows.export import export, pack
-from gateway.windows.imports import import_window
-from gateway.windows.spool import Spool
 from gateway.windows.thaw import thaw
 from tests.fakes.engine import MODEL, FakeEngine
 from tests.houses import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, House, value, window
@@ -103,8 +103,8 @@ async def test_a_standard_tar_reads_the_file(house: House, tmp_path: Path) -> No
     await window(house.parts)
     (tmp_path / "w.cwg").write_bytes(await file_of(house.parts))
     names = await asyncio.to_thread(subprocess.check_output, ["tar", "tf", str(tmp_path / "w.cwg")], text=True)
-    objects = [container.object_name(index) for index in range(CHUNKS)]
-    assert names.split() == [container.MANIFEST, *container.TEXTS, *objects, container.CHECKSUM]
+    objects = [file_format.object_name(index) for index in range(CHUNKS)]
+    assert names.split() == [file_format.MANIFEST, *file_format.TEXTS, *objects, file_format.CHECKSUM]
 
 
 async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in_both_is_told(house: House) -> None:
@@ -145,16 +145,16 @@ async def test_a_flipped_bit_anywhere_leaves_nothing(house: House) -> None:
     await window(house.parts)
     data = await file_of(house.parts)
     # A bit of every block: headers, members, what fills them up, and the end.
-    for at in range(0, len(data), container.BLOCK):
+    for at in range(0, len(data), file_format.BLOCK):
         harmed = bytearray(data)
-        harmed[at + at // container.BLOCK * 101 % container.BLOCK] ^= 1 << at // container.BLOCK % 8
+        harmed[at + at // file_format.BLOCK * 101 % file_format.BLOCK] ^= 1 << at // file_format.BLOCK % 8
         await refused(house, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
 
 
 async def test_a_wrong_checksum_of_the_whole_leaves_nothing_though_every_member_is_as_it_was(house: House) -> None:
     await window(house.parts)
     data = bytearray(await file_of(house.parts))
-    at = len(data) - len(container.END) - container.BLOCK  # its first digit
+    at = len(data) - len(file_format.END) - file_format.BLOCK  # its first digit
     data[at] = ord("0") if data[at] != ord("0") else ord("1")
     assert "whole file" in await refused(house, bytes(data), "window_corrupted")
 
@@ -165,15 +165,15 @@ Change = Callable[[dict[str, object]], object]
 def rebuilt(data: bytes, change: Change) -> bytes:
     """The file with another manifest, its own checksum right."""
     size = int(data[124:135], 8)
-    manifest = orjson.loads(data[container.BLOCK : container.BLOCK + size])
+    manifest = orjson.loads(data[file_format.BLOCK : file_format.BLOCK + size])
     change(manifest)
-    rest = data[container.BLOCK + container.padded(size) : -len(container.END) - 2 * container.BLOCK]
-    whole = b"".join(container.wrap(container.MANIFEST, orjson.dumps(manifest))) + rest
+    rest = data[file_format.BLOCK + file_format.padded(size) : -len(file_format.END) - 2 * file_format.BLOCK]
+    whole = b"".join(file_format.wrap(file_format.MANIFEST, orjson.dumps(manifest))) + rest
     return whole + _end(whole)
 
 
 def _end(whole: bytes) -> bytes:
-    return b"".join(container.wrap(container.CHECKSUM, blake3(whole).hexdigest().encode())) + container.END
+    return b"".join(file_format.wrap(file_format.CHECKSUM, blake3(whole).hexdigest().encode())) + file_format.END
 
 
 @pytest.mark.parametrize(
@@ -197,20 +197,20 @@ def _end(whole: bytes) -> bytes:
         (lambda m: m["objects"].pop(), "window_corrupted"),
         (lambda m: m["objects"].reverse(), "window_corrupted"),
         (lambda m: m["objects"][0].update(size=2**50), "payload_too_large"),
-        (lambda m: m["objects"][0].update(size=contents.MAX_OBJECT + 1), "payload_too_large"),
-        (lambda m: m["texts"][0].update(size=contents.MAX_TRANSCRIPT + 1), "payload_too_large"),
-        (lambda m: m["texts"][1].update(size=contents.MAX_FRAME + 1), "payload_too_large"),
+        (lambda m: m["objects"][0].update(size=manifest.MAX_OBJECT + 1), "payload_too_large"),
+        (lambda m: m["texts"][0].update(size=manifest.MAX_TRANSCRIPT + 1), "payload_too_large"),
+        (lambda m: m["texts"][1].update(size=manifest.MAX_FRAME + 1), "payload_too_large"),
         (lambda m: m["objects"].append(m["objects"][0]), "window_corrupted"),
         (
             lambda m: m["window"].update(
-                world_size=200, chunk_count=contents.MAX_TOKENS, token_count=contents.MAX_TOKENS, chunk_size=1
+                world_size=200, chunk_count=manifest.MAX_TOKENS, token_count=manifest.MAX_TOKENS, chunk_size=1
             ),
             "too_complex",
         ),
         (lambda m: m["window"].update(receipt=nested(20)), "window_corrupted"),
         (lambda m: m["window"].update(receipt=nested(250)), "window_corrupted"),
-        (lambda m: m["window"].update(receipt={"a": "x" * contents.MAX_RECEIPT}), "window_corrupted"),
-        (lambda m: m["window"].update(receipt={"a": "x" * 5 * contents.MAX_RECEIPT}), "payload_too_large"),
+        (lambda m: m["window"].update(receipt={"a": "x" * manifest.MAX_RECEIPT}), "window_corrupted"),
+        (lambda m: m["window"].update(receipt={"a": "x" * 5 * manifest.MAX_RECEIPT}), "payload_too_large"),
         (lambda m: m["window"].update(session_id="s\x1b]52;c;eA==\x07"), "window_corrupted"),
         (lambda m: m["window"].update(session_id="a b"), "window_corrupted"),
         (lambda m: m["window"].update(parent="../x"), "window_corrupted"),
@@ -219,7 +219,7 @@ def _end(whole: bytes) -> bytes:
         (lambda m: m["window"].update(model="m" * 501), "window_corrupted"),
         (lambda m: m.update(objects=[[]] * 2_000_000), "too_complex"),
         (lambda m: m["objects"][0].update(size=-1), "window_corrupted"),
-        (lambda m: m["objects"][0].update(size=contents.MAX_OBJECT), "window_corrupted"),
+        (lambda m: m["objects"][0].update(size=manifest.MAX_OBJECT), "window_corrupted"),
         (lambda m: m["objects"][0].update(blake3="0" * 64), "window_corrupted"),
         (lambda m: m["objects"][0].update(name="/etc/passwd"), "window_corrupted"),
         (lambda m: m["texts"][0].update(size=2**40), "payload_too_large"),
@@ -243,25 +243,25 @@ async def test_a_manifest_that_is_too_large_is_refused_before_it_is_read() -> No
 
     async def source() -> AsyncIterator[bytes]:
         nonlocal asked
-        yield container.header(container.MANIFEST, container.MAX_MANIFEST + 1)
+        yield file_format.header(file_format.MANIFEST, file_format.MAX_MANIFEST + 1)
         while True:
             asked += 1
             yield b" " * 2**16
 
     with pytest.raises(GatewayError) as caught:
-        await container.Reader(source()).manifest()
+        await file_format.Reader(source()).manifest()
     assert caught.value.code == "payload_too_large"
-    assert asked * 2**16 <= container.PIECE
+    assert asked * 2**16 <= file_format.PIECE
 
 
 def members(data: bytes) -> list[tuple[str, bytes]]:
     """The members of a file, names and bytes."""
     found, at = [], 0
-    while any(data[at : at + container.BLOCK]):
+    while any(data[at : at + file_format.BLOCK]):
         name = data[at : at + 100].rstrip(b"\0").decode()
         size = int(data[at + 124 : at + 135], 8)
-        found.append((name, data[at + container.BLOCK : at + container.BLOCK + size]))
-        at += container.BLOCK + container.padded(size)
+        found.append((name, data[at + file_format.BLOCK : at + file_format.BLOCK + size]))
+        at += file_format.BLOCK + file_format.padded(size)
     return found
 
 
@@ -271,8 +271,8 @@ Members = list[tuple[str, bytes]]
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda m: [("../../evil" if n == container.object_name(0) else n, d) for n, d in m],
-        lambda m: [("/etc/passwd" if n == container.TEXTS[0] else n, d) for n, d in m],
+        lambda m: [("../../evil" if n == file_format.object_name(0) else n, d) for n, d in m],
+        lambda m: [("/etc/passwd" if n == file_format.TEXTS[0] else n, d) for n, d in m],
         lambda m: [*m[:5], m[4], *m[5:]],
         lambda m: [*m[:4], m[5], m[4], *m[6:]],
         lambda m: [m[1], m[0], *m[2:]],
@@ -285,9 +285,9 @@ Members = list[tuple[str, bytes]]
 async def test_other_members_than_are_due_leave_nothing(house: House, harm: Callable[[Members], Members]) -> None:
     await window(house.parts)
     wanted = members(await file_of(house.parts))[:-1]
-    whole = b"".join(b"".join(container.wrap(name, data)) for name, data in wanted)
+    whole = b"".join(b"".join(file_format.wrap(name, data)) for name, data in wanted)
     assert whole + _end(whole) == await file_of(house.parts)
-    whole = b"".join(b"".join(container.wrap(name, data)) for name, data in harm(wanted))
+    whole = b"".join(b"".join(file_format.wrap(name, data)) for name, data in harm(wanted))
     await refused(house, whole + _end(whole), "window_corrupted", "invalid_request")
 
 
@@ -301,9 +301,9 @@ def with_text(data: bytes, index: int, text: bytes) -> bytes:
     wanted = members(data)[:-1]
     manifest = orjson.loads(wanted[0][1])
     manifest["texts"][index - 1] = {"size": len(text), "blake3": blake3(text).hexdigest()}
-    wanted[0] = (container.MANIFEST, orjson.dumps(manifest))
+    wanted[0] = (file_format.MANIFEST, orjson.dumps(manifest))
     wanted[index] = (wanted[index][0], text)
-    whole = b"".join(b"".join(container.wrap(name, data)) for name, data in wanted)
+    whole = b"".join(b"".join(file_format.wrap(name, data)) for name, data in wanted)
     return whole + _end(whole)
 
 
@@ -343,7 +343,7 @@ async def test_a_transcript_as_deep_as_may_be_can_be_read_and_exported_again(hou
     receipt = nested(19)
     data = rebuilt(with_text(await file_of(house.parts), 1, deep), lambda m: m["window"].update(receipt=receipt))  # type: ignore[attr-defined]
     imported, _ = await import_window(house.parts, "default", stream(data, 50_000), name="deep")
-    assert orjson.dumps(show.window(imported))
+    assert orjson.dumps(serializers.window(imported))
     again, _ = await import_window(house.parts, "default", stream(await file_of(house.parts, "deep"), 50_000), name="2")
     assert await house.parts.store.messages(again.transcript) == orjson.loads(deep)
 
@@ -368,7 +368,7 @@ async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_
     data = await file_of(house.parts)
     plain = house.parts
     house.parts = replace(plain, settings=replace(plain.settings, disk_reserve_bytes=2**62))
-    head = data[: container.BLOCK + container.padded(int(data[124:135], 8))]
+    head = data[: file_format.BLOCK + file_format.padded(int(data[124:135], 8))]
     assert "disk_reserve_bytes" in await refused(house, head, "storage_full")
     imported, _ = await import_window(house.parts, "default", stream(data), name="t", as_text=True)  # needs no room
     assert imported.kv == "absent"
@@ -528,7 +528,7 @@ def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str
 
 def test_a_body_beyond_the_bound_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_before(engine.url, tmp_path, max_import_bytes=4000) as gateway:
-        for content in (bytes(5000), iter([container.header(container.MANIFEST, 8000), *[b" " * 2000] * 2])):
+        for content in (bytes(5000), iter([file_format.header(file_format.MANIFEST, 8000), *[b" " * 2000] * 2])):
             answer = gateway.http.post("/admin/windows/import", content=content)
             assert answer.status_code == 413
             assert answer.json()["error"]["hint"] == "max_import_bytes sets the limit"

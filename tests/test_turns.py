@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from gateway.dialects.chat import ChatDialect
-from gateway.ended import Ended
 from gateway.errors import GatewayError
+from gateway.metrics import Stored, Telemetry
 from gateway.records import Session
-from gateway.reviews import Reviews
-from gateway.sessions import Place, Sessions
-from gateway.store.sqlite import SqliteStore
-from gateway.telemetry import Stored, Telemetry
-from gateway.tokens import Estimator
-from gateway.turns import Turns
+from gateway.sessions.cache_review import Reviews
+from gateway.sessions.completed_turn import Ended
+from gateway.sessions.recorder import Turns
+from gateway.sessions.resolver import Place, Sessions
+from gateway.sessions.token_estimator import Estimator
+from gateway.store.store import SqliteStore
 
 pytestmark = pytest.mark.anyio
 _ROOM = 8

@@ -15,8 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import workers
-from gateway.edge import server
+from gateway.api import server, workers
 from tests.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta
 from tests.running import Gateway, eventually, gateway_before
 from tests.test_admin import error_of

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 import click
 
 from gateway import __version__
-from gateway.cli import completion, files, lists, policy, servers, windows
+from gateway.cli import archives, autofreeze, completion, lists, serve, windows
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -15,6 +15,6 @@ def main() -> None:
     """Context Window Gateway: durable, nameable, lossless KV caches for conversations on vLLM."""
 
 
-for _room in (servers, windows, files, lists, policy, completion):
-    for _command in _room.COMMANDS:
+for _module in (serve, windows, archives, lists, autofreeze, completion):
+    for _command in _module.COMMANDS:
         main.add_command(_command)

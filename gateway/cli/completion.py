@@ -3,7 +3,7 @@
 import click
 from click.shell_completion import get_completion_class
 
-from gateway.cli.asking import Failure, Word
+from gateway.cli.connection import Failure, Word
 
 _HOW = {
     "bash": 'eval "$(cwg completion bash)"  # in ~/.bashrc',

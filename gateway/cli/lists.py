@@ -5,10 +5,10 @@ from typing import Any
 import click
 from rich.text import Text
 
-from gateway import drawing
-from gateway.cli import asking as gateway
-from gateway.cli.asking import Word, verb
-from gateway.cli.showing import OUT, line, print_json, say, show, table
+from gateway.cli import connection as gateway
+from gateway.cli import drawing
+from gateway.cli.connection import Word, verb
+from gateway.cli.output import OUT, line, print_json, say, show, table
 
 
 @verb

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from gateway.cli import asking as gateway
-from gateway.cli.asking import Word, completing, verb, window
-from gateway.cli.showing import flat, print_json, say, show, warn
+from gateway.cli import connection as gateway
+from gateway.cli.connection import Word, completing, verb, window
+from gateway.cli.output import flat, print_json, say, show, warn
 
 
 @verb

@@ -5,8 +5,8 @@ from typing import Any
 
 import orjson
 
-from gateway import sse
-from gateway.dialects.contract import (
+from gateway.dialects import sse
+from gateway.dialects.base import (
     RENDER_FIELDS,
     Call,
     Reply,
@@ -31,7 +31,7 @@ _TEXTS = frozenset({"content", *_REASONING})
 
 
 class ChatDialect:
-    """See `gateway.dialects.contract.Dialect`."""
+    """See `gateway.dialects.base.Dialect`."""
 
     name = "chat"
     last_event: tuple[bytes, ...] = (b"data: [DONE]",)

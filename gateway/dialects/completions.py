@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gateway import sse, texts
+from gateway.dialects import sse, text_transcripts
+from gateway.dialects.base import Call, Reply, usage_of
 from gateway.dialects.chat import ChatDialect
-from gateway.dialects.contract import Call, Reply, usage_of
 from gateway.dialects.events import json_object
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
@@ -18,7 +18,7 @@ _NO_TURN = ("suffix", "prompt_embeds")
 
 
 class CompletionsDialect:
-    """See `gateway.dialects.contract.Dialect`."""
+    """See `gateway.dialects.base.Dialect`."""
 
     name = "completions"
     last_event: tuple[bytes, ...] = (b"data: [DONE]",)
@@ -63,10 +63,10 @@ def _conversation(body: dict[str, Any]) -> list[Message]:
     if not isinstance(prompt, str | list) or not prompt:
         return []
     if isinstance(prompt, str):
-        return [{"role": texts.TEXT, "content": prompt}]
+        return [{"role": text_transcripts.TEXT, "content": prompt}]
     # The engine refuses a list that goes on otherwise than it begins. The text of an echo would hold the prompt's.
     is_row = isinstance(prompt[0], int) and not _echoes(body)
-    return [{"role": texts.TOKENS, "content": prompt}] if is_row else []
+    return [{"role": text_transcripts.TOKENS, "content": prompt}] if is_row else []
 
 
 def _echoes(body: dict[str, Any]) -> bool | None:
@@ -138,5 +138,5 @@ class _Assembled:
     def whole(self) -> Message | None:
         if not self._texts:
             return None
-        message: Message = {"role": texts.TEXT, "content": "".join(self._texts)}
+        message: Message = {"role": text_transcripts.TEXT, "content": "".join(self._texts)}
         return message if self._ids is None else {**message, "token_ids": self._ids}

@@ -5,9 +5,8 @@ from typing import Any
 
 import orjson
 
-from gateway import sse
-from gateway.dialects import chat_to_messages, messages_to_chat
-from gateway.dialects.contract import Call, Reply, is_clean, model_of, sanitise, usage_of, with_fields, write_json
+from gateway.dialects import chat_to_messages, messages_to_chat, sse
+from gateway.dialects.base import Call, Reply, is_clean, model_of, sanitise, usage_of, with_fields, write_json
 from gateway.dialects.events import json_object, objects
 from gateway.errors import GatewayError
 from gateway.records import Usage
@@ -30,7 +29,7 @@ _TEXT_OF = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delt
 
 
 class MessagesDialect:
-    """See `gateway.dialects.contract.Dialect`."""
+    """See `gateway.dialects.base.Dialect`."""
 
     name = "messages"
     last_event: tuple[bytes, ...] = (b"event: message_stop",)

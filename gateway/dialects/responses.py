@@ -10,18 +10,8 @@ from typing import Any
 
 import orjson
 
-from gateway import sse
-from gateway.dialects import items
-from gateway.dialects.contract import (
-    Call,
-    Reply,
-    Storage,
-    is_clean,
-    model_of,
-    sanitise,
-    usage_of,
-    with_fields,
-)
+from gateway.dialects import response_items, sse
+from gateway.dialects.base import Call, Reply, Storage, is_clean, model_of, sanitise, usage_of, with_fields
 from gateway.dialects.events import json_object
 from gateway.dialects.openai import error_body, sentence
 from gateway.errors import GatewayError
@@ -39,7 +29,7 @@ _NUMBER = re.compile(rb'"sequence_number":(\d+)')
 
 
 class ResponsesDialect:
-    """See `gateway.dialects.contract.Dialect`."""
+    """See `gateway.dialects.base.Dialect`."""
 
     name = "responses"
     last_event: tuple[bytes, ...] = tuple(f"event: {kind}\n".encode() for kind in (*_FINAL, "response.failed"))
@@ -136,17 +126,22 @@ def _messages(body: Mapping[str, Any], sent: list[Any] | None) -> list[Message]:
     """What the prompt is rendered from; nothing where chat has no words for it, or the engine will refuse it."""
     instructions = body.get("instructions")
     plain = instructions is None or isinstance(instructions, str)
-    if sent is None or not plain or items.continues_reply(sent) or any(body.get(name) for name in _OTHER_PROMPTS):
+    if (
+        sent is None
+        or not plain
+        or response_items.continues_reply(sent)
+        or any(body.get(name) for name in _OTHER_PROMPTS)
+    ):
         return []
-    said = items.read(sent)
+    said = response_items.read(sent)
     return [*([instructions_message(instructions)] if instructions else []), *said] if said else []
 
 
 def _frame(body: Mapping[str, Any]) -> dict[str, Any]:
     frame = {name: body[name] for name in _FRAME_FIELDS if body.get(name) is not None}
-    if tools := items.chat_tools(body.get("tools")):
+    if tools := response_items.chat_tools(body.get("tools")):
         frame["tools"] = tools
-        if choice := items.chat_tool_choice(body.get("tool_choice")):
+        if choice := response_items.chat_tool_choice(body.get("tool_choice")):
             frame["tool_choice"] = choice
     reasoning = body.get("reasoning")
     if isinstance(reasoning, dict) and reasoning.get("effort"):
@@ -161,13 +156,13 @@ def _with_front(call: Call) -> dict[str, Any]:
     if unsayable:
         raise _refused(unsayable, f"the window's {unsayable} cannot be said in the Responses API", "use chat")
     if "tools" in inherited:
-        inherited["tools"] = items.response_tools(inherited["tools"])
+        inherited["tools"] = response_items.response_tools(inherited["tools"])
     if effort := inherited.pop("reasoning_effort", None):
         inherited["reasoning"] = {**(call.body.get("reasoning") or {}), "effort": effort}
     whole = call.whole
     own = call.storage is not None and whole[:1] == [instructions_message(call.storage.instructions)]
     kept = call.body if own else {name: value for name, value in call.body.items() if name != "instructions"}
-    return {**kept, **inherited, "input": items.write(whole[1:] if own else whole)}
+    return {**kept, **inherited, "input": response_items.write(whole[1:] if own else whole)}
 
 
 # --- replies
@@ -207,7 +202,7 @@ def _read(answer: Mapping[str, Any]) -> Reply:
 
 def _message(output: list[Any]) -> Message | None:
     """The output as one assistant message; None where it is more than that."""
-    said = items.read(output)
+    said = response_items.read(output)
     if said is None or len(said) > 1:
         return None
     return said[0] if said else {"role": "assistant", "content": ""}

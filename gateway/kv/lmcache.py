@@ -15,7 +15,7 @@ import httpx
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.pins import Lock
-from gateway.progress import Progress
+from gateway.runtime.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
 _POLL_S = 0.02

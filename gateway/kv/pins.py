@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Restored, Tier, TierFull, TierUnavailable
+from gateway.kv.tiers.base import Restored, Tier, TierFull, TierUnavailable
 from gateway.records import PinnedObject, Sizes
 
 _POLL_S = 0.005

@@ -10,10 +10,10 @@ from hashlib import blake2s
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from gateway.stack import commands, leftovers, lock, models
+from gateway.stack import cleanup, commands, lock, models
 from gateway.stack.commands import LOOPBACK
 from gateway.stack.demo_model import THINK, THOUGHT, Size
-from gateway.stack.part import Launch, Part
+from gateway.stack.process import Launch, Part
 from gateway.stack.reaper import reaping
 
 DEFAULT_PORT = 8700
@@ -146,7 +146,7 @@ def running(options: LocalStack) -> Iterator[tuple[Plan, Parts]]:
     options.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with lock.holding(options.data_dir) as held:
         planned = plan(options)
-        leftovers.sweep(planned.run_dir)
+        cleanup.sweep(planned.run_dir)
         with reaping(planned.run_dir, held):
             yield from _running(planned)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway.stack import leftovers
+from gateway.stack import cleanup
 
 _SWEPT_WITHIN = 30.0
 
@@ -37,4 +37,4 @@ def reaping(run_dir: Path, *held: int) -> Iterator[None]:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    leftovers.sweep(Path(sys.argv[1]))
+    cleanup.sweep(Path(sys.argv[1]))

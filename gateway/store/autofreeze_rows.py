@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from gateway.records import Session
-from gateway.store.contract import Unfrozen
+from gateway.store.types import Unfrozen
 
 _COLUMNS = tuple(f.name for f in fields(Session))
 _UNFROZEN = f"""SELECT coalesce(f.covered_tokens, 0), coalesce(f.not_before, 0), coalesce(f.failures, 0),

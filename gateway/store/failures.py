@@ -6,8 +6,8 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from gateway.store.contract import StoreUnavailable
 from gateway.store.damage import StoreDamaged, is_damage
+from gateway.store.types import StoreUnavailable
 
 # Primary result codes (sqlite.org/rescode.html) that speak of the file or its disk, not of what was to be done.
 _OUT_OF_ORDER = frozenset(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, under
 from gateway.records import Manifest, PinnedObject, Window
-from gateway.store.contract import Released
+from gateway.store.types import Released
 
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
 _OBJECTS = "manifest_objects m JOIN objects o ON o.number = m.object"

@@ -10,7 +10,7 @@ import orjson
 
 from gateway.records import StoredResponse
 from gateway.store import transcript_rows
-from gateway.store.contract import Finished
+from gateway.store.types import Finished
 
 log = logging.getLogger(__name__)
 

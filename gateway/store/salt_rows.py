@@ -4,7 +4,7 @@ import sqlite3
 import time
 from collections.abc import Iterable
 
-from gateway.store.contract import LooseSalt, SaltNote, SaltUse
+from gateway.store.types import LooseSalt, SaltNote, SaltUse
 
 
 def use(db: sqlite3.Connection, tenant: str, session_id: str, salts: Iterable[str]) -> None:

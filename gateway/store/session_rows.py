@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from gateway.records import Alias, Known, Session, SessionState, Turn, Usage
 from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
-from gateway.store.contract import Finished
+from gateway.store.types import Finished
 
 T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
@@ -139,7 +139,7 @@ def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tu
 
 def standing(db: sqlite3.Connection, tenant: str, names: Sequence[Alias]) -> list[Known]:
     said, alone = names[0], names[-1]
-    before = said if said.history else alone  # see `gateway.aliases.is_named`
+    before = said if said.history else alone  # see `gateway.sessions.reply_aliases.is_named`
     columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
     rows = db.execute(
         f"""SELECT e.link, e.history, e.question, e.marks, e.tip IS s.tip AS current, {columns}

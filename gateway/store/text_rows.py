@@ -11,7 +11,7 @@ from dataclasses import replace
 from gateway.errors import GatewayError
 from gateway.records import Manifest, Session, Succession, Window
 from gateway.store import salt_rows, session_rows, successor_rows, transcript_rows, window_rows
-from gateway.store.contract import Text
+from gateway.store.types import Text
 
 
 def snapshot(db: sqlite3.Connection, tenant: str, session_id: str) -> tuple[Session, Text] | None:

@@ -10,7 +10,7 @@ import orjson
 
 from gateway.records import Manifest, Window
 from gateway.store import autofreeze_rows, manifest_rows, salt_rows, transcript_rows
-from gateway.store.contract import Released, WindowQuery
+from gateway.store.types import Released, WindowQuery
 
 _COLUMNS = tuple(f.name for f in fields(Window))
 _WINDOW = f"SELECT {', '.join(_COLUMNS)} FROM windows"

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import texts
-from gateway.engine import Model
+from gateway.dialects import text_transcripts
+from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
 from gateway.records import Message, Usage, Window
-from gateway.store.contract import Text
-from gateway.windows.counted import counted
-from gateway.windows.finish import whole_chunks
+from gateway.runtime.progress import Progress, silent
+from gateway.store.types import Text
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.receipt import whole_chunks
 from gateway.windows.thaw import Receipt, load, restore, served, usable
 
 MAX_QUESTION = 10_000  # characters
@@ -87,10 +87,10 @@ def _room(window: Window, model: Model, max_tokens: int | None) -> int:
 async def conversation(parts: Parts, window: Window) -> Text:
     """Return a window's text, which a user's message may follow. Raises `invalid_request` where none can."""
     text = await parts.store.text(window)
-    if kind := texts.kind(text.messages):
+    if kind := text_transcripts.kind(text.messages):
         raise GatewayError(
             "invalid_request",
-            f"window {window.name!r} holds {texts.NAMES[kind]}, not a conversation: there is nobody to ask",
+            f"window {window.name!r} holds {text_transcripts.NAMES[kind]}, not a conversation: there is nobody to ask",
             hint="thaw it, and go on with it at /v1/completions",
         )
     return text

@@ -7,14 +7,15 @@ the whole conversation, begun with the window itself, so that the next turn find
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gateway import identity, transcripts
+from gateway.dialects import transcripts
+from gateway.dialects.transcripts import SystemRule
 from gateway.errors import GatewayError
-from gateway.identity import Beginning, Given, Prompt
-from gateway.offload import is_heavy
-from gateway.parts import Parts
 from gateway.records import Message, Session, Window
-from gateway.sessions import Place
-from gateway.transcripts import SystemRule
+from gateway.runtime.offload import is_heavy
+from gateway.sessions import prefix_chain
+from gateway.sessions.prefix_chain import Beginning, Given, Prompt
+from gateway.sessions.resolver import Place
+from gateway.windows.context import Parts
 from gateway.windows.thaw import thaw, usable
 
 
@@ -40,7 +41,7 @@ async def place(parts: Parts, asked: Asked) -> Place:
     if named and named.kind != "key":
         return await _named(parts, asked, named, window)
     history = (await parts.store.text(window)).messages
-    seed = identity.seed({}, f"{asked.prompt.seed.hex()} {window.name} {window.created_at}", "")
+    seed = prefix_chain.seed({}, f"{asked.prompt.seed.hex()} {window.name} {window.created_at}", "")
     heavy = is_heavy(history) or is_heavy(asked.prompt.messages)
     request = await parts.offload.run(heavy, _beginning, history, asked, seed)
     verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
@@ -80,7 +81,7 @@ async def _named(parts: Parts, asked: Asked, named: Given, window: Window) -> Pl
 async def _beside(parts: Parts, asked: Asked, known: Place, window: Window) -> Place:
     """The branch of an agent that had its session before it was sent to the window: it cannot leave its id away, as a
     person can."""
-    branch_id = identity.side(known.session.id, identity.seed({}, f"{window.name} {window.created_at}", ""))
+    branch_id = prefix_chain.side(known.session.id, prefix_chain.seed({}, f"{window.name} {window.created_at}", ""))
     session = await parts.sessions.open(asked.tenant, branch_id)
     is_new = not session.created_at
     return Place(

@@ -3,10 +3,10 @@
 import time
 from dataclasses import replace
 
-from gateway.parts import Parts
 from gateway.records import Manifest, Window
-from gateway.windows.counted import counted
+from gateway.windows.context import Parts
 from gateway.windows.freeze import Naming, taken
+from gateway.windows.instrumented import counted
 from gateway.windows.thaw import usable
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Tier
-from gateway.parts import Parts
-from gateway.windows.counted import counted
+from gateway.kv.tiers.base import Tier
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
 from gateway.windows.thaw import found, not_found
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.parts import Parts
 from gateway.records import Window
-from gateway.windows.counted import counted
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
 from gateway.windows.thaw import not_found
 
 _CLEARED: Mapping[str, Any] = {"description": "", "tags": ()}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
-from gateway.windows.counted import counted
+from gateway.runtime.progress import Progress, silent
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
 from gateway.windows.thaw import held, usable
 
 

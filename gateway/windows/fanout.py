@@ -4,10 +4,10 @@ Nor is a file looked at, however many the window has: what was evicted is put ba
 (`gateway.windows.resume`).
 """
 
-from gateway.parts import Parts
 from gateway.records import Session, Window, check_session_id
-from gateway.windows.counted import counted
-from gateway.windows.finish import whole_chunks
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.receipt import whole_chunks
 from gateway.windows.thaw import Receipt, branch_of, fresh_id, served, taken, usable, warn
 
 MOST = 100

@@ -18,19 +18,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from gateway import transcripts
-from gateway.engine import Model
+from gateway.dialects import transcripts
+from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.kv.tiers.contract import TierFull
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
+from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, PinnedObject, Session, Usage, Window
-from gateway.sessions import no_session
-from gateway.store.contract import Text
-from gateway.windows.canonical import next_turn_ids
-from gateway.windows.counted import counted
-from gateway.windows.finish import finished
-from gateway.windows.landing import Plan, land, pin, plan
+from gateway.runtime.progress import Progress, silent
+from gateway.sessions.resolver import no_session
+from gateway.store.types import Text
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.materialize import Plan, land, pin, plan
+from gateway.windows.next_turn import next_turn_ids
+from gateway.windows.receipt import finished
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ and says so.
 from dataclasses import replace
 from uuid import uuid4
 
-from gateway.parts import Parts
 from gateway.records import Manifest, Window
-from gateway.sessions import ISOLATED
+from gateway.sessions.resolver import ISOLATED
 from gateway.windows.clone import add, copied
-from gateway.windows.counted import counted
+from gateway.windows.context import Parts
 from gateway.windows.freeze import Naming
+from gateway.windows.instrumented import counted
 from gateway.windows.thaw import usable
 
 _BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from gateway.errors import GatewayError
-from gateway.parts import Parts
 from gateway.records import Window
+from gateway.windows.context import Parts
 from gateway.windows.freeze import Naming, freeze
 
 _TRIED = 100  # sessions may share a shortened name within a second

@@ -3,10 +3,10 @@
 import time
 
 from gateway.errors import GatewayError
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
-from gateway.windows.counted import counted
-from gateway.windows.finish import whole_chunks
+from gateway.runtime.progress import Progress, silent
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.receipt import whole_chunks
 from gateway.windows.thaw import Receipt, load, restore, served, usable
 
 

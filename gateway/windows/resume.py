@@ -4,11 +4,11 @@ import logging
 from collections.abc import Sequence
 
 from gateway.errors import GatewayError
-from gateway.kv.tiers.contract import Restored
-from gateway.parts import Parts
-from gateway.progress import silent
+from gateway.kv.tiers.base import Restored
 from gateway.records import PinnedObject, Session, Window
-from gateway.store.contract import WindowQuery
+from gateway.runtime.progress import silent
+from gateway.store.types import WindowQuery
+from gateway.windows.context import Parts
 from gateway.windows.thaw import held
 
 log = logging.getLogger(__name__)

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from gateway import identity
-from gateway.engine import Model
+from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import LMCache
-from gateway.kv.tiers.contract import Restored
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
+from gateway.kv.tiers.base import Restored
 from gateway.records import Manifest, PinnedObject, Session, Window
-from gateway.windows.counted import counted
-from gateway.windows.finish import whole_chunks
+from gateway.runtime.progress import Progress, silent
+from gateway.sessions import prefix_chain
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.receipt import whole_chunks
 
 Warm = Literal["none", "cpu", "gpu"]
 _MAX_ID = 128
@@ -76,7 +76,7 @@ async def thaw(
     if await parts.store.session(tenant, session_id):
         raise taken(session_id)
     # Whoever sends the whole history, and no id, goes on here.
-    tip = identity.chain((await parts.store.text(window)).messages, b"")[-1] if source == "thaw" else None
+    tip = prefix_chain.chain((await parts.store.text(window)).messages, b"")[-1] if source == "thaw" else None
     manifest = await parts.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
     await restore(parts, window, manifest.objects, receipt, progress)

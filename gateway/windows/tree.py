@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.parts import Parts
 from gateway.records import Session, Window
-from gateway.store.contract import WindowQuery
+from gateway.store.types import WindowQuery
+from gateway.windows.context import Parts
 
 Kind = Literal["session", "window"]
 Relation = Literal["frozen from", "cloned from", "thawed from", "forked from", "went on from"]

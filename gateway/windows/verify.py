@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Restored, Tier, TierUnavailable
-from gateway.parts import Parts
-from gateway.progress import Progress, silent
+from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
 from gateway.records import Manifest, PinnedObject, Window
-from gateway.windows.counted import counted
-from gateway.windows.deep import Replay, replay
-from gateway.windows.finish import whole_chunks
+from gateway.runtime.progress import Progress, silent
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.receipt import whole_chunks
+from gateway.windows.replay import Replay, replay
 from gateway.windows.thaw import found, object_names
 
 _AT_ONCE = 64  # objects between two words of progress
@@ -75,7 +75,7 @@ async def verify(parts: Parts, tenant: str, name: str, progress: Progress = sile
     """Check every pinned object of a window: there, of its size, with its checksum. Raises `window_not_found`.
 
     A tier that cannot be reached raises nothing: it is not `checked`, and the window is not `ok`. `deep` has the engine
-    use the KV too (`gateway.windows.deep`), and raises what that raises.
+    use the KV too (`gateway.windows.replay`), and raises what that raises.
     """
     clock = time.monotonic()
     window = await found(parts, tenant, name)

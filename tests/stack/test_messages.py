@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 
 from gateway.dialects import chat_to_messages, messages_to_chat
-from gateway.dialects.contract import INHERITED_FIELDS
+from gateway.dialects.base import INHERITED_FIELDS
 from gateway.dialects.messages import MessagesDialect
+from gateway.dialects.transcripts import split
 from gateway.records import Front
-from gateway.transcripts import split
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, chat, converse
 from tests.test_chat_to_messages import MESSAGES

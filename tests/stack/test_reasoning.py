@@ -12,8 +12,7 @@ import openai
 import orjson
 import pytest
 
-from gateway import sse
-from gateway.dialects import items, messages_to_chat
+from gateway.dialects import messages_to_chat, response_items, sse
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway
 
@@ -256,7 +255,7 @@ def _in_chat(dialect: str, said: list[Any]) -> dict[str, Any]:
     if dialect == "chat":
         (message,) = said
     elif dialect == "responses":
-        (message,) = items.read(said) or []
+        (message,) = response_items.read(said) or []
     else:
         (message,) = messages_to_chat.conversation({"messages": said})
     return dict(message)

@@ -8,7 +8,7 @@ import openai
 import orjson
 import pytest
 
-from gateway import sse
+from gateway.dialects import sse
 from gateway.dialects.responses import ResponsesDialect
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, chat, until

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.encodings import read
+from gateway.sessions.tokenizer import read
 from tests.stack.conftest import Stack
 from tests.stack.drive import Gateway, chat
 

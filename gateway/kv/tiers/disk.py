@@ -20,7 +20,7 @@ from typing import TypeVar
 from blake3 import blake3
 
 from gateway.kv.keys import ObjectKey, file_names
-from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import Restored, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
 Item = TypeVar("Item")

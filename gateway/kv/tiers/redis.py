@@ -17,7 +17,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as SilentError
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.contract import Restored, Stored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import Restored, Stored, TierFull, TierUnavailable
 from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.records import PinnedObject
 

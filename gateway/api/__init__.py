@@ -1,0 +1,1 @@
+"""What speaks to clients: the HTTP server, authentication, and the three APIs on it."""

@@ -1,0 +1,1 @@
+"""The admin API: its operations, their schemas, and health."""

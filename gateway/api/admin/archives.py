@@ -1,0 +1,95 @@
+"""Windows as files, over HTTP: an export goes out and an import comes in as a stream."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.api import parameters
+from gateway.api.admin import response_schemas, serializers
+from gateway.api.connection import client_of
+from gateway.api.endpoint import Call
+from gateway.api.operation import ENGINE, Operation
+from gateway.errors import GatewayError
+from gateway.windows.archive.export import Export, export
+from gateway.windows.archive.import_ import import_window as bring
+
+log = logging.getLogger(__name__)
+
+_TAR = "application/x-tar"
+
+
+@partial(
+    Operation,
+    "GET",
+    "/admin/windows/{name}/export",
+    {},
+    query={"as_text": parameters.flag.default(False).about("leave the KV out")},
+    gives=_TAR,
+    errors=("window_corrupted", "cache_unavailable"),
+)
+async def export_window(call: Call) -> Any:
+    """Send a window as one file."""
+    q = call.given
+    return _File(await export(call.parts, call.tenant, call.window_name, as_text=q["as_text"]))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/import",
+    response_schemas.FROZEN,
+    status=201,
+    query={
+        "window_name": parameters.window_name.about("without it, the name that it was exported under"),
+        "as_text": parameters.flag.default(False).about("take text and ids, and leave the KV"),
+    },
+    takes=_TAR,
+    errors=("window_already_exists", "window_corrupted", "too_complex", "cache_unavailable", *ENGINE),
+)
+async def import_window(call: Call) -> Any:
+    """Make the window in a file a window of this gateway."""
+    q = call.given
+    window, warnings = await bring(
+        call.parts,
+        call.tenant,
+        call.stream(),
+        name=q.get("window_name"),
+        as_text=q["as_text"],
+        progress=call.progress,
+    )
+    return {**serializers.window(window), "warnings": warnings}
+
+
+class _File:
+    """The answer that a window's file is."""
+
+    def __init__(self, export: Export) -> None:
+        self._export = export
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = f'attachment; filename="{self._export.window.name}.cwg"'
+        headers = [
+            (b"content-type", _TAR.encode()),
+            (b"content-length", b"%d" % self._export.size),
+            (b"content-disposition", name.encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
+        client = client_of(scope)
+        try:
+            async for piece in self._export.pieces:
+                if client.gone:
+                    return
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except GatewayError as error:
+            # The length was promised, so a client that counts sees that this is not all.
+            log.warning("the export of %s was cut: %s", self._export.window.name, error.message)
+            return
+        await send({"type": "http.response.body", "body": b""})
+
+
+OPERATIONS = (export_window, import_window)

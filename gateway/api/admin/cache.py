@@ -1,0 +1,66 @@
+"""GET /admin/cache: what the cache says of itself, what lies in its tiers, and whether it pays."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from gateway.api.admin import response_schemas
+from gateway.api.endpoint import Call
+from gateway.api.operation import Operation
+from gateway.errors import GatewayError
+from gateway.kv.lmcache import LMCache
+from gateway.metrics import Stored, Telemetry
+from gateway.windows.retention.usage import TierUse, usage
+
+
+@partial(Operation, "GET", "/admin/cache", response_schemas.CACHE)
+async def statistics(call: Call) -> Any:
+    """Tell what lies in each tier and for whom, and what the cache says of itself."""
+    await call.parts.turns.settle()  # who has read a reply, finds its turn counted
+    tiers, warnings = await usage(call.parts)
+    lmcache, more = await _lmcache(call.parts.cache)
+    chunk_size = call.parts.settings.chunk_size or lmcache.get("chunk_size")
+    shown = {tier.name: _tier(tier) for tier in tiers}
+    return {
+        "windows": sum((await call.parts.store.window_counts()).values()),
+        "chunk_size": chunk_size,
+        "lmcache": lmcache,
+        "tiers": shown,
+        **_hits(call.parts.telemetry),
+        "warnings": [*warnings, *more],
+    }
+
+
+def _hits(telemetry: Telemetry) -> dict[str, Any]:
+    """What the cache was good for, since the gateway started. `hit_rate` is None before the first prompt."""
+    rows = telemetry.rows(Stored({}, {}))
+    prompt, cached = (
+        int(sum(row["value"] for row in rows if row["name"] == name))
+        for name in ("cwg_prompt_tokens_total", "cwg_cached_tokens_total")
+    )
+    return {
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "hit_rate": round(cached / prompt, 4) if prompt else None,
+    }
+
+
+async def _lmcache(cache: LMCache | None) -> tuple[dict[str, Any], list[str]]:
+    if cache is None:
+        return {"status": "not configured"}, []
+    try:
+        info = await cache.info()
+        healthy = await cache.healthy()
+    except GatewayError as error:
+        return {"status": "unreachable"}, [error.message]
+    return {
+        "status": "healthy" if healthy else "unhealthy",
+        "chunk_size": info.chunk_size,
+        "hash_algorithm": info.hash_algorithm,
+        "adapters": [str(adapter.get("type", "")) for adapter in info.adapters],
+    }, []
+
+
+def _tier(tier: TierUse) -> dict[str, Any]:
+    shares = {name: share for name, share in asdict(tier).items() if name not in ("name", "total")}
+    return {"objects": tier.total.objects, "bytes": tier.total.bytes, **shares}

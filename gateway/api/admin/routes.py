@@ -1,0 +1,313 @@
+"""The admin door: the verbs over HTTP, as JSON, and the probes. `gateway.api.endpoint` is what they share."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any, get_args
+
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from gateway.api import parameters
+from gateway.api.admin import (
+    archives,
+    autofreeze,
+    cache,
+    continuation,
+    metrics,
+    openapi,
+    response_schemas,
+    serializers,
+    windows,
+)
+from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
+from gateway.api.health import COMPONENTS
+from gateway.api.operation import ENGINE, Operation
+from gateway.records import SessionState
+from gateway.sessions.resolver import no_session
+from gateway.store.types import SORT_KEYS, WindowQuery
+from gateway.validation.fields import Field
+from gateway.windows import ask, clone, delete, freeze, isolate, thaw
+from gateway.windows.retention import orphans
+
+_PAGE = {"limit": parameters.whole(1, 100).default(50), "offset": parameters.whole(0, 2**31).default(0)}
+_NAMING: dict[str, Field[Any]] = {"description": parameters.description, "tags": parameters.tags}
+
+
+@partial(
+    Operation,
+    "GET",
+    "/admin/sessions",
+    response_schemas.SESSIONS,
+    query={"state": parameters.one_of(*get_args(SessionState)), "model": parameters.line(500), **_PAGE},
+)
+async def list_sessions(call: Call) -> Any:
+    """List sessions, last active first."""
+    q = call.given
+    limit, offset = q["limit"], q["offset"]
+    await call.parts.turns.settle()
+    by = orphans.expired_by(call.parts.settings)
+    page, total = await call.parts.store.list_sessions(
+        call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset, expired_by=by
+    )
+    shown = [serializers.session(s, by) for s in page]
+    return {"sessions": shown, **serializers.paging(len(page), total, limit, offset)}
+
+
+@partial(Operation, "GET", "/admin/sessions/{session_id}", response_schemas.SESSION)
+async def get_session(call: Call) -> Any:
+    """Tell all about a session, its last turns too."""
+    await call.parts.turns.settle()
+    session = await call.parts.store.session(call.tenant, call.session_id)
+    if session is None:
+        raise no_session(call.session_id)
+    turns = await call.parts.store.turns(call.tenant, session.id, limit=20)
+    windows, _ = await call.parts.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
+    model = call.parts.engines.known(session.model)
+    return {
+        **serializers.session(session, orphans.expired_by(call.parts.settings)),
+        "context_limit": model.context_limit if model else None,
+        "estimates": call.parts.estimator.report().get(session.model),
+        "turns": [serializers.turn(t) for t in turns],
+        "windows": [w.name for w in windows],
+        "warnings": serializers.crowding(session.token_count, model.context_limit if model else None),
+    }
+
+
+@partial(
+    Operation, "DELETE", "/admin/sessions/{session_id}", response_schemas.SESSION_DELETED, errors=("session_busy",)
+)
+async def delete_session(call: Call) -> Any:
+    """Delete a session, and the KV that only it needed."""
+    done = await orphans.delete_session(call.parts, call.tenant, call.session_id)
+    return {
+        "session_id": call.session_id,
+        "deleted": True,
+        "blocks_deleted": done.blocks_deleted,
+        "space_freed_bytes": done.space_freed_bytes,
+        "warnings": done.warnings,
+    }
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows",
+    response_schemas.FROZEN,
+    status=201,
+    body={
+        "session_id": parameters.session_id,
+        "window_name": parameters.window_name,
+        **_NAMING,
+        "ttl_seconds": parameters.seconds,
+    },
+    required=("session_id", "window_name"),
+    errors=("session_not_found", "session_busy", "window_already_exists", *ENGINE),
+)
+async def freeze_session(call: Call) -> Any:
+    """Freeze a session into a window."""
+    body = call.given
+    naming = freeze.Naming(
+        body["window_name"], body.get("description", ""), body.get("tags", ()), body.get("ttl_seconds")
+    )  # fmt: skip
+    window, warnings = await freeze.freeze(call.parts, call.tenant, body["session_id"], naming, call.progress)
+    return {**serializers.window(window), "warnings": warnings}
+
+
+@partial(
+    Operation,
+    "GET",
+    "/admin/windows",
+    response_schemas.WINDOWS,
+    query={
+        "tags": parameters.tags.about("only with all of these tags"),
+        "model": parameters.line(500),
+        "session_id": parameters.session_id,
+        "search": parameters.line(200).about("only with this text in name or description"),
+        "created_after": parameters.when,
+        "created_before": parameters.when,
+        "sort_by": parameters.one_of(*SORT_KEYS).default("created_at"),
+        "sort_order": parameters.one_of("asc", "desc").default("desc"),
+        **_PAGE,
+    },
+)
+async def list_windows(call: Call) -> Any:
+    """List windows, newest first unless sorted otherwise."""
+    q = call.given
+    filters = {name: value for name, value in q.items() if name != "sort_order"}
+    query = WindowQuery(**filters, descending=q["sort_order"] == "desc")
+    page, total = await call.parts.store.list_windows(call.tenant, query)
+    shown = [serializers.window_line(w) for w in page]
+    return {"windows": shown, **serializers.paging(len(page), total, query.limit, query.offset)}
+
+
+@partial(
+    Operation,
+    "GET",
+    "/admin/windows/{name}",
+    response_schemas.STATUS,
+    query={"include_blocks": parameters.flag.default(False), "include_lineage": parameters.flag.default(False)},
+)
+async def window_status(call: Call) -> Any:
+    """Tell all about a window, and where its bytes are now."""
+    q = call.given
+    window = await thaw.found(call.parts, call.tenant, call.window_name)
+    held = await call.parts.store.sizes(window)
+    present, warnings = await call.parts.pins.present([*{key: None for have in held.values() for key in have}])
+    status = serializers.window_status(window, held, present)
+    if q["include_blocks"]:
+        status["blocks"] = serializers.blocks(await call.parts.store.pinned(window), present)
+    if q["include_lineage"]:
+        ancestors, clones = await call.parts.store.lineage(call.tenant, window.name)
+        status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
+    return {**status, "warnings": warnings}
+
+
+@partial(Operation, "DELETE", "/admin/windows/{name}", response_schemas.DELETED)
+async def delete_window(call: Call) -> Any:
+    """Delete a window for good, and the KV that no other holds."""
+    done = await delete.delete(call.parts, call.tenant, call.window_name)
+    return {"window_name": call.window_name, **asdict(done)}
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/thaw",
+    response_schemas.THAWED,
+    body={
+        "new_session_id": parameters.session_id.about("made up if not given"),
+        "warm": parameters.one_of("none", "cpu", "gpu").default("none"),
+        "continuation_prompt": windows.question.about("sent at once as the new session's next turn"),
+        "max_tokens": parameters.count(1, ask.MAX_TOKENS).about("of the answer to continuation_prompt"),
+    },
+    errors=("session_already_exists", "window_corrupted", *ENGINE),
+)
+async def thaw_window(call: Call) -> Any:
+    """Thaw a window into a new session."""
+    body = call.given
+    prompt, max_tokens = body.get("continuation_prompt"), body.get("max_tokens")
+    await continuation.check(call, prompt, max_tokens)
+    session, window, receipt = await thaw.thaw(
+        call.parts,
+        call.tenant,
+        call.window_name,
+        new_session_id=body.get("new_session_id"),
+        warm=body["warm"],
+        progress=call.progress,
+    )
+    return {
+        "session_id": session.id,
+        "window_name": window.name,
+        "model": window.model,
+        "token_count": window.token_count,
+        "cache_salt": window.salt,
+        "receipt": thaw.as_json(receipt),
+        "warnings": receipt.warnings,
+        "continuation": await continuation.go_on(call, session, prompt, max_tokens) if prompt else None,
+    }
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/clone",
+    response_schemas.CLONED,
+    status=201,
+    body={
+        "target_window": parameters.window_name,
+        **_NAMING,
+        "isolate": parameters.boolean.default(False).about("under a salt of its own"),
+    },
+    required=("target_window",),
+    errors=("window_already_exists", "window_corrupted", "cache_unavailable"),
+)
+async def clone_window(call: Call) -> Any:
+    """Give a window a second name; no KV byte is copied."""
+    body = call.given
+    naming = freeze.Naming(body["target_window"], body.get("description", ""), body.get("tags", ()))
+    isolated = body["isolate"]
+    warnings: list[str] = []
+    if isolated:
+        copy, warnings = await isolate.isolate(call.parts, call.tenant, call.window_name, naming)
+    else:
+        copy = await clone.clone(call.parts, call.tenant, call.window_name, naming)
+    return {
+        "source_window": copy.parent,
+        "target_window": copy.name,
+        "shared_blocks": copy.chunk_count * copy.world_size,
+        "isolated": isolated,
+        **serializers.window(copy),
+        "warnings": warnings,
+    }
+
+
+@partial(Operation, "GET", "/admin/windows/{name}/messages", response_schemas.MESSAGES, errors=("window_corrupted",))
+async def window_messages(call: Call) -> Any:
+    """The text of a window."""
+    window = await thaw.found(call.parts, call.tenant, call.window_name)
+    text = await call.parts.store.text(window)
+    return {"window_name": window.name, "messages": text.messages, "frame": text.frame or {}}
+
+
+@partial(
+    Operation, "GET", "/admin/health", response_schemas.HEALTH, query={"component": parameters.one_of(*COMPONENTS)}
+)
+async def health(call: Call) -> Any:
+    """Look at every component, or at one, now."""
+    q = call.given
+    return call.health.summary(await call.health.components(q.get("component")))
+
+
+@partial(Operation, "POST", "/admin/doctor", response_schemas.DOCTOR)
+async def doctor(call: Call) -> Any:
+    """Run the self-test now."""
+    checks = await call.health.test()
+    return {"ok": all(c.status != "failed" for c in checks), "checks": [asdict(c) for c in checks]}
+
+
+@partial(Operation, "GET", "/healthz", response_schemas.ALIVE, probe=True)
+async def healthz(_: Call) -> Any:
+    """Tell that this process answers."""
+    return {"status": "ok"}
+
+
+@partial(Operation, "GET", "/readyz", response_schemas.READY, probe=True, also={503: response_schemas.NOT_READY})
+async def readyz(call: Call) -> Any:
+    """Tell whether requests will succeed."""
+    waits = call.health.waiting_for
+    if waits is None:
+        return {"status": "ready"}
+    part, why = waits
+    return json_answer(503, {"status": "not ready", "waiting_for": part, "reason": why})
+
+
+OPERATIONS = (
+    list_sessions,
+    get_session,
+    delete_session,
+    freeze_session,
+    list_windows,
+    window_status,
+    delete_window,
+    thaw_window,
+    clone_window,
+    window_messages,
+    *archives.OPERATIONS,
+    *windows.OPERATIONS,
+    *autofreeze.OPERATIONS,
+    cache.statistics,
+    health,
+    doctor,
+    metrics.as_json,
+    healthz,
+    readyz,
+    metrics.prometheus,
+)
+
+
+def routes() -> list[BaseRoute]:
+    """Every route of the admin door and of health, and the document that describes them."""
+    by_path: dict[str, dict[str, ASGIApp]] = {}
+    for operation in (*OPERATIONS, openapi.documented(OPERATIONS)):
+        by_path.setdefault(operation.path, {})[operation.method] = Endpoint(operation)
+    return [Route(path, Methods(methods), methods=list(methods)) for path, methods in by_path.items()]

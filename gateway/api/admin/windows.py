@@ -1,0 +1,193 @@
+"""The admin door, second half: what one does with a window that is there already."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from gateway.api import parameters
+from gateway.api.admin import response_schemas, serializers
+from gateway.api.endpoint import Call
+from gateway.api.operation import ENGINE, Operation
+from gateway.validation.fields import or_null, reads
+from gateway.windows import ask, describe, evict, fanout, prefetch, thaw, tree, verify
+
+_LINE = parameters.line(ask.MAX_QUESTION)
+
+
+@reads({**_LINE.schema, "minLength": 1})
+def question(name: str, value: object) -> str:
+    """What somebody asks: a text that is not blank."""
+    asked = _LINE.read(name, value)
+    if not asked.strip():
+        raise parameters.invalid(name, "a question, not blank", value)
+    return asked
+
+
+@partial(
+    Operation,
+    "PATCH",
+    "/admin/windows/{name}",
+    response_schemas.WINDOW,
+    body={
+        "description": or_null(parameters.description),
+        "tags": or_null(parameters.tags),
+        "ttl_seconds": or_null(parameters.seconds),
+    },
+    nulls=True,
+)
+async def describe_window(call: Call) -> Any:
+    """Change what is said of a window; null clears it."""
+    said = call.given
+    return serializers.window(await describe.describe(call.parts, call.tenant, call.window_name, said))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/verify",
+    response_schemas.VERIFIED,
+    body={"deep": parameters.boolean.default(False).about("have the engine use the KV, and compare")},
+    errors=("cache_unavailable", *ENGINE),
+)
+async def verify_window(call: Call) -> Any:
+    """Check every byte of a window where it is pinned."""
+    deep = call.given["deep"]
+    return asdict(await verify.verify(call.parts, call.tenant, call.window_name, call.progress, deep=deep))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/ask",
+    response_schemas.ANSWERED,
+    body={"question": question, "max_tokens": parameters.count(1, ask.MAX_TOKENS)},
+    required=("question",),
+    errors=("window_corrupted", *ENGINE),
+)
+async def ask_window(call: Call) -> Any:
+    """Ask a window a question; the window does not change, and nothing is kept of it."""
+    body = call.given
+    said = await ask.ask(
+        call.parts, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
+    )
+    return {
+        "window_name": said.window.name,
+        "model": said.window.model,
+        "answer": said.text,
+        "reasoning": said.reasoning,
+        "finish_reason": said.finish_reason,
+        "receipt": {
+            "prompt_tokens": said.usage.prompt,
+            "cached_tokens": said.usage.cached,
+            "computed_tokens": said.computed_tokens,
+            "completion_tokens": said.usage.completion,
+            "chunks_expected": said.restored.chunks_expected,
+            "chunks_found": said.restored.chunks_found,
+            "partial": said.restored.partial,
+            "duration_ms": said.duration_ms,
+        },
+        "warnings": said.restored.warnings,
+    }
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/prefetch",
+    response_schemas.PREFETCHED,
+    errors=("cache_unavailable", *ENGINE),
+)
+async def prefetch_window(call: Call) -> Any:
+    """Load a window's KV into the cache's memory."""
+    receipt = await prefetch.prefetch(call.parts, call.tenant, call.window_name, call.progress)
+    return {"window_name": call.window_name, "receipt": _seen(receipt), "warnings": receipt.warnings}
+
+
+@partial(Operation, "POST", "/admin/windows/{name}/evict", response_schemas.EVICTED, errors=("cache_unavailable",))
+async def evict_window(call: Call) -> Any:
+    """Move a window's KV out of the cache's memory, down to the durable tiers."""
+    return asdict(await evict.evict(call.parts, call.tenant, call.window_name, call.progress))
+
+
+@partial(
+    Operation,
+    "POST",
+    "/admin/windows/{name}/fanout",
+    response_schemas.FANNED_OUT,
+    status=201,
+    body={
+        "count": parameters.count(1, fanout.MOST),
+        "prefix": parameters.session_id.about("the new sessions are named PREFIX-1, PREFIX-2 and so on"),
+    },
+    required=("count",),
+    errors=("session_already_exists", "window_corrupted", *ENGINE),
+)
+async def fan_out_window(call: Call) -> Any:
+    """Thaw a window into many sessions at once; they share its KV, which is put back when the first of them begins."""
+    body = call.given
+    sessions, window, warnings = await fanout.fanout(
+        call.parts, call.tenant, call.window_name, body["count"], body.get("prefix")
+    )
+    return {
+        "window_name": window.name,
+        "model": window.model,
+        "token_count": window.token_count,
+        "kv": window.kv,
+        "block_count": window.chunk_count,
+        "sessions": [session.id for session in sessions],
+        "warnings": warnings,
+    }
+
+
+@partial(
+    Operation,
+    "GET",
+    "/admin/tree",
+    response_schemas.TREE,
+    query={"limit": parameters.whole(1, tree.MOST).default(1000).about("windows, and sessions, at most")},
+)
+async def show_tree(call: Call) -> Any:
+    """Which window and which session came from which."""
+    limit = call.given["limit"]
+    seen = await tree.tree(call.parts, call.tenant, limit)
+    return {
+        "nodes": [_node(node) for node in seen.nodes],
+        "windows": seen.windows,
+        "sessions": seen.sessions,
+        "truncated": seen.truncated,
+        "limit": limit,
+    }
+
+
+def _node(node: tree.Node) -> dict[str, Any]:
+    kind, name = node.parent or (None, None)
+    return {
+        "kind": node.kind,
+        "name": node.name,
+        "state": node.state,
+        "model": node.model,
+        "token_count": node.token_count,
+        "created_at": serializers.moment(node.created_at),
+        "parent": {"kind": kind, "name": name} if node.parent else None,
+        "relation": node.relation,
+    }
+
+
+def _seen(receipt: thaw.Receipt) -> dict[str, Any]:
+    return {name: getattr(receipt, name) for name in _SEEN}
+
+
+# Where no engine is asked: of a thaw's receipt, what was seen in the tiers.
+_SEEN = (
+    "chunks_expected",
+    "chunks_found",
+    "chunks_relinked",
+    "chunks_corrupt",
+    "chunks_prefetched",
+    "partial",
+    "duration_ms",
+)
+
+OPERATIONS = (
+    describe_window, verify_window, ask_window, prefetch_window, evict_window, fan_out_window, show_tree
+)  # fmt: skip

@@ -1,0 +1,165 @@
+"""What the doors share of ASGI: reading a body within its limits, and sending a small answer."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, cast
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway.api.connection import Client, client_of
+from gateway.errors import GatewayError
+from gateway.validation import json_limits
+from policies.shown import shown
+
+Headers = list[tuple[bytes, bytes]]
+
+MAX_PARAMETERS = 50
+"""Of a query; no route knows half as many, and tags may come one by one."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+_SLOWEST = 64 * 1024  # bytes per second, on an average, once a body has had its time
+
+
+async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: float, body_timeout_s: float) -> bytes:
+    """Read the whole request body. Raises `payload_too_large`, `request_timeout`, ClientGone.
+
+    `timeout_s` is how long no part of it may come, `body_timeout_s` how long all of it may take: 1 s more for each
+    64 KiB that have come.
+    """
+    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    if int(declared) > limit:  # httptools has checked that it is a number
+        raise _too_large(limit)
+    whole = client_of(scope).body()
+    if whole is not None:
+        if len(whole) > limit:
+            raise _too_large(limit)
+        return whole
+    pieces = [piece async for piece in _pieces(receive, limit, "max_body_bytes", timeout_s, body_timeout_s)]
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def stream_body(
+    scope: Scope, receive: Receive, *, limit: int, timeout_s: float, body_timeout_s: float
+) -> AsyncIterator[bytes]:
+    """Read the request body piece by piece. Raises as `read_body` does."""
+    if int(next((v for k, v in scope["headers"] if k == b"content-length"), b"0")) > limit:
+        raise _too_large(limit, "max_import_bytes")
+    async for piece in _pieces(receive, limit, "max_import_bytes", timeout_s, body_timeout_s):
+        yield piece
+
+
+async def _pieces(
+    receive: Receive, limit: int, setting: str, timeout_s: float, body_timeout_s: float
+) -> AsyncIterator[bytes]:
+    """The parts of a body as they come, but for empty ones."""
+    size, more = 0, True
+    began = time.monotonic()
+    while more:
+        message = await _next(receive, timeout_s)
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        size += len(piece)
+        if size > limit:
+            raise _too_large(limit, setting)
+        if more and time.monotonic() - began > body_timeout_s + size / _SLOWEST:
+            raise GatewayError("request_timeout", f"the body did not come within {body_timeout_s:g} s")
+        if piece:
+            yield piece
+
+
+def parse_object(body: bytes, most_values: int) -> dict[str, Any]:
+    """Parse a JSON object. Raises `invalid_request`, `too_complex`."""
+    try:
+        value = json_limits.parse(body, most_values)
+    except orjson.JSONDecodeError as error:
+        raise GatewayError("invalid_request", f"the body is not JSON: {error}", hint="send a JSON object") from error
+    if not isinstance(value, dict):
+        raise GatewayError("invalid_request", f"the body is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def require_json(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise `invalid_request` unless the headers say that the body is JSON."""
+    kind = next((value for name, value in headers if name == b"content-type"), b"")
+    if kind.partition(b";")[0].strip().lower() != b"application/json":
+        raise GatewayError(
+            "invalid_request",
+            f"the content type is {shown(kind.decode('latin-1')) if kind else 'missing'}",
+            hint="send content-type: application/json",
+            details={"field": "content-type"},
+        )
+
+
+async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """Send a JSON answer."""
+    fixed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+class ClientWatch:
+    """Cancels the block when the client leaves, and raises ClientGone in its place.
+
+    The cancellation is told apart from anybody else's the way `asyncio.timeout` does it.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._gone = False
+        self.on_writable: Callable[[], None] | None = None
+
+    def __enter__(self) -> "ClientWatch":
+        if self._client.gone:
+            raise ClientGone
+        self._task = cast("asyncio.Task[None]", asyncio.current_task())  # ASGI always runs in one
+        self._cancelling = self._task.cancelling()
+        self._client.watch(self._on_gone, self._on_writable)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
+        self._client.watch(None, None)
+        if self._gone and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise ClientGone from value
+
+    def _on_gone(self) -> None:
+        self._gone = True
+        self._task.cancel()
+
+    def _on_writable(self) -> None:
+        if self.on_writable is not None:
+            self.on_writable()
+
+
+async def _next(receive: Receive, timeout_s: float) -> Message:
+    try:
+        async with asyncio.timeout(timeout_s):
+            message = await receive()
+    except TimeoutError as error:
+        raise GatewayError("request_timeout", f"no part of the body came for {timeout_s:g} s") from error
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message
+
+
+def _too_large(limit: int, setting: str = "max_body_bytes") -> GatewayError:
+    return GatewayError("payload_too_large", f"the body is larger than {limit} bytes", hint=f"{setting} sets the limit")
+
+
+def not_found(path: str) -> GatewayError:
+    """The error for a path that no door has."""
+    return GatewayError(
+        "not_found",
+        f"nothing is served at {shown(path, 200)}",
+        hint="see /admin/openapi.json and /v1/models",
+    )
+
+
+def bounded_query(query: bytes) -> None:
+    """Raise `too_complex` for a query with more parameters than anybody sends, before it is parsed."""
+    if query.count(b"&") >= MAX_PARAMETERS:
+        raise GatewayError("too_complex", f"the query has more than {MAX_PARAMETERS} parameters", hint="send fewer")

@@ -1,0 +1,236 @@
+"""What every admin request goes through: key, parameters, progress, and one shape for every error."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.api import auth, parameters
+from gateway.api.asgi import ClientGone, Headers, bounded_query, not_found, parse_object, read_body, stream_body
+from gateway.api.health import Health
+from gateway.api.operation import JSON, NDJSON, Operation
+from gateway.errors import GatewayError
+from gateway.records import check_session_id, check_window_name
+from gateway.runtime.progress import Progress, silent
+from gateway.windows.autofreeze.service import Autofreeze
+from gateway.windows.context import Parts
+from policies.shown import shown
+
+log = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 2**20
+"""Largest JSON body of the admin API and of MCP: names, a description, a question."""
+_LONGEST_FIELD = 100
+
+
+class Call:
+    """One admin request: who asks, with what, and where progress goes."""
+
+    def __init__(self, request: Request, tenant: str) -> None:
+        self.tenant = tenant
+        self.parts: Parts = request.state.parts
+        self.health: Health = request.state.health
+        self.autofreeze: Autofreeze = request.state.autofreeze
+        self.inference: ASGIApp = request.state.inference
+        self.progress: Progress = silent
+        self.path: dict[str, str] = request.path_params
+        self.given: dict[str, Any] = {}  # what was sent, as the operation's fields read it
+        self._request = request
+
+    async def serve(self, operation: Operation) -> Any:
+        """Read what the operation takes, and nothing else, and run it."""
+        query = parameters.read(self._query(), operation.query)
+        self.given = query | await self._body(operation) if operation.takes == JSON else query
+        return await operation.verb(self)
+
+    def _query(self) -> dict[str, Any]:
+        """The query, checked no further. A parameter that comes twice is refused; tags are one list."""
+        bounded_query(self._request.scope["query_string"])
+        items = self._request.query_params.multi_items()
+        times = Counter(name for name, _ in items)
+        twice = next((name for name, count in times.items() if count > 1 and name != "tags"), None)
+        if twice is not None:
+            message = f"{shown(twice)} is given more than once"
+            raise GatewayError("invalid_request", message, details={"field": twice[:_LONGEST_FIELD]})
+        given: dict[str, Any] = dict(items)
+        if "tags" in given:
+            given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
+        return given
+
+    async def _body(self, operation: Operation) -> dict[str, Any]:
+        """The JSON body; none is an empty object."""
+        limits, request = self.parts.settings, self._request
+        raw = await read_body(
+            request.scope,
+            request.receive,
+            limit=min(MAX_JSON_BYTES, limits.max_body_bytes),
+            timeout_s=limits.client_timeout_s,
+            body_timeout_s=limits.body_timeout_s,
+        )
+        given = parse_object(raw, limits.max_json_values) if raw else {}
+        return parameters.read(given, operation.body, operation.required, nulls=operation.nulls)
+
+    def stream(self) -> AsyncIterator[bytes]:
+        """The body of a request that is too large to be read whole."""
+        limits, request = self.parts.settings, self._request
+        return stream_body(
+            request.scope,
+            request.receive,
+            limit=limits.max_import_bytes,
+            timeout_s=limits.client_timeout_s,
+            body_timeout_s=limits.body_timeout_s,
+        )
+
+    @property
+    def keys(self) -> Headers:
+        """The headers by which the caller was let in."""
+        return [(name, value) for name, value in self._request.scope["headers"] if name in auth.KEY_HEADERS]
+
+    @property
+    def window_name(self) -> str:
+        """The window in the path."""
+        return check_window_name(self.path["name"], "window name in the URL")
+
+    @property
+    def session_id(self) -> str:
+        """The session in the path."""
+        return check_session_id(self.path["session_id"], "session id in the URL")
+
+
+class Endpoint:
+    """One method of one route as an ASGI application: key, call, answer; errors in one shape."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        request = Request(scope, receive)
+        operation = self._operation
+        try:
+            call = Call(request, auth.TENANT if operation.probe else _tenant(request))
+            if request.headers.get("accept") == NDJSON:
+                answer: ASGIApp = _Progressing(operation, call)
+            else:
+                value = await call.serve(operation)
+                answer = value if callable(value) else json_answer(operation.status, value)  # a stream answers itself
+        except (ClientGone, ClientDisconnect):
+            return
+        except GatewayError as error:
+            answer = error_answer(error)
+        except Exception:
+            log.exception("%s %.200r failed", scope["method"], scope["path"])
+            answer = error_answer(GatewayError("internal", "the gateway failed; its log says why"))
+        await answer(scope, receive, send)
+
+
+class _Progressing:
+    """An answer that tells progress: a line of JSON for each step, the last one with the result or the error."""
+
+    def __init__(self, operation: Operation, call: Call) -> None:
+        self._operation = operation
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lines: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+        def tell(stage: str, done: int, total: int) -> None:
+            lines.put_nowait(orjson.dumps({"progress": {"stage": stage, "done": done, "total": total}}) + b"\n")
+
+        self._call.progress = tell
+        # A client that stops watching does not undo the work: it goes on as it would without progress.
+        task = asyncio.create_task(self._finish(lines))
+        headers = [(b"content-type", NDJSON.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while (line := await lines.get()) is not None:
+            await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        await task
+
+    async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
+        try:
+            result = await self._call.serve(self._operation)
+            lines.put_nowait(_result_line(self._operation.status, result))
+        except ClientGone:
+            pass
+        except GatewayError as error:
+            lines.put_nowait(_error_line(error))
+        except Exception:
+            log.exception("%s failed", self._operation.verb.__name__)
+            lines.put_nowait(_error_line(GatewayError("internal", "the gateway failed; its log says why")))
+        finally:
+            lines.put_nowait(None)
+
+
+class Methods:
+    """One path, by method."""
+
+    def __init__(self, methods: dict[str, ASGIApp]) -> None:
+        self._methods = methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self._methods[method](scope, receive, send)
+
+
+def _tenant(request: Request) -> str:
+    parts: Parts = request.state.parts
+    headers, settings = request.scope["headers"], parts.settings
+    auth.refuse_foreign(headers, settings.allowed_origins)
+    return auth.tenant(headers, settings.api_key, settings.allowed_origins)
+
+
+async def _no_route(request: Request, _: Exception) -> Response:
+    return error_answer(not_found(request.url.path))
+
+
+async def _no_method(request: Request, error: Exception) -> Response:
+    allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+    answer = error_answer(
+        GatewayError("method_not_allowed", f"{request.method} is not served here", hint=f"use {allowed}")
+    )
+    answer.headers["allow"] = allowed
+    return answer
+
+
+HANDLERS = {404: _no_route, 405: _no_method}
+
+
+def error_answer(error: GatewayError) -> Response:
+    """An error in the admin API's shape."""
+    return json_answer(error.status, error_shape(error))
+
+
+def _result_line(status: int, result: Any) -> bytes:
+    if callable(result):
+        return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {NDJSON}"))
+    return orjson.dumps({"status": status, "result": result}) + b"\n"
+
+
+def _error_line(error: GatewayError) -> bytes:
+    return orjson.dumps({"status": error.status, **error_shape(error)}) + b"\n"
+
+
+def error_shape(error: GatewayError) -> dict[str, Any]:
+    """An error as every admin answer has it."""
+    return {
+        "error": {
+            "code": error.code,
+            "message": error.message,
+            "hint": error.hint,
+            "retryable": error.retryable,
+            "details": error.details,
+        }
+    }
+
+
+def json_answer(status: int, value: Any) -> Response:
+    """A JSON answer."""
+    return Response(orjson.dumps(value), status, media_type="application/json")

@@ -1,0 +1,83 @@
+"""Requests that would rather speak another protocol; HTTP/1.1 is what is spoken here.
+
+A server may ignore such a wish (RFC 9110, 7.8), and for `h2c` it has to: Java's HTTP client sends it along with its
+first request. A WebSocket has no ordinary answer, so it is refused in words; what it sent is no GET that anybody meant.
+httptools takes what follows such a head for bytes of the other protocol, the body too. So the head is read once more,
+without the wish.
+"""
+
+from typing import Any, Protocol
+
+import httptools
+
+from gateway.api.endpoint import error_answer
+from gateway.errors import GatewayError
+
+
+class Owner(Protocol):
+    """The protocol that a parser reads for: uvicorn's, with what its callbacks have gathered of a head."""
+
+    parser: httptools.HttpRequestParser
+    url: bytes
+    headers: list[tuple[bytes, bytes]]
+
+    def refuse(self, answer: bytes) -> None:
+        """Send a whole answer, if none has begun, and close."""
+        ...
+
+
+class Http1Parser(httptools.HttpRequestParser):
+    """A parser of requests that never leaves HTTP/1.1. Its owner passes over a head while `should_upgrade`."""
+
+    def __init__(self, owner: Owner) -> None:
+        super().__init__(owner)
+        self._owner = owner
+
+    def feed_data(self, data: Any) -> None:
+        """Read what came. Raises what httptools raises, but for HttpParserUpgrade."""
+        try:
+            super().feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._refuse_or_ignore(data[upgrade.args[0] :])
+
+    def _refuse_or_ignore(self, rest: bytes) -> None:
+        owner = self._owner
+        wanted = b",".join(value for name, value in owner.headers if name == b"upgrade").lower()
+        if b"websocket" in wanted or self.get_method() == b"CONNECT":
+            owner.refuse(NO_OTHER_PROTOCOL)
+            return
+        head = [b"%b %b HTTP/%b" % (self.get_method(), owner.url, self.get_http_version().encode())]
+        head += [b"%b: %b" % header for header in owner.headers if header[0] != b"upgrade"]
+        owner.parser = Http1Parser(owner)
+        owner.parser.feed_data(b"\r\n".join((*head, b"", rest)))
+
+
+def _closing(error: GatewayError, status: bytes = b"400 Bad Request", more: bytes = b"") -> bytes:
+    body = bytes(error_answer(error).body)
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%b\r\n"
+    return head % (status, len(body), more) + body
+
+
+NO_OTHER_PROTOCOL = _closing(
+    GatewayError(
+        "invalid_request",
+        "the gateway speaks HTTP/1.1 only: no WebSocket, no tunnel",
+        hint='for an answer word by word send "stream": true in an ordinary POST',
+    )
+)
+NO_HTTP = _closing(
+    GatewayError(
+        "invalid_request",
+        "this is not a request in HTTP/1.1",
+        hint="neither TLS nor HTTP/2 is spoken on this port: the base URL begins with http://",
+    )
+)
+TOO_MANY_CONNECTIONS = _closing(
+    GatewayError(
+        "rate_limited",
+        "too many clients are being answered",
+        hint="send it again in a moment; max_connections and the limit on open files set how many there may be",
+    ),
+    b"503 Service Unavailable",
+    b"retry-after: 1\r\n",
+)

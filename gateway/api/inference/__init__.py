@@ -1,0 +1,1 @@
+"""The OpenAI-compatible API: from a request to the engine's answer."""

@@ -1,0 +1,291 @@
+"""The inference API: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, in front of the engine.
+
+A turn of a session (`TURNS`) is read once, salted, relayed, and handed to the recorder when it is over
+(`gateway.sessions.recorder`). What else is allowed (`passthrough_routes`) passes through (`passthrough`).
+"""
+
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.api import auth
+from gateway.api.asgi import ClientGone, Headers, not_found, parse_object, read_body, require_json, send_answer
+from gateway.api.connection import client_of
+from gateway.api.inference import history, item_references, stored_responses
+from gateway.api.inference.passthrough import Passing
+from gateway.api.inference.passthrough_routes import COUNT, Routes
+from gateway.api.inference.relay import Answer, Outgoing, Stamps, relay, request_headers, send_full
+from gateway.api.inference.request import SYSTEM_HEADER, TURNS, WINDOW_HEADER, Base, Incoming, base_of, spoken
+from gateway.dialects import prompt_filters
+from gateway.dialects.base import Call, Dialect
+from gateway.engines.client import Model
+from gateway.errors import GatewayError
+from gateway.records import StoredResponse
+from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
+from gateway.sessions import prefix_chain
+from gateway.sessions.completed_turn import Ended
+from gateway.sessions.resolver import Place
+from gateway.windows import branch
+from gateway.windows.context import Parts
+from gateway.windows.overflow import Onward, Successors
+from gateway.windows.resume import resume
+
+log = logging.getLogger(__name__)
+
+# The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
+# are between the client and us.
+_DROPPED = frozenset(
+    {
+        b"host",
+        b"content-length",
+        b"accept-encoding",
+        b"expect",
+        SYSTEM_HEADER,
+        WINDOW_HEADER,
+        b"x-vllm-priority",
+        b"x-data-parallel-rank",
+        *prefix_chain.HEADERS,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A turn before it is relayed; in a successor, `dropped` messages were left out, which window `ancestor` has."""
+
+    incoming: Incoming
+    dialect: Dialect
+    call: Call
+    place: Place
+    model: Model | None
+    normalised: tuple[str, ...]
+    arrived: float
+    ancestor: str = ""
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Understood:
+    """A turn's request, taken apart."""
+
+    call: Call
+    named: prefix_chain.Given | None
+    normalised: tuple[str, ...]
+    prompt: prefix_chain.Prompt
+
+
+class Inference:
+    """The ASGI application of the inference door."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        settings = parts.settings
+        own_key = bool(settings.api_key or settings.engine_api_key)
+        self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
+        key = settings.engine_api_key
+        self._stamps = Stamps()
+        self._successors = Successors(parts)
+        self._rules = frozenset(settings.normalise)
+        self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        self._routes = Routes(settings.extra_paths)
+        self._passing = Passing(parts, self._successors, self._outgoing)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        try:
+            await self._serve(scope, receive, send)
+        except GatewayError as error:
+            await send_answer(send, error.status, spoken(scope).error(error))
+        except ClientGone:
+            return
+        except Exception:
+            log.exception("%s %.200r failed", scope["method"], scope["path"])
+            failure = GatewayError("internal", "the gateway failed; its log says why")
+            with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
+                await send_answer(send, failure.status, spoken(scope).error(failure))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = self._parts.settings
+        tenant = auth.tenant(scope["headers"], settings.api_key, settings.allowed_origins)
+        base = base_of(scope)
+        route = self._routes.check(scope["method"], base.known)
+        if route.needs_json:
+            require_json(scope["headers"])
+        incoming = await self._read(scope, receive, send, tenant, base)
+        if dialect := TURNS.get(base.path):
+            await self._turn(incoming, dialect)
+        elif base.path == COUNT:
+            await self._passing.count(incoming)
+        elif not route.kept:
+            await self._passing.serve(incoming, route)
+        elif kept := await stored_responses.serve(self._parts, tenant, scope["method"], incoming.target):
+            await send_answer(send, 200, kept)
+        else:
+            raise not_found(scope["path"])
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send, tenant: str, base: Base) -> Incoming:
+        settings = self._parts.settings
+        body = await read_body(
+            scope,
+            receive,
+            limit=settings.max_body_bytes,
+            timeout_s=settings.client_timeout_s,
+            body_timeout_s=settings.body_timeout_s,
+        )
+        return Incoming(scope, receive, send, tenant, base, body)
+
+    async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
+        """Relay a turn of a session, and hand it over when it is over, however it ended."""
+        parts, arrived = self._parts, time.monotonic()
+        if incoming.heavy:
+            asked = await parts.offload.run(True, self._understood, incoming, dialect)
+        else:
+            asked = self._understood(incoming, dialect)
+        call = await item_references.resolve(parts, incoming.tenant, asked.call, dialect)
+        if call is not asked.call:
+            asked = self._taken_apart(incoming, call, asked.named, asked.normalised)
+        model = await parts.engines.look_up(call.model)
+        if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
+            call = replace(call, model=model.id)
+        call, before = await stored_responses.resume(parts, incoming.tenant, call)
+        place = await self._place(incoming, asked, before)
+        sent, call = call, await history.continued(parts, call, place.session, incoming)
+        if place.session.successor and history.leaves_history(call):
+            place = await self._successors.newest(place)
+            call = await history.continued(parts, sent, place.session, incoming)
+        turn = _Turn(incoming, dialect, call, place, model, asked.normalised, arrived)
+        if onward := await self._successors.onward(place, call):
+            turn = _onward(turn, onward)
+        answer = await self._relayed(turn)
+        if answer.held is not None and answer.hold_full:
+            await self._go_on(turn, answer.held)
+
+    async def _go_on(self, turn: "_Turn", held: tuple[Headers, bytes]) -> None:
+        """A full session goes on in its successor; where it cannot, the client gets the engine's answer."""
+        arrived = time.monotonic()
+        try:
+            onward = await self._successors.of(turn.place, turn.call, turn.model)
+        except GatewayError as error:
+            log.warning("session %s is full and does not go on: %s", turn.place.session.id, error.message)
+            await send_full(turn.incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
+            return
+        await self._relayed(replace(_onward(turn, onward), arrived=arrived), hold_full=False)
+
+    async def _relayed(self, turn: "_Turn", *, hold_full: bool = True) -> Answer:
+        """Relay a turn, and hand it over when it is over; return how it went."""
+        parts, incoming, dialect, call, model = self._parts, turn.incoming, turn.dialect, turn.call, turn.model
+        session = turn.place.session
+        await resume(parts, session)
+        fingerprint = model.fingerprint if model else ""
+        salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
+        heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
+        written = await parts.offload.run(True, dialect.write, call, salt) if heavy else dialect.write(call, salt)
+        outgoing = self._outgoing(incoming, written, may_load=True)
+        answer = Answer(
+            dialect,
+            _headers(turn),
+            parts.settings.max_reply_bytes,
+            call.hide_usage,
+            self._stamps,
+            (incoming.base.path, call.model),
+            may_be_full=True,
+            hold_full=hold_full and parts.settings.on_full == "successor",
+            on_last=partial(parts.turns.said, turn.place),
+        )
+        started_at, clock = time.time(), time.monotonic()
+        parts.turns.enter(turn.place)
+        route = parts.engines.route(session.lineage, session.engine, call.model)
+        note = parts.salt_notes.begin(session, salt)
+        try:
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
+        finally:
+            parts.salt_notes.withdraw(note)  # the record comes as soon as the note would
+            parts.turns.finish(
+                Ended(
+                    place=turn.place,
+                    fingerprint=fingerprint,
+                    salt=salt,
+                    dialect=dialect,
+                    # A large body takes memory until the turn is recorded, which has no need of it.
+                    call=replace(call, raw=b"", body={}) if incoming.heavy else call,
+                    heavy_body=incoming.heavy,
+                    outcome=answer.outcome,
+                    status=answer.status,
+                    started_at=started_at,
+                    duration_ms=(time.monotonic() - clock) * 1000,
+                    streamed=answer.streamed,
+                    chunks=answer.chunks,
+                    detail=answer.detail,
+                    normalised=turn.normalised,
+                    engine=route.engine,
+                    overhead_s=clock - turn.arrived,
+                )
+            )
+        return answer
+
+    async def _place(self, incoming: Incoming, asked: _Understood, before: StoredResponse | None) -> Place:
+        """Say which session the turn belongs to."""
+        parts, tenant, named, prompt = self._parts, incoming.tenant, asked.named, asked.prompt
+        if before is not None:
+            return await stored_responses.place(parts, before, named, prompt.seed)
+        if incoming.base.window is not None and prompt.messages:
+            beneath = branch.Asked(tenant, incoming.base.window, named, prompt, incoming.system_rule)
+            return await branch.place(parts, beneath)
+        if len(prompt.messages) > HEAVY_MESSAGES:
+            await parts.offload.run(True, prompt.prepare, named)
+        return await parts.sessions.place(tenant, named, prompt, parts.turns.settle)
+
+    def _understood(self, incoming: Incoming, dialect: Dialect) -> _Understood:
+        """Parse a request and take it apart. Raises `invalid_request`, `invalid_session_id`, `too_complex`."""
+        settings = self._parts.settings
+        parsed = parse_object(incoming.body, settings.max_json_values)
+        body, normalised = prompt_filters.in_body(parsed, incoming.base.path, self._rules)
+        named = prefix_chain.given(incoming.scope["headers"], body, incoming.base.session_id)
+        return self._taken_apart(incoming, dialect.read(body, b"" if normalised else incoming.body), named, normalised)
+
+    def _taken_apart(
+        self, incoming: Incoming, call: Call, named: prefix_chain.Given | None, normalised: tuple[str, ...]
+    ) -> _Understood:
+        limit = self._parts.settings.max_messages
+        if len(call.messages) > limit:
+            message = f"the request holds {len(call.messages)} messages; at most {limit} are taken"
+            raise GatewayError("too_complex", message, hint="max_messages sets the limit")
+        key = named.id if named and named.kind == "key" else ""
+        prompt = prefix_chain.Prompt(call.messages, prefix_chain.seed(call.body, key, call.client_salt), call.frame)
+        if incoming.heavy:
+            prompt.prepare(named)
+        return _Understood(call, named, normalised, prompt)
+
+    def _outgoing(self, incoming: Incoming, body: bytes, *, may_load: bool = False) -> Outgoing:
+        headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
+        return Outgoing(incoming.scope["method"], incoming.target, headers, body, may_load)
+
+
+def _onward(turn: _Turn, onward: Onward) -> _Turn:
+    """The turn in a successor."""
+    dropped = turn.dropped + onward.dropped
+    return replace(turn, call=onward.call, place=onward.place, ancestor=onward.window, dropped=dropped)
+
+
+def _headers(turn: _Turn) -> Headers:
+    session, model = turn.place.session, turn.model
+    headers: Headers = [
+        (prefix_chain.SESSION_HEADER, session.id.encode()),
+        (b"x-session-match", prefix_chain.match_of(turn.place.source).encode()),
+        (b"x-context-tokens", b"%d" % session.token_count),
+    ]
+    if model and model.context_limit:
+        headers.append((b"x-context-limit", b"%d" % model.context_limit))
+    front = turn.call.front
+    if front and front.origin:
+        doubt = b"; ambiguous" if front.unsure else b""
+        headers.append((b"x-context-history", front.origin.encode() + doubt))
+        headers.append((b"x-context-added-messages", b"%d" % len(front.history)))
+    if turn.ancestor:
+        headers.append((b"x-context-ancestor", turn.ancestor.encode()))
+        headers.append((b"x-context-dropped-messages", b"%d" % turn.dropped))
+    return headers

@@ -1,0 +1,41 @@
+"""Items that a request of the Responses API names by their ids alone (`item_reference`).
+
+Vercel's AI SDK does so with whatever it was answered, unless it is told `store: false`. The engine keeps no answers and
+refuses such items; we keep them.
+"""
+
+from dataclasses import replace
+
+from gateway.dialects.base import Call, Dialect
+from gateway.errors import GatewayError
+from gateway.windows.context import Parts
+
+_KIND = "item_reference"
+
+
+async def resolve(parts: Parts, tenant: str, call: Call, dialect: Dialect) -> Call:
+    """Put in what a call refers to. Raises `invalid_request` for an item that is not kept."""
+    storage = call.storage
+    named = [item["id"] for item in storage.items if _is_reference(item)] if storage else []
+    if storage is None or not named:
+        return call
+    if len(set(named)) < len(named):
+        raise _refused("The input refers to the same item twice.", "refer to each item once")
+    kept = await parts.store.response_items(tenant, named)
+    if len(kept) < len(named):
+        await parts.turns.settle()  # it may be of a turn that is not recorded yet
+        kept = await parts.store.response_items(tenant, named)
+    if missing := [one for one in named if one not in kept]:
+        hint = "send the item itself; answers to requests with store: false are not kept"
+        raise _refused(f"Item with id '{missing[0]:.100}' not found.", hint)
+    items = [kept[item["id"]] if _is_reference(item) else item for item in storage.items]
+    whole = dialect.read({**call.body, "input": items}, b"")
+    return replace(whole, client_salt=call.client_salt, storage=replace(storage, items=items))
+
+
+def _refused(message: str, hint: str) -> GatewayError:
+    return GatewayError("invalid_request", message, hint=hint, details={"field": "input"})
+
+
+def _is_reference(item: object) -> bool:
+    return isinstance(item, dict) and item.get("type") == _KIND and isinstance(item.get("id"), str)

@@ -1,0 +1,211 @@
+"""Answers that the gateway keeps for the Responses API: a request that goes on from one, and asking for them by id.
+
+An id that another tenant has is an id that nobody has.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+import orjson
+
+from gateway.api import parameters
+from gateway.api.asgi import bounded_query
+from gateway.dialects import transcripts
+from gateway.dialects.base import Call
+from gateway.errors import GatewayError
+from gateway.records import Front, Message, Session, StoredResponse
+from gateway.sessions.prefix_chain import Given
+from gateway.sessions.resolver import Place, new_id
+from gateway.validation.fields import Field
+from gateway.windows.context import Parts
+
+Verb = Callable[[Parts, str, str, dict[str, str]], Awaitable[Any]]
+
+SOURCE = "previous_response_id"
+_DOOR = b"/v1/responses/"
+_ANY: Field[Any] = Field({}, lambda _, value: value)
+_PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "reasoning": "rs",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+}
+
+
+# --- going on from one
+
+
+async def resume(parts: Parts, tenant: str, call: Call) -> tuple[Call, StoredResponse | None]:
+    """Put the conversation up to `previous_response_id` in front of a call; return that response, None without one.
+
+    Raises `previous_response_not_found`, `invalid_request`.
+    """
+    storage = call.storage
+    if storage is None or storage.previous is None:
+        if storage and storage.conversation:
+            await parts.turns.settle()  # what its session holds is what was recorded
+        return call, None
+    before = await _find(parts, tenant, storage.previous)
+    if before is None:
+        raise GatewayError(
+            "previous_response_not_found",
+            f"Previous response with id '{storage.previous:.100}' not found.",
+            details={"field": "previous_response_id"},
+        )
+    history = await parts.store.messages(before.transcript) if before.transcript else []
+    if not history:
+        raise _refused(
+            "previous_response_id", f"response {before.id!r} cannot be gone on from", "send its output again"
+        )
+    if not call.messages:
+        raise _refused(
+            "input", "this input cannot follow a response", "send text, images, tool calls and their outputs"
+        )
+    return replace(call, front=_front(call, history[1:] if before.instructed else history)), before
+
+
+def _front(call: Call, history: list[Message]) -> Front:
+    """The history between the request's own instructions and its input, system messages of the input included."""
+    count = 1 if call.storage and call.storage.instructions else 0
+    leading, _ = transcripts.split(call.messages[count:])
+    return Front(call.messages[:count], [*history, *leading])
+
+
+async def place(parts: Parts, before: StoredResponse, named: Given | None, seed: bytes) -> Place:
+    """Say which session goes on from a response.
+
+    That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
+    another session in the same lineage, so that what both share is found in the cache. The session that a client has
+    `named` is taken as it is.
+    """
+    own = Given("session", before.session_id, "body previous_response_id")
+    given = named if named and named.kind == "session" else own
+    tenant = before.tenant
+    if parts.sessions.in_turn(tenant, given.id):
+        await parts.turns.settle()  # where the session is by now decides whether this is a fork
+    session = await parts.sessions.open(tenant, given.id, given.source)
+    in_turn = parts.sessions.in_turn(tenant, given.id)
+    if not session.created_at and not in_turn:  # nobody has seen it yet
+        return Place(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
+    if given is named or (session.transcript == before.transcript and not in_turn):
+        return Place(session, given.source, seed)
+    fork = Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id, engine=session.engine)
+    return Place(fork, "fork", seed, is_new=True)
+
+
+async def _find(parts: Parts, tenant: str, response_id: str) -> StoredResponse | None:
+    """What the store has of an answer. It may have been told to the client by a turn that is not recorded yet."""
+    found = await parts.store.response(tenant, response_id)
+    if found is None:
+        await parts.turns.settle()
+        found = await parts.store.response(tenant, response_id)
+    return found
+
+
+async def _found(parts: Parts, tenant: str, response_id: str) -> StoredResponse:
+    found = await _find(parts, tenant, response_id)
+    if found is None:
+        raise GatewayError("response_not_found", f"Response with id '{response_id:.100}' not found.")
+    return found
+
+
+def _refused(field: str, message: str, hint: str) -> GatewayError:
+    return GatewayError("invalid_request", message, hint=hint, details={"field": field})
+
+
+# --- asking for them
+
+
+async def serve(parts: Parts, tenant: str, method: str, target: bytes) -> bytes | None:
+    """Answer a request for a kept answer; None where `target` is none of those."""
+    if not target.startswith(_DOOR):
+        return None
+    path, _, query = target.removeprefix(_DOOR).decode("latin-1").partition("?")
+    response_id, _, rest = path.partition("/")
+    verb = _VERBS.get((method, rest))
+    if verb is None or not response_id:
+        return None
+    bounded_query(query.encode("latin-1"))
+    asked = dict(parse_qsl(query, keep_blank_values=True))
+    return orjson.dumps(await verb(parts, tenant, unquote(response_id), asked))
+
+
+async def _get(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+    parameters.refuse_unknown(query, ("include", "include[]", "include_obfuscation", "starting_after", "stream"))
+    if query.get("stream") == "true":
+        raise _refused("stream", "a kept response is not streamed again", "ask for it without stream")
+    return (await _found(parts, tenant, response_id)).answer
+
+
+async def _delete(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+    parameters.refuse_unknown(query, ())
+    await _found(parts, tenant, response_id)
+    await parts.store.delete_response(tenant, response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+async def _cancel(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+    await _found(parts, tenant, response_id)
+    raise _refused(
+        "response_id",
+        "Cannot cancel a synchronous response.",
+        "only responses in the background can be cancelled, and these are not served: close the connection",
+    )
+
+
+async def _input_items(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+    given = parameters.read(
+        query,
+        {
+            "limit": parameters.whole(1, 100),
+            "order": parameters.one_of("asc", "desc"),
+            "after": parameters.line(200),
+            "include": _ANY,
+            "include[]": _ANY,
+        },
+    )
+    found = await _found(parts, tenant, response_id)
+    items = await parts.store.messages(found.asked) if found.asked else []
+    named = [_named(item, found.id, number) for number, item in enumerate(items)]
+    return _page(named if given.get("order") == "asc" else named[::-1], given.get("after"), given.get("limit", 20))
+
+
+def _page(items: list[dict[str, Any]], after: str | None, limit: int) -> Mapping[str, Any]:
+    start = 0
+    if after is not None:
+        start = next((number for number, item in enumerate(items, 1) if item["id"] == after), -1)
+        if start < 0:
+            raise _refused("after", f"there is no item {after!r:.100}", "send the last_id of the page before")
+    page = items[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + limit < len(items),
+    }
+
+
+def _named(item: dict[str, Any], response_id: str, number: int) -> dict[str, Any]:
+    """An item as OpenAI lists it: with an id, and its text in parts."""
+    kind = item.get("type", "message")
+    made = f"{_PREFIXES.get(kind, 'item')}_{response_id.removeprefix('resp_')}_{number}"
+    named = {**item, "type": kind, "id": item.get("id") or made}
+    if kind == "message":
+        named.setdefault("status", "completed")
+        if isinstance(item.get("content"), str):
+            part = "output_text" if item.get("role") == "assistant" else "input_text"
+            named["content"] = [{"type": part, "text": item["content"]}]
+    return named
+
+
+_VERBS: dict[tuple[str, str], Verb] = {
+    ("GET", ""): _get,
+    ("DELETE", ""): _delete,
+    ("POST", "cancel"): _cancel,
+    ("GET", "input_items"): _input_items,
+}

@@ -1,0 +1,1 @@
+"""The MCP server: the admin API's operations as tools and resources."""

@@ -1,0 +1,163 @@
+"""The one server of MCP behind both transports: it reads the table of tools and asks the admin API."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mcp_types as types
+import orjson
+from mcp.server.context import ServerRequestContext
+from mcp.server.lowlevel import Server
+from mcp.server.stdio import stdio_server
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.server.transport_security import TransportSecuritySettings
+from mcp.shared.exceptions import MCPError
+
+from gateway import __version__
+from gateway.api.endpoint import error_shape
+from gateway.api.mcp.parameters import Ask, Json, Tell
+from gateway.api.mcp.tool import Resource, Tool
+from gateway.api.mcp.tools import RESOURCES, TOOLS, resource_request, tool_named
+from gateway.errors import GatewayError
+
+Context = ServerRequestContext[Any, Any]
+AskOf = Callable[[Context], Ask]
+
+INSTRUCTIONS = (
+    "This gateway stands between clients and a vLLM engine, and keeps conversations. A session is a conversation that "
+    "goes on; a window is a frozen, named copy of one, with its KV cache. Find your session with session_list, freeze "
+    "it with window_freeze before you risk or lose its context, find windows with window_list, and go on from one with "
+    "window_thaw: what thaws is the very same context, not a summary. Every answer tells what was measured; read its "
+    "warnings."
+)
+
+
+def server(ask_of: AskOf) -> Server[Any]:
+    """A server that asks the admin API by what `ask_of` makes of a request."""
+
+    async def list_tools(_: Context, __: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=[_tool(tool) for tool in TOOLS])
+
+    async def call_tool(ctx: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
+        tool = _known(params.name)
+        try:
+            request = tool.request(params.arguments or {})
+        except GatewayError as error:
+            return _failed(error_shape(error))
+        answer = await ask_of(ctx)(request, _teller(ctx))
+        return _failed(answer) if "error" in answer else _done(tool.shape(answer))
+
+    async def list_resources(_: Context, __: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
+        return types.ListResourcesResult(resources=[_resource(r) for r in RESOURCES if "{" not in r.uri])
+
+    async def list_templates(_: Context, __: types.PaginatedRequestParams | None) -> types.ListResourceTemplatesResult:
+        return types.ListResourceTemplatesResult(resource_templates=[_template(r) for r in RESOURCES if "{" in r.uri])
+
+    async def read_resource(ctx: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+        try:
+            request, resource = resource_request(params.uri)
+        except GatewayError as error:
+            raise _protocol_error(error_shape(error)) from error
+        answer = await ask_of(ctx)(request, _teller(ctx))
+        if "error" in answer:
+            raise _protocol_error(answer)
+        text = orjson.dumps(resource.shape(answer)).decode()
+        return types.ReadResourceResult(
+            contents=[types.TextResourceContents(uri=params.uri, mime_type="application/json", text=text)]
+        )
+
+    return Server(
+        "context-window-gateway",
+        version=__version__,
+        title="Context Window Gateway",
+        instructions=INSTRUCTIONS,
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+        on_list_resources=list_resources,
+        on_list_resource_templates=list_templates,
+        on_read_resource=read_resource,
+    )
+
+
+def over_http(ask_of: AskOf, max_body_bytes: int) -> StreamableHTTPSessionManager:
+    """The server for requests that the gateway's door has let in: key, origin and size were looked at there.
+
+    It keeps nothing between requests, so any worker can serve any of them.
+    """
+    let_in = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    return StreamableHTTPSessionManager(
+        server(ask_of), stateless=True, security_settings=let_in, max_request_body_size=max_body_bytes
+    )
+
+
+async def over_stdio(ask: Ask) -> None:
+    """Serve stdin and stdout until the client closes them."""
+    served = server(lambda _: ask)
+    async with stdio_server() as (read, write):
+        await served.run(read, write, served.create_initialization_options())
+
+
+def _tool(tool: Tool) -> types.Tool:
+    hints = types.ToolAnnotations(
+        read_only_hint=tool.reads_only, destructive_hint=tool.destroys, idempotent_hint=False, open_world_hint=False
+    )
+    return types.Tool(
+        name=tool.name,
+        description=str(tool.about),
+        input_schema=tool.input_schema,
+        output_schema=tool.output_schema,
+        annotations=hints,
+    )
+
+
+def _resource(resource: Resource) -> types.Resource:
+    return types.Resource(
+        uri=resource.uri, name=resource.name, description=resource.about, mime_type="application/json"
+    )
+
+
+def _template(resource: Resource) -> types.ResourceTemplate:
+    return types.ResourceTemplate(
+        uri_template=resource.uri, name=resource.name, description=resource.about, mime_type="application/json"
+    )
+
+
+def _known(name: str) -> Tool:
+    try:
+        return tool_named(name)
+    except GatewayError as error:
+        raise _protocol_error(error_shape(error)) from error
+
+
+def _done(answer: Json) -> types.CallToolResult:
+    text = types.TextContent(type="text", text=orjson.dumps(answer).decode())
+    return types.CallToolResult(content=[text], structured_content=answer)
+
+
+def _failed(answer: Json) -> types.CallToolResult:
+    error = answer["error"]
+    text = types.TextContent(type="text", text=_in_words(error))
+    return types.CallToolResult(content=[text], structured_content={"error": error}, is_error=True)
+
+
+def _protocol_error(answer: Json) -> MCPError:
+    error = answer["error"]
+    theirs = error["code"] in ("internal", "gateway_unreachable") or error["retryable"]
+    return MCPError(types.INTERNAL_ERROR if theirs else types.INVALID_PARAMS, _in_words(error), error)
+
+
+def _in_words(error: Json) -> str:
+    hint = f" ({error['hint']})" if error["hint"] else ""
+    return f"{error['code']}: {error['message']}{hint}"
+
+
+def _teller(ctx: Context) -> Tell:
+    """Progress as MCP has it: a number that only grows, so the steps are counted, and what is done is in words."""
+    told = 0
+
+    async def tell(step: Any) -> None:
+        nonlocal told
+        told += 1
+        of = f" {step['done']}/{step['total']}" if step["total"] else ""
+        await ctx.session.report_progress(told, None, f"{step['stage']}{of}")
+
+    return tell

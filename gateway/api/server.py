@@ -1,0 +1,391 @@
+"""uvicorn as the gateway runs it: no headers of its own, no log line per request, and bounds on slow clients."""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from gateway.api import http_parser
+from gateway.api.client_connections import Connections, detect_dead_peer
+from gateway.api.connection import EXTENSION
+from gateway.errors import StartError
+from gateway.runtime import open_files
+from gateway.runtime.stalls import LostSince, is_ours
+from gateway.settings import Settings
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than the pool of any client we know keeps a connection, so that the client closes first
+_SHUTDOWN_S = 10
+_USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that takes nothing comes first: it knows of our stalls
+_REFUSED_S = 1.0  # how long a client beyond the limit has to send its head, get its answer, and read it
+_PROBES = frozenset({b"/healthz", b"/readyz"})
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers; agents send a few kilobytes
+MAX_HEADERS = 200  # of a request; 64 KiB would hold 13,000
+MAX_PIPELINED = 16  # requests that wait for the answer before them, on one connection
+_HEAD_TOO_LARGE = b"HTTP/1.1 431 Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class GatheringTransport:
+    """Sends everything that is written in one turn of the event loop as one.
+
+    uvicorn writes the head and each chunk apart, and uvloop makes a system call of each write: that would be the most
+    of what a chunk costs. The bytes and the HTTP chunks stay as they are; only fewer calls carry them.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write it before the loop turns to anything else."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+
+    def write_now(self, data: bytes) -> None:
+        """Write it, and what waits, at once."""
+        self._waiting.append(data)
+        self._flush()
+
+    def close(self) -> None:
+        """Close when all is written."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            data = b"".join(self._waiting)
+            self._waiting.clear()
+            # A reset closes it before `connection_lost` is called, and uvloop raises for a write in between: into the
+            # callback of whoever wrote, which is the engine's connection.
+            if not self._transport.is_closing():
+                self._transport.write(data)
+
+
+class _Refused(Exception):
+    """Ends the parser: the request will not be served."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with bounds on the head of every request: seconds, bytes, and headers.
+
+    Reading goes on while a response is written, or nobody would see that the client has left; so what comes then is
+    counted too. Trailers are dropped: those who filter headers before us do not see them (RFC 9110, 6.5.1).
+    """
+
+    head_timeout_s: float
+    open_connections: Connections
+    lost_since: LostSince
+    lost = False
+    reserved = False  # beyond `max_connections`: only a probe is answered
+    refused = False  # what still comes is dropped
+    on_gone: Callable[[], None] | None = None
+    on_writable: Callable[[], None] | None = None
+    _deadline: asyncio.TimerHandle | None = None
+    _unsent: asyncio.TimerHandle | None = None
+    _in_head = True  # whether the next byte belongs to a head, or to nothing yet
+    _head_bytes = 0
+    _message_ended = False  # within the bytes that came last
+    _trailer_bytes = 0
+    _answer = http_parser.NO_HTTP  # to what cannot be served
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self.transport = GatheringTransport(transport, self.loop)  # type: ignore[assignment]
+        self.parser = http_parser.Http1Parser(self)
+        detect_dead_peer(transport.get_extra_info("socket"), self.head_timeout_s + _USER_TIMEOUT_MARGIN_S)
+        if self.open_connections.admit(self):
+            self._expect_head()
+        else:
+            self.reserved = True
+            self._deadline = self.loop.call_later(_REFUSED_S, self.close_idle)
+
+    def data_received(self, data: bytes) -> None:
+        """Something came: of a head, or of a body."""
+        if self.refused:
+            return
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_head()
+        room = MAX_HEAD_BYTES - self._head_bytes
+        if self._in_head and len(data) > room:
+            self._feed(memoryview(data)[:room])
+            if self._in_head:
+                self.refuse(_HEAD_TOO_LARGE)
+                return
+            data = memoryview(data)[room:]
+        self._feed(data)
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        """Let the parser read, and count what it read of a head that is not complete."""
+        self._message_ended = False
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:  # no HTTP, or no request that is served
+            self.refuse(self._answer)
+        if self._in_head and not self._message_ended:  # else most of it was another message
+            self._head_bytes += len(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header is complete, or a trailer."""
+        if not self._in_head:
+            self._trailer_bytes += len(name) + len(value)
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                raise _Refused
+            return
+        if len(self.headers) >= MAX_HEADERS:
+            self._answer = _HEAD_TOO_LARGE
+            raise _Refused
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        if self.parser.should_upgrade():
+            return  # it will be read again, or refused
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _Refused
+        if self.reserved and self.url.partition(b"?")[0] not in _PROBES:
+            self._answer = http_parser.TOO_MANY_CONNECTIONS
+            raise _Refused
+        if not self.reserved:
+            self._cancel()
+        self._in_head = False
+        self._trailer_bytes = 0
+        self.open_connections.begin(self)
+        super().on_headers_complete()
+        if self.reserved:
+            self.cycle.keep_alive = False
+        self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
+
+    def on_message_complete(self) -> None:
+        """The body is complete."""
+        if not self.parser.should_upgrade():
+            self._in_head = self._message_ended = True
+            self._head_bytes = 0
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is sent, or waits in the socket."""
+        self.open_connections.end(self)
+        super().on_response_complete()
+
+    def close_idle(self) -> None:
+        """See `gateway.api.client_connections.Closable.close_idle`."""
+        if self.reserved and self.cycle is None:
+            self.refuse(http_parser.TOO_MANY_CONNECTIONS)
+        self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        served: Any = _Unframed(app, cycle) if cycle.scope["http_version"] == "1.0" else app
+        super()._start_asgi_task(cycle, served)
+
+    def refuse(self, answer: bytes) -> None:
+        """See `gateway.api.http_parser.Owner.refuse`."""
+        if self.refused:
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(answer)
+            if self.reserved:
+                self._linger()
+                return
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client does not take what is sent as fast as it comes."""
+        super().pause_writing()
+        self._expect_progress()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._stop_expecting_progress()
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        self._cancel()
+        self._stop_expecting_progress()
+        self.open_connections.release(self)
+        self.lost = True
+        super().connection_lost(exc)
+        if self.on_gone is not None:
+            self.on_gone()
+
+    def _expect_progress(self) -> None:
+        """Close the connection unless the client takes some of what waits for it, in the time that it has for that."""
+        waits, since = self.transport.get_write_buffer_size(), time.monotonic()
+        self._unsent = self.loop.call_later(self.head_timeout_s, self._check_progress, waits, since)
+
+    def _check_progress(self, waited: int, since: float) -> None:
+        if self.transport.get_write_buffer_size() < waited or is_ours(self.lost_since, since):
+            self._expect_progress()
+        else:
+            self.transport.abort()
+
+    def _stop_expecting_progress(self) -> None:
+        if self._unsent is not None:
+            self._unsent.cancel()
+            self._unsent = None
+
+    def _linger(self) -> None:
+        """Send no more, and drop what still comes until `_deadline`: a reset would take the answer from the client."""
+        self.refused = True
+        self.open_connections.refused()
+        cast(GatheringTransport, self.transport).write_now(b"")
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+
+    def _expect_head(self) -> None:
+        self._deadline = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _cancel(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class _Unframed:
+    """An application for a client of HTTP/1.0: it reads until the connection closes, and knows no chunks."""
+
+    def __init__(self, app: ASGIApp, cycle: RequestResponseCycle) -> None:
+        self._app = app
+        self._cycle = cycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; uvicorn closes the connection after it."""
+        has_length = True
+
+        async def send_unframed(message: Message) -> None:
+            nonlocal has_length
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                self._cycle.chunked_encoding = None if has_length else False
+            elif not has_length:
+                self._cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive, send_unframed)
+
+
+class UvicornClient:
+    """See `gateway.api.connection.Client`."""
+
+    __slots__ = ("_cycle", "_protocol")
+
+    def __init__(self, protocol: BoundedProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+
+    @property
+    def gone(self) -> bool:
+        """See `Client.gone`."""
+        return self._protocol.lost
+
+    @property
+    def framed(self) -> bool:
+        """See `Client.framed`."""
+        return bool(self._cycle.chunked_encoding)
+
+    def body(self) -> bytes | None:
+        """See `Client.body`."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.waiting_for_100_continue:
+            return None
+        cycle.flow.resume_reading()
+        cycle.message_event.clear()
+        body = bytes(cycle.body)
+        cycle.body = bytearray()
+        return body
+
+    def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
+        """See `Client.watch`."""
+        self._protocol.on_gone = on_gone
+        self._protocol.on_writable = on_writable
+
+    def write(self, data: bytes, *, hold: bool = False) -> bool:
+        """See `Client.write`."""
+        transport = cast(GatheringTransport, self._protocol.transport)
+        (transport.write if hold else transport.write_now)(data)
+        return not self._protocol.flow.write_paused
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Open the listening socket. Raises StartError when the address is in use or not ours."""
+    try:
+        return _listen(settings)
+    except OSError as error:
+        what = f"cannot listen on {settings.host} port {settings.port}"
+        raise StartError(f"{what}: {error.strerror}; set host or port to another") from error
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((settings.host, settings.port))
+    sock.listen(_BACKLOG)  # now, not when all is open: until somebody listens, the address can be taken away
+    return sock
+
+
+def listen_beside(sock: socket.socket) -> socket.socket:
+    """Open another socket on the address of `sock`; the kernel deals new connections out to all of them.
+
+    One socket that several workers accept from would serve them unevenly: of 32 connections one took up to 31. `sock`
+    itself was bound without SO_REUSEPORT, so that another gateway's address is still found to be in use. The new one
+    listens only when its worker serves, so that no connection waits for a worker that is still starting.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    other = socket.socket(sock.family, sock.type)
+    try:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(sock.getsockname())
+    except OSError as error:
+        other.close()
+        raise StartError(f"cannot listen for another worker: {error.strerror}; set workers to 1") from error
+    return other
+
+
+async def serve(app: ASGIApp, settings: Settings, sock: socket.socket, lost_since: LostSince) -> None:
+    """Serve `app` on `sock` until SIGINT or SIGTERM."""
+    most = min(settings.max_connections, open_files.clients(open_files.open_files()))
+    bounds = {
+        "head_timeout_s": settings.client_timeout_s,
+        "open_connections": Connections(most),
+        "lost_since": staticmethod(lost_since),
+    }
+    config = uvicorn.Config(
+        app,
+        http=type("Protocol", (BoundedProtocol,), bounds),
+        ws="none",
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+    )
+    server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again when it is done; by default that would end the process before the parts close.
+        signal.signal(number, lambda *_: None)
+    await server.serve(sockets=[sock])
+    # Requests that outlived the grace time were cancelled; each still has its turn to hand over.
+    await asyncio.gather(*server.server_state.tasks, return_exceptions=True)

@@ -1,0 +1,163 @@
+"""The admin API from outside: what the CLI speaks to a running gateway."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
+
+import httpx
+import orjson
+
+from gateway.api.mcp.parameters import AdminRequest, Json, Tell
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+_PIECE = 2**18
+
+
+class AdminError(Exception):
+    """What the gateway answered instead, or that it did not answer."""
+
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        code: str = "gateway_unreachable",
+        retryable: bool = True,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+        self.retryable = retryable
+        self.details = dict(details or {})
+
+
+class Admin:
+    """A client of one gateway's admin API."""
+
+    def __init__(self, url: str, api_key: str, timeout_s: float = 600) -> None:
+        self.url = url
+        if not api_key.isascii() or not api_key.isprintable():
+            raise AdminError("CWG_API_KEY holds characters that a header cannot carry")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        try:
+            self._http = httpx.Client(
+                base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5))
+            )
+        except httpx.InvalidURL as error:
+            raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        nulls: bool = False,
+    ) -> dict[str, Any]:
+        """Send one request and return its answer. With `nulls`, what is None in the body is sent. Raises AdminError."""
+        try:
+            response = self._http.request(method, path, params=_given(query), json=body if nulls else _given(body))
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        return _checked(response.status_code, _json(response.content))
+
+    def watch(self, path: str, body: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+        """POST, and tell `on_progress` each step until the answer is there. Raises AdminError."""
+        return self._follow(on_progress, path, headers={}, json=_given(body))
+
+    def _follow(
+        self, on_progress: OnProgress, path: str, *, headers: Mapping[str, str], **request: Any
+    ) -> dict[str, Any]:
+        accept = {"accept": "application/x-ndjson", **headers}
+        try:
+            with self._http.stream("POST", path, headers=accept, **request) as response:
+                for line in response.iter_lines():
+                    step = _json(line.encode())
+                    if "progress" not in step:
+                        return _checked(step.get("status", response.status_code), step.get("result", step))
+                    on_progress(step["progress"])
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        raise AdminError("the gateway closed the connection before it was done", "look at its log")
+
+    def download(self, path: str, file: IO[bytes], query: Mapping[str, Any], on_progress: OnProgress) -> None:
+        """GET into `file`, all that was promised. Raises AdminError, OSError."""
+        try:
+            with self._http.stream("GET", path, params=_given(query)) as response:
+                if response.status_code >= 400:
+                    _checked(response.status_code, _json(response.read()))
+                total, done = int(response.headers.get("content-length", 0)), 0
+                for piece in response.iter_raw():
+                    file.write(piece)
+                    done += len(piece)
+                    on_progress({"stage": "receive", "done": done, "total": total})
+        except httpx.RemoteProtocolError as error:
+            raise AdminError("the gateway cut the export short", "its log says why") from error
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def upload(
+        self, path: str, file: IO[bytes], size: int, query: Mapping[str, Any], on_progress: OnProgress
+    ) -> dict[str, Any]:
+        """POST `size` bytes of `file`, and tell `on_progress` each step. Raises AdminError, OSError."""
+
+        def pieces() -> Iterator[bytes]:
+            done = 0
+            while piece := file.read(_PIECE):
+                done += len(piece)
+                on_progress({"stage": "send", "done": done, "total": size})
+                yield piece
+
+        headers = {"content-type": "application/x-tar", "content-length": str(size)}
+        return self._follow(on_progress, path, headers=headers, params=_given(query), content=pieces())
+
+    async def ask(self, request: AdminRequest, tell: Tell) -> Json:
+        """Send one request from an event loop; what it answers has `error` in it where it failed."""
+        loop = asyncio.get_running_loop()
+
+        def step(progress: Mapping[str, Any]) -> None:
+            asyncio.run_coroutine_threadsafe(tell(progress), loop).result()
+
+        try:
+            if request.method == "POST":
+                return await asyncio.to_thread(self.watch, request.path, request.body or {}, step)
+            query, body = request.query, request.body
+            return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body, nulls=True)
+        except AdminError as error:
+            names = ("code", "message", "hint", "retryable", "details")
+            return {"error": {name: getattr(error, name) for name in names}}
+
+    def _unreachable(self, error: httpx.HTTPError) -> AdminError:
+        hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
+        return AdminError(f"no gateway answers at {self.url}: {error or type(error).__name__}", hint)
+
+
+def _given(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {k: v for k, v in values.items() if v is not None} if values is not None else None
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise AdminError(f"the answer is not a JSON object: {content[:100]!r}", "is CWG_URL a gateway's address?")
+    return value
+
+
+def _checked(status: int, answer: dict[str, Any]) -> dict[str, Any]:
+    if status < 400:
+        return answer
+    error = answer.get("error")
+    if not isinstance(error, dict):
+        raise AdminError(f"HTTP {status}: {answer!r:.200}", "is CWG_URL a gateway's address?")
+    raise AdminError(
+        str(error.get("message", f"HTTP {status}")),
+        str(error.get("hint", "")),
+        str(error.get("code", "")),
+        bool(error.get("retryable")),
+        error.get("details"),
+    )

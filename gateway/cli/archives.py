@@ -1,0 +1,84 @@
+"""Windows as files."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import click
+
+from gateway.cli import connection as gateway
+from gateway.cli.admin_client import AdminError
+from gateway.cli.connection import Failure, verb, window
+from gateway.cli.output import flat, show
+
+
+@verb
+@window
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--as-text", is_flag=True, help="leave the KV out")
+@click.option("--force", is_flag=True, help="overwrite FILE where it exists")
+def export(name: str, file: Path, as_text: bool, force: bool, as_json: bool) -> None:
+    """Write the window NAME into FILE, whole; FILE is there only when all of it is, and for you alone to read."""
+    query = {"as_text": "true" if as_text else None}
+    if not force and file.exists():
+        raise _exists(file)
+    try:
+        with _whole_or_not(file, force=force) as out, gateway.bar() as on_progress:
+            gateway.admin().download(f"/admin/windows/{gateway.part(name)}/export", out, query, on_progress)
+    except AdminError as error:
+        raise gateway.failure(error) from error
+    except FileExistsError as error:
+        raise _exists(file) from error
+    except OSError as error:
+        raise Failure(f"cannot write {file}: {error.strerror}") from error
+    answer = {"window": name, "file": str(file), "bytes": file.stat().st_size}
+    show(answer, as_json, answer)
+
+
+@contextmanager
+def _whole_or_not(file: Path, *, force: bool) -> Iterator[IO[bytes]]:
+    """A file that gets its name when the block is done. Raises FileExistsError where the name is taken by then."""
+    fd, path = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".part", dir=file.parent)  # mode 0600
+    part = Path(path)
+    try:
+        with os.fdopen(fd, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        if force:
+            part.replace(file)
+        else:
+            file.hardlink_to(part)  # unlike a rename, it leaves a file that came meanwhile
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _exists(file: Path) -> Failure:
+    return Failure(f"{file} exists already (--force overwrites it)")
+
+
+@verb
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--name", help="the window's name here; without it, the one that it was exported under")
+@click.option(
+    "--as-text", is_flag=True, help="take text and ids and leave the KV: for a model that is served otherwise"
+)
+def import_(file: Path, name: str | None, as_text: bool, as_json: bool) -> None:
+    """Make the window in FILE a window of this gateway."""
+    query = {"window_name": name, "as_text": "true" if as_text else None}
+    try:
+        with file.open("rb") as content, gateway.bar() as on_progress:
+            size = file.stat().st_size
+            answer = gateway.admin().upload("/admin/windows/import", content, size, query, on_progress)
+    except AdminError as error:
+        raise gateway.failure(error) from error
+    except OSError as error:
+        raise Failure(f"cannot read {file}: {error.strerror}") from error
+    receipt = {k: v for k, v in answer["receipt"].items() if k != "imported"}
+    show(answer, as_json, {"window": answer["name"], "kv": answer["kv"], **flat(receipt)})
+
+
+COMMANDS = (export, import_)

@@ -1,0 +1,95 @@
+"""Commands that serve: the whole stack, the gateway alone, MCP."""
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gateway.cli import connection as gateway
+from gateway.cli.admin_client import Admin, AdminError
+from gateway.cli.connection import Failure
+from gateway.cli.output import say
+from gateway.errors import StartError
+from gateway.runtime.logs import SafeFormatter
+from gateway.settings import Settings, SettingsError, load
+
+
+@click.command()
+@click.option("--model", help="model directory or id; without it, a small built-in model that talks nonsense")
+@click.option("--served-model-name", help="the name that clients use")
+@click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("data"), show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
+@click.option("--port", type=click.IntRange(1, 65535), default=8700, show_default=True, help="the gateway's port")
+@click.option("--engine-port", type=click.IntRange(1, 65535), help="vLLM's port; a free one if not given")
+@click.option("--max-model-len", type=click.IntRange(min=1), help="context limit; the model's own if not given")
+@click.option("--chunk-size", type=click.IntRange(min=1), help="tokens per chunk; 256, or 64 for the built-in model")
+@click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
+@click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier; 2 GiB, or 1 for the built-in model")
+def up(**options: Any) -> None:
+    """Start the whole local stack: LMCache, vLLM and the gateway, under one supervisor."""
+    from gateway.stack.errors import StackError  # noqa: PLC0415 - see `serve`
+    from gateway.stack.local import LocalStack  # noqa: PLC0415
+    from gateway.stack.supervisor import up as run  # noqa: PLC0415
+
+    try:
+        raise SystemExit(run(LocalStack(**options)))
+    except StackError as error:
+        raise Failure(str(error)) from error
+
+
+@click.command()
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="settings file (TOML)")
+@click.option("--host", help="address to listen on")
+@click.option("--port", type=int, help="port to listen on")
+@click.option("--workers", type=int, help="processes that serve the port")
+def serve(config: Path | None, **options: Any) -> None:
+    """Run the gateway alone, before an engine and a cache that run elsewhere."""
+    from gateway import app  # noqa: PLC0415 - a verb of the CLI should not pay for the server's imports
+
+    try:
+        settings = load(file=config, environment=os.environ, overrides=options)
+        _log_to_stderr(settings)
+        app.main(settings)
+    except (SettingsError, StartError) as error:
+        raise Failure(str(error)) from error
+
+
+@click.command()
+def mcp() -> None:
+    """Serve MCP over stdin and stdout, before a running gateway (CWG_URL, CWG_API_KEY)."""
+    from gateway.api.mcp.server import over_stdio  # noqa: PLC0415 - see `serve`
+
+    try:
+        admin = gateway.admin()
+    except AdminError as error:
+        raise gateway.failure(error) from error
+    if sys.stdin.isatty():
+        say("cwg mcp: waiting for MCP on stdin; a client should start this, not a person", err=True)
+    threading.Thread(target=_look, args=[admin], daemon=True).start()
+    asyncio.run(over_stdio(admin.ask))
+
+
+def _look(admin: Admin) -> None:
+    """Say at once that there is no gateway, where a client's log has it, and not only with the first call."""
+    try:
+        admin.call("GET", "/admin/sessions", query={"limit": 1})
+    except AdminError as error:
+        say(f"cwg mcp: {gateway.failure(error)}; every call tries again", err=True)
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    who = "%(process)d " if settings.workers > 1 else ""
+    line = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter(line))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    for library in ("httpx", "mcp"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+COMMANDS = (up, serve, mcp)

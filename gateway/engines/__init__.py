@@ -1,0 +1,1 @@
+"""vLLM: the engines, their health, and the connections to them."""

@@ -1,0 +1,281 @@
+"""All the engines: which of them a request goes to, and to which one next when it does not answer.
+
+A session goes to the engine that has its KV: the one that served it last, else the one that its lineage is drawn to
+(highest random weight: when an engine goes, only its own lineages move). Another finds the KV in the shared tiers.
+
+A request goes on to the next engine only while nothing of an answer has come: it was refused, or the connection was
+closed. One that had been sent may be what killed the engine, so it is sent to one more at most; one that had not goes
+to each once. A 503 is an engine's way to say "not now" before it begins: it goes on to an engine that is well, and
+passes untouched where there is none, as every other answer does.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from gateway.engines.client import Model, Questions, Reply
+from gateway.engines.connection import Connection, Headers, UpstreamError
+from gateway.engines.node import WELL, Member
+from gateway.errors import GatewayError
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_HINT = "is vLLM running, and is engine_urls its address?"
+
+
+class Engines(Questions):
+    """The engines, in the order of `engine_urls`. Asked itself, it puts a question to any that is well."""
+
+    def __init__(self, members: Sequence[Member], check_s: float) -> None:
+        self.members = list(members)
+        self._check_s = check_s
+        self._turn = 0  # whose turn it is to take what belongs to no lineage
+        self._differing: dict[str, dict[str, str]] = {}
+
+    async def __aenter__(self) -> "Engines":
+        self._watches = [
+            asyncio.create_task(member.watch(self._check_s, self._compare), name=f"watch {member.url}")
+            for member in self.members
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.wait(self._watches)
+        for member in self.members:
+            await member.close()
+
+    # Whom to ask.
+
+    @property
+    def up(self) -> list[Member]:
+        """Those that are well, as far as one knows."""
+        return [member for member in self.members if member.up]
+
+    def choose(self, lineage: str, prefer: str = "", model: str = "") -> list[Member]:
+        """Return the engines to try for a request, in that order; empty if there is no point in trying any.
+
+        `prefer` is the URL of the engine that served the session last. Engines that serve `model` are asked; a model
+        that nobody is known to serve may go to any, which says so itself. Without lineage the engines take turns.
+        """
+        if len(self.members) == 1:
+            return [] if self.members[0].hopeless else self.members
+        serving = [m for m in self.members if model and m.engine.known(model)] or self.members
+        order = self._by_affinity(serving, lineage, prefer)
+        now = time.monotonic()
+        ranks = {member: member.rank(now, first=place == 0) for place, member in enumerate(order)}
+        return sorted((m for m in order if not m.hopeless), key=ranks.__getitem__)
+
+    def any(self, model: str = "") -> Member:
+        """An engine for a question of our own. Raises `engine_unreachable`."""
+        chosen = self.choose("", model=model)
+        if not chosen:
+            raise GatewayError("engine_unreachable", self.trouble(), hint=_HINT)
+        return chosen[0]
+
+    def route(self, lineage: str, prefer: str = "", model: str = "") -> "Route":
+        """The way of one request."""
+        return Route(self, self.choose(lineage, prefer, model))
+
+    def near(self, lineage: str, prefer: str = "") -> "Near":
+        """Questions of our own, put to the engine that has the KV of a lineage."""
+        return Near(self, lineage, prefer)
+
+    def trouble(self) -> str:
+        """Why none of them can be asked."""
+        return "no engine can be reached: " + "; ".join(m.last_error or f"{m.url} was not tried" for m in self.members)
+
+    # What they serve.
+
+    def known(self, name: str) -> Model | None:
+        """A model as last seen, without asking. No name means the first model of the first engine that is up."""
+        if len(self.members) == 1:
+            return self.members[0].engine.known(name)
+        for member in self.members if name else self.up:
+            if (model := member.engine.known(name)) is not None:
+                return model
+        return None
+
+    async def look_up(self, name: str) -> Model | None:
+        """A model as last seen, None when no engine has it (it then says so itself).
+
+        For one not known yet each engine is asked at most once a second: clients may name anything. Raises
+        `engine_unreachable`, `engine_timeout` when none of them answers.
+        """
+        if (model := self.known(name)) is not None:
+            return model
+        if len(self.members) == 1:
+            return await self.members[0].engine.look_up(name)
+        asked = [asyncio.create_task(_or_error(m.engine.look_up(name))) for m in self.up or self.members]
+        failed: list[GatewayError] = []
+        try:
+            for first in asyncio.as_completed(asked):
+                answer = await first
+                if isinstance(answer, Model):
+                    return answer
+                if isinstance(answer, GatewayError):
+                    failed.append(answer)
+        finally:
+            for task in asked:
+                task.cancel()
+        if len(failed) == len(asked):
+            raise failed[0]
+        return None
+
+    async def models(self) -> dict[str, Model]:
+        """Ask all that are up what they serve. Raises `engine_unreachable`, `engine_timeout` if none answers."""
+        answers = await asyncio.gather(*(_or_error(m.engine.models()) for m in self.up or self.members))
+        failed = [answer for answer in answers if isinstance(answer, GatewayError)]
+        if len(failed) == len(answers):
+            raise failed[0]
+        served: dict[str, Model] = {}
+        for answer in answers:
+            if not isinstance(answer, GatewayError):
+                served = answer | served  # the first engine to serve a name says what it is
+        return served
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The models of all engines that are up, each as the first engine to serve it describes it."""
+        cards: dict[str, dict[str, Any]] = {}
+        for member in self.up:
+            for card in member.engine.cards:
+                cards.setdefault(str(card["id"]), card)
+        return list(cards.values())
+
+    @property
+    def differing(self) -> Mapping[str, Mapping[str, str]]:
+        """Models that are not the same on all engines: of each name, the root by engine."""
+        return self._differing
+
+    async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
+        """See `Questions.ask`."""
+        return await self.near("").ask(method, path, json=json, quick=quick)
+
+    async def look(self) -> None:
+        """Look at all of them now."""
+        await asyncio.gather(*(member.look() for member in self.members))
+        self._compare()
+
+    def _compare(self) -> None:
+        found = _differing(self.members)
+        for name in found.keys() - self._differing.keys():
+            log.warning("model %r is not the same on all engines: %s", name, found[name])
+        self._differing = found
+
+    def _by_affinity(self, members: Sequence[Member], lineage: str, prefer: str) -> list[Member]:
+        if not lineage:
+            self._turn += 1
+            start = self._turn % len(members)
+            return [*members[start:], *members[:start]]
+        drawn = lineage.encode()
+        order = sorted(members, key=lambda member: member.weight(drawn), reverse=True)
+        if prefer:
+            order.sort(key=lambda member: member.url != prefer)
+        return order
+
+
+class Near(Questions):
+    """The engines, as asked for a lineage."""
+
+    def __init__(self, engines: Engines, lineage: str, prefer: str) -> None:
+        self._engines = engines
+        self._lineage = lineage
+        self._prefer = prefer
+
+    async def models(self) -> dict[str, Model]:
+        """See `Questions.models`."""
+        return await self._engines.models()
+
+    async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
+        """Ask one engine after the other until one answers; see `Questions.ask`."""
+        failed = GatewayError("engine_unreachable", self._engines.trouble(), hint=_HINT)
+        for member in self._engines.choose(self._lineage, self._prefer, str((json or {}).get("model", ""))):
+            try:
+                answer = await member.engine.ask(method, path, json=json, quick=quick)
+            except GatewayError as error:
+                if error.code != "engine_unreachable":
+                    raise
+                member.unanswered(error.message)
+                failed = error
+            else:
+                member.answered()
+                return answer
+        raise failed
+
+
+class Route:
+    """The way of one request: an `Upstream` that is several. `engine` is the URL of the one that answered, or ""."""
+
+    __slots__ = ("_engines", "_member", "_members")
+
+    def __init__(self, engines: Engines, members: Sequence[Member]) -> None:
+        self._engines = engines
+        self._members = members
+        self._member: Member | None = None
+
+    @property
+    def engine(self) -> str:
+        """Who answered."""
+        return self._member.url if self._member else ""
+
+    async def send(
+        self, method: str, target: bytes, headers: Headers, body: bytes, *, may_load: bool = False
+    ) -> Connection:
+        """See `Upstream.send`; `may_load` tells whether the engine may find KV of the prompt in the cache."""
+        failed: UpstreamError | None = None
+        was_sent = False
+        for place, member in enumerate(self._members):
+            try:
+                grace_s = member.engine.grace_s if may_load else 0.0
+                connection = await member.upstream.send(method, target, headers, body, grace_s=grace_s)
+            except UpstreamError as error:
+                if error.code != "engine_unreachable":
+                    raise
+                member.unanswered(str(error))
+                failed = error
+                if error.sent and was_sent:
+                    break
+                was_sent = was_sent or error.sent
+                continue
+            if connection.status == 503:
+                member.unanswered(f"engine at {member.url} answered 503")
+                if self._another_is_well(place):
+                    member.upstream.release(connection)
+                    continue
+            else:
+                member.answered()
+            self._member = member
+            return connection
+        raise failed or UpstreamError("engine_unreachable", self._engines.trouble(), began=False)
+
+    def release(self, connection: Connection) -> None:
+        """See `Upstream.release`."""
+        if self._member is None:
+            return
+        if connection.broken:
+            self._member.hasten()
+        self._member.upstream.release(connection)
+
+    def _another_is_well(self, place: int) -> bool:
+        now = time.monotonic()
+        return any(member.rank(now, first=False) == WELL for member in self._members[place + 1 :])
+
+
+def _differing(members: Sequence[Member]) -> dict[str, dict[str, str]]:
+    """Of each model that several engines serve and not all from the same root: its root by engine."""
+    roots: dict[str, dict[str, str]] = {}
+    for member in members:
+        for card in member.engine.cards:
+            roots.setdefault(str(card["id"]), {})[member.url] = str(card.get("root") or card["id"])
+    return {name: by_url for name, by_url in roots.items() if len(set(by_url.values())) > 1}
+
+
+async def _or_error(answer: Awaitable[_T]) -> _T | GatewayError:
+    try:
+        return await answer
+    except GatewayError as error:
+        return error

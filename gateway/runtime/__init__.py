@@ -1,0 +1,1 @@
+"""The process itself: its threads, limits, locks and log."""

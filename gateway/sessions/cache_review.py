@@ -1,0 +1,155 @@
+"""What is to be learned from a finished turn, before it is recorded: was its prompt estimated well, and did it hit?
+
+Runs in the turns task. What came before is read from the store only if fewer tokens were found than expected.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from gateway.records import Message, Session, Usage
+from gateway.runtime.offload import Offload
+from gateway.sessions import misses
+from gateway.sessions.completed_turn import Ended, Read, Review
+from gateway.sessions.misses import Evidence, Left
+from gateway.sessions.token_estimator import Estimator
+from gateway.store.types import Store
+
+_LEFT = 4096
+_USUAL_CHUNK = 256  # LMCache's own default, where the cache has not said yet, or there is none
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What a session's last turn left, None if nothing, and when it was over."""
+
+    left: Left | None
+    at: float
+
+    @property
+    def tokens(self) -> int:
+        return self.left.tokens if self.left else 0
+
+
+class Reviews:
+    """Looks at finished turns. `chunk_size` gives the cache's, 0 where it is not known."""
+
+    def __init__(self, store: Store, estimator: Estimator, chunk_size: Callable[[], int]) -> None:
+        self._store = store
+        self._estimator = estimator
+        self._offload = Offload()
+        self._chunk_size = chunk_size
+        self._last: dict[tuple[str, str], _Before] = {}  # of this worker's turns; without their messages
+        self._unrecorded: dict[tuple[str, str], tuple[Sequence[Message], Mapping[str, Any]]] = {}
+
+    async def of(self, turn: Read) -> Review:
+        """Return the estimate of a turn's prompt, and the verdict on what it found in the cache."""
+        ended, usage = turn.ended, turn.reply.usage
+        if usage is None or not turn.whole:
+            return Review()
+        model, frame = ended.call.model, ended.call.whole_frame
+        before = await self._before(ended)
+        heavy = ended.heavy
+        ahead = partial(self._estimator.ahead, model, before.tokens, turn.whole, frame)
+        estimate = await self._offload.run(True, ahead) if heavy else ahead()
+        self._estimator.observe(model, estimate, usage.prompt)
+        if before.left is None and ended.place.session.parent:
+            before = await self._of_parent(ended, turn.whole, frame)
+        evidence = await self._evidence(turn, usage, before, frame)
+        miss = await self._offload.run(True, misses.why, evidence) if heavy else misses.why(evidence)
+        if turn.messages is not None:
+            self._keep(ended, usage, turn.messages, frame)
+        return Review(estimate.tokens, miss.expected, str(miss))
+
+    def recorded(self) -> None:
+        """All that was looked at is in the store now."""
+        self._unrecorded.clear()
+
+    def _keep(self, ended: Ended, usage: Usage, messages: Sequence[Message], frame: Mapping[str, Any]) -> None:
+        key = _key(ended)
+        if len(self._last) >= _LEFT and key not in self._last:
+            self._last.clear()
+        left = Left(
+            tokens=usage.prompt + usage.completion,
+            prompt=usage.prompt,
+            salt=ended.salt,
+            fingerprint=ended.fingerprint,
+            engine=ended.engine,
+        )
+        self._last[key] = _Before(left, ended.at)
+        self._unrecorded[key] = messages, frame
+
+    async def _before(self, ended: Ended) -> _Before:
+        """What the turn found. When its session was read, the turn before may not have been recorded yet."""
+        session, key = ended.place.session, _key(ended)
+        just = self._last.get(key)
+        if just is None or not session.last_active_at < just.at <= ended.started_at:
+            return _Before(_left(session), session.last_active_at)
+        if not session.created_at and key not in self._unrecorded:
+            # It was new when it was read: perhaps because one of that name had been deleted.
+            now = await self._store.session(*key)
+            if now is None or now.last_active_at < just.at:
+                return _Before(None, 0.0)
+        return just
+
+    async def _of_parent(self, ended: Ended, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
+        """What a new session finds of the one that it is a fork of: both run under one salt."""
+        new = ended.place.session
+        parent = await self._store.session(new.tenant, new.parent or "")
+        left = _left(parent) if parent else None
+        if parent is None or parent.transcript is None or left is None or left.salt != ended.salt:
+            return _Before(None, 0.0)
+        messages, had = await self._store.messages(parent.transcript), {}
+        if parent.frame:
+            had = dict(await self._store.frame(parent.frame))
+        return _Before(misses.shared(replace(left, messages=messages, frame=had), whole, frame), parent.last_active_at)
+
+    async def _evidence(self, turn: Read, usage: Usage, before: _Before, frame: Mapping[str, Any]) -> Evidence:
+        ended = turn.ended
+        evidence = Evidence(
+            prompt=usage.prompt,
+            cached=usage.cached,
+            chunk_size=self._chunk_size() or _USUAL_CHUNK,
+            messages=turn.whole,
+            before=before.left,
+            frame=frame,
+            salt=ended.salt,
+            fingerprint=ended.fingerprint,
+            engine=ended.engine,
+            idle_s=max(0.0, ended.started_at - before.at),
+        )
+        if before.left is None or before.left.messages is not None or not evidence.missed:
+            return evidence
+        # A turn that ran beside this one may have left messages here, but it is not what came before.
+        just = self._unrecorded.get(_key(ended)) if before is self._last.get(_key(ended)) else None
+        messages, known = just or await self._recorded(ended, before)
+        return replace(evidence, before=replace(before.left, messages=messages, frame=known))
+
+    async def _recorded(self, ended: Ended, before: _Before) -> tuple[Sequence[Message] | None, dict[str, Any] | None]:
+        """The conversation as the turn before has left it; None where that is not known any more."""
+        session: Session | None = ended.place.session
+        if before.at > ended.place.session.last_active_at:
+            session = await self._store.session(*_key(ended))
+        if session is None or session.transcript is None or session.last_active_at > ended.started_at:
+            return None, None
+        # A turn that ran beside this one may have taken the transcript away; then nothing is said of it.
+        messages = await self._store.messages(session.transcript) or None
+        return messages, dict(await self._store.frame(session.frame)) if session.frame and messages else None
+
+
+def _key(ended: Ended) -> tuple[str, str]:
+    return ended.place.session.tenant, ended.place.session.id
+
+
+def _left(session: Session) -> Left | None:
+    """What the session's last turn left, or the window that it is thawed from."""
+    if not session.token_count:
+        return None
+    return Left(
+        tokens=session.token_count,
+        prompt=session.prompt_tokens or session.token_count,
+        salt=session.salt,
+        fingerprint=session.fingerprint,
+        engine=session.engine,
+    )

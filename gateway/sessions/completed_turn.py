@@ -1,0 +1,175 @@
+"""A turn that is over: what the relay knows of it, what its reply says, and what the store is to keep of both."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.dialects.base import Call, Dialect, Reply
+from gateway.errors import GatewayError
+from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
+from gateway.runtime.offload import HEAVY_BYTES, is_heavy
+from gateway.sessions import prefix_chain
+from gateway.sessions.prefix_chain import Beginning, Prompt
+from gateway.sessions.resolver import Place
+from gateway.store.types import Finished
+
+log = logging.getLogger(__name__)
+
+_MAX_DETAIL = 1000  # an engine repeats what it refuses
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
+
+    place: Place
+    fingerprint: str
+    salt: str
+    dialect: Dialect
+    call: Call
+    outcome: Outcome
+    status: int
+    started_at: float
+    duration_ms: float
+    streamed: bool
+    chunks: Sequence[bytes] | None
+    detail: str = ""
+    engine: str = ""
+    overhead_s: float = 0.0  # our own work before the engine was asked
+    heavy_body: bool = False  # what a client sent was large, whatever of it are messages
+    normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
+
+    @property
+    def heavy(self) -> bool:
+        """Whether to read and hash it takes so long that it is done beside the event loop."""
+        if self.heavy_body or sum(map(len, self.chunks or ())) > HEAVY_BYTES:
+            return True
+        front = self.call.front
+        return is_heavy(self.call.messages) or (front is not None and is_heavy(front.history))
+
+    @property
+    def at(self) -> float:
+        """When it was over."""
+        return self.started_at + self.duration_ms / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A turn with its reply. `whole` is what was asked, `messages` the conversation with the reply, None without one.
+
+    Without the reply the next turn's prompt is not known, so the transcript stays where it was.
+    """
+
+    ended: Ended
+    reply: Reply
+    whole: Sequence[Message]
+    messages: Sequence[Message] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What was to be expected of a turn's prompt, see `gateway.sessions.cache_review`."""
+
+    estimated: int | None = None
+    expected: int | None = None
+    miss: str = ""
+
+
+def read(ended: Ended) -> Read:
+    """Parse what was recorded of the reply."""
+    is_turn = bool(ended.call.messages or ended.call.front)
+    whole = ended.call.whole if is_turn else []
+    try:
+        reply = _reply(ended)
+        messages = ended.call.followed_by(reply.message) if reply.message and is_turn else None
+    except Exception:
+        # An engine may send anything; one odd reply must not cost the other turns of the batch.
+        log.exception("could not read a reply of session %s", ended.place.session.id)
+        return Read(ended, Reply(None, None, "the reply could not be read"), whole, None)
+    return Read(ended, reply, whole, messages)
+
+
+def finished(turn: Read, review: Review) -> Finished:
+    """What the store is to keep of a turn."""
+    ended, reply, session = turn.ended, turn.reply, turn.ended.place.session
+    response = _response(turn)
+    return Finished(
+        turn=Turn(
+            tenant=session.tenant,
+            session_id=session.id,
+            # What the engine does not serve is a client's own text, as long as it likes.
+            model=ended.call.model if ended.fingerprint or reply.message else "",
+            outcome="engine_error" if reply.error else "completed" if reply.message else ended.outcome,
+            status=ended.status,
+            started_at=ended.started_at,
+            duration_ms=ended.duration_ms,
+            usage=reply.usage,
+            detail=(ended.detail or reply.error)[:_MAX_DETAIL],
+            source=_recognised(ended),
+            engine=ended.engine,
+            estimated_tokens=review.estimated,
+            expected_tokens=review.expected,
+            miss=review.miss,
+        ),
+        session=session,
+        fingerprint=ended.fingerprint,
+        salt=ended.salt,
+        messages=turn.messages,
+        frame=ended.call.whole_frame,
+        trace=_trace(turn),
+        normalised=" ".join(ended.normalised),
+        response=response,
+        asked=ended.call.storage.items if ended.call.storage and response else (),
+    )
+
+
+def _recognised(ended: Ended) -> str:
+    """How the session was found, and what of it was put in front of the request."""
+    front, source = ended.call.front, ended.place.source
+    if front is None or not front.origin:
+        return source
+    doubt = ", the client may have meant otherwise" if front.unsure else ""
+    return f"{source}; follows what the {front.origin} holds{doubt}"
+
+
+def _response(turn: Read) -> StoredResponse | None:
+    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
+    storage, answer, session = turn.ended.call.storage, turn.reply.answer, turn.ended.place.session
+    if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
+        return None
+    return StoredResponse(
+        tenant=session.tenant,
+        id=answer["id"],
+        session_id=session.id,
+        lineage=session.lineage,
+        created_at=turn.ended.started_at,
+        answer={**answer, "previous_response_id": storage.previous, "store": True},
+        instructed=turn.whole[:1] == [{"role": "system", "content": storage.instructions}],
+    )
+
+
+def _trace(turn: Read) -> Trace:
+    place = turn.ended.place
+    try:
+        return prefix_chain.trace(place.seed, turn.whole, turn.reply.message, _beginning(turn), place.session.head)
+    except GatewayError:
+        # Who names the session need not send messages that can be told apart.
+        return Trace(b"", b"", None)
+
+
+def _beginning(turn: Read) -> Beginning | None:
+    """The beginning that the turn is: made anew where more was put in front than was known when its session was."""
+    request = turn.ended.place.request
+    if request is None or request.messages == turn.whole:
+        return request
+    return Beginning.of(Prompt(turn.whole, request.seed, request.frame))
+
+
+def _reply(ended: Ended) -> Reply:
+    if ended.chunks is None or ended.outcome not in ("completed", "client_gone"):
+        return Reply(None, None)
+    if ended.outcome == "completed":
+        return ended.dialect.reply(ended.chunks, streamed=ended.streamed)
+    # Codex closes the connection at the last event, before the stream has ended: it has had its answer.
+    reply = ended.dialect.reply(ended.chunks, streamed=True) if ended.streamed else Reply(None, None)
+    return reply if reply.message and not reply.error else Reply(None, None)

@@ -1,0 +1,284 @@
+"""Why did it miss? What a turn should have found in the cache, what it found, and the reason for the difference.
+
+Expected are all whole chunks of what the turn before has computed - its prompt and its reply, but for the last token,
+which no engine computes - as far as this prompt reaches, whose own last token is always computed. A chunk is the unit
+of the cache behind the engine; the engine's own blocks divide it, so they never find less.
+
+Nothing here tells what was said: roles, places, names of fields and counts are all that a detail holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import orjson
+
+from gateway.dialects import text_transcripts, transcripts
+from gateway.records import Message
+
+Reason = Literal[
+    "none",  # all that was expected was found
+    "first-turn",  # nothing came before
+    "shorter-than-chunk",  # what came before fills no chunk
+    "message-changed",  # the history is another
+    "frame-changed",  # tools or template arguments are others
+    "reply-rerendered",  # the template writes a reply otherwise than it was sampled, or than it stood before
+    "other-engine",  # the turn before went to another
+    "new-salt",  # the salt, or the model's fingerprint in it, is another
+    "evicted",  # nothing else explains it
+    "unknown",  # the engine does not say what it found, or what came before is not known
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+MAX_DETAIL = 200
+_NOT_IN_PROMPT = frozenset(
+    {"tool_choice", "parallel_tool_calls"}
+)  # vLLM: they steer what is sampled, not what is asked
+_GENEROUS, _FRONT_TOKENS = 1.5, 256
+_CAREFUL = 0.85  # of what is estimated
+_ENDING = 16  # tokens at most that a generation prompt adds to a prompt and the next one may not have
+_NAME = 30
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What the turn before has left: its tokens with the reply, and what they were made from.
+
+    `messages` has the reply at its end; it and `frame` are None where they are not known.
+    """
+
+    tokens: int
+    prompt: int
+    messages: Sequence[Message] | None = None
+    frame: Mapping[str, Any] | None = None
+    salt: str = ""
+    fingerprint: str = ""
+    engine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A turn as the engine counted it, and what came before; "" is an engine or salt that is not known."""
+
+    prompt: int
+    cached: int | None
+    chunk_size: int
+    messages: Sequence[Message]
+    before: Left | None = None
+    frame: Mapping[str, Any] | None = None
+    salt: str = ""
+    fingerprint: str = ""
+    engine: str = ""
+    idle_s: float = 0.0
+
+    @property
+    def expected(self) -> int:
+        """Tokens that should have been found."""
+        if self.before is None:
+            return 0
+        return _whole(min(self.before.tokens - 1, self.prompt - 1), self.chunk_size)
+
+    @property
+    def missed(self) -> bool:
+        """Whether fewer were found: only then the messages of the turn before are looked at."""
+        return self.cached is not None and self.cached < self.expected
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """The verdict on one turn. `str` is how a turn keeps it: the reason, and the detail behind a colon."""
+
+    expected: int
+    cached: int | None
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def why(e: Evidence) -> Miss:
+    """Say why a turn found what it found. Pure; looks at messages only if fewer tokens were found than expected."""
+    reason, detail = _verdict(e)
+    return Miss(e.expected, e.cached, reason, detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}...")
+
+
+def _verdict(e: Evidence) -> tuple[Reason, str]:
+    if e.before is None:
+        return "first-turn", ""
+    if e.cached is None:
+        return "unknown", "the engine does not say what it found; vLLM does with --enable-prompt-tokens-details"
+    if not e.expected and not e.cached:
+        return "shorter-than-chunk", f"{min(e.before.tokens, e.prompt)} tokens, a chunk has {e.chunk_size}"
+    return _of_miss(e, e.before, e.cached) if e.missed else ("none", "")
+
+
+def _of_miss(e: Evidence, before: Left, cached: int) -> tuple[Reason, str]:
+    """The first of these that is so explains it: each makes all that follow it impossible to tell."""
+    if _differ(e.salt, before.salt):
+        fingerprint = _differ(e.fingerprint, before.fingerprint)
+        return "new-salt", "the model's fingerprint changed" if fingerprint else "the salt is another"
+    if before.messages is None:
+        return "unknown", "what came before is not kept any more"
+    change = first_change(before.messages, e.messages)
+    fields = frame_changes(before.frame or {}, e.frame or {}) if before.frame is not None else []
+    if fields and not (change and change.system) and cached <= _front(before):
+        return "frame-changed", f"{', '.join(fields)} {'differs' if len(fields) == 1 else 'differ'}"
+    if _differ(e.engine, before.engine) and (change is None or not cached):
+        return "other-engine", "the turn before went to another engine"
+    if change is not None:
+        return "message-changed", change.detail
+    return _of_same(e, before, before.messages, cached)
+
+
+def frame_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the fields of a frame that differ and are part of a prompt, in order."""
+    changed = [name for name in sorted({*before, *now}) if _written(before.get(name)) != _written(now.get(name))]
+    # vLLM can be told to leave the tools out where none may be called: --exclude-tools-when-tool-choice-none.
+    none = (before.get("tool_choice") == "none") != (now.get("tool_choice") == "none")
+    kept = [name[:_NAME] for name in changed if name not in _NOT_IN_PROMPT]
+    return kept or (["tool_choice"] if none and before.get("tools") else [])
+
+
+def _written(value: Any) -> bytes:
+    """A field as a template writes it: in the order of its keys, and nothing where it is empty."""
+    return orjson.dumps(value) if value else b""
+
+
+def _front(before: Left) -> float:
+    """Tokens, generously, up to which a prompt is made of system messages and its frame: what is found beyond them has
+    the same ones, or a template that writes them further on."""
+    messages = before.messages or ()
+    system = messages[: transcripts.leading(messages)]
+    frame = sum(len(_written(value)) for value in (before.frame or {}).values())
+    front, rest = frame + _size(system), _size(messages[len(system) :])
+    return _GENEROUS * before.tokens * front / (front + rest + 1) + _FRONT_TOKENS
+
+
+def _size(messages: Sequence[Message]) -> int:
+    return sum(
+        len(str(message.get("content") or "")) + len(str(message.get("tool_calls") or "")) for message in messages
+    )
+
+
+def shared(before: Left, now: Sequence[Message], frame: Mapping[str, Any]) -> Left | None:
+    """What a fork finds of the conversation that it left, carefully estimated; None if that is nothing, or unknown."""
+    messages = before.messages or ()
+    if before.frame is None or frame_changes(before.frame, frame):
+        return None
+    count = next((i for i, (one, other) in enumerate(zip(messages, now, strict=False)) if not alike(one, other)), None)
+    part = messages[: min(len(messages), len(now)) if count is None else count]
+    if len(part) <= transcripts.leading(part):
+        return None
+    size = sum(len(_written(value)) for value in before.frame.values())
+    share = (size + _size(part)) / (size + _size(messages) + 1)
+    tokens = int(before.tokens * share * _CAREFUL)
+    return replace(before, tokens=tokens, prompt=tokens, messages=part)
+
+
+def _of_same(e: Evidence, before: Left, messages: Sequence[Message], cached: int) -> tuple[Reason, str]:
+    """The conversation goes on as it was, and yet less of it was found."""
+    shorter = e.prompt <= before.prompt if text_transcripts.kind(messages) else len(e.messages) < len(messages)
+    if not shorter and cached >= _whole(min(before.prompt, e.prompt) - _ENDING, e.chunk_size):
+        return "reply-rerendered", f"found up to the last reply of {before.tokens - before.prompt} tokens"
+    if not shorter and cached and any(m.get("reasoning") or m.get("reasoning_content") for m in messages):
+        return "reply-rerendered", "earlier replies have reasoning, which templates drop later on; or it was evicted"
+    return "evicted", f"nothing else explains it; {e.idle_s:.0f} s since the turn before"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Where a history differs first from what it was, and how; `system`: before any tools of its prompt."""
+
+    detail: str
+    system: bool = False
+
+
+def first_change(before: Sequence[Message], now: Sequence[Message]) -> Change | None:
+    """Where a history differs first from what it was, and how; None where it goes on, or asks the last turn again."""
+    if text_transcripts.kind(before) or text_transcripts.kind(now):
+        change = _change_of_text(before, now)
+        return Change(change) if change else None
+    place = next((i for i, (one, other) in enumerate(zip(before, now, strict=False)) if not alike(one, other)), None)
+    change = _change_of_chat(before, now, min(len(before), len(now)) if place is None else place)
+    return Change(change, place is not None and place < transcripts.leading(before)) if change else None
+
+
+def alike(one: Message, other: Message) -> bool:
+    """Whether two messages make the same tokens in a usual template: reasoning aside, to the last blank."""
+    if one == other:
+        return True
+    return transcripts.same(one, other) and _text(one) == _text(other)
+
+
+def _text(message: Message) -> str:
+    """The text of a message as it is written into a prompt; vLLM writes each part on a line of its own."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return str(content or "")
+    return "\n".join(str(part.get("text", "")) if isinstance(part, dict) else "" for part in content)
+
+
+def _change_of_chat(before: Sequence[Message], now: Sequence[Message], place: int) -> str | None:
+    if place == len(before) or (place == len(now) == len(before) - 1 and before[-1].get("role") == "assistant"):
+        return None
+    if place == len(now):
+        return f"the last {len(before) - place} of {len(before)} messages are gone"
+    old, new = before[place], now[place]
+    if place + 1 < len(now) and transcripts.same(old, now[place + 1]):
+        return f"{_named(place, new)} was put in"
+    if place + 1 < len(before) and transcripts.same(before[place + 1], new):
+        return f"{_named(place, old)} is gone"
+    if _role(old) != _role(new):
+        return f"message {place}: {_role(new)} in place of {_role(old)}"
+    what = "the reply was sent back differently" if old.get("role") == "assistant" else "differs"
+    return f"{_named(place, old)}: {what} ({_how(old, new)})"
+
+
+def _change_of_text(before: Sequence[Message], now: Sequence[Message]) -> str | None:
+    """The same of a conversation that is one text, or one row of token ids."""
+    had, has = text_transcripts.kind(before), text_transcripts.kind(now)
+    if had != has:
+        return f"{has or 'a chat'} in place of {had or 'a chat'}"
+    one, other = before[0]["content"], now[0]["content"]
+    place = text_transcripts.shared(one, other)
+    if place in (len(one), len(other)):  # it goes on, or its last prompt is sent again
+        return None
+    return (
+        f"the text differs from character {place} on" if had == text_transcripts.TEXT else f"token {place} is another"
+    )
+
+
+def _how(old: Message, new: Message) -> str:
+    if transcripts.same(old, new):
+        if _text(old).split() == _text(new).split():
+            return "white space"
+        return "reasoning in its text" if old.get("role") == "assistant" else "the same text in other parts"
+    one, other = transcripts.canonical(old), transcripts.canonical(new)
+    fields, text, changed = _changed(one, other), one.get("content"), other.get("content")
+    if fields == ["content"] and isinstance(text, str) and isinstance(changed, str):
+        return f"content, from character {text_transcripts.shared(text, changed)} on"
+    return ", ".join(fields)
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that are not the same."""
+    return [str(name)[:_NAME] for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+
+
+def _named(place: int, message: Message) -> str:
+    return f"message {place} ({_role(message)})"
+
+
+def _role(message: Message) -> str:
+    role = message.get("role")
+    return role if isinstance(role, str) and role in _ROLES else "unknown role"
+
+
+def _differ(one: str, other: str) -> bool:
+    return bool(one and other and one != other)
+
+
+def _whole(tokens: int, chunk_size: int) -> int:
+    return max(tokens, 0) // chunk_size * chunk_size

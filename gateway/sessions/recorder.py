@@ -1,0 +1,285 @@
+"""Finished turns, off the request path: one bounded queue, one task, one transaction for whatever waits.
+
+A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens
+here too: on the path its bytes were only kept.
+
+While the store cannot be written (a full disk), finished turns wait in memory and are tried again, and no new turn
+begins: what was answered is recorded, and what could not be recorded is not answered.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from gateway.errors import GatewayError
+from gateway.metrics import Telemetry
+from gateway.runtime.offload import Offload
+from gateway.sessions import completed_turn
+from gateway.sessions.cache_review import Reviews
+from gateway.sessions.completed_turn import Ended, Read, Review
+from gateway.sessions.in_flight import TurnLocks
+from gateway.sessions.resolver import Place, Sessions
+from gateway.store.types import Finished, Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_TURNS_PER_RECORD = 256
+# A turn that is recorded alone costs six times one of a burst (a commit, and threads that hand over to each other), and
+# the next request pays for it.
+_GATHER_S = 0.02
+_OTHERS_S = 1.0  # far more than an engine needs to end a stream, or another worker for `_GATHER_S` and a commit
+_POLL_S = 0.005
+_READ_AT_ONCE = 4  # replies read before streams have their turn again
+_STOP_S = 10.0
+_TRY_AGAIN_S = 0.5  # between two attempts while the store cannot be written
+_COMPLAIN_EVERY_S = 60.0
+_NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
+
+
+class Turns:
+    """Takes finished turns to the store."""
+
+    def __init__(
+        self,
+        store: Store,
+        sessions: Sessions,
+        reviews: Reviews,
+        telemetry: Telemetry,
+        locks: TurnLocks | None,
+        *,
+        room: int,
+    ) -> None:
+        self._store = store
+        self._reviews = reviews
+        self._offload = Offload()
+        self._sessions = sessions
+        self._telemetry = telemetry
+        self._locks = locks
+        self._batch = 0  # that of the turns which are over now, where there are other workers
+        self._batch_is_told = False
+        self._queue: asyncio.Queue[Ended] = asyncio.Queue()
+        self._said: set[int] = set()  # places (their `id`) of turns whose replies clients have, not recorded yet
+        self._recorded = 0  # turns that have left the queue, ever
+        self._finished = 0  # turns that have entered it
+        self._progress = asyncio.Condition()
+        self._hurry = asyncio.Event()  # somebody waits for the record
+        self._room = room
+        self._trouble: StoreUnavailable | None = None  # why the store does not take turns just now
+        self._complained = -_COMPLAIN_EVERY_S
+        self._ending = asyncio.Event()
+        self._on_recorded: Callable[[str, str], None] = lambda tenant, session_id: None
+
+    async def __aenter__(self) -> "Turns":
+        self._task = asyncio.create_task(self._run(), name="turns")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._hurry.set()
+        self._ending.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await self._queue.join()
+        if self.unrecorded:
+            log.error("%d finished turns were not recorded: the store did not take them", self.unrecorded)
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    def watch(self, on_recorded: Callable[[str, str], None]) -> None:
+        """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
+        self._on_recorded = on_recorded
+
+    def enter(self, place: Place) -> None:
+        """A turn begins. Raises `rate_limited` when too many wait for the store, `storage_full` when it takes none."""
+        if (trouble := self._trouble) is not None:
+            full = trouble.code == "storage_full"
+            hint = "free space there, or delete windows and sessions that are not needed" if full else ""
+            raise GatewayError(trouble.code, f"the turn could not be recorded: {trouble.message}", hint=hint)
+        if self.unrecorded >= self._room:
+            raise GatewayError(
+                "rate_limited",
+                f"{self.unrecorded} finished turns wait for the store",
+                hint="send it again in a moment; turn_queue sets how many may wait",
+            )
+        self._sessions.enter(place)
+
+    @property
+    def trouble(self) -> str:
+        """Why turns cannot be recorded just now; empty where they can."""
+        return self._trouble.message if self._trouble else ""
+
+    def said(self, place: Place) -> None:
+        """A client gets the last event of its reply just now; the engine has still to end the stream."""
+        self._said.add(id(place))
+        self._tell_others()
+
+    def finish(self, over: Ended) -> None:
+        """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
+        self._finished += 1
+        self._tell_others()
+        self._queue.put_nowait(over)
+
+    def _tell_others(self) -> None:
+        if self._locks and not self._batch_is_told:
+            self._locks.over(self._batch)
+            self._batch_is_told = True
+
+    async def settle(self) -> None:
+        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
+
+        That goes for streams that have yet to be ended, and for the turns of other workers, unless one of those does
+        not get on. While the store cannot be written nobody waits for it.
+        """
+        theirs = self._locks.over_elsewhere() if self._locks else set()
+        goal, said = self._finished, self._said.copy()
+        if said or self._recorded < goal:
+            self._hurry.set()
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._recorded >= goal or self._trouble is not None)
+            if said:
+                try:
+                    async with asyncio.timeout(_OTHERS_S):
+                        await self._progress.wait_for(lambda: not said & self._said or self._trouble is not None)
+                except TimeoutError:  # an engine that hangs: nobody waits for it again
+                    self._said -= said
+        if self._locks and theirs:
+            await _recorded_elsewhere(self._locks, theirs)
+
+    @property
+    def unrecorded(self) -> int:
+        """Turns that are over and wait for the store."""
+        return self._finished - self._recorded
+
+    async def _run(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            await self._gather()
+            while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            closed = self._close_batch({id(over.place) for over in batch})
+            finished = [await self._to_store(over) async for over in _all(batch)]
+            await self._record(finished)
+            self._reviews.recorded()
+            for over, one in zip(batch, finished, strict=True):
+                self._count(over, one)
+                self._said.discard(id(over.place))
+                self._sessions.leave(over.place)
+                self._on_recorded(one.turn.tenant, one.turn.session_id)
+                self._queue.task_done()
+            if self._locks and closed is not None:
+                self._locks.recorded(closed)
+            async with self._progress:
+                self._recorded += len(batch)
+                self._progress.notify_all()
+
+    def _count(self, over: Ended, finished: Finished) -> None:
+        turn = finished.turn
+        self._telemetry.turn(turn, over.dialect.name, over.overhead_s, served=bool(over.fingerprint))
+        reason, _, _ = turn.miss.partition(":")
+        if reason not in _NO_MISSES:
+            self._telemetry.missed(reason)
+
+    def _close_batch(self, taken: set[int]) -> int | None:
+        """End the batch that others know of, unless turns of it are still to come; return which it was."""
+        if not self._locks or self._queue.qsize() or self._said - taken:
+            return None
+        self._batch, self._batch_is_told, closed = self._batch + 1, False, self._batch
+        return closed
+
+    async def _gather(self) -> None:
+        """Wait a moment for more turns, unless enough are there or somebody is waiting for one."""
+        if self._queue.qsize() < _TURNS_PER_RECORD:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GATHER_S):
+                    await self._hurry.wait()
+        self._hurry.clear()
+
+    async def _to_store(self, over: Ended) -> Finished:
+        """What the store is to keep of a turn; a large one is read and hashed beside the event loop."""
+        if not over.heavy:
+            turn = completed_turn.read(over)
+            return completed_turn.finished(turn, await self._review(turn))
+        turn = await self._offload.run(True, completed_turn.read, over)
+        return await self._offload.run(True, completed_turn.finished, turn, await self._review(turn))
+
+    async def _review(self, turn: Read) -> Review:
+        try:
+            return await self._reviews.of(turn)
+        except Exception:
+            # What it came after may be taken away at any time, and no review is worth a turn.
+            log.exception("could not review a turn of session %s", turn.ended.place.session.id)
+            return Review()
+
+    async def _record(self, finished: list[Finished]) -> None:
+        try:
+            await self._record_when_possible(finished)
+        except Exception:
+            if len(finished) > 1:
+                for one in finished:  # one that cannot be recorded must not cost the others
+                    await self._record([one])
+                return
+            (one,) = finished
+            if self._may_complain():
+                log.exception("could not record a turn of session %s", one.turn.session_id)
+            if one.messages is None and not one.response:
+                self._telemetry.lost_turn()
+                return
+            # Perhaps it is the transcript that cannot be kept: the turn was, all the same.
+            turn = replace(one.turn, detail="the transcript could not be kept")
+            await self._record([replace(one, turn=turn, messages=None, response=None)])
+
+    async def _record_when_possible(self, finished: list[Finished]) -> None:
+        """Record turns, however long it takes until the store can be written."""
+        while True:
+            try:
+                await self._store.record(finished, last=self._ending.is_set())
+            except StoreUnavailable as error:
+                await self._set_trouble(error)
+            else:
+                await self._set_trouble(None)
+                return
+            await self._wait_to_try_again()
+
+    async def _wait_to_try_again(self) -> None:
+        if self._ending.is_set():
+            await asyncio.sleep(_TRY_AGAIN_S)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TRY_AGAIN_S):
+                await self._ending.wait()
+
+    async def _set_trouble(self, error: StoreUnavailable | None) -> None:
+        if error is None and self._trouble is None:
+            return
+        if error is None:
+            log.warning("turns are recorded again")
+        elif self._trouble is None:
+            log.error("turns cannot be recorded, and no new one begins until they can: %s", error.message)
+        self._trouble = error
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _may_complain(self) -> bool:
+        """Whether the last complaint is a while ago: what one turn fails for, many may."""
+        now = time.monotonic()
+        if now - self._complained < _COMPLAIN_EVERY_S:
+            return False
+        self._complained = now
+        return True
+
+
+async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_OTHERS_S):
+            while turns & locks.over_elsewhere():  # noqa: ASYNC110 - the kernel wakes no task
+                await asyncio.sleep(_POLL_S)
+
+
+async def _all(batch: Sequence[Ended]) -> AsyncIterator[Ended]:
+    for number, one in enumerate(batch, 1):
+        yield one
+        if number % _READ_AT_ONCE == 0:
+            await asyncio.sleep(0)

@@ -1,0 +1,188 @@
+"""One process of the stack, with everything that hangs on it: its log, its readiness, its end."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gateway.stack import cleanup
+from gateway.stack.errors import StackError
+
+_PROBE_WITHIN = 2.0
+_TAIL_BYTES = 64 * 1024
+_LOG_BYTES = 64 * 2**20
+_CAUSE = re.compile(r"\b[A-Z]\w*(?:Error|Exception)\b: ")
+_CAUSES = 3
+_LINE_CHARS = 300
+"""vLLM logs its whole configuration as one line."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to run a part, and how to see that it is up."""
+
+    name: str
+    argv: tuple[str, ...]
+    ready_url: str
+    log: Path
+    ledger: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    without_env: str = ""
+    """Variables that begin with this are kept from the part: an engine need not know the gateway's keys."""
+    cwd: Path | None = None
+    stop_within: float = 10.0
+    owns_shared_memory: bool = False
+
+
+class Part:
+    """Start it, ask it, stop it; it can be started again after it has ended."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._ledger = cleanup.Ledger(launch.ledger)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._temporary = Path()
+
+    @property
+    def name(self) -> str:
+        """What people call it: cache, engine, gateway."""
+        return self._launch.name
+
+    @property
+    def log(self) -> Path:
+        """The file that takes everything it prints."""
+        return self._launch.log
+
+    @property
+    def pid(self) -> int:
+        """The process that was started; its children are in a process group of the same number."""
+        return self._started().pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs, else as in `subprocess`: negative for a signal."""
+        return self._started().poll()
+
+    def start(self) -> None:
+        """Start the process, in a session of its own: a Ctrl-C on the terminal is for the supervisor."""
+        self._ledger.sweep()
+        if self._process is None:
+            _keep_last(self._launch.log)
+        # Sockets and start-up files go where a sweep finds them. Short, because a socket's path has 107 bytes at most.
+        self._temporary = Path(tempfile.mkdtemp(prefix="cwg-"))
+        kept = {name: value for name, value in os.environ.items() if not self._is_withheld(name)}
+        with self._launch.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._launch.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**kept, "TMPDIR": str(self._temporary), **self._launch.env},
+                cwd=self._launch.cwd,
+                start_new_session=True,
+            )
+        self.note()
+
+    def note(self) -> None:
+        """Write down which processes and segments it has by now, for the case that nobody lives to ask."""
+        self._ledger.write(self.pid, self._temporary, owns_segments=self._launch.owns_shared_memory)
+
+    def is_ready(self) -> bool:
+        """Ask once whether it answers 200."""
+        url = urlsplit(self._launch.ready_url)
+        connection = HTTPConnection(url.hostname or "", url.port, timeout=_PROBE_WITHIN)
+        try:
+            connection.request("GET", url.path)
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False  # not listening yet, or busy: the caller asks again
+        finally:
+            connection.close()
+
+    def wait_ready(self, within: float) -> None:
+        """Return when it answers; raise with its last words if it ends before or does not within these seconds."""
+        deadline = time.monotonic() + within
+        while not self.is_ready():
+            self.note()
+            if self.exit_code is not None:
+                raise StackError(f"{self.obituary()}\n{self.last_lines()}")
+            if time.monotonic() > deadline:
+                raise StackError(f"{self.name} is not ready after {within:g} s; see {self.log}\n{self.last_lines()}")
+            time.sleep(0.1)
+        self.note()
+
+    def stop(self) -> None:
+        """Ask it to end, insist after a while, and leave nothing of it behind. Harmless when it is not running."""
+        if self._process is None:
+            return
+        deadline = time.monotonic() + self._launch.stop_within
+        self._process.terminate()
+        while self.exit_code is None and time.monotonic() < deadline:
+            self.note()
+            time.sleep(0.1)
+        self.kill()
+        self.clear()
+
+    def kill(self) -> None:
+        """SIGKILL to it and its children if it still runs; `clear` takes away the rest."""
+        if self._process and self._process.poll() is None:
+            self.note()  # a segment made since the last look would be nobody's once its maker is dead
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def clear(self) -> None:
+        """After its end: kill the children that outlived it and remove their shared memory."""
+        self._started().wait()
+        self.note()
+        self._ledger.sweep()
+
+    def obituary(self) -> str:
+        """How it ended, in words."""
+        code = self.exit_code
+        if code is None:
+            return f"{self.name} is running"
+        if code < 0:
+            return f"{self.name} was killed by {signal.Signals(-code).name}"
+        return f"{self.name} ended with exit code {code}"
+
+    def last_lines(self, count: int = 12) -> str:
+        """The end of its log, and the errors named before it: vLLM's last words only say to look further up."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+            text = _COLOUR.sub("", log.read().decode("utf-8", "replace"))
+        lines = [line[:_LINE_CHARS] for line in text.splitlines() if line.strip()]
+        causes = [line for line in lines[:-count] if _CAUSE.search(line)]
+        return "\n".join(causes[-_CAUSES:] + lines[-count:])
+
+    def bound_log(self) -> None:
+        """Copy a log that has grown too long to the old one, and begin it again; the part keeps writing at its end."""
+        if self.log.stat().st_size > _LOG_BYTES:
+            shutil.copyfile(self.log, _old(self.log))
+            os.truncate(self.log, 0)
+
+    def _is_withheld(self, name: str) -> bool:
+        return bool(self._launch.without_env) and name.startswith(self._launch.without_env)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise StackError(f"{self.name} has not been started")
+        return self._process
+
+
+def _keep_last(log: Path) -> None:
+    """Begin a new log and keep one old one, so that no log grows over the years."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(_old(log))
+
+
+def _old(log: Path) -> Path:
+    return log.with_name(f"{log.name}.1")

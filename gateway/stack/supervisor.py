@@ -1,0 +1,182 @@
+"""The supervisor behind `cwg up`: starts the parts, brings back the one that dies, and stops all of them."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from gateway.stack import cleanup, local, lock, preflight
+from gateway.stack.errors import StackError
+from gateway.stack.process import Part
+from gateway.stack.reaper import reaping
+from gateway.stack.terminal import Terminal
+
+_TICK = 0.2
+_NOTED_EVERY = 0.5
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0
+_SOUND_AFTER = 60.0
+"""Seconds a part has to be ready before its next death counts as its first."""
+_DEATHS_AT_START = 3
+
+
+def up(options: local.LocalStack) -> int:
+    """Run the whole stack until a signal ends it. Raises `StackError` where it cannot start."""
+    terminal = Terminal()
+    # A SIGTERM while the model is built or downloaded ends that like a Ctrl-C, with its temporary files removed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        preflight.check(options)
+        with lock.holding(options.data_dir) as held:
+            plan = _prepare(options, terminal)
+            with reaping(plan.run_dir, held):
+                return _Supervisor(plan, terminal).run()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        terminal.settled()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepare(options: local.LocalStack, terminal: Terminal) -> local.Plan:
+    terminal.waiting("preparing the model")
+    plan = local.plan(options)
+    cleanup.sweep(plan.run_dir)
+    preflight.check_memory(plan)
+    if warning := preflight.warning_of_versions(preflight.installed_versions()):
+        terminal.say(warning, style="yellow")
+    terminal.say(f"model {plan.model.served_name} ({plan.model.directory})")
+    return plan
+
+
+class _Stop(Exception):
+    """A signal asked for the end."""
+
+
+class _Watched:
+    """A part, and what the supervisor knows of its life."""
+
+    def __init__(self, part: Part, terminal: Terminal) -> None:
+        self.part = part
+        self.deaths = 0
+        self._terminal = terminal
+        self._delay = _FIRST_DELAY
+        self._due: float | None = None
+        self._started = self._noted = 0.0
+        self._ready_since: float | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready_since is not None
+
+    def start(self) -> None:
+        self._due = None
+        self._started = time.monotonic()
+        self.part.start()
+
+    def tick(self) -> None:
+        """Look at it once, and do what is due."""
+        now = time.monotonic()
+        if self._due is not None:
+            if now >= self._due:
+                self.start()
+        elif self.part.exit_code is not None:
+            self._died(now)
+        elif self._ready_since is None:
+            self._await(now)
+        elif now - max(self._ready_since, self._noted) > _SOUND_AFTER:
+            self.deaths, self._delay = 0, _FIRST_DELAY
+            self._noted = now
+            self.part.note()
+            self.part.bound_log()
+
+    def _await(self, now: float) -> None:
+        if now - self._noted > _NOTED_EVERY:
+            self.part.note()
+            self._noted = now
+        if self.part.is_ready():
+            self.part.note()
+            self._ready_since = now
+            self._terminal.say(f"{self.part.name} is ready after {now - self._started:.1f} s", style="green")
+
+    def _died(self, now: float) -> None:
+        self._terminal.say(f"{self.part.obituary()}; again in {self._delay:g} s; log: {self.part.log}", style="red")
+        self._terminal.quote(self.part.last_lines())
+        self.part.clear()
+        self.deaths += 1
+        self._ready_since = None
+        self._due = now + self._delay
+        self._delay = min(self._delay * 2, _LONGEST_DELAY)
+
+
+class _Supervisor:
+    def __init__(self, plan: local.Plan, terminal: Terminal) -> None:
+        self._plan = plan
+        self._terminal = terminal
+        self._parts = local.parts(plan)
+        self._watched: list[_Watched] = []
+        self._signals = 0
+
+    def run(self) -> int:
+        with self._listening():
+            try:
+                self._start()
+                while True:
+                    self._turn()
+            except _Stop:
+                return 0
+            finally:
+                self._stop()
+
+    def _start(self) -> None:
+        # The engine reaches for the cache half a minute after its start, so both may load side by side.
+        self._bring_up(self._parts.cache, self._parts.engine)
+        self._bring_up(self._parts.gateway)
+        self._terminal.settled()
+        self._terminal.say(f"engine {self._plan.engine_url}, cache {self._plan.cache_url}, data {self._plan.data_dir}")
+        sys.stdout.write(f"ready {self._plan.url}\n")
+        sys.stdout.flush()
+
+    def _bring_up(self, *parts: Part) -> None:
+        fresh = [_Watched(part, self._terminal) for part in parts]
+        for watched in fresh:
+            watched.start()
+        self._watched += fresh
+        while waiting := [watched.part.name for watched in self._watched if not watched.is_ready]:
+            self._terminal.waiting(f"starting {' and '.join(waiting)}")
+            self._turn()
+            for watched in self._watched:
+                if watched.deaths == _DEATHS_AT_START:
+                    raise StackError(f"{watched.part.name} ended {_DEATHS_AT_START} times; see {watched.part.log}")
+
+    def _turn(self) -> None:
+        for watched in self._watched:
+            watched.tick()
+        if self._signals:
+            raise _Stop
+        time.sleep(_TICK)
+
+    def _stop(self) -> None:
+        for watched in reversed(self._watched):
+            self._terminal.waiting(f"stopping {watched.part.name}")
+            if not watched.is_ready:
+                watched.part.kill()  # vLLM does not hear a SIGTERM while it loads, and there is nothing to lose yet
+            watched.part.stop()
+        self._terminal.settled()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in asked}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            for watched in self._watched:
+                watched.part.kill()

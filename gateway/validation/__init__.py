@@ -1,0 +1,1 @@
+"""Bounds and formats of what others send."""

@@ -1,0 +1,1 @@
+"""Windows as files: the format, export and import."""

@@ -1,0 +1,114 @@
+"""Export: a window whole, as one file (`gateway.windows.archive.file_format`), one KV object in memory at a time."""
+
+from array import array
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from sys import byteorder
+
+import orjson
+from blake3 import blake3
+
+from gateway.errors import GatewayError
+from gateway.kv.tiers.base import Tier, TierUnavailable
+from gateway.records import Manifest, PinnedObject, Window
+from gateway.windows.archive import file_format
+from gateway.windows.archive.file_format import CHECKSUM, END, MANIFEST, TEXTS
+from gateway.windows.archive.manifest import Contents, Member, Record
+from gateway.windows.context import Parts
+from gateway.windows.instrumented import counted
+from gateway.windows.thaw import found
+
+Source = tuple[Tier, PinnedObject]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A window that is about to be written: how many bytes it will be, and the bytes."""
+
+    window: Window
+    size: int
+    pieces: AsyncIterator[bytes]
+
+
+@counted
+async def export(parts: Parts, tenant: str, name: str, *, as_text: bool = False) -> Export:
+    """Make a window ready to be written; `as_text` leaves its KV out.
+
+    Every object is checked before the first byte. Raises `window_not_found`, `window_corrupted` where an object is lost
+    or damaged in every tier, `cache_unavailable` where that cannot be told.
+    """
+    window = await found(parts, tenant, name)
+    manifest = await parts.store.manifest(window)
+    text = await parts.store.text(window)
+    sources = [] if as_text else await _sources(parts, window, manifest)
+    texts = (orjson.dumps(text.messages), orjson.dumps(text.frame or {}), pack(manifest.token_ids))
+    contents = Contents(
+        _record(window, chunks=len(sources) // window.world_size),
+        tuple(Member.of(text) for text in texts),
+        tuple(Member(item.size, item.checksum.hex()) for _, item in sources),
+    )
+    head = contents.dump()
+    size = file_format.BLOCK + file_format.padded(len(head)) + contents.size()
+    return Export(window, size, _whole(_members(head, texts, sources)))
+
+
+def pack(ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32."""
+    values = array("I", ids)
+    if byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
+
+
+async def _sources(parts: Parts, window: Window, manifest: Manifest) -> list[Source]:
+    """Where each object can be read, in chunk order."""
+    good: dict[str, Source] = {}
+    unreachable: list[str] = []
+    for tier in parts.pins.tiers:
+        mine = [o for o in manifest.objects if o.tier == tier.name and o.key not in good]
+        try:
+            states = await tier.verify(mine)
+        except TierUnavailable as error:
+            unreachable.append(str(error))
+            continue
+        good |= {o.key: (tier, o) for o, state in zip(mine, states, strict=True) if state.usable}
+    names = list(dict.fromkeys(o.key for o in manifest.objects))
+    lost = [name for name in names if name not in good]
+    hint = "export it without its KV: as_text=true, or --as-text"
+    if lost and unreachable:
+        raise GatewayError("cache_unavailable", unreachable[0], hint=hint)
+    if lost:
+        await parts.store.check_there(window)  # else it was deleted while we looked: that is no damage
+        raise GatewayError(
+            "window_corrupted", f"{len(lost)} of {len(names)} KV objects are lost or damaged in every tier", hint=hint
+        )
+    return [good[name] for name in names]
+
+
+def _record(w: Window, chunks: int) -> Record:
+    return Record(
+        w.name, w.session_id, w.lineage, w.model, w.model_root, w.fingerprint, w.world_size, w.token_count,
+        w.chunk_size, chunks, w.created_at, w.description, list(w.tags), w.parent, dict(w.receipt),
+    )  # fmt: skip
+
+
+async def _members(head: bytes, texts: Sequence[bytes], sources: Sequence[Source]) -> AsyncIterator[Iterator[bytes]]:
+    yield file_format.wrap(MANIFEST, head)
+    for name, text in zip(TEXTS, texts, strict=True):
+        yield file_format.wrap(name, text)
+    for index, (tier, item) in enumerate(sources):
+        value = await tier.read(item)
+        if value is None:
+            raise GatewayError("window_corrupted", f"the window was deleted or damaged in mid-export ({item.key})")
+        yield file_format.wrap(file_format.object_name(index), value)
+
+
+async def _whole(members: AsyncIterator[Iterator[bytes]]) -> AsyncIterator[bytes]:
+    digest = blake3()
+    async for member in members:
+        for piece in member:
+            digest.update(piece)
+            yield piece
+    for piece in file_format.wrap(CHECKSUM, digest.hexdigest().encode()):
+        yield piece
+    yield END

@@ -1,0 +1,229 @@
+"""The manifest of a window's file: what the window is, and size and blake3 of every member that follows.
+
+It comes from outside, so it is taken apart before it is parsed: the window first, which says how many members there may
+be, and then no more members than that.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import orjson
+from blake3 import blake3
+
+from gateway.errors import GatewayError
+from gateway.records import (
+    MAX_DESCRIPTION,
+    MAX_MODEL,
+    MAX_TAGS,
+    SESSION_ID,
+    TAG,
+    WINDOW_NAME,
+)
+from gateway.validation import json_scan
+from gateway.validation.json_scan import BadJson, Budget, TooDeep, TooMany
+from gateway.windows.archive.file_format import BLOCK, END, MANIFEST, TEXTS, corrupted, padded, too_complex, too_large
+
+FORMAT = "cwg-window"
+VERSION = 1
+MAX_TRANSCRIPT = 256 * 2**20
+MAX_FRAME = 16 * 2**20
+MAX_TOKENS = 2**24  # no context is longer
+MAX_OBJECT = 2**30  # one KV object; Redis takes no more than half of it
+MAX_RECEIPT = 2**16  # it is read with every list of windows
+_MAX_RECORD = 4 * MAX_RECEIPT
+_RECEIPT_DEPTH = 20
+MAX_DEPTH = 100  # of anything that is kept as JSON: what is deeper cannot be written into every answer
+_MAX_MEMBERS = 2**18
+_HEX = re.compile(r"[0-9a-f]{64}")
+_LARGEST = (MAX_TRANSCRIPT, MAX_FRAME, 4 * MAX_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What the manifest says of a member: its bytes, and their blake3 as hex."""
+
+    size: int
+    blake3: str
+
+    @classmethod
+    def of(cls, data: bytes) -> "Member":
+        """The member that `data` is."""
+        return cls(len(data), blake3(data).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The window as the file tells it. Neither salt nor tenant: those are of the gateway that holds it."""
+
+    name: str
+    session_id: str
+    lineage: str
+    model: str
+    model_root: str
+    fingerprint: str
+    world_size: int
+    token_count: int
+    chunk_size: int
+    chunk_count: int
+    created_at: float
+    description: str
+    tags: list[str]
+    parent: str | None
+    receipt: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The manifest: the record, and the members that follow."""
+
+    record: Record
+    texts: tuple[Member, ...]
+    objects: tuple[Member, ...]
+
+    def dump(self) -> bytes:
+        """As it stands in the file."""
+        return orjson.dumps({"format": FORMAT, "version": VERSION, "window": self.record, "texts": self.texts,
+                             "objects": self.objects})  # fmt: skip
+
+    def size(self) -> int:
+        """Bytes of the members that follow, with what a tar puts around them."""
+        members = sum(BLOCK + padded(member.size) for member in (*self.texts, *self.objects))
+        return members + BLOCK + padded(64) + len(END)
+
+
+def read(data: bytes | bytearray) -> Contents:
+    """Read a manifest; takes up to a second, so do it in a thread.
+
+    Raises `invalid_request` where it is of another format or version, `payload_too_large`, `too_complex`, and
+    `window_corrupted` for whatever else it cannot be.
+    """
+    try:
+        return _read(memoryview(data))
+    except TooMany as error:
+        raise too_complex(MANIFEST, error) from error
+    except (BadJson, TooDeep) as error:
+        raise corrupted(f"{MANIFEST}: {error}") from error
+    except orjson.JSONDecodeError as error:
+        raise corrupted(f"{MANIFEST} is not JSON: {error}") from error
+
+
+def _read(data: memoryview) -> Contents:
+    parts: dict[bytes, memoryview] = {}
+    for name, part in json_scan.members(data, Budget(MAX_DEPTH, 2 * _MAX_MEMBERS, 4 * _MAX_MEMBERS)):
+        if name in parts or len(name) > 20:
+            raise corrupted(f"{MANIFEST} names {name!r:.80}, which it cannot, or not twice")
+        parts[name] = part
+    _check_version(_small(parts.get(b"format")), _small(parts.get(b"version")))
+    record = _record(parts.get(b"window", memoryview(b"null")))
+    texts = tuple(_members(parts.get(b"texts"), len(TEXTS), _LARGEST))
+    count = record.chunk_count * record.world_size
+    objects = tuple(_members(parts.get(b"objects"), count, (MAX_OBJECT,) * count))
+    if texts[2].size != 4 * record.token_count:
+        raise corrupted(f"token_ids.u32 with {texts[2].size} bytes is not {record.token_count} tokens")
+    return Contents(record, texts, objects)
+
+
+def _small(part: memoryview | None) -> Any:
+    """The value of a part that is a word or a number."""
+    return orjson.loads(part) if part is not None and len(part) <= 1000 else None
+
+
+def _check_version(form: Any, version: Any) -> None:
+    if form != FORMAT:
+        raise GatewayError("invalid_request", f"{MANIFEST} is not that of a window file")
+    if version != VERSION:
+        raise GatewayError(
+            "invalid_request",
+            f"the file has format version {version!r:.40}; this gateway reads version {VERSION}",
+            hint="import it with a gateway of the version that wrote it",
+        )
+
+
+def _record(part: memoryview) -> Record:
+    if len(part) > _MAX_RECORD:
+        raise too_large(f"the window in {MANIFEST}", len(part), _MAX_RECORD)
+    value = orjson.loads(part)
+    if not isinstance(value, dict) or set(value) != {f.name for f in fields(Record)}:
+        raise corrupted(f"the window in {MANIFEST} does not have the fields that it must have")
+    wrong = next((name for name, fits in _FITS.items() if not fits(value[name])), None)
+    if wrong is not None:
+        raise corrupted(f"{wrong} in {MANIFEST} is {value[wrong]!r:.80}, which it cannot be")
+    record = Record(**value)
+    if record.chunk_count * record.chunk_size > record.token_count or (record.chunk_count and not record.chunk_size):
+        raise corrupted(f"{record.chunk_count} chunks are more than the window's {record.token_count} tokens")
+    if record.chunk_count * record.world_size > _MAX_MEMBERS:
+        raise too_complex(MANIFEST, f"{record.chunk_count} chunks of {record.world_size} workers")
+    return record
+
+
+def _members(part: memoryview | None, count: int, largest: tuple[int, ...]) -> Iterator[Member]:
+    if part is None:
+        raise corrupted(f"{MANIFEST} has no list of members")
+    named = 0
+    for named, one in enumerate(json_scan.elements(part, Budget(2, count + 2, 3 * count + 3)), 1):
+        if named > count:
+            break
+        yield _member(one, largest[named - 1])
+    if named != count:
+        raise corrupted(f"{MANIFEST} does not name as many members as its window has")
+
+
+def _member(part: memoryview, largest: int) -> Member:
+    value = orjson.loads(part)
+    if not isinstance(value, dict) or set(value) != {"size", "blake3"} or not _whole(value["size"], 2**62):
+        raise corrupted(f"{MANIFEST} names a member {value!r:.80}, which it cannot have")
+    if not isinstance(value["blake3"], str) or not _HEX.fullmatch(value["blake3"]):
+        raise corrupted(f"{MANIFEST} names a member without a checksum")
+    if value["size"] > largest:
+        raise too_large("a member", value["size"], largest)
+    return Member(**value)
+
+
+def _whole(value: object, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _line(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 1000 and not has_controls(value)
+
+
+def has_controls(text: str) -> bool:
+    """Whether a text has control characters, of which a terminal or a log might make something."""
+    return any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in text)
+
+
+def _tags(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > MAX_TAGS:
+        return False
+    return all(isinstance(tag, str) and TAG.fullmatch(tag) for tag in value)
+
+
+def _receipt(value: object) -> bool:
+    """A receipt as a gateway writes one. What an earlier import noted in it is not kept, so it does not count."""
+    if not isinstance(value, dict):
+        return False
+    own = orjson.dumps({name: part for name, part in value.items() if name != "imported"})
+    try:
+        json_scan.check(memoryview(own), Budget(_RECEIPT_DEPTH, MAX_RECEIPT, MAX_RECEIPT))
+    except TooDeep:
+        return False
+    return len(own) <= MAX_RECEIPT
+
+
+_FITS: Mapping[str, Any] = {
+    **dict.fromkeys(("lineage", "model_root", "fingerprint"), _line),
+    "session_id": lambda v: isinstance(v, str) and SESSION_ID.fullmatch(v),
+    "model": lambda v: _line(v) and 0 < len(v) <= MAX_MODEL,
+    "name": lambda v: isinstance(v, str) and WINDOW_NAME.fullmatch(v),
+    "description": lambda v: isinstance(v, str) and len(v) <= MAX_DESCRIPTION and "\0" not in v,
+    "parent": lambda v: v is None or (isinstance(v, str) and WINDOW_NAME.fullmatch(v)),
+    "tags": _tags,
+    "receipt": _receipt,
+    "created_at": lambda v: type(v) in (int, float) and 0 <= v < 1e11,
+    "world_size": lambda v: _whole(v, 255) and v > 0,
+    "token_count": lambda v: _whole(v, MAX_TOKENS),
+    "chunk_size": lambda v: _whole(v, 2**20),
+    "chunk_count": lambda v: _whole(v, MAX_TOKENS),
+}

@@ -1,0 +1,210 @@
+"""The rules of automatic freezing: what may be set, what each value must be, and how windows are named."""
+
+import math
+import string
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
+
+from gateway.errors import GatewayError
+from gateway.records import MAX_DESCRIPTION, WINDOW_NAME
+from gateway.settings import Settings, SettingsError
+from gateway.validation.fields import Field, or_null, reads
+from policies.contract import Policy
+from policies.idle_timeout import MOST_MINUTES
+from policies.loader import PolicyError, build
+from policies.shown import shown
+from policies.token_threshold import MOST_TOKENS
+
+TAG = "auto"
+_DAY = 86400.0
+_LONGEST = 128  # of a window's name
+_SUFFIX = 4  # room for "-999", where a name is taken
+LONGEST_PATTERN = 80
+_NAMES = ("session_id", "timestamp", "turns")
+MOST_POLICIES = 32
+MOST_KEPT = 100
+MOST_COOLDOWN_S = 7 * _DAY
+MOST_TTL_S = 1e9
+_SPEC = {"type": "object", "properties": {"use": {"type": "string"}}, "required": ["use"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When sessions are frozen by themselves, and what becomes of the windows. None: that rule is off."""
+
+    enabled: bool = True
+    idle_timeout_minutes: float | None = 15.0
+    token_threshold: int | None = None
+    context_share: float | None = 0.9
+    at_shutdown: bool = False
+    policies: tuple[Mapping[str, Any], ...] = ()
+    naming_pattern: str = "auto-{session_id}-{timestamp}"
+    cooldown_seconds: float = 60.0
+    keep: int = 3
+    ttl_seconds: float | None = 30 * _DAY
+
+    def specs(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Every policy that is on, described, under the field that says so."""
+        short: list[tuple[str, Mapping[str, Any]]] = []
+        if self.idle_timeout_minutes is not None:
+            short.append(("idle_timeout_minutes", {"use": "idle_timeout", "minutes": self.idle_timeout_minutes}))
+        if self.token_threshold is not None:
+            short.append(("token_threshold", {"use": "token_threshold", "tokens": self.token_threshold}))
+        if self.context_share is not None:
+            short.append(("context_share", {"use": "context_share", "share": self.context_share}))
+        if self.at_shutdown:
+            short.append(("at_shutdown", {"use": "at_shutdown"}))
+        return [*short, *((f"policies[{i}]", spec) for i, spec in enumerate(self.policies))]
+
+
+_SETTINGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    # the rule that each setting stands for, and how its value is read as one
+    "auto_freeze": ("enabled", lambda value: value),
+    "auto_freeze_idle_minutes": ("idle_timeout_minutes", lambda value: value or None),
+    "auto_freeze_tokens": ("token_threshold", lambda value: value or None),
+    "auto_freeze_share": ("context_share", lambda value: value or None),
+    "auto_freeze_at_shutdown": ("at_shutdown", lambda value: value),
+    "auto_freeze_name": ("naming_pattern", lambda value: value),
+    "auto_freeze_cooldown_s": ("cooldown_seconds", lambda value: value),
+    "auto_freeze_keep": ("keep", lambda value: value),
+    "auto_freeze_ttl_days": ("ttl_seconds", lambda value: value * 86400 or None),
+}
+
+
+def from_settings(settings: Settings) -> Rules:
+    """Return the rules that the settings ask for. Raises SettingsError."""
+    values: dict[str, Any] = {}
+    try:
+        for name, (rule, read) in _SETTINGS.items():
+            values[rule] = READERS[rule](name, read(getattr(settings, name)))
+    except GatewayError as error:
+        raise SettingsError(error.message) from error
+    return Rules(policies=tuple({"use": name} for name in settings.auto_freeze_policies), **values)
+
+
+def as_json(rules: Rules) -> dict[str, Any]:
+    """The rules as they are shown."""
+    return {**asdict(rules), "policies": list(rules.policies)}
+
+
+def changed(rules: Rules, given: Mapping[str, Any]) -> Rules:
+    """Return `rules` with what is `given`. Raises `invalid_request`, naming the field."""
+    return replace(rules, **{name: READERS[name](name, value) for name, value in given.items()})
+
+
+def made(rules: Rules, strangers: Collection[str]) -> list[tuple[str, Policy]]:
+    """Make every policy that is on. Raises `invalid_request`, naming the field."""
+    try:
+        return [(field, build(spec, strangers, field)) for field, spec in rules.specs()]
+    except PolicyError as error:
+        hint = 'one of your own has to be named in the setting "auto_freeze_policies"'
+        raise GatewayError("invalid_request", str(error), hint=hint, details={"field": error.field}) from error
+
+
+def check_limits(rules: Rules, limits: Mapping[str, int]) -> None:
+    """Raise `invalid_request` for a threshold above the context limit of every model that is served."""
+    most = max(limits.values(), default=0)
+    for field, tokens in _thresholds(rules.specs()):
+        if most and tokens > most:
+            message = f"{field} {tokens} is above the context limit of every model served: at most {most}"
+            raise GatewayError("invalid_request", message, hint="set it lower", details={"field": field})
+
+
+def _thresholds(specs: list[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, int]]:
+    found = []
+    for field, spec in specs:
+        if spec["use"] == "token_threshold":
+            found.append((field, spec["tokens"]))
+        inner = spec.get("policies")
+        if isinstance(inner, list | tuple):  # of a combination; a stranger may have something else there
+            found += _thresholds([(f"{field}.policies[{i}]", one) for i, one in enumerate(inner)])
+    return found
+
+
+def window_name(pattern: str, session_id: str, turns: int, at: float) -> str:
+    """A window's name after `pattern`; room for a suffix is left."""
+    stamp = datetime.fromtimestamp(at, UTC).strftime("%Y%m%d-%H%M%S")
+    plain = session_id.replace(":", "-")
+    values = {"timestamp": stamp, "turns": str(turns), "session_id": ""}
+    parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(pattern)]
+    rest = sum(len(literal) + len(values[name or "session_id"]) for literal, name in parts)
+    values["session_id"] = plain[: _LONGEST - _SUFFIX - rest]
+    return "".join(literal + (values[name] if name else "") for literal, name in parts)
+
+
+def description(reason: str) -> str:
+    """What an automatic window says of itself."""
+    return f"Frozen automatically: {reason}"[:MAX_DESCRIPTION].replace("\0", "")
+
+
+def _refused(name: str, must: str, value: object) -> GatewayError:
+    return GatewayError("invalid_request", f"{name} must be {must}, not {shown(value)}", details={"field": name})
+
+
+@reads({"type": "boolean"})
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _refused(name, "true or false", value)
+    return value
+
+
+def _number(low: float, most: float, *, whole: bool = False) -> Field[Any]:
+    """A number from `low` (0: more than 0) to `most`."""
+    kind, bound = "integer" if whole else "number", "minimum" if low else "exclusiveMinimum"
+
+    @reads({"type": kind, bound: low, "maximum": most})
+    def read(name: str, value: object) -> float:
+        kinds = (int,) if whole else (int, float)
+        least = f"at least {low:g}" if low else "more than 0"
+        must = f"a {'whole ' * whole}number, {least} and at most {most:.10g}"
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            raise _refused(name, must, value)
+        if not low <= value <= most or value <= 0:
+            raise _refused(name, must, value)
+        return value
+
+    return read
+
+
+@reads({"type": "string", "maxLength": LONGEST_PATTERN, "description": "of {session_id}, {timestamp} and {turns}"})
+def _pattern(name: str, value: object) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST_PATTERN:
+        raise _refused(name, f"a string of at most {LONGEST_PATTERN} characters", value)
+    try:
+        parts = list(string.Formatter().parse(value))
+    except ValueError as error:
+        raise _refused(name, f"a pattern with whole braces ({error})", value) from error
+    used = [field for _, field, _, _ in parts if field is not None]
+    if any(field not in _NAMES or spec or how for _, field, spec, how in parts if field is not None):
+        raise _refused(name, "a pattern with no other fields than {session_id}, {timestamp} and {turns}", value)
+    if used.count("session_id") != 1 or used.count("timestamp") != 1:
+        raise _refused(name, "a pattern with {session_id} and {timestamp}, each once: names have to differ", value)
+    if not WINDOW_NAME.fullmatch(window_name(value, "s", 1, 0.0)):
+        raise _refused(name, "a pattern that makes window names: A-Z a-z 0-9 _ . - after a letter or digit", value)
+    return value
+
+
+@reads({"type": "array", "items": _SPEC, "maxItems": MOST_POLICIES, "description": "more policies, by name"})
+def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list | tuple) or len(value) > MOST_POLICIES:
+        raise _refused(name, f"a list of at most {MOST_POLICIES} policies", value)
+    return tuple(value)
+
+
+READERS: Mapping[str, Field[Any]] = MappingProxyType(
+    {
+        "enabled": _flag,
+        "idle_timeout_minutes": or_null(_number(0, MOST_MINUTES)),
+        "token_threshold": or_null(_number(1, MOST_TOKENS, whole=True)),
+        "context_share": or_null(_number(0, 1)),
+        "at_shutdown": _flag,
+        "policies": _specs,
+        "naming_pattern": _pattern,
+        "cooldown_seconds": _number(0, MOST_COOLDOWN_S),
+        "keep": _number(1, MOST_KEPT, whole=True),
+        "ttl_seconds": or_null(_number(0, MOST_TTL_S)),
+    }
+)

@@ -1,0 +1,18 @@
+"""Windows that an older version left without their text: the store adds none today, but it cannot bring theirs back."""
+
+from gateway.windows.context import Parts
+
+_NAMED = 5
+REMEDY = (
+    "import an export of each, or freeze its session again, under another name; then delete it. "
+    "Its KV and token ids are still there, but nothing can begin with it"
+)
+
+
+async def textless(parts: Parts) -> str:
+    """Say which windows have no text; empty where all have theirs."""
+    found = [name for _, name in await parts.store.windows_without_text()]
+    if not found:
+        return ""
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{len(found)} windows have lost their text to an older version: {', '.join(found[:_NAMED])}{more}"

@@ -1,0 +1,86 @@
+"""What lies in the tiers, and for whom: the numbers add up to what the disk and Redis themselves would say."""
+
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from gateway.kv.tiers.base import Stored, TierUnavailable
+from gateway.windows.context import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Some objects of a tier, and the bytes that they and their pins take."""
+
+    objects: int
+    bytes: int
+
+    @classmethod
+    def of(cls, found: Collection[Stored]) -> "Share":
+        """Count them."""
+        return cls(len(found), sum(one.size for one in found))
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """One tier. `windows`, `sessions`, `forgotten` and `unknown` add up to the whole.
+
+    windows: held by one · sessions: under the salt of one · forgotten: goes at a sweep · unknown: of nobody we know.
+    """
+
+    name: str
+    total: Share
+    pinned: Share
+    windows: Share
+    sessions: Share
+    forgotten: Share
+    unknown: Share
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    held: frozenset[tuple[int, int, str, str]]
+    used: frozenset[str]
+    loose: frozenset[str]
+
+    def owner(self, one: Stored) -> str:
+        if one.key.address in self.held:
+            return "windows"
+        salt = one.key.salt
+        return "sessions" if salt in self.used else "forgotten" if salt in self.loose else "unknown"
+
+
+async def usage(parts: Parts) -> tuple[list[TierUse], list[str]]:
+    """Look at each tier; return what it holds, and a warning for each that cannot be reached."""
+    known = await _known(parts)
+    tiers: list[TierUse] = []
+    warnings: list[str] = []
+    for tier in parts.pins.tiers:
+        try:
+            found = await tier.inventory()
+        except TierUnavailable as error:
+            warnings.append(str(error))
+            continue
+        tiers.append(await asyncio.to_thread(_use, tier.name, found, known))
+    return tiers, warnings
+
+
+async def _known(parts: Parts) -> _Known:
+    held = await parts.store.held_objects() | await parts.store.isolated_names()
+    used = frozenset(use.salt for use in await parts.store.salt_uses())
+    return _Known(
+        frozenset(key.address for key in held), used, frozenset(gone.salt for gone in await parts.store.loose_salts())
+    )
+
+
+def _use(name: str, found: Sequence[Stored], known: _Known) -> TierUse:
+    by_owner = {owner: Share.of(some) for owner, some in _grouped(found, known).items()}
+    pinned = [one for one in found if one.pin]
+    return TierUse(name, Share.of(found), Share(len(pinned), sum(one.pin for one in pinned)), **by_owner)
+
+
+def _grouped(found: Iterable[Stored], known: _Known) -> dict[str, list[Stored]]:
+    groups: dict[str, list[Stored]] = {"windows": [], "sessions": [], "forgotten": [], "unknown": []}
+    for one in found:
+        groups[known.owner(one)].append(one)
+    return groups
