@@ -39,7 +39,7 @@ lint: $(VENV)/with-test
 
 # What in docs/ is made from the code.
 docs: $(VENV)/with-test
-	$(BIN)/python -m tests.error_page
+	$(BIN)/python -m tests.support.generate_error_docs
 
 # 10,000 requests made up from the OpenAPI document; `make fuzz ARGS="--stack"` sends them to the real stack.
 fuzz: $(VENV)/with-test

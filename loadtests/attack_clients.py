@@ -22,7 +22,7 @@ from loadtests.attack_rig import (
     verdict,
     wait_for,
 )
-from tests.fakes.engine import MODEL, Exchange, delta
+from tests.support.fakes.engine import MODEL, Exchange, delta
 
 TRIALS = Trials()
 _AT_ONCE = struct.pack("ii", 1, 0)

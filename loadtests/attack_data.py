@@ -23,8 +23,8 @@ from loadtests.attack_rig import (
     verdict,
     wait_for,
 )
-from tests.houses import CHUNK, cache_server
-from tests.rigs import small_disk
+from tests.support.harness import CHUNK, cache_server
+from tests.support.tier_harness import small_disk
 
 TRIALS = Trials()
 

@@ -5,7 +5,7 @@ from posixpath import normpath
 
 from loadtests.attack_bodies import CHAT
 from loadtests.attack_rig import KEY, Ground, Trials, Verdict, first_false, head, verdict
-from tests.fakes.engine import MODEL
+from tests.support.fakes.engine import MODEL
 
 TRIALS = Trials()
 _BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()

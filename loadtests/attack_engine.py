@@ -9,8 +9,8 @@ from typing import Any
 
 from gateway.kv.keys import object_keys
 from loadtests.attack_rig import Engine, Gateway, Ground
-from tests.fakes.engine import Exchange, render
-from tests.houses import CHUNK, cache_server
+from tests.support.fakes.engine import Exchange, render
+from tests.support.harness import CHUNK, cache_server
 
 ROOT_MODEL = "org/demo"
 _HELD_S = 8.0

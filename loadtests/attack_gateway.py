@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests import contenders
-from tests.fakes.engine import MODEL
+from tests.support.fakes.engine import MODEL
 
 _ROOT = Path(__file__).parent.parent
 _ADDRESS_SPACE = 7 * 2**30  # so that no trial takes the whole machine

@@ -21,7 +21,7 @@ from loadtests.attack_rig import (
     pour,
     verdict,
 )
-from tests.fakes.engine import DONE, MODEL, Exchange, FakeEngine, delta
+from tests.support.fakes.engine import DONE, MODEL, Exchange, FakeEngine, delta
 
 TRIALS = Trials()
 _BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()

@@ -17,9 +17,9 @@ from gateway.kv.keys import object_keys
 from loadtests import attack_windows as windows
 from loadtests.attack_engine import ROOT_MODEL, StoringEngine, house
 from loadtests.attack_rig import Gateway, Ground, Reply, Trials, Verdict, first_false, together, verdict, wait_for
-from tests.fakes.engine import Exchange
-from tests.houses import CHUNK, cache_server
-from tests.rigs import RedisServer
+from tests.support.fakes.engine import Exchange
+from tests.support.harness import CHUNK, cache_server
+from tests.support.tier_harness import RedisServer
 
 TRIALS = Trials()
 _TEXT = "a conversation of some length, so that it fills a few chunks "

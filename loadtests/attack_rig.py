@@ -11,7 +11,7 @@ from typing import Any
 
 from loadtests import contenders
 from loadtests.attack_gateway import Gateway, Reply, head, read_reply
-from tests.fakes.engine import Exchange, FakeEngine
+from tests.support.fakes.engine import Exchange, FakeEngine
 
 PAUSE_MS = 250.0  # the longest that one request may keep others waiting
 MEMORY_FACTOR = 4  # times the body

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from loadtests.attack_rig import KEY, Engine, Gateway, Ground, Trials, Verdict, effect, first_false, head, verdict
-from tests.fakes.engine import MODEL, Exchange, usage_of, whole_reply
+from tests.support.fakes.engine import MODEL, Exchange, usage_of, whole_reply
 
 TRIALS = Trials()
 _ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b]0;evil\x07\x1b[2J\x9b31m\x08\x7f\u202e red [red]bold[/x]"

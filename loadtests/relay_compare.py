@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.running import free_port
+from tests.support.gateway_process import free_port
 
 HERE = Path(__file__).parents[1]
 PER_ROUND = {"json": 100, "stream": 50, "500 KB": 30, "session": 100}

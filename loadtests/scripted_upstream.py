@@ -28,7 +28,7 @@ _PROSE = (
     "passed, failed, or “never began” 🙂 path engine token window branch merge value error function return None"
 )
 _WORDS = _PROSE.split()
-_FILES = ("src/main.py", "src/store/rows.py", "tests/test_store.py", "README.md", "docs/über.md")
+_FILES = ("src/main.py", "src/store/rows.py", "tests/unit/store/test_store.py", "README.md", "docs/über.md")
 _PIECE = 4  # words in an event of a stream
 _SEED = re.compile(rb'"seed":(\d+)')
 _STREAM = re.compile(rb'"stream":true')

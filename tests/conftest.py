@@ -11,10 +11,10 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.fakes.engine import FakeEngine
-from tests.houses import House, cache_server, opened
-from tests.rigs import RedisServer
-from tests.running import Gateway, gateway_before
+from tests.support.fakes.engine import FakeEngine
+from tests.support.gateway_process import Gateway, gateway_before
+from tests.support.harness import House, cache_server, opened
+from tests.support.tier_harness import RedisServer
 
 
 class OneForTheStack(LoadScopeScheduling):  # type: ignore[misc]

@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from gateway.stack import local
-from tests.stack import night as night_
-from tests.stack.drive import Gateway, redis_server
+from tests.stack import restart as night_
+from tests.stack.driver import Gateway, redis_server
 
 
 @dataclass
@@ -69,7 +69,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="package")
 def night(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[night_.Night]:
-    """See `tests.stack.night`."""
+    """See `tests.stack.restart`."""
     night = night_.spend(stack, tmp_path_factory.mktemp("night"))
     yield night
     for gateway, _ in night.values():  # of evenings too whose mornings nobody asked for

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.running import eventually
+from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
-from tests.stack.doors import mcp
-from tests.stack.drive import Gateway, converse
+from tests.stack.driver import Gateway, converse
+from tests.support.gateway_process import eventually
 
 pytestmark = pytest.mark.stack
 

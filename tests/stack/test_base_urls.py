@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat, converse
-from tests.stack.night import overnight
+from tests.stack.driver import Gateway, chat, converse
+from tests.stack.restart import overnight
 from tests.stack.tiers import hashes
 
 pytestmark = pytest.mark.stack

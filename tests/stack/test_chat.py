@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat, converse, same_bytes, until
+from tests.stack.driver import Gateway, chat, converse, same_bytes, until
 
 pytestmark = pytest.mark.stack
 

@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, same_bytes
-from tests.stack.night import overnight
+from tests.stack.driver import Gateway, same_bytes
+from tests.stack.restart import overnight
 
 pytestmark = pytest.mark.stack
 

@@ -7,7 +7,7 @@ import pytest
 
 from loadtests.leaving import REPLY_TOKENS, WAYS, Gauge, Way, leave
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway
+from tests.stack.driver import Gateway
 
 pytestmark = pytest.mark.stack
 

@@ -13,7 +13,7 @@ import pytest
 
 from gateway.stack import local
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat, converse, until
+from tests.stack.driver import Gateway, chat, converse, until
 
 pytestmark = pytest.mark.stack
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gateway.stack import local
+from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
-from tests.stack.doors import mcp
-from tests.stack.drive import Gateway, chat, converse, start_redis, until
+from tests.stack.driver import Gateway, chat, converse, start_redis, until
 
 pytestmark = pytest.mark.stack
 

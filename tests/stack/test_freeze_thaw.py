@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
-from tests.stack.doors import mcp
-from tests.stack.drive import Gateway, chat, converse
-from tests.stack.night import overnight
+from tests.stack.driver import Gateway, chat, converse
+from tests.stack.restart import overnight
 
 pytestmark = pytest.mark.stack
 

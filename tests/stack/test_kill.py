@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, converse
+from tests.stack.driver import Gateway, converse
 
 pytestmark = pytest.mark.stack
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat, until
+from tests.stack.driver import Gateway, chat, until
 
 pytestmark = pytest.mark.stack
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from mcp import Client
 
-from tests.mcp_clients import over_http, over_stdio
-from tests.stack.drive import Gateway, chat
+from tests.stack.driver import Gateway, chat
+from tests.support.mcp_clients import over_http, over_stdio
 
 pytestmark = [pytest.mark.stack, pytest.mark.anyio]
 

@@ -15,8 +15,8 @@ from gateway.dialects.messages import MessagesDialect
 from gateway.dialects.transcripts import split
 from gateway.records import Front
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat, converse
-from tests.test_chat_to_messages import MESSAGES
+from tests.stack.driver import Gateway, chat, converse
+from tests.unit.dialects.test_chat_to_messages import MESSAGES
 
 pytestmark = pytest.mark.stack
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.stack.drive import Gateway, chat
+from tests.stack.driver import Gateway, chat
 
 pytestmark = pytest.mark.stack
 

@@ -14,7 +14,7 @@ import pytest
 
 from gateway.dialects import messages_to_chat, response_items, sse
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway
+from tests.stack.driver import Gateway
 
 pytestmark = pytest.mark.stack
 

@@ -11,7 +11,7 @@ import pytest
 from gateway.dialects import sse
 from gateway.dialects.responses import ResponsesDialect
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat, until
+from tests.stack.driver import Gateway, chat, until
 
 pytestmark = pytest.mark.stack
 

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.sessions.tokenizer import read
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, chat
+from tests.stack.driver import Gateway, chat
 
 pytestmark = pytest.mark.stack
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.integration.test_metrics import numbers, value
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway, until
-from tests.test_telemetry import numbers, value
+from tests.stack.driver import Gateway, until
 
 pytestmark = pytest.mark.stack
 COUNT = 3

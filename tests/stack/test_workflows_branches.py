@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
-from tests.stack.doors import mcp
-from tests.stack.drive import Gateway, chat, converse
+from tests.stack.driver import Gateway, chat, converse
 from tests.stack.tiers import contents, files, hashes
 
 pytestmark = pytest.mark.stack

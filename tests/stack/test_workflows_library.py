@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.stack.clients import cwg, mcp, mcp_refused
 from tests.stack.conftest import Stack
-from tests.stack.doors import cwg, mcp, mcp_refused
-from tests.stack.drive import Gateway, chat, converse
+from tests.stack.driver import Gateway, chat, converse
 from tests.stack.tiers import hashes, stored_bytes
 
 pytestmark = pytest.mark.stack

@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.stack.clients import cwg, mcp
 from tests.stack.conftest import Stack
-from tests.stack.doors import cwg, mcp
-from tests.stack.drive import Gateway, chat, converse
-from tests.stack.night import overnight
+from tests.stack.driver import Gateway, chat, converse
+from tests.stack.restart import overnight
 from tests.stack.tiers import contents, files, hashes
 
 pytestmark = pytest.mark.stack

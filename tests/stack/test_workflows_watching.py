@@ -10,11 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.stack import local
-from tests.running import environment
+from tests.stack.clients import cwg, mcp, mcp_over_stdio, mcp_refused
 from tests.stack.conftest import Stack
-from tests.stack.doors import cwg, mcp, mcp_over_stdio, mcp_refused
-from tests.stack.drive import Gateway, chat, converse, until
+from tests.stack.driver import Gateway, chat, converse, until
 from tests.stack.tiers import files, hashes
+from tests.support.gateway_process import environment
 
 pytestmark = pytest.mark.stack
 

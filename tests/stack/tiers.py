@@ -6,7 +6,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from tests.stack.conftest import Stack
-from tests.stack.drive import Gateway
+from tests.stack.driver import Gateway
 
 
 def hashes(gateway: Gateway, window: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""Tests of one gateway process or store, with a fake engine in place of vLLM."""

@@ -1,0 +1,442 @@
+"""The way of bytes between engine and client: what comes through, what is hidden, what happens when either leaves."""
+
+import json
+import socket
+import threading
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from gateway.dialects.sse import events
+from tests.support.fakes import engine as fake
+from tests.support.fakes.engine import DONE, Exchange, FakeEngine, delta, event, stream_of, usage_of, whole_reply
+from tests.support.gateway_process import Gateway, eventually, gateway_before
+from tests.support.raw_http import Wire
+
+USAGE = usage_of(10, 2)
+ENGINE_DOWN = "engine_unreachable"
+
+
+def answer_with(*chunks: bytes) -> fake.Handler:
+    """An engine that streams these chunks."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        for chunk in chunks:
+            exchange.chunk(chunk)
+        exchange.end()
+
+    return answer
+
+
+def data_of(stream: bytes) -> list[str]:
+    """The data of every event, as a client reads it."""
+    return [e.removeprefix("data: ") for e in stream.decode().split("\n\n") if e]
+
+
+def test_a_stream_comes_through_byte_for_byte_and_chunk_for_chunk(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    events = [b": ping\n\n", *stream_of(["Grüße", " 🎉", '{"choices":[]}'], USAGE)]
+    engine.on_chat = answer_with(*events)
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True, stream_options={"include_usage": True})
+        assert wire.head() == 200
+        assert wire.chunks() == events
+
+
+def test_chunks_that_are_no_whole_events_keep_their_boundaries_when_nothing_has_to_be_hidden(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    text = b"".join(stream_of(["Hello"], USAGE))
+    pieces = [text[:7], text[7:150], text[150:151], text[151:]]
+    engine.on_chat = answer_with(*pieces)
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True, stream_options={"include_usage": True})
+        wire.head()
+        assert wire.chunks() == pieces
+
+
+def test_a_chunk_is_forwarded_before_the_next_one_exists(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    first_arrived = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.chunk(delta(content="one"))
+        assert first_arrived.wait(fake.WITHIN)
+        exchange.chunk(DONE)
+        exchange.end()
+
+    engine.on_chat = answer
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        wire.head()
+        assert wire.chunk() == delta(content="one")
+        first_arrived.set()
+        assert wire.chunks() == [DONE]
+
+
+def test_usage_is_asked_for_but_hidden_from_a_client_that_did_not_ask(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        wire.head()
+        got = wire.chunks()
+    assert got == stream_of(["Hello", " there", "!"])
+    assert engine.seen("/v1/chat/completions")[0].json["stream_options"]["include_usage"] is True
+    (turn,) = gateway.turns(session)
+    assert turn["completion_tokens"] == 3
+
+
+def test_usage_is_hidden_wherever_the_network_cut_the_stream(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    stream = b"".join(stream_of(["Hello"], USAGE))
+    cut = stream.index(b'"choices":[]') + 5
+    engine.on_chat = answer_with(stream[:3], stream[3:cut], stream[cut : cut + 20], stream[cut + 20 :])
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        wire.head()
+        assert b"".join(wire.chunks()) == b"".join(stream_of(["Hello"]))
+
+
+def test_usage_is_shown_to_a_client_that_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True, stream_options={"include_usage": True})
+        wire.head()
+        events = data_of(b"".join(wire.chunks()))
+    assert json.loads(events[-2])["usage"]["completion_tokens"] == 3
+
+
+def test_a_whole_answer_comes_through_untouched(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    body = json.dumps(whole_reply("Hi", USAGE) | {"unknown": {"kept": [1, 2.50, None]}}, indent=1).encode()
+
+    def answer(exchange: Exchange) -> None:
+        exchange.raw(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nx-request-id: abc\r\nset-cookie: a=1\r\n"
+            b"set-cookie: b=2\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+        )
+
+    engine.on_chat = answer
+    response = gateway.chat(session)
+    assert response.content == body
+    assert response.headers["x-request-id"] == "abc"
+    assert response.headers.get_list("set-cookie") == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
+def test_an_error_of_the_engine_comes_through_untouched_and_is_recorded(
+    engine: FakeEngine, gateway: Gateway, session: str, status: int
+) -> None:
+    refusal = {"error": {"message": "no", "type": "BadRequestError", "param": "x", "code": status}}
+    engine.on_chat = lambda exchange: exchange.json(refusal, status, ["retry-after: 7"])
+    response = gateway.chat(session)
+    assert (response.status_code, response.json(), response.headers["retry-after"]) == (status, refusal, "7")
+    (turn,) = gateway.turns(session)
+    assert (turn["outcome"], turn["status"]) == ("engine_error", status)
+    assert len(engine.seen("/v1/chat/completions")) == 1
+
+
+def test_an_error_event_inside_a_stream_is_passed_on_and_recorded(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    broken = event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
+    engine.on_chat = answer_with(delta(content="Hel"), broken, DONE)
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        assert wire.head() == 200
+        assert wire.chunks() == [delta(content="Hel"), broken, DONE]
+    (turn,) = gateway.turns(session)
+    assert turn["outcome"] == "engine_error"
+    assert "EngineCore died" in turn["detail"]
+
+
+@pytest.mark.parametrize("asks_usage", [False, True])
+@pytest.mark.parametrize("half", [b"", b'data: {"id":"chatcmpl-1","choi'])
+def test_a_stream_that_the_engine_cuts_ends_with_an_error_event_that_a_client_can_read(
+    engine: FakeEngine, gateway: Gateway, session: str, asks_usage: bool, half: bytes
+) -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.chunk(delta(content="Hel"))
+        if half:
+            exchange.chunk(half)
+        exchange.cut()
+
+    engine.on_chat = answer
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True, stream_options={"include_usage": asks_usage})
+        assert wire.head() == 200
+        events = data_of(b"".join(wire.chunks()))
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["error"]["code"] == ENGINE_DOWN
+    (turn,) = gateway.turns(session)
+    assert turn["outcome"] == "engine_cut"
+
+
+def test_an_event_that_is_too_large_to_be_held_is_recorded_whole_and_its_cut_is_an_event_of_its_own(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    text, whole = "x" * 6 * 2**20, threading.Event()
+    large = delta(content=text)
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        if whole.is_set():
+            for piece in (large[:-100], large[-100:], *stream_of(["."], usage_of(1, 2))[1:]):
+                exchange.chunk(piece)
+            exchange.end()
+        else:
+            exchange.chunk(large[:-100])
+            exchange.cut()
+
+    engine.on_chat = answer
+    cut = gateway.chat(session, stream=True).content
+    assert cut.startswith(large[:-100] + b"\n\ndata: ")
+    assert json.loads(list(events([cut]))[1])["error"]["code"] == "engine_unreachable"
+    whole.set()
+    shown = gateway.chat(session, stream=True).content
+    assert shown.startswith(large)
+    assert b'"choices":[]' not in shown
+    completed, was_cut = gateway.turns(session, 2)
+    assert (completed["outcome"], completed["completion_tokens"]) == ("completed", 2)
+    assert was_cut["outcome"] == "engine_cut"
+
+
+def test_the_openai_client_raises_when_the_engine_cuts_a_stream(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.chunk(delta(content="Hel"))
+        exchange.cut()
+
+    engine.on_chat = answer
+    messages: Any = [{"role": "user", "content": "hi"}]
+    with openai.OpenAI(base_url=f"{gateway.url}/s/{session}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(model="demo", messages=messages, stream=True)
+        with pytest.raises(openai.APIError, match="engine closed the connection"):
+            list(stream)
+
+
+def test_a_whole_answer_that_the_engine_cuts_is_cut_for_the_client_too(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.raw(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"id":')
+        exchange.cut()
+
+    engine.on_chat = answer
+    with pytest.raises(httpx.RemoteProtocolError):
+        gateway.chat(session)
+    (turn,) = gateway.turns(session)
+    assert turn["outcome"] == "engine_cut"
+
+
+def test_a_reply_without_done_is_not_taken_for_a_whole_one(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    engine.on_chat = answer_with(delta(content="Hel"))
+    gateway.chat(session, stream=True)
+    (turn,) = gateway.turns(session)
+    assert turn["outcome"] == "engine_error"
+    assert gateway.freeze(session, f"w-{session}").json()["error"]["code"] == "invalid_request"
+
+
+def test_a_client_that_leaves_before_the_first_byte_aborts_the_engine(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    aborted = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        if exchange.gone():
+            aborted.set()
+
+    engine.on_chat = answer
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        engine.wait_seen("/v1/chat/completions")
+        wire.leave()
+        assert aborted.wait(1), "the engine still sees the connection a second later"
+    (turn,) = gateway.turns(session)
+    assert turn["outcome"] == "client_gone"
+
+
+def test_a_client_that_leaves_in_mid_stream_aborts_the_engine(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    aborted = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.chunk(delta(content="Hel"))
+        if exchange.gone():
+            aborted.set()
+
+    engine.on_chat = answer
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        wire.head()
+        wire.chunk()
+        wire.leave()
+        assert aborted.wait(1), "the engine still sees the connection a second later"
+    assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
+
+
+def test_a_client_that_closes_only_its_sending_side_has_left(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    aborted = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        if exchange.gone():
+            aborted.set()
+
+    engine.on_chat = answer
+    with Wire(gateway.url) as wire:
+        wire.chat(session)
+        engine.wait_seen("/v1/chat/completions")
+        wire.end()
+        assert wire.rest() == b""
+    assert aborted.wait(fake.WITHIN)
+    assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
+
+
+def test_a_client_that_leaves_is_recorded_once_though_the_engine_goes_on_sending(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    aborted = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin()
+        try:
+            while True:
+                exchange.chunk(delta(content="x" * 1000))
+        except OSError:
+            aborted.set()
+            raise
+
+    engine.on_chat = answer
+    with Wire(gateway.url) as wire:
+        wire.chat(session, stream=True)
+        wire.head()
+        wire.chunk()
+        wire.leave()
+    assert aborted.wait(2)
+    engine.on_chat = engine.answer_chat
+    gateway.chat(session)
+    assert [turn["outcome"] for turn in gateway.turns(session, 2)] == ["completed", "client_gone"]
+
+
+def test_a_slow_client_holds_the_engine_back_and_costs_no_memory(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    total, piece = 200 * 2**20, event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
+    sent = 0
+    stalled = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        nonlocal sent
+        exchange.begin()
+        exchange._sock.settimeout(1.0)
+        while sent < total:
+            try:
+                exchange.chunk(piece)
+            except TimeoutError:
+                stalled.set()  # a part of the chunk is out, so this stream is over
+                exchange.over = True
+                return
+            sent += len(piece)
+
+    engine.on_chat = answer
+    before = gateway.memory
+    with Wire(gateway.url, receive_buffer=16 * 1024) as wire:
+        wire.chat(session, stream=True)
+        wire.head()
+        wire.chunk()
+        assert stalled.wait(fake.WITHIN), "the engine could write 200 MB to a client that did not read"
+        assert sent < 32 * 2**20
+        assert gateway.memory - before < 48 * 2**20
+
+
+def test_a_reply_larger_than_the_limit_passes_whole_and_is_not_kept(
+    engine: FakeEngine, tmp_path: Any, session: str
+) -> None:
+    words = ["x" * 1000] * 300
+    engine.on_chat = answer_with(*stream_of(words, USAGE))
+    with gateway_before(engine.url, tmp_path, max_reply_bytes=100_000) as gateway:
+        response = gateway.chat(session, stream=True)
+        assert response.content == b"".join(stream_of(words))
+        (turn,) = gateway.turns(session)
+        assert (turn["outcome"], "max_reply_bytes" in turn["detail"]) == ("completed", True)
+
+
+def test_200_mb_pass_through_without_being_held_in_memory(engine: FakeEngine, tmp_path: Any, session: str) -> None:
+    piece = delta(content="x" * 60_000)
+    engine.on_chat = answer_with(*[piece] * 3500, DONE)
+    with gateway_before(engine.url, tmp_path, max_reply_bytes=2**20) as gateway:
+        gateway.chat(session, stream=False)  # what the first request allocates is not counted
+        before, got, peak = gateway.memory, 0, 0
+        body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with gateway.http.stream("POST", f"/s/{session}/v1/chat/completions", json=body) as response:
+            for chunk in response.iter_raw():
+                got += len(chunk)
+                peak = max(peak, gateway.memory)
+        assert got == len(piece) * 3500 + len(DONE) > 200 * 2**20
+        assert peak - before < 64 * 2**20
+
+
+def test_headers_of_the_connection_stay_on_their_side(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    hops = {"te": "trailers", "proxy-authorization": "x", "connection": "close, x-private", "x-private": "secret"}
+    gateway.chat(session, headers={**hops, "x-kept": "yes"})
+    (request,) = engine.seen("/v1/chat/completions")
+    names = {name for name, _ in request.headers}
+    assert not names & {"te", "proxy-authorization", "connection", "x-private", "accept-encoding", "x-session-id"}
+    assert request.header("x-kept") == ["yes"]
+    assert request.header("content-length") == [str(len(request.body))]
+
+
+def test_many_requests_in_turn_are_each_recorded_once(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    for _ in range(200):
+        assert gateway.chat(session).status_code == 200
+    assert gateway.freeze(session, f"w-{session}").status_code == 201  # it waits until nothing is in flight
+    assert gateway.http.get(f"/admin/sessions/{session}").json()["turn_count"] == 200
+
+
+def test_many_requests_at_once_are_each_recorded_once(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+    start = threading.Barrier(200)
+    statuses: list[int] = []
+
+    def client() -> None:
+        with Wire(gateway.url) as wire:
+            start.wait()
+            wire.chat(session, stream=True)
+            statuses.append(wire.head())
+            wire.chunks()
+
+    threads = [threading.Thread(target=client) for _ in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert statuses == [200] * 200
+    assert gateway.freeze(session, f"w-{session}").status_code == 201
+    assert gateway.http.get(f"/admin/sessions/{session}").json()["turn_count"] == 200
+
+
+def test_clients_that_leave_at_every_moment_leave_nothing_in_flight(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
+    for step in range(40):
+        with Wire(gateway.url) as wire:
+            wire.chat(session, stream=True)
+            if step % 4 > 0:
+                wire.head()
+            for _ in range(step % 4 - 1):
+                wire.chunk()
+            if step % 8 > 3:  # an abortive close: RST in place of FIN
+                wire._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    gateway.chat(session)
+    eventually(lambda: gateway.freeze(session, f"w-{session}").status_code in (201, 409), "a freeze at rest")
+    assert gateway.http.get(f"/admin/windows/w-{session}").status_code == 200

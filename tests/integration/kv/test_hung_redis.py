@@ -1,0 +1,87 @@
+"""A Redis that hangs costs the verbs a couple of seconds between them, and a warning each; nothing waits for it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.windows.archive.export import export
+from gateway.windows.clone import clone
+from gateway.windows.context import Parts
+from gateway.windows.delete import delete
+from gateway.windows.freeze import Naming, release_strays
+from gateway.windows.retention import orphans
+from gateway.windows.retention.usage import usage
+from gateway.windows.thaw import thaw
+from gateway.windows.verify import verify
+from tests.support.fakes.engine import FakeEngine
+from tests.support.gateway_process import gateway_before
+from tests.support.harness import CHUNKS, House, opened, window
+from tests.support.tier_harness import RedisServer
+
+pytestmark = pytest.mark.anyio
+
+# Each verb by itself would take ten seconds and more for one call that ends by its timeout.
+ALL_VERBS_S = 15
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    (tmp_path / "redis").mkdir()
+    server = RedisServer(tmp_path / "redis").start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def hung(engine: FakeEngine, cache: str, own_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
+    """A house with a window in both tiers, of which Redis hangs from now on."""
+    async with opened(engine, cache, own_server, tmp_path) as house:
+        await window(house.parts)
+        own_server.hang()
+        yield house
+        own_server.go_on()
+
+
+async def test_every_verb_goes_on_without_it_and_says_so(hung: House) -> None:
+    parts = hung.parts
+    async with asyncio.timeout(ALL_VERBS_S):
+        verdict = await verify(parts, "default", "w")
+        assert (verdict.tiers["redis"].checked, verdict.tiers["disk"].intact) == (False, CHUNKS)
+        assert "redis tier: it hangs" in verdict.warnings[0]
+        _, _, receipt = await thaw(parts, "default", "w", new_session_id="t", warm="none")
+        assert receipt.chunks_found == CHUNKS
+        assert "redis tier: it hangs" in receipt.warnings[0]
+        await clone(parts, "default", "w", Naming("again"))
+        assert [name async for name in (await export(parts, "default", "w")).pieces]
+        tiers, warnings = await usage(parts)
+        assert ([tier.name for tier in tiers], len(warnings)) == (["disk"], 1)
+        assert (await delete(parts, "default", "w")).warnings
+        assert (await orphans.delete_session(parts, "default", "t")).warnings
+        deleted = await delete(parts, "default", "again")
+        assert deleted.blocks_deleted == CHUNKS
+        assert any("redis tier: it hangs" in warning for warning in deleted.warnings)
+        assert await release_strays(parts) == 0
+
+
+async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: House) -> None:
+    parts = hung.parts
+    async with asyncio.timeout(ALL_VERBS_S):
+        async with asyncio.TaskGroup() as both:
+            both.create_task(delete(parts, "default", "w"))
+            await asyncio.sleep(0)  # it begins first
+            both.create_task(_hold(parts))
+
+
+async def _hold(parts: Parts) -> None:
+    async with parts.pins.lock.hold(alone=False):
+        pass
+
+
+async def test_health_says_which_tier_hangs(engine: FakeEngine, own_server: RedisServer, tmp_path: Path) -> None:
+    redis = f"redis://127.0.0.1:{own_server.port}"
+    with gateway_before(engine.url, tmp_path, kv_redis_url=redis) as gateway:
+        own_server.hang()
+        seen = gateway.http.get("/admin/health?component=tiers").json()["components"]["tiers"]
+        assert (seen["status"], "redis tier: it hangs" in seen["message"]) == ("degraded", True)

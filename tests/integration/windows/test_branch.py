@@ -1,0 +1,166 @@
+"""A window as a base URL: every new conversation under it is a branch of its own, sent whole or only what is new."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.fakes.engine import MODEL, FakeEngine
+from tests.support.gateway_process import Gateway
+
+CHAT = "/v1/chat/completions"
+BEGINNING = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Remember the word."}]
+REPLY = {"role": "assistant", "content": "Hello there!"}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+@pytest.fixture
+def window(gateway: Gateway, session: str) -> str:
+    """A window of one turn."""
+    first = gateway.http.post(f"/s/{session}{CHAT}", json={"model": MODEL, "messages": BEGINNING})
+    assert first.status_code == 200
+    name = f"w-{session}"
+    assert gateway.freeze(session, name).status_code == 201
+    return name
+
+
+def ask(gateway: Gateway, base: str, messages: list[dict[str, Any]], **more: Any) -> httpx.Response:
+    return gateway.http.post(f"{base}{CHAT}", json={"model": MODEL, "messages": messages}, **more)
+
+
+def sent(engine: FakeEngine) -> list[dict[str, Any]]:
+    """The messages of the last turn that the engine saw."""
+    return list(engine.seen(CHAT)[-1].json["messages"])
+
+
+def test_what_is_new_goes_on_from_the_window_and_each_conversation_is_a_branch(
+    engine: FakeEngine, gateway: Gateway, session: str, window: str
+) -> None:
+    one = ask(gateway, f"/w/{window}", [user("first branch")]).headers["x-session-id"]
+    assert sent(engine) == [*BEGINNING, REPLY, user("first branch")]
+    two = ask(gateway, f"/w/{window}", [user("second branch")]).headers["x-session-id"]
+    assert len({one, two, session}) == 3
+    again = ask(gateway, f"/w/{window}", [user("first branch"), REPLY, user("on")])
+    assert again.headers["x-session-id"] == one
+    assert sent(engine) == [*BEGINNING, REPLY, user("first branch"), REPLY, user("on")]
+    shown = gateway.http.get(f"/admin/sessions/{one}").json()
+    assert (shown["lineage"], shown["window"], shown["recognised_by"]) == (session, window, "window")
+    assert len({request.json["cache_salt"] for request in engine.seen(CHAT)}) == 1
+
+
+def test_the_full_history_is_taken_as_it_is(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+    history = [*BEGINNING, REPLY, user("on")]
+    one = ask(gateway, f"/w/{window}", history).headers["x-session-id"]
+    assert sent(engine) == history
+    assert ask(gateway, f"/w/{window}", [*history, REPLY, user("more")]).headers["x-session-id"] == one
+
+
+def test_the_header_says_the_same_as_the_base_url(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+    one = ask(gateway, "", [user("by header")], headers={"x-window": window}).headers["x-session-id"]
+    assert sent(engine) == [*BEGINNING, REPLY, user("by header")]
+    assert engine.seen(CHAT)[-1].header("x-window") == []
+    assert ask(gateway, f"/w/{window}", [user("by header"), REPLY, user("on")]).headers["x-session-id"] == one
+
+
+def test_a_branch_can_have_a_name_of_its_own(engine: FakeEngine, gateway: Gateway, session: str, window: str) -> None:
+    named = {"x-session-id": f"{session}-mine"}
+    assert ask(gateway, f"/w/{window}", [user("a")], headers=named).headers["x-session-id"] == f"{session}-mine"
+    ask(gateway, f"/w/{window}", [user("a"), REPLY, user("b")], headers=named)
+    assert sent(engine) == [*BEGINNING, REPLY, user("a"), REPLY, user("b")]
+    # From then on it is a session like any other.
+    ask(gateway, "", [user("a"), REPLY, user("b"), REPLY, user("c")], headers=named)
+    assert sent(engine) == [*BEGINNING, REPLY, user("a"), REPLY, user("b"), REPLY, user("c")]
+
+
+def test_a_session_that_does_not_come_from_the_window_is_refused(
+    engine: FakeEngine, gateway: Gateway, session: str, window: str
+) -> None:
+    gateway.chat(f"{session}-other")
+    gateway.turns(f"{session}-other")
+    answer = ask(gateway, f"/w/{window}", [user("a")], headers={"x-session-id": f"{session}-other"})
+    assert answer.status_code == 400
+    assert window in answer.text
+
+
+def test_an_agent_and_its_side_conversation_under_a_window(gateway: Gateway, session: str, window: str) -> None:
+    named = {"x-claude-code-session-id": f"{session}-cc"}
+    assert ask(gateway, f"/w/{window}", [user("work")], headers=named).headers["x-session-id"] == f"{session}-cc"
+    grown = [user("work"), REPLY, user("on")]
+    assert ask(gateway, f"/w/{window}", grown, headers=named).headers["x-session-id"] == f"{session}-cc"
+    side = ask(gateway, f"/w/{window}", [user("a title, please")], headers=named).headers["x-session-id"]
+    assert side.startswith(f"{session}-cc:")
+
+
+def test_an_agent_that_had_a_session_before_goes_on_in_a_branch_beside_it(
+    engine: FakeEngine, gateway: Gateway, session: str, window: str
+) -> None:
+    """Its id is that of its own session, as pi's `session_id` is, and it cannot leave it away."""
+    named = {"session_id": f"{session}-pi"}
+    before = ask(gateway, "", [user("before")], headers=named).headers["x-session-id"]
+    gateway.turns(before)
+    first = ask(gateway, f"/w/{window}", [user("work")], headers=named).headers["x-session-id"]
+    assert sent(engine) == [*BEGINNING, REPLY, user("work")]
+    gateway.turns(first)
+    second = ask(gateway, f"/w/{window}", [user("work"), REPLY, user("on")], headers=named).headers["x-session-id"]
+    assert (before, first.startswith(f"{session}-pi:"), first == second) == (f"{session}-pi", True, True)
+    assert ask(gateway, "", [user("before"), REPLY, user("on")], headers=named).headers["x-session-id"] == before
+
+
+def test_another_system_message_is_a_conflict_unless_it_is_said_which_to_use(
+    engine: FakeEngine, gateway: Gateway, window: str
+) -> None:
+    other = {"role": "system", "content": "Be verbose."}
+    refused = ask(gateway, f"/w/{window}", [other, user("a")])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "window_system_conflict")
+    ask(gateway, f"/w/{window}", [other, user("a")], headers={"x-window-system": "keep"})
+    assert sent(engine) == [*BEGINNING, REPLY, user("a")]
+    ask(gateway, f"/w/{window}", [other, user("b")], headers={"x-window-system": "replace"})
+    assert sent(engine) == [other, *BEGINNING[1:], REPLY, user("b")]
+
+
+def test_a_window_that_is_not_there_is_not_found(engine: FakeEngine, gateway: Gateway) -> None:
+    answer = ask(gateway, "/w/nobody-made-it", [user("a")])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "window_not_found")
+    assert engine.seen(CHAT) == []
+
+
+def test_what_is_no_turn_passes_under_a_window(gateway: Gateway, window: str) -> None:
+    assert gateway.http.get(f"/w/{window}/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("copy", ["thaw", "thaw of a clone"])
+def test_a_conversation_without_an_id_goes_on_in_its_own_session_after_a_thaw(
+    engine: FakeEngine, gateway: Gateway, session: str, copy: str
+) -> None:
+    history = [user(session)]
+    first = ask(gateway, "", history).headers["x-session-id"]
+    name = f"w-{session}"
+    assert gateway.freeze(first, name).status_code == 201
+    if copy == "thaw of a clone":
+        body = {"target_window": f"c-{session}"}
+        assert gateway.http.post(f"/admin/windows/{name}/clone", json=body).status_code == 201
+        name = f"c-{session}"
+    thawed = gateway.http.post(f"/admin/windows/{name}/thaw", json={"new_session_id": f"{session}-thawed"})
+    assert thawed.status_code == 200
+    history += [REPLY, user("THIRD")]
+    assert ask(gateway, "", history).headers["x-session-id"] == first
+    gateway.turns(first, 2)
+    history += [REPLY, user("FOURTH")]
+    assert ask(gateway, "", history).headers["x-session-id"] == first
+    gateway.turns(first, 3)
+    assert gateway.freeze(first, f"later-{session}").status_code == 201
+    kept = gateway.http.get(f"/admin/windows/later-{session}/messages").json()["messages"]
+    assert [message["content"] for message in kept] == [m["content"] for m in [*history, REPLY]]
+
+
+def test_a_thawed_session_is_found_by_its_history_where_the_original_is_gone(gateway: Gateway, session: str) -> None:
+    history = [user(session)]
+    first = ask(gateway, "", history).headers["x-session-id"]
+    assert gateway.freeze(first, f"w-{session}").status_code == 201
+    thawed = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={"new_session_id": f"{session}-thawed"})
+    assert thawed.status_code == 200
+    assert gateway.http.delete(f"/admin/sessions/{first}").status_code == 200
+    assert ask(gateway, "", [*history, REPLY, user("on")]).headers["x-session-id"] == f"{session}-thawed"

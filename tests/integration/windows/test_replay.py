@@ -1,0 +1,88 @@
+"""Deep verification and eviction, as far as they show without a real engine: what is lent, compared and left behind."""
+
+import pytest
+
+from gateway.kv.keys import object_keys
+from gateway.windows.evict import Place, evict
+from gateway.windows.verify import verify
+from tests.support.fakes.engine import Exchange, FakeEngine
+from tests.support.harness import CHUNK, CHUNKS, IDS, House, value, window
+
+pytestmark = pytest.mark.anyio
+
+TENANT = "default"
+WHOLE = CHUNKS * CHUNK
+
+
+@pytest.fixture
+async def house(house: House, engine: FakeEngine) -> House:
+    """A house whose engine reads the KV."""
+    engine.on_completion = lambda exchange: answer(house, exchange)
+    return house
+
+
+def answer(house: House, exchange: Exchange) -> None:
+    """Go on as the KV says that lies under the request's salt: wrong bytes in a chunk change what follows."""
+    asked = exchange.request.json
+    keys = object_keys("org/demo", IDS, CHUNK, 1, asked["cache_salt"])
+    lying = [(house.kv / key.file_name) for key in keys]
+    found = [f.read_bytes() if f.exists() else house.redis.live(key) for f, key in zip(lying, keys, strict=True)]
+    wrong = any(seen is not None and seen != value(index) for index, seen in enumerate(found))
+    there = sum(seen is not None for seen in found)
+    ids = [100 + wrong * (n > 3) + n for n in range(asked["max_tokens"])]
+    likely = [-1.0 - wrong * 0.01] * len(ids)
+    tokens = [str(one) for one in ids]
+    told = {"tokens": tokens, "token_logprobs": likely, "top_logprobs": [{token: likely[0]} for token in tokens]}
+    choice = {"text": "x", "token_ids": ids, "logprobs": told}
+    usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": len(ids),
+             "prompt_tokens_details": {"cached_tokens": there * CHUNK}}  # fmt: skip
+    exchange.json({"choices": [choice], "usage": usage})
+
+
+async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(house: House) -> None:
+    made = await window(house.parts)
+    before = house.everything()
+    verdict = await verify(house.parts, TENANT, "w", deep=True)
+    assert house.everything() == before
+    assert verdict.ok
+    assert verdict.deep is not None
+    assert [(one.tier, one.equal, one.cached_tokens, one.first_difference) for one in verdict.deep] == [
+        ("disk", True, WHOLE, None), ("redis", True, WHOLE, None),
+    ]  # fmt: skip
+    assert {one.tokens_compared for one in verdict.deep} == {16}
+    key = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)[1]
+    pin = f"cwg:{house.parts.store.store_id}:pin:{key}"
+    house.redis.client.set(pin, value(0) + b"x")
+    verdict = await verify(house.parts, TENANT, "w", deep=True)
+    assert verdict.deep is not None
+    disk, redis = verdict.deep
+    assert (verdict.ok, disk.equal, redis.equal) == (False, True, False)
+    assert redis.first_difference is not None
+    assert (redis.first_difference.position, redis.first_difference.expected_token_id) == (4, 104)
+    assert redis.first_difference.token_id == 105
+    assert redis.largest_logprob_difference == pytest.approx(0.01)
+    house.redis.client.delete(pin)
+    (_, redis) = (await verify(house.parts, TENANT, "w", deep=True)).deep or ((), ())
+    assert (redis.equal, redis.cached_tokens, redis.first_difference) == (False, WHOLE - CHUNK, None)
+
+
+async def test_what_a_deep_verification_lends_is_swept_where_it_is_stopped(house: House, engine: FakeEngine) -> None:
+    await window(house.parts)
+    before = house.everything()
+    engine.on_completion = lambda exchange: exchange.cut()
+    with pytest.raises(Exception, match="engine"):
+        await verify(house.parts, TENANT, "w", deep=True)
+    assert house.everything() == before
+
+
+async def test_an_eviction_leaves_alone_what_no_durable_tier_has(house: House) -> None:
+    made = await window(house.parts)
+    done = await evict(house.parts, TENANT, "w")
+    assert done.tiers == {"cpu": Place(CHUNKS, 0), "disk": Place(0, CHUNKS), "redis": Place(0, CHUNKS)}
+    assert (done.objects, done.kept, done.warnings) == (CHUNKS, 0, ())
+    last = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)[-1:]
+    for tier in house.parts.pins.tiers:
+        await tier.remove(last)
+    done = await evict(house.parts, TENANT, "w")
+    assert (done.tiers["cpu"].before, done.kept) == (CHUNKS - 1, 1)
+    assert "in no durable tier" in done.warnings[0]

@@ -1,0 +1,520 @@
+"""What nobody needs any more goes from the tiers, and nothing else does: real files, a real Redis, a real store."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gateway.app import open_parts
+from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey
+from gateway.kv.tiers.base import TierFull
+from gateway.records import Manifest, Session, Window
+from gateway.sessions.resolver import Place
+from gateway.settings import Settings
+from gateway.store.types import Text
+from gateway.windows.context import Parts
+from gateway.windows.delete import delete
+from gateway.windows.retention import orphans, sweeper
+from gateway.windows.retention.usage import Share, TierUse, usage
+from tests.support.fakes.engine import FakeEngine
+from tests.support.gateway_process import Gateway, eventually, gateway_before
+from tests.support.tier_harness import DiskRig, RedisRig, RedisServer, Rig, key, value
+
+pytestmark = pytest.mark.anyio
+
+TENANT = "default"
+SIZE = 5000
+
+
+def under(salt: str, count: int = 3) -> list[ObjectKey]:
+    """Objects of a conversation."""
+    return [key(number, salt=salt) for number in range(count)]
+
+
+class House:
+    """The parts of a gateway on both tiers, and what stands behind those."""
+
+    def __init__(self, parts: Parts, rigs: tuple[Rig, ...]) -> None:
+        self.parts = parts
+        self.rigs = rigs
+
+    def stored(self, keys: list[ObjectKey]) -> None:
+        """LMCache has written objects to both tiers."""
+        for rig in self.rigs:
+            for one in keys:
+                rig.put(one, value(SIZE))
+
+    def there(self, keys: list[ObjectKey]) -> list[list[ObjectKey]]:
+        """Which of them are there, pinned or not, in each tier."""
+        return [[one for one in keys if rig.live(one) or rig.pinned(one)] for rig in self.rigs]
+
+    async def session(self, name: str, salt: str, *, lineage: str = "", idle_s: float = 0.0) -> None:
+        """A session that had turns under a salt."""
+        now = time.time() - idle_s
+        session = Session(
+            TENANT, name, lineage or name, salt=salt, created_at=now, last_active_at=now, transcript=None
+        )  # fmt: skip
+        assert await self.parts.store.add_session(session)
+
+    async def window(self, name: str, keys: list[ObjectKey], *, expires_at: float | None = None) -> None:
+        """A window that holds objects."""
+        async with self.parts.pins.lock.hold(alone=False):
+            by_tier, _ = await self.parts.pins.pin(keys, [])
+            objects = tuple(one for tier in by_tier.values() for one in tier.values())
+            window = Window(
+                TENANT, name, "gone", "l", keys[0].salt, keys[0].salt, "demo", "org/demo", "fp", 1, 48, 16, len(keys),
+                SIZE, "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
+            )  # fmt: skip
+            manifest = Manifest(window.manifest, (1,) * 48, objects)
+            assert await self.parts.store.add_window(window, manifest, Text([{"role": "user", "content": name}]))
+
+
+def redis_of(house: House) -> RedisRig:
+    """The second of its rigs."""
+    rig = house.rigs[1]
+    assert isinstance(rig, RedisRig)
+    return rig
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of all objects and pins, each file once however many names it has."""
+    return sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("kv*/**/*.data")}.values())
+
+
+def settings(folder: Path, engine: FakeEngine, redis: RedisServer, **more: object) -> Settings:
+    return Settings(
+        engine_urls=(engine.url,), data_dir=str(folder / "data"), kv_dir=str(folder / "kv"),
+        kv_redis_url=f"redis://127.0.0.1:{redis.port}", **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def house(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
+    async with AsyncExitStack() as stack:
+        disk = DiskRig(tmp_path)
+        parts = await stack.enter_async_context(open_parts(settings(tmp_path, engine, redis_server)))
+        disk.pins = tmp_path / "kv-pins" / parts.store.store_id
+        redis = RedisRig(redis_server.port, parts.store.store_id)
+        stack.callback(redis.client.close)
+        yield House(parts, (disk, redis))
+
+
+# --- sessions
+
+
+async def test_a_deleted_session_takes_its_kv_along_from_every_tier(house: House) -> None:
+    await house.session("a", "salt-a")
+    house.stored(under("salt-a"))
+    house.stored(under("salt-b"))
+    done = await orphans.delete_session(house.parts, TENANT, "a")
+    assert (done.blocks_deleted, done.space_freed_bytes, done.warnings) == (3, 2 * 3 * SIZE, ())
+    assert house.there(under("salt-a")) == [[], []]
+    assert house.there(under("salt-b")) == [under("salt-b")] * 2
+    with pytest.raises(GatewayError, match="no session 'a'"):
+        await orphans.delete_session(house.parts, TENANT, "a")
+
+
+async def test_what_a_window_holds_stays_until_the_window_goes(house: House) -> None:
+    keys = under("salt-a", 5)
+    await house.session("a", "salt-a")
+    house.stored(keys)
+    await house.window("w", keys[:2])
+    done = await orphans.delete_session(house.parts, TENANT, "a")
+    assert done.blocks_deleted == 3
+    assert house.there(keys) == [keys[:2]] * 2
+    assert [rig.live(one) for rig in house.rigs for one in keys[:2]].count(None) == 0
+    assert (await delete(house.parts, TENANT, "w")).blocks_deleted == 2
+    assert house.there(keys) == [[], []]
+
+
+async def test_the_kv_that_two_sessions_share_goes_with_the_last_of_them(house: House) -> None:
+    await house.session("a", "shared", lineage="a")
+    await house.session("b", "shared", lineage="a")
+    house.stored(under("shared"))
+    first = await orphans.delete_session(house.parts, TENANT, "b")
+    assert (first.blocks_deleted, first.space_freed_bytes) == (0, 0)
+    assert "another session" in first.warnings[0]
+    assert house.there(under("shared")) == [under("shared")] * 2
+    assert (await orphans.delete_session(house.parts, TENANT, "a")).blocks_deleted == 3
+    assert house.there(under("shared")) == [[], []]
+
+
+async def test_a_window_that_was_deleted_first_leaves_nothing_when_its_session_goes(house: House) -> None:
+    await house.session("a", "salt-a", lineage="l")
+    house.stored(under("salt-a"))
+    await house.window("w", under("salt-a", 2))
+    kept = await delete(house.parts, TENANT, "w")
+    assert (kept.blocks_deleted, kept.space_freed_bytes) == (0, 2 * SIZE)  # the copies in Redis; links cost nothing
+    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+    await orphans.delete_session(house.parts, TENANT, "a")
+    assert house.there(under("salt-a")) == [[], []]
+
+
+async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_next_sweep(house: House) -> None:
+    await house.session("a", "salt-a", lineage="l")
+    house.stored(under("salt-a"))
+    fork = Place(Session(TENANT, "fork", "l"), "fork", b"")
+    house.parts.sessions.enter(fork)
+    assert (await orphans.delete_session(house.parts, TENANT, "a")).blocks_deleted == 0
+    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+    house.parts.sessions.leave(fork)
+    await sweeper.sweep(house.parts)
+    assert house.there(under("salt-a")) == [[], []]
+
+
+async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_keeps_its_kv(house: House) -> None:
+    await house.session("a", "salt-a", lineage="l")
+    house.stored(under("salt-a"))
+    assert await house.parts.store.delete_session(TENANT, "a")
+    lock = str(house.parts.settings.data_path / "pins.lock")
+
+    def waits() -> bool:
+        return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()].count(lock) > 1
+
+    async with house.parts.pins.lock.hold(alone=False):
+        going = asyncio.create_task(orphans.forget_loose(house.parts))
+        await asyncio.to_thread(eventually, waits, "it has looked, and waits for the lock")
+        await house.session("b", "salt-a", lineage="l")
+    assert (await going).kept == 1
+    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+
+
+async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(house: House) -> None:
+    await house.session("a", "salt-a")
+    await orphans.delete_session(house.parts, TENANT, "a")
+    house.stored(under("salt-a"))
+    await sweeper.sweep(house.parts)
+    assert house.there(under("salt-a")) == [[], []]
+    assert [one.salt for one in await house.parts.store.loose_salts()] == ["salt-a"]  # it may not have been the last
+
+
+async def test_sessions_beyond_sessions_kept_take_their_kv_along(
+    tmp_path: Path, engine: FakeEngine, redis_server: RedisServer
+) -> None:
+    disk = DiskRig(tmp_path)
+    async with open_parts(settings(tmp_path, engine, redis_server, sessions_kept=1)) as parts:
+        house = House(parts, (disk,))
+        for number in range(3):
+            await house.session(f"s{number}", f"salt-{number}", idle_s=10 - number)
+            house.stored(under(f"salt-{number}"))
+        await sweeper.sweep(parts)
+        assert [house.there(under(f"salt-{number}")) for number in range(3)] == [[[]], [[]], [under("salt-2")]]
+
+
+async def test_sessions_that_are_idle_longer_than_session_ttl_s_go_unless_they_are_in_a_turn(
+    tmp_path: Path, engine: FakeEngine, redis_server: RedisServer
+) -> None:
+    disk = DiskRig(tmp_path)
+    async with open_parts(settings(tmp_path, engine, redis_server, session_ttl_s=5)) as parts:
+        house = House(parts, (disk,))
+        for name, idle_s in (("idle", 6), ("fresh", 3), ("turning", 7)):
+            await house.session(name, f"salt-{name}", idle_s=idle_s)
+            house.stored(under(f"salt-{name}"))
+        turning = await parts.store.session(TENANT, "turning")
+        assert turning
+        parts.sessions.enter(Place(turning, "", b""))
+        await sweeper.sweep(parts)
+        assert house.there(under("salt-idle")) == [[]]
+        assert house.there(under("salt-fresh")) == [under("salt-fresh")]
+        assert house.there(under("salt-turning")) == [under("salt-turning")]
+        assert [await parts.store.session(TENANT, name) is not None for name in ("idle", "fresh", "turning")] == [
+            False, True, True,
+        ]  # fmt: skip
+
+
+async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds(house: House) -> None:
+    """`x-SEP-y` and `x/y` are one name on disk."""
+    held, free = key(1, model="x-SEP-y", salt="s"), key(2, model="x-SEP-y", salt="s")
+    await house.session("a", "s")
+    house.stored([held, free])
+    await house.window("w", [held])
+    await orphans.delete_session(house.parts, TENANT, "a")
+    assert house.there([held, free]) == [[held], [held]]
+
+
+async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(house: House, tmp_path: Path) -> None:
+    await house.session("a", "salt-a")
+    house.stored(under("salt-a"))
+    (tmp_path / "kv").rename(tmp_path / "away")
+    done = await orphans.delete_session(house.parts, TENANT, "a")
+    assert "disk tier" in done.warnings[0]
+    (tmp_path / "away").rename(tmp_path / "kv")
+    await sweeper.sweep(house.parts)
+    assert house.there(under("salt-a")) == [[], []]
+
+
+# --- windows
+
+
+async def test_an_expired_window_is_deleted_when_its_grace_is_over_and_one_that_was_given_time_is_not(
+    house: House,
+) -> None:
+    grace = house.parts.settings.expiry_grace_s
+    now = time.time()
+    for name, expires_at in (("over", now - grace - 1), ("grace", now - 1), ("alive", now + 60), ("for-ever", None)):
+        keys = under(f"salt-{name}")
+        house.stored(keys)
+        await house.window(name, keys, expires_at=expires_at)
+    with pytest.raises(GatewayError, match="no window 'grace'"):
+        await delete(house.parts, TENANT, "grace", expired_by=now - grace)
+    await sweeper.sweep(house.parts)
+    left = [name for name in ("over", "grace", "alive", "for-ever") if await house.parts.store.window(TENANT, name)]
+    assert left == ["grace", "alive", "for-ever"]
+    assert house.there(under("salt-over")) == [[], []]
+    assert house.there(under("salt-grace")) == [under("salt-grace")] * 2
+
+
+async def test_many_expired_windows_and_two_sweeps_at_once_delete_each_once(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = under("salt", 1)
+    house.stored(keys)
+    for number in range(250):
+        await house.window(f"w{number}", keys, expires_at=1.0)
+    with caplog.at_level("INFO"):
+        await asyncio.gather(sweeper.sweep(house.parts), sweeper.sweep(house.parts))
+    assert await house.parts.store.window_counts() == {}
+    assert house.there(keys) == [[], []]
+    assert sum("has expired" in line for line in caplog.messages) == 250
+
+
+# --- usage
+
+
+async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(house: House, tmp_path: Path) -> None:
+    await house.session("a", "salt-a")
+    await house.session("b", "salt-b")
+    for salt in ("salt-a", "salt-b", "salt-unknown"):
+        house.stored(under(salt, 4))
+    await house.window("w", under("salt-a", 2))
+    for tier in house.parts.pins.tiers:
+        await tier.lose([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
+    assert await house.parts.store.delete_session(TENANT, "b")
+    (tmp_path / "kv" / "being-written.tmp").write_bytes(b"x")
+    tiers, warnings = await usage(house.parts)
+    assert warnings == []
+    disk, redis = tiers
+    assert (disk.name, redis.name) == ("disk", "redis")
+    assert disk == TierUse(
+        "disk", total=Share(12, 12 * SIZE), pinned=Share(2, 2 * SIZE), windows=Share(2, 2 * SIZE),
+        sessions=Share(2, 2 * SIZE), forgotten=Share(4, 4 * SIZE), unknown=Share(4, 4 * SIZE),
+    )  # fmt: skip
+    # A pin in Redis is a copy.
+    assert redis == TierUse(
+        "redis", total=Share(12, 13 * SIZE), pinned=Share(2, 2 * SIZE), windows=Share(2, 3 * SIZE),
+        sessions=Share(2, 2 * SIZE), forgotten=Share(4, 4 * SIZE), unknown=Share(4, 4 * SIZE),
+    )  # fmt: skip
+    assert disk.total.bytes == on_disk(tmp_path)
+    client = redis_of(house).client
+    assert redis.total.bytes == sum(client.strlen(name) for name in client.scan_iter("*"))  # type: ignore[misc]
+
+
+async def test_a_tier_that_cannot_be_read_is_a_warning_and_the_other_is_told(house: House, tmp_path: Path) -> None:
+    (tmp_path / "kv").rename(tmp_path / "away")
+    tiers, warnings = await usage(house.parts)
+    assert [tier.name for tier in tiers] == ["redis"]
+    assert "disk tier" in warnings[0]
+
+
+# --- budgets
+
+
+@pytest.fixture
+async def tight(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
+    """A budget of ten objects on disk and of twelve in Redis."""
+    more = {"disk_budget_bytes": 10 * SIZE, "redis_budget_bytes": 12 * SIZE}
+    async with AsyncExitStack() as stack:
+        disk = DiskRig(tmp_path)
+        parts = await stack.enter_async_context(open_parts(settings(tmp_path, engine, redis_server, **more)))
+        disk.pins = tmp_path / "kv-pins" / parts.store.store_id
+        redis = RedisRig(redis_server.port, parts.store.store_id)
+        stack.callback(redis.client.close)
+        yield House(parts, (disk, redis))
+
+
+async def test_past_its_budget_a_tier_loses_the_kv_of_the_sessions_that_were_idle_longest(tight: House) -> None:
+    for number in range(5):
+        await tight.session(f"s{number}", f"salt-{number}", idle_s=100 - number)
+        tight.stored(under(f"salt-{number}"))
+    await sweeper.sweep(tight.parts)
+    left = [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
+    # The disk has room for three sessions, Redis for four.
+    assert left == [[0, 0], [0, 3], [3, 3], [3, 3], [3, 3]]
+    assert await tight.parts.store.session(TENANT, "s0") is not None
+    await sweeper.sweep(tight.parts)
+    assert left == [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
+
+
+async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and_the_log_says_so(
+    tight: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    await tight.session("idle", "salt-idle", idle_s=100)
+    await tight.session("turning", "salt-turning", idle_s=200)
+    for salt in ("salt-idle", "salt-turning", "salt-unknown"):
+        tight.stored(under(salt, 6))
+    await tight.window("w", under("salt-idle", 2))
+    turning = await tight.parts.store.session(TENANT, "turning")
+    assert turning
+    tight.parts.sessions.enter(Place(turning, "", b""))
+    await sweeper.sweep(tight.parts)
+    assert tight.there(under("salt-idle", 6)) == [under("salt-idle", 2)] * 2
+    for salt in ("salt-turning", "salt-unknown"):
+        assert tight.there(under(salt, 6)) == [under(salt, 6)] * 2
+    assert f"disk tier holds {14 * SIZE} bytes, {4 * SIZE} more than its budget" in caplog.text
+
+
+async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_a_budget_too(house: House) -> None:
+    await house.session("idle", "salt-idle", idle_s=100)
+    house.stored(under("salt-idle", 6))
+    await house.window("w", under("salt-idle", 2))
+    await sweeper.sweep(house.parts)
+    assert house.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
+    more_than_any_disk_has = replace(house.parts.settings, disk_reserve_bytes=2**60)
+    await sweeper.sweep(replace(house.parts, settings=more_than_any_disk_has))
+    assert house.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
+
+
+async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House) -> None:
+    await tight.session("old", "shared", lineage="l", idle_s=300)
+    await tight.session("fork", "shared", lineage="l", idle_s=1)
+    await tight.session("middle", "salt-middle", idle_s=100)
+    tight.stored(under("shared", 6))
+    tight.stored(under("salt-middle", 6))
+    await sweeper.sweep(tight.parts)
+    assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
+    assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
+
+
+async def test_a_salt_of_a_whole_tenant_is_as_old_as_the_last_of_all_its_sessions(tight: House) -> None:
+    await tight.session("old", "shared", lineage="one", idle_s=300)
+    await tight.session("new", "shared", lineage="another", idle_s=1)
+    await tight.session("middle", "salt-middle", idle_s=100)
+    tight.stored(under("shared", 6))
+    tight.stored(under("salt-middle", 6))
+    await sweeper.sweep(tight.parts)
+    assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
+    assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
+
+
+async def test_below_the_reserve_there_is_no_room(house: House) -> None:
+    await house.parts.pins.check_room(1)
+    with pytest.raises(TierFull, match="disk_reserve_bytes"):
+        await house.parts.pins.check_room(2**62)
+
+
+# --- as a user sees it
+
+
+@pytest.fixture
+def swept(tmp_path: Path, engine: FakeEngine) -> Iterator[tuple[Gateway, DiskRig]]:
+    """A gateway of two workers that sweeps often."""
+    disk = DiskRig(tmp_path)
+    with gateway_before(
+        engine.url, tmp_path, kv_dir=disk.kv, workers=2, sweep_every_s=0.2, session_ttl_s=1.5
+    ) as gateway:
+        yield gateway, disk
+
+
+def salt_of(engine: FakeEngine) -> str:
+    """The salt of the last turn."""
+    return str(engine.seen("/v1/chat/completions")[-1].json["cache_salt"])
+
+
+def test_deleting_a_session_over_http_says_what_was_freed(
+    engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str
+) -> None:
+    gateway, disk = swept
+    gateway.chat(session)
+    for one in under(salt_of(engine)):
+        disk.put(one, value(SIZE))
+    assert gateway.http.delete(f"/admin/sessions/{session}").json() == {
+        "session_id": session, "deleted": True, "blocks_deleted": 3, "space_freed_bytes": 3 * SIZE, "warnings": [],
+    }  # fmt: skip
+    assert list(disk.kv.iterdir()) == []
+
+
+def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too(
+    engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str
+) -> None:
+    gateway, disk = swept
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "no", "type": "x", "code": 500}}, 500)
+    gateway.chat(session)
+    for one in under(salt_of(engine)):
+        disk.put(one, value(SIZE))
+    eventually(lambda: not list(disk.kv.iterdir()), "the KV of an idle session is gone", more=lambda: gateway.log)
+    eventually(lambda: gateway.http.get(f"/admin/sessions/{session}").status_code == 404, "the session is gone")
+    eventually(lambda: "removed 3 KV objects" in gateway.log, "the log says so")
+
+
+def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes_on(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    with gateway_before(engine.url, tmp_path, sweep_every_s=600, session_ttl_s=0.5) as gateway:
+
+        def states() -> dict[str, set[str]]:
+            listed = {
+                state: gateway.http.get(f"/admin/sessions?state={state}").json()["sessions"]
+                for state in ("active", "frozen", "thawed", "expired")
+            }
+            assert all(one["state"] == state for state, found in listed.items() for one in found)
+            return {state: {one["id"] for one in found} for state, found in listed.items()}
+
+        for name in ("a", "b"):
+            gateway.chat(name)
+        gateway.freeze("b", "w")
+        eventually(lambda: states()["expired"] == {"a", "b"}, "both are expired")
+        assert {state for state, found in states().items() if found} == {"expired"}
+        assert gateway.http.get("/admin/sessions/b").json()["state"] == "expired"
+        gateway.chat("b", "I am back")
+        assert gateway.http.get("/admin/sessions/b").json()["turn_count"] == 2
+
+
+def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    with gateway_before(engine.url, tmp_path, sweep_every_s=0.1, expiry_grace_s=1.5) as gateway:
+        gateway.chat(session)
+        assert gateway.freeze(session, "w", ttl_seconds=0.2).json()["state"] == "frozen"
+
+        def state() -> str:
+            return str(gateway.http.get("/admin/windows/w").json().get("state"))
+
+        eventually(lambda: state() == "expired", "it has expired")
+        assert gateway.http.get("/admin/windows").json()["windows"][0]["state"] == "expired"
+        refused = [
+            gateway.http.post("/admin/windows/w/thaw", json={}),
+            gateway.http.post("/admin/windows/w/clone", json={"target_window": "v"}),
+            gateway.http.post("/w/w/v1/chat/completions", json={"model": "demo", "messages": [{"role": "user"}]}),
+        ]
+        for answer in refused:
+            assert answer.status_code == 404
+            assert answer.json()["error"]["code"] == "window_not_found"
+            assert "window 'w' expired at 20" in answer.json()["error"]["message"]
+        assert len(gateway.http.get("/admin/windows/w/messages").json()["messages"]) == 2
+        eventually(lambda: gateway.http.get("/admin/windows/w").status_code == 404, "it is deleted")
+        eventually(lambda: "window w has expired and was deleted" in gateway.log, "the log says so")
+
+
+def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str) -> None:
+    gateway, disk = swept
+    gateway.chat(session)
+    for one in under(salt_of(engine)):
+        disk.put(one, value(SIZE))
+    gateway.http.get(f"/admin/sessions/{session}")  # waits until the turn is recorded
+    answer = gateway.http.get("/admin/cache").json()
+    nothing = {"objects": 0, "bytes": 0}
+    hits = {name: answer.pop(name) for name in ("prompt_tokens", "cached_tokens", "hit_rate")}
+    assert hits["hit_rate"] == pytest.approx(hits["cached_tokens"] / hits["prompt_tokens"], abs=1e-4)
+    assert answer.pop("windows") == gateway.http.get("/admin/windows").json()["total"]
+    assert answer == {
+        "chunk_size": None, "lmcache": {"status": "not configured"}, "warnings": [],
+        "tiers": {"disk": {
+            "objects": 3, "bytes": 3 * SIZE, "sessions": {"objects": 3, "bytes": 3 * SIZE}, "windows": nothing,
+            "pinned": nothing, "forgotten": nothing, "unknown": nothing,
+        }},
+    }  # fmt: skip
+    assert gateway.http.get("/admin/cache?x=1").json()["error"]["code"] == "unknown_parameter"

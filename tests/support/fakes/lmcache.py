@@ -1,0 +1,192 @@
+"""LMCache over its HTTP interface, above a real directory of files that it writes under LMCache's own names.
+
+It keeps what lmcache 0.5.6 was seen to do: an object that is resident in memory is not written to the directory a
+second time, a deletion takes from memory or directory what it is told to, and a load finds leading chunks only.
+The bytes of an object are other ones each time it is computed, as floats of another batch may be.
+"""
+
+import json
+import random
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from gateway.kv.keys import ObjectKey, object_keys
+from tests.support.fakes.engine import FakeEngine
+
+ROOT = "org/demo"  # of the model that the fake engine serves
+CHUNK = 16
+_SIZE = 200  # bytes of an object
+_STATIC: Mapping[str, Mapping[str, Any]] = {
+    "status": {},
+    "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"type": "fs", "serde": None}]}}},
+    "healthcheck": {"status": "healthy"},
+}
+
+
+class FakeLMCache:
+    """Listens on a port of its own. A test may have writes refused or held, and calls fail."""
+
+    def __init__(self, folder: Path, world_size: int = 1) -> None:
+        self.folder = folder
+        self.world_size = world_size
+        self.memory: set[str] = set()  # file names of what is in L1
+        self.prefetches: list[tuple[str, int]] = []  # salt and token ids of every load that was asked for
+        self.before_write: Callable[[str], bool] = lambda name: True  # False: this object does not land
+        self.before_answer: Callable[[str, str], None] = lambda method, path: None
+        self._guard = threading.Lock()
+        self._jobs: dict[int, tuple[int, int]] = {}
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.cache = self
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> "FakeLMCache":
+        """Listen."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Close the port."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def behind(self, engine: FakeEngine) -> "FakeLMCache":
+        """Have an engine store what it computes, and find here what it does not have to."""
+        engine.on_computed = self.computed
+        return self
+
+    def computed(self, body: Mapping[str, Any], ids: Sequence[int]) -> None:
+        """The engine has computed these ids, unless it was told to store nothing."""
+        if (body.get("kv_transfer_params") or {}).get("lmcache.max_offload_tokens") != 0:
+            self.store(ids, body.get("cache_salt") or "")
+
+    def store(self, ids: Sequence[int], salt: str) -> None:
+        """Keep what is not there of the whole chunks of `ids`."""
+        for key in self.keys(ids, salt):
+            with self._guard:
+                new = key.file_name not in self.memory and not self._path(key).exists()
+                self.memory.add(key.file_name)
+            if new and self.before_write(key.file_name):
+                self.write(key)
+
+    def write(self, key: ObjectKey) -> None:
+        """Write an object as LMCache does: under another name first."""
+        fresh = self.folder / f"{secrets.token_hex(8)}.tmp"
+        fresh.write_bytes(secrets.token_bytes(_SIZE))
+        fresh.replace(self._path(key))
+
+    def evict(self) -> None:
+        """Lose every object, in memory and in the directory."""
+        self.memory.clear()
+        for path in self.folder.glob("*.data"):
+            path.unlink()
+
+    def some(self, chance: random.Random, share: float) -> int:
+        """Evict a share of the objects, each from memory, from the directory or from both."""
+        evicted = 0
+        for path in sorted(self.folder.glob("*.data")):
+            if chance.random() < share:
+                evicted += 1
+                where = chance.choice(["memory", "directory", "both"])
+                if where != "directory":
+                    self.memory.discard(path.name)
+                if where != "memory":
+                    path.unlink(missing_ok=True)
+        return evicted
+
+    def keys(self, ids: Sequence[int], salt: str) -> list[ObjectKey]:
+        """The keys of the whole chunks of `ids`."""
+        return object_keys(ROOT, ids, CHUNK, self.world_size, salt)
+
+    def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+        """Answer one request."""
+        self.before_answer(method, path)
+        match method, path.strip("/").split("/"):
+            case "GET", [name] if name in _STATIC:
+                return 200, self._status() if name == "status" else _STATIC[name]
+            case "DELETE", ["cache", "objects"]:
+                return 200, self._delete(body)
+            case "POST", ["cache", "prefetches"]:
+                return 202, self._prefetch(body)
+            case "GET", ["cache", "prefetches", number]:
+                found, total = self._jobs.pop(int(number))
+                return 200, {"status": "completed", "found_keys": found, "total_keys": total}
+            case _:
+                return 404, {"detail": "Not Found"}
+
+    def _status(self) -> Mapping[str, Any]:
+        meta = {"1": {"model_name": ROOT, "world_size": self.world_size}}
+        return {"chunk_size": CHUNK, "hash_algorithm": "blake3", "cache_context_meta": meta}
+
+    def _delete(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        dropped = 0
+        for wire in body["keys"]:
+            names = ("model_name", "kv_rank", "object_group_id", "chunk_hash_hex", "cache_salt")
+            key = ObjectKey(*(wire[name] for name in names))
+            with self._guard:
+                dropped += key.file_name in self.memory
+                self.memory.discard(key.file_name)
+            if body["tier"] != "l1" and body.get("adapter") in (None, "fs"):
+                self._path(key).unlink(missing_ok=True)
+        return {"ok": True, "deleted": dropped, "skipped": 0}
+
+    def _prefetch(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        keys = self.keys(body["token_ids"], body["cache_salt"])
+        with self._guard:
+            self.prefetches.append((body["cache_salt"], len(body["token_ids"])))
+            number, found = len(self.prefetches), 0
+            for key in keys:
+                if key.file_name not in self.memory and not self._path(key).exists():
+                    break
+                self.memory.add(key.file_name)
+                found += 1
+            self._jobs[number] = found, len(keys)
+        if not keys:
+            return {"status": "noop"}
+        return {"status": "submitted", "request_id": number, "chunks": len(keys) // self.world_size}
+
+    def _path(self, key: ObjectKey) -> Path:
+        return self.folder / key.file_name
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    cache: FakeLMCache
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        self._serve("GET")
+
+    def do_POST(self) -> None:
+        self._serve("POST")
+
+    def do_DELETE(self) -> None:
+        self._serve("DELETE")
+
+    def _serve(self, method: str) -> None:
+        length = int(self.headers.get("content-length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else {}
+        status, answer = self.server.cache.answer(method, self.path, body)
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""

@@ -1,0 +1,99 @@
+"""A gateway's parts before a fake engine, a fake LMCache and its real directory: what a freeze and a thaw need."""
+
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.app import open_parts
+from gateway.kv.keys import ObjectKey
+from gateway.records import Session, Turn, Window
+from gateway.runtime.progress import Progress, silent
+from gateway.sessions import prefix_chain
+from gateway.settings import Settings
+from gateway.store.types import Finished
+from gateway.windows.context import Parts
+from gateway.windows.freeze import Naming, freeze
+from tests.support.fakes.engine import MODEL, FakeEngine, render
+from tests.support.fakes.lmcache import CHUNK, FakeLMCache
+
+TENANT = "default"
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "hello there, how are you? " * 3},
+    {"role": "assistant", "content": "Fine."},
+]
+IDS = render(MESSAGES, generation_prompt=False)
+CHUNKS = len(IDS) // CHUNK
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """The parts, the cache behind them, and what they leave in the file system."""
+
+    parts: Parts
+    cache: FakeLMCache
+
+    @property
+    def pins(self) -> Path:
+        """The directory of our pins."""
+        assert self.parts.settings.pins_path
+        return self.parts.settings.pins_path / self.parts.store.store_id
+
+    @property
+    def pinned(self) -> set[str]:
+        """File names of what is pinned."""
+        return {path.name for path in self.pins.iterdir()}
+
+    @property
+    def locked(self) -> bool:
+        """Whether somebody holds the lock on the pins, so that nothing can be unpinned."""
+        fd = os.open(self.parts.settings.data_path / "pins.lock", os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    async def session(
+        self, name: str = "s", messages: Sequence[Mapping[str, Any]] = MESSAGES, *, stored: bool = True, **more: Any
+    ) -> Session:
+        """A session that has had a turn; with `stored` LMCache has what the engine computed for it."""
+        model = await self.parts.engines.model(MODEL)
+        fingerprint = more.pop("fingerprint", model.fingerprint)
+        salt = self.parts.salts.of(TENANT, name, fingerprint)
+        said = [dict(message) for message in messages]
+        turn = Turn(TENANT, name, MODEL, "completed", 200, time.time(), 1.0)
+        trace = prefix_chain.trace(b"", said[:-1], said[-1], None)
+        await self.parts.store.record([Finished(turn, Session(TENANT, name, name), fingerprint, salt, said, {}, trace)])
+        if stored:
+            self.cache.store(render(said[:-1], generation_prompt=True), salt)
+        found = await self.parts.store.session(TENANT, name)
+        assert found is not None
+        return found
+
+    async def window(self, name: str = "w", *, session: str = "s", progress: Progress = silent) -> Window:
+        """A window of a session, which is made if it is not there."""
+        if await self.parts.store.session(TENANT, session) is None:
+            await self.session(session)
+        made, _ = await freeze(self.parts, TENANT, session, Naming(name), progress)
+        return made
+
+    def keys(self, window: Window) -> list[ObjectKey]:
+        """The keys of a window's whole chunks."""
+        return self.cache.keys(IDS, window.salt)
+
+
+@asynccontextmanager
+async def opened(engine: FakeEngine, cache: FakeLMCache, folder: Path, **more: Any) -> AsyncIterator[Cached]:
+    """The parts over what is in `folder`."""
+    given = {"cache_url": cache.url, "kv_dir": str(cache.folder), "freeze_timeout_s": 0.3} | more
+    settings = Settings(engine_urls=(engine.url,), data_dir=str(folder / "own"), **given)
+    (folder / "own").mkdir(exist_ok=True)
+    async with open_parts(settings) as parts:
+        yield Cached(parts, cache)

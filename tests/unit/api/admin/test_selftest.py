@@ -1,0 +1,148 @@
+"""The self-test finds what is wrong with a stack: an engine or a tier that leaks, a cache that is not where we look."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gateway.api.selftest import Check, prove
+from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.pins import Pins
+from gateway.kv.tiers.disk import DiskTier
+from gateway.records import PinnedObject
+from gateway.windows.context import Parts
+from tests.support.fakes.engine import Exchange, FakeEngine
+from tests.support.harness import CHUNK, House, value
+
+pytestmark = pytest.mark.anyio
+
+Keep = Callable[[ObjectKey, bytes], None]
+
+
+class SaltlessTier(DiskTier):
+    """A directory that finds an object under every salt, as storage would whose names leave the salt out."""
+
+    async def sizes(self, names: Sequence[str]) -> list[int]:
+        there = {path.name.rpartition("@")[0]: path.stat().st_size for path in self._kv.iterdir()}
+        return [there.get(ObjectKey.parse(name).file_name.rpartition("@")[0], 0) for name in names]
+
+
+class EvictingTier(DiskTier):
+    """A directory whose objects are evicted just before they are pinned."""
+
+    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+        await self.lose(keys)
+        return await super().pin(keys, known)
+
+
+def storing(engine: FakeEngine, keep: Keep, *, salted: bool = True) -> None:
+    """Let the engine store what it computes, as LMCache does; without `salted` under no salt, whatever it was given."""
+
+    def answer(exchange: Exchange) -> None:
+        body = exchange.request.json
+        if "kv_transfer_params" not in body:
+            salt = body["cache_salt"] if salted else ""
+            for index, key in enumerate(object_keys("org/demo", body["prompt"], CHUNK, 1, salt)):
+                keep(key, value(index))
+        engine.answer_completion(exchange)
+
+    engine.on_completion = answer
+
+
+def to_both(house: House) -> Keep:
+    """Write to disk and Redis."""
+
+    def keep(key: ObjectKey, data: bytes) -> None:
+        (house.kv / key.file_name).write_bytes(data)
+        house.redis.put(key, data)
+
+    return keep
+
+
+def on_disk(house: House, tier: DiskTier | None = None) -> Parts:
+    """The parts with a disk tier alone."""
+    return replace(house.parts, pins=Pins((tier or house.parts.pins.tiers[0],), house.parts.pins.lock))
+
+
+async def checked(parts: Parts) -> dict[str, Check]:
+    """What the self-test says, by name."""
+    (member,) = parts.engines.members
+    return {check.name: check for check in await prove(parts, member.engine, land_s=0.5)}
+
+
+def failed(checks: dict[str, Check]) -> list[str]:
+    """What it found to be wrong."""
+    return [name for name, check in checks.items() if check.status == "failed"]
+
+
+async def test_nothing_is_wrong_with_a_stack_that_keeps_salts_apart_and_nothing_is_left_behind(
+    engine: FakeEngine, house: House
+) -> None:
+    before = house.everything()
+    storing(engine, to_both(house))
+    checks = await checked(house.parts)
+    assert failed(checks) == []
+    assert {"disk tier", "disk pins", "redis tier", "redis pins", "isolation"} <= checks.keys()
+    assert house.everything()[:2] == before[:2]
+
+
+async def test_an_engine_that_finds_kv_under_another_salt_is_found_out(engine: FakeEngine, house: House) -> None:
+    engine.leaks_salts = True
+    storing(engine, to_both(house))
+    checks = await checked(house.parts)
+    assert failed(checks) == ["isolation"]
+    assert "sessions are NOT isolated" in checks["isolation"].message
+
+
+async def test_a_tier_that_finds_objects_under_another_salt_is_a_leak(engine: FakeEngine, house: House) -> None:
+    storing(engine, to_both(house))
+    disk = SaltlessTier(house.kv, Path(house.parts.settings.data_dir) / "pins")
+    checks = await checked(on_disk(house, disk))
+    assert failed(checks) == ["isolation in the disk tier"]
+    assert checks["isolation in the disk tier"].leaks
+
+
+async def test_a_cache_that_stores_under_no_salt_is_found_out_in_every_tier(engine: FakeEngine, house: House) -> None:
+    storing(engine, to_both(house), salted=False)
+    checks = await checked(house.parts)
+    assert failed(checks) == ["disk tier", "redis tier"]
+    assert "kv_redis_url" in checks["redis tier"].remedy
+
+
+async def test_a_cache_that_stores_elsewhere_is_found_out(engine: FakeEngine, house: House) -> None:
+    storing(engine, lambda key, data: None)
+    checks = await checked(on_disk(house))
+    assert failed(checks) == ["disk tier"]
+    assert checks["disk tier"].message.startswith("0 of 2 objects")
+    assert "kv_dir" in checks["disk tier"].remedy
+
+
+async def test_pins_that_cannot_be_made_are_found_out(engine: FakeEngine, house: House, tmp_path: Path) -> None:
+    storing(engine, to_both(house))
+    (tmp_path / "file").touch()
+    checks = await checked(on_disk(house, DiskTier(house.kv, tmp_path / "file" / "pins")))
+    assert failed(checks) == ["disk pins"]
+    assert "pins_dir must be writable" in checks["disk pins"].remedy
+
+
+async def test_objects_that_are_gone_before_they_are_pinned_are_no_pins(
+    engine: FakeEngine, house: House, tmp_path: Path
+) -> None:
+    storing(engine, to_both(house))
+    (tmp_path / "pins").mkdir()
+    checks = await checked(on_disk(house, EvictingTier(house.kv, tmp_path / "pins")))
+    assert failed(checks) == ["disk pins"]
+    assert checks["disk pins"].message == "0 of 2 objects could be pinned"
+
+
+async def test_an_engine_that_reuses_nothing_is_found_out(engine: FakeEngine, house: House) -> None:
+    storing(engine, to_both(house))
+    answer = engine.on_completion
+
+    def forgetful(exchange: Exchange) -> None:
+        engine.forget()
+        answer(exchange)
+
+    engine.on_completion = forgetful
+    assert failed(await checked(house.parts)) == ["cached_tokens"]

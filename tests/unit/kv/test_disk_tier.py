@@ -1,0 +1,312 @@
+"""The disk tier on real directories: hard links, other file systems, full ones, and directories that are not there."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.disk import DiskTier
+from tests.support.gateway_process import ROOT
+from tests.support.tier_harness import DiskRig, key, keys, small_disk, spelled, value
+
+pytestmark = pytest.mark.anyio
+SHM = Path("/dev/shm")
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[DiskRig]:
+    rig = DiskRig(tmp_path)
+    async with rig.tier:
+        yield rig
+
+
+@pytest.fixture
+def few_inodes(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for the directories and 32 names; every link takes one, on tmpfs."""
+    try:
+        with small_disk(tmp_path / "small", "size=1m,nr_inodes=36") as folder:
+            yield folder
+    except PermissionError as error:
+        pytest.skip(f"only root may mount a small file system: {error}")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A name on another file system than that of `tmp_path`."""
+    if not SHM.is_dir() or SHM.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip(f"{SHM} and {tmp_path} are one file system")
+    folder = SHM / f"{tmp_path.name}-{os.getpid()}"
+    yield folder
+    folder.rmdir()
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a directory."""
+    return [path.name for path in folder.iterdir()]
+
+
+def fill(rig: DiskRig, count: int, size: int = 5000) -> list[bytes]:
+    """Objects as LMCache writes them."""
+    values = [value(size) for _ in range(count)]
+    for one, content in zip(keys(count), values, strict=True):
+        rig.put(one, content)
+    return values
+
+
+async def test_a_pin_is_a_hard_link_and_no_byte_is_copied(rig: DiskRig) -> None:
+    fill(rig, 3, size=2**20)
+    objects = await rig.tier.pin(keys(3), {})
+    assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
+    assert {(rig.pins / one.file_name).stat().st_nlink for one in keys(3)} == {2}
+    await rig.tier.lose(keys(3))
+    await rig.tier.restore(objects)
+    assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
+
+
+async def test_a_model_with_slashes_is_one_flat_name_in_both_directories(rig: DiskRig) -> None:
+    one = key(1, model="/models/org/some-model")
+    rig.put(one, b"x")
+    (pinned,) = await rig.tier.pin([one], {})
+    name = f"-SEP-models-SEP-org-SEP-some-model@0x01000100@0@{1:064x}@salt.data"
+    assert names(rig.pins) == names(rig.kv) == [name]
+    await rig.tier.lose([one])
+    assert await rig.tier.restore([pinned]) == [Restored.RELINKED]
+    assert await rig.tier.sweep({one}) == 0
+    assert names(rig.pins) == names(rig.kv) == [name]
+
+
+async def test_the_pins_directory_is_made_and_is_for_us_alone(tmp_path: Path) -> None:
+    rig = DiskRig(tmp_path, tmp_path / "deep" / "er" / "pins")
+    async with rig.tier:
+        assert rig.pins.stat().st_mode & 0o777 == 0o700
+    async with DiskTier(rig.kv, rig.pins):
+        assert rig.pins.is_dir()
+
+
+async def test_damage_in_place_is_damage_to_both_and_takes_both_away(rig: DiskRig) -> None:
+    values = fill(rig, 3)
+    objects = await rig.tier.pin(keys(3), {})
+    rig.flip(key(0))
+    rig.flip(key(2), pin=True)
+    assert rig.inodes(key(0))[0] == rig.inodes(key(0))[1]
+    assert await rig.tier.verify(objects) == [Restored.CORRUPT, Restored.INTACT, Restored.CORRUPT]
+    assert await rig.tier.restore(objects) == [Restored.CORRUPT, Restored.INTACT, Restored.CORRUPT]
+    assert [rig.live(one) for one in keys(3)] == [None, values[1], None]
+    assert [rig.pinned(one) for one in keys(3)] == [None, values[1], None]
+
+
+async def test_truncation_in_place_is_found_and_an_original_written_anew_since_is_kept(rig: DiskRig) -> None:
+    (content,) = fill(rig, 1)
+    objects = await rig.tier.pin(keys(1), {})
+    os.truncate(rig.kv / key(0).file_name, len(content) - 1)
+    rig.put(key(0), content)  # LMCache computed it again: another inode, the right bytes
+    assert await rig.tier.verify(objects) == [Restored.CORRUPT]
+    assert await rig.tier.pin(keys(1), {objects[0].key: objects[0]}) == objects
+    assert rig.inodes(key(0))[0] == rig.inodes(key(0))[1]
+    assert rig.pinned(key(0)) == content
+
+
+async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskRig) -> None:
+    (content,) = fill(rig, 1)
+    objects = await rig.tier.pin(keys(1), {})
+    wrong = value()
+    rig.put(key(0), wrong)
+    with (rig.kv / key(0).file_name).open("rb") as reader:  # LMCache is loading it
+        assert await rig.tier.restore(objects) == [Restored.RELINKED]
+        assert reader.read() == wrong
+    assert rig.live(key(0)) == content
+    assert names(rig.kv) == names(rig.pins) == [key(0).file_name]
+
+
+_TRUNCATED = """
+import asyncio, os, sys, threading
+from pathlib import Path
+from gateway.kv.tiers.disk import DiskTier
+from gateway.records import PinnedObject
+from tests.support.tier_harness import key
+
+folder = Path(sys.argv[1])
+file = folder / "pins" / key(0).file_name
+
+def open_files():
+    maps = Path("/proc/self/maps").read_text()
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return file.name in maps or any(file.name in link for link in links)
+
+async def main():
+    (folder / "kv").mkdir()
+    async with DiskTier(folder / "kv", folder / "pins") as tier:
+        with file.open("wb") as made:
+            made.truncate(2**30)
+        going = asyncio.create_task(tier.verify([PinnedObject(str(key(0)), "disk", 2**30, bytes(32))]))
+        while not await asyncio.to_thread(open_files):
+            await asyncio.sleep(0)
+        os.truncate(file, 0)
+        print((await going)[0].value)
+
+asyncio.run(main())
+"""
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_corrupt_and_harms_nobody(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _TRUNCATED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "corrupt\n"), done.stderr
+
+
+# --- bytes freed
+
+
+async def test_remove_tells_the_bytes_it_freed_each_time(rig: DiskRig) -> None:
+    for count in [1, 2, 3, 5, 8] * 30:
+        values = fill(rig, count, size=100)
+        await rig.tier.pin(keys(count), {})
+        assert await rig.tier.remove(keys(count)) == sum(map(len, values))
+
+
+async def test_unpin_frees_nothing_while_the_original_is_there(rig: DiskRig) -> None:
+    values = fill(rig, 2)
+    await rig.tier.pin(keys(2), {})
+    await rig.tier.lose([key(1)])
+    assert await rig.tier.unpin(keys(2)) == len(values[1])
+
+
+async def test_bytes_that_somebody_else_links_are_not_freed(rig: DiskRig, tmp_path: Path) -> None:
+    fill(rig, 1)
+    await rig.tier.pin(keys(1), {})
+    (tmp_path / "elsewhere").hardlink_to(rig.kv / key(0).file_name)  # another gateway's pin, or a backup
+    assert await rig.tier.remove(keys(1)) == 0
+
+
+async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskRig) -> None:
+    (content,) = fill(rig, 1)
+    async with DiskTier(rig.kv, rig.pins.with_name("ba9876543210")) as other:
+        await rig.tier.pin(keys(1), {})
+        objects = await other.pin(keys(1), {})
+        assert await rig.tier.sweep([]) == 1
+        assert await rig.tier.remove(keys(1)) == 0
+        assert await other.restore(objects) == [Restored.RELINKED]
+    assert rig.live(key(0)) == content
+
+
+# --- directories in trouble
+
+
+async def test_a_kv_dir_that_is_not_there_holds_nothing_and_pins_nothing(rig: DiskRig) -> None:
+    rig.kv.rmdir()
+    assert await rig.tier.sizes(spelled(*keys(3))) == [0] * 3
+    assert await rig.tier.pin(keys(3), {}) == []
+    assert await rig.tier.remove(keys(3)) == 0
+    await rig.tier.lose(keys(3))
+
+
+async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(rig: DiskRig) -> None:
+    values = fill(rig, 2)
+    objects = await rig.tier.pin(keys(2), {})
+    await rig.tier.lose(keys(2))
+    rig.kv.rmdir()
+    with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.kv}"):
+        await rig.tier.restore(objects)
+    rig.kv.mkdir()
+    assert all(state.usable for state in await rig.tier.restore(objects))
+    await rig.tier.sweep(set(keys(2)))  # what the failed ones left on their way
+    assert sorted(names(rig.pins)) == sorted(one.file_name for one in keys(2))
+    assert [rig.live(one) for one in keys(2)] == values
+
+
+async def test_a_pins_dir_that_is_gone_is_no_false_word(rig: DiskRig) -> None:
+    fill(rig, 1)
+    rig.pins.rmdir()
+    with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.pins}"):
+        await rig.tier.pin(keys(1), {})
+    with pytest.raises(TierUnavailable):
+        await rig.tier.sweep([])
+
+
+async def test_a_pins_dir_that_cannot_be_made_is_told_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TierUnavailable, match=r"disk tier: Not a directory"):
+        async with DiskTier(tmp_path, tmp_path / "file" / "pins"):
+            pass
+
+
+async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig: DiskRig) -> None:
+    with pytest.raises(TierUnavailable, match="File name too long"):
+        await rig.tier.sizes(spelled(key(1, model="m" * 300)))
+
+
+async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskRig) -> None:
+    fill(rig, 1)
+    slow = rig.kv / key(1).file_name
+    os.mkfifo(slow)  # opening it waits for a writer: a thread that takes its time
+    pinning = asyncio.create_task(rig.tier.pin([key(0, model="m" * 300), key(1)], {}))
+    done, _ = await asyncio.wait([pinning], timeout=0.3)
+    writer = os.open(slow, os.O_RDWR | os.O_NONBLOCK)
+    with pytest.raises(TierUnavailable, match="File name too long"):
+        await pinning
+    os.close(writer)
+    assert not done
+
+
+async def test_pins_on_another_file_system_are_refused_in_words(tmp_path: Path, elsewhere: Path) -> None:
+    rig = DiskRig(tmp_path, elsewhere)
+    async with rig.tier:
+        fill(rig, 1)
+        with pytest.raises(TierUnavailable, match=r"cross-device link") as refused:
+            await rig.tier.pin(keys(1), {})
+        assert not isinstance(refused.value, TierFull)
+        assert str(elsewhere) in str(refused.value) or str(rig.kv) in str(refused.value)
+        assert names(elsewhere) == []
+        assert rig.live(key(0)) is not None
+
+
+async def test_a_full_file_system_is_told_as_full_and_harms_nothing(few_inodes: Path) -> None:
+    rig = DiskRig(few_inodes)
+    async with rig.tier:
+        values = fill(rig, 20, size=10)
+        with pytest.raises(TierFull, match="No space left"):
+            await rig.tier.pin(keys(20), {})
+        assert [rig.live(one) for one in keys(20)] == values
+        assert await rig.tier.sweep([]) > 0
+        objects = await rig.tier.pin(keys(5), {})  # there is room again
+        assert await rig.tier.verify(objects) == [Restored.INTACT] * 5
+
+
+async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) -> None:
+    rig = DiskRig(few_inodes)
+    async with rig.tier:
+        values = fill(rig, 10, size=10)
+        objects = await rig.tier.pin(keys(10), {})
+        await rig.tier.lose(keys(10))
+        crowd = 0
+        try:
+            while True:
+                (few_inodes / f"crowd{crowd}").touch()
+                crowd += 1
+        except OSError:
+            pass
+        with pytest.raises(TierFull):
+            await rig.tier.restore(objects)
+        assert [rig.pinned(one) for one in keys(10)] == values
+        for number in range(crowd):
+            (few_inodes / f"crowd{number}").unlink()
+        assert all(state.usable for state in await rig.tier.restore(objects))
+        assert [rig.live(one) for one in keys(10)] == values
+
+
+async def test_an_object_under_another_name_than_its_pin_takes_no_bytes(tmp_path: Path) -> None:
+    rig = DiskRig(tmp_path)
+    async with rig.tier:
+        rig.put(key(0), value(5000))
+        (pin,) = await rig.tier.pin([key(0)], {})
+        other = key(0, salt="other")
+        await rig.tier.restore([pin._replace(key=str(other), pin=pin.key)])
+        assert len({file.stat().st_ino for file in (*rig.pins.iterdir(), *rig.kv.iterdir())}) == 1
+        assert sum(one.size for one in await rig.tier.inventory()) == 5000
+        assert await rig.tier.remove([key(0)]) == 0
+        assert await rig.tier.remove([other]) == 5000

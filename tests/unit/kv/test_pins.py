@@ -1,0 +1,292 @@
+"""Pins over both tiers at once, and the lock between freezes and deletions, in this process and across processes."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gateway.kv.pins import Lock, Pins
+from gateway.kv.tiers.base import Restored, TierFull
+from gateway.kv.tiers.redis import RedisTier
+from gateway.records import PinnedObject
+from tests.support.gateway_process import ROOT, free_port
+from tests.support.tier_harness import DiskRig, RedisRig, RedisServer, key, keys, spelled, value
+
+pytestmark = pytest.mark.anyio
+
+# Takes the lock, says so, and holds it until its standard input ends.
+HOLDER = """
+import asyncio, sys
+from pathlib import Path
+from gateway.kv.pins import Lock
+async def hold():
+    async with Lock(Path(sys.argv[1])).hold(alone=sys.argv[2] == "alone"):
+        print("held", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+asyncio.run(hold())
+"""
+
+
+@pytest.fixture
+async def disk(tmp_path: Path) -> AsyncIterator[DiskRig]:
+    rig = DiskRig(tmp_path)
+    async with rig.tier:
+        yield rig
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[RedisRig]:
+    rig = RedisRig(redis_server.port)
+    async with rig.tier:
+        yield rig
+    rig.client.config_set("maxmemory", 0)
+    rig.client.close()
+
+
+@pytest.fixture
+def pins(disk: DiskRig, redis: RedisRig, tmp_path: Path) -> Pins:
+    return Pins((disk.tier, redis.tier), Lock(tmp_path / "pins.lock"))
+
+
+@pytest.fixture
+async def half(disk: DiskRig, tmp_path: Path) -> AsyncIterator[Pins]:
+    """Disk, and a Redis that is down."""
+    async with RedisTier(f"redis://127.0.0.1:{free_port()}", "s", 5) as down:
+        yield Pins((down, disk.tier), Lock(tmp_path / "pins.lock"))
+
+
+# --- both tiers
+
+
+async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+    disk.put(key(0), b"on disk")
+    redis.put(key(1), b"in redis")
+    for rig in (disk, redis):
+        rig.put(key(2), b"in both")
+    found, warnings = await pins.present(spelled(*keys(4)))
+    both = {"disk": set(spelled(key(0), key(2))), "redis": set(spelled(key(1), key(2)))}
+    assert (found, warnings) == (both, [])
+    pinned, warnings = await pins.pin(keys(4), [])
+    assert {tier: set(have) for tier, have in pinned.items()} == {
+        "disk": {str(key(0)), str(key(2))},
+        "redis": {str(key(1)), str(key(2))},
+    }
+    assert warnings == []
+
+
+async def test_a_tier_is_told_only_of_what_is_known_in_it(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+    # The same chunk computed twice need not have the same bytes in both tiers.
+    values = {"disk": value(), "redis": value()}
+    disk.put(key(0), values["disk"])
+    redis.put(key(0), values["redis"])
+    first, _ = await pins.pin(keys(1), [])
+    known = [have[str(key(0))] for have in first.values()]
+    assert known[0].checksum != known[1].checksum
+    again, _ = await pins.pin(keys(1), known)
+    assert again == first
+    restored, _ = await pins.restore(known)
+    assert restored == {"disk": {str(key(0)): Restored.INTACT}, "redis": {str(key(0)): Restored.INTACT}}
+    assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
+
+
+async def test_missing_is_what_is_not_there_in_each_tier_or_not_of_its_size(
+    pins: Pins, disk: DiskRig, redis: RedisRig
+) -> None:
+    for rig in (disk, redis):
+        for one in keys(3):
+            rig.put(one, value(100))
+    pinned, _ = await pins.pin(keys(3), [])
+    held = {tier: {key: one.size for key, one in have.items()} for tier, have in pinned.items()}
+    assert await pins.missing(held) == {}
+    await disk.tier.lose([key(0)])
+    redis.put(key(2), value(99))
+    assert await pins.missing(held) == {"disk": {str(key(0))}, "redis": {str(key(2))}}
+    assert await pins.missing({}) == {}
+
+
+async def test_what_one_tier_lost_the_other_does_not_hide(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+    for rig in (disk, redis):
+        rig.put(key(0), value())
+    pinned, _ = await pins.pin(keys(1), [])
+    await disk.tier.remove(keys(1))
+    await redis.tier.lose(keys(1))
+    restored, warnings = await pins.restore([o for have in pinned.values() for o in have.values()])
+    assert restored == {"disk": {str(key(0)): Restored.MISSING}, "redis": {str(key(0)): Restored.RELINKED}}
+    assert warnings == []
+
+
+@pytest.mark.parametrize("originals", [True, False])
+async def test_removing_frees_the_bytes_of_all_tiers(
+    pins: Pins, disk: DiskRig, redis: RedisRig, originals: bool
+) -> None:
+    for rig in (disk, redis):
+        rig.put(key(0), value(1000))
+    await pins.pin(keys(1), [])
+    await disk.tier.lose(keys(1))  # so that the bytes on disk hang on the pin alone
+    freed, warnings = await pins.remove(keys(1), originals=originals)
+    assert (freed, warnings) == (3000 if originals else 2000, [])
+    assert disk.pinned(key(0)) is redis.pinned(key(0)) is None
+    assert (redis.live(key(0)) is None) is originals
+
+
+async def test_a_sweep_counts_what_it_took_from_all_tiers(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+    for rig in (disk, redis):
+        for one in keys(3):
+            rig.put(one, value(10))
+    await pins.pin(keys(3), [])
+    assert await pins.sweep({key(0)}) == (4, [])
+    assert await pins.sweep({key(0)}) == (0, [])
+
+
+async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_their_work(
+    half: Pins, disk: DiskRig
+) -> None:
+    content = value(1000)
+    disk.put(key(0), content)
+    found, warnings = await half.present(spelled(*keys(1)))
+    assert found == {"disk": {str(key(0))}}  # not an empty set for Redis: nobody has looked
+    assert len(warnings) == 1
+    assert warnings[0].startswith("redis tier: ")
+    pinned, warnings = await half.pin(keys(1), [])
+    assert (list(pinned), len(warnings)) == (["disk"], 1)
+    (one,) = pinned["disk"].values()
+    held = {tier: {one.key: one.size} for tier in ("disk", "redis", "a tier of former days")}
+    assert await half.missing(held) == {"redis": {one.key}, "a tier of former days": {one.key}}
+    restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
+    assert (restored, len(warnings)) == ({"disk": {str(key(0)): Restored.INTACT}}, 1)
+    assert (await half.sweep([key(0)]))[0] == 0
+    await disk.tier.lose(keys(1))
+    freed, warnings = await half.remove(keys(1), originals=False)
+    assert (freed, len(warnings)) == (1000, 1)
+
+
+async def test_a_full_tier_fails_the_pinning_as_a_whole(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+    for rig in (disk, redis):
+        rig.put(key(0), value(200_000))
+    redis.client.config_set("maxmemory", 1)  # what is there stays, nothing more may come
+    with pytest.raises(TierFull, match="redis tier"):
+        await pins.pin(keys(1), [])
+
+
+# --- the lock
+
+
+@contextmanager
+def holder(path: Path, how: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that wants the lock."""
+    argv = [sys.executable, "-c", HOLDER, str(path), how]
+    process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def wait_held(process: subprocess.Popen[bytes]) -> None:
+    """Wait until it says that it holds the lock."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+
+
+def open_files() -> int:
+    """How many files this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+async def taken(path: Path, *, alone: bool, within: float) -> bool:
+    """Whether this process gets the lock in so many seconds."""
+    try:
+        async with asyncio.timeout(within), Lock(path).hold(alone=alone):
+            return True
+    except TimeoutError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("theirs", "alone", "both"),
+    [("shared", False, True), ("shared", True, False), ("alone", False, False), ("alone", True, False)],
+)
+async def test_freezes_share_the_lock_and_a_deletion_has_it_alone(
+    tmp_path: Path, theirs: str, alone: bool, both: bool
+) -> None:
+    path = tmp_path / "lock"
+    with holder(path, theirs) as other:
+        wait_held(other)
+        assert await taken(path, alone=alone, within=5 if both else 0.2) is both
+        other.communicate()  # its input ends, and so does it
+        assert await taken(path, alone=alone, within=5)
+
+
+@pytest.mark.parametrize("theirs", ["shared", "alone"])
+async def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, theirs: str) -> None:
+    path = tmp_path / "lock"
+    with holder(path, theirs) as other:
+        wait_held(other)
+        waiting = asyncio.create_task(taken(path, alone=True, within=10))
+        assert not await taken(path, alone=True, within=0.1)
+        other.kill()
+        assert await waiting
+
+
+async def test_who_waits_gets_it_when_the_last_reader_lets_go(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with holder(path, "shared") as one, holder(path, "shared") as other:
+        wait_held(one)
+        wait_held(other)
+        waiting = asyncio.create_task(taken(path, alone=True, within=10))
+        one.communicate()
+        assert not await taken(path, alone=True, within=0.1)
+        other.communicate()
+        assert await waiting
+
+
+async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "lock")
+    inside = most = 0
+
+    async def work(alone: bool) -> None:
+        nonlocal inside, most
+        async with lock.hold(alone=alone):
+            inside += 1
+            most = max(most, inside)
+            assert inside == 1 or not alone
+            for _ in range(3):
+                await asyncio.sleep(0)
+            inside -= 1
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(work(alone=True) for _ in range(5)))
+        assert most == 1
+        await asyncio.gather(*(work(alone=False) for _ in range(5)))
+        assert most == 5
+
+
+async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "lock")
+    async with lock.hold(alone=True):
+        before = open_files()
+        for _ in range(5):
+            assert not await taken(tmp_path / "lock", alone=False, within=0.01)
+        assert open_files() == before
+    assert await taken(tmp_path / "lock", alone=True, within=5)
+
+
+@pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
+async def test_a_failure_inside_lets_the_lock_go(tmp_path: Path, end: Callable[[], BaseException]) -> None:
+    with pytest.raises((ValueError, asyncio.CancelledError)):
+        async with Lock(tmp_path / "lock").hold(alone=True):
+            raise end()
+    assert await taken(tmp_path / "lock", alone=True, within=5)
+
+
+async def test_the_lock_file_is_for_its_owner_only(tmp_path: Path) -> None:
+    async with Lock(tmp_path / "lock").hold(alone=True):
+        assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,299 @@
+"""The Redis tier before a real redis-server: copies, full memory, many objects, other stores, a server that dies."""
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.liveness import Hung, Liveness
+from gateway.kv.tiers.redis import RedisTier
+from gateway.records import PinnedObject
+from tests.support.gateway_process import free_port
+from tests.support.tier_harness import RedisRig, RedisServer, key, keys, spelled, value
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def rig(redis_server: RedisServer) -> AsyncIterator[RedisRig]:
+    rig = RedisRig(redis_server.port)
+    async with rig.tier:
+        yield rig
+    rig.client.config_set("maxmemory", 0)
+    rig.client.close()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server to stop and to kill."""
+    server = RedisServer(tmp_path).start()
+    yield server
+    server.stop()
+
+
+def fill(rig: RedisRig, count: int, size: int = 5000) -> list[bytes]:
+    """Objects as LMCache writes them."""
+    values = [value(size) for _ in range(count)]
+    for one, content in zip(keys(count), values, strict=True):
+        rig.put(one, content)
+    return values
+
+
+async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisRig) -> None:
+    (content,) = fill(rig, 1)
+    await rig.tier.pin(keys(1), {})
+    assert sorted(rig.client.scan_iter()) == sorted(
+        [b"cwg:0123456789ab:pin:" + str(key(0)).encode(), str(key(0)).encode()]
+    )
+    rig.put(key(0), value())  # not a link: what happens to one does not happen to the other
+    assert rig.pinned(key(0)) == content
+
+
+async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisRig) -> None:
+    rig.client.set(str(key(0)), value(), ex=1000)
+    await rig.tier.pin(keys(1), {})
+    assert rig.client.ttl(f"cwg:0123456789ab:pin:{key(0)}") == -1
+
+
+async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(rig: RedisRig, redis_server: RedisServer) -> None:
+    fill(rig, 2)
+    rig.client.acl_setuser("plain", enabled=True, passwords=["+word"], keys=["*"], commands=["+@all", "-@scripting"])
+    async with RedisTier(f"redis://plain:word@127.0.0.1:{redis_server.port}", "other", 5.0) as tier:
+        assert await tier.sizes(spelled(*keys(3))) == [5000, 5000, 0]
+    rig.client.acl_deluser("plain")
+
+
+async def test_hundreds_of_objects_go_through_every_verb(rig: RedisRig) -> None:
+    count = 1203  # more than one call of names, and no whole number of calls of values
+    values = fill(rig, count, size=100)
+    assert await rig.tier.sizes(spelled(*keys(count))) == [100] * count
+    objects = await rig.tier.pin(keys(count), {})
+    assert [o.key for o in objects] == [str(one) for one in keys(count)]
+    assert await rig.tier.pin(keys(count), {o.key: o for o in objects}) == objects
+    lost = [one for number, one in enumerate(keys(count)) if number % 3 == 0]
+    await rig.tier.lose(lost)
+    wanted = [Restored.RELINKED if number % 3 == 0 else Restored.INTACT for number in range(count)]
+    assert await rig.tier.restore(objects) == wanted
+    assert [rig.live(one) for one in keys(count)] == values
+    assert await rig.tier.verify(objects) == [Restored.INTACT] * count
+    assert await rig.tier.sweep(set(keys(count))) == 0
+    assert await rig.tier.unpin(keys(count)) == count * 100
+    assert await rig.tier.remove(keys(count)) == count * 100
+    assert rig.client.dbsize() == 0
+
+
+async def test_bytes_freed_are_those_of_every_copy(rig: RedisRig) -> None:
+    fill(rig, 2, size=1000)
+    await rig.tier.pin(keys(1), {})
+    assert await rig.tier.remove(keys(2)) == 3000
+
+
+async def test_two_stores_in_one_redis_keep_their_pins_apart(rig: RedisRig, redis_server: RedisServer) -> None:
+    values = fill(rig, 3)
+    async with RedisTier(f"redis://127.0.0.1:{redis_server.port}", "ba9876543210", 5) as other:
+        await rig.tier.pin(keys(3), {})
+        objects = await other.pin(keys(3), {})
+        assert await rig.tier.sweep([]) == 3
+        assert await rig.tier.remove(keys(3)) == sum(map(len, values))
+        assert await other.verify(objects) == [Restored.INTACT] * 3
+        assert await other.restore(objects) == [Restored.RELINKED] * 3
+        assert await other.sweep([]) == 3
+    assert [rig.live(one) for one in keys(3)] == values
+
+
+async def test_foreign_keys_are_never_touched(rig: RedisRig) -> None:
+    foreign = {b"cwg:0123456789ab:other": b"1", b"cwg:0123456789abc:pin:x": b"2", b"x": b"3", b"cwg:": b"4"}
+    rig.client.mset(foreign)
+    fill(rig, 1)
+    await rig.tier.pin(keys(1), {})
+    await rig.tier.sweep([])
+    await rig.tier.remove(keys(1))
+    assert {name: rig.client.get(name) for name in rig.client.scan_iter()} == foreign
+
+
+async def test_a_value_that_is_no_object_is_told_as_unavailable(rig: RedisRig) -> None:
+    rig.client.lpush(str(key(0)), "x")
+    with pytest.raises(TierUnavailable, match=r"redis tier: .*WRONGTYPE"):
+        await rig.tier.sizes(spelled(*keys(1)))
+
+
+async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisRig) -> None:
+    values = fill(rig, 20, size=200_000)
+    rig.client.config_set("maxmemory-policy", "noeviction")
+    rig.client.config_set("maxmemory", int(rig.client.info("memory")["used_memory"]) + 1_000_000)
+    with pytest.raises(TierFull, match="maxmemory"):
+        await rig.tier.pin(keys(20), {})
+    assert [rig.live(one) for one in keys(20)] == values
+    assert await rig.tier.sweep([]) > 0  # removing needs no memory
+    rig.client.config_set("maxmemory", 0)
+    assert len(await rig.tier.pin(keys(20), {})) == 20
+
+
+async def test_a_restore_into_full_memory_loses_no_pin(rig: RedisRig) -> None:
+    values = fill(rig, 5, size=200_000)
+    objects = await rig.tier.pin(keys(5), {})
+    await rig.tier.lose(keys(5))
+    rig.client.config_set("maxmemory", 1_000_000)
+    with pytest.raises(TierFull):
+        await rig.tier.restore(objects)
+    assert [rig.pinned(one) for one in keys(5)] == values
+    rig.client.config_set("maxmemory", 0)
+    assert await rig.tier.restore(objects) == [Restored.RELINKED] * 5
+
+
+async def every_verb(tier: RedisTier) -> None:
+    """Each verb has to say that it cannot reach the server."""
+    objects = [PinnedObject(str(key(0)), "redis", 1, b"")]
+    for call in (
+        tier.sizes(spelled(*keys(1))), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
+        tier.restore(objects), tier.verify(objects), tier.unpin(keys(1)), tier.remove(keys(1)), tier.lose(keys(1)),
+        tier.sweep([]),
+    ):  # fmt: skip
+        with pytest.raises(TierUnavailable, match="redis tier: ") as refused:
+            await call
+        assert not isinstance(refused.value, TierFull)
+
+
+async def test_a_server_that_is_down_is_told_by_every_verb_and_at_once() -> None:
+    async with RedisTier(f"redis://127.0.0.1:{free_port()}", "s", 5) as tier:
+        clock = time.monotonic()
+        await every_verb(tier)
+        assert time.monotonic() - clock < 3
+
+
+async def test_a_server_that_comes_back_is_found_again(own_server: RedisServer) -> None:
+    rig = RedisRig(own_server.port)
+    async with rig.tier:
+        fill(rig, 1)
+        assert all(await rig.tier.sizes(spelled(*keys(1))))
+        own_server.stop()
+        with pytest.raises(TierUnavailable):
+            await rig.tier.sizes(spelled(*keys(1)))
+        own_server.start()
+        assert await rig.tier.sizes(spelled(*keys(1))) == [0]
+    rig.client.close()
+
+
+# --- a server that hangs
+
+_REST_S = 30
+
+
+async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing(own_server: RedisServer) -> None:
+    now = time.monotonic()
+    async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 5, lambda: now) as tier:
+        assert await tier.sizes(spelled(*keys(1))) == [0]
+        own_server.hang()
+        async with asyncio.timeout(8):  # by their timeouts they would take more than ten seconds each
+            with pytest.raises(TierUnavailable, match=r"redis tier: it hangs .* left alone for 30 s"):
+                await tier.sizes(spelled(*keys(1)))
+            assert tier.resting
+            await every_verb(tier)
+        own_server.go_on()
+        with pytest.raises(TierUnavailable, match="left alone for 30 s"):
+            await tier.sizes(spelled(*keys(1)))
+        now += _REST_S
+        assert await tier.sizes(spelled(*keys(1))) == [0]
+        assert not tier.resting
+
+
+async def test_a_server_that_still_hangs_after_its_rest_has_another(own_server: RedisServer) -> None:
+    now = time.monotonic()
+    async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 0.5, lambda: now) as tier:
+        own_server.hang()
+        for _ in range(2):
+            async with asyncio.timeout(5):
+                with pytest.raises(TierUnavailable, match="left alone for 30 s"):
+                    await tier.sizes(spelled(*keys(1)))
+            now += _REST_S
+
+
+async def test_a_server_that_stops_in_the_middle_of_a_long_call_is_noticed(own_server: RedisServer) -> None:
+    rig = RedisRig(own_server.port)
+    fill(rig, 40, size=2**20)
+    async with rig.tier:
+        objects = await rig.tier.pin(keys(40), {})
+        going = asyncio.create_task(rig.tier.verify(objects * 50))
+        before = int(rig.client.info("stats")["total_commands_processed"])
+        while int(rig.client.info("stats")["total_commands_processed"]) < before + 5:  # noqa: ASYNC110 - it reads
+            await asyncio.sleep(0)
+        own_server.hang()
+        async with asyncio.timeout(8):
+            with pytest.raises(TierUnavailable, match="hangs"):
+                await going
+    rig.client.close()
+
+
+async def test_a_slow_call_to_a_server_that_lives_is_waited_for() -> None:
+    slow = asyncio.Event()
+    asked = 0
+
+    async def probe() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            slow.set()
+
+    liveness = Liveness(probe, 5.0)
+    assert await liveness.run(slow.wait)
+    assert not liveness.resting
+
+
+async def test_a_stall_of_our_own_is_not_the_servers() -> None:
+    answered = asyncio.Event()
+    asked = 0
+
+    async def probe() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            time.sleep(0.6)  # noqa: ASYNC251 - nothing else of this process goes on
+            await asyncio.sleep(0.01)
+        answered.set()
+
+    liveness = Liveness(probe, 0.2)
+    assert await liveness.run(answered.wait)
+    assert not liveness.resting
+    assert asked == 2
+
+
+async def test_a_call_that_fails_while_the_sign_of_life_does_is_nobodys_forgotten_error() -> None:
+    asked = asyncio.Event()
+
+    async def call() -> None:
+        await asked.wait()
+        raise TimeoutError("the call")
+
+    async def probe() -> None:
+        asked.set()
+        await asyncio.sleep(0.01)  # the call has failed by now
+        raise TimeoutError("the sign of life")
+
+    forgotten: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: forgotten.append(context))
+    with pytest.raises(Hung):
+        await Liveness(probe, 5.0).run(call)
+    gc.collect()  # asyncio tells of an exception that nobody has looked at when its task goes
+    assert forgotten == []
+
+
+async def test_whoever_stops_waiting_ends_the_call() -> None:
+    ended = asyncio.Event()
+
+    async def call() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    going = asyncio.create_task(Liveness(lambda: asyncio.sleep(0), 5.0).run(call))
+    await asyncio.sleep(0.01)
+    going.cancel()
+    await ended.wait()
+    with pytest.raises(asyncio.CancelledError):
+        await going

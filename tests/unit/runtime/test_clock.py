@@ -1,0 +1,95 @@
+"""A clock that jumps makes nothing expire that is not old."""
+
+from pathlib import Path
+
+import pytest
+
+from gateway.runtime.clock import Clock
+from gateway.store.store import SqliteStore
+from gateway.windows.retention import sweeper
+from tests.support.harness import House, window
+
+DAY = 86400.0
+
+
+class Clocks:
+    """Two clocks in a test's hands."""
+
+    def __init__(self, hold_s: float = 3600.0) -> None:
+        self.wall = 1_800_000_000.0
+        self.steady = 500.0
+        self.clock = Clock(hold_s, lambda: self.wall, lambda: self.steady)
+
+    def go_on(self, seconds: float) -> None:
+        """Let time pass."""
+        self.wall += seconds
+        self.steady += seconds
+
+    @property
+    def doubt(self) -> str:
+        """What the clock thinks of it."""
+        return self.clock.doubt()
+
+
+def test_a_clock_that_goes_as_it_should_is_believed_however_long_it_takes() -> None:
+    clocks = Clocks()
+    for _ in range(1000):
+        clocks.go_on(3600)
+        clocks.wall += 30  # it is slewed, or drifts
+        assert clocks.doubt == ""
+
+
+@pytest.mark.parametrize("jump", [40 * DAY, -40 * DAY, 90.0])
+def test_after_a_jump_nothing_expires_until_the_clock_is_back_or_has_stayed_for_long(jump: float) -> None:
+    clocks = Clocks()
+    clocks.wall += jump
+    for _ in range(50):
+        assert "jumped" in clocks.doubt
+        clocks.go_on(60)
+    clocks.wall -= jump
+    assert clocks.doubt == ""
+    clocks.wall += jump
+    assert "jumped" in clocks.doubt
+    clocks.go_on(3599)
+    assert "jumped" in clocks.doubt
+    clocks.go_on(2)
+    assert clocks.doubt == ""
+    clocks.wall -= jump
+    assert "jumped" in clocks.doubt
+
+
+def test_a_clock_that_jumps_again_and_again_is_never_believed() -> None:
+    clocks = Clocks()
+    for _ in range(100):
+        clocks.wall += DAY
+        clocks.go_on(600)
+        assert "jumped" in clocks.doubt
+
+
+def test_after_a_long_time_without_a_gateway_nothing_expires_at_once() -> None:
+    clocks = Clocks()
+    clocks.clock.started_after(clocks.wall - 40 * DAY)
+    assert "40 days" in clocks.doubt
+    clocks.go_on(3601)
+    assert clocks.doubt == ""
+    for newest in (None, clocks.wall - 6 * DAY, clocks.wall + 40 * DAY):
+        clocks.clock.started_after(newest)
+        assert clocks.doubt == ""
+
+
+@pytest.mark.anyio
+async def test_a_sweep_without_expiry_leaves_what_has_expired(house: House) -> None:
+    await window(house.parts, "w")
+    await house.parts.store.describe_window("default", "w", {"expires_at": 1.0})
+    await sweeper.sweep(house.parts, expire=False)
+    assert await house.parts.store.window("default", "w")
+    await sweeper.sweep(house.parts)
+    assert await house.parts.store.window("default", "w") is None
+
+
+@pytest.mark.anyio
+async def test_the_newest_record_is_of_a_session_or_of_a_window(house: House, tmp_path: Path) -> None:
+    async with SqliteStore(tmp_path / "empty.db", turns_kept=5) as empty:
+        assert await empty.newest() is None
+    await window(house.parts, "w")
+    assert await house.parts.store.newest() == 1.0

@@ -1,0 +1,132 @@
+"""Turns that other workers see: locks that are taken with the first turn, dropped with the last, and with a death."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import StartError
+from gateway.sessions.in_flight import Mark, TurnLocks
+from tests.support.gateway_process import ROOT
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gateway.sessions.in_flight import TurnLocks
+locks = TurnLocks(Path(sys.argv[1]))
+locks.hold([("session", "t", "s")])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+OVER = HOLDER.replace('locks.hold([("session", "t", "s")])', "[locks.over(batch) for batch in (1, 2, 9)]")
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[tuple[TurnLocks, TurnLocks]]:
+    """The locks of two workers."""
+    ours, theirs = TurnLocks(tmp_path / "turns"), TurnLocks(tmp_path / "turns")
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def test_a_turn_is_seen_by_the_other_worker_and_not_by_its_own(workers: tuple[TurnLocks, TurnLocks]) -> None:
+    ours, theirs = workers
+    ours.hold([("session", "t", "s")])
+    assert theirs.elsewhere(("session", "t", "s"))
+    assert not ours.elsewhere(("session", "t", "s"))
+    others: list[Mark] = [("session", "t", "s2"), ("session", "t2", "s"), ("lineage", "t", "s"), ("session", "", "ts")]
+    assert not any(theirs.elsewhere(other) for other in others)
+    ours.let_go([("session", "t", "s")])
+    assert not theirs.elsewhere(("session", "t", "s"))
+
+
+def test_two_workers_may_be_in_a_turn_of_one_session(workers: tuple[TurnLocks, TurnLocks], tmp_path: Path) -> None:
+    ours, theirs = workers
+    third = TurnLocks(tmp_path / "turns")
+    for locks in workers:
+        locks.hold([("session", "t", "s")])
+    ours.let_go([("session", "t", "s")])
+    assert third.elsewhere(("session", "t", "s"))
+    assert not theirs.elsewhere(("session", "t", "s"))
+    theirs.let_go([("session", "t", "s")])
+    assert not third.elsewhere(("session", "t", "s"))
+    third.close()
+
+
+def test_the_first_turn_takes_the_lock_and_the_last_one_drops_it(workers: tuple[TurnLocks, TurnLocks]) -> None:
+    ours, theirs = workers
+    for _ in range(3):
+        ours.hold([("session", "t", "s")])
+    for _ in range(2):
+        ours.let_go([("session", "t", "s")])
+    assert theirs.elsewhere(("session", "t", "s"))
+    ours.let_go([("session", "t", "s")])
+    assert not theirs.elsewhere(("session", "t", "s"))
+
+
+def test_turns_that_are_over_are_told_batch_by_batch(workers: tuple[TurnLocks, TurnLocks]) -> None:
+    ours, theirs = workers
+    for batch in range(5):
+        ours.over(batch)
+    assert ours.over_elsewhere() == set()
+    assert len(first := theirs.over_elsewhere()) == 5
+    for batch in (0, 1, 3):
+        ours.recorded(batch)
+    ours.over(5)
+    left = theirs.over_elsewhere()
+    assert (len(left), len(left & first)) == (3, 2)
+    for batch in (2, 4, 5):
+        ours.recorded(batch)
+    assert theirs.over_elsewhere() == set()
+
+
+def test_turns_that_are_over_are_told_of_every_worker(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OVER, str(tmp_path / "turns")]
+    locks = TurnLocks(tmp_path / "turns")
+    with ExitStack() as stack:
+        others = [stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **PIPES)) for _ in range(4)]
+        for other in others:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+        assert len(locks.over_elsewhere()) == 4 * 3
+        others[1].kill()
+        others[1].wait()
+        assert len(locks.over_elsewhere()) == 3 * 3
+        for other in others:
+            other.kill()
+    locks.close()
+
+
+def test_many_turns_do_not_disturb_each_other(workers: tuple[TurnLocks, TurnLocks]) -> None:
+    ours, theirs = workers
+    for number in range(2000):
+        ours.hold([("session", "t", f"s{number}")])
+    for number in range(0, 2000, 2):
+        ours.let_go([("session", "t", f"s{number}")])
+    assert [theirs.elsewhere(("session", "t", f"s{number}")) for number in range(2000)] == [False, True] * 1000
+
+
+def test_the_locks_of_a_worker_that_is_killed_are_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "turns")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        locks = TurnLocks(tmp_path / "turns")
+        assert locks.elsewhere(("session", "t", "s"))
+        holder.kill()
+        holder.wait()
+        assert not locks.elsewhere(("session", "t", "s"))
+        locks.close()
+
+
+def test_a_folder_that_cannot_be_had_is_said_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match="set workers to 1"):
+        TurnLocks(tmp_path / "file" / "turns")

@@ -1,0 +1,203 @@
+"""The token ids that every next turn begins with, asked of an engine whose template does what real ones do."""
+
+import re
+import zlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import pytest
+
+from gateway.engines.client import Engine
+from gateway.errors import GatewayError
+from gateway.windows.next_turn import next_turn_ids
+from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
+
+pytestmark = pytest.mark.anyio
+RENDER = "/v1/chat/completions/render"
+Template = Callable[[Sequence[Mapping[str, Any]]], str]
+
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello", "reasoning": "be polite"},
+]
+TOOLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call-7", "function": {"name": "f", "arguments": "{}"}}],
+    },
+]
+
+
+def append_only(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Each message is written the same wherever it stands."""
+    return "".join(f"<{m['role']}>{m.get('content') or ''}{m.get('tool_calls', '')}</>" for m in messages)
+
+
+def forgets_reasoning(messages: Sequence[Mapping[str, Any]]) -> str:
+    """As the templates of reasoning models: a reply keeps its reasoning until the user speaks again."""
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    return "".join(
+        f"<{m['role']}>{'(' + m['reasoning'] + ')' if m.get('reasoning') and i > last_user else ''}{m['content']}</>"
+        for i, m in enumerate(messages)
+    )
+
+
+@pytest.fixture
+async def asks(engine: FakeEngine) -> AsyncIterator[Engine]:
+    async with Engine(engine.url, api_key="", fingerprint="", connect_timeout_s=5, timeout_s=5) as asks:
+        yield asks
+
+
+def rendering(engine: FakeEngine, template: Template) -> None:
+    """Give the engine a template, one token for each character."""
+
+    def answer(exchange: Exchange) -> None:
+        assert exchange.request.path == RENDER
+        body = exchange.request.json
+        assert body["add_generation_prompt"] is False
+        exchange.json({"request_id": "x", "token_ids": [ord(c) for c in template(body["messages"])]})
+
+    engine.on_other = answer
+
+
+def text(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+async def test_a_template_that_only_appends_gives_the_whole_conversation(engine: FakeEngine, asks: Engine) -> None:
+    rendering(engine, append_only)
+    ids = await next_turn_ids(asks, MODEL, {}, TALK)
+    assert text(ids) == "<user>hi</><assistant>hello</>"
+    assert len(engine.seen(RENDER)) == 2
+
+
+async def test_a_template_that_drops_earlier_reasoning_gives_what_the_next_turn_keeps(
+    engine: FakeEngine, asks: Engine
+) -> None:
+    rendering(engine, forgets_reasoning)
+    ids = await next_turn_ids(asks, MODEL, {}, TALK)
+    assert text(ids) == "<user>hi</><assistant>hello</><user>"
+    assert "polite" not in text(ids)
+    for following in ("and?", "a", "#", "", "日本"):
+        whole = forgets_reasoning([*TALK, {"role": "user", "content": following}])
+        assert whole.startswith(text(ids))
+
+
+async def test_what_was_called_is_followed_by_its_result(engine: FakeEngine, asks: Engine) -> None:
+    rendering(engine, append_only)
+    ids = await next_turn_ids(asks, MODEL, {}, TOOLS)
+    assert text(ids) == append_only(TOOLS)
+    *_, probe = engine.seen(RENDER)
+    assert probe.json["messages"][-1] == {"role": "tool", "tool_call_id": "call-7", "content": "a"}
+
+
+async def test_a_template_that_closes_a_turn_only_at_its_end_shares_no_end(engine: FakeEngine, asks: Engine) -> None:
+    rendering(engine, lambda messages: append_only(messages) + "<eos>")
+    ids = await next_turn_ids(asks, MODEL, {}, TALK)
+    assert text(ids) == append_only(TALK) + "<user>"
+
+
+async def test_probes_that_begin_alike_in_a_template_still_share_only_what_is_common(
+    engine: FakeEngine, asks: Engine
+) -> None:
+    rendering(engine, lambda messages: f"{len(messages)}:" + append_only(messages))
+    ids = await next_turn_ids(asks, MODEL, {}, TALK)
+    one, other = (f"3:{append_only([*TALK, {'role': 'user', 'content': c}])}" for c in ("yes", "no"))
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    assert text(ids) == shared
+
+
+async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: Engine) -> None:
+    rendering(engine, append_only)
+    frame = {"tools": [{"type": "function"}], "chat_template_kwargs": {"thinking": False}}
+    await next_turn_ids(asks, MODEL, frame, TALK)
+    for request in engine.seen(RENDER):
+        assert {name: request.json[name] for name in frame} == frame
+        assert request.json["model"] == MODEL
+        assert "cache_salt" not in request.json
+
+
+async def test_a_template_that_wants_the_system_message_first_gets_all_of_them_there(
+    engine: FakeEngine, asks: Engine
+) -> None:
+    def answer(exchange: Exchange) -> None:
+        messages = exchange.request.json["messages"]
+        if any(message["role"] == "system" for message in messages[1:]):
+            exchange.json({"error": {"message": "System message must be at the beginning.", "code": 400}}, 400)
+        else:
+            exchange.json({"token_ids": [ord(c) for c in append_only(messages)]})
+
+    engine.on_other = answer
+    between = [TALK[0], {"role": "system", "content": "hurry"}, TALK[1]]
+    assert text(await next_turn_ids(asks, MODEL, {}, between)) == append_only([between[1], *TALK])
+    assert text(await next_turn_ids(asks, MODEL, {}, TALK)) == append_only(TALK)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_an_engine_without_rendering_is_asked_to_tokenize(engine: FakeEngine, asks: Engine, status: int) -> None:
+    engine.on_other = lambda exchange: exchange.json({"error": {"message": "no"}}, status)
+    ids = await next_turn_ids(asks, MODEL, {}, TALK)
+    assert bytes(ids) == b"<user>hi</><assistant>hello</>"
+    assert [r.json["add_generation_prompt"] for r in engine.seen("/tokenize")] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "invalid_request"), (422, "invalid_request"), (500, "engine_unreachable")]
+)
+async def test_an_engine_that_cannot_render_is_no_guess(
+    engine: FakeEngine, asks: Engine, status: int, code: str
+) -> None:
+    engine.on_other = lambda exchange: exchange.json({"error": {"message": "the template failed"}}, status)
+    with pytest.raises(GatewayError, match="the template failed") as failed:
+        await next_turn_ids(asks, MODEL, {}, TALK)
+    assert failed.value.code == code
+    assert engine.seen("/tokenize") == []
+
+
+# --- texts and rows of token ids
+
+
+def merging(engine: FakeEngine) -> None:
+    """A tokeniser with a token for each word and its space, `1` in front where special tokens are asked for."""
+
+    def answer(exchange: Exchange) -> None:
+        body = exchange.request.json
+        words = re.findall(r" ?\w+|\s+|[^\w\s]+", body["prompt"])
+        exchange.json({"tokens": [1] * body["add_special_tokens"] + [zlib.crc32(word.encode()) for word in words]})
+
+    engine.on_tokenize = answer
+
+
+@pytest.mark.parametrize(
+    ("text", "certain"), [("a b c", "a b"), ("a b.", "a b"), ("a b ", "a b"), ("a 12", "a"), ("word", "")]
+)
+async def test_the_end_of_a_text_that_may_grow_into_another_token_is_left_out(
+    engine: FakeEngine, asks: Engine, text: str, certain: str
+) -> None:
+    merging(engine)
+    ids = await next_turn_ids(asks, MODEL, {}, [{"role": "text", "content": text}])
+    assert ids == await asks.tokenize(MODEL, certain)
+    for following in ("x", "7", ".", " ", "\n", " d", ", e"):
+        assert (await asks.tokenize(MODEL, text + following))[: len(ids)] == ids
+
+
+async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(engine: FakeEngine, asks: Engine) -> None:
+    merging(engine)
+    conversation = [{"role": "text", "content": "a b c"}]
+    with_them = await next_turn_ids(asks, MODEL, {"add_special_tokens": True}, conversation)
+    without = await next_turn_ids(asks, MODEL, {"add_special_tokens": False}, conversation)
+    assert with_them == [1, *without]
+
+
+async def test_token_ids_are_what_they_are_and_a_reply_in_text_is_put_behind_them(
+    engine: FakeEngine, asks: Engine
+) -> None:
+    row = {"role": "tokens", "content": [7, 8, 9]}
+    assert await next_turn_ids(asks, MODEL, {}, [row]) == [7, 8, 9]
+    assert engine.asked == []
+    merging(engine)
+    reply = await asks.tokenize(MODEL, " d e", special=False)
+    assert await next_turn_ids(asks, MODEL, {}, [row, {"role": "text", "content": " d e"}]) == [7, 8, 9, *reply]
