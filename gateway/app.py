@@ -18,25 +18,25 @@ from gateway.api import endpoint, server, workers
 from gateway.api.admin import routes
 from gateway.api.health import Health
 from gateway.api.inference.handler import Inference
-from gateway.api.inference.request import BESIDE
-from gateway.api.mcp.transport import PATH, McpDoor
+from gateway.api.inference.request import TOKENIZER_PATHS
+from gateway.api.mcp.transport import PATH, McpTransport
 from gateway.api.workers import Patience, Report
-from gateway.engines.client import Engine
+from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
-from gateway.engines.node import Member
-from gateway.engines.pool import Engines
+from gateway.engines.node import EngineNode
+from gateway.engines.pool import EnginePool
 from gateway.errors import StartError
 from gateway.kv.lmcache import LMCache
-from gateway.kv.pins import Lock, Pins
+from gateway.kv.pins import FileLock, Pins
 from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
-from gateway.metrics import Shared, Telemetry, clear, forget
+from gateway.metrics import Metrics, Shared, clear, forget
 from gateway.runtime import open_files, serve_lock
 from gateway.runtime.stalls import LostSince, Stalls
-from gateway.sessions.cache_review import Reviews
+from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.in_flight import TurnLocks
-from gateway.sessions.recorder import Turns
-from gateway.sessions.resolver import SaltRule, Sessions
+from gateway.sessions.recorder import TurnRecorder
+from gateway.sessions.resolver import SaltRule, SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.secret_check import checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
@@ -44,31 +44,31 @@ from gateway.settings import Settings
 from gateway.store.damage import StoreDamaged
 from gateway.store.store import SqliteStore
 from gateway.windows.autofreeze import rules
-from gateway.windows.autofreeze.service import Autofreeze
-from gateway.windows.background import Chores
-from gateway.windows.context import Parts
+from gateway.windows.autofreeze.service import AutofreezeService
+from gateway.windows.background import BackgroundTasks
+from gateway.windows.context import Services
 from gateway.windows.freeze import release_strays
 from gateway.windows.missing_text import REMEDY, textless
-from gateway.windows.retention.sweeper import keep_tidy
+from gateway.windows.retention.sweeper import run_sweeper
 
 log = logging.getLogger(__name__)
 
 _SIGNS_OF_LIFE = 10  # of a worker in the time after which it is given up
 _INFERENCE = ("/v1/", "/s/", "/w/")
-_BESIDE = frozenset(path.decode() for path in BESIDE)
+_BESIDE = frozenset(path.decode() for path in TOKENIZER_PATHS)
 
 
 class Gateway:
     """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
 
-    def __init__(self, parts: Parts, health: Health, autofreeze: Autofreeze) -> None:
-        self._inference = Inference(parts)
+    def __init__(self, services: Services, health: Health, autofreeze: AutofreezeService) -> None:
+        self._inference = Inference(services)
         self._state = {
-            "parts": parts, "health": health, "autofreeze": autofreeze, "inference": self._inference
+            "services": services, "health": health, "autofreeze": autofreeze, "inference": self._inference
         }  # fmt: skip
         self._rest = Starlette(routes=routes.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
-        self._mcp = McpDoor(self._admin, parts.settings)
+        self._mcp = McpTransport(self._admin, services.settings)
 
     async def __aenter__(self) -> "Gateway":
         await self._mcp.__aenter__()
@@ -92,65 +92,65 @@ class Gateway:
 
 
 @asynccontextmanager
-async def open_parts(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Parts]:
+async def open_services(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Services]:
     """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
         stalls = await stack.enter_async_context(Stalls())
         store = await stack.enter_async_context(
             SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
         )
-        telemetry = await stack.enter_async_context(Telemetry(shared))
+        telemetry = await stack.enter_async_context(Metrics(shared))
         locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
         if locks is not None:
             stack.callback(locks.close)
-        sessions = Sessions(store, locks, by_prefix=settings.identify == "prefix")
+        sessions = SessionResolver(store, locks, by_prefix=settings.identify == "prefix")
         cache: LMCache | None = None
         if settings.cache_url:
             own = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")
             cache = await stack.enter_async_context(own)
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
-        reviews = Reviews(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
-        parts = Parts(
+        reviews = CacheReviewer(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
+        services = Services(
             settings=settings,
             store=store,
             engines=await stack.enter_async_context(
-                Engines(
+                EnginePool(
                     [_member(url, settings, stalls.lost_since) for url in settings.engine_urls], settings.engine_check_s
                 )
             ),
             cache=cache,
-            pins=Pins(await _tiers(stack, settings, store.store_id), Lock(settings.data_path / "pins.lock")),
+            pins=Pins(await _tiers(stack, settings, store.store_id), FileLock(settings.data_path / "pins.lock")),
             salts=SaltRule(await checked_secret(settings, store), settings.isolation == "tenant"),
             sessions=sessions,
-            turns=await stack.enter_async_context(
-                Turns(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
+            recorder=await stack.enter_async_context(
+                TurnRecorder(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
             ),
             salt_notes=await stack.enter_async_context(SaltNotes(store)),
-            telemetry=telemetry,
-            chores=await stack.enter_async_context(Chores()),
+            metrics=telemetry,
+            background=await stack.enter_async_context(BackgroundTasks()),
             estimator=estimator,
             stalls=stalls,
         )
-        for member in parts.engines.members:
+        for member in services.engines.members:
             telemetry.watch_engine(member.url, partial(getattr, member, "up"))
-        telemetry.watch("cwg_turns_in_flight", lambda: sessions.in_flight)
-        telemetry.watch("cwg_turns_unrecorded", lambda: parts.turns.unrecorded)
-        parts.chores.begin(keep_tidy(parts), "sweeping")
-        swept = await release_strays(parts)
+        telemetry.register_gauge("cwg_turns_in_flight", lambda: sessions.in_flight)
+        telemetry.register_gauge("cwg_turns_unrecorded", lambda: services.recorder.unrecorded)
+        services.background.spawn(run_sweeper(services), "sweeping")
+        swept = await release_strays(services)
         if swept:
             log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
-        if lost := await textless(parts):
+        if lost := await textless(services):
             log.error("%s; %s", lost, REMEDY)
-        yield parts
+        yield services
 
 
-def _member(url: str, settings: Settings, lost_since: LostSince) -> Member:
+def _member(url: str, settings: Settings, lost_since: LostSince) -> EngineNode:
     connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
     key, fingerprint = settings.engine_api_key, settings.model_fingerprint
-    return Member(
+    return EngineNode(
         Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence, lost_since=lost_since),
-        Engine(
+        HttpEngineClient(
             url,
             api_key=key,
             fingerprint=fingerprint,
@@ -186,10 +186,10 @@ async def run(settings: Settings, sock: socket.socket, report: Report | None, sh
     Raises StartError.
     """
     async with (
-        open_parts(settings, shared) as parts,
-        Health(parts) as health,
-        Autofreeze(parts) as autofreeze,
-        Gateway(parts, health, autofreeze) as gateway,
+        open_services(settings, shared) as services,
+        Health(services) as health,
+        AutofreezeService(services) as autofreeze,
+        Gateway(services, health, autofreeze) as gateway,
     ):
         # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
         # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
@@ -198,8 +198,8 @@ async def run(settings: Settings, sock: socket.socket, report: Report | None, sh
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
         if report is not None:
             report.ready()
-            parts.chores.begin(_show_life(report, settings.worker_timeout_s / _SIGNS_OF_LIFE), "reporting")
-        await server.serve(gateway, settings, sock, parts.stalls.lost_since)
+            services.background.spawn(_show_life(report, settings.worker_timeout_s / _SIGNS_OF_LIFE), "reporting")
+        await server.serve(gateway, settings, sock, services.stalls.lost_since)
 
 
 async def _show_life(report: Report, every_s: float) -> None:

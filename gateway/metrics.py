@@ -108,7 +108,7 @@ class _Series:
     cached: Counter
 
 
-class Telemetry:
+class Metrics:
     """The numbers of this process, and of its fellow workers when they are asked for."""
 
     def __init__(self, shared: Shared | None = None) -> None:
@@ -131,9 +131,9 @@ class Telemetry:
         self._engine_up = self._gauge("cwg_engine_up")
         self._series: dict[tuple[str, str, str], _Series] = {}
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
-        self.watch("cwg_workers", lambda: 1)
+        self.register_gauge("cwg_workers", lambda: 1)
 
-    async def __aenter__(self) -> "Telemetry":
+    async def __aenter__(self) -> "Metrics":
         self._task = asyncio.create_task(self._look(), name="telemetry")
         return self
 
@@ -142,7 +142,7 @@ class Telemetry:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    def watch(self, name: str, value: Callable[[], float]) -> None:
+    def register_gauge(self, name: str, value: Callable[[], float]) -> None:
         """Take a gauge's value from `value`, now and then and whenever the numbers are read."""
         self._watched.append((self._gauge(name), value))
 

@@ -78,7 +78,7 @@ class StoringEngine(Engine):
                     fresh.replace(file)
 
 
-def house(ground: Ground, **settings: object) -> tuple[StoringEngine, Gateway]:
+def harness(ground: Ground, **settings: object) -> tuple[StoringEngine, Gateway]:
     """An engine that stores, as much of LMCache as a gateway asks, and a gateway before both."""
     kv = ground.folder / "kv"
     kv.mkdir()

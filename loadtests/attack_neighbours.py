@@ -15,7 +15,7 @@ from redis.retry import Retry
 
 from gateway.kv.keys import object_keys
 from loadtests import attack_windows as windows
-from loadtests.attack_engine import ROOT_MODEL, StoringEngine, house
+from loadtests.attack_engine import ROOT_MODEL, StoringEngine, harness
 from loadtests.attack_rig import Gateway, Ground, Reply, Trials, Verdict, first_false, together, verdict, wait_for
 from tests.support.fakes.engine import Exchange
 from tests.support.harness import CHUNK, cache_server
@@ -157,7 +157,7 @@ def redis_that_is_dead(ground: Ground) -> Verdict:
 @TRIALS.add
 def objects_cut_while_read(ground: Ground) -> Verdict:
     """A KV object that is cut while it is checked is corrupt, and kills nobody (SIGBUS)"""
-    engine, gateway = house(ground)
+    engine, gateway = harness(ground)
     size = engine.object_size = 48 * 2**20
     gateway.chat("a", _TEXT * 2)
     gateway.freeze("a", "w")
@@ -201,7 +201,7 @@ def engine_that_restarts(ground: Ground) -> Verdict:
 @TRIALS.add
 def kv_of_nobody(ground: Ground) -> Verdict:
     """KV of a batch, with an id and without, belongs to somebody, and goes with its session"""
-    engine, gateway = house(ground, sweep_every_s=0.5)
+    engine, gateway = harness(ground, sweep_every_s=0.5)
     kv = ground.folder / "kv"
 
     def batch(exchange: Exchange) -> None:

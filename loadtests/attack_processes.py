@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 from loadtests import attack_windows as windows
-from loadtests.attack_engine import house, pinned
+from loadtests.attack_engine import harness, pinned
 from loadtests.attack_http import Endless
 from loadtests.attack_rig import (
     Gateway,
@@ -81,7 +81,7 @@ def _make(gateway: Gateway, verb: str, session: str, name: str, source: str) -> 
 
 
 def _killed(ground: Ground, workers: int) -> Verdict:
-    engine, gateway = house(ground, workers=workers)
+    engine, gateway = harness(ground, workers=workers)
     chance, ledger, wrong, slowest = random.Random(ground.seed), Ledger(), [], 0.0
     engine.late = (random.Random(ground.seed), 0.03)
     for number in range(_KILLS):
@@ -273,7 +273,7 @@ def signals(ground: Ground) -> Verdict:
 @TRIALS.add
 def salts_of_cut_turns(ground: Ground) -> Verdict:
     """KV of a first turn that a kill has cut belongs to somebody, and goes at last"""
-    engine, gateway = house(ground, sweep_every_s=0.5, session_ttl_s=1, busy_wait_s=0.5)
+    engine, gateway = harness(ground, sweep_every_s=0.5, session_ttl_s=1, busy_wait_s=0.5)
     salts: list[str] = []
     ordinary = engine.answer_chat
 

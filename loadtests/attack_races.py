@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from loadtests import attack_windows as windows
-from loadtests.attack_engine import StoringEngine, house, pinned
+from loadtests.attack_engine import StoringEngine, harness, pinned
 from loadtests.attack_rig import Gateway, Ground, Reply, Trials, Verdict, first_false, together, verdict, wait_for
 
 TRIALS = Trials()
@@ -82,7 +82,7 @@ def _race(engine: StoringEngine, gateway: Gateway, session: str, path: str, firs
 
 
 def _raced(ground: Ground, workers: int) -> Verdict:
-    engine, gateway = house(ground, workers=workers)
+    engine, gateway = harness(ground, workers=workers)
     gateway.chat("other", _TEXT * 3)
     seen: Counter[str] = Counter()
     wrong: list[str] = []
@@ -116,7 +116,7 @@ def freeze_races_of_workers(ground: Ground) -> Verdict:
 @TRIALS.add
 def window_races(ground: Ground) -> Verdict:
     """Thaw, ask, branch, verify, import beside the end of their window: no 500, and nothing half"""
-    engine, gateway = house(ground)
+    engine, gateway = harness(ground)
     gateway.chat("other", _TEXT * 3)
     seen: Counter[str] = Counter()
     wrong: list[str] = []
@@ -177,7 +177,7 @@ def freeze_beside_sweeps(ground: Ground) -> Verdict:
         folder = ground.folder / f"sweep-{len(seen)}"
         folder.mkdir()
         with Ground(folder, ground.source, ground.seed) as own:
-            engine, gateway = house(own, **settings)
+            engine, gateway = harness(own, **settings)
             _talk(gateway, "victim")
             gateway.chat("newer", "x")
             replies = _race(
@@ -195,7 +195,7 @@ def freeze_beside_sweeps(ground: Ground) -> Verdict:
 @TRIALS.add
 def automatic_freezes(ground: Ground) -> Verdict:
     """Automatic freezing beside edits and deletions makes no window without text"""
-    engine, gateway = house(
+    engine, gateway = harness(
         ground, auto_freeze=True, auto_freeze_tokens=1, auto_freeze_cooldown_s=0.01, auto_freeze_every_s=0.1,
         auto_freeze_idle_minutes=0.001, auto_freeze_keep=50,
     )  # fmt: skip
@@ -218,7 +218,7 @@ def automatic_freezes(ground: Ground) -> Verdict:
 
 
 def _storm(ground: Ground, workers: int) -> Verdict:
-    engine, gateway = house(ground, workers=workers)
+    engine, gateway = harness(ground, workers=workers)
     engine.late = (random.Random(ground.seed), 0.05)
     seen: Counter[str] = Counter()
     wrong: list[str] = []
@@ -276,7 +276,7 @@ def storm_of_workers(ground: Ground) -> Verdict:
 @TRIALS.add
 def one_name_for_many(ground: Ground) -> Verdict:
     """Of eight who want one name at once, with two workers, exactly one gets it"""
-    _, gateway = house(ground, workers=2)
+    _, gateway = harness(ground, workers=2)
     _talk(gateway, "s")
     gateway.freeze("s", "source")
     file = gateway.get("/admin/windows/source/export").body

@@ -28,30 +28,32 @@ class Stack:
 
     def __init__(self, plan: local.Plan, parts: local.Parts) -> None:
         self.plan = plan
-        self._parts = parts
+        self._services = parts
         self._http = httpx.Client(base_url=plan.url, timeout=_TURN_WITHIN)
         self._engine = httpx.Client(base_url=plan.engine_url, timeout=_TURN_WITHIN)
         self._log_read = 0
 
     def start_gateway(self) -> None:
         """Start the gateway and wait until it is ready."""
-        self._parts.gateway.start()
-        self._parts.gateway.wait_ready(_GATEWAY_WITHIN)
+        self._services.gateway.start()
+        self._services.gateway.wait_ready(_GATEWAY_WITHIN)
 
     def restart(self) -> None:
         """Stop all three and start them again: nothing is left but what is on the disk."""
-        for part in (self._parts.gateway, self._parts.engine, self._parts.cache):
+        for part in (self._services.gateway, self._services.engine, self._services.cache):
             part.stop()
-        self._parts.cache.start()
-        self._parts.engine.start()
-        self._parts.cache.wait_ready(local.CACHE_WITHIN)
-        self._parts.engine.wait_ready(local.ENGINE_WITHIN)
+        self._services.cache.start()
+        self._services.engine.start()
+        self._services.cache.wait_ready(local.CACHE_WITHIN)
+        self._services.engine.wait_ready(local.ENGINE_WITHIN)
         self._log_read = 0
         self.start_gateway()
 
     def cpu_s(self) -> float:
         """Processor time that its processes have used."""
-        return sum(machine.cpu_s(part.pid) for part in (self._parts.gateway, self._parts.engine, self._parts.cache))
+        return sum(
+            machine.cpu_s(part.pid) for part in (self._services.gateway, self._services.engine, self._services.cache)
+        )
 
     def ask(self, session: str, messages: Messages, max_tokens: int) -> Answer:
         """One greedy streamed turn through the gateway."""
@@ -121,7 +123,7 @@ class Stack:
 
     def loads(self) -> list[tuple[int, float]]:
         """What LMCache says that it gave the engine since this was asked last: tokens and seconds."""
-        with self._parts.cache.log.open(encoding="utf-8", errors="replace") as log:
+        with self._services.cache.log.open(encoding="utf-8", errors="replace") as log:
             log.seek(self._log_read)
             text = log.read()
             self._log_read = log.tell()

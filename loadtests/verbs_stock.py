@@ -8,13 +8,13 @@ import secrets
 import time
 from dataclasses import replace
 
-from gateway.app import open_parts
+from gateway.app import open_services
 from gateway.kv.keys import object_keys
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
 from gateway.store.types import Text
-from gateway.windows.context import Parts
-from gateway.windows.receipt import finished
+from gateway.windows.context import Services
+from gateway.windows.receipt import with_receipt
 
 TENANT = "default"
 LARGE = "large"
@@ -25,11 +25,11 @@ _TOPICS = ("refactor the parser", "read the logs of the night", "plan the migrat
 
 async def fill(settings: Settings, model: str, *, chunks: int, chunk_size: int, object_bytes: int, windows: int) -> int:
     """Make the windows; return how many bytes the objects of the large one have."""
-    async with open_parts(settings) as parts:
+    async with open_services(settings) as parts:
         large = await _blank(parts, model, LARGE, chunks * chunk_size + chunk_size // 2, chunk_size)
         ids = tuple(index % 50_000 for index in range(large.token_count))
         objects = await _pinned(parts, large, ids, object_bytes)
-        await _add(parts, finished(large, chunks, objects, time.monotonic(), {}), ids, objects)
+        await _add(parts, with_receipt(large, chunks, objects, time.monotonic(), {}), ids, objects)
         await parts.pins.restore(objects)  # LMCache has them as well
         for start in range(0, windows, _AT_ONCE):
             await asyncio.gather(*(_small(parts, large, number) for number in range(start, start + _AT_ONCE)))
@@ -41,9 +41,9 @@ def name_of(number: int) -> str:
     return f"window-{number:05d}"
 
 
-async def _blank(parts: Parts, model: str, name: str, tokens: int, chunk_size: int) -> Window:
-    served = await parts.engines.model(model)
-    salt = parts.salts.of(TENANT, name, served.fingerprint)
+async def _blank(services: Services, model: str, name: str, tokens: int, chunk_size: int) -> Window:
+    served = await services.engines.model(model)
+    salt = services.salts.of(TENANT, name, served.fingerprint)
     return Window(
         tenant=TENANT, name=name, session_id=f"of-{name}", lineage=name, salt=salt, pin_salt=salt, model=model,
         model_root=served.root, fingerprint=served.fingerprint, world_size=1, token_count=tokens,
@@ -52,12 +52,12 @@ async def _blank(parts: Parts, model: str, name: str, tokens: int, chunk_size: i
     )  # fmt: skip
 
 
-async def _pinned(parts: Parts, window: Window, ids: tuple[int, ...], size: int) -> tuple[PinnedObject, ...]:
+async def _pinned(services: Services, window: Window, ids: tuple[int, ...], size: int) -> tuple[PinnedObject, ...]:
     keys = object_keys(window.model_root, ids, window.chunk_size, 1, window.salt)
-    return tuple([await tier.put(key, secrets.token_bytes(size)) for key in keys for tier in parts.pins.tiers])
+    return tuple([await tier.put(key, secrets.token_bytes(size)) for key in keys for tier in services.pins.tiers])
 
 
-async def _small(parts: Parts, like: Window, number: int) -> None:
+async def _small(services: Services, like: Window, number: int) -> None:
     name = name_of(number)
     salt = secrets.token_hex(16)
     ids = tuple(range(number, number + 900))
@@ -68,10 +68,10 @@ async def _small(parts: Parts, like: Window, number: int) -> None:
         chunk_size=256, manifest=f"m-{name}", created_at=1.7e9 + number * 60,
         description=f"{_TOPICS[number % len(_TOPICS)]}, part {number}", tags=("auto", f"team-{number % 10}"),
     )  # fmt: skip
-    await _add(parts, finished(window, _SMALL_OBJECTS, objects, time.monotonic(), {}), ids, tuple(objects))
+    await _add(services, with_receipt(window, _SMALL_OBJECTS, objects, time.monotonic(), {}), ids, tuple(objects))
 
 
-async def _add(parts: Parts, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...]) -> None:
+async def _add(services: Services, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...]) -> None:
     messages = [{"role": "user", "content": window.name}, {"role": "assistant", "content": "yes"}]
-    if not await parts.store.add_window(window, Manifest(window.manifest, ids, objects), Text(messages, {})):
+    if not await services.store.add_window(window, Manifest(window.manifest, ids, objects), Text(messages, {})):
         raise RuntimeError(f"there is a window {window.name!r} already")

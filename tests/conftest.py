@@ -12,8 +12,8 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.harness import House, cache_server, opened
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.harness import GatewayHarness, cache_server, open_harness
 from tests.support.tier_harness import RedisServer
 
 
@@ -88,7 +88,7 @@ def engine(shared_engine: FakeEngine) -> Iterator[FakeEngine]:
 @pytest.fixture(scope="session")
 def shared_gateway(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """Started once; tests ask for `gateway`."""
-    with gateway_before(shared_engine.url, tmp_path_factory.mktemp("shared"), busy_wait_s=0.5) as gateway:
+    with gateway_in_front_of(shared_engine.url, tmp_path_factory.mktemp("shared"), busy_wait_s=0.5) as gateway:
         yield gateway
 
 
@@ -120,13 +120,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="session")
 def cache() -> Iterator[str]:
-    """The URL of what the parts of a house ask for LMCache."""
+    """The URL of what the parts of a harness ask for LMCache."""
     with cache_server() as url:
         yield url
 
 
 @pytest.fixture
-async def house(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
+async def harness(
+    engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path
+) -> AsyncIterator[GatewayHarness]:
     """A gateway's parts over empty tiers."""
-    async with opened(engine, cache, redis_server, tmp_path) as house:
-        yield house
+    async with open_harness(engine, cache, redis_server, tmp_path) as harness:
+        yield harness

@@ -8,7 +8,7 @@ from typing import Any, cast
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.api.connection import Client, client_of
+from gateway.api.connection import ClientConnection, client_of
 from gateway.errors import GatewayError
 from gateway.validation import json_limits
 from policies.shown import shown
@@ -108,7 +108,7 @@ class ClientWatch:
     The cancellation is told apart from anybody else's the way `asyncio.timeout` does it.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: ClientConnection) -> None:
         self._client = client
         self._gone = False
         self.on_writable: Callable[[], None] | None = None

@@ -12,7 +12,7 @@ from starlette.types import Scope
 EXTENSION = "gateway.cli.admin_client"
 
 
-class Client(Protocol):
+class ClientConnection(Protocol):
     """What the server knows of the client of one request."""
 
     @property
@@ -21,7 +21,7 @@ class Client(Protocol):
         ...
 
     @property
-    def framed(self) -> bool:
+    def is_chunked(self) -> bool:
         """Whether the answer that has begun goes out in HTTP chunks."""
         ...
 
@@ -38,6 +38,6 @@ class Client(Protocol):
         ...
 
 
-def client_of(scope: Scope) -> Client:
+def client_of(scope: Scope) -> ClientConnection:
     """The client of a request."""
-    return cast(Client, scope["extensions"][EXTENSION])
+    return cast(ClientConnection, scope["extensions"][EXTENSION])

@@ -19,8 +19,8 @@ from gateway.api.operation import JSON, NDJSON, Operation
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent
-from gateway.windows.autofreeze.service import Autofreeze
-from gateway.windows.context import Parts
+from gateway.windows.autofreeze.service import AutofreezeService
+from gateway.windows.context import Services
 from policies.shown import shown
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ class Call:
 
     def __init__(self, request: Request, tenant: str) -> None:
         self.tenant = tenant
-        self.parts: Parts = request.state.parts
+        self.services: Services = request.state.services
         self.health: Health = request.state.health
-        self.autofreeze: Autofreeze = request.state.autofreeze
+        self.autofreeze: AutofreezeService = request.state.autofreeze
         self.inference: ASGIApp = request.state.inference
         self.progress: Progress = silent
         self.path: dict[str, str] = request.path_params
@@ -66,7 +66,7 @@ class Call:
 
     async def _body(self, operation: Operation) -> dict[str, Any]:
         """The JSON body; none is an empty object."""
-        limits, request = self.parts.settings, self._request
+        limits, request = self.services.settings, self._request
         raw = await read_body(
             request.scope,
             request.receive,
@@ -79,7 +79,7 @@ class Call:
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body of a request that is too large to be read whole."""
-        limits, request = self.parts.settings, self._request
+        limits, request = self.services.settings, self._request
         return stream_body(
             request.scope,
             request.receive,
@@ -181,8 +181,8 @@ class Methods:
 
 
 def _tenant(request: Request) -> str:
-    parts: Parts = request.state.parts
-    headers, settings = request.scope["headers"], parts.settings
+    services: Services = request.state.services
+    headers, settings = request.scope["headers"], services.settings
     auth.refuse_foreign(headers, settings.allowed_origins)
     return auth.tenant(headers, settings.api_key, settings.allowed_origins)
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway import __version__
-from gateway.api.selftest import Check, prove
-from gateway.engines.node import Member
+from gateway.api.selftest import Check, run
+from gateway.engines.node import EngineNode
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.pins import Lock
+from gateway.kv.pins import FileLock
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import is_ours
 from gateway.store.damage import REMEDY as RESCUE
 from gateway.store.damage import damage
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.missing_text import REMEDY, textless
 
 log = logging.getLogger(__name__)
@@ -56,13 +56,13 @@ class _Proof:
 class Health:
     """What was seen when the parts were last looked at, and what the self-test said."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, services: Services) -> None:
+        self._services = services
         self._started = time.monotonic()
         self._proofs: dict[str, _Proof] = {}  # by engine
         self._store_trouble = ""
         self._wrote_at = -_WRITE_EVERY_S
-        self._one_by_one = Lock(parts.settings.data_path / "proof.lock")
+        self._one_by_one = FileLock(services.settings.data_path / "proof.lock")
 
     async def __aenter__(self) -> "Health":
         self._task = asyncio.create_task(self._watch(), name="health")
@@ -80,13 +80,13 @@ class Health:
 
     @property
     def _standing(self) -> list[_Proof]:
-        found = ((member, self._proofs.get(member.url)) for member in self._parts.engines.up)
-        return [proof for member, proof in found if proof and proof.life == member.lives]
+        found = ((member, self._proofs.get(member.url)) for member in self._services.engines.up)
+        return [proof for member, proof in found if proof and proof.life == member.generation]
 
     @property
     def engine_up(self) -> bool:
         """Whether an engine is up."""
-        return bool(self._parts.engines.up)
+        return bool(self._services.engines.up)
 
     @property
     def ready(self) -> bool:
@@ -99,10 +99,10 @@ class Health:
         if self.leaking:
             return "isolation", "one salt's KV was found under another"
         if not self.engine_up:
-            return "engine", self._parts.engines.trouble()
+            return "engine", self._services.engines.trouble()
         if not self._standing:
             return "self-test", "it has not run yet"
-        trouble = self._parts.turns.trouble or self._store_trouble
+        trouble = self._services.recorder.trouble or self._store_trouble
         return ("store", trouble) if trouble else None
 
     @property
@@ -112,24 +112,24 @@ class Health:
 
     async def test(self) -> list[Check]:
         """Run the self-test now, on every engine, and look for damage in the store and windows without their text."""
-        members = self._parts.engines.members
+        members = self._services.engines.members
         checks = [check for member in members for check in await self._prove(member)]
         checks.append(await self._pages())
-        lost = await textless(self._parts)
+        lost = await textless(self._services)
         return [*checks, Check("windows", "warning", lost, REMEDY) if lost else _ALL_WHOLE]
 
     async def _pages(self) -> Check:
-        wrong = await asyncio.to_thread(damage, self._parts.settings.store_path)
+        wrong = await asyncio.to_thread(damage, self._services.settings.store_path)
         if not wrong:
             return Check("store", "ok", "every page of it is whole")
         return Check("store", "failed", f"the store is damaged: {'; '.join(wrong)}", RESCUE)
 
-    async def _prove(self, member: Member) -> list[Check]:
+    async def _prove(self, member: EngineNode) -> list[Check]:
         """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""
-        life = member.lives
-        async with self._one_by_one.hold(alone=True):
-            checks = await prove(self._parts, member.engine)
-        if len(self._parts.engines.members) > 1:
+        life = member.generation
+        async with self._one_by_one.acquire(alone=True):
+            checks = await run(self._services, member.engine)
+        if len(self._services.engines.members) > 1:
             checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]
         if checks[0].status != "failed":  # it was there
             self._proofs[member.url] = _Proof(checks, life, time.monotonic())
@@ -170,7 +170,7 @@ class Health:
     def _details(self, name: str) -> dict[str, Any]:
         if name != "engine":
             return {}
-        engines = self._parts.engines
+        engines = self._services.engines
         return {"engines": [m.report() for m in engines.members], "models_differ": engines.differing}
 
     def summary(self, components: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -196,16 +196,16 @@ class Health:
 
     async def _look(self) -> None:
         await self._write_to_store(_WRITE_AGAIN_S if self._store_trouble else _WRITE_EVERY_S)
-        for member in self._parts.engines.up:
+        for member in self._services.engines.up:
             proof = self._proofs.get(member.url)
-            if proof is None or proof.life != member.lives or proof.outdated(time.monotonic()):
+            if proof is None or proof.life != member.generation or proof.outdated(time.monotonic()):
                 await self._prove(member)
             for model in member.engine.served:
-                if not self._parts.estimator.knows(model.id):
-                    await asyncio.to_thread(self._parts.estimator.learn, model.id, model.root)
+                if not self._services.estimator.knows(model.id):
+                    await asyncio.to_thread(self._services.estimator.learn, model.id, model.root)
 
     async def _engine(self) -> tuple[str, str]:
-        engines = self._parts.engines
+        engines = self._services.engines
         await engines.look()
         well = [member for member in engines.members if member.state == "healthy"]
         if not well:
@@ -220,31 +220,31 @@ class Health:
         return "healthy" if whole else "degraded", f"{len(well)} of {len(engines.members)} engines; {serving}"
 
     async def _cache(self) -> tuple[str, str]:
-        cache = self._parts.cache
+        cache = self._services.cache
         if cache is None:
             return "degraded", "no cache is configured"
         began = time.monotonic()
         well = await cache.healthy()
-        if not well and is_ours(self._parts.stalls.lost_since, began):
+        if not well and is_ours(self._services.stalls.lost_since, began):
             well = await cache.healthy()
         return ("healthy", "answers") if well else ("unhealthy", "LMCache does not answer")
 
     async def _tiers(self) -> tuple[str, str]:
-        if not self._parts.pins.tiers:
+        if not self._services.pins.tiers:
             return "degraded", "no tier is configured"
         try:
-            for tier in self._parts.pins.tiers:
+            for tier in self._services.pins.tiers:
                 await tier.sizes((_NOBODYS,))
         except TierUnavailable as error:
             return "degraded", str(error)
-        return "healthy", ", ".join(tier.name for tier in self._parts.pins.tiers)
+        return "healthy", ", ".join(tier.name for tier in self._services.pins.tiers)
 
     async def _write_to_store(self, every_s: float) -> None:
         """Find out whether the store can be written, unless that was done less than `every_s` ago."""
         if time.monotonic() - self._wrote_at < every_s:
             return
         try:
-            await self._parts.store.check()
+            await self._services.store.check()
         except GatewayError as error:
             self._store_trouble = error.message
         else:
@@ -253,10 +253,10 @@ class Health:
 
     async def _store(self) -> tuple[str, str]:
         await self._write_to_store(_WRITE_AGAIN_S)
-        await self._parts.store.tier_usage()
-        if trouble := self._parts.turns.trouble or self._store_trouble:
+        await self._services.store.tier_usage()
+        if trouble := self._services.recorder.trouble or self._store_trouble:
             return "unhealthy", trouble
-        lost = await textless(self._parts)
+        lost = await textless(self._services)
         return ("degraded", f"{lost}; {REMEDY}") if lost else ("healthy", "answers")
 
     async def _isolation(self) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from gateway.api.asgi import Headers
 from gateway.api.connection import EXTENSION
 
 
-class Inside:
-    """The client of a request that comes from this process. See `gateway.api.connection.Client`."""
+class InProcessConnection:
+    """The client of a request that comes from this process. See `gateway.api.connection.ClientConnection`."""
 
     gone = False
     framed = False
@@ -20,20 +20,20 @@ class Inside:
         self._body = body
 
     def body(self) -> bytes:
-        """See `Client.body`."""
+        """See `ClientConnection.body`."""
         return self._body
 
     def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
-        """See `Client.watch`: it neither leaves nor lags."""
+        """See `ClientConnection.watch`: it neither leaves nor lags."""
 
     def write(self, data: bytes, *, hold: bool = False) -> bool:
-        """See `Client.write`."""
+        """See `ClientConnection.write`."""
         raise NotImplementedError(
             "what goes past ASGI is for answers in HTTP chunks, and nothing inside is sent in them"
         )
 
 
-async def post(app: ASGIApp, path: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
+async def call_app(app: ASGIApp, path: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
     """Send a body to one of our own doors; return the status and the whole answer."""
     status, pieces = 500, list[bytes]()
 
@@ -59,7 +59,7 @@ def scope(method: str, path: str, query: bytes, body: bytes, headers: Headers) -
         "query_string": query,
         "root_path": "",
         "headers": [*headers, (b"content-length", b"%d" % len(body))],
-        "extensions": {EXTENSION: Inside(body)},
+        "extensions": {EXTENSION: InProcessConnection(body)},
     }
 
 

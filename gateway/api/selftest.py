@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.engines.client import Engine, Model
+from gateway.engines.client import HttpEngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.pins import Lock
+from gateway.kv.pins import FileLock
 from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.materialize import Plan, plan
 
 Status = Literal["ok", "warning", "failed"]
@@ -43,7 +43,7 @@ class Check:
         return self.status == "failed" and self.name.startswith(_ISOLATION)
 
 
-async def prove(parts: Parts, engine: Engine, land_s: float = _LAND_S) -> list[Check]:
+async def run(services: Services, engine: HttpEngineClient, land_s: float = _LAND_S) -> list[Check]:
     """Try everything that the promises rest on, on one engine. Raises nothing; what fails is in the list.
 
     An object may take `land_s` seconds to be seen in a tier.
@@ -56,15 +56,15 @@ async def prove(parts: Parts, engine: Engine, land_s: float = _LAND_S) -> list[C
     model = next(iter(models.values()))
     checks.append(Check("engine", "ok", f"{engine.url} serves {', '.join(models)}"))
     checks += await _aborts(engine)
-    first = await _plan(parts, engine, model, checks)
+    first = await _plan(services, engine, model, checks)
     try:
-        checks += await _salts(parts, engine, model, first, land_s)
+        checks += await _salts(services, engine, model, first, land_s)
     except GatewayError as error:
         checks.append(Check(_ISOLATION, "failed", error.message, error.hint))
     return checks
 
 
-async def _aborts(engine: Engine) -> list[Check]:
+async def _aborts(engine: HttpEngineClient) -> list[Check]:
     """Tell whether a client that leaves may end this engine, as far as its metrics let one know."""
     if engine.abort_risk == "mended":
         return [Check("aborts", "ok", "a client may leave while its KV is being loaded")]
@@ -81,19 +81,19 @@ async def _aborts(engine: Engine) -> list[Check]:
     ]
 
 
-async def _plan(parts: Parts, engine: Engine, model: Model, checks: list[Check]) -> Plan | None:
-    if parts.cache is None:
+async def _plan(services: Services, engine: HttpEngineClient, model: Model, checks: list[Check]) -> Plan | None:
+    if services.cache is None:
         checks.append(
             Check("cache", "warning", "no cache is configured: windows keep text and ids only", "set cache_url")
         )
         return None
     try:
-        info = await parts.cache.info()
+        info = await services.cache.info()
     except GatewayError as error:
         checks.append(Check("cache", "failed", error.message, error.hint))
         return None
     checks.append(Check("cache", "ok", f"LMCache answers, chunk size {info.chunk_size}"))
-    wanted = parts.settings.chunk_size
+    wanted = services.settings.chunk_size
     if wanted and wanted != info.chunk_size:
         # With other chunks nothing would be found under its name; looking for it would only take time.
         checks.append(
@@ -122,7 +122,9 @@ async def _plan(parts: Parts, engine: Engine, model: Model, checks: list[Check])
         return None
 
 
-async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | None, land_s: float) -> list[Check]:
+async def _salts(
+    services: Services, engine: HttpEngineClient, model: Model, planned: Plan | None, land_s: float
+) -> list[Check]:
     """The same prompt under salt A, A again, then B: A must hit its own, B must hit nothing."""
     ids = planned.ids if planned else await _random_ids(engine, model, _DEFAULT_TOKENS)
     a, b = secrets.token_hex(16), secrets.token_hex(16)
@@ -142,7 +144,7 @@ async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | Non
         )
     )
     if planned:
-        checks += await _tiers(parts, planned, a, b, land_s)
+        checks += await _tiers(services, planned, a, b, land_s)
     other = await engine.prefill(model.id, ids, b, store=False)
     leak = f"the same prompt under another salt hit {other.cached} tokens: sessions are NOT isolated"
     remedy = "use --kv-transfer-config with LMCacheMPConnector; LMCacheConnectorV1 ignores the salt"
@@ -152,16 +154,16 @@ async def _salts(parts: Parts, engine: Engine, model: Model, planned: Plan | Non
         else Check(_ISOLATION, "ok", "the same prompt under another salt hit nothing")
     )
     if planned:
-        await _clean_up(parts, [*_under(planned, a), *_under(planned, b)])
+        await _clean_up(services, [*_under(planned, a), *_under(planned, b)])
     return checks
 
 
-async def _tiers(parts: Parts, planned: Plan, a: str, b: str, land_s: float) -> list[Check]:
-    lock = parts.pins.lock
-    return [check for tier in parts.pins.tiers for check in await _tier(tier, planned, a, b, lock, land_s)]
+async def _tiers(services: Services, planned: Plan, a: str, b: str, land_s: float) -> list[Check]:
+    lock = services.pins.lock
+    return [check for tier in services.pins.tiers for check in await _tier(tier, planned, a, b, lock, land_s)]
 
 
-async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock, land_s: float) -> list[Check]:
+async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: FileLock, land_s: float) -> list[Check]:
     mine, theirs = _under(planned, a), _under(planned, b)
     name = f"{tier.name} tier"
     where = {
@@ -177,7 +179,7 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: Lock, land_s: f
             leak = f"the {tier.name} tier has objects of one salt under another: sessions are NOT isolated"
             return [Check(f"{_ISOLATION} in the {name}", "failed", leak, "use LMCacheMPConnector")]
         checks = [Check(name, "ok", f"{seen} objects were found under their salt, none under another")]
-        async with lock.hold(alone=False):  # another worker that starts sweeps what no window holds
+        async with lock.acquire(alone=False):  # another worker that starts sweeps what no window holds
             return [*checks, await _pinning(tier, mine)]
     except TierUnavailable as error:
         return [Check(name, "failed", str(error), where[tier.name])]
@@ -188,7 +190,7 @@ async def _pinning(tier: Tier, keys: list[ObjectKey]) -> Check:
     name = f"{tier.name} pins"
     try:
         pinned = await tier.pin(keys, {})
-        await tier.lose(keys)
+        await tier.drop_original(keys)
         states = await tier.restore(pinned)
     except TierUnavailable as error:
         return Check(name, "failed", str(error), "pins_dir must be writable and on the file system of kv_dir")
@@ -210,18 +212,18 @@ async def _landed(tier: Tier, keys: list[ObjectKey], land_s: float) -> int:
     return sum(map(bool, sizes))
 
 
-async def _clean_up(parts: Parts, keys: list[ObjectKey]) -> None:
-    async with parts.pins.lock.hold(alone=True):
-        await parts.pins.remove(keys, originals=True)
-    if parts.cache is not None:
-        await parts.cache.delete(keys, tier="l1")
+async def _clean_up(services: Services, keys: list[ObjectKey]) -> None:
+    async with services.pins.lock.acquire(alone=True):
+        await services.pins.remove(keys, originals=True)
+    if services.cache is not None:
+        await services.cache.delete(keys, tier="l1")
 
 
 def _under(planned: Plan, salt: str) -> list[ObjectKey]:
     return [ObjectKey(k.model, k.rank, k.group, k.chunk_hash, salt) for k in planned.keys]
 
 
-async def _random_ids(engine: Engine, model: Model, count: int) -> tuple[int, ...]:
+async def _random_ids(engine: HttpEngineClient, model: Model, count: int) -> tuple[int, ...]:
     """Ids that the model knows and nobody has sent before."""
     ids: list[int] = []
     while len(ids) < count:

@@ -281,7 +281,7 @@ class _Unframed:
 
 
 class UvicornClient:
-    """See `gateway.api.connection.Client`."""
+    """See `gateway.api.connection.ClientConnection`."""
 
     __slots__ = ("_cycle", "_protocol")
 
@@ -291,16 +291,16 @@ class UvicornClient:
 
     @property
     def gone(self) -> bool:
-        """See `Client.gone`."""
+        """See `ClientConnection.gone`."""
         return self._protocol.lost
 
     @property
-    def framed(self) -> bool:
-        """See `Client.framed`."""
+    def is_chunked(self) -> bool:
+        """See `ClientConnection.is_chunked`."""
         return bool(self._cycle.chunked_encoding)
 
     def body(self) -> bytes | None:
-        """See `Client.body`."""
+        """See `ClientConnection.body`."""
         cycle = self._cycle
         if cycle.more_body or cycle.waiting_for_100_continue:
             return None
@@ -311,12 +311,12 @@ class UvicornClient:
         return body
 
     def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
-        """See `Client.watch`."""
+        """See `ClientConnection.watch`."""
         self._protocol.on_gone = on_gone
         self._protocol.on_writable = on_writable
 
     def write(self, data: bytes, *, hold: bool = False) -> bool:
-        """See `Client.write`."""
+        """See `ClientConnection.write`."""
         transport = cast(GatheringTransport, self._protocol.transport)
         (transport.write if hold else transport.write_now)(data)
         return not self._protocol.flow.write_paused

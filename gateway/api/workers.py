@@ -92,10 +92,10 @@ def supervise(count: int, sock: socket.socket, serve: Serve, mourn: Callable[[in
 
     `mourn` is called with the number of a worker that has ended, before another takes its place.
     """
-    _Crew(count, sock, serve, mourn, patience).keep()
+    _Supervisor(count, sock, serve, mourn, patience).keep()
 
 
-class _Crew:
+class _Supervisor:
     def __init__(
         self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], patience: Patience
     ) -> None:
@@ -103,7 +103,7 @@ class _Crew:
         self._silent_s = patience.silent_s
         self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, if that comes soon
         self._serve = serve
-        self._mourn = mourn
+        self._on_exit = mourn
         self._workers: dict[int, _Worker] = {}
         self._due = {0: time.monotonic()}  # slots to fill, and when
         self._waiting = list(range(1, count))  # slots that the first worker has to be ready for
@@ -112,7 +112,7 @@ class _Crew:
         self._told = 0
         self._kill_at: float | None = None  # set when it is to end
         self._news = selectors.DefaultSelector()
-        self._leash = os.pipe()  # nobody writes to it: a worker sees its end when the parent is gone
+        self._parent_pipe = os.pipe()  # nobody writes to it: a worker sees its end when the parent is gone
 
     def keep(self) -> None:
         woken, wake = socket.socketpair()
@@ -132,8 +132,8 @@ class _Crew:
                 if key.data is None:
                     woken.recv(64)
                 else:
-                    self._hear(key.data)
-            self._obey()
+                    self._read_status(key.data)
+            self._handle_signals()
             self._end_silent()
             self._fill()
         if self._failure:
@@ -147,7 +147,7 @@ class _Crew:
         times += [self._silent_at(worker) for worker in self._watched]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _obey(self) -> None:
+    def _handle_signals(self) -> None:
         """End when told; insist when told twice, or when it takes too long."""
         if self._told and self._kill_at is None:
             self._end()
@@ -239,14 +239,14 @@ class _Crew:
         for other, sock in self._socks.items():
             if other != slot:  # its queue has to end with its own worker
                 sock.close()
-        held, given = self._leash
+        held, given = self._parent_pipe
         os.close(given)
         threading.Thread(target=_follow, args=(held, self._end_s), name="leash", daemon=True).start()
 
-    def _hear(self, worker: _Worker) -> None:
+    def _read_status(self, worker: _Worker) -> None:
         said = os.read(worker.news, 4096)
         if not said:
-            self._bury(worker)
+            self._reap(worker)
             return
         worker.heard = time.monotonic()
         worker.said += said.translate(None, _READY + _ALIVE)
@@ -255,12 +255,12 @@ class _Crew:
             self._due |= dict.fromkeys(self._waiting, worker.heard)
             self._waiting.clear()
 
-    def _bury(self, worker: _Worker) -> None:
+    def _reap(self, worker: _Worker) -> None:
         _, status = os.waitpid(worker.pid, 0)
         self._news.unregister(worker.news)
         os.close(worker.news)
         del self._workers[worker.slot]
-        self._mourn(worker.slot)
+        self._on_exit(worker.slot)
         how = worker.said.decode() or _how(os.waitstatus_to_exitcode(status))
         if self._kill_at is not None:
             if status:

@@ -5,7 +5,7 @@ _FIRST_REST_S = 1.0
 _LONGEST_REST_S = 30.0
 
 
-class Breaker:
+class CircuitBreaker:
     """Counts failures in a row. After `LIMIT` it opens for a time that doubles, up to a bound, with each vain trial.
 
     When the rest is over one request is let through, and another for each second that goes by without an answer: a
@@ -14,7 +14,7 @@ class Breaker:
 
     def __init__(self) -> None:
         self.failures = 0
-        self._rests = 0
+        self._backoff_level = 0
         self._until = 0.0
         self._on_trial = False
 
@@ -27,7 +27,7 @@ class Breaker:
         """Whether nobody may pass."""
         return self.open and now < self._until
 
-    def lets_through(self, now: float) -> bool:
+    def allow_request(self, now: float) -> bool:
         """Whether a request may pass. Where it is open, that request is the trial."""
         if not self.open:
             return True
@@ -41,12 +41,12 @@ class Breaker:
         """A request got no answer."""
         self.failures += 1
         if self.failures == LIMIT or self._on_trial:  # those that were on their way say nothing new
-            self._until = now + min(_FIRST_REST_S * 2**self._rests, _LONGEST_REST_S)
-            self._rests = min(self._rests + 1, 16)
+            self._until = now + min(_FIRST_REST_S * 2**self._backoff_level, _LONGEST_REST_S)
+            self._backoff_level = min(self._backoff_level + 1, 16)
             self._on_trial = False
 
     def answered(self) -> None:
         """A request got an answer: all is forgotten."""
-        self.failures = self._rests = 0
+        self.failures = self._backoff_level = 0
         self._until = 0.0
         self._on_trial = False

@@ -52,7 +52,7 @@ class Said:
     usage: Usage
 
 
-class Questions(ABC):
+class EngineClient(ABC):
     """What the gateway asks for itself; `ask` knows whom."""
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Questions(ABC):
         )
 
 
-class Engine(Questions):
+class HttpEngineClient(EngineClient):
     """A client of one vLLM server."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Engine(Questions):
             limits=httpx.Limits(keepalive_expiry=4.0),
         )
 
-    async def __aenter__(self) -> "Engine":
+    async def __aenter__(self) -> "HttpEngineClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -294,7 +294,7 @@ class Engine(Questions):
     async def ask(
         self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
     ) -> httpx.Response:
-        """See `Questions.ask`. Raises `rate_limited` when too many of our own files are open."""
+        """See `EngineClient.ask`. Raises `rate_limited` when too many of our own files are open."""
         return await self._ask(method, path, json, quick=quick)
 
     async def _ask(

@@ -78,7 +78,7 @@ class Connection(asyncio.Protocol):
         self._abandoned = False  # nobody wants the answer any more
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._take: Take | None = None
+        self._on_chunks: Take | None = None
         self._heard = self._loop.time()
 
     # What the relay calls.
@@ -114,20 +114,20 @@ class Connection(asyncio.Protocol):
             self.resume()
         return chunk
 
-    async def pour(self, take: Take) -> Sequence[bytes]:
+    async def stream_to(self, take: Take) -> Sequence[bytes]:
         """Give `take` all chunks that have come, as soon as they come; return those that came with the end.
 
         A task that wakes for each chunk would be a good part of what a chunk costs. `take` tells whether the client
         keeps up; if not, nothing more is read from the engine until `resume`. Raises UpstreamError when `take` has had
         all that came.
         """
-        self._take = take
+        self._on_chunks = take
         try:
             while not self._complete and self._error is None:
                 self._hand_on()
                 await self._wait()
         finally:
-            self._take = None
+            self._on_chunks = None
         rest = self._all()
         if self._error is not None:
             take(rest)
@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
         self._idle_since = self._loop.time()
         return True
 
-    def fresh(self) -> bool:
+    def is_fresh(self) -> bool:
         """Whether it has not been idle for too long."""
         return not self._closed and self._loop.time() - self._idle_since < _KEEP_IDLE_S
 
@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
             self._fail("engine_unreachable", f"the engine did not speak HTTP: {error}")
         if self._unframed > _MOST_UNFRAMED:
             self._fail("engine_unreachable", f"the engine sent over {_MOST_UNFRAMED >> 10} KiB of headers")
-        if self._take is None or self._complete or self._error is not None:
+        if self._on_chunks is None or self._complete or self._error is not None:
             self._wake()
         else:
             self._hand_on()
@@ -292,8 +292,8 @@ class Connection(asyncio.Protocol):
                 self._transport.write(part)
 
     def _hand_on(self) -> None:
-        if self._chunks and self._take is not None:
-            if self._take(self._all()):
+        if self._chunks and self._on_chunks is not None:
+            if self._on_chunks(self._all()):
                 self.resume()
             else:
                 self.pause()

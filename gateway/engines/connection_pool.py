@@ -78,7 +78,7 @@ class Upstream:
         head = self._head(method, target, headers, len(body))
         while self._idle:
             kept = self._idle.pop()
-            if kept.fresh():
+            if kept.is_fresh():
                 try:
                     return await self._exchange(kept, method, head, body, grace_s)
                 except UpstreamError as error:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
-from gateway.engines.breaker import LIMIT, Breaker
-from gateway.engines.client import Engine
+from gateway.engines.breaker import LIMIT, CircuitBreaker
+from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
 from gateway.errors import GatewayError
 from gateway.runtime.stalls import LostSince, is_ours, never_lost
@@ -25,22 +25,22 @@ _SOON_S = 0.5
 _SLOW_S = 1.0
 
 
-class Member:
+class EngineNode:
     """One engine. Its health is looked at all the time; a request that it does not answer hastens the next look.
 
     Two things take it out: `LIMIT` failed looks in a row eject it, until the first good one; `LIMIT` requests in a row
-    that it left without an answer make it rest (`Breaker`), even where its health looks good. A look that failed while
-    this process itself did not run, or could open no file, says nothing about the engine.
+    that it left without an answer make it rest (`CircuitBreaker`), even where its health looks good. A look that
+    failed while this process itself did not run, or could open no file, says nothing about the engine.
     """
 
-    def __init__(self, upstream: Upstream, engine: Engine, lost_since: LostSince = never_lost) -> None:
+    def __init__(self, upstream: Upstream, engine: HttpEngineClient, lost_since: LostSince = never_lost) -> None:
         self.url = engine.url
         self._lost_since = lost_since
         self.upstream = upstream
         self.engine = engine
-        self.breaker = Breaker()
+        self.breaker = CircuitBreaker()
         self.last_error = ""
-        self.lives = 0  # how often it has been ejected: what was found out before may not hold after
+        self.generation = 0  # how often it has been ejected: what was found out before may not hold after
         self._seed = hashlib.blake2b(self.url.encode(), digest_size=8)
         self._seen = False  # it was well once
         self._failed_looks = 0
@@ -59,7 +59,7 @@ class Member:
         return self._seen and self._failed_looks < LIMIT
 
     @property
-    def hopeless(self) -> bool:
+    def is_unreachable(self) -> bool:
         """Whether it is not worth a try even where there is no other: it would fail, and only after a while."""
         return self._failed_looks >= LIMIT and self._slow_to_fail
 
@@ -82,7 +82,7 @@ class Member:
         if self._failed_looks >= LIMIT:
             return OUT
         if self.breaker.open:
-            return WELL if first and self.breaker.lets_through(now) else OUT
+            return WELL if first and self.breaker.allow_request(now) else OUT
         return DOUBTFUL if not self._seen or (self._failed_looks and not self._slow_to_fail) else WELL
 
     def weight(self, lineage: bytes) -> bytes:
@@ -103,13 +103,13 @@ class Member:
         self.last_error = why
         if self.breaker.open and not was_open:
             log.warning("engine %s rests: %d requests in a row got no answer; %s", self.url, LIMIT, why)
-        self.hasten()
+        self.probe_soon()
 
-    def hasten(self) -> None:
+    def probe_soon(self) -> None:
         """Have the next look soon."""
         self._hasten.set()
 
-    async def look(self) -> None:
+    async def probe(self) -> None:
         """Look at its health now, unless that has just been done: asking often must not make it look worse."""
         if time.monotonic() - self._looked_at >= _SOON_S:
             await self._look()
@@ -164,5 +164,5 @@ class Member:
         self._failed_looks += 1
         self.last_error = why
         if self._failed_looks == LIMIT:
-            self.lives += 1
+            self.generation += 1
             log.warning("engine %s is ejected: %s", self.url, why)

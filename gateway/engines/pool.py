@@ -15,9 +15,9 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from gateway.engines.client import Model, Questions, Reply
+from gateway.engines.client import EngineClient, Model, Reply
 from gateway.engines.connection import Connection, Headers, UpstreamError
-from gateway.engines.node import WELL, Member
+from gateway.engines.node import WELL, EngineNode
 from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
@@ -26,16 +26,16 @@ _T = TypeVar("_T")
 _HINT = "is vLLM running, and is engine_urls its address?"
 
 
-class Engines(Questions):
+class EnginePool(EngineClient):
     """The engines, in the order of `engine_urls`. Asked itself, it puts a question to any that is well."""
 
-    def __init__(self, members: Sequence[Member], check_s: float) -> None:
+    def __init__(self, members: Sequence[EngineNode], check_s: float) -> None:
         self.members = list(members)
         self._check_s = check_s
         self._turn = 0  # whose turn it is to take what belongs to no lineage
         self._differing: dict[str, dict[str, str]] = {}
 
-    async def __aenter__(self) -> "Engines":
+    async def __aenter__(self) -> "EnginePool":
         self._watches = [
             asyncio.create_task(member.watch(self._check_s, self._compare), name=f"watch {member.url}")
             for member in self.members
@@ -52,25 +52,25 @@ class Engines(Questions):
     # Whom to ask.
 
     @property
-    def up(self) -> list[Member]:
+    def up(self) -> list[EngineNode]:
         """Those that are well, as far as one knows."""
         return [member for member in self.members if member.up]
 
-    def choose(self, lineage: str, prefer: str = "", model: str = "") -> list[Member]:
+    def choose(self, lineage: str, prefer: str = "", model: str = "") -> list[EngineNode]:
         """Return the engines to try for a request, in that order; empty if there is no point in trying any.
 
         `prefer` is the URL of the engine that served the session last. Engines that serve `model` are asked; a model
         that nobody is known to serve may go to any, which says so itself. Without lineage the engines take turns.
         """
         if len(self.members) == 1:
-            return [] if self.members[0].hopeless else self.members
+            return [] if self.members[0].is_unreachable else self.members
         serving = [m for m in self.members if model and m.engine.known(model)] or self.members
         order = self._by_affinity(serving, lineage, prefer)
         now = time.monotonic()
         ranks = {member: member.rank(now, first=place == 0) for place, member in enumerate(order)}
-        return sorted((m for m in order if not m.hopeless), key=ranks.__getitem__)
+        return sorted((m for m in order if not m.is_unreachable), key=ranks.__getitem__)
 
-    def any(self, model: str = "") -> Member:
+    def any(self, model: str = "") -> EngineNode:
         """An engine for a question of our own. Raises `engine_unreachable`."""
         chosen = self.choose("", model=model)
         if not chosen:
@@ -81,9 +81,9 @@ class Engines(Questions):
         """The way of one request."""
         return Route(self, self.choose(lineage, prefer, model))
 
-    def near(self, lineage: str, prefer: str = "") -> "Near":
+    def for_lineage(self, lineage: str, prefer: str = "") -> "AffinityClient":
         """Questions of our own, put to the engine that has the KV of a lineage."""
-        return Near(self, lineage, prefer)
+        return AffinityClient(self, lineage, prefer)
 
     def trouble(self) -> str:
         """Why none of them can be asked."""
@@ -152,12 +152,12 @@ class Engines(Questions):
         return self._differing
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
-        """See `Questions.ask`."""
-        return await self.near("").ask(method, path, json=json, quick=quick)
+        """See `EngineClient.ask`."""
+        return await self.for_lineage("").ask(method, path, json=json, quick=quick)
 
     async def look(self) -> None:
         """Look at all of them now."""
-        await asyncio.gather(*(member.look() for member in self.members))
+        await asyncio.gather(*(member.probe() for member in self.members))
         self._compare()
 
     def _compare(self) -> None:
@@ -166,7 +166,7 @@ class Engines(Questions):
             log.warning("model %r is not the same on all engines: %s", name, found[name])
         self._differing = found
 
-    def _by_affinity(self, members: Sequence[Member], lineage: str, prefer: str) -> list[Member]:
+    def _by_affinity(self, members: Sequence[EngineNode], lineage: str, prefer: str) -> list[EngineNode]:
         if not lineage:
             self._turn += 1
             start = self._turn % len(members)
@@ -178,20 +178,20 @@ class Engines(Questions):
         return order
 
 
-class Near(Questions):
+class AffinityClient(EngineClient):
     """The engines, as asked for a lineage."""
 
-    def __init__(self, engines: Engines, lineage: str, prefer: str) -> None:
+    def __init__(self, engines: EnginePool, lineage: str, prefer: str) -> None:
         self._engines = engines
         self._lineage = lineage
         self._prefer = prefer
 
     async def models(self) -> dict[str, Model]:
-        """See `Questions.models`."""
+        """See `EngineClient.models`."""
         return await self._engines.models()
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
-        """Ask one engine after the other until one answers; see `Questions.ask`."""
+        """Ask one engine after the other until one answers; see `EngineClient.ask`."""
         failed = GatewayError("engine_unreachable", self._engines.trouble(), hint=_HINT)
         for member in self._engines.choose(self._lineage, self._prefer, str((json or {}).get("model", ""))):
             try:
@@ -212,10 +212,10 @@ class Route:
 
     __slots__ = ("_engines", "_member", "_members")
 
-    def __init__(self, engines: Engines, members: Sequence[Member]) -> None:
+    def __init__(self, engines: EnginePool, members: Sequence[EngineNode]) -> None:
         self._engines = engines
         self._members = members
-        self._member: Member | None = None
+        self._member: EngineNode | None = None
 
     @property
     def engine(self) -> str:
@@ -257,7 +257,7 @@ class Route:
         if self._member is None:
             return
         if connection.broken:
-            self._member.hasten()
+            self._member.probe_soon()
         self._member.upstream.release(connection)
 
     def _another_is_well(self, place: int) -> bool:
@@ -265,7 +265,7 @@ class Route:
         return any(member.rank(now, first=False) == WELL for member in self._members[place + 1 :])
 
 
-def _differing(members: Sequence[Member]) -> dict[str, dict[str, str]]:
+def _differing(members: Sequence[EngineNode]) -> dict[str, dict[str, str]]:
     """Of each model that several engines serve and not all from the same root: its root by engine."""
     roots: dict[str, dict[str, str]] = {}
     for member in members:

@@ -14,7 +14,7 @@ import httpx
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.pins import Lock
+from gateway.kv.pins import FileLock
 from gateway.runtime.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
@@ -131,12 +131,12 @@ class LMCache:
         `timeout_s`, the waiting for others included.
         """
         asked, what = time.monotonic(), (name, len(token_ids))
-        lock = Lock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock")
+        lock = FileLock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock")
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._turns.setdefault(salt, asyncio.Lock()),
-                lock.hold(alone=True),
+                lock.acquire(alone=True),
             ):
                 last = self._last.get(salt)
                 if last is None or last.what != what or last.at < asked:

@@ -2,8 +2,8 @@
 
 An object is pinned once, not once per window; which windows hold it is written in the store. So a clone costs no file
 and a delete has to ask the store what nobody else holds. Between pinning and the commit of the manifest the store does
-not know the pin yet, and between the commit of a deletion and the unpinning it knows it no more; `Lock` keeps the two
-apart, over all processes of this machine that share the store: freezes hold it shared, deletions and sweeps alone.
+not know the pin yet, and between the commit of a deletion and the unpinning it knows it no more; `FileLock` keeps the
+two apart, over all processes of this machine that share the store: freezes hold it shared, deletions and sweeps alone.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from gateway.records import PinnedObject, Sizes
 _POLL_S = 0.005
 
 
-class Lock:
+class FileLock:
     """A shared or exclusive lock on a file, let go by the kernel when its process dies."""
 
     def __init__(self, path: Path, poll_s: float = _POLL_S) -> None:
@@ -29,7 +29,7 @@ class Lock:
         self._poll_s = poll_s
 
     @asynccontextmanager
-    async def hold(self, *, alone: bool) -> AsyncIterator[None]:
+    async def acquire(self, *, alone: bool) -> AsyncIterator[None]:
         """Wait for the lock and hold it for the block."""
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -53,7 +53,7 @@ class Pins:
     """The configured tiers, in the order in which LMCache reads them, and the lock over their pins."""
 
     tiers: tuple[Tier, ...]
-    lock: Lock
+    lock: FileLock
 
     async def present(self, names: Sequence[str]) -> tuple[dict[str, set[str]], list[str]]:
         """Return which of these keys each reachable tier has, and a warning for each tier that cannot be reached."""
@@ -135,7 +135,7 @@ class Pins:
         warnings: list[str] = []
         for tier in self.tiers:
             try:
-                found |= await tier.under(salts)
+                found |= await tier.keys_with_salt(salts)
             except TierUnavailable as error:
                 warnings.append(str(error))
         return found, warnings

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from gateway.records import Known
-from gateway.sessions.prefix_chain import Verdict
+from gateway.sessions.prefix_chain import PrefixMatch
 from gateway.sessions.reply_aliases import KINDS, Answered, Context, Kind, Marks, Match, compare, is_named
 
 
-def judge(reply: Answered, found: Sequence[Known]) -> Verdict | None:
+def judge(reply: Answered, found: Sequence[Known]) -> PrefixMatch | None:
     """Say which session a request goes on with that holds this reply, as its last or before exchanges that the client
     made up; None where it is nobody's.
 
@@ -18,7 +18,7 @@ def judge(reply: Answered, found: Sequence[Known]) -> Verdict | None:
     return next((verdict for verdict in verdicts if verdict is not None), None)
 
 
-def _judge_name(reply: Answered, kind: Kind, found: Sequence[Known]) -> Verdict | None:
+def _judge_name(reply: Answered, kind: Kind, found: Sequence[Known]) -> PrefixMatch | None:
     meant: dict[Match, list[tuple[Known, Marks]]] = {"": [], "same": [], "side": []}
     for one in found:
         if is_named(kind, reply.names, one.alias):
@@ -26,7 +26,7 @@ def _judge_name(reply: Answered, kind: Kind, found: Sequence[Known]) -> Verdict 
             meant[compare(kind, reply.context, marks)].append((one, marks))
     current = _closest(reply.context, [pair for pair in meant["same"] if pair[0].current])
     if len(current) == 1:
-        return Verdict(current[0].session, depth=reply.depth, how="last reply")
+        return PrefixMatch(current[0].session, depth=reply.depth, how="last reply")
     stems = _closest(reply.context, meant["same"] or meant["side"])
     return _branch(stems, reply.depth, "fork" if meant["same"] else "side") if stems else None
 
@@ -38,7 +38,7 @@ def _closest(here: Context, found: Sequence[tuple[Known, Marks]]) -> list[Known]
     return [one for (one, _), lines in zip(found, shared, strict=True) if lines == max(shared)]
 
 
-def _branch(stems: Sequence[Known], depth: int, how: str) -> Verdict:
+def _branch(stems: Sequence[Known], depth: int, how: str) -> PrefixMatch:
     if len({one.session.lineage for one in stems}) > 1:
-        return Verdict(None, how="ambiguous")
-    return Verdict(stems[0].session, forks=True, depth=depth, how=how)
+        return PrefixMatch(None, how="ambiguous")
+    return PrefixMatch(stems[0].session, forks=True, depth=depth, how=how)

@@ -11,8 +11,8 @@ from typing import Any
 from gateway.records import Message, Session, Usage
 from gateway.runtime.offload import Offload
 from gateway.sessions import misses
-from gateway.sessions.completed_turn import Ended, Read, Review
-from gateway.sessions.misses import Evidence, Left
+from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
+from gateway.sessions.misses import PreviousTurn, TurnCacheStats
 from gateway.sessions.token_estimator import Estimator
 from gateway.store.types import Store
 
@@ -24,7 +24,7 @@ _USUAL_CHUNK = 256  # LMCache's own default, where the cache has not said yet, o
 class _Before:
     """What a session's last turn left, None if nothing, and when it was over."""
 
-    left: Left | None
+    left: PreviousTurn | None
     at: float
 
     @property
@@ -32,7 +32,7 @@ class _Before:
         return self.left.tokens if self.left else 0
 
 
-class Reviews:
+class CacheReviewer:
     """Looks at finished turns. `chunk_size` gives the cache's, 0 where it is not known."""
 
     def __init__(self, store: Store, estimator: Estimator, chunk_size: Callable[[], int]) -> None:
@@ -43,9 +43,9 @@ class Reviews:
         self._last: dict[tuple[str, str], _Before] = {}  # of this worker's turns; without their messages
         self._unrecorded: dict[tuple[str, str], tuple[Sequence[Message], Mapping[str, Any]]] = {}
 
-    async def of(self, turn: Read) -> Review:
+    async def review(self, turn: ParsedTurn) -> Review:
         """Return the estimate of a turn's prompt, and the verdict on what it found in the cache."""
-        ended, usage = turn.ended, turn.reply.usage
+        ended, usage = turn.turn, turn.reply.usage
         if usage is None or not turn.whole:
             return Review()
         model, frame = ended.call.model, ended.call.whole_frame
@@ -57,7 +57,7 @@ class Reviews:
         if before.left is None and ended.place.session.parent:
             before = await self._of_parent(ended, turn.whole, frame)
         evidence = await self._evidence(turn, usage, before, frame)
-        miss = await self._offload.run(True, misses.why, evidence) if heavy else misses.why(evidence)
+        miss = await self._offload.run(True, misses.explain_miss, evidence) if heavy else misses.explain_miss(evidence)
         if turn.messages is not None:
             self._keep(ended, usage, turn.messages, frame)
         return Review(estimate.tokens, miss.expected, str(miss))
@@ -66,11 +66,11 @@ class Reviews:
         """All that was looked at is in the store now."""
         self._unrecorded.clear()
 
-    def _keep(self, ended: Ended, usage: Usage, messages: Sequence[Message], frame: Mapping[str, Any]) -> None:
+    def _keep(self, ended: CompletedTurn, usage: Usage, messages: Sequence[Message], frame: Mapping[str, Any]) -> None:
         key = _key(ended)
         if len(self._last) >= _LEFT and key not in self._last:
             self._last.clear()
-        left = Left(
+        left = PreviousTurn(
             tokens=usage.prompt + usage.completion,
             prompt=usage.prompt,
             salt=ended.salt,
@@ -80,7 +80,7 @@ class Reviews:
         self._last[key] = _Before(left, ended.at)
         self._unrecorded[key] = messages, frame
 
-    async def _before(self, ended: Ended) -> _Before:
+    async def _before(self, ended: CompletedTurn) -> _Before:
         """What the turn found. When its session was read, the turn before may not have been recorded yet."""
         session, key = ended.place.session, _key(ended)
         just = self._last.get(key)
@@ -93,7 +93,7 @@ class Reviews:
                 return _Before(None, 0.0)
         return just
 
-    async def _of_parent(self, ended: Ended, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
+    async def _of_parent(self, ended: CompletedTurn, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
         """What a new session finds of the one that it is a fork of: both run under one salt."""
         new = ended.place.session
         parent = await self._store.session(new.tenant, new.parent or "")
@@ -105,9 +105,11 @@ class Reviews:
             had = dict(await self._store.frame(parent.frame))
         return _Before(misses.shared(replace(left, messages=messages, frame=had), whole, frame), parent.last_active_at)
 
-    async def _evidence(self, turn: Read, usage: Usage, before: _Before, frame: Mapping[str, Any]) -> Evidence:
-        ended = turn.ended
-        evidence = Evidence(
+    async def _evidence(
+        self, turn: ParsedTurn, usage: Usage, before: _Before, frame: Mapping[str, Any]
+    ) -> TurnCacheStats:
+        ended = turn.turn
+        evidence = TurnCacheStats(
             prompt=usage.prompt,
             cached=usage.cached,
             chunk_size=self._chunk_size() or _USUAL_CHUNK,
@@ -126,7 +128,9 @@ class Reviews:
         messages, known = just or await self._recorded(ended, before)
         return replace(evidence, before=replace(before.left, messages=messages, frame=known))
 
-    async def _recorded(self, ended: Ended, before: _Before) -> tuple[Sequence[Message] | None, dict[str, Any] | None]:
+    async def _recorded(
+        self, ended: CompletedTurn, before: _Before
+    ) -> tuple[Sequence[Message] | None, dict[str, Any] | None]:
         """The conversation as the turn before has left it; None where that is not known any more."""
         session: Session | None = ended.place.session
         if before.at > ended.place.session.last_active_at:
@@ -138,15 +142,15 @@ class Reviews:
         return messages, dict(await self._store.frame(session.frame)) if session.frame and messages else None
 
 
-def _key(ended: Ended) -> tuple[str, str]:
+def _key(ended: CompletedTurn) -> tuple[str, str]:
     return ended.place.session.tenant, ended.place.session.id
 
 
-def _left(session: Session) -> Left | None:
+def _left(session: Session) -> PreviousTurn | None:
     """What the session's last turn left, or the window that it is thawed from."""
     if not session.token_count:
         return None
-    return Left(
+    return PreviousTurn(
         tokens=session.token_count,
         prompt=session.prompt_tokens or session.token_count,
         salt=session.salt,

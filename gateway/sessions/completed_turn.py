@@ -9,9 +9,9 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.runtime.offload import HEAVY_BYTES, is_heavy
 from gateway.sessions import prefix_chain
-from gateway.sessions.prefix_chain import Beginning, Prompt
-from gateway.sessions.resolver import Place
-from gateway.store.types import Finished
+from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
+from gateway.sessions.resolver import SessionMatch
+from gateway.store.types import TurnRecord
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +19,10 @@ _MAX_DETAIL = 1000  # an engine repeats what it refuses
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class CompletedTurn:
     """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
 
-    place: Place
+    place: SessionMatch
     fingerprint: str
     salt: str
     dialect: Dialect
@@ -54,13 +54,13 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ParsedTurn:
     """A turn with its reply. `whole` is what was asked, `messages` the conversation with the reply, None without one.
 
     Without the reply the next turn's prompt is not known, so the transcript stays where it was.
     """
 
-    ended: Ended
+    turn: CompletedTurn
     reply: Reply
     whole: Sequence[Message]
     messages: Sequence[Message] | None
@@ -75,7 +75,7 @@ class Review:
     miss: str = ""
 
 
-def read(ended: Ended) -> Read:
+def parse(ended: CompletedTurn) -> ParsedTurn:
     """Parse what was recorded of the reply."""
     is_turn = bool(ended.call.messages or ended.call.front)
     whole = ended.call.whole if is_turn else []
@@ -85,15 +85,15 @@ def read(ended: Ended) -> Read:
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
         log.exception("could not read a reply of session %s", ended.place.session.id)
-        return Read(ended, Reply(None, None, "the reply could not be read"), whole, None)
-    return Read(ended, reply, whole, messages)
+        return ParsedTurn(ended, Reply(None, None, "the reply could not be read"), whole, None)
+    return ParsedTurn(ended, reply, whole, messages)
 
 
-def finished(turn: Read, review: Review) -> Finished:
+def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
     """What the store is to keep of a turn."""
-    ended, reply, session = turn.ended, turn.reply, turn.ended.place.session
+    ended, reply, session = turn.turn, turn.reply, turn.turn.place.session
     response = _response(turn)
-    return Finished(
+    return TurnRecord(
         turn=Turn(
             tenant=session.tenant,
             session_id=session.id,
@@ -123,7 +123,7 @@ def finished(turn: Read, review: Review) -> Finished:
     )
 
 
-def _recognised(ended: Ended) -> str:
+def _recognised(ended: CompletedTurn) -> str:
     """How the session was found, and what of it was put in front of the request."""
     front, source = ended.call.front, ended.place.source
     if front is None or not front.origin:
@@ -132,9 +132,9 @@ def _recognised(ended: Ended) -> str:
     return f"{source}; follows what the {front.origin} holds{doubt}"
 
 
-def _response(turn: Read) -> StoredResponse | None:
+def _response(turn: ParsedTurn) -> StoredResponse | None:
     """The answer to keep, where its API keeps answers and the client did not say otherwise."""
-    storage, answer, session = turn.ended.call.storage, turn.reply.answer, turn.ended.place.session
+    storage, answer, session = turn.turn.call.storage, turn.reply.answer, turn.turn.place.session
     if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
         return None
     return StoredResponse(
@@ -142,14 +142,14 @@ def _response(turn: Read) -> StoredResponse | None:
         id=answer["id"],
         session_id=session.id,
         lineage=session.lineage,
-        created_at=turn.ended.started_at,
+        created_at=turn.turn.started_at,
         answer={**answer, "previous_response_id": storage.previous, "store": True},
         instructed=turn.whole[:1] == [{"role": "system", "content": storage.instructions}],
     )
 
 
-def _trace(turn: Read) -> Trace:
-    place = turn.ended.place
+def _trace(turn: ParsedTurn) -> Trace:
+    place = turn.turn.place
     try:
         return prefix_chain.trace(place.seed, turn.whole, turn.reply.message, _beginning(turn), place.session.head)
     except GatewayError:
@@ -157,15 +157,15 @@ def _trace(turn: Read) -> Trace:
         return Trace(b"", b"", None)
 
 
-def _beginning(turn: Read) -> Beginning | None:
+def _beginning(turn: ParsedTurn) -> ConversationPrefix | None:
     """The beginning that the turn is: made anew where more was put in front than was known when its session was."""
-    request = turn.ended.place.request
+    request = turn.turn.place.request
     if request is None or request.messages == turn.whole:
         return request
-    return Beginning.of(Prompt(turn.whole, request.seed, request.frame))
+    return ConversationPrefix.of(Prompt(turn.whole, request.seed, request.frame))
 
 
-def _reply(ended: Ended) -> Reply:
+def _reply(ended: CompletedTurn) -> Reply:
     if ended.chunks is None or ended.outcome not in ("completed", "client_gone"):
         return Reply(None, None)
     if ended.outcome == "completed":

@@ -1,7 +1,7 @@
 """Turns that are going on, told to the other workers on this machine by locks on single bytes of a few files.
 
 A worker holds a shared lock for each session and each lineage that is in a turn, and for what else tells its turn from
-another (`Mark`), from the turn's beginning until it is recorded; whoever wants to know asks the kernel. Which byte
+another (`LockKey`), from the turn's beginning until it is recorded; whoever wants to know asks the kernel. Which byte
 stands for a mark is a hash: two marks share one in 2^58. Another file tells which turns are over and not recorded yet:
 a byte for each batch of them, so that a worker can wait for just those of the others that are over by now.
 
@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from gateway.errors import StartError
 
-Mark = tuple[Literal["session", "lineage", "head", "asked", "question"], str, str]
+LockKey = tuple[Literal["session", "lineage", "head", "asked", "question"], str, str]
 """What, of which tenant, and its name."""
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of Linux on 64 bits: type, whence, start, length, pid
@@ -46,13 +46,13 @@ class TurnLocks:
 
     def __init__(self, folder: Path) -> None:
         """Open the files, in `folder`. Raises StartError where they cannot be had or cannot be locked."""
-        self._held: dict[Mark, _Held] = {}
+        self._held: dict[LockKey, _Held] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._files = [_open(folder / f"{number:02d}.lock") for number in range(_FILES)]
             self._over = _open(folder / "over.lock")
-            self.over(0)
-            self.recorded(0)
+            self.mark_ended(0)
+            self.mark_recorded(0)
         except OSError as error:
             what = f"several workers need locks on files in {folder}: {error.strerror}"
             raise StartError(f"{what}; put data_dir on a local disk, or set workers to 1") from error
@@ -62,7 +62,7 @@ class TurnLocks:
         for file in (*self._files, self._over):
             os.close(file)
 
-    def hold(self, marks: Iterable[Mark]) -> None:
+    def acquire(self, marks: Iterable[LockKey]) -> None:
         """Say that a turn with these marks has begun. Never waits: nobody locks alone."""
         for mark in marks:
             held = self._held.get(mark)
@@ -72,7 +72,7 @@ class TurnLocks:
             held = self._held[mark] = _Held(*self._place(mark))
             _lock(held.file, held.byte, fcntl.F_RDLCK)
 
-    def let_go(self, marks: Iterable[Mark]) -> None:
+    def release(self, marks: Iterable[LockKey]) -> None:
         """Say that it is recorded."""
         for mark in marks:
             held = self._held[mark]
@@ -81,19 +81,19 @@ class TurnLocks:
                 del self._held[mark]
                 _lock(held.file, held.byte, fcntl.F_UNLCK)
 
-    def elsewhere(self, mark: Mark) -> bool:
+    def held_elsewhere(self, mark: LockKey) -> bool:
         """Whether another worker is in a turn with this mark."""
         return _held_by_others(*self._place(mark), 1) is not None
 
-    def over(self, batch: int) -> None:
+    def mark_ended(self, batch: int) -> None:
         """Say that turns of a batch are over and not recorded yet."""
         _lock(self._over, _byte(batch), fcntl.F_RDLCK)
 
-    def recorded(self, batch: int) -> None:
+    def mark_recorded(self, batch: int) -> None:
         """Say that all turns of a batch are recorded."""
         _lock(self._over, _byte(batch), fcntl.F_UNLCK)
 
-    def over_elsewhere(self) -> set[int]:
+    def ended_elsewhere(self) -> set[int]:
         """What stands for the turns of other workers that are over and not recorded yet."""
         found: set[int] = set()
         parts = [(0, _END)]
@@ -105,7 +105,7 @@ class TurnLocks:
                 parts += [(start, held), (held + 1, end)]
         return found
 
-    def _place(self, mark: Mark) -> tuple[int, int]:
+    def _place(self, mark: LockKey) -> tuple[int, int]:
         digest = blake3("\0".join(mark).encode()).digest(9)
         return self._files[digest[8] % _FILES], int.from_bytes(digest[:8], "little") >> 2
 

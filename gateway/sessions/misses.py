@@ -42,7 +42,7 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class PreviousTurn:
     """What the turn before has left: its tokens with the reply, and what they were made from.
 
     `messages` has the reply at its end; it and `frame` are None where they are not known.
@@ -58,14 +58,14 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class TurnCacheStats:
     """A turn as the engine counted it, and what came before; "" is an engine or salt that is not known."""
 
     prompt: int
     cached: int | None
     chunk_size: int
     messages: Sequence[Message]
-    before: Left | None = None
+    before: PreviousTurn | None = None
     frame: Mapping[str, Any] | None = None
     salt: str = ""
     fingerprint: str = ""
@@ -98,13 +98,13 @@ class Miss:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def why(e: Evidence) -> Miss:
+def explain_miss(e: TurnCacheStats) -> Miss:
     """Say why a turn found what it found. Pure; looks at messages only if fewer tokens were found than expected."""
     reason, detail = _verdict(e)
     return Miss(e.expected, e.cached, reason, detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}...")
 
 
-def _verdict(e: Evidence) -> tuple[Reason, str]:
+def _verdict(e: TurnCacheStats) -> tuple[Reason, str]:
     if e.before is None:
         return "first-turn", ""
     if e.cached is None:
@@ -114,7 +114,7 @@ def _verdict(e: Evidence) -> tuple[Reason, str]:
     return _of_miss(e, e.before, e.cached) if e.missed else ("none", "")
 
 
-def _of_miss(e: Evidence, before: Left, cached: int) -> tuple[Reason, str]:
+def _of_miss(e: TurnCacheStats, before: PreviousTurn, cached: int) -> tuple[Reason, str]:
     """The first of these that is so explains it: each makes all that follow it impossible to tell."""
     if _differ(e.salt, before.salt):
         fingerprint = _differ(e.fingerprint, before.fingerprint)
@@ -146,7 +146,7 @@ def _written(value: Any) -> bytes:
     return orjson.dumps(value) if value else b""
 
 
-def _front(before: Left) -> float:
+def _front(before: PreviousTurn) -> float:
     """Tokens, generously, up to which a prompt is made of system messages and its frame: what is found beyond them has
     the same ones, or a template that writes them further on."""
     messages = before.messages or ()
@@ -162,7 +162,7 @@ def _size(messages: Sequence[Message]) -> int:
     )
 
 
-def shared(before: Left, now: Sequence[Message], frame: Mapping[str, Any]) -> Left | None:
+def shared(before: PreviousTurn, now: Sequence[Message], frame: Mapping[str, Any]) -> PreviousTurn | None:
     """What a fork finds of the conversation that it left, carefully estimated; None if that is nothing, or unknown."""
     messages = before.messages or ()
     if before.frame is None or frame_changes(before.frame, frame):
@@ -177,7 +177,7 @@ def shared(before: Left, now: Sequence[Message], frame: Mapping[str, Any]) -> Le
     return replace(before, tokens=tokens, prompt=tokens, messages=part)
 
 
-def _of_same(e: Evidence, before: Left, messages: Sequence[Message], cached: int) -> tuple[Reason, str]:
+def _of_same(e: TurnCacheStats, before: PreviousTurn, messages: Sequence[Message], cached: int) -> tuple[Reason, str]:
     """The conversation goes on as it was, and yet less of it was found."""
     shorter = e.prompt <= before.prompt if text_transcripts.kind(messages) else len(e.messages) < len(messages)
     if not shorter and cached >= _whole(min(before.prompt, e.prompt) - _ENDING, e.chunk_size):

@@ -1,11 +1,11 @@
 """Which conversation a request belongs to: by an id that it brings, else by its own beginning.
 
-Agents name their sessions in headers and body fields of their own (`given`). Who names nothing is recognised by the
-prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings. The store knows
-every point at which a turn asked or was answered; the longest known beginning of a request says which conversation it
-goes on with (`judge`). Where a client changed something before the last reply, a system prompt that tells the time or
-a question that came with passages, that reply is found by what did not change (`reply_aliases`, `alias_match`).
-Nothing here reads a clock, a socket or a store.
+Agents name their sessions in headers and body fields of their own (`read_client_session_id`). Who names nothing is
+recognised by the prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings.
+The store knows every point at which a turn asked or was answered; the longest known beginning of a request says which
+conversation it goes on with (`match_session`). Where a client changed something before the last reply, a system prompt
+that tells the time or a question that came with passages, that reply is found by what did not change (`reply_aliases`,
+`alias_match`). Nothing here reads a clock, a socket or a store.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ _SIDE = 17  # characters that a side conversation adds to its agent's id
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ClientSessionId:
     """An id that a request brings; `source` says where, in the words that the session's status shows.
 
     `parent` is the id of the session that a sub-agent works for.
@@ -65,10 +65,12 @@ class Given:
     parent: str = ""
 
 
-def given(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_url: str | None) -> Given | None:
+def read_client_session_id(
+    headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_url: str | None
+) -> ClientSessionId | None:
     """Return the id that a request brings, None if it brings none. Raises `invalid_session_id` for one of our own."""
     if in_url is not None:
-        return Given("session", in_url, "base URL")
+        return ClientSessionId("session", in_url, "base URL")
     found: dict[bytes, str] = {}
     for name, value in headers:
         if name in HEADERS:
@@ -76,11 +78,11 @@ def given(headers: Iterable[tuple[bytes, bytes]], body: Mapping[str, Any], in_ur
     if SESSION_HEADER in found:
         named = check_session_id(found[SESSION_HEADER], "X-Session-ID")
         # OpenCode sends both, and makes its titles under the same id.
-        return Given("agent" if found.get(_AFFINITY) == named else "session", named, "header x-session-id")
+        return ClientSessionId("agent" if found.get(_AFFINITY) == named else "session", named, "header x-session-id")
     return (_in_headers(found) if found else None) or _in_body(body)
 
 
-def _in_headers(found: Mapping[bytes, str]) -> Given | None:
+def _in_headers(found: Mapping[bytes, str]) -> ClientSessionId | None:
     if found.get(_CLAUDE):
         # A sub-agent carries its parent's session id, so only both together name a conversation.
         return _agent((found[_CLAUDE], found.get(_CLAUDE_AGENT, "")), _CLAUDE)
@@ -94,24 +96,24 @@ def _in_headers(found: Mapping[bytes, str]) -> Given | None:
     return None
 
 
-def _agent(parts: Sequence[str], header: bytes) -> Given:
+def _agent(parts: Sequence[str], header: bytes) -> ClientSessionId:
     main, *others = filter(None, parts)
     parent = fitting(main) if others else ""
-    return Given("agent", fitting(":".join([main, *others])), f"header {header.decode()}", parent)
+    return ClientSessionId("agent", fitting(":".join([main, *others])), f"header {header.decode()}", parent)
 
 
-def _in_body(body: Mapping[str, Any]) -> Given | None:
+def _in_body(body: Mapping[str, Any]) -> ClientSessionId | None:
     metadata = body.get("metadata")
     if isinstance(metadata, dict):
         if named := _text(metadata.get("session_id")):
-            return Given("session", fitting(named), "body metadata.session_id")
+            return ClientSessionId("session", fitting(named), "body metadata.session_id")
         if named := _session_of_user(metadata.get("user_id")):
-            return Given("agent", fitting(named), "body metadata.user_id")
+            return ClientSessionId("agent", fitting(named), "body metadata.user_id")
     conversation = body.get("conversation")
     if named := _text(conversation.get("id") if isinstance(conversation, dict) else conversation):
-        return Given("session", fitting(named), "body conversation")
+        return ClientSessionId("session", fitting(named), "body conversation")
     if named := _text(body.get("prompt_cache_key")):
-        return Given("key", fitting(named), "body prompt_cache_key")
+        return ClientSessionId("key", fitting(named), "body prompt_cache_key")
     return None
 
 
@@ -138,7 +140,7 @@ def fitting(name: str) -> str:
     return name if SESSION_ID.fullmatch(name) else f"x-{blake3(name.encode()).hexdigest(_DIGEST)}"
 
 
-def side(session_id: str, head: bytes) -> str:
+def subconversation_id(session_id: str, head: bytes) -> str:
     """Name another conversation that an agent holds under the same id: its title maker, a skill, what follows a
     compaction."""
     return f"{session_id[: _MAX_ID - _SIDE]}:{head.hex()[: _SIDE - 1]}"
@@ -193,7 +195,7 @@ def trace(
     start: bytes,
     messages: Sequence[Message],
     reply: Message | None,
-    request: "Beginning | None" = None,
+    request: "ConversationPrefix | None" = None,
     began: bytes | None = None,
 ) -> Trace:
     """Where a turn has left its conversation.
@@ -233,30 +235,30 @@ class Prompt:
         return head(self.messages)
 
     @cached_property
-    def beginning(self) -> "Beginning":
+    def beginning(self) -> "ConversationPrefix":
         """The beginning that this request is."""
-        return Beginning.of(self)
+        return ConversationPrefix.of(self)
 
-    def prepare(self, named: Given | None) -> None:
+    def prepare(self, named: ClientSessionId | None) -> None:
         """Hash what a request with this id is going to be recognised by; for many or large messages it takes long."""
         if self.messages and not (named and named.kind == "session"):
             _ = self.beginning, self.head
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning:
+class ConversationPrefix:
     """The chain of a request, and how many of its first messages may end a turn or its question, longest first."""
 
     messages: Sequence[Message]
     seed: bytes
     frame: Mapping[str, Any]
     digests: Sequence[bytes]
-    links: Sequence[bytes]
+    prefix_hashes: Sequence[bytes]
     points: Sequence[int]
     replies: Sequence[int]  # how many messages there are up to each reply, and with it
 
     @classmethod
-    def of(cls, prompt: Prompt) -> "Beginning":
+    def of(cls, prompt: Prompt) -> "ConversationPrefix":
         """The beginning that a request is."""
         roles = [message.get("role") for message in prompt.messages]
         replies = [i for i, role in enumerate(roles, 1) if role == "assistant"]
@@ -270,12 +272,12 @@ class Beginning:
     @property
     def candidates(self) -> list[bytes]:
         """The links to look for, longest beginning first."""
-        return [self.links[point - 1] for point in self.points]
+        return [self.prefix_hashes[point - 1] for point in self.points]
 
     @property
     def asked(self) -> bytes:
         """The link of the whole request."""
-        return self.links[-1]
+        return self.prefix_hashes[-1]
 
     @property
     def context(self) -> Context:
@@ -299,14 +301,14 @@ class Beginning:
 
     def depth(self, known: bytes) -> int:
         """How many messages there are up to a link: an empty reply has that of the message before it."""
-        return len(self.links) - self.links[::-1].index(known)
+        return len(self.prefix_hashes) - self.prefix_hashes[::-1].index(known)
 
     def _context(self, count: int) -> Context:
         return Context.of(self.seed, self.messages[:count], self.digests[:count], tool_names(self.frame))
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PrefixMatch:
     """The session that a request goes on with, or forks from. `depth` is how many of its messages were known."""
 
     session: Session | None
@@ -315,10 +317,10 @@ class Verdict:
     how: str = "new"
 
 
-STRANGER = Verdict(None)
+STRANGER = PrefixMatch(None)
 
 
-def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]) -> Verdict:
+def match_session(request: ConversationPrefix, known: bytes | None, candidates: Sequence[Session]) -> PrefixMatch:
     """Say which of `candidates` a request goes on with: the sessions that have been at `known`, its longest known link.
 
     - At a session's last reply: the next turn.
@@ -332,28 +334,28 @@ def judge(request: Beginning, known: bytes | None, candidates: Sequence[Session]
     depth = request.depth(known)
     answered_before = any(reply <= depth and request.digests[reply - 1] for reply in request.replies)
     asking = [one for one in candidates if one.asked == known]
-    if depth == len(request.links):
+    if depth == len(request.prefix_hashes):
         return _again(depth, asking, candidates, answered_before)
     going = next((one for one in candidates if one.tip == known), None)
     if going and (going.asked != going.tip or answered_before or len(candidates) == 1):
-        return Verdict(going, depth=depth, how="prefix")
+        return PrefixMatch(going, depth=depth, how="prefix")
     waiting = next((one for one in asking if _waits(one)), None)
     if waiting:
-        return Verdict(waiting, depth=depth, how="prefix")
+        return PrefixMatch(waiting, depth=depth, how="prefix")
     # A client may send any reply back as it likes, an empty one in place of a call that failed, too; two that asked the
     # same cannot be told apart by that.
     replied = depth + 1 in request.replies or not request.digests[depth - 1]
     if replied and len(asking) == 1 and (answered_before or len(candidates) == 1):
-        return Verdict(asking[0], depth=depth, how="prefix")
-    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else STRANGER
+        return PrefixMatch(asking[0], depth=depth, how="prefix")
+    return PrefixMatch(candidates[0], forks=True, depth=depth, how="fork") if answered_before else STRANGER
 
 
-def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session], answered_before: bool) -> Verdict:
+def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session], answered_before: bool) -> PrefixMatch:
     """The verdict on a request that was asked before, word for word."""
     waiting = next((one for one in asking if _waits(one)), None)
     if waiting or (asking and answered_before):
-        return Verdict(waiting or asking[0], depth=depth, how="retry")
-    return Verdict(candidates[0], forks=True, depth=depth, how="fork") if answered_before else STRANGER
+        return PrefixMatch(waiting or asking[0], depth=depth, how="retry")
+    return PrefixMatch(candidates[0], forks=True, depth=depth, how="fork") if answered_before else STRANGER
 
 
 def _waits(session: Session) -> bool:
@@ -361,13 +363,15 @@ def _waits(session: Session) -> bool:
     return not session.answered or session.tip == session.asked
 
 
-def was_answered(request: Beginning, verdict: Verdict) -> bool:
+def was_answered(request: ConversationPrefix, verdict: PrefixMatch) -> bool:
     """Whether the verdict is that somebody has asked the very same before, and has the reply to it."""
     session = verdict.session
-    return session is not None and verdict.depth == len(request.links) and (verdict.forks or not _waits(session))
+    return (
+        session is not None and verdict.depth == len(request.prefix_hashes) and (verdict.forks or not _waits(session))
+    )
 
 
-def likelier(again: Verdict, standing: Verdict) -> Verdict:
+def likelier(again: PrefixMatch, standing: PrefixMatch) -> PrefixMatch:
     """Of the verdict that a request was answered before and the one without that: who asks an old question anew, does
     so soon, so the session that was active last. A fork, of a session that has gone on, comes after both."""
     if again.session is None or standing.session is None or standing.forks:
@@ -380,6 +384,6 @@ MATCHES = ("id", "prefix", "retry", "last-reply", "fork", "side", "window", "suc
 
 
 def match_of(source: str) -> str:
-    """How a session was recognised, as the response header has it; `source` is that of a `Place`."""
+    """How a session was recognised, as the response header has it; `source` is that of a `SessionMatch`."""
     word = source.replace(" ", "-")
     return word if word in MATCHES else "id"

@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from gateway.errors import GatewayError
-from gateway.metrics import Telemetry
+from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
 from gateway.sessions import completed_turn
-from gateway.sessions.cache_review import Reviews
-from gateway.sessions.completed_turn import Ended, Read, Review
+from gateway.sessions.cache_review import CacheReviewer
+from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
 from gateway.sessions.in_flight import TurnLocks
-from gateway.sessions.resolver import Place, Sessions
-from gateway.store.types import Finished, Store, StoreUnavailable
+from gateway.sessions.resolver import SessionMatch, SessionResolver
+from gateway.store.types import Store, StoreUnavailable, TurnRecord
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ _COMPLAIN_EVERY_S = 60.0
 _NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
 
 
-class Turns:
+class TurnRecorder:
     """Takes finished turns to the store."""
 
     def __init__(
         self,
         store: Store,
-        sessions: Sessions,
-        reviews: Reviews,
-        telemetry: Telemetry,
+        sessions: SessionResolver,
+        reviews: CacheReviewer,
+        telemetry: Metrics,
         locks: TurnLocks | None,
         *,
         room: int,
@@ -60,24 +60,24 @@ class Turns:
         self._locks = locks
         self._batch = 0  # that of the turns which are over now, where there are other workers
         self._batch_is_told = False
-        self._queue: asyncio.Queue[Ended] = asyncio.Queue()
+        self._queue: asyncio.Queue[CompletedTurn] = asyncio.Queue()
         self._said: set[int] = set()  # places (their `id`) of turns whose replies clients have, not recorded yet
         self._recorded = 0  # turns that have left the queue, ever
         self._finished = 0  # turns that have entered it
         self._progress = asyncio.Condition()
-        self._hurry = asyncio.Event()  # somebody waits for the record
-        self._room = room
+        self._flush_requested = asyncio.Event()  # somebody waits for the record
+        self._capacity = room
         self._trouble: StoreUnavailable | None = None  # why the store does not take turns just now
         self._complained = -_COMPLAIN_EVERY_S
         self._ending = asyncio.Event()
         self._on_recorded: Callable[[str, str], None] = lambda tenant, session_id: None
 
-    async def __aenter__(self) -> "Turns":
+    async def __aenter__(self) -> "TurnRecorder":
         self._task = asyncio.create_task(self._run(), name="turns")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._hurry.set()
+        self._flush_requested.set()
         self._ending.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
@@ -92,31 +92,31 @@ class Turns:
         """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
         self._on_recorded = on_recorded
 
-    def enter(self, place: Place) -> None:
+    def begin(self, place: SessionMatch) -> None:
         """A turn begins. Raises `rate_limited` when too many wait for the store, `storage_full` when it takes none."""
         if (trouble := self._trouble) is not None:
             full = trouble.code == "storage_full"
             hint = "free space there, or delete windows and sessions that are not needed" if full else ""
             raise GatewayError(trouble.code, f"the turn could not be recorded: {trouble.message}", hint=hint)
-        if self.unrecorded >= self._room:
+        if self.unrecorded >= self._capacity:
             raise GatewayError(
                 "rate_limited",
                 f"{self.unrecorded} finished turns wait for the store",
                 hint="send it again in a moment; turn_queue sets how many may wait",
             )
-        self._sessions.enter(place)
+        self._sessions.begin(place)
 
     @property
     def trouble(self) -> str:
         """Why turns cannot be recorded just now; empty where they can."""
         return self._trouble.message if self._trouble else ""
 
-    def said(self, place: Place) -> None:
+    def mark_reply_sent(self, place: SessionMatch) -> None:
         """A client gets the last event of its reply just now; the engine has still to end the stream."""
         self._said.add(id(place))
         self._tell_others()
 
-    def finish(self, over: Ended) -> None:
+    def enqueue(self, over: CompletedTurn) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
         self._finished += 1
         self._tell_others()
@@ -124,19 +124,19 @@ class Turns:
 
     def _tell_others(self) -> None:
         if self._locks and not self._batch_is_told:
-            self._locks.over(self._batch)
+            self._locks.mark_ended(self._batch)
             self._batch_is_told = True
 
-    async def settle(self) -> None:
+    async def flush(self) -> None:
         """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
 
         That goes for streams that have yet to be ended, and for the turns of other workers, unless one of those does
         not get on. While the store cannot be written nobody waits for it.
         """
-        theirs = self._locks.over_elsewhere() if self._locks else set()
+        theirs = self._locks.ended_elsewhere() if self._locks else set()
         goal, said = self._finished, self._said.copy()
         if said or self._recorded < goal:
-            self._hurry.set()
+            self._flush_requested.set()
         async with self._progress:
             await self._progress.wait_for(lambda: self._recorded >= goal or self._trouble is not None)
             if said:
@@ -166,16 +166,16 @@ class Turns:
             for over, one in zip(batch, finished, strict=True):
                 self._count(over, one)
                 self._said.discard(id(over.place))
-                self._sessions.leave(over.place)
+                self._sessions.end(over.place)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._queue.task_done()
             if self._locks and closed is not None:
-                self._locks.recorded(closed)
+                self._locks.mark_recorded(closed)
             async with self._progress:
                 self._recorded += len(batch)
                 self._progress.notify_all()
 
-    def _count(self, over: Ended, finished: Finished) -> None:
+    def _count(self, over: CompletedTurn, finished: TurnRecord) -> None:
         turn = finished.turn
         self._telemetry.turn(turn, over.dialect.name, over.overhead_s, served=bool(over.fingerprint))
         reason, _, _ = turn.miss.partition(":")
@@ -194,26 +194,26 @@ class Turns:
         if self._queue.qsize() < _TURNS_PER_RECORD:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_GATHER_S):
-                    await self._hurry.wait()
-        self._hurry.clear()
+                    await self._flush_requested.wait()
+        self._flush_requested.clear()
 
-    async def _to_store(self, over: Ended) -> Finished:
+    async def _to_store(self, over: CompletedTurn) -> TurnRecord:
         """What the store is to keep of a turn; a large one is read and hashed beside the event loop."""
         if not over.heavy:
-            turn = completed_turn.read(over)
-            return completed_turn.finished(turn, await self._review(turn))
-        turn = await self._offload.run(True, completed_turn.read, over)
-        return await self._offload.run(True, completed_turn.finished, turn, await self._review(turn))
+            turn = completed_turn.parse(over)
+            return completed_turn.to_record(turn, await self._review(turn))
+        turn = await self._offload.run(True, completed_turn.parse, over)
+        return await self._offload.run(True, completed_turn.to_record, turn, await self._review(turn))
 
-    async def _review(self, turn: Read) -> Review:
+    async def _review(self, turn: ParsedTurn) -> Review:
         try:
-            return await self._reviews.of(turn)
+            return await self._reviews.review(turn)
         except Exception:
             # What it came after may be taken away at any time, and no review is worth a turn.
-            log.exception("could not review a turn of session %s", turn.ended.place.session.id)
+            log.exception("could not review a turn of session %s", turn.turn.place.session.id)
             return Review()
 
-    async def _record(self, finished: list[Finished]) -> None:
+    async def _record(self, finished: list[TurnRecord]) -> None:
         try:
             await self._record_when_possible(finished)
         except Exception:
@@ -231,7 +231,7 @@ class Turns:
             turn = replace(one.turn, detail="the transcript could not be kept")
             await self._record([replace(one, turn=turn, messages=None, response=None)])
 
-    async def _record_when_possible(self, finished: list[Finished]) -> None:
+    async def _record_when_possible(self, finished: list[TurnRecord]) -> None:
         """Record turns, however long it takes until the store can be written."""
         while True:
             try:
@@ -274,11 +274,11 @@ class Turns:
 async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(_OTHERS_S):
-            while turns & locks.over_elsewhere():  # noqa: ASYNC110 - the kernel wakes no task
+            while turns & locks.ended_elsewhere():  # noqa: ASYNC110 - the kernel wakes no task
                 await asyncio.sleep(_POLL_S)
 
 
-async def _all(batch: Sequence[Ended]) -> AsyncIterator[Ended]:
+async def _all(batch: Sequence[CompletedTurn]) -> AsyncIterator[CompletedTurn]:
     for number, one in enumerate(batch, 1):
         yield one
         if number % _READ_AT_ONCE == 0:

@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 from gateway.errors import GatewayError
 from gateway.records import Session
 from gateway.sessions import alias_match, prefix_chain, salts
-from gateway.sessions.in_flight import Mark, TurnLocks
-from gateway.sessions.prefix_chain import Beginning, Given, Prompt, Verdict
+from gateway.sessions.in_flight import LockKey, TurnLocks
+from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, PrefixMatch, Prompt
 from gateway.store.types import Store
 
 _POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
@@ -39,7 +39,7 @@ class SaltRule:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SessionMatch:
     """Where a request belongs: its session, how that was recognised, and the chain that it is part of.
 
     `request` is the beginning that the request is, where it was needed on the way. `is_new`: no turn has used the
@@ -49,7 +49,7 @@ class Place:
     session: Session
     source: str
     seed: bytes
-    request: Beginning | None = None
+    request: ConversationPrefix | None = None
     is_new: bool = False
 
     @property
@@ -58,7 +58,7 @@ class Place:
         return self.request.asked if self.request else None
 
 
-class Sessions:
+class SessionResolver:
     """Sessions as this process sees them. `locks` is None where it is the only worker."""
 
     def __init__(self, store: Store, locks: TurnLocks | None = None, *, by_prefix: bool = True) -> None:
@@ -70,7 +70,7 @@ class Sessions:
         self._heads: dict[tuple[str, str], bytes] = {}  # of what is in flight: the store may not know it yet
         self._asking: dict[tuple[str, str], list[bytes | None]] = {}  # of the same: the link of what each turn asks
         self._questions: Counter[tuple[str, bytes | None]] = Counter()  # the same links, by themselves
-        self._quiet = asyncio.Event()  # set and replaced whenever a turn ends
+        self._turn_ended = asyncio.Event()  # set and replaced whenever a turn ends
 
     async def open(self, tenant: str, session_id: str, source: str = "") -> Session:
         """Return the session, or what it will be once its first turn is recorded.
@@ -80,13 +80,13 @@ class Sessions:
         known = await self._store.session(tenant, session_id)
         return known or Session(tenant, session_id, lineage=session_id, source=source)
 
-    async def place(
+    async def resolve(
         self,
         tenant: str,
-        named: Given | None,
+        named: ClientSessionId | None,
         prompt: Prompt,
         settle: Callable[[], Awaitable[None]],
-    ) -> Place:
+    ) -> SessionMatch:
         """Say which session a request belongs to; `settle` waits for the turns that are over."""
         seed = prompt.seed
         if named and named.kind == "session":
@@ -94,7 +94,7 @@ class Sessions:
         if not prompt.messages:
             new = named.id if named and named.kind == "agent" else new_id()
             session = await self.open(tenant, new, named.source if named else "new")
-            return Place(session, session.source, seed, is_new=not session.created_at)
+            return SessionMatch(session, session.source, seed, is_new=not session.created_at)
         if named and named.kind == "agent":
             session = await self._of_agent(tenant, named, prompt.head)
             if not session.created_at:
@@ -103,24 +103,26 @@ class Sessions:
         return await self._by_prefix(tenant, named, prompt, settle)
 
     @staticmethod
-    def _named(session: Session, named: Given, seed: bytes) -> Place:
-        return Place(session, named.source, seed, is_new=not session.created_at)
+    def _named(session: Session, named: ClientSessionId, seed: bytes) -> SessionMatch:
+        return SessionMatch(session, named.source, seed, is_new=not session.created_at)
 
-    async def _of_agent(self, tenant: str, named: Given, head: bytes) -> Session:
+    async def _of_agent(self, tenant: str, named: ClientSessionId, head: bytes) -> Session:
         """The session of an agent's id, or one beside it: an agent holds side conversations under the same id.
 
         What is beside it is the same client's, so it shares the lineage.
         """
         # Asked before the store: what is recorded in between, is found there.
-        elsewhere = self._elsewhere(("session", tenant, named.id))
-        as_there = elsewhere and self._elsewhere(_of(tenant, "head", named.id, head))
+        elsewhere = self._held_elsewhere(("session", tenant, named.id))
+        as_there = elsewhere and self._held_elsewhere(_of(tenant, "head", named.id, head))
         session = await self.open(tenant, named.id, named.source)
         began_with = session.head or self._heads.get((tenant, named.id))
         if began_with is None and (as_there or not elsewhere):
             return await self._of_parent(replace(session, head=head), named.parent)
         if began_with == head:
             return session
-        beside = await self.open(tenant, prefix_chain.side(named.id, head), f"{named.source}, beside {named.id}")
+        beside = await self.open(
+            tenant, prefix_chain.subconversation_id(named.id, head), f"{named.source}, beside {named.id}"
+        )
         return await self._of_parent(beside, named.id)
 
     async def _of_parent(self, session: Session, parent_id: str) -> Session:
@@ -130,7 +132,9 @@ class Sessions:
         parent = await self.open(session.tenant, parent_id)
         return replace(session, lineage=parent.lineage, parent=parent.id, engine=parent.engine)
 
-    async def _forked(self, new: Session, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Session:
+    async def _forked(
+        self, new: Session, request: ConversationPrefix, settle: Callable[[], Awaitable[None]]
+    ) -> Session:
         """An agent's new session, in the lineage of the conversation that it is a fork of, if it is one."""
         stem = (await self.look_up(new.tenant, request, settle)).session
         if stem is None or stem.id == new.id:  # itself: its first turn was recorded just now
@@ -140,21 +144,23 @@ class Sessions:
     async def _by_prefix(
         self,
         tenant: str,
-        key: Given | None,
+        key: ClientSessionId | None,
         prompt: Prompt,
         settle: Callable[[], Awaitable[None]],
-    ) -> Place:
+    ) -> SessionMatch:
         request = prompt.beginning
         verdict = await self.look_up(tenant, request, settle)
         if verdict.session and not verdict.forks:
-            return Place(verdict.session, verdict.how, prompt.seed, request)
+            return SessionMatch(verdict.session, verdict.how, prompt.seed, request)
         session = await self._fresh(tenant, key, verdict)
-        return Place(session, session.source, prompt.seed, request, is_new=True)
+        return SessionMatch(session, session.source, prompt.seed, request, is_new=True)
 
-    async def look_up(self, tenant: str, request: Beginning, settle: Callable[[], Awaitable[None]]) -> Verdict:
+    async def look_up(
+        self, tenant: str, request: ConversationPrefix, settle: Callable[[], Awaitable[None]]
+    ) -> PrefixMatch:
         """Judge a request by what the store knows of its beginning, and by what is going on just now."""
         if not self._by_beginning:  # who knows what others said could go on with it
-            return Verdict(None)
+            return PrefixMatch(None)
         verdict = await self._judge(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
         asked_now = self._is_asked(tenant, request.asked) or self._is_in_turn(verdict.session)
@@ -162,17 +168,17 @@ class Sessions:
             await settle()  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
             verdict = await self._judge(tenant, request)
         # Two questions at once after the same reply: one of them is a branch.
-        branches = not verdict.forks and self._asks_else(verdict.session, request)
+        branches = not verdict.forks and self._busy_with_other_request(verdict.session, request)
         return replace(verdict, forks=True, how="fork") if branches else verdict
 
     def _is_in_turn(self, session: Session | None) -> bool:
-        return session is not None and self.in_turn(session.tenant, session.id)
+        return session is not None and self.has_turn_in_flight(session.tenant, session.id)
 
     def _is_asked(self, tenant: str, asked: bytes) -> bool:
         """Whether a turn that is going on, of whatever session, asks the very same."""
-        return self._questions[tenant, asked] > 0 or self._elsewhere(("question", tenant, asked.hex()))
+        return self._questions[tenant, asked] > 0 or self._held_elsewhere(("question", tenant, asked.hex()))
 
-    async def _judge(self, tenant: str, request: Beginning) -> Verdict:
+    async def _judge(self, tenant: str, request: ConversationPrefix) -> PrefixMatch:
         verdict = await self._judge_links(tenant, request, request.candidates)
         if prefix_chain.was_answered(request, verdict):
             # Another session may stand where this was asked: the same script, run once more, gets the same replies and
@@ -186,29 +192,33 @@ class Sessions:
         changed = await self._judge_changed(tenant, request, verdict.depth)
         return changed if changed.session or not verdict.session else verdict
 
-    async def _judge_links(self, tenant: str, request: Beginning, links: Sequence[bytes]) -> Verdict:
-        known, candidates = await self._store.beginning(tenant, links)
+    async def _judge_links(self, tenant: str, request: ConversationPrefix, links: Sequence[bytes]) -> PrefixMatch:
+        known, candidates = await self._store.sessions_by_prefix(tenant, links)
         # Of sessions at the same point, one that is asking something else just now is the least likely.
-        return prefix_chain.judge(request, known, sorted(candidates, key=lambda one: self._asks_else(one, request)))
+        return prefix_chain.match_session(
+            request, known, sorted(candidates, key=lambda one: self._busy_with_other_request(one, request))
+        )
 
-    async def _judge_changed(self, tenant: str, request: Beginning, known: int) -> Verdict:
+    async def _judge_changed(self, tenant: str, request: ConversationPrefix, known: int) -> PrefixMatch:
         """Judge a request of which no more than `known` messages are."""
         for reply in request.answered(known):
-            found = await self._store.standing(tenant, reply.names)
+            found = await self._store.sessions_by_reply_alias(tenant, reply.names)
             if verdict := alias_match.judge(reply, found):
                 return verdict
-        return Verdict(None)
+        return PrefixMatch(None)
 
-    def _asks_else(self, session: Session | None, request: Beginning) -> bool:
+    def _busy_with_other_request(self, session: Session | None, request: ConversationPrefix) -> bool:
         """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""
         if session is None or not self._is_in_turn(session):
             return False
         here = self._asking.get((session.tenant, session.id), ())
-        if any(one in request.links for one in here):
+        if any(one in request.prefix_hashes for one in here):
             return False
-        return not any(self._elsewhere(_of(session.tenant, "asked", session.id, link)) for link in request.links)
+        return not any(
+            self._held_elsewhere(_of(session.tenant, "asked", session.id, link)) for link in request.prefix_hashes
+        )
 
-    async def _fresh(self, tenant: str, key: Given | None, verdict: Verdict) -> Session:
+    async def _fresh(self, tenant: str, key: ClientSessionId | None, verdict: PrefixMatch) -> Session:
         """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
         if verdict.session:
             parent = verdict.session
@@ -221,16 +231,16 @@ class Sessions:
         return Session(tenant, session_id, lineage=session_id, source=key.source if key else verdict.how)
 
     async def _is_free(self, tenant: str, session_id: str) -> bool:
-        if self.in_turn(tenant, session_id):
+        if self.has_turn_in_flight(tenant, session_id):
             return False
         return await self._store.session(tenant, session_id) is None
 
-    def enter(self, place: Place) -> None:
+    def begin(self, place: SessionMatch) -> None:
         """A turn begins."""
         session = place.session
         key = session.tenant, session.id
         if self._locks is not None:
-            self._locks.hold(_marks(place))
+            self._locks.acquire(_marks(place))
         self._in_flight[key] += 1
         self._lineages[session.tenant, session.lineage] += 1
         asked = place.asked
@@ -239,7 +249,7 @@ class Sessions:
         if session.head is not None:
             self._heads.setdefault(key, session.head)
 
-    def leave(self, place: Place) -> None:
+    def end(self, place: SessionMatch) -> None:
         """A turn is over and recorded."""
         session = place.session
         key = session.tenant, session.id
@@ -249,48 +259,48 @@ class Sessions:
         if _drop(self._in_flight, key):
             del self._asking[key]
             self._heads.pop(key, None)
-            self._quiet.set()
-            self._quiet = asyncio.Event()
+            self._turn_ended.set()
+            self._turn_ended = asyncio.Event()
         _drop(self._lineages, (session.tenant, session.lineage))
         if self._locks is not None:
-            self._locks.let_go(_marks(place))
+            self._locks.release(_marks(place))
 
     @contextmanager
     def under_way(self, tenant: str, lineage: str) -> Iterator[None]:
         """In the block KV is made under a salt of the lineage, though by no turn of a session: none of it is swept."""
-        mark: Mark = ("lineage", tenant, lineage)
+        mark: LockKey = ("lineage", tenant, lineage)
         if self._locks is not None:
-            self._locks.hold([mark])
+            self._locks.acquire([mark])
         self._lineages[tenant, lineage] += 1
         try:
             yield
         finally:
             _drop(self._lineages, (tenant, lineage))
             if self._locks is not None:
-                self._locks.let_go([mark])
+                self._locks.release([mark])
 
-    def in_turn(self, tenant: str, session_id: str) -> bool:
+    def has_turn_in_flight(self, tenant: str, session_id: str) -> bool:
         """Whether the session is in a turn, or has one that waits to be recorded."""
-        return (tenant, session_id) in self._in_flight or self._elsewhere(("session", tenant, session_id))
+        return (tenant, session_id) in self._in_flight or self._held_elsewhere(("session", tenant, session_id))
 
     @property
     def in_flight(self) -> int:
         """Turns that are going on or wait to be recorded."""
         return self._in_flight.total()
 
-    async def going_on(self, tenant: str, lineage: str) -> bool:
+    async def is_active(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is going on: in a turn just now, or not frozen since its last."""
-        return self.lineage_in_turn(tenant, lineage) or await self._store.lineage_in_use(tenant, lineage)
+        return self.lineage_has_turn_in_flight(tenant, lineage) or await self._store.lineage_in_use(tenant, lineage)
 
-    def lineage_in_turn(self, tenant: str, lineage: str) -> bool:
+    def lineage_has_turn_in_flight(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage, known or new, is in a turn or has one that waits to be recorded."""
-        return (tenant, lineage) in self._lineages or self._elsewhere(("lineage", tenant, lineage))
+        return (tenant, lineage) in self._lineages or self._held_elsewhere(("lineage", tenant, lineage))
 
-    async def at_rest(self, tenant: str, session_id: str, wait_s: float) -> None:
+    async def wait_until_idle(self, tenant: str, session_id: str, wait_s: float) -> None:
         """Return when no turn of the session is going on in any worker. Raises `session_busy` after `wait_s`."""
         try:
             async with asyncio.timeout(wait_s):
-                await self._rest(tenant, session_id)
+                await self._wait_until_idle(tenant, session_id)
         except TimeoutError as error:
             raise GatewayError(
                 "session_busy",
@@ -298,23 +308,23 @@ class Sessions:
                 hint="freeze it when the reply is complete",
             ) from error
 
-    async def _rest(self, tenant: str, session_id: str) -> None:
+    async def _wait_until_idle(self, tenant: str, session_id: str) -> None:
         # The lock is held until the turn is recorded: who finds none here finds every turn in the store, those of the
         # other workers too.
-        while self._in_flight[tenant, session_id] or self._elsewhere(("session", tenant, session_id)):
+        while self._in_flight[tenant, session_id] or self._held_elsewhere(("session", tenant, session_id)):
             if self._in_flight[tenant, session_id]:
-                await self._quiet.wait()
+                await self._turn_ended.wait()
             else:
                 await asyncio.sleep(_POLL_S)
 
-    def _elsewhere(self, mark: Mark) -> bool:
-        return self._locks is not None and self._locks.elsewhere(mark)
+    def _held_elsewhere(self, mark: LockKey) -> bool:
+        return self._locks is not None and self._locks.held_elsewhere(mark)
 
 
-def _marks(place: Place) -> list[Mark]:
+def _marks(place: SessionMatch) -> list[LockKey]:
     """What tells other workers of a turn: whose it is, and what they would have to know of a session they do not."""
     session = place.session
-    marks: list[Mark] = [
+    marks: list[LockKey] = [
         ("session", session.tenant, session.id),
         ("lineage", session.tenant, session.lineage),
     ]
@@ -326,7 +336,7 @@ def _marks(place: Place) -> list[Mark]:
     return marks
 
 
-def _of(tenant: str, what: Literal["asked", "head"], session_id: str, digest: bytes) -> Mark:
+def _of(tenant: str, what: Literal["asked", "head"], session_id: str, digest: bytes) -> LockKey:
     return what, tenant, f"{session_id}\0{digest.hex()}"
 
 
@@ -343,7 +353,7 @@ def _drop(counter: Counter[Key], key: Key) -> bool:
     return True
 
 
-def no_session(session_id: str) -> GatewayError:
+def session_not_found(session_id: str) -> GatewayError:
     """The error for a session that is not there."""
     return GatewayError(
         "session_not_found",

@@ -13,7 +13,7 @@ from pathlib import Path
 from gateway.stack import cleanup, commands, lock, models
 from gateway.stack.commands import LOOPBACK
 from gateway.stack.demo_model import THINK, THOUGHT, Size
-from gateway.stack.process import Launch, Part
+from gateway.stack.process import Launch, ManagedProcess
 from gateway.stack.reaper import reaping
 
 DEFAULT_PORT = 8700
@@ -93,9 +93,9 @@ class Plan:
 class Parts:
     """The three processes, in the order they start."""
 
-    cache: Part
-    engine: Part
-    gateway: Part
+    cache: ManagedProcess
+    engine: ManagedProcess
+    gateway: ManagedProcess
 
 
 def plan(options: LocalStack) -> Plan:
@@ -134,9 +134,9 @@ def is_cpu_build() -> bool:
 def parts(plan: Plan) -> Parts:
     """The parts, not started yet."""
     return Parts(
-        cache=Part(_cache_launch(plan)),
-        engine=Part(_engine_launch(plan)),
-        gateway=Part(_gateway_launch(plan)),
+        cache=ManagedProcess(_cache_launch(plan)),
+        engine=ManagedProcess(_engine_launch(plan)),
+        gateway=ManagedProcess(_gateway_launch(plan)),
     )
 
 

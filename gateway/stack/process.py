@@ -43,7 +43,7 @@ class Launch:
     owns_shared_memory: bool = False
 
 
-class Part:
+class ManagedProcess:
     """Start it, ask it, stop it; it can be started again after it has ended."""
 
     def __init__(self, launch: Launch) -> None:
@@ -114,7 +114,7 @@ class Part:
         while not self.is_ready():
             self.note()
             if self.exit_code is not None:
-                raise StackError(f"{self.obituary()}\n{self.last_lines()}")
+                raise StackError(f"{self.exit_reason()}\n{self.last_lines()}")
             if time.monotonic() > deadline:
                 raise StackError(f"{self.name} is not ready after {within:g} s; see {self.log}\n{self.last_lines()}")
             time.sleep(0.1)
@@ -144,7 +144,7 @@ class Part:
         self.note()
         self._ledger.sweep()
 
-    def obituary(self) -> str:
+    def exit_reason(self) -> str:
         """How it ended, in words."""
         code = self.exit_code
         if code is None:

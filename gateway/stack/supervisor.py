@@ -9,7 +9,7 @@ from types import FrameType
 
 from gateway.stack import cleanup, local, lock, preflight
 from gateway.stack.errors import StackError
-from gateway.stack.process import Part
+from gateway.stack.process import ManagedProcess
 from gateway.stack.reaper import reaping
 from gateway.stack.terminal import Terminal
 
@@ -57,7 +57,7 @@ class _Stop(Exception):
 class _Watched:
     """A part, and what the supervisor knows of its life."""
 
-    def __init__(self, part: Part, terminal: Terminal) -> None:
+    def __init__(self, part: ManagedProcess, terminal: Terminal) -> None:
         self.part = part
         self.deaths = 0
         self._terminal = terminal
@@ -101,7 +101,7 @@ class _Watched:
             self._terminal.say(f"{self.part.name} is ready after {now - self._started:.1f} s", style="green")
 
     def _died(self, now: float) -> None:
-        self._terminal.say(f"{self.part.obituary()}; again in {self._delay:g} s; log: {self.part.log}", style="red")
+        self._terminal.say(f"{self.part.exit_reason()}; again in {self._delay:g} s; log: {self.part.log}", style="red")
         self._terminal.quote(self.part.last_lines())
         self.part.clear()
         self.deaths += 1
@@ -138,7 +138,7 @@ class _Supervisor:
         sys.stdout.write(f"ready {self._plan.url}\n")
         sys.stdout.flush()
 
-    def _bring_up(self, *parts: Part) -> None:
+    def _bring_up(self, *parts: ManagedProcess) -> None:
         fresh = [_Watched(part, self._terminal) for part in parts]
         for watched in fresh:
             watched.start()

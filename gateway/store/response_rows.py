@@ -10,7 +10,7 @@ import orjson
 
 from gateway.records import StoredResponse
 from gateway.store import transcript_rows
-from gateway.store.types import Finished
+from gateway.store.types import TurnRecord
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _ECHOED = ("instructions", "tools")
 
 
-def record(db: sqlite3.Connection, finished: Sequence[Finished], keep: int) -> None:
+def record(db: sqlite3.Connection, finished: Sequence[TurnRecord], keep: int) -> None:
     """Keep the answers of finished turns, and of each tenant the last `keep`.
 
     An answer replaces an earlier one of the same id only in the same session: whatever made two ids equal, nobody may

@@ -4,7 +4,7 @@ import sqlite3
 import time
 from collections.abc import Iterable
 
-from gateway.store.types import LooseSalt, SaltNote, SaltUse
+from gateway.store.types import OrphanedSalt, SaltNote, SaltUse
 
 
 def use(db: sqlite3.Connection, tenant: str, session_id: str, salts: Iterable[str]) -> None:
@@ -39,11 +39,11 @@ def note(db: sqlite3.Connection, notes: Iterable[SaltNote]) -> None:
             loosen(db, one.salt, one.tenant, one.lineage)
 
 
-def loose(db: sqlite3.Connection) -> list[LooseSalt]:
-    return [LooseSalt(*row) for row in db.execute("SELECT salt, tenant, lineage, since FROM loose_salts")]
+def loose(db: sqlite3.Connection) -> list[OrphanedSalt]:
+    return [OrphanedSalt(*row) for row in db.execute("SELECT salt, tenant, lineage, since FROM loose_salts")]
 
 
-def settle(db: sqlite3.Connection, gone: LooseSalt) -> None:
+def settle(db: sqlite3.Connection, gone: OrphanedSalt) -> None:
     db.execute("DELETE FROM loose_salts WHERE salt = ? AND since = ?", (gone.salt, gone.since))
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from gateway.records import Alias, Known, Session, SessionState, Turn, Usage
 from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
-from gateway.store.types import Finished
+from gateway.store.types import TurnRecord
 
 T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
@@ -169,8 +169,8 @@ def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> byt
     return None
 
 
-def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int) -> None:
-    by_session: dict[tuple[str, str], list[Finished]] = {}
+def record(db: sqlite3.Connection, finished: Sequence[TurnRecord], turns_kept: int) -> None:
+    by_session: dict[tuple[str, str], list[TurnRecord]] = {}
     for item in finished:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
     for items in by_session.values():
@@ -182,7 +182,7 @@ def record(db: sqlite3.Connection, finished: Sequence[Finished], turns_kept: int
             _prune_turns(db, items[-1].turn, turns_kept)
 
 
-def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> bool:
+def _move_on(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> bool:
     """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone.
 
     Tells whether it is new.
@@ -209,7 +209,7 @@ def _move_on(db: sqlite3.Connection, items: Sequence[Finished]) -> bool:
     return held is None
 
 
-def _seen(items: Sequence[Finished]) -> dict[str, Any]:
+def _seen(items: Sequence[TurnRecord]) -> dict[str, Any]:
     """What a session's row is to say after turns, whether or not their replies are known."""
     last = items[-1]
     return {
@@ -220,7 +220,7 @@ def _seen(items: Sequence[Finished]) -> dict[str, Any]:
     }
 
 
-def _moved(moving: Sequence[Finished], transcript: bytes | None, frame: bytes | None) -> dict[str, Any]:
+def _moved(moving: Sequence[TurnRecord], transcript: bytes | None, frame: bytes | None) -> dict[str, Any]:
     """What a session's row is to say besides after turns whose replies are known."""
     last = moving[-1]
     turn, usage = last.turn, last.turn.usage
@@ -232,7 +232,7 @@ def _moved(moving: Sequence[Finished], transcript: bytes | None, frame: bytes | 
     }  # fmt: skip
 
 
-def _begin(db: sqlite3.Connection, first: Finished, values: Mapping[str, Any]) -> None:
+def _begin(db: sqlite3.Connection, first: TurnRecord, values: Mapping[str, Any]) -> None:
     turn, began = first.turn, first.session
     known = {"model": turn.model} | {name: value for name, value in values.items() if value is not None}
     new = Session(
@@ -259,7 +259,7 @@ def _update(db: sqlite3.Connection, turn: Turn, values: Mapping[str, Any]) -> No
     )
 
 
-def _add_beginnings(db: sqlite3.Connection, item: Finished) -> None:
+def _add_beginnings(db: sqlite3.Connection, item: TurnRecord) -> None:
     links = [link for link in (item.trace.asked, item.trace.tip) if link]
     turn = item.turn
     db.executemany(

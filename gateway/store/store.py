@@ -48,7 +48,7 @@ from gateway.store.connect import connect
 from gateway.store.damage import REMEDY, is_damage
 from gateway.store.failures import read_failure
 from gateway.store.schema import migrate
-from gateway.store.types import Finished, LooseSalt, Released, SaltNote, SaltUse, Text, Unfrozen, WindowQuery
+from gateway.store.types import OrphanedSalt, Released, SaltNote, SaltUse, Text, TurnRecord, Unfrozen, WindowQuery
 from gateway.store.writer import Work, Writer
 
 T = TypeVar("T")
@@ -113,12 +113,12 @@ class SqliteStore:
         """See `Store.session`."""
         return self._read_inline(lambda db: session_rows.session(db, tenant, session_id))
 
-    async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
-        """See `Store.beginning`."""
+    async def sessions_by_prefix(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
+        """See `Store.sessions_by_prefix`."""
         return self._read_inline(lambda db: session_rows.beginning(db, tenant, links))
 
-    async def standing(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
-        """See `Store.standing`."""
+    async def sessions_by_reply_alias(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
+        """See `Store.sessions_by_reply_alias`."""
         return self._read_inline(lambda db: session_rows.standing(db, tenant, names))
 
     async def list_sessions(
@@ -169,20 +169,20 @@ class SqliteStore:
         """See `Store.salt_in_use`."""
         return await self._read(lambda db: salt_rows.in_use(db, salt))
 
-    async def loose_salts(self) -> list[LooseSalt]:
-        """See `Store.loose_salts`."""
+    async def orphaned_salts(self) -> list[OrphanedSalt]:
+        """See `Store.orphaned_salts`."""
         return await self._read(salt_rows.loose)
 
-    async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
-        """See `Store.loosen`."""
+    async def mark_orphaned(self, salt: str, tenant: str, lineage: str) -> None:
+        """See `Store.mark_orphaned`."""
         await self._delete(lambda db: salt_rows.loosen(db, salt, tenant, lineage))
 
     async def note_salts(self, notes: Sequence[SaltNote]) -> None:
         """See `Store.note_salts`."""
         await self._write(lambda db: salt_rows.note(db, notes))
 
-    async def settle_salt(self, gone: LooseSalt) -> None:
-        """See `Store.settle_salt`."""
+    async def clear_orphan(self, gone: OrphanedSalt) -> None:
+        """See `Store.clear_orphan`."""
         await self._delete(lambda db: salt_rows.settle(db, gone))
 
     async def held_under(self, salt: str) -> set[ObjectKey]:
@@ -206,11 +206,11 @@ class SqliteStore:
         """See `Store.remember_secret`."""
         await self._write(lambda db: secret_rows.remember(db, mark))
 
-    async def record(self, finished: Sequence[Finished], *, last: bool = False) -> None:
+    async def record(self, finished: Sequence[TurnRecord], *, last: bool = False) -> None:
         """See `Store.record`."""
         await self._write(lambda db: self._record(db, finished), Reserve.DELETIONS if last else Reserve.TURNS)
 
-    def _record(self, db: sqlite3.Connection, finished: Sequence[Finished]) -> None:
+    def _record(self, db: sqlite3.Connection, finished: Sequence[TurnRecord]) -> None:
         session_rows.record(db, finished, self._turns_kept)
         response_rows.record(db, finished, self._responses_kept)
 

@@ -62,7 +62,7 @@ SORT_KEYS = ("name", "created_at", "token_count", "size")
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class TurnRecord:
     """A finished turn on its way into the store. `messages` is None where the transcript does not move on.
 
     `session` is what the turn's session was when it began; the store makes it if it is new.
@@ -102,7 +102,7 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
-class LooseSalt:
+class OrphanedSalt:
     """A salt that a session or a window has let go of at `since`; another one may still use it."""
 
     salt: str
@@ -143,7 +143,7 @@ class Store(Protocol):
         """Return the session, or None."""
         ...
 
-    async def beginning(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
+    async def sessions_by_prefix(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
         """Return the first of `links` that is known, and sessions that have been there.
 
         Those that are there now come first, then those that asked it last, then those that have had a turn (a thawed
@@ -151,7 +151,7 @@ class Store(Protocol):
         """
         ...
 
-    async def standing(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
+    async def sessions_by_reply_alias(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
         """Return sessions that have a reply which goes by these names, whatever is left out.
 
         Where there are many, some of them; those whose last reply it is come first, then the last active ones.
@@ -212,11 +212,11 @@ class Store(Protocol):
         """Whether a session has turns under the salt. Windows hold their objects, not their salt."""
         ...
 
-    async def loose_salts(self) -> list[LooseSalt]:
+    async def orphaned_salts(self) -> list[OrphanedSalt]:
         """Return the salts that were let go of, and that nobody has settled since."""
         ...
 
-    async def loosen(self, salt: str, tenant: str, lineage: str) -> None:
+    async def mark_orphaned(self, salt: str, tenant: str, lineage: str) -> None:
         """Note a salt that nobody will have let go of who is stopped before: what lies under it is to be seen to."""
         ...
 
@@ -224,7 +224,7 @@ class Store(Protocol):
         """Note salts: as the session's where it is there, else as loose. Done again, it is noted as of now."""
         ...
 
-    async def settle_salt(self, gone: LooseSalt) -> None:
+    async def clear_orphan(self, gone: OrphanedSalt) -> None:
         """Say that what lay under a loose salt was seen to, unless it was let go of once more."""
         ...
 
@@ -248,7 +248,7 @@ class Store(Protocol):
         """Keep the mark of the secret that it is used with from now on."""
         ...
 
-    async def record(self, finished: Sequence[Finished], *, last: bool = False) -> None:
+    async def record(self, finished: Sequence[TurnRecord], *, last: bool = False) -> None:
         """Record finished turns; each makes its session if it is new and moves its transcript on.
 
         On a full disk turns use up a part of what is set aside for that, the `last` ones all of it. Raises

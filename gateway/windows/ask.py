@@ -15,8 +15,8 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Usage, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.store.types import Text
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.receipt import whole_chunks
 from gateway.windows.thaw import Receipt, load, restore, served, usable
 
@@ -44,9 +44,14 @@ class Answer:
         return None if self.usage.cached is None else self.usage.prompt - self.usage.cached
 
 
-@counted
+@instrumented
 async def ask(
-    parts: Parts, tenant: str, name: str, question: str, max_tokens: int | None = None, progress: Progress = silent
+    services: Services,
+    tenant: str,
+    name: str,
+    question: str,
+    max_tokens: int | None = None,
+    progress: Progress = silent,
 ) -> Answer:
     """Ask a window a question, greedily. Raises `window_not_found`, `model_mismatch`, `invalid_request` where the
     window is no conversation or has no room left, `engine_unreachable`, `engine_timeout`.
@@ -54,13 +59,13 @@ async def ask(
     KV that is lost raises nothing: the engine computes it again, and the receipt says so.
     """
     clock = time.monotonic()
-    window = await usable(parts, tenant, name)
-    model = await served(parts, window)
+    window = await usable(services, tenant, name)
+    model = await served(services, window)
     room = _room(window, model, max_tokens)
-    text = await conversation(parts, window)
-    restored = await _put_back(parts, window, progress)
+    text = await conversation(services, window)
+    restored = await _put_back(services, window, progress)
     progress("answer", 0, 0)
-    engine = parts.engines.near(window.lineage)
+    engine = services.engines.for_lineage(window.lineage)
     reply = await engine.chat(
         model.id, _quiet(text.frame or {}), [*text.messages, *following(text.messages, question)], window.salt,
         max_tokens=room,
@@ -84,9 +89,9 @@ def _room(window: Window, model: Model, max_tokens: int | None) -> int:
     return max_tokens or min(USUAL_TOKENS, max(left // 2, 1))
 
 
-async def conversation(parts: Parts, window: Window) -> Text:
+async def conversation(services: Services, window: Window) -> Text:
     """Return a window's text, which a user's message may follow. Raises `invalid_request` where none can."""
-    text = await parts.store.text(window)
+    text = await services.store.text(window)
     if kind := text_transcripts.kind(text.messages):
         raise GatewayError(
             "invalid_request",
@@ -103,13 +108,13 @@ def following(messages: Sequence[Message], question: str) -> list[Message]:
     return [*results, {"role": "user", "content": question}]
 
 
-async def _put_back(parts: Parts, window: Window, progress: Progress) -> Receipt:
-    manifest = await parts.store.manifest(window)
+async def _put_back(services: Services, window: Window, progress: Progress) -> Receipt:
+    manifest = await services.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, manifest.objects, receipt, progress)
-    if receipt.chunks_found and parts.cache is not None:
+    await restore(services, window, manifest.objects, receipt, progress)
+    if receipt.chunks_found and services.cache is not None:
         try:
-            await load(parts, parts.cache, window, manifest, receipt, progress)
+            await load(services, services.cache, window, manifest, receipt, progress)
         except GatewayError as error:  # then the engine loads it itself, or computes it
             receipt.warnings.append(error.message)
     receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected

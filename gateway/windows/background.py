@@ -8,13 +8,13 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class Chores:
+class BackgroundTasks:
     """Tasks that outlive the request that began them, and not the gateway."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "Chores":
+    async def __aenter__(self) -> "BackgroundTasks":
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -22,13 +22,13 @@ class Chores:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Begin `work`; a failure is logged under `name`."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    async def attempt(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    async def run_logged(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Do `work` that is done again later; a failure is logged under `name`."""
         try:
             await work

@@ -13,9 +13,9 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Session, Window
 from gateway.runtime.offload import is_heavy
 from gateway.sessions import prefix_chain
-from gateway.sessions.prefix_chain import Beginning, Given, Prompt
-from gateway.sessions.resolver import Place
-from gateway.windows.context import Parts
+from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, Prompt
+from gateway.sessions.resolver import SessionMatch
+from gateway.windows.context import Services
 from gateway.windows.thaw import thaw, usable
 
 
@@ -25,49 +25,51 @@ class Asked:
 
     tenant: str
     window: str
-    named: Given | None
+    named: ClientSessionId | None
     prompt: Prompt
     rule: SystemRule
 
 
-async def place(parts: Parts, asked: Asked) -> Place:
+async def place(services: Services, asked: Asked) -> SessionMatch:
     """Return the branch that the request belongs to, thawed just now if it is new.
 
     Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session
     that does not come from this window.
     """
-    window = await usable(parts, asked.tenant, asked.window)
+    window = await usable(services, asked.tenant, asked.window)
     named = asked.named
     if named and named.kind != "key":
-        return await _named(parts, asked, named, window)
-    history = (await parts.store.text(window)).messages
+        return await _named(services, asked, named, window)
+    history = (await services.store.text(window)).messages
     seed = prefix_chain.seed({}, f"{asked.prompt.seed.hex()} {window.name} {window.created_at}", "")
     heavy = is_heavy(history) or is_heavy(asked.prompt.messages)
-    request = await parts.offload.run(heavy, _beginning, history, asked, seed)
-    verdict = await parts.sessions.look_up(asked.tenant, request, parts.turns.settle)
+    request = await services.offload.run(heavy, _beginning, history, asked, seed)
+    verdict = await services.sessions.look_up(asked.tenant, request, services.recorder.flush)
     if verdict.session and not verdict.forks:
-        return Place(verdict.session, verdict.how, seed, request)
-    return Place(await _new(parts, window), "window", seed, request, is_new=True)
+        return SessionMatch(verdict.session, verdict.how, seed, request)
+    return SessionMatch(await _new(services, window), "window", seed, request, is_new=True)
 
 
-def _beginning(history: Sequence[Message], asked: Asked, seed: bytes) -> Beginning:
+def _beginning(history: Sequence[Message], asked: Asked, seed: bytes) -> ConversationPrefix:
     """The beginning of the whole conversation, whether or not the client sent the window's part of it."""
     sent = asked.prompt.messages
     front = transcripts.missing(history, sent, asked.rule)
-    return Beginning.of(Prompt(sent if front is None else transcripts.merged(front, sent), seed, asked.prompt.frame))
+    return ConversationPrefix.of(
+        Prompt(sent if front is None else transcripts.merged(front, sent), seed, asked.prompt.frame)
+    )
 
 
-async def _named(parts: Parts, asked: Asked, named: Given, window: Window) -> Place:
-    known = await parts.sessions.place(asked.tenant, named, asked.prompt, parts.turns.settle)
+async def _named(services: Services, asked: Asked, named: ClientSessionId, window: Window) -> SessionMatch:
+    known = await services.sessions.resolve(asked.tenant, named, asked.prompt, services.recorder.flush)
     if named.kind == "agent" and not known.is_new and known.session.window != asked.window:
-        known = await _beside(parts, asked, known, window)
+        known = await _beside(services, asked, known, window)
     if known.is_new:
         head = known.session.head
         session, _, _ = await thaw(
-            parts, asked.tenant, asked.window, new_session_id=known.session.id, warm="none", source=known.source,
+            services, asked.tenant, asked.window, new_session_id=known.session.id, warm="none", source=known.source,
             head=head,
         )  # fmt: skip
-        return Place(session, known.source, asked.prompt.seed, is_new=True)
+        return SessionMatch(session, known.source, asked.prompt.seed, is_new=True)
     if known.session.window != asked.window:
         raise GatewayError(
             "invalid_request",
@@ -78,19 +80,21 @@ async def _named(parts: Parts, asked: Asked, named: Given, window: Window) -> Pl
     return known
 
 
-async def _beside(parts: Parts, asked: Asked, known: Place, window: Window) -> Place:
+async def _beside(services: Services, asked: Asked, known: SessionMatch, window: Window) -> SessionMatch:
     """The branch of an agent that had its session before it was sent to the window: it cannot leave its id away, as a
     person can."""
-    branch_id = prefix_chain.side(known.session.id, prefix_chain.seed({}, f"{window.name} {window.created_at}", ""))
-    session = await parts.sessions.open(asked.tenant, branch_id)
+    branch_id = prefix_chain.subconversation_id(
+        known.session.id, prefix_chain.seed({}, f"{window.name} {window.created_at}", "")
+    )
+    session = await services.sessions.open(asked.tenant, branch_id)
     is_new = not session.created_at
-    return Place(
+    return SessionMatch(
         replace(session, head=asked.prompt.head) if is_new else session, known.source, known.seed, is_new=is_new
     )
 
 
-async def _new(parts: Parts, window: Window) -> Session:
+async def _new(services: Services, window: Window) -> Session:
     session, _, _ = await thaw(
-        parts, window.tenant, window.name, new_session_id=None, warm="none", source="window", seen=window
+        services, window.tenant, window.name, new_session_id=None, warm="none", source="window", seen=window
     )
     return session

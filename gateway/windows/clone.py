@@ -4,20 +4,20 @@ import time
 from dataclasses import replace
 
 from gateway.records import Manifest, Window
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.freeze import Naming, taken
-from gateway.windows.instrumented import counted
+from gateway.windows.instrumented import instrumented
 from gateway.windows.thaw import usable
 
 
-@counted
-async def clone(parts: Parts, tenant: str, source: str, naming: Naming) -> Window:
+@instrumented
+async def clone(services: Services, tenant: str, source: str, naming: Naming) -> Window:
     """Give a window a second name with a life of its own. Raises `window_not_found`, `window_already_exists`.
 
     What `naming` leaves empty is the source's.
     """
-    original = await usable(parts, tenant, source)
-    return await add(parts, copied(original, naming), original, None)
+    original = await usable(services, tenant, source)
+    return await add(services, copied(original, naming), original, None)
 
 
 def copied(original: Window, naming: Naming) -> Window:
@@ -33,13 +33,13 @@ def copied(original: Window, naming: Naming) -> Window:
     )
 
 
-async def add(parts: Parts, copy: Window, original: Window, manifest: Manifest | None) -> Window:
+async def add(services: Services, copy: Window, original: Window, manifest: Manifest | None) -> Window:
     """Commit a copy. Raises `window_already_exists`, and `window_not_found` where its source has gone meanwhile.
 
     The store looks for the source when it commits, so no lock on the pins is needed: a deletion before that leaves no
     source, and one after it finds that the copy holds the pins.
     """
-    committed = await parts.store.copy_window(copy, original, manifest)
+    committed = await services.store.copy_window(copy, original, manifest)
     if committed is None:
         raise taken(copy.name)
     return committed

@@ -2,36 +2,36 @@
 
 from dataclasses import dataclass, field
 
-from gateway.engines.pool import Engines
+from gateway.engines.pool import EnginePool
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
-from gateway.metrics import Telemetry
+from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
 from gateway.runtime.stalls import Stalls
-from gateway.sessions.recorder import Turns
-from gateway.sessions.resolver import SaltRule, Sessions
+from gateway.sessions.recorder import TurnRecorder
+from gateway.sessions.resolver import SaltRule, SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.token_estimator import Estimator
 from gateway.settings import Settings
 from gateway.store.types import Store
-from gateway.windows.background import Chores
+from gateway.windows.background import BackgroundTasks
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Services:
     """Everything that is open while the gateway runs. `cache` is None where no cache is configured."""
 
     settings: Settings
     store: Store
-    engines: Engines
+    engines: EnginePool
     cache: LMCache | None
     pins: Pins
     salts: SaltRule
-    sessions: Sessions
-    turns: Turns
+    sessions: SessionResolver
+    recorder: TurnRecorder
     salt_notes: SaltNotes
-    chores: Chores
-    telemetry: Telemetry
+    background: BackgroundTasks
+    metrics: Metrics
     estimator: Estimator
     stalls: Stalls
     offload: Offload = field(default_factory=Offload)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.thaw import found, not_found
 
 
@@ -21,9 +21,9 @@ class Deleted:
     warnings: tuple[str, ...]
 
 
-@counted
+@instrumented
 async def delete(
-    parts: Parts, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
+    services: Services, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
 ) -> Deleted:
     """Delete a window. Raises `window_not_found`.
 
@@ -32,42 +32,44 @@ async def delete(
     Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
     stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
     """
-    await found(parts, tenant, name)
-    await parts.turns.settle()
-    async with parts.pins.lock.hold(alone=True):
-        released = await parts.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
+    await found(services, tenant, name)
+    await services.recorder.flush()
+    async with services.pins.lock.acquire(alone=True):
+        released = await services.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
         if released is None or released.window is None:  # somebody was faster, or has given it more time
             raise not_found(name)
         window = released.window  # perhaps another than was found: it got the name meanwhile
-        in_use = await parts.sessions.going_on(tenant, window.lineage)
+        in_use = await services.sessions.is_active(tenant, window.lineage)
         # The pins of an isolated clone go by its source's names, which the source's own sessions may still use.
         own = window.pin_salt == window.salt
-        keep = in_use if own else await parts.store.salt_in_use(window.pin_salt)
-        freed, warnings = await parts.pins.remove(released.pins, originals=not keep)
+        keep = in_use if own else await services.store.salt_in_use(window.pin_salt)
+        freed, warnings = await services.pins.remove(released.pins, originals=not keep)
         names = () if in_use else released.names
-        more, _ = await parts.pins.remove(names, originals=True)
+        more, _ = await services.pins.remove(names, originals=True)
     if in_use:
         warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")
-    warnings += await drop_from_cache(parts, [*names, *(() if keep else released.pins)])
+    warnings += await drop_from_cache(services, [*names, *(() if keep else released.pins)])
     deleted = 0 if keep or in_use else len(released.pins)
     return Deleted(deleted, freed + more, window.chunk_count * window.world_size - deleted, tuple(warnings))
 
 
-async def drop_from_cache(parts: Parts, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None) -> list[str]:
+async def drop_from_cache(
+    services: Services, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None
+) -> list[str]:
     """Drop the objects from LMCache's memory, and from its books in each tier, or in `tiers`.
 
     LMCache would wait for a tier that hangs: then they leave its memory alone.
     """
-    if parts.cache is None or not keys:
+    if services.cache is None or not keys:
         return []
-    asked = parts.pins.tiers if tiers is None else tiers
+    asked = services.pins.tiers if tiers is None else tiers
     try:
         if any(tier.resting for tier in asked):
-            await parts.cache.delete(keys, tier="l1")
+            await services.cache.delete(keys, tier="l1")
         for tier in asked:
             if tier.resting:
                 continue
-            await parts.cache.delete(keys, tier="all", adapter=tier.adapter)
+            await services.cache.delete(keys, tier="all", adapter=tier.adapter)
     except GatewayError as error:
         return [error.message]
     return []

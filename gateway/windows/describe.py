@@ -6,15 +6,15 @@ from typing import Any
 
 from gateway.errors import GatewayError
 from gateway.records import Window
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.thaw import not_found
 
 _CLEARED: Mapping[str, Any] = {"description": "", "tags": ()}
 
 
-@counted
-async def describe(parts: Parts, tenant: str, name: str, said: Mapping[str, Any]) -> Window:
+@instrumented
+async def describe(services: Services, tenant: str, name: str, said: Mapping[str, Any]) -> Window:
     """Change `description`, `tags` or `ttl_seconds` (from now on); None clears. Raises `window_not_found`.
 
     What is not in `said` stays. Raises `invalid_request` where nothing is said at all.
@@ -27,7 +27,7 @@ async def describe(parts: Parts, tenant: str, name: str, said: Mapping[str, Any]
     if "ttl_seconds" in said:
         ttl = said["ttl_seconds"]
         changes["expires_at"] = None if ttl is None else time.time() + ttl
-    window = await parts.store.describe_window(tenant, name, changes)
+    window = await services.store.describe_window(tenant, name, changes)
     if window is None:
         raise not_found(name)
     return window

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.runtime.progress import Progress, silent
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.thaw import held, usable
 
 
@@ -41,26 +41,26 @@ class Evicted:
     duration_ms: float
 
 
-@counted
-async def evict(parts: Parts, tenant: str, name: str, progress: Progress = silent) -> Evicted:
+@instrumented
+async def evict(services: Services, tenant: str, name: str, progress: Progress = silent) -> Evicted:
     """Move a window's KV out of the cache's memory. Raises `window_not_found`, `cache_unavailable`.
 
     Objects that a request is reading just now stay, and the answer says so.
     """
     clock = time.monotonic()
-    window = await usable(parts, tenant, name)
-    if parts.cache is None:
+    window = await usable(services, tenant, name)
+    if services.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to evict from", hint="set cache_url")
-    objects = await parts.store.pinned(window)
+    objects = await services.store.pinned(window)
     names = list(dict.fromkeys(one.key for one in objects))
-    before, _ = await parts.pins.present(names)
+    before, _ = await services.pins.present(names)
     progress("restore", 0, len(names))
-    async with held(parts, window):
-        states, warnings = await parts.pins.restore(objects)
+    async with held(services, window):
+        states, warnings = await services.pins.restore(objects)
     safe = {key for have in states.values() for key, state in have.items() if state.usable}
     progress("evict", 0, len(safe))
-    dropped, locked = await parts.cache.delete([ObjectKey.parse(one) for one in names if one in safe], tier="l1")
-    after, _ = await parts.pins.present(names)
+    dropped, locked = await services.cache.delete([ObjectKey.parse(one) for one in names if one in safe], tier="l1")
+    after, _ = await services.pins.present(names)
     tiers = {"cpu": Place(dropped + locked, locked)}
     tiers |= {tier: Place(len(before.get(tier, ())), len(have)) for tier, have in after.items()}
     if locked:

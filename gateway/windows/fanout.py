@@ -5,32 +5,32 @@ Nor is a file looked at, however many the window has: what was evicted is put ba
 """
 
 from gateway.records import Session, Window, check_session_id
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.receipt import whole_chunks
 from gateway.windows.thaw import Receipt, branch_of, fresh_id, served, taken, usable, warn
 
 MOST = 100
 
 
-@counted
+@instrumented
 async def fanout(
-    parts: Parts, tenant: str, name: str, count: int, prefix: str | None
+    services: Services, tenant: str, name: str, count: int, prefix: str | None
 ) -> tuple[list[Session], Window, list[str]]:
     """Thaw a window into `count` sessions, `PREFIX-1` and on: all of them, or none where one of the ids is taken.
 
     They are alike, so each is known by its id alone. Return them, their window, and a warning where it has not all of
     its KV. Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `invalid_session_id`.
     """
-    window = await usable(parts, tenant, name)
+    window = await usable(services, tenant, name)
     stem = prefix or fresh_id(name, room=len(f"-{count}"))
     check_session_id(f"{stem}-{count}", "prefix")
     # What the engines said in the last seconds will do: the salt of a turn goes by what is served then.
-    model = parts.engines.known(window.model) if parts.engines.up else None
+    model = services.engines.known(window.model) if services.engines.up else None
     if model is None or model.fingerprint != window.fingerprint:
-        await served(parts, window)
+        await served(services, window)
     sessions = [branch_of(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
-    if there := await parts.store.add_sessions(sessions, source=window):
+    if there := await services.store.add_sessions(sessions, source=window):
         raise taken(there)
     frozen = Receipt(chunks_expected=whole_chunks(window), chunks_found=window.chunk_count)
     warn(window, frozen)

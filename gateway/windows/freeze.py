@@ -24,13 +24,13 @@ from gateway.errors import GatewayError
 from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, PinnedObject, Session, Usage, Window
 from gateway.runtime.progress import Progress, silent
-from gateway.sessions.resolver import no_session
+from gateway.sessions.resolver import session_not_found
 from gateway.store.types import Text
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
-from gateway.windows.materialize import Plan, land, pin, plan
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
+from gateway.windows.materialize import Plan, ensure_stored, pin, plan
 from gateway.windows.next_turn import next_turn_ids
-from gateway.windows.receipt import finished
+from gateway.windows.receipt import with_receipt
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +60,21 @@ class _Snapshot:
 class _Freezing:
     """What every step of one freeze needs; `wanted` as in `freeze`."""
 
-    parts: Parts
+    services: Services
     snapshot: _Snapshot
     wanted: bool
     progress: Progress
 
 
-@counted
+@instrumented
 async def freeze(
-    parts: Parts, tenant: str, session_id: str, naming: Naming, progress: Progress = silent, *, wanted: bool = True
+    services: Services,
+    tenant: str,
+    session_id: str,
+    naming: Naming,
+    progress: Progress = silent,
+    *,
+    wanted: bool = True,
 ) -> tuple[Window, list[str]]:
     """Freeze the session's last finished turn; return the window, and warnings where it is less than whole.
 
@@ -78,25 +84,25 @@ async def freeze(
     window says what it lacks.
     """
     clock = time.monotonic()
-    if await parts.store.window(tenant, naming.name):
+    if await services.store.window(tenant, naming.name):
         raise taken(naming.name)
     progress("snapshot", 0, 0)
-    snapshot = await _snapshot(parts, tenant, session_id, progress)
-    planned, warnings = await _plan(parts, snapshot)
-    async with all_or_nothing(parts), _loose_unless_kept(parts, snapshot):
+    snapshot = await _snapshot(services, tenant, session_id, progress)
+    planned, warnings = await _plan(services, snapshot)
+    async with all_or_nothing(services), _loose_unless_kept(services, snapshot):
         if planned and planned.keys:
-            await parts.pins.check_room(parts.settings.disk_reserve_bytes)
-        freezing = _Freezing(parts, snapshot, wanted, progress)
+            await services.pins.check_room(services.settings.disk_reserve_bytes)
+        freezing = _Freezing(services, snapshot, wanted, progress)
         window = await _keep(freezing, planned, naming, warnings, clock)
     if planned and window.chunk_count < planned.chunks:
-        await release_strays(parts)  # chunks behind a hole were pinned too, and no window holds them
+        await release_strays(services)  # chunks behind a hole were pinned too, and no window holds them
     return window, warnings
 
 
-async def check_budget(parts: Parts, tenant: str, objects: Sequence[PinnedObject]) -> None:
+async def check_budget(services: Services, tenant: str, objects: Sequence[PinnedObject]) -> None:
     """Raise `storage_full` where a tenant's windows would hold more than its budget with these objects."""
-    budget = parts.settings.tenant_budget_bytes
-    if budget and (held := await parts.store.held_bytes(tenant, objects)) > budget:
+    budget = services.settings.tenant_budget_bytes
+    if budget and (held := await services.store.held_bytes(tenant, objects)) > budget:
         raise GatewayError(
             "storage_full",
             f"the windows would hold {held} bytes, {held - budget} more than they may (tenant_budget_bytes)",
@@ -104,36 +110,36 @@ async def check_budget(parts: Parts, tenant: str, objects: Sequence[PinnedObject
         )
 
 
-async def release_strays(parts: Parts) -> int:
+async def release_strays(services: Services) -> int:
     """Unpin what no window holds; return how many objects that were."""
-    async with parts.pins.lock.hold(alone=True):
-        swept, warnings = await parts.pins.sweep(await parts.store.held_objects())
+    async with services.pins.lock.acquire(alone=True):
+        swept, warnings = await services.pins.sweep(await services.store.held_objects())
     for warning in warnings:
         log.warning("could not look for stray pins: %s", warning)
     return swept
 
 
 @asynccontextmanager
-async def all_or_nothing(parts: Parts) -> AsyncIterator[None]:
+async def all_or_nothing(services: Services) -> AsyncIterator[None]:
     """Where the block fails to make a window, let go of what it has pinned. Raises `storage_full` for a full tier."""
     try:
         yield
     except TierFull as error:
-        await release_strays(parts)
+        await release_strays(services)
         hint = "free space, or delete windows that are not needed"
         raise GatewayError("storage_full", str(error), hint=hint) from error
     except BaseException:  # whatever it was: what nobody will commit must not stay pinned
-        await release_strays(parts)
+        await release_strays(services)
         raise
 
 
 @asynccontextmanager
-async def _loose_unless_kept(parts: Parts, snapshot: _Snapshot) -> AsyncIterator[None]:
+async def _loose_unless_kept(services: Services, snapshot: _Snapshot) -> AsyncIterator[None]:
     """Where the block fails, a sweep looks at what it had the engine compute: its session may be gone by then."""
     try:
         yield
     except BaseException:
-        await parts.store.loosen(snapshot.salt, snapshot.session.tenant, snapshot.session.lineage)
+        await services.store.mark_orphaned(snapshot.salt, snapshot.session.tenant, snapshot.session.lineage)
         raise
 
 
@@ -146,12 +152,12 @@ def taken(name: str) -> GatewayError:
     )
 
 
-async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
-    await parts.turns.settle()
-    await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
-    found = await parts.store.snapshot(tenant, session_id)
+async def _snapshot(services: Services, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
+    await services.recorder.flush()
+    await services.sessions.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
+    found = await services.store.snapshot(tenant, session_id)
     if found is None:
-        raise no_session(session_id)
+        raise session_not_found(session_id)
     session, text = found
     if not text.messages:
         raise GatewayError(
@@ -159,19 +165,19 @@ async def _snapshot(parts: Parts, tenant: str, session_id: str, progress: Progre
             f"session {session_id!r} has no finished turn yet",
             hint="freeze it after its first reply",
         )
-    model = await parts.engines.model(session.model)
+    model = await services.engines.model(session.model)
     progress("render", 0, 0)
-    engine = parts.engines.near(session.lineage, session.engine)
+    engine = services.engines.for_lineage(session.lineage, session.engine)
     ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
     # What the turns ran under, a client's own salt folded in; other weights since then mean another salt.
     same = session.fingerprint == model.fingerprint
-    salt = session.salt if same else parts.salts.of(tenant, session.lineage, model.fingerprint)
+    salt = session.salt if same else services.salts.of(tenant, session.lineage, model.fingerprint)
     return _Snapshot(session, text, model, tuple(ids), salt)
 
 
-async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[str]]:
+async def _plan(services: Services, snapshot: _Snapshot) -> tuple[Plan | None, list[str]]:
     """Name the objects to keep, or say why none can be kept."""
-    if parts.cache is None or not parts.pins.tiers:
+    if services.cache is None or not services.pins.tiers:
         return None, [
             "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
         ]
@@ -180,8 +186,8 @@ async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[st
             "media in the conversation: its KV cannot be named by token ids, only text and token ids were kept"
         ]
     try:
-        info = await parts.cache.info()
-        wanted = plan(snapshot.model, snapshot.salt, snapshot.ids, info, parts.settings.chunk_size)
+        info = await services.cache.info()
+        wanted = plan(snapshot.model, snapshot.salt, snapshot.ids, info, services.settings.chunk_size)
     except GatewayError as error:
         return None, [f"{error.message}: only text and token ids were kept"]
     if not wanted.keys:
@@ -192,15 +198,15 @@ async def _plan(parts: Parts, snapshot: _Snapshot) -> tuple[Plan | None, list[st
 
 async def _keep(freezing: _Freezing, planned: Plan | None, naming: Naming, warnings: list[str], clock: float) -> Window:
     """Land, pin and commit; a second time where an object did not land or turned out to be damaged."""
-    parts, snapshot, progress = freezing.parts, freezing.snapshot, freezing.progress
+    parts, snapshot, progress = freezing.services, freezing.snapshot, freezing.progress
     if planned is None or not planned.keys:
         return await _commit(freezing, _window(snapshot, planned, 0, (), naming, None, clock), ())
-    engine = parts.engines.near(snapshot.session.lineage, snapshot.session.engine)
+    engine = parts.engines.for_lineage(snapshot.session.lineage, snapshot.session.engine)
     for again in (False, True):
-        usage, unreachable = await land(parts, engine, planned, again=again, progress=progress)
+        usage, unreachable = await ensure_stored(parts, engine, planned, again=again, progress=progress)
         progress("pin", 0, len(planned.keys))
         # From the first pin to the commit nobody may unpin.
-        async with parts.pins.lock.hold(alone=False):
+        async with parts.pins.lock.acquire(alone=False):
             chunks, objects, _ = await pin(parts, planned)
             if chunks < planned.chunks and not again:
                 continue
@@ -213,7 +219,7 @@ async def _keep(freezing: _Freezing, planned: Plan | None, naming: Naming, warni
 
 
 async def _commit(freezing: _Freezing, window: Window, objects: tuple[PinnedObject, ...]) -> Window:
-    parts, snapshot = freezing.parts, freezing.snapshot
+    parts, snapshot = freezing.services, freezing.snapshot
     freezing.progress("commit", 0, 0)
     await check_budget(parts, window.tenant, objects)
     manifest = Manifest(window.manifest, snapshot.ids, objects)
@@ -258,4 +264,4 @@ def _window(
     )
     # The engine's own count, where something had to be computed.
     counts = {"prompt_tokens": usage.prompt if usage else None, "cached_tokens": usage.cached if usage else None}
-    return finished(window, chunks, objects, clock, counts)
+    return with_receipt(window, chunks, objects, clock, counts)

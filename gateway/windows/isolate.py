@@ -12,39 +12,39 @@ from uuid import uuid4
 from gateway.records import Manifest, Window
 from gateway.sessions.resolver import ISOLATED
 from gateway.windows.clone import add, copied
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.freeze import Naming
-from gateway.windows.instrumented import counted
+from gateway.windows.instrumented import instrumented
 from gateway.windows.thaw import usable
 
 _BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt
 _LATELY_S = 5.0  # LMCache changes its serde by a restart alone, which takes longer
 
 
-@counted
-async def isolate(parts: Parts, tenant: str, source: str, naming: Naming) -> tuple[Window, list[str]]:
+@instrumented
+async def isolate(services: Services, tenant: str, source: str, naming: Naming) -> tuple[Window, list[str]]:
     """Clone a window into a lineage of its own; return it, and warnings where it is less than its source.
 
     Raises `window_not_found`, `window_already_exists`, `cache_unavailable`. What `naming` leaves empty is the source's.
     """
-    original = await usable(parts, tenant, source)
+    original = await usable(services, tenant, source)
     lineage = ISOLATED + uuid4().hex
-    salt = parts.salts.of(tenant, lineage, original.fingerprint)
+    salt = services.salts.of(tenant, lineage, original.fingerprint)
     copy = replace(copied(original, naming), lineage=lineage, salt=salt)
-    if not await _encrypted(parts, original):
-        return await add(parts, copy, original, None), []
+    if not await _encrypted(services, original):
+        return await add(services, copy, original, None), []
     bare = replace(
         copy, pin_salt=salt, chunk_count=0, size_bytes=0, kv="absent", manifest=uuid4().hex
     )  # fmt: skip
-    ids = (await parts.store.manifest(original)).token_ids
-    return await add(parts, bare, original, Manifest(bare.manifest, ids, ())), [
+    ids = (await services.store.manifest(original)).token_ids
+    return await add(services, bare, original, Manifest(bare.manifest, ids, ())), [
         f"LMCache encrypts by salt ({_BY_SALT}): only text and token ids are isolated, a thaw computes the KV again"
     ]
 
 
-async def _encrypted(parts: Parts, window: Window) -> bool:
+async def _encrypted(services: Services, window: Window) -> bool:
     """Whether the bytes would be unreadable under another salt."""
-    if parts.cache is None or not window.chunk_count:
+    if services.cache is None or not window.chunk_count:
         return False
-    adapters = await parts.cache.adapters(within_s=_LATELY_S)
+    adapters = await services.cache.adapters(within_s=_LATELY_S)
     return _BY_SALT in [(adapter.get("serde") or {}).get("type") for adapter in adapters]

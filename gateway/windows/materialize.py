@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gateway.engines.client import Model, Questions
+from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import CacheInfo
 from gateway.records import PinnedObject, Usage
 from gateway.runtime.progress import Progress
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
 _POLL_S = 0.02
 # LMCache writes to all tiers at once but not at one speed. An object that one tier has and another has not is waited
@@ -67,8 +67,8 @@ def plan(model: Model, salt: str, ids: Sequence[int], info: CacheInfo, chunk_siz
     return Plan(model, salt, tuple(ids), size, world, tuple(object_keys(model.root, ids, size, world, salt)))
 
 
-async def land(
-    parts: Parts, engine: Questions, wanted: Plan, *, again: bool, progress: Progress
+async def ensure_stored(
+    services: Services, engine: EngineClient, wanted: Plan, *, again: bool, progress: Progress
 ) -> tuple[Usage | None, list[str]]:
     """Have every object of the plan in some tier: compute what is missing, and wait until it is seen.
 
@@ -76,29 +76,29 @@ async def land(
     written to a tier a second time. Returns the engine's count if it had to compute, and warnings. Raises what the
     engine raises.
     """
-    found, warnings = await parts.pins.present(wanted.names)
+    found, warnings = await services.pins.present(wanted.names)
     if not found:
         return None, warnings
     there = set().union(*found.values())
     missing = [key for key, name in zip(wanted.keys, wanted.names, strict=True) if name not in there]
     usage = None
     if missing:
-        if again and parts.cache:
-            await parts.cache.delete(missing, tier="l1")
+        if again and services.cache:
+            await services.cache.delete(missing, tier="l1")
         progress("prefill", 0, len(missing))
         usage = await engine.prefill(wanted.model.id, wanted.ids[: wanted.chunks * wanted.chunk_size], wanted.salt)
-    await _barrier(parts, wanted, progress)
+    await _wait_until_stored(services, wanted, progress)
     return usage, warnings
 
 
-async def _barrier(parts: Parts, wanted: Plan, progress: Progress) -> None:
+async def _wait_until_stored(services: Services, wanted: Plan, progress: Progress) -> None:
     """Wait until all tiers have all objects, or nothing more comes, or `freeze_timeout_s` is over."""
-    tiers = len((await parts.pins.present(wanted.names[:1]))[0])
+    tiers = len((await services.pins.present(wanted.names[:1]))[0])
     goal = tiers * len(wanted.keys)
     started = moved = time.monotonic()
     seen = -1
     while True:
-        found, _ = await parts.pins.present(wanted.names)
+        found, _ = await services.pins.present(wanted.names)
         count = sum(len(have) for have in found.values())
         everywhere = set().union(*found.values()) if found else set()
         now = time.monotonic()
@@ -106,18 +106,18 @@ async def _barrier(parts: Parts, wanted: Plan, progress: Progress) -> None:
             seen, moved = count, now
             progress("barrier", len(everywhere), len(wanted.keys))
         patience = _SETTLE_S if len(everywhere) == len(wanted.keys) else _STALL_S
-        if count >= goal or now - moved > patience or now - started > parts.settings.freeze_timeout_s:
+        if count >= goal or now - moved > patience or now - started > services.settings.freeze_timeout_s:
             return
         await asyncio.sleep(_POLL_S)
 
 
-async def pin(parts: Parts, wanted: Plan) -> tuple[int, tuple[PinnedObject, ...], list[str]]:
+async def pin(services: Services, wanted: Plan) -> tuple[int, tuple[PinnedObject, ...], list[str]]:
     """Pin the plan's objects; return the leading chunks that are whole, their objects, and warnings.
 
     Raises TierFull. Call it under the shared lock.
     """
-    known = await parts.store.objects(wanted.keys)
-    by_tier, warnings = await parts.pins.pin(wanted.keys, known)
+    known = await services.store.objects(wanted.keys)
+    by_tier, warnings = await services.pins.pin(wanted.keys, known)
     chunks = wanted.covered({key for have in by_tier.values() for key in have})
     names = wanted.names[: chunks * wanted.world_size]
     objects = tuple(have[name] for name in names for have in by_tier.values() if name in have)

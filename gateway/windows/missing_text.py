@@ -1,6 +1,6 @@
 """Windows that an older version left without their text: the store adds none today, but it cannot bring theirs back."""
 
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
 _NAMED = 5
 REMEDY = (
@@ -9,9 +9,9 @@ REMEDY = (
 )
 
 
-async def textless(parts: Parts) -> str:
+async def textless(services: Services) -> str:
     """Say which windows have no text; empty where all have theirs."""
-    found = [name for _, name in await parts.store.windows_without_text()]
+    found = [name for _, name in await services.store.windows_without_text()]
     if not found:
         return ""
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway.dialects import text_transcripts
-from gateway.engines.client import Questions
+from gateway.engines.client import EngineClient
 from gateway.records import Message
 
 # Two beginnings of a next message that share no first token, whatever the tokeniser.
@@ -18,9 +18,9 @@ _ENDS = ("a", "1", "#", " ", "\n")
 
 
 async def next_turn_ids(
-    engine: Questions, model: str, frame: Mapping[str, Any], messages: Sequence[Message]
+    engine: EngineClient, model: str, frame: Mapping[str, Any], messages: Sequence[Message]
 ) -> list[int]:
-    """Return the ids that every next turn shares. Raises what `Engine.render` raises."""
+    """Return the ids that every next turn shares. Raises what `HttpEngineClient.render` raises."""
     if text_transcripts.kind(messages):
         return await _ids_of_text(engine, model, frame, messages)
     ids = await engine.render(model, frame, messages)
@@ -34,7 +34,7 @@ async def next_turn_ids(
 
 
 async def _ids_of_text(
-    engine: Questions, model: str, frame: Mapping[str, Any], conversation: Sequence[Message]
+    engine: EngineClient, model: str, frame: Mapping[str, Any], conversation: Sequence[Message]
 ) -> list[int]:
     """The ids of a text that goes on, or those that are given; see `gateway.dialects.text_transcripts`."""
     *before, last = conversation

@@ -24,9 +24,9 @@ from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.records import Front, Message, Session, Succession
 from gateway.sessions import prefix_chain
-from gateway.sessions.resolver import Place, new_id
+from gateway.sessions.resolver import SessionMatch, new_id
 from gateway.windows.autofreeze import rules
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.freeze import Naming
 from gateway.windows.naming import freeze_by_itself
 
@@ -41,28 +41,28 @@ _ROOM_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Onward:
+class Followed:
     """Where a turn goes on: its session, what the engine gets of it, and what was left out on the way."""
 
-    place: Place
+    place: SessionMatch
     call: Call
     window: str  # that holds all that was left out
     dropped: int  # messages
 
 
-class Successors:
+class Overflow:
     """Gives full sessions a successor, each one once in this process; the store sees to the others."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, services: Services) -> None:
+        self._services = services
         self._locks: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
 
-    async def onward(self, place: Place, call: Call) -> Onward | None:
+    async def onward(self, place: SessionMatch, call: Call) -> Followed | None:
         """Where a turn of a session that has a successor, or is one, goes on; None if it stays as it is."""
         session = place.session
         if session.successor is None and session.source != SOURCE:
             return None
-        chain = await self._parts.store.successions(session.tenant, session.id)
+        chain = await self._services.store.successions(session.tenant, session.id)
         system, rest = transcripts.split(call.whole)
         dropped, last = 0, None
         for step in chain:
@@ -70,26 +70,26 @@ class Successors:
                 rest, dropped, last = rest[step.dropped :], dropped + step.dropped, step
         if last is None:
             return None
-        successor = await self._parts.sessions.open(session.tenant, last.successor)
-        return Onward(_moved(place, successor), _cut(call, system, rest), last.window, dropped)
+        successor = await self._services.sessions.open(session.tenant, last.successor)
+        return Followed(_moved(place, successor), _cut(call, system, rest), last.window, dropped)
 
-    async def newest(self, place: Place) -> Place:
+    async def newest(self, place: SessionMatch) -> SessionMatch:
         """The place in the last of a session's successors, for a client that leaves its history to us."""
         session = place.session
         if session.successor is None:
             return place
-        chain = await self._parts.store.successions(session.tenant, session.id)
-        return _moved(place, await self._parts.sessions.open(session.tenant, chain[-1].successor))
+        chain = await self._services.store.successions(session.tenant, session.id)
+        return _moved(place, await self._services.sessions.open(session.tenant, chain[-1].successor))
 
-    async def of(self, place: Place, call: Call, model: Model | None) -> Onward:
+    async def of(self, place: SessionMatch, call: Call, model: Model | None) -> Followed:
         """Freeze a full session and begin its successor, or go on in the one that it has.
 
         `call` is what did not fit. Raises what a freeze raises, and `invalid_request` where nothing can be left out.
         """
         session = place.session
         async with self._alone(session.tenant, session.id):
-            await self._parts.turns.settle()  # the turn before may not be recorded yet
-            now = await self._parts.store.session(session.tenant, session.id)
+            await self._services.recorder.flush()  # the turn before may not be recorded yet
+            now = await self._services.store.session(session.tenant, session.id)
             if now is not None and now.successor and (there := await self.onward(replace(place, session=now), call)):
                 return there
             if now is None or now.transcript is None:
@@ -98,7 +98,7 @@ class Successors:
                 raise _cannot("the engine does not say how much fits", "see max_model_len of GET /v1/models")
             system, rest = transcripts.split(call.whole)
             count = await self._too_many(now, call, model, system, rest)
-            window, warnings = await freeze_by_itself(self._parts, session.tenant, session.id, _naming(now))
+            window, warnings = await freeze_by_itself(self._services, session.tenant, session.id, _naming(now))
             for warning in warnings:
                 log.warning("window %s of the full session %s: %s", window.name, session.id, warning)
             if window.transcript != now.transcript:
@@ -116,7 +116,7 @@ class Successors:
                 engine=session.engine, window=window.name, window_transcript=now.window_transcript, frame=now.frame,
                 created_at=time.time(), last_active_at=time.time(),
             )  # fmt: skip
-            step = await self._parts.store.succeed(step, successor, seen=now)
+            step = await self._services.store.succeed(step, successor, seen=now)
             log.info("session %s is full: frozen as %s, goes on as %s", session.id, step.window, step.successor)
         there = await self.onward(replace(place, session=replace(now, successor=step.successor)), call)
         if there is None:  # another worker was faster, with a history that this is not
@@ -132,16 +132,16 @@ class Successors:
         """
         if text_transcripts.kind(call.whole):
             raise _cannot("a text or a row of token ids has no turns", "send messages to /v1/chat/completions")
-        _, history = transcripts.split(await self._parts.store.messages(session.transcript or b""))
+        _, history = transcripts.split(await self._services.store.messages(session.transcript or b""))
         held = transcripts.common(rest, history)  # what the client has changed since is in no window
         starts = [i for i, message in enumerate(rest[: held + 1]) if i and message.get("role") == "user"]
         if not starts:
             raise _cannot("it begins with no whole turn that the session holds", "send less, or the history as it was")
         most = min(int(model.context_limit * _KEPT), model.context_limit - _room(call) - 1)
-        engine = self._parts.engines.near(session.lineage, session.engine)
+        engine = self._services.engines.for_lineage(session.lineage, session.engine)
         for start in starts:
             kept = [*system, *rest[start:]]
-            guess = self._parts.estimator.estimate(model.id, kept, call.whole_frame).tokens
+            guess = self._services.estimator.estimate(model.id, kept, call.whole_frame).tokens
             last = start == starts[-1]
             if guess > most * 1.25 and not last:
                 continue  # far too long to ask the engine about
@@ -151,11 +151,11 @@ class Successors:
         raise _cannot("its last turn alone does not fit", "send less at once")
 
     async def _new_id(self, session: Session) -> str:
-        chain = await self._parts.store.successions(session.tenant, session.id)
+        chain = await self._services.store.successions(session.tenant, session.id)
         first = chain[0].session_id if chain else session.id
         named = f"{first[:_NAME_ROOM]}.{len(chain) + 2}"
-        taken = await self._parts.store.session(session.tenant, named)
-        return new_id() if taken or self._parts.sessions.in_turn(session.tenant, named) else named
+        taken = await self._services.store.session(session.tenant, named)
+        return new_id() if taken or self._services.sessions.has_turn_in_flight(session.tenant, named) else named
 
     @asynccontextmanager
     async def _alone(self, *key: str) -> AsyncIterator[None]:
@@ -186,8 +186,8 @@ def _link(messages: Sequence[Message]) -> bytes:
     return prefix_chain.chain(messages, b"")[-1]
 
 
-def _moved(place: Place, session: Session) -> Place:
-    return Place(session, place.source, place.seed)
+def _moved(place: SessionMatch, session: Session) -> SessionMatch:
+    return SessionMatch(session, place.source, place.seed)
 
 
 def _cut(call: Call, system: list[Message], rest: list[Message]) -> Call:

@@ -8,7 +8,7 @@ from typing import Any
 from gateway.records import KvState, PinnedObject, Window
 
 
-def finished(
+def with_receipt(
     window: Window, chunks: int, objects: Sequence[PinnedObject], clock: float, more: Mapping[str, Any]
 ) -> Window:
     """The window with what was pinned: `chunks` leading chunks of it, and a receipt of that, which has `more` as well.

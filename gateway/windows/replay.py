@@ -21,13 +21,13 @@ from itertools import zip_longest
 from typing import Any
 
 from gateway.dialects.base import usage_of
-from gateway.engines.client import Model, Questions
+from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, under
 from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
 from gateway.windows.thaw import served
 
@@ -69,7 +69,7 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Continuation:
     ids: Sequence[int]
     tokens: Sequence[str]
     logprobs: Sequence[float | None]
@@ -79,21 +79,26 @@ class Said:
 
 
 async def replay(
-    parts: Parts, window: Window, manifest: Manifest, tiers: Sequence[Tier], warnings: list[str], progress: Progress
+    services: Services,
+    window: Window,
+    manifest: Manifest,
+    tiers: Sequence[Tier],
+    warnings: list[str],
+    progress: Progress,
 ) -> tuple[Replay, ...]:
     """Go on from the window without its KV, and on that of each of `tiers`. What cannot be compared is a warning.
 
     Raises `model_mismatch`, `cache_unavailable`, `engine_unreachable`, `engine_timeout`.
     """
-    model = await served(parts, window)
+    model = await served(services, window)
     ids = manifest.token_ids[: model.context_limit - TOKENS] if model.context_limit else manifest.token_ids
     chunks = min(window.chunk_count, len(ids) // window.chunk_size) if window.chunk_size else 0
     if not chunks:
         warnings.append("the window holds no KV: there is nothing to go on from")
         return ()
-    if parts.cache is None:
+    if services.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to load the KV", hint="set cache_url")
-    engine = parts.engines.near(window.lineage)
+    engine = services.engines.for_lineage(window.lineage)
     progress("compute", 0, len(tiers) + 1)
     whole = chunks * window.chunk_size
     expected = await _computed(engine, model, ids, whole)
@@ -102,41 +107,43 @@ async def replay(
         progress(f"replay {tier.name}", number, len(tiers) + 1)
         leading = [o for o in manifest.objects if o.tier == tier.name][: chunks * window.world_size]
         try:
-            seen = await _restored(parts, engine, model, window, tier, leading, ids)
+            seen = await _restored(services, engine, model, window, tier, leading, ids)
         except TierUnavailable as error:
             warnings.append(str(error))
             continue
-        replays.append(compare(tier.name, expected, seen, min(whole, len(ids) - 1)))
+        replays.append(compare_continuations(tier.name, expected, seen, min(whole, len(ids) - 1)))
     return tuple(replays)
 
 
-async def _computed(engine: Questions, model: Model, ids: Sequence[int], whole: int) -> Said:
+async def _computed(engine: EngineClient, model: Model, ids: Sequence[int], whole: int) -> Continuation:
     salt = secrets.token_hex(16)
     await engine.prefill(model.id, ids[:whole], salt, store=False)
     return _read(await engine.complete(model.id, ids, salt, max_tokens=TOKENS, **_ASKED))
 
 
 async def _restored(
-    parts: Parts, engine: Questions, model: Model, window: Window, tier: Tier, objects: Sequence[PinnedObject],
+    services: Services, engine: EngineClient, model: Model, window: Window, tier: Tier, objects: Sequence[PinnedObject],
     ids: Sequence[int],
-) -> Said:  # fmt: skip
+) -> Continuation:  # fmt: skip
     salt = secrets.token_hex(16)
     lent = [one._replace(key=under(one.key, salt), pin=one.pin_key) for one in objects]
     keys = [ObjectKey.parse(one.key) for one in lent]
-    await parts.store.loosen(salt, window.tenant, window.lineage)  # if we die, a sweep takes away what is left
+    await services.store.mark_orphaned(
+        salt, window.tenant, window.lineage
+    )  # if we die, a sweep takes away what is left
     # A sweep must not take it away while the engine loads it, nor a deletion the pins.
-    async with parts.pins.lock.hold(alone=False):
+    async with services.pins.lock.acquire(alone=False):
         try:
-            await tier.lend(lent)
+            await tier.expose_pin(lent)
             return _read(await engine.complete(model.id, ids, salt, max_tokens=TOKENS, **_ASKED))
         finally:
-            await tier.lose(keys)
-            await drop_from_cache(parts, keys, [tier])
+            await tier.drop_original(keys)
+            await drop_from_cache(services, keys, [tier])
 
 
-def _read(answer: dict[str, Any]) -> Said:
+def _read(answer: dict[str, Any]) -> Continuation:
     choice, usage = answer["choices"][0], usage_of(answer.get("usage"))
-    return Said(
+    return Continuation(
         choice["token_ids"],
         choice["logprobs"]["tokens"],
         choice["logprobs"]["token_logprobs"],
@@ -146,7 +153,7 @@ def _read(answer: dict[str, Any]) -> Said:
     )
 
 
-def compare(tier: str, expected: Said, seen: Said, whole: int) -> Replay:
+def compare_continuations(tier: str, expected: Continuation, seen: Continuation, whole: int) -> Replay:
     first, largest, compared = None, 0.0, 0
     said = zip_longest(expected.ids, seen.ids, expected.logprobs, seen.logprobs)
     for position, (wanted, got, before, after) in enumerate(said):
@@ -172,7 +179,7 @@ def compare(tier: str, expected: Said, seen: Said, whole: int) -> Replay:
     )
 
 
-def _tied(expected: Said, seen: Said, position: int) -> bool:
+def _tied(expected: Continuation, seen: Continuation, position: int) -> bool:
     """Whether both went on with different tokens that both have for all but equally likely."""
     if position >= min(len(expected.tokens), len(seen.tokens)) or expected.tokens[position] == seen.tokens[position]:
         return False

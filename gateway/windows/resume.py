@@ -8,13 +8,13 @@ from gateway.kv.tiers.base import Restored
 from gateway.records import PinnedObject, Session, Window
 from gateway.runtime.progress import silent
 from gateway.store.types import WindowQuery
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.thaw import held
 
 log = logging.getLogger(__name__)
 
 
-async def resume(parts: Parts, session: Session) -> None:
+async def resume(services: Services, session: Session) -> None:
     """Put back what eviction took of a session's window, and load it into the cache's memory, before the next turn.
 
     The engine would load it itself when the request arrives, and has to wait for it too. But of several that go on at
@@ -22,19 +22,19 @@ async def resume(parts: Parts, session: Session) -> None:
     the engine would compute all of it again. So the request follows when the load is done. What cannot be put back is
     computed again: nothing raises.
     """
-    if session.state not in ("frozen", "thawed") or not parts.pins.tiers:
+    if session.state not in ("frozen", "thawed") or not services.pins.tiers:
         return
-    window = await _window(parts, session)
+    window = await _window(services, session)
     if window is None or window.kv == "absent" or window.salt != session.salt:
         return
     whole = window.chunk_count * window.chunk_size
-    if parts.cache and parts.cache.has_loaded_lately(window.manifest, whole, window.salt):
+    if services.cache and services.cache.has_loaded_lately(window.manifest, whole, window.salt):
         return
     try:
-        manifest, sizes = await parts.store.manifest(window), await parts.store.sizes(window)
-        missing = await parts.pins.missing(sizes)
+        manifest, sizes = await services.store.manifest(window), await services.store.sizes(window)
+        missing = await services.pins.missing(sizes)
         evicted = [o for o in manifest.objects if o.key in missing.get(o.tier, ())]
-        states, warnings = await _put_back(parts, window, evicted)
+        states, warnings = await _put_back(services, window, evicted)
     except GatewayError:  # deleted just now
         return
     for tier, by_key in states.items():
@@ -42,29 +42,31 @@ async def resume(parts: Parts, session: Session) -> None:
             warnings.append(f"{tier} tier: {lost} of {window.chunk_count * window.world_size} objects are lost")
     for warning in warnings:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
-    if parts.cache is None:
+    if services.cache is None:
         return
-    ids, within = manifest.token_ids[:whole], parts.settings.thaw_timeout_s
+    ids, within = manifest.token_ids[:whole], services.settings.thaw_timeout_s
     try:
-        await parts.cache.prefetch(window.model_root, window.world_size, manifest.id, ids, window.salt, within, silent)
+        await services.cache.prefetch(
+            window.model_root, window.world_size, manifest.id, ids, window.salt, within, silent
+        )
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
 
 
 async def _put_back(
-    parts: Parts, window: Window, objects: Sequence[PinnedObject]
+    services: Services, window: Window, objects: Sequence[PinnedObject]
 ) -> tuple[dict[str, dict[str, Restored]], list[str]]:
     if not objects:  # nearly always: then nobody is waited for
         return {}, []
-    async with held(parts, window):
-        return await parts.pins.restore(objects)
+    async with held(services, window):
+        return await services.pins.restore(objects)
 
 
-async def _window(parts: Parts, session: Session) -> Window | None:
+async def _window(services: Services, session: Session) -> Window | None:
     """The window that the session was frozen into, or thawed from. None where it was deleted."""
     if session.state == "frozen":
-        windows, _ = await parts.store.list_windows(session.tenant, WindowQuery(session_id=session.id, limit=1))
+        windows, _ = await services.store.list_windows(session.tenant, WindowQuery(session_id=session.id, limit=1))
         return windows[0] if windows else None
-    window = await parts.store.window(session.tenant, session.window) if session.window else None
+    window = await services.store.window(session.tenant, session.window) if session.window else None
     # Another one may have the name since.
     return window if window and window.transcript == session.window_transcript else None

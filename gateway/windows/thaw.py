@@ -25,8 +25,8 @@ from gateway.kv.tiers.base import Restored
 from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.sessions import prefix_chain
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.receipt import whole_chunks
 
 Warm = Literal["none", "cpu", "gpu"]
@@ -49,9 +49,9 @@ class Receipt:
     warnings: list[str] = field(default_factory=list)
 
 
-@counted
+@instrumented
 async def thaw(
-    parts: Parts,
+    services: Services,
     tenant: str,
     name: str,
     *,
@@ -70,32 +70,32 @@ async def thaw(
     text is all there, and the engine recomputes.
     """
     clock = time.monotonic()
-    window = seen or await usable(parts, tenant, name)
-    model = await served(parts, window)
+    window = seen or await usable(services, tenant, name)
+    model = await served(services, window)
     session_id = new_session_id or fresh_id(name)
-    if await parts.store.session(tenant, session_id):
+    if await services.store.session(tenant, session_id):
         raise taken(session_id)
     # Whoever sends the whole history, and no id, goes on here.
-    tip = prefix_chain.chain((await parts.store.text(window)).messages, b"")[-1] if source == "thaw" else None
-    manifest = await parts.store.manifest(window)
+    tip = prefix_chain.chain((await services.store.text(window)).messages, b"")[-1] if source == "thaw" else None
+    manifest = await services.store.manifest(window)
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(parts, window, manifest.objects, receipt, progress)
+    await restore(services, window, manifest.objects, receipt, progress)
     session = replace(branch_of(window, session_id, source), head=head, tip=tip)
     if warm != "none" and receipt.chunks_found:
-        await _warm(parts, window, model, manifest, warm, receipt, progress)
+        await _warm(services, window, model, manifest, warm, receipt, progress)
     elif warm == "gpu":
-        await _through_engine(parts, window, model, manifest, receipt, progress)
+        await _through_engine(services, window, model, manifest, receipt, progress)
     # While we warmed, the window may have been deleted, and its transcript with it: the store looks again.
-    if not await parts.store.add_session(session, source=window):
+    if not await services.store.add_session(session, source=window):
         raise taken(session_id)
     receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
     receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
     return session, window, receipt
 
 
-async def found(parts: Parts, tenant: str, name: str) -> Window:
+async def found(services: Services, tenant: str, name: str) -> Window:
     """Return a window. Raises `window_not_found`."""
-    window = await parts.store.window(tenant, name)
+    window = await services.store.window(tenant, name)
     if window is None:
         raise not_found(name)
     return window
@@ -123,9 +123,9 @@ def branch_of(window: Window, session_id: str, source: str) -> Session:
     )
 
 
-async def usable(parts: Parts, tenant: str, name: str) -> Window:
+async def usable(services: Services, tenant: str, name: str) -> Window:
     """Return a window that has not expired. Raises `window_not_found`: an expired one is there to be read only."""
-    window = await found(parts, tenant, name)
+    window = await found(services, tenant, name)
     if window.expires_at is None or not window.has_expired(time.time()):
         return window
     when = datetime.fromtimestamp(window.expires_at, UTC).isoformat(timespec="seconds")
@@ -143,9 +143,9 @@ def not_found(name: str) -> GatewayError:
     return GatewayError("window_not_found", f"there is no window {name!r}", hint=hint, details=details)
 
 
-async def served(parts: Parts, window: Window) -> Model:
+async def served(services: Services, window: Window) -> Model:
     """Return the window's model as it is served now. Raises `model_mismatch` where its KV would be wrong."""
-    model = await parts.engines.model(window.model)
+    model = await services.engines.model(window.model)
     if model.fingerprint == window.fingerprint:
         return model
     raise GatewayError(
@@ -157,26 +157,26 @@ async def served(parts: Parts, window: Window) -> Model:
 
 
 async def restore(
-    parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt, progress: Progress
+    services: Services, window: Window, objects: Sequence[PinnedObject], receipt: Receipt, progress: Progress
 ) -> None:
     """Put back what eviction took, checking every byte; what is lost is in the receipt.
 
     Raises `window_not_found` where the window was deleted since it was read.
     """
     progress("restore", 0, window.chunk_count)
-    async with held(parts, window):
-        await _put_back(parts, window, objects, receipt)
+    async with held(services, window):
+        await _put_back(services, window, objects, receipt)
     warn(window, receipt)
 
 
 @asynccontextmanager
-async def held(parts: Parts, window: Window) -> AsyncIterator[None]:
+async def held(services: Services, window: Window) -> AsyncIterator[None]:
     """Keep a window and its pins from being deleted for the block. Raises `window_not_found` if that was done before.
 
     Whoever puts objects back pins what has lost its pin: of a window that was deleted nobody would take them away.
     """
-    async with parts.pins.lock.hold(alone=False):
-        await parts.store.check_there(window)
+    async with services.pins.lock.acquire(alone=False):
+        await services.store.check_there(window)
         yield
 
 
@@ -191,12 +191,12 @@ def warn(window: Window, receipt: Receipt) -> None:
         )
 
 
-async def _put_back(parts: Parts, window: Window, objects: Sequence[PinnedObject], receipt: Receipt) -> None:
-    by_tier, warnings = await parts.pins.restore(objects)
+async def _put_back(services: Services, window: Window, objects: Sequence[PinnedObject], receipt: Receipt) -> None:
+    by_tier, warnings = await services.pins.restore(objects)
     receipt.warnings += warnings
     if damaged := _count(window, objects, by_tier, receipt):
         receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were taken away")
-        await _forget(parts, damaged, receipt)
+        await _forget(services, damaged, receipt)
 
 
 def _count(
@@ -217,44 +217,50 @@ def _count(
     return [ObjectKey.parse(key) for key in seen[Restored.CORRUPT]]
 
 
-async def _forget(parts: Parts, keys: list[ObjectKey], receipt: Receipt) -> None:
+async def _forget(services: Services, keys: list[ObjectKey], receipt: Receipt) -> None:
     """Drop damaged objects from LMCache's memory too: it may have loaded them before we looked."""
-    if parts.cache is None:
+    if services.cache is None:
         return
     try:
-        await parts.cache.delete(keys, tier="l1")
+        await services.cache.delete(keys, tier="l1")
     except GatewayError as error:
         receipt.warnings.append(error.message)
 
 
 async def _warm(
-    parts: Parts, window: Window, model: Model, manifest: Manifest, warm: Warm, receipt: Receipt, progress: Progress
+    services: Services,
+    window: Window,
+    model: Model,
+    manifest: Manifest,
+    warm: Warm,
+    receipt: Receipt,
+    progress: Progress,
 ) -> None:
-    if parts.cache is not None:
+    if services.cache is not None:
         try:
-            await load(parts, parts.cache, window, manifest, receipt, progress)
+            await load(services, services.cache, window, manifest, receipt, progress)
         except GatewayError as error:
             receipt.warnings.append(error.message)
     if warm == "gpu":
-        await _through_engine(parts, window, model, manifest, receipt, progress)
+        await _through_engine(services, window, model, manifest, receipt, progress)
 
 
 async def load(
-    parts: Parts, cache: LMCache, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress
+    services: Services, cache: LMCache, window: Window, manifest: Manifest, receipt: Receipt, progress: Progress
 ) -> None:
     """Load what was found from the tiers into LMCache's memory. Raises `cache_unavailable`."""
     ids = manifest.token_ids[: receipt.chunks_found * window.chunk_size]
     objects, _ = await cache.prefetch(
-        window.model_root, window.world_size, manifest.id, ids, window.salt, parts.settings.thaw_timeout_s, progress
+        window.model_root, window.world_size, manifest.id, ids, window.salt, services.settings.thaw_timeout_s, progress
     )
     receipt.chunks_prefetched = objects // window.world_size
 
 
 async def _through_engine(
-    parts: Parts, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
+    services: Services, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
 ) -> None:
     progress("prefill", 0, window.token_count)
-    usage = await parts.engines.near(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
+    usage = await services.engines.for_lineage(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
     receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
     if usage.cached is None:
         receipt.warnings.append("the engine does not tell cached_tokens: start it with --enable-prompt-tokens-details")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from gateway.records import Session, Window
 from gateway.store.types import WindowQuery
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
 Kind = Literal["session", "window"]
 Relation = Literal["frozen from", "cloned from", "thawed from", "forked from", "went on from"]
@@ -41,11 +41,11 @@ class Tree:
         return len(self.nodes) < self.windows + self.sessions
 
 
-async def tree(parts: Parts, tenant: str, limit: int) -> Tree:
+async def tree(services: Services, tenant: str, limit: int) -> Tree:
     """Return at most `limit` windows, the newest, and as many sessions, the last active, and who came from whom."""
-    await parts.turns.settle()
-    windows, window_count = await parts.store.list_windows(tenant, WindowQuery(limit=limit))
-    sessions, session_count = await parts.store.list_sessions(tenant, state=None, model=None, limit=limit, offset=0)
+    await services.recorder.flush()
+    windows, window_count = await services.store.list_windows(tenant, WindowQuery(limit=limit))
+    sessions, session_count = await services.store.list_sessions(tenant, state=None, model=None, limit=limit, offset=0)
     return Tree(tuple(nodes(windows, sessions)), window_count, session_count)
 
 

@@ -9,8 +9,8 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress, silent
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.receipt import whole_chunks
 from gateway.windows.replay import Replay, replay
 from gateway.windows.thaw import found, object_names
@@ -70,36 +70,40 @@ class Verdict:
 States = dict[str, dict[str, Restored]]
 
 
-@counted
-async def verify(parts: Parts, tenant: str, name: str, progress: Progress = silent, *, deep: bool = False) -> Verdict:
+@instrumented
+async def verify(
+    services: Services, tenant: str, name: str, progress: Progress = silent, *, deep: bool = False
+) -> Verdict:
     """Check every pinned object of a window: there, of its size, with its checksum. Raises `window_not_found`.
 
     A tier that cannot be reached raises nothing: it is not `checked`, and the window is not `ok`. `deep` has the engine
     use the KV too (`gateway.windows.replay`), and raises what that raises.
     """
     clock = time.monotonic()
-    window = await found(parts, tenant, name)
-    manifest = await parts.store.manifest(window)
+    window = await found(services, tenant, name)
+    manifest = await services.store.manifest(window)
     states: States = {}
     warnings: list[str] = []
     for one in dict.fromkeys(o.tier for o in manifest.objects):
         mine = [o for o in manifest.objects if o.tier == one]
         try:
-            states[one] = await _states(_tier(parts, one), mine, progress)
+            states[one] = await _states(_tier(services, one), mine, progress)
         except TierUnavailable as error:
             warnings.append(str(error))
-    present, _ = await parts.pins.present([o.key for o in manifest.objects])
-    held = [_tier(parts, tier) for tier in states]
-    replays = await replay(parts, window, manifest, held, warnings, progress) if deep else None
-    has_text = await _has_text(parts, window, warnings)  # raises if it was deleted: then what is missing is no damage
+    present, _ = await services.pins.present([o.key for o in manifest.objects])
+    held = [_tier(services, tier) for tier in states]
+    replays = await replay(services, window, manifest, held, warnings, progress) if deep else None
+    has_text = await _has_text(
+        services, window, warnings
+    )  # raises if it was deleted: then what is missing is no damage
     verdict = _verdict(window, manifest, states, present, warnings, clock)
     same = all(one.equal for one in replays or ()) and len(replays or ()) == (len(held) if deep else 0)
     return replace(verdict, ok=verdict.ok and same and has_text, deep=replays)
 
 
-async def _has_text(parts: Parts, window: Window, warnings: list[str]) -> bool:
+async def _has_text(services: Services, window: Window, warnings: list[str]) -> bool:
     try:
-        await parts.store.text(window)
+        await services.store.text(window)
     except GatewayError as error:
         if error.code != "window_corrupted":
             raise
@@ -108,8 +112,8 @@ async def _has_text(parts: Parts, window: Window, warnings: list[str]) -> bool:
     return True
 
 
-def _tier(parts: Parts, name: str) -> Tier:
-    tier = next((t for t in parts.pins.tiers if t.name == name), None)
+def _tier(services: Services, name: str) -> Tier:
+    tier = next((t for t in services.pins.tiers if t.name == name), None)
     if tier is None:
         raise TierUnavailable(f"{name} tier: the window has objects there, but it is not configured")
     return tier

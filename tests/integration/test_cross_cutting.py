@@ -21,9 +21,9 @@ from gateway.stack import commands
 from gateway.windows.freeze import check_budget
 from tests.integration.api.admin.test_admin import error_of
 from tests.support.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
-from tests.support.gateway_process import ROOT, Gateway, gateway_before
-from tests.support.harness import House, window
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
+from tests.support.harness import GatewayHarness, window
+from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
 PROGRESS = {"accept": "application/x-ndjson"}
@@ -93,7 +93,7 @@ def test_a_session_in_mid_stream_is_not_deleted_and_can_be_when_its_reply_is_who
         exchange.end()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         assert error_of(gateway.http.delete(f"/admin/sessions/{session}")) == (409, "session_busy")
@@ -185,14 +185,14 @@ def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows_and_chan
 
 @pytest.mark.anyio
 async def test_ec020b_objects_that_fill_the_budget_to_the_last_byte_are_kept_and_one_byte_more_is_not(
-    house: House,
+    harness: GatewayHarness,
 ) -> None:
-    kept = await window(house.parts)
-    objects = (await house.parts.store.manifest(kept)).objects
-    held = await house.parts.store.held_bytes("default", objects)
+    kept = await window(harness.services)
+    objects = (await harness.services.store.manifest(kept)).objects
+    held = await harness.services.store.held_bytes("default", objects)
     assert held > 0
     for budget, fits in ((held, True), (held - 1, False)):
-        parts = replace(house.parts, settings=replace(house.settings, tenant_budget_bytes=budget))
+        parts = replace(harness.services, settings=replace(harness.settings, tenant_budget_bytes=budget))
         if fits:
             await check_budget(parts, "default", objects)
         else:
@@ -218,7 +218,7 @@ def test_ec040a_an_engine_that_dies_during_a_freeze_leaves_the_session_usable(
 def test_ec041_a_thaw_that_waits_too_long_for_the_engine_is_a_clean_error_and_is_not_tried_twice(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
-    with gateway_before(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
         gateway.chat("kept", "remember me")
         assert gateway.freeze("kept", "kept").status_code == 201
         asked = len(engine.seen("/v1/completions"))  # by the self-test
@@ -356,7 +356,7 @@ def test_s43_no_address_of_anybody_else_is_in_the_code_and_no_part_reports_its_u
 def test_s71_a_failure_of_the_gateway_shows_a_client_nothing_of_itself(engine: FakeEngine, tmp_path: Path) -> None:
     rpc = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "window_list", "arguments": {}}}
     accept = {"accept": "application/json, text/event-stream"}
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         with closing(sqlite3.connect(gateway.data_dir / "gateway.db")) as db, db:
             db.execute("ALTER TABLE windows RENAME TO gone")  # behind its back, as no client could
             db.execute("ALTER TABLE sessions RENAME TO gone_too")
@@ -398,7 +398,7 @@ def test_s07_what_the_gateway_writes_can_be_read_by_its_owner_alone(engine: Fake
     (tmp_path / "kv").mkdir()
     before = os.umask(0)  # a shell in which every file is open to everybody unless its maker says otherwise
     try:
-        with gateway_before(engine.url, tmp_path, workers=2, kv_dir=tmp_path / "kv") as gateway:
+        with gateway_in_front_of(engine.url, tmp_path, workers=2, kv_dir=tmp_path / "kv") as gateway:
             os.umask(before)
             gateway.chat("private")
             assert gateway.freeze("private", "private").status_code == 201

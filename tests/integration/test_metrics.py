@@ -10,13 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.errors import StartError
-from gateway.metrics import METRICS, Stored, Telemetry, clear, forget
+from gateway.metrics import METRICS, Metrics, Stored, clear, forget
 from gateway.records import Turn, Usage
 from tests.integration.api.admin.test_admin import error_of
 from tests.integration.api.test_workers import COUNT, ask, chat, crew, pid_of, pids, two_workers, workers_of
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta, usage_of, whole_reply
-from tests.support.gateway_process import ROOT, Gateway, eventually, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import ROOT, Gateway, eventually, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 Labels = tuple[tuple[str, str], ...]
 Numbers = dict[tuple[str, Labels], float]
@@ -28,7 +28,7 @@ LIVE = {"cwg_event_loop_lag_seconds", "cwg_turns_in_flight", "cwg_turns_unrecord
 @pytest.fixture
 def gateway(engine: FakeEngine, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway that has counted nothing yet."""
-    with gateway_before(engine.url, tmp_path, busy_wait_s=0.2) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, busy_wait_s=0.2) as gateway:
         yield gateway
 
 
@@ -95,7 +95,7 @@ def test_outcomes_that_are_none_of_the_clients_doing_are_told_apart(
     engine.on_chat = cut
     gateway.chat(session, stream=True)
     engine.on_chat = stall
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         eventually(lambda: value(scrape(gateway), "cwg_turns_in_flight") == 1, "the turn is under way")
     gone = ("cwg_turns_total", (("dialect", "chat"), ("model", MODEL), ("outcome", "client_gone")))
@@ -164,7 +164,7 @@ def test_json_says_what_the_text_says(engine: FakeEngine, gateway: Gateway, sess
 
 
 def test_metrics_ask_for_the_key_as_every_door_does(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, api_key="k3y") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, api_key="k3y") as gateway:
         for path in ("/metrics", "/admin/metrics"):
             assert error_of(httpx.get(gateway.url + path)) == (401, "unauthorized")
             assert httpx.get(gateway.url + path, headers={"authorization": "Bearer k3y"}).status_code == 200
@@ -174,7 +174,7 @@ def test_a_variable_meant_for_another_process_does_no_harm(
     engine: FakeEngine, tmp_path: Path, session: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "elsewhere"))  # vLLM sets it for itself
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         gateway.chat(session)
         assert value(scrape(gateway), "cwg_turn_seconds_count", dialect="chat") == 1
 
@@ -199,7 +199,7 @@ def test_docs_have_every_metric_as_the_code_has_it() -> None:
 
 
 def test_every_metric_of_the_table_is_told_with_its_labels_and_no_other() -> None:
-    telemetry = Telemetry()
+    telemetry = Metrics()
     use_all(telemetry)
     text = telemetry.text(Stored({"complete": 1}, {"disk": (2, 3)})).decode()
     families = list(text_string_to_metric_families(text))
@@ -212,20 +212,20 @@ def test_every_metric_of_the_table_is_told_with_its_labels_and_no_other() -> Non
     assert told == {(m.name, m.kind): {m.labels} for m in METRICS}
 
 
-def use_all(telemetry: Telemetry) -> None:
+def use_all(telemetry: Metrics) -> None:
     """Count in every metric."""
     turn = Turn("t", "s", MODEL, "completed", 200, 0.0, 1500.0, Usage(3, 2, None))
     telemetry.turn(turn, "chat", 0.001, served=True)
     telemetry.missed("evicted")
     telemetry.watch_engine("http://user:password@host:1/v1", lambda: True)
     for name in ("cwg_turns_in_flight", "cwg_turns_unrecorded"):
-        telemetry.watch(name, lambda: 4)
+        telemetry.register_gauge(name, lambda: 4)
     with telemetry.verb("freeze"):
         pass
 
 
 def test_no_password_is_told() -> None:
-    telemetry = Telemetry()
+    telemetry = Metrics()
     use_all(telemetry)
     assert 'engine="host:1"' in (text := telemetry.text(Stored({}, {})).decode())
     assert "password" not in text
@@ -233,7 +233,7 @@ def test_no_password_is_told() -> None:
 
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
 def test_a_verb_that_breaks_is_counted_as_failed_and_raises(raised: type[BaseException]) -> None:
-    telemetry = Telemetry()
+    telemetry = Metrics()
 
     def breaks() -> None:
         with telemetry.verb("thaw"):
@@ -278,11 +278,11 @@ def test_the_numbers_of_a_worker_that_was_killed_stay_and_go_on(
         victim = min(workers_of(gateway.process.pid))
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: victim not in (now := pids(gateway)) and len(now) == COUNT, "another takes its place")
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             assert value(told(wire), "cwg_turns_total", dialect="chat", model=MODEL, outcome="completed") == COUNT
         for pid in sorted(workers_of(gateway.process.pid)):
             turns_on(gateway, pid, f"{session}-{pid}-again")
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             seen = told(wire)
         assert value(seen, "cwg_turns_total", dialect="chat", model=MODEL, outcome="completed") == 2 * COUNT
         assert value(seen, "cwg_workers") == COUNT
@@ -293,7 +293,7 @@ def test_the_numbers_of_a_worker_that_was_killed_stay_and_go_on(
         assert ("cwg_turn_seconds_count", (("dialect", "chat"),)) not in scrape(gateway)
 
 
-def told(wire: Wire) -> Numbers:
+def told(wire: RawHttpClient) -> Numbers:
     """The numbers, from the worker at the other end."""
     rows = ask(wire, "GET", "/admin/metrics").json()["metrics"]
     return {(r["name"], tuple(sorted(r["labels"].items()))): r["value"] for r in rows}
@@ -302,7 +302,7 @@ def told(wire: Wire) -> Numbers:
 def turns_on(gateway: Gateway, pid: int, session: str) -> None:
     """One turn on this very worker."""
     while True:
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             if pid_of(wire) == pid:
                 chat(wire, session)
                 ask(wire, "GET", f"/admin/sessions/{session}")  # recorded, and so counted

@@ -14,7 +14,7 @@ import pytest
 from tests.support import operations_model
 from tests.support.fakes.engine import FakeEngine
 from tests.support.fakes.lmcache import FakeLMCache
-from tests.support.gateway_process import gateway_before
+from tests.support.gateway_process import gateway_in_front_of
 
 pytestmark = pytest.mark.anyio
 STEPS = int(os.environ.get("CWG_MODEL_STEPS", "250"))
@@ -33,7 +33,7 @@ async def test_what_is_acknowledged_holds_whatever_happens_at_once(
         "workers": os.environ.get("CWG_MODEL_WORKERS", "1"),
     }  # fmt: skip
     try:
-        with gateway_before(engine.url, tmp_path, **settings) as gateway:
+        with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
             operations_model.Delays(engine, seed)
             async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
                 world = operations_model.World(

@@ -7,12 +7,12 @@ import pytest
 
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, eventually, free_port, gateway_before
+from tests.support.gateway_process import Gateway, eventually, free_port, gateway_in_front_of
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_second_gateway_on_the_same_data_is_refused(engine: FakeEngine, tmp_path: Path, workers: int) -> None:
-    with gateway_before(engine.url, tmp_path, workers=workers) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, workers=workers) as gateway:
         ended = serve(port=free_port(), engine_urls=DEAD, data_dir=gateway.data_dir)
         assert_one_clear_line(ended, f"another gateway (process {gateway.process.pid})", "data_dir")
         assert gateway.http.get("/metrics").status_code == 200
@@ -29,7 +29,7 @@ def _starts(gateway: Gateway) -> bool:
 
 def test_a_second_gateway_on_the_same_store_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path / 'elsewhere' / 'gateway.db'}"
-    with gateway_before(engine.url, tmp_path, store_url=store):
+    with gateway_in_front_of(engine.url, tmp_path, store_url=store):
         ended = serve(port=free_port(), engine_urls=DEAD, data_dir=tmp_path / "other", store_url=store)
         assert_one_clear_line(ended, "another gateway", "elsewhere")
 
@@ -40,7 +40,7 @@ def test_a_second_gateway_on_the_same_store_is_refused(engine: FakeEngine, tmp_p
 @pytest.fixture
 def used(engine: FakeEngine, tmp_path: Path) -> Gateway:
     """A gateway that has been used, and has ended."""
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         assert gateway.chat("s").status_code == 200
         assert gateway.stop() == 0
     return Gateway(tmp_path, engine.url)
@@ -79,11 +79,11 @@ def test_another_secret_is_taken_when_that_is_asked_for_and_is_then_the_stores(
 ) -> None:
     (used.data_dir / "secret").write_text("f" * 64)
     (used.data_dir / "secret").chmod(0o640)
-    with gateway_before(engine.url, tmp_path, accept_new_secret=True) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, accept_new_secret=True) as gateway:
         assert "KV of before is not found again" in gateway.log
         assert "can be read by others" in gateway.log
         assert gateway.stop() == 0
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         assert gateway.chat("s").status_code == 200
 
 
@@ -91,7 +91,7 @@ def test_a_store_of_before_takes_the_secret_that_it_finds(engine: FakeEngine, tm
     with sqlite3.connect(used.data_dir / "gateway.db") as db:
         db.execute("DELETE FROM meta WHERE name = 'secret_mark'")
     db.close()
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         assert gateway.stop() == 0
     (used.data_dir / "secret").write_text("f" * 64)
     assert "is not the one" in ended_with_one_line(used)

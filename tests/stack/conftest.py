@@ -70,7 +70,7 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="package")
 def night(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[night_.Night]:
     """See `tests.stack.restart`."""
-    night = night_.spend(stack, tmp_path_factory.mktemp("night"))
+    night = night_.run_restart(stack, tmp_path_factory.mktemp("night"))
     yield night
     for gateway, _ in night.values():  # of evenings too whose mornings nobody asked for
         gateway.close()

@@ -20,7 +20,7 @@ Night = dict[Evening, tuple[Gateway, Any]]
 _EVENINGS: list[Evening] = []
 
 
-def overnight(evening: Evening) -> Any:
+def across_restart(evening: Evening) -> Any:
     """Make a fixture of the file that `evening` is in.
 
     It runs with a gateway of its own up to its `yield`. Then gateway, engine and cache are stopped, what comes after
@@ -39,7 +39,7 @@ def overnight(evening: Evening) -> Any:
     return morning
 
 
-def spend(stack: Stack, root: Path) -> Night:
+def run_restart(stack: Stack, root: Path) -> Night:
     """The evenings of all files that were collected, the restart, and no gateway started yet."""
     evenings, night = [], {}
     for number, evening in enumerate(_EVENINGS):

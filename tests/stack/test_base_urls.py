@@ -11,7 +11,7 @@ import pytest
 
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
-from tests.stack.restart import overnight
+from tests.stack.restart import across_restart
 from tests.stack.tiers import hashes
 
 pytestmark = pytest.mark.stack
@@ -60,7 +60,7 @@ class Frozen:
     chunks: int
 
 
-@overnight
+@across_restart
 def by_history(stack: Stack, gateway: Gateway) -> Iterator[Frozen]:
     """A session without a name; the cache forgets all of it, and only the pins are left."""
     with unnamed(gateway) as client:
@@ -85,7 +85,7 @@ def test_a_session_known_by_its_history_alone_is_frozen_and_goes_on_after_a_rest
     assert turns[0]["recognised_by"] == "prefix"
 
 
-@overnight
+@across_restart
 def review(_: Stack, gateway: Gateway) -> Iterator[Frozen]:
     """A window to be gone on from by its base URL."""
     messages = converse(gateway.client("origin"), "by url", turns=3)

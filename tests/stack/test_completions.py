@@ -10,7 +10,7 @@ import pytest
 
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, same_bytes
-from tests.stack.restart import overnight
+from tests.stack.restart import across_restart
 
 pytestmark = pytest.mark.stack
 
@@ -104,7 +104,7 @@ class Shelf:
     mixed: Told
 
 
-@overnight
+@across_restart
 def shelf(_: Stack, gateway: Gateway) -> Iterator[Shelf]:
     """Tell and freeze."""
     text = _told(gateway, "text", STORY)

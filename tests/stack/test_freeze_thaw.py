@@ -12,7 +12,7 @@ import pytest
 from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
-from tests.stack.restart import overnight
+from tests.stack.restart import across_restart
 
 pytestmark = pytest.mark.stack
 
@@ -51,7 +51,7 @@ class Shelf:
     gone: Frozen
 
 
-@overnight
+@across_restart
 def shelf(stack: Stack, gateway: Gateway) -> Iterator[Shelf]:
     """Freeze six conversations, and harm five of them while everything is down."""
     plain = _frozen_on_a_boundary(gateway)

@@ -13,7 +13,7 @@ from blake3 import blake3
 from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
-from tests.stack.restart import overnight
+from tests.stack.restart import across_restart
 from tests.stack.tiers import files, hashes, names
 
 pytestmark = pytest.mark.stack
@@ -66,7 +66,7 @@ def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-@overnight
+@across_restart
 def asked(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, dict[str, Any], str]]:
     """A long window: what the engine finds of it in the morning was restored."""
     yield gateway, *long_window(stack, gateway, "asked")
@@ -203,7 +203,7 @@ def test_a_fanout_hits_in_every_branch_and_makes_no_file(stack: Stack, gateway: 
     assert gateway.http.get("/admin/windows/branch-3/messages").json()["messages"][:-1] == [*messages, NEXT]
 
 
-@overnight
+@across_restart
 def fanned(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, list[str], int]]:
     """Sessions that begin in the morning: a fanout's and a thaw's. LMCache has lost all of their KV by then."""
     frozen(gateway, "fanned-out")

@@ -10,7 +10,7 @@ import pytest
 from tests.stack.clients import cwg, mcp
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
-from tests.stack.restart import overnight
+from tests.stack.restart import across_restart
 from tests.stack.tiers import contents, files, hashes
 
 pytestmark = pytest.mark.stack
@@ -31,7 +31,7 @@ class Evening:
         return int(mcp(self.gateway, "window_status", window_name=window)["kv_cache"]["block_count"]) * CHUNK
 
 
-@overnight
+@across_restart
 def evening(_: Stack, gateway: Gateway) -> Iterator[Evening]:
     """Three conversations frozen, each at its door."""
     said = {name: converse(gateway.client(name), name) for name in ("current-session", "today", "slow")}

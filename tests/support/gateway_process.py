@@ -147,7 +147,7 @@ class Gateway:
 
 
 @contextmanager
-def gateway_before(engine_url: str, folder: Path, **settings: object) -> Iterator[Gateway]:
+def gateway_in_front_of(engine_url: str, folder: Path, **settings: object) -> Iterator[Gateway]:
     """A gateway of a test's own, ready."""
     gateway = Gateway(folder, engine_url, **settings)
     try:

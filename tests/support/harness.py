@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from gateway.app import open_parts
+from gateway.app import open_services
 from gateway.kv.keys import object_keys
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
 from gateway.store.types import Text
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from tests.support.fakes.engine import MODEL, FakeEngine, render
-from tests.support.tier_harness import RedisRig, RedisServer
+from tests.support.tier_harness import RedisServer, RedisTierHarness
 
 CHUNK = 16
 MESSAGES = [{"role": "user", "content": "hello there, how are you? " * 3}, {"role": "assistant", "content": "Fine."}]
@@ -68,29 +68,31 @@ def cache_server(serde: str | None = None) -> Iterator[str]:
 
 
 @dataclass
-class House:
+class GatewayHarness:
     """A gateway's parts, and where its tiers keep things."""
 
-    parts: Parts
+    services: Services
     kv: Path
-    redis: RedisRig
+    redis: RedisTierHarness
     settings: Settings
 
     def everything(self) -> tuple[set[str], set[str], set[str]]:
         """Files on disk, keys in Redis and files of the gateway's own."""
         files = {str(f) for f in self.kv.parent.rglob("*") if f.is_file() and "data" not in f.parts[-2:]}
-        own = {f.name for f in self.parts.settings.data_path.iterdir()} - {"gateway.db-wal", "gateway.db-shm"}
+        own = {f.name for f in self.services.settings.data_path.iterdir()} - {"gateway.db-wal", "gateway.db-shm"}
         keys = self.redis.client.keys("*")
         assert isinstance(keys, list)
         return files, {key.decode() for key in keys}, own
 
 
 @asynccontextmanager
-async def opened(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
-    """A house in an empty folder."""
+async def open_harness(
+    engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path
+) -> AsyncIterator[GatewayHarness]:
+    """A harness in an empty folder."""
     kv = tmp_path / "kv"
     kv.mkdir()
-    redis = RedisRig(redis_server.port)
+    redis = RedisTierHarness(redis_server.port)
     settings = Settings(
         engine_urls=(engine.url,),
         cache_url=cache,
@@ -99,8 +101,8 @@ async def opened(engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_
         data_dir=str(tmp_path / "own"),
     )
     (tmp_path / "own").mkdir()
-    async with open_parts(settings) as parts:
-        yield House(parts, kv, redis, settings)
+    async with open_services(settings) as parts:
+        yield GatewayHarness(parts, kv, redis, settings)
     redis.client.close()
 
 
@@ -109,14 +111,14 @@ def value(index: int, size: int = 3000) -> bytes:
     return hashlib.shake_256(str(index).encode()).digest(size + index)
 
 
-async def window(parts: Parts, name: str = "w", size: int = 3000) -> Window:
+async def window(services: Services, name: str = "w", size: int = 3000) -> Window:
     """A window with KV in every tier, its objects of about so many bytes."""
-    model = await parts.engines.model(MODEL)
-    salt = parts.salts.of("default", "l", model.fingerprint)
+    model = await services.engines.model(MODEL)
+    salt = services.salts.of("default", "l", model.fingerprint)
     keys = object_keys(model.root, IDS, CHUNK, 1, salt)
     objects: list[PinnedObject] = []
     for index, key in enumerate(keys):
-        objects += [await tier.put(key, value(index, size)) for tier in parts.pins.tiers]
+        objects += [await tier.put(key, value(index, size)) for tier in services.pins.tiers]
     new = Window(
         tenant="default", name=name, session_id="s", lineage="l", salt=salt, pin_salt=salt, model=MODEL,
         model_root=model.root, fingerprint=model.fingerprint,
@@ -124,6 +126,6 @@ async def window(parts: Parts, name: str = "w", size: int = 3000) -> Window:
         size_bytes=1, kv="complete", transcript=b"", frame=None, manifest=f"m-{name}", created_at=1.0,
         description="d", tags=("a",), receipt={"tokens": len(IDS)},
     )  # fmt: skip
-    made = await parts.store.add_window(new, Manifest(new.manifest, IDS, tuple(objects)), Text(MESSAGES, FRAME))
+    made = await services.store.add_window(new, Manifest(new.manifest, IDS, tuple(objects)), Text(MESSAGES, FRAME))
     assert made is not None
     return made

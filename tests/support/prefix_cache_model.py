@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.app import open_parts
+from gateway.app import open_services
 from gateway.kv.keys import ObjectKey
 from gateway.records import Session, Turn, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.sessions import prefix_chain
 from gateway.settings import Settings
-from gateway.store.types import Finished
-from gateway.windows.context import Parts
+from gateway.store.types import TurnRecord
+from gateway.windows.context import Services
 from gateway.windows.freeze import Naming, freeze
 from tests.support.fakes.engine import MODEL, FakeEngine, render
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
@@ -34,14 +34,14 @@ CHUNKS = len(IDS) // CHUNK
 class Cached:
     """The parts, the cache behind them, and what they leave in the file system."""
 
-    parts: Parts
+    services: Services
     cache: FakeLMCache
 
     @property
     def pins(self) -> Path:
         """The directory of our pins."""
-        assert self.parts.settings.pins_path
-        return self.parts.settings.pins_path / self.parts.store.store_id
+        assert self.services.settings.pins_path
+        return self.services.settings.pins_path / self.services.store.store_id
 
     @property
     def pinned(self) -> set[str]:
@@ -51,7 +51,7 @@ class Cached:
     @property
     def locked(self) -> bool:
         """Whether somebody holds the lock on the pins, so that nothing can be unpinned."""
-        fd = os.open(self.parts.settings.data_path / "pins.lock", os.O_RDWR)
+        fd = os.open(self.services.settings.data_path / "pins.lock", os.O_RDWR)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,24 +64,26 @@ class Cached:
         self, name: str = "s", messages: Sequence[Mapping[str, Any]] = MESSAGES, *, stored: bool = True, **more: Any
     ) -> Session:
         """A session that has had a turn; with `stored` LMCache has what the engine computed for it."""
-        model = await self.parts.engines.model(MODEL)
+        model = await self.services.engines.model(MODEL)
         fingerprint = more.pop("fingerprint", model.fingerprint)
-        salt = self.parts.salts.of(TENANT, name, fingerprint)
+        salt = self.services.salts.of(TENANT, name, fingerprint)
         said = [dict(message) for message in messages]
         turn = Turn(TENANT, name, MODEL, "completed", 200, time.time(), 1.0)
         trace = prefix_chain.trace(b"", said[:-1], said[-1], None)
-        await self.parts.store.record([Finished(turn, Session(TENANT, name, name), fingerprint, salt, said, {}, trace)])
+        await self.services.store.record(
+            [TurnRecord(turn, Session(TENANT, name, name), fingerprint, salt, said, {}, trace)]
+        )
         if stored:
             self.cache.store(render(said[:-1], generation_prompt=True), salt)
-        found = await self.parts.store.session(TENANT, name)
+        found = await self.services.store.session(TENANT, name)
         assert found is not None
         return found
 
     async def window(self, name: str = "w", *, session: str = "s", progress: Progress = silent) -> Window:
         """A window of a session, which is made if it is not there."""
-        if await self.parts.store.session(TENANT, session) is None:
+        if await self.services.store.session(TENANT, session) is None:
             await self.session(session)
-        made, _ = await freeze(self.parts, TENANT, session, Naming(name), progress)
+        made, _ = await freeze(self.services, TENANT, session, Naming(name), progress)
         return made
 
     def keys(self, window: Window) -> list[ObjectKey]:
@@ -95,5 +97,5 @@ async def opened(engine: FakeEngine, cache: FakeLMCache, folder: Path, **more: A
     given = {"cache_url": cache.url, "kv_dir": str(cache.folder), "freeze_timeout_s": 0.3} | more
     settings = Settings(engine_urls=(engine.url,), data_dir=str(folder / "own"), **given)
     (folder / "own").mkdir(exist_ok=True)
-    async with open_parts(settings) as parts:
+    async with open_services(settings) as parts:
         yield Cached(parts, cache)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from tests.support.fakes.engine import MODEL, WITHIN
 
 
-class Wire:
+class RawHttpClient:
     """One connection."""
 
     def __init__(self, url: str, *, receive_buffer: int = 0) -> None:
@@ -22,13 +22,13 @@ class Wire:
         self._stream = self._sock.makefile("rb")
         self.headers: dict[str, str] = {}
 
-    def __enter__(self) -> "Wire":
+    def __enter__(self) -> "RawHttpClient":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.close()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close it, as a client that goes away."""
         self._stream.close()
         self._sock.close()

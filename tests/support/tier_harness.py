@@ -50,7 +50,7 @@ def lose_text(store: Path, name: str) -> None:
         db.commit()
 
 
-class Rig(Protocol):
+class TierHarness(Protocol):
     """One tier and its storage."""
 
     @property
@@ -79,7 +79,7 @@ class Rig(Protocol):
         ...
 
 
-class DiskRig:
+class DiskTierHarness:
     """Two directories."""
 
     def __init__(self, folder: Path, pins: Path | None = None) -> None:
@@ -115,7 +115,7 @@ class DiskRig:
             file.write(bytes([first ^ 1]))
 
 
-class RedisRig:
+class RedisTierHarness:
     """A database of a redis-server, empty."""
 
     def __init__(self, port: int, store: str = STORE, timeout_s: float = 5) -> None:

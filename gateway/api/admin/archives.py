@@ -32,7 +32,7 @@ _TAR = "application/x-tar"
 async def export_window(call: Call) -> Any:
     """Send a window as one file."""
     q = call.given
-    return _File(await export(call.parts, call.tenant, call.window_name, as_text=q["as_text"]))
+    return _File(await export(call.services, call.tenant, call.window_name, as_text=q["as_text"]))
 
 
 @partial(
@@ -52,7 +52,7 @@ async def import_window(call: Call) -> Any:
     """Make the window in a file a window of this gateway."""
     q = call.given
     window, warnings = await bring(
-        call.parts,
+        call.services,
         call.tenant,
         call.stream(),
         name=q.get("window_name"),

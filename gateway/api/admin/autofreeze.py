@@ -7,7 +7,7 @@ from gateway.api import parameters
 from gateway.api.admin import response_schemas
 from gateway.api.endpoint import Call
 from gateway.api.operation import Operation
-from gateway.sessions.resolver import no_session
+from gateway.sessions.resolver import session_not_found
 from gateway.windows.autofreeze import rules
 from policies.loader import BUILT_IN
 
@@ -46,7 +46,7 @@ async def check_policies(call: Call) -> Any:
     session_id = call.given["session_id"]
     check = await call.autofreeze.check(call.tenant, session_id)
     if check is None:
-        raise no_session(session_id)
+        raise session_not_found(session_id)
     seen, decided = check.seen, next((one.decision for one in check.opinions if one.decision), None)
     used = round(seen.token_count / seen.context_limit * 100, 1) if seen.context_limit else None
     return {
@@ -60,7 +60,7 @@ async def check_policies(call: Call) -> Any:
         "context_limit": seen.context_limit,
         "threshold_percent": used,
         "idle_seconds": round(seen.idle_s, 1),
-        "estimates": call.parts.estimator.report().get(seen.model),
+        "estimates": call.services.estimator.report().get(seen.model),
         "policies": [
             {"policy": one.policy, "reason": one.decision.reason if one.decision else None, "error": one.error or None}
             for one in check.opinions
@@ -70,7 +70,7 @@ async def check_policies(call: Call) -> Any:
 
 async def _shown(call: Call) -> dict[str, Any]:
     now, at_run_time = await call.autofreeze.current()
-    known = [*BUILT_IN, *call.parts.settings.auto_freeze_policies]
+    known = [*BUILT_IN, *call.services.settings.auto_freeze_policies]
     return {**rules.as_json(now), "set_at_run_time": sorted(at_run_time), "available": known}
 
 

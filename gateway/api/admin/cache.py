@@ -9,29 +9,29 @@ from gateway.api.endpoint import Call
 from gateway.api.operation import Operation
 from gateway.errors import GatewayError
 from gateway.kv.lmcache import LMCache
-from gateway.metrics import Stored, Telemetry
+from gateway.metrics import Metrics, Stored
 from gateway.windows.retention.usage import TierUse, usage
 
 
 @partial(Operation, "GET", "/admin/cache", response_schemas.CACHE)
 async def statistics(call: Call) -> Any:
     """Tell what lies in each tier and for whom, and what the cache says of itself."""
-    await call.parts.turns.settle()  # who has read a reply, finds its turn counted
-    tiers, warnings = await usage(call.parts)
-    lmcache, more = await _lmcache(call.parts.cache)
-    chunk_size = call.parts.settings.chunk_size or lmcache.get("chunk_size")
+    await call.services.recorder.flush()  # who has read a reply, finds its turn counted
+    tiers, warnings = await usage(call.services)
+    lmcache, more = await _lmcache(call.services.cache)
+    chunk_size = call.services.settings.chunk_size or lmcache.get("chunk_size")
     shown = {tier.name: _tier(tier) for tier in tiers}
     return {
-        "windows": sum((await call.parts.store.window_counts()).values()),
+        "windows": sum((await call.services.store.window_counts()).values()),
         "chunk_size": chunk_size,
         "lmcache": lmcache,
         "tiers": shown,
-        **_hits(call.parts.telemetry),
+        **_hits(call.services.metrics),
         "warnings": [*warnings, *more],
     }
 
 
-def _hits(telemetry: Telemetry) -> dict[str, Any]:
+def _hits(telemetry: Metrics) -> dict[str, Any]:
     """What the cache was good for, since the gateway started. `hit_rate` is None before the first prompt."""
     rows = telemetry.rows(Stored({}, {}))
     prompt, cached = (

@@ -18,7 +18,7 @@ async def check(call: Call, prompt: str | None, max_tokens: int | None) -> None:
     Raises `invalid_request`, `window_not_found`.
     """
     if prompt is not None:
-        await ask.conversation(call.parts, await usable(call.parts, call.tenant, call.window_name))
+        await ask.conversation(call.services, await usable(call.services, call.tenant, call.window_name))
     elif max_tokens is not None:
         raise GatewayError(
             "invalid_request",
@@ -34,7 +34,7 @@ async def go_on(call: Call, session: Session, prompt: str, max_tokens: int | Non
     A turn that fails does not undo the thaw: `error` says why, in place of the message.
     """
     call.progress("answer", 0, 0)
-    history = await call.parts.store.messages(session.transcript) if session.transcript else []
+    history = await call.services.store.messages(session.transcript) if session.transcript else []
     asked = {
         "model": session.model,
         "messages": ask.following(history, prompt),
@@ -42,8 +42,8 @@ async def go_on(call: Call, session: Session, prompt: str, max_tokens: int | Non
     }
     path = f"/s/{session.id}/v1/chat/completions"
     headers = [*call.keys, (b"content-type", b"application/json")]
-    status, raw = await in_process.post(call.inference, path, orjson.dumps(asked), headers)
-    await call.parts.turns.settle()  # whoever has this answer finds it in the transcript
+    status, raw = await in_process.call_app(call.inference, path, orjson.dumps(asked), headers)
+    await call.services.recorder.flush()  # whoever has this answer finds it in the transcript
     answer = orjson.loads(raw)
     return _failed(answer) if status >= 400 else _said(answer)
 

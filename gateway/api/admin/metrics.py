@@ -10,13 +10,13 @@ from gateway.api.admin import response_schemas
 from gateway.api.endpoint import Call
 from gateway.api.operation import Operation
 from gateway.metrics import CONTENT_TYPE, Stored
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
 
 @partial(Operation, "GET", "/metrics", {"type": "string"}, gives=CONTENT_TYPE)
 async def prometheus(call: Call) -> Any:
     """Tell every number, to Prometheus."""
-    return Response(call.parts.telemetry.text(await _stored(call.parts)), media_type=CONTENT_TYPE)
+    return Response(call.services.metrics.text(await _stored(call.services)), media_type=CONTENT_TYPE)
 
 
 @partial(
@@ -28,12 +28,12 @@ async def prometheus(call: Call) -> Any:
 )
 async def as_json(call: Call) -> Any:
     """Tell every number, as JSON."""
-    stored = await _stored(call.parts)
+    stored = await _stored(call.services)
     if call.given["format"] == "prometheus":
-        return {"format": "prometheus", "content": call.parts.telemetry.text(stored).decode()}
-    return {"format": "json", "metrics": call.parts.telemetry.rows(stored)}
+        return {"format": "prometheus", "content": call.services.metrics.text(stored).decode()}
+    return {"format": "json", "metrics": call.services.metrics.rows(stored)}
 
 
-async def _stored(parts: Parts) -> Stored:
-    await parts.turns.settle()  # who has read a reply, finds its turn counted
-    return Stored(await parts.store.window_counts(), await parts.store.tier_usage())
+async def _stored(services: Services) -> Stored:
+    await services.recorder.flush()  # who has read a reply, finds its turn counted
+    return Stored(await services.store.window_counts(), await services.store.tier_usage())

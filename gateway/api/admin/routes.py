@@ -23,7 +23,7 @@ from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.health import COMPONENTS
 from gateway.api.operation import ENGINE, Operation
 from gateway.records import SessionState
-from gateway.sessions.resolver import no_session
+from gateway.sessions.resolver import session_not_found
 from gateway.store.types import SORT_KEYS, WindowQuery
 from gateway.validation.fields import Field
 from gateway.windows import ask, clone, delete, freeze, isolate, thaw
@@ -44,9 +44,9 @@ async def list_sessions(call: Call) -> Any:
     """List sessions, last active first."""
     q = call.given
     limit, offset = q["limit"], q["offset"]
-    await call.parts.turns.settle()
-    by = orphans.expired_by(call.parts.settings)
-    page, total = await call.parts.store.list_sessions(
+    await call.services.recorder.flush()
+    by = orphans.expired_by(call.services.settings)
+    page, total = await call.services.store.list_sessions(
         call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset, expired_by=by
     )
     shown = [serializers.session(s, by) for s in page]
@@ -56,17 +56,17 @@ async def list_sessions(call: Call) -> Any:
 @partial(Operation, "GET", "/admin/sessions/{session_id}", response_schemas.SESSION)
 async def get_session(call: Call) -> Any:
     """Tell all about a session, its last turns too."""
-    await call.parts.turns.settle()
-    session = await call.parts.store.session(call.tenant, call.session_id)
+    await call.services.recorder.flush()
+    session = await call.services.store.session(call.tenant, call.session_id)
     if session is None:
-        raise no_session(call.session_id)
-    turns = await call.parts.store.turns(call.tenant, session.id, limit=20)
-    windows, _ = await call.parts.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
-    model = call.parts.engines.known(session.model)
+        raise session_not_found(call.session_id)
+    turns = await call.services.store.turns(call.tenant, session.id, limit=20)
+    windows, _ = await call.services.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
+    model = call.services.engines.known(session.model)
     return {
-        **serializers.session(session, orphans.expired_by(call.parts.settings)),
+        **serializers.session(session, orphans.expired_by(call.services.settings)),
         "context_limit": model.context_limit if model else None,
-        "estimates": call.parts.estimator.report().get(session.model),
+        "estimates": call.services.estimator.report().get(session.model),
         "turns": [serializers.turn(t) for t in turns],
         "windows": [w.name for w in windows],
         "warnings": serializers.crowding(session.token_count, model.context_limit if model else None),
@@ -78,7 +78,7 @@ async def get_session(call: Call) -> Any:
 )
 async def delete_session(call: Call) -> Any:
     """Delete a session, and the KV that only it needed."""
-    done = await orphans.delete_session(call.parts, call.tenant, call.session_id)
+    done = await orphans.delete_session(call.services, call.tenant, call.session_id)
     return {
         "session_id": call.session_id,
         "deleted": True,
@@ -109,7 +109,7 @@ async def freeze_session(call: Call) -> Any:
     naming = freeze.Naming(
         body["window_name"], body.get("description", ""), body.get("tags", ()), body.get("ttl_seconds")
     )  # fmt: skip
-    window, warnings = await freeze.freeze(call.parts, call.tenant, body["session_id"], naming, call.progress)
+    window, warnings = await freeze.freeze(call.services, call.tenant, body["session_id"], naming, call.progress)
     return {**serializers.window(window), "warnings": warnings}
 
 
@@ -135,7 +135,7 @@ async def list_windows(call: Call) -> Any:
     q = call.given
     filters = {name: value for name, value in q.items() if name != "sort_order"}
     query = WindowQuery(**filters, descending=q["sort_order"] == "desc")
-    page, total = await call.parts.store.list_windows(call.tenant, query)
+    page, total = await call.services.store.list_windows(call.tenant, query)
     shown = [serializers.window_line(w) for w in page]
     return {"windows": shown, **serializers.paging(len(page), total, query.limit, query.offset)}
 
@@ -150,14 +150,14 @@ async def list_windows(call: Call) -> Any:
 async def window_status(call: Call) -> Any:
     """Tell all about a window, and where its bytes are now."""
     q = call.given
-    window = await thaw.found(call.parts, call.tenant, call.window_name)
-    held = await call.parts.store.sizes(window)
-    present, warnings = await call.parts.pins.present([*{key: None for have in held.values() for key in have}])
+    window = await thaw.found(call.services, call.tenant, call.window_name)
+    held = await call.services.store.sizes(window)
+    present, warnings = await call.services.pins.present([*{key: None for have in held.values() for key in have}])
     status = serializers.window_status(window, held, present)
     if q["include_blocks"]:
-        status["blocks"] = serializers.blocks(await call.parts.store.pinned(window), present)
+        status["blocks"] = serializers.blocks(await call.services.store.pinned(window), present)
     if q["include_lineage"]:
-        ancestors, clones = await call.parts.store.lineage(call.tenant, window.name)
+        ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
     return {**status, "warnings": warnings}
 
@@ -165,7 +165,7 @@ async def window_status(call: Call) -> Any:
 @partial(Operation, "DELETE", "/admin/windows/{name}", response_schemas.DELETED)
 async def delete_window(call: Call) -> Any:
     """Delete a window for good, and the KV that no other holds."""
-    done = await delete.delete(call.parts, call.tenant, call.window_name)
+    done = await delete.delete(call.services, call.tenant, call.window_name)
     return {"window_name": call.window_name, **asdict(done)}
 
 
@@ -188,7 +188,7 @@ async def thaw_window(call: Call) -> Any:
     prompt, max_tokens = body.get("continuation_prompt"), body.get("max_tokens")
     await continuation.check(call, prompt, max_tokens)
     session, window, receipt = await thaw.thaw(
-        call.parts,
+        call.services,
         call.tenant,
         call.window_name,
         new_session_id=body.get("new_session_id"),
@@ -228,9 +228,9 @@ async def clone_window(call: Call) -> Any:
     isolated = body["isolate"]
     warnings: list[str] = []
     if isolated:
-        copy, warnings = await isolate.isolate(call.parts, call.tenant, call.window_name, naming)
+        copy, warnings = await isolate.isolate(call.services, call.tenant, call.window_name, naming)
     else:
-        copy = await clone.clone(call.parts, call.tenant, call.window_name, naming)
+        copy = await clone.clone(call.services, call.tenant, call.window_name, naming)
     return {
         "source_window": copy.parent,
         "target_window": copy.name,
@@ -244,8 +244,8 @@ async def clone_window(call: Call) -> Any:
 @partial(Operation, "GET", "/admin/windows/{name}/messages", response_schemas.MESSAGES, errors=("window_corrupted",))
 async def window_messages(call: Call) -> Any:
     """The text of a window."""
-    window = await thaw.found(call.parts, call.tenant, call.window_name)
-    text = await call.parts.store.text(window)
+    window = await thaw.found(call.services, call.tenant, call.window_name)
+    text = await call.services.store.text(window)
     return {"window_name": window.name, "messages": text.messages, "frame": text.frame or {}}
 
 

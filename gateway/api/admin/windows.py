@@ -38,7 +38,7 @@ def question(name: str, value: object) -> str:
 async def describe_window(call: Call) -> Any:
     """Change what is said of a window; null clears it."""
     said = call.given
-    return serializers.window(await describe.describe(call.parts, call.tenant, call.window_name, said))
+    return serializers.window(await describe.describe(call.services, call.tenant, call.window_name, said))
 
 
 @partial(
@@ -52,7 +52,7 @@ async def describe_window(call: Call) -> Any:
 async def verify_window(call: Call) -> Any:
     """Check every byte of a window where it is pinned."""
     deep = call.given["deep"]
-    return asdict(await verify.verify(call.parts, call.tenant, call.window_name, call.progress, deep=deep))
+    return asdict(await verify.verify(call.services, call.tenant, call.window_name, call.progress, deep=deep))
 
 
 @partial(
@@ -68,7 +68,7 @@ async def ask_window(call: Call) -> Any:
     """Ask a window a question; the window does not change, and nothing is kept of it."""
     body = call.given
     said = await ask.ask(
-        call.parts, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
+        call.services, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
     )
     return {
         "window_name": said.window.name,
@@ -99,14 +99,14 @@ async def ask_window(call: Call) -> Any:
 )
 async def prefetch_window(call: Call) -> Any:
     """Load a window's KV into the cache's memory."""
-    receipt = await prefetch.prefetch(call.parts, call.tenant, call.window_name, call.progress)
+    receipt = await prefetch.prefetch(call.services, call.tenant, call.window_name, call.progress)
     return {"window_name": call.window_name, "receipt": _seen(receipt), "warnings": receipt.warnings}
 
 
 @partial(Operation, "POST", "/admin/windows/{name}/evict", response_schemas.EVICTED, errors=("cache_unavailable",))
 async def evict_window(call: Call) -> Any:
     """Move a window's KV out of the cache's memory, down to the durable tiers."""
-    return asdict(await evict.evict(call.parts, call.tenant, call.window_name, call.progress))
+    return asdict(await evict.evict(call.services, call.tenant, call.window_name, call.progress))
 
 
 @partial(
@@ -126,7 +126,7 @@ async def fan_out_window(call: Call) -> Any:
     """Thaw a window into many sessions at once; they share its KV, which is put back when the first of them begins."""
     body = call.given
     sessions, window, warnings = await fanout.fanout(
-        call.parts, call.tenant, call.window_name, body["count"], body.get("prefix")
+        call.services, call.tenant, call.window_name, body["count"], body.get("prefix")
     )
     return {
         "window_name": window.name,
@@ -149,7 +149,7 @@ async def fan_out_window(call: Call) -> Any:
 async def show_tree(call: Call) -> Any:
     """Which window and which session came from which."""
     limit = call.given["limit"]
-    seen = await tree.tree(call.parts, call.tenant, limit)
+    seen = await tree.tree(call.services, call.tenant, limit)
     return {
         "nodes": [_node(node) for node in seen.nodes],
         "windows": seen.windows,

@@ -16,10 +16,18 @@ from gateway.api import auth
 from gateway.api.asgi import ClientGone, Headers, not_found, parse_object, read_body, require_json, send_answer
 from gateway.api.connection import client_of
 from gateway.api.inference import history, item_references, stored_responses
-from gateway.api.inference.passthrough import Passing
+from gateway.api.inference.passthrough import Passthrough
 from gateway.api.inference.passthrough_routes import COUNT, Routes
-from gateway.api.inference.relay import Answer, Outgoing, Stamps, relay, request_headers, send_full
-from gateway.api.inference.request import SYSTEM_HEADER, TURNS, WINDOW_HEADER, Base, Incoming, base_of, spoken
+from gateway.api.inference.relay import Answer, FingerprintCache, Outgoing, relay, request_headers, send_full
+from gateway.api.inference.request import (
+    SYSTEM_HEADER,
+    TURNS,
+    WINDOW_HEADER,
+    InferenceRequest,
+    RouteTarget,
+    error_dialect,
+    read_target,
+)
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, Dialect
 from gateway.engines.client import Model
@@ -27,11 +35,11 @@ from gateway.errors import GatewayError
 from gateway.records import StoredResponse
 from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
 from gateway.sessions import prefix_chain
-from gateway.sessions.completed_turn import Ended
-from gateway.sessions.resolver import Place
+from gateway.sessions.completed_turn import CompletedTurn
+from gateway.sessions.resolver import SessionMatch
 from gateway.windows import branch
-from gateway.windows.context import Parts
-from gateway.windows.overflow import Onward, Successors
+from gateway.windows.context import Services
+from gateway.windows.overflow import Followed, Overflow
 from gateway.windows.resume import resume
 
 log = logging.getLogger(__name__)
@@ -57,10 +65,10 @@ _DROPPED = frozenset(
 class _Turn:
     """A turn before it is relayed; in a successor, `dropped` messages were left out, which window `ancestor` has."""
 
-    incoming: Incoming
+    incoming: InferenceRequest
     dialect: Dialect
     call: Call
-    place: Place
+    place: SessionMatch
     model: Model | None
     normalised: tuple[str, ...]
     arrived: float
@@ -73,7 +81,7 @@ class _Understood:
     """A turn's request, taken apart."""
 
     call: Call
-    named: prefix_chain.Given | None
+    named: prefix_chain.ClientSessionId | None
     normalised: tuple[str, ...]
     prompt: prefix_chain.Prompt
 
@@ -81,37 +89,37 @@ class _Understood:
 class Inference:
     """The ASGI application of the inference door."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        settings = parts.settings
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        settings = services.settings
         own_key = bool(settings.api_key or settings.engine_api_key)
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
-        self._stamps = Stamps()
-        self._successors = Successors(parts)
+        self._stamps = FingerprintCache()
+        self._successors = Overflow(services)
         self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
         self._routes = Routes(settings.extra_paths)
-        self._passing = Passing(parts, self._successors, self._outgoing)
+        self._passing = Passthrough(services, self._successors, self._outgoing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
             await self._serve(scope, receive, send)
         except GatewayError as error:
-            await send_answer(send, error.status, spoken(scope).error(error))
+            await send_answer(send, error.status, error_dialect(scope).error(error))
         except ClientGone:
             return
         except Exception:
             log.exception("%s %.200r failed", scope["method"], scope["path"])
             failure = GatewayError("internal", "the gateway failed; its log says why")
             with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
-                await send_answer(send, failure.status, spoken(scope).error(failure))
+                await send_answer(send, failure.status, error_dialect(scope).error(failure))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        settings = self._parts.settings
+        settings = self._services.settings
         tenant = auth.tenant(scope["headers"], settings.api_key, settings.allowed_origins)
-        base = base_of(scope)
+        base = read_target(scope)
         route = self._routes.check(scope["method"], base.known)
         if route.needs_json:
             require_json(scope["headers"])
@@ -122,13 +130,15 @@ class Inference:
             await self._passing.count(incoming)
         elif not route.kept:
             await self._passing.serve(incoming, route)
-        elif kept := await stored_responses.serve(self._parts, tenant, scope["method"], incoming.target):
+        elif kept := await stored_responses.serve(self._services, tenant, scope["method"], incoming.target):
             await send_answer(send, 200, kept)
         else:
             raise not_found(scope["path"])
 
-    async def _read(self, scope: Scope, receive: Receive, send: Send, tenant: str, base: Base) -> Incoming:
-        settings = self._parts.settings
+    async def _read(
+        self, scope: Scope, receive: Receive, send: Send, tenant: str, base: RouteTarget
+    ) -> InferenceRequest:
+        settings = self._services.settings
         body = await read_body(
             scope,
             receive,
@@ -136,27 +146,27 @@ class Inference:
             timeout_s=settings.client_timeout_s,
             body_timeout_s=settings.body_timeout_s,
         )
-        return Incoming(scope, receive, send, tenant, base, body)
+        return InferenceRequest(scope, receive, send, tenant, base, body)
 
-    async def _turn(self, incoming: Incoming, dialect: Dialect) -> None:
+    async def _turn(self, incoming: InferenceRequest, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
-        parts, arrived = self._parts, time.monotonic()
+        services, arrived = self._services, time.monotonic()
         if incoming.heavy:
-            asked = await parts.offload.run(True, self._understood, incoming, dialect)
+            asked = await services.offload.run(True, self._understood, incoming, dialect)
         else:
             asked = self._understood(incoming, dialect)
-        call = await item_references.resolve(parts, incoming.tenant, asked.call, dialect)
+        call = await item_references.resolve(services, incoming.tenant, asked.call, dialect)
         if call is not asked.call:
             asked = self._taken_apart(incoming, call, asked.named, asked.normalised)
-        model = await parts.engines.look_up(call.model)
+        model = await services.engines.look_up(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        call, before = await stored_responses.resume(parts, incoming.tenant, call)
+        call, before = await stored_responses.resume(services, incoming.tenant, call)
         place = await self._place(incoming, asked, before)
-        sent, call = call, await history.continued(parts, call, place.session, incoming)
+        sent, call = call, await history.prepend_session_history(services, call, place.session, incoming)
         if place.session.successor and history.leaves_history(call):
             place = await self._successors.newest(place)
-            call = await history.continued(parts, sent, place.session, incoming)
+            call = await history.prepend_session_history(services, sent, place.session, incoming)
         turn = _Turn(incoming, dialect, call, place, model, asked.normalised, arrived)
         if onward := await self._successors.onward(place, call):
             turn = _onward(turn, onward)
@@ -177,35 +187,35 @@ class Inference:
 
     async def _relayed(self, turn: "_Turn", *, hold_full: bool = True) -> Answer:
         """Relay a turn, and hand it over when it is over; return how it went."""
-        parts, incoming, dialect, call, model = self._parts, turn.incoming, turn.dialect, turn.call, turn.model
+        services, incoming, dialect, call, model = self._services, turn.incoming, turn.dialect, turn.call, turn.model
         session = turn.place.session
-        await resume(parts, session)
+        await resume(services, session)
         fingerprint = model.fingerprint if model else ""
-        salt = parts.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
+        salt = services.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
         heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
-        written = await parts.offload.run(True, dialect.write, call, salt) if heavy else dialect.write(call, salt)
+        written = await services.offload.run(True, dialect.write, call, salt) if heavy else dialect.write(call, salt)
         outgoing = self._outgoing(incoming, written, may_load=True)
         answer = Answer(
             dialect,
             _headers(turn),
-            parts.settings.max_reply_bytes,
+            services.settings.max_reply_bytes,
             call.hide_usage,
             self._stamps,
             (incoming.base.path, call.model),
             may_be_full=True,
-            hold_full=hold_full and parts.settings.on_full == "successor",
-            on_last=partial(parts.turns.said, turn.place),
+            hold_full=hold_full and services.settings.on_full == "successor",
+            on_last=partial(services.recorder.mark_reply_sent, turn.place),
         )
         started_at, clock = time.time(), time.monotonic()
-        parts.turns.enter(turn.place)
-        route = parts.engines.route(session.lineage, session.engine, call.model)
-        note = parts.salt_notes.begin(session, salt)
+        services.recorder.begin(turn.place)
+        route = services.engines.route(session.lineage, session.engine, call.model)
+        note = services.salt_notes.begin(session, salt)
         try:
             await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
         finally:
-            parts.salt_notes.withdraw(note)  # the record comes as soon as the note would
-            parts.turns.finish(
-                Ended(
+            services.salt_notes.withdraw(note)  # the record comes as soon as the note would
+            services.recorder.enqueue(
+                CompletedTurn(
                     place=turn.place,
                     fingerprint=fingerprint,
                     salt=salt,
@@ -227,30 +237,36 @@ class Inference:
             )
         return answer
 
-    async def _place(self, incoming: Incoming, asked: _Understood, before: StoredResponse | None) -> Place:
+    async def _place(
+        self, incoming: InferenceRequest, asked: _Understood, before: StoredResponse | None
+    ) -> SessionMatch:
         """Say which session the turn belongs to."""
-        parts, tenant, named, prompt = self._parts, incoming.tenant, asked.named, asked.prompt
+        services, tenant, named, prompt = self._services, incoming.tenant, asked.named, asked.prompt
         if before is not None:
-            return await stored_responses.place(parts, before, named, prompt.seed)
+            return await stored_responses.place(services, before, named, prompt.seed)
         if incoming.base.window is not None and prompt.messages:
             beneath = branch.Asked(tenant, incoming.base.window, named, prompt, incoming.system_rule)
-            return await branch.place(parts, beneath)
+            return await branch.place(services, beneath)
         if len(prompt.messages) > HEAVY_MESSAGES:
-            await parts.offload.run(True, prompt.prepare, named)
-        return await parts.sessions.place(tenant, named, prompt, parts.turns.settle)
+            await services.offload.run(True, prompt.prepare, named)
+        return await services.sessions.resolve(tenant, named, prompt, services.recorder.flush)
 
-    def _understood(self, incoming: Incoming, dialect: Dialect) -> _Understood:
+    def _understood(self, incoming: InferenceRequest, dialect: Dialect) -> _Understood:
         """Parse a request and take it apart. Raises `invalid_request`, `invalid_session_id`, `too_complex`."""
-        settings = self._parts.settings
+        settings = self._services.settings
         parsed = parse_object(incoming.body, settings.max_json_values)
         body, normalised = prompt_filters.in_body(parsed, incoming.base.path, self._rules)
-        named = prefix_chain.given(incoming.scope["headers"], body, incoming.base.session_id)
+        named = prefix_chain.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
         return self._taken_apart(incoming, dialect.read(body, b"" if normalised else incoming.body), named, normalised)
 
     def _taken_apart(
-        self, incoming: Incoming, call: Call, named: prefix_chain.Given | None, normalised: tuple[str, ...]
+        self,
+        incoming: InferenceRequest,
+        call: Call,
+        named: prefix_chain.ClientSessionId | None,
+        normalised: tuple[str, ...],
     ) -> _Understood:
-        limit = self._parts.settings.max_messages
+        limit = self._services.settings.max_messages
         if len(call.messages) > limit:
             message = f"the request holds {len(call.messages)} messages; at most {limit} are taken"
             raise GatewayError("too_complex", message, hint="max_messages sets the limit")
@@ -260,12 +276,12 @@ class Inference:
             prompt.prepare(named)
         return _Understood(call, named, normalised, prompt)
 
-    def _outgoing(self, incoming: Incoming, body: bytes, *, may_load: bool = False) -> Outgoing:
+    def _outgoing(self, incoming: InferenceRequest, body: bytes, *, may_load: bool = False) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
         return Outgoing(incoming.scope["method"], incoming.target, headers, body, may_load)
 
 
-def _onward(turn: _Turn, onward: Onward) -> _Turn:
+def _onward(turn: _Turn, onward: Followed) -> _Turn:
     """The turn in a successor."""
     dropped = turn.dropped + onward.dropped
     return replace(turn, call=onward.call, place=onward.place, ancestor=onward.window, dropped=dropped)

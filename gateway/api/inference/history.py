@@ -3,23 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gateway.api.inference.request import Incoming
+from gateway.api.inference.request import InferenceRequest
 from gateway.dialects import transcripts
 from gateway.dialects.base import INHERITED_FIELDS, Call
 from gateway.dialects.transcripts import SystemRule
 from gateway.records import Front, Message, Session
 from gateway.runtime.offload import is_heavy
-from gateway.sessions.resolver import no_session
-from gateway.windows.context import Parts
+from gateway.sessions.resolver import session_not_found
+from gateway.windows.context import Services
 from gateway.windows.thaw import usable
 
 
-async def continued(parts: Parts, call: Call, session: Session, incoming: Incoming) -> Call:
+async def prepend_session_history(services: Services, call: Call, session: Session, incoming: InferenceRequest) -> Call:
     """The call with what its session has in front of what is new: the window's transcript, or the conversation's."""
     if not call.messages:
         return call
-    front = call.front or await _missing(parts, call, session, incoming)
-    return await _inheriting(parts, call, front, None if session.window_transcript is None else session.frame)
+    front = call.front or await _missing(services, call, session, incoming)
+    return await _inheriting(services, call, front, None if session.window_transcript is None else session.frame)
 
 
 def leaves_history(call: Call) -> bool:
@@ -28,30 +28,32 @@ def leaves_history(call: Call) -> bool:
     return conversed or (call.front is not None and call.front.origin == "session")
 
 
-async def begun(parts: Parts, call: Call, name: str, incoming: Incoming) -> Call:
+async def prepend_window_history(services: Services, call: Call, name: str, incoming: InferenceRequest) -> Call:
     """The call as the first of a new branch of a window. Raises `window_not_found`."""
-    window = await usable(parts, incoming.tenant, name)
-    history = (await parts.store.text(window)).messages
-    front = await _lacking(parts, call, history, incoming.system_rule)
-    return await _inheriting(parts, call, front, window.frame)
+    window = await usable(services, incoming.tenant, name)
+    history = (await services.store.text(window)).messages
+    front = await _lacking(services, call, history, incoming.system_rule)
+    return await _inheriting(services, call, front, window.frame)
 
 
-async def _missing(parts: Parts, call: Call, session: Session, incoming: Incoming) -> Front | None:
+async def _missing(services: Services, call: Call, session: Session, incoming: InferenceRequest) -> Front | None:
     if call.storage is not None and call.storage.conversation:
         if session.transcript is None:
             return None
-        history = await _held(parts, session, session.transcript)
-        return await _lacking(parts, call, history, incoming.system_rule or "replace")
+        history = await _held(services, session, session.transcript)
+        return await _lacking(services, call, history, incoming.system_rule or "replace")
     if session.window_transcript is None:
         return None
-    window = await _held(parts, session, session.window_transcript)
+    window = await _held(services, session, session.window_transcript)
     heavy = is_heavy(window) or is_heavy(call.messages)
-    whole = await parts.offload.run(heavy, transcripts.is_whole, window, call.messages)
-    return await _lacking(parts, call, window, incoming.system_rule, None if whole else await _current(parts, session))
+    whole = await services.offload.run(heavy, transcripts.is_whole, window, call.messages)
+    return await _lacking(
+        services, call, window, incoming.system_rule, None if whole else await _current(services, session)
+    )
 
 
 async def _lacking(
-    parts: Parts,
+    services: Services,
     call: Call,
     history: Sequence[Message],
     rule: SystemRule,
@@ -59,34 +61,34 @@ async def _lacking(
 ) -> Front | None:
     """See `transcripts.missing`."""
     heavy = is_heavy(history) or is_heavy(call.messages)
-    return await parts.offload.run(heavy, transcripts.missing, history, call.messages, rule, current)
+    return await services.offload.run(heavy, transcripts.missing, history, call.messages, rule, current)
 
 
-async def _held(parts: Parts, session: Session, transcript: bytes) -> list[Message]:
+async def _held(services: Services, session: Session, transcript: bytes) -> list[Message]:
     """The messages of a session's transcript. Raises `session_not_found` where it was deleted just now: what is new
     would go to the engine without what it goes on from."""
-    held = await parts.store.messages(transcript)
+    held = await services.store.messages(transcript)
     if not held:
-        raise no_session(session.id)
+        raise session_not_found(session.id)
     return held
 
 
-async def _current(parts: Parts, session: Session) -> list[Message] | None:
+async def _current(services: Services, session: Session) -> list[Message] | None:
     """A thawed session's transcript, with the turn that is over just now; None where it is still the window's."""
-    if parts.sessions.in_turn(session.tenant, session.id):
-        await parts.turns.settle()
-        session = await parts.sessions.open(session.tenant, session.id)
+    if services.sessions.has_turn_in_flight(session.tenant, session.id):
+        await services.recorder.flush()
+        session = await services.sessions.open(session.tenant, session.id)
     if session.transcript is None or session.transcript == session.window_transcript:
         return None
-    return await _held(parts, session, session.transcript)
+    return await _held(services, session, session.transcript)
 
 
-async def _inheriting(parts: Parts, call: Call, front: Front | None, frame_id: bytes | None) -> Call:
+async def _inheriting(services: Services, call: Call, front: Front | None, frame_id: bytes | None) -> Call:
     """The call with `front`, and with what of a window's frame the client left out."""
     if front is None:
         return call
     if frame_id is None:
         return replace(call, front=front)
-    frame = await parts.store.frame(frame_id)
+    frame = await services.store.frame(frame_id)
     inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
     return replace(call, front=replace(front, frame=inherited))

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from gateway.dialects.base import Call, Dialect
 from gateway.errors import GatewayError
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
 _KIND = "item_reference"
 
 
-async def resolve(parts: Parts, tenant: str, call: Call, dialect: Dialect) -> Call:
+async def resolve(services: Services, tenant: str, call: Call, dialect: Dialect) -> Call:
     """Put in what a call refers to. Raises `invalid_request` for an item that is not kept."""
     storage = call.storage
     named = [item["id"] for item in storage.items if _is_reference(item)] if storage else []
@@ -21,10 +21,10 @@ async def resolve(parts: Parts, tenant: str, call: Call, dialect: Dialect) -> Ca
         return call
     if len(set(named)) < len(named):
         raise _refused("The input refers to the same item twice.", "refer to each item once")
-    kept = await parts.store.response_items(tenant, named)
+    kept = await services.store.response_items(tenant, named)
     if len(kept) < len(named):
-        await parts.turns.settle()  # it may be of a turn that is not recorded yet
-        kept = await parts.store.response_items(tenant, named)
+        await services.recorder.flush()  # it may be of a turn that is not recorded yet
+        kept = await services.store.response_items(tenant, named)
     if missing := [one for one in named if one not in kept]:
         hint = "send the item itself; answers to requests with store: false are not kept"
         raise _refused(f"Item with id '{missing[0]:.100}' not found.", hint)

@@ -11,31 +11,33 @@ from gateway.api.connection import client_of
 from gateway.api.inference import history
 from gateway.api.inference.passthrough_routes import Route
 from gateway.api.inference.relay import Answer, Outgoing, relay
-from gateway.api.inference.request import MESSAGES, Incoming, spoken
+from gateway.api.inference.request import MESSAGES, InferenceRequest, error_dialect
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, is_clean, model_of, sanitise, with_fields, write_json
 from gateway.records import Session
 from gateway.sessions import prefix_chain
-from gateway.sessions.resolver import Place
+from gateway.sessions.resolver import SessionMatch
 from gateway.store.types import SaltNote
-from gateway.windows.context import Parts
-from gateway.windows.overflow import Successors
+from gateway.windows.context import Services
+from gateway.windows.overflow import Overflow
 
 _ANONYMOUS = "anonymous/"  # begins the lineage of a request without a session; no session id has a slash
 
 
-class Passing:
+class Passthrough:
     """Relays what is no turn; `outgoing` makes the engine's request of a client's and a body."""
 
-    def __init__(self, parts: Parts, successors: Successors, outgoing: Callable[[Incoming, bytes], Outgoing]) -> None:
-        self._parts = parts
+    def __init__(
+        self, services: Services, successors: Overflow, outgoing: Callable[[InferenceRequest, bytes], Outgoing]
+    ) -> None:
+        self._services = services
         self._successors = successors
         self._outgoing = outgoing
-        self._rules = frozenset(parts.settings.normalise)
+        self._rules = frozenset(services.settings.normalise)
 
-    async def serve(self, incoming: Incoming, route: Route) -> None:
+    async def serve(self, incoming: InferenceRequest, route: Route) -> None:
         """Relay a request."""
-        engines = self._parts.engines
+        engines = self._services.engines
         if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
             cards = write_json({"object": "list", "data": engines.cards()})
             await send_answer(incoming.send, 200, cards, _named(incoming))
@@ -49,70 +51,72 @@ class Passing:
         with self._making_kv(made) if made else nullcontext():
             await self._relay(incoming, body, session, model, may_load=route.salted)
 
-    async def count(self, incoming: Incoming) -> None:
+    async def count(self, incoming: InferenceRequest) -> None:
         """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
-        parts = self._parts
-        body, call = await parts.offload.run(incoming.heavy, self._counted, incoming)
+        services = self._services
+        body, call = await services.offload.run(incoming.heavy, self._counted, incoming)
         session = await self._session_of(incoming, body)
         if session and session.window_transcript is not None:
-            call = await history.continued(parts, call, session, incoming)
+            call = await history.prepend_session_history(services, call, session, incoming)
         elif incoming.base.window is not None and call.messages:
-            call = await history.begun(parts, call, incoming.base.window, incoming)
-        if session and (onward := await self._successors.onward(Place(session, "", b""), call)):
+            call = await history.prepend_window_history(services, call, incoming.base.window, incoming)
+        if session and (onward := await self._successors.onward(SessionMatch(session, "", b""), call)):
             call = onward.call
         await self._relay(incoming, MESSAGES.question(call), session, call.model)
 
     @contextmanager
     def _making_kv(self, made: SaltNote) -> Iterator[None]:
         """In the block the engine makes KV that no turn's record will tell of; it may land for a while after it."""
-        parts = self._parts
-        parts.salt_notes.add(made)
+        services = self._services
+        services.salt_notes.add(made)
         try:
-            with parts.sessions.under_way(made.tenant, made.lineage):
+            with services.sessions.under_way(made.tenant, made.lineage):
                 yield
         finally:
-            parts.salt_notes.add(made)  # as of now: what lands after a look at it is looked for again
+            services.salt_notes.add(made)  # as of now: what lands after a look at it is looked for again
 
-    def _counted(self, incoming: Incoming) -> tuple[dict[str, Any], Call]:
+    def _counted(self, incoming: InferenceRequest) -> tuple[dict[str, Any], Call]:
         body, normalised = self._parsed(incoming)
         return body, MESSAGES.read(body, b"" if normalised else incoming.body)
 
-    def _parsed(self, incoming: Incoming) -> tuple[dict[str, Any], tuple[str, ...]]:
-        parsed = parse_object(incoming.body, self._parts.settings.max_json_values)
+    def _parsed(self, incoming: InferenceRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
+        parsed = parse_object(incoming.body, self._services.settings.max_json_values)
         return prompt_filters.in_body(parsed, incoming.base.path, self._rules)
 
     async def _relay(
-        self, incoming: Incoming, body: bytes, session: Session | None, model: str, *, may_load: bool = False
+        self, incoming: InferenceRequest, body: bytes, session: Session | None, model: str, *, may_load: bool = False
     ) -> None:
-        engines = self._parts.engines
+        engines = self._services.engines
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
-        answer = Answer(spoken(incoming.scope), _named(incoming), limit=0)
+        answer = Answer(error_dialect(incoming.scope), _named(incoming), limit=0)
         outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
         await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
 
-    async def _sanitised(self, incoming: Incoming, route: Route) -> tuple[bytes, Session | None, str, SaltNote | None]:
+    async def _sanitised(
+        self, incoming: InferenceRequest, route: Route
+    ) -> tuple[bytes, Session | None, str, SaltNote | None]:
         """The body as the engine gets it, whose it is and for which model as far as that is of use, and its salt."""
-        body, normalised = await self._parts.offload.run(incoming.heavy, self._parsed, incoming)
+        body, normalised = await self._services.offload.run(incoming.heavy, self._parsed, incoming)
         raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
         named = model_of(body)
         salted = route.salted
-        several = len(self._parts.engines.members) > 1
+        several = len(self._services.engines.members) > 1
         session = await self._session_of(incoming, body) if salted or several else None
         if not salted:
             return raw or write_json(body), session, named, None
-        model = await self._parts.engines.look_up(named)
+        model = await self._services.engines.look_up(named)
         # Who names no session shares KV with nobody: nothing tells that the next request is theirs too.
         lineage = session.lineage if session else f"{_ANONYMOUS}{secrets.token_hex(16)}"
-        salt = self._parts.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
+        salt = self._services.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
         made = SaltNote(salt, incoming.tenant, lineage, session.id if session else "")
         return with_fields(raw, body, {"cache_salt": salt}), session, named, made
 
-    async def _session_of(self, incoming: Incoming, body: dict[str, Any]) -> Session | None:
-        given = prefix_chain.given(incoming.scope["headers"], body, incoming.base.session_id)
-        return await self._parts.sessions.open(incoming.tenant, given.id) if given else None
+    async def _session_of(self, incoming: InferenceRequest, body: dict[str, Any]) -> Session | None:
+        given = prefix_chain.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
+        return await self._services.sessions.open(incoming.tenant, given.id) if given else None
 
 
-def _named(incoming: Incoming) -> Headers:
+def _named(incoming: InferenceRequest) -> Headers:
     session_id = incoming.base.session_id
     return [(prefix_chain.SESSION_HEADER, session_id.encode())] if session_id else []

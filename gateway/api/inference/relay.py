@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.types import Send
 
 from gateway.api.asgi import ClientGone, ClientWatch, Headers, send_answer
-from gateway.api.connection import Client
+from gateway.api.connection import ClientConnection
 from gateway.dialects.base import Dialect
 from gateway.dialects.sse import UsageFilter
 from gateway.engines.connection import Connection, UpstreamError, as_gateway_error
@@ -50,7 +50,7 @@ class Outgoing:
     may_load: bool = False  # it has a salt; what KV there is under it, the gateway knows only in part
 
 
-class Stamps:
+class FingerprintCache:
     """What `UsageFilter` has learnt of the engines: the stamp of each, by path and model. The oldest make room."""
 
     ROOM = 1024  # clients choose the models' names
@@ -80,7 +80,7 @@ class Answer:
     extra_headers: Headers
     limit: int
     hide_usage: bool = False
-    stamps: Stamps = field(default_factory=Stamps)
+    stamps: FingerprintCache = field(default_factory=FingerprintCache)
     about: tuple[bytes, str] = (b"", "")  # path and model, for `stamps`
     status: int = 0
     streamed: bool = False
@@ -105,42 +105,42 @@ class Answer:
             self.detail = "the reply was larger than max_reply_bytes and was not kept"
 
 
-class _Pipe:
+class StreamForwarder:
     """What a client gets to see of the chunks that come from the engine, each still an HTTP chunk of its own."""
 
-    def __init__(self, client: Client, answer: Answer, engine: str) -> None:
+    def __init__(self, client: ClientConnection, answer: Answer, engine: str) -> None:
         self._client = client
         self._answer = answer
         self.hidden: UsageFilter | None = None
         if answer.streamed and answer.hide_usage:
             self.hidden = UsageFilter(answer.stamps.of(engine, answer.about))
-        self.broken = False  # whether the last byte shown was in the middle of an event
+        self.mid_event = False  # whether the last byte shown was in the middle of an event
         self._last = answer.dialect.last_event if answer.streamed else ()
 
-    def take(self, chunks: Sequence[bytes]) -> bool:
+    def write(self, chunks: Sequence[bytes]) -> bool:
         """Pass chunks on; tell whether the client keeps up."""
-        shown = self.show(chunks)
+        shown = self.filter(chunks)
         return self._client.write(_framed(shown)) if shown else True
 
-    def end(self, chunks: Sequence[bytes]) -> bytes:
+    def finish(self, chunks: Sequence[bytes]) -> bytes:
         """Pass the last chunks on with what is sent next; return the one of them that the end may go with."""
-        shown = self.show(chunks)
+        shown = self.filter(chunks)
         if len(shown) > 1:
             self._client.write(_framed(shown[:-1]), hold=True)
         return shown[-1] if shown else b""
 
-    def show(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
+    def filter(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
         """Keep chunks, and return what may be shown of them."""
         self._answer.keep(chunks)
         if chunks and chunks[-1].startswith(self._last):
             self._answer.on_last()
         shown = chunks if self.hidden is None else self.hidden.pass_on(chunks)
         if shown:
-            self.broken = not shown[-1].endswith(b"\n\n")
+            self.mid_event = not shown[-1].endswith(b"\n\n")
         return shown
 
 
-async def relay(route: Route, outgoing: Outgoing, client: Client, send: Send, answer: Answer) -> None:
+async def relay(route: Route, outgoing: Outgoing, client: ClientConnection, send: Send, answer: Answer) -> None:
     """Send `outgoing` to the engine and its answer to the client; `answer` tells afterwards how it went."""
     try:
         with ClientWatch(client) as watch:
@@ -161,7 +161,7 @@ async def relay(route: Route, outgoing: Outgoing, client: Client, send: Send, an
         await send_answer(send, refused.status, answer.dialect.error(refused), answer.extra_headers)
 
 
-async def _forward(connection: Connection, client: Client, send: Send, answer: Answer, engine: str) -> None:
+async def _forward(connection: Connection, client: ClientConnection, send: Send, answer: Answer, engine: str) -> None:
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP and not k.startswith(_CORS)]
     answer.status = connection.status
     answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
@@ -169,15 +169,19 @@ async def _forward(connection: Connection, client: Client, send: Send, answer: A
         await _refused(connection, kept, send, answer)
         return
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
-    pipe = _Pipe(client, answer, engine)
+    pipe = StreamForwarder(client, answer, engine)
     try:
-        last = pipe.end(await connection.pour(pipe.take)) if client.framed else await _read(connection, pipe, send)
+        last = (
+            pipe.finish(await connection.stream_to(pipe.write))
+            if client.is_chunked
+            else await _read(connection, pipe, send)
+        )
     except UpstreamError as error:
         answer.outcome, answer.detail = "engine_cut", str(error)
         if not answer.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
         # Half an event may have gone out already; the error must not become its other half.
-        end = b"\n\n" if pipe.broken else b""
+        end = b"\n\n" if pipe.mid_event else b""
         event = answer.dialect.error_event(as_gateway_error(error), answer.chunks or ())
         await send({"type": "http.response.body", "body": end + event})
         return
@@ -220,10 +224,10 @@ async def _send_whole(send: Send, status: int, headers: Headers, body: bytes) ->
     await send({"type": "http.response.body", "body": body})
 
 
-async def _read(connection: Connection, pipe: _Pipe, send: Send) -> bytes:
+async def _read(connection: Connection, pipe: StreamForwarder, send: Send) -> bytes:
     """Pass on a body of known length; return the last of it."""
     while chunk := await connection.read():
-        (shown,) = pipe.show((chunk,)) or (b"",)
+        (shown,) = pipe.filter((chunk,)) or (b"",)
         if connection.exhausted:
             return shown
         await send({"type": "http.response.body", "body": shown, "more_body": True})

@@ -29,11 +29,11 @@ TURNS: dict[bytes, Dialect] = {
     b"/v1/messages": MESSAGES,
 }
 # What vLLM has beside `/v1` and clients ask for: no KV comes of it.
-BESIDE = (b"/tokenize", b"/detokenize", *STATE)
+TOKENIZER_PATHS = (b"/tokenize", b"/detokenize", *STATE)
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class RouteTarget:
     """What the base URL says: the engine's path, and the session or the window that all under it belongs to.
 
     `known` is the path as the engine routes it: decoded, and without a slash at its end.
@@ -46,14 +46,14 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class Incoming:
+class InferenceRequest:
     """A request as it came: from whom, for which session, and how to answer it."""
 
     scope: Scope
     receive: Receive
     send: Send
     tenant: str
-    base: Base
+    base: RouteTarget
     body: bytes
 
     @property
@@ -84,7 +84,7 @@ class Incoming:
         return ""
 
 
-def base_of(scope: Scope) -> Base:
+def read_target(scope: Scope) -> RouteTarget:
     """Read the base URL, and what a header says in its place."""
     raw: bytes = scope["raw_path"]
     session_id = window = None
@@ -98,7 +98,7 @@ def base_of(scope: Scope) -> Base:
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
     path = unquote(raw.decode("latin-1")).encode()
-    if not (path.startswith(b"/v1/") or path in BESIDE) or b".." in path.split(b"/"):
+    if not (path.startswith(b"/v1/") or path in TOKENIZER_PATHS) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
     known = path.rstrip(b"/")
     if known in ROUTES:
@@ -106,10 +106,10 @@ def base_of(scope: Scope) -> Base:
     if window is None:
         sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
         window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
-    return Base(raw, known, session_id, window)
+    return RouteTarget(raw, known, session_id, window)
 
 
-def spoken(scope: Scope) -> Dialect:
+def error_dialect(scope: Scope) -> Dialect:
     """The dialect whose errors the client of a path can read, whatever else is wrong with the request."""
     path: str = scope["path"]
     if path.startswith(("/s/", "/w/")):

@@ -16,12 +16,12 @@ from gateway.dialects import transcripts
 from gateway.dialects.base import Call
 from gateway.errors import GatewayError
 from gateway.records import Front, Message, Session, StoredResponse
-from gateway.sessions.prefix_chain import Given
-from gateway.sessions.resolver import Place, new_id
+from gateway.sessions.prefix_chain import ClientSessionId
+from gateway.sessions.resolver import SessionMatch, new_id
 from gateway.validation.fields import Field
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
-Verb = Callable[[Parts, str, str, dict[str, str]], Awaitable[Any]]
+Verb = Callable[[Services, str, str, dict[str, str]], Awaitable[Any]]
 
 SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
@@ -39,7 +39,7 @@ _PREFIXES = {
 # --- going on from one
 
 
-async def resume(parts: Parts, tenant: str, call: Call) -> tuple[Call, StoredResponse | None]:
+async def resume(services: Services, tenant: str, call: Call) -> tuple[Call, StoredResponse | None]:
     """Put the conversation up to `previous_response_id` in front of a call; return that response, None without one.
 
     Raises `previous_response_not_found`, `invalid_request`.
@@ -47,16 +47,16 @@ async def resume(parts: Parts, tenant: str, call: Call) -> tuple[Call, StoredRes
     storage = call.storage
     if storage is None or storage.previous is None:
         if storage and storage.conversation:
-            await parts.turns.settle()  # what its session holds is what was recorded
+            await services.recorder.flush()  # what its session holds is what was recorded
         return call, None
-    before = await _find(parts, tenant, storage.previous)
+    before = await _find(services, tenant, storage.previous)
     if before is None:
         raise GatewayError(
             "previous_response_not_found",
             f"Previous response with id '{storage.previous:.100}' not found.",
             details={"field": "previous_response_id"},
         )
-    history = await parts.store.messages(before.transcript) if before.transcript else []
+    history = await services.store.messages(before.transcript) if before.transcript else []
     if not history:
         raise _refused(
             "previous_response_id", f"response {before.id!r} cannot be gone on from", "send its output again"
@@ -75,39 +75,39 @@ def _front(call: Call, history: list[Message]) -> Front:
     return Front(call.messages[:count], [*history, *leading])
 
 
-async def place(parts: Parts, before: StoredResponse, named: Given | None, seed: bytes) -> Place:
+async def place(services: Services, before: StoredResponse, named: ClientSessionId | None, seed: bytes) -> SessionMatch:
     """Say which session goes on from a response.
 
     That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
     another session in the same lineage, so that what both share is found in the cache. The session that a client has
     `named` is taken as it is.
     """
-    own = Given("session", before.session_id, "body previous_response_id")
+    own = ClientSessionId("session", before.session_id, "body previous_response_id")
     given = named if named and named.kind == "session" else own
     tenant = before.tenant
-    if parts.sessions.in_turn(tenant, given.id):
-        await parts.turns.settle()  # where the session is by now decides whether this is a fork
-    session = await parts.sessions.open(tenant, given.id, given.source)
-    in_turn = parts.sessions.in_turn(tenant, given.id)
+    if services.sessions.has_turn_in_flight(tenant, given.id):
+        await services.recorder.flush()  # where the session is by now decides whether this is a fork
+    session = await services.sessions.open(tenant, given.id, given.source)
+    in_turn = services.sessions.has_turn_in_flight(tenant, given.id)
     if not session.created_at and not in_turn:  # nobody has seen it yet
-        return Place(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
+        return SessionMatch(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
     if given is named or (session.transcript == before.transcript and not in_turn):
-        return Place(session, given.source, seed)
+        return SessionMatch(session, given.source, seed)
     fork = Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id, engine=session.engine)
-    return Place(fork, "fork", seed, is_new=True)
+    return SessionMatch(fork, "fork", seed, is_new=True)
 
 
-async def _find(parts: Parts, tenant: str, response_id: str) -> StoredResponse | None:
+async def _find(services: Services, tenant: str, response_id: str) -> StoredResponse | None:
     """What the store has of an answer. It may have been told to the client by a turn that is not recorded yet."""
-    found = await parts.store.response(tenant, response_id)
+    found = await services.store.response(tenant, response_id)
     if found is None:
-        await parts.turns.settle()
-        found = await parts.store.response(tenant, response_id)
+        await services.recorder.flush()
+        found = await services.store.response(tenant, response_id)
     return found
 
 
-async def _found(parts: Parts, tenant: str, response_id: str) -> StoredResponse:
-    found = await _find(parts, tenant, response_id)
+async def _found(services: Services, tenant: str, response_id: str) -> StoredResponse:
+    found = await _find(services, tenant, response_id)
     if found is None:
         raise GatewayError("response_not_found", f"Response with id '{response_id:.100}' not found.")
     return found
@@ -120,7 +120,7 @@ def _refused(field: str, message: str, hint: str) -> GatewayError:
 # --- asking for them
 
 
-async def serve(parts: Parts, tenant: str, method: str, target: bytes) -> bytes | None:
+async def serve(services: Services, tenant: str, method: str, target: bytes) -> bytes | None:
     """Answer a request for a kept answer; None where `target` is none of those."""
     if not target.startswith(_DOOR):
         return None
@@ -131,25 +131,25 @@ async def serve(parts: Parts, tenant: str, method: str, target: bytes) -> bytes 
         return None
     bounded_query(query.encode("latin-1"))
     asked = dict(parse_qsl(query, keep_blank_values=True))
-    return orjson.dumps(await verb(parts, tenant, unquote(response_id), asked))
+    return orjson.dumps(await verb(services, tenant, unquote(response_id), asked))
 
 
-async def _get(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+async def _get(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
     parameters.refuse_unknown(query, ("include", "include[]", "include_obfuscation", "starting_after", "stream"))
     if query.get("stream") == "true":
         raise _refused("stream", "a kept response is not streamed again", "ask for it without stream")
-    return (await _found(parts, tenant, response_id)).answer
+    return (await _found(services, tenant, response_id)).answer
 
 
-async def _delete(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+async def _delete(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
     parameters.refuse_unknown(query, ())
-    await _found(parts, tenant, response_id)
-    await parts.store.delete_response(tenant, response_id)
+    await _found(services, tenant, response_id)
+    await services.store.delete_response(tenant, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-async def _cancel(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
-    await _found(parts, tenant, response_id)
+async def _cancel(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+    await _found(services, tenant, response_id)
     raise _refused(
         "response_id",
         "Cannot cancel a synchronous response.",
@@ -157,7 +157,7 @@ async def _cancel(parts: Parts, tenant: str, response_id: str, query: dict[str, 
     )
 
 
-async def _input_items(parts: Parts, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
+async def _input_items(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
     given = parameters.read(
         query,
         {
@@ -168,8 +168,8 @@ async def _input_items(parts: Parts, tenant: str, response_id: str, query: dict[
             "include[]": _ANY,
         },
     )
-    found = await _found(parts, tenant, response_id)
-    items = await parts.store.messages(found.asked) if found.asked else []
+    found = await _found(services, tenant, response_id)
+    items = await services.store.messages(found.asked) if found.asked else []
     named = [_named(item, found.id, number) for number, item in enumerate(items)]
     return _page(named if given.get("order") == "asc" else named[::-1], given.get("after"), given.get("limit", 20))
 

@@ -30,7 +30,7 @@ _MOST_IN_VAIN = 2**24
 _VAIN_S = 10.0
 
 
-class McpDoor:
+class McpTransport:
     """Serves MCP. Its library costs 30 MB and most of a second, so it is loaded when the first client comes."""
 
     def __init__(self, admin: ASGIApp, settings: Settings) -> None:
@@ -42,7 +42,7 @@ class McpDoor:
         self._running: asyncio.Task[None] | None = None
         self._manager: StreamableHTTPSessionManager
 
-    async def __aenter__(self) -> "McpDoor":
+    async def __aenter__(self) -> "McpTransport":
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -36,7 +36,7 @@ class Stored:
     """What a tier holds of one object: bytes under LMCache's name, bytes of our pin, and the bytes that both take."""
 
     key: ObjectKey
-    live: int
+    original: int
     pin: int
     size: int
 
@@ -80,7 +80,7 @@ class Tier(Protocol):
         """Make LMCache's names lead to the pinned bytes again, checking every byte. Raises TierUnavailable."""
         ...
 
-    async def lend(self, objects: Sequence[PinnedObject]) -> None:
+    async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         """Let LMCache find the pins under its names as they are, unread; `lose` ends it. Raises TierUnavailable."""
         ...
 
@@ -107,11 +107,11 @@ class Tier(Protocol):
         """Remove pin and object of every key and return the bytes that this really freed. Raises TierUnavailable."""
         ...
 
-    async def lose(self, keys: Iterable[ObjectKey]) -> None:
+    async def drop_original(self, keys: Iterable[ObjectKey]) -> None:
         """Remove LMCache's objects and leave the pins, as an eviction does. Raises TierUnavailable."""
         ...
 
-    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
+    async def keys_with_salt(self, salts: Collection[str]) -> set[ObjectKey]:
         """Return every object and every pin of ours that lies under one of `salts`, in one look at the tier.
 
         The model of a key may be spelled otherwise than when it was stored (`ObjectKey.parse_file_name`): compare

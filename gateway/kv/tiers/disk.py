@@ -69,8 +69,8 @@ class DiskTier:
         """See `Tier.restore`."""
         return await self._each(objects, self._restore)
 
-    async def lend(self, objects: Sequence[PinnedObject]) -> None:
-        """See `Tier.lend`."""
+    async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
+        """See `Tier.expose_pin`."""
         await self._each(objects, self._lend)
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
@@ -94,12 +94,12 @@ class DiskTier:
         # Both links of a key one after the other: side by side, each would see the other and free nothing.
         return sum(await self._each(list(keys), lambda key: _unlink(self._live(key)) + _unlink(self._pin_path(key))))
 
-    async def lose(self, keys: Iterable[ObjectKey]) -> None:
-        """See `Tier.lose`."""
+    async def drop_original(self, keys: Iterable[ObjectKey]) -> None:
+        """See `Tier.drop_original`."""
         await self._each([self._live(key) for key in keys], _unlink)
 
-    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
-        """See `Tier.under`."""
+    async def keys_with_salt(self, salts: Collection[str]) -> set[ObjectKey]:
+        """See `Tier.keys_with_salt`."""
         wanted = frozenset(salts)
         return await self._run(lambda: {key for key in self._named() if key.salt in wanted})
 

@@ -92,8 +92,8 @@ class RedisTier:
             states += [await self._restore(*one) for one in zip(batch, lives, pins, strict=True)]
         return states
 
-    async def lend(self, objects: Sequence[PinnedObject]) -> None:
-        """See `Tier.lend`."""
+    async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
+        """See `Tier.expose_pin`."""
         await self._copy([(self._pin_name(one.pin_key), one.key) for one in objects])
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
@@ -123,12 +123,12 @@ class RedisTier:
         """See `Tier.remove`."""
         return await self._free([name for key in keys for name in (str(key), self._pin_name(str(key)))])
 
-    async def lose(self, keys: Iterable[ObjectKey]) -> None:
-        """See `Tier.lose`."""
+    async def drop_original(self, keys: Iterable[ObjectKey]) -> None:
+        """See `Tier.drop_original`."""
         await self._unlink([str(key) for key in keys])
 
-    async def under(self, salts: Collection[str]) -> set[ObjectKey]:
-        """See `Tier.under`."""
+    async def keys_with_salt(self, salts: Collection[str]) -> set[ObjectKey]:
+        """See `Tier.keys_with_salt`."""
         wanted = frozenset(salts)
         names = await self._scan(f"*@{next(iter(wanted))}" if len(wanted) == 1 else "*@*")
         return {key for key in map(self._key_of, names) if key is not None and key.salt in wanted}

@@ -14,8 +14,8 @@ from gateway.records import Manifest, PinnedObject, Window
 from gateway.windows.archive import file_format
 from gateway.windows.archive.file_format import CHECKSUM, END, MANIFEST, TEXTS
 from gateway.windows.archive.manifest import Contents, Member, Record
-from gateway.windows.context import Parts
-from gateway.windows.instrumented import counted
+from gateway.windows.context import Services
+from gateway.windows.instrumented import instrumented
 from gateway.windows.thaw import found
 
 Source = tuple[Tier, PinnedObject]
@@ -30,17 +30,17 @@ class Export:
     pieces: AsyncIterator[bytes]
 
 
-@counted
-async def export(parts: Parts, tenant: str, name: str, *, as_text: bool = False) -> Export:
+@instrumented
+async def export(services: Services, tenant: str, name: str, *, as_text: bool = False) -> Export:
     """Make a window ready to be written; `as_text` leaves its KV out.
 
     Every object is checked before the first byte. Raises `window_not_found`, `window_corrupted` where an object is lost
     or damaged in every tier, `cache_unavailable` where that cannot be told.
     """
-    window = await found(parts, tenant, name)
-    manifest = await parts.store.manifest(window)
-    text = await parts.store.text(window)
-    sources = [] if as_text else await _sources(parts, window, manifest)
+    window = await found(services, tenant, name)
+    manifest = await services.store.manifest(window)
+    text = await services.store.text(window)
+    sources = [] if as_text else await _sources(services, window, manifest)
     texts = (orjson.dumps(text.messages), orjson.dumps(text.frame or {}), pack(manifest.token_ids))
     contents = Contents(
         _record(window, chunks=len(sources) // window.world_size),
@@ -60,11 +60,11 @@ def pack(ids: Sequence[int]) -> bytes:
     return values.tobytes()
 
 
-async def _sources(parts: Parts, window: Window, manifest: Manifest) -> list[Source]:
+async def _sources(services: Services, window: Window, manifest: Manifest) -> list[Source]:
     """Where each object can be read, in chunk order."""
     good: dict[str, Source] = {}
     unreachable: list[str] = []
-    for tier in parts.pins.tiers:
+    for tier in services.pins.tiers:
         mine = [o for o in manifest.objects if o.tier == tier.name and o.key not in good]
         try:
             states = await tier.verify(mine)
@@ -78,7 +78,7 @@ async def _sources(parts: Parts, window: Window, manifest: Manifest) -> list[Sou
     if lost and unreachable:
         raise GatewayError("cache_unavailable", unreachable[0], hint=hint)
     if lost:
-        await parts.store.check_there(window)  # else it was deleted while we looked: that is no damage
+        await services.store.check_there(window)  # else it was deleted while we looked: that is no damage
         raise GatewayError(
             "window_corrupted", f"{len(lost)} of {len(names)} KV objects are lost or damaged in every tier", hint=hint
         )

@@ -26,11 +26,11 @@ from gateway.windows.archive.file_format import Reader, object_name
 from gateway.windows.archive.manifest import Contents, Record
 from gateway.windows.archive.spool import Spool
 from gateway.windows.archive.transcript import FiledText, read_text
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.freeze import all_or_nothing, check_budget, taken
-from gateway.windows.instrumented import counted
+from gateway.windows.instrumented import instrumented
 from gateway.windows.next_turn import next_turn_ids
-from gateway.windows.receipt import finished
+from gateway.windows.receipt import with_receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class _Here:
     model: Model | None = None  # set where the text has to be rendered anew
 
 
-@counted
+@instrumented
 async def import_window(
-    parts: Parts, tenant: str, source: AsyncIterator[bytes], *, name: str | None = None, as_text: bool = False,
+    services: Services, tenant: str, source: AsyncIterator[bytes], *, name: str | None = None, as_text: bool = False,
     progress: Progress = silent,
 ) -> tuple[Window, list[str]]:  # fmt: skip
     """Import a window from the bytes of its file, under `name` if given; return it, and warnings.
@@ -56,34 +56,34 @@ async def import_window(
     """
     clock = time.monotonic()
     if name is not None:
-        await _refuse_taken(parts, tenant, name)
+        await _refuse_taken(services, tenant, name)
     reader = Reader(source)
     contents = await asyncio.to_thread(manifests.read, await reader.manifest())
     record = contents.record
-    await _refuse_too_large(parts, contents)
-    await _refuse_taken(parts, tenant, name or record.name)
-    here, warnings = await (_as_text(parts, record) if as_text else _as_it_is(parts, record))
-    async with Spool(parts.settings.data_path, parts.settings.disk_reserve_bytes) as spool:
+    await _refuse_too_large(services, contents)
+    await _refuse_taken(services, tenant, name or record.name)
+    here, warnings = await (_as_text(services, record) if as_text else _as_it_is(services, record))
+    async with Spool(services.settings.data_path, services.settings.disk_reserve_bytes) as spool:
         if here.keeps_kv:
             await spool.expect(sum(member.size for member in contents.objects))
         text = await read_text(reader, contents.texts)
         await _read_objects(reader, contents, spool if here.keeps_kv else None, progress)
         await reader.finish()
-        window = _window(parts, tenant, name or record.name, record, here)
+        window = _window(services, tenant, name or record.name, record, here)
         if here.model is not None:
-            engine = parts.engines.near(window.lineage)
+            engine = services.engines.for_lineage(window.lineage)
             ids = await next_turn_ids(engine, here.model.id, text.frame, list(text.messages))
             text, window = replace(text, ids=ids), replace(window, token_count=len(ids))
-        return await _keep(parts, window, record, contents, text, spool, warnings, clock, progress), warnings
+        return await _keep(services, window, record, contents, text, spool, warnings, clock, progress), warnings
 
 
-async def _refuse_taken(parts: Parts, tenant: str, name: str) -> None:
-    if await parts.store.window(tenant, name):
+async def _refuse_taken(services: Services, tenant: str, name: str) -> None:
+    if await services.store.window(tenant, name):
         raise taken(name)
 
 
-async def _refuse_too_large(parts: Parts, contents: Contents) -> None:
-    limit = parts.settings.max_import_bytes
+async def _refuse_too_large(services: Services, contents: Contents) -> None:
+    limit = services.settings.max_import_bytes
     size = await asyncio.to_thread(contents.size)
     if size > limit:
         raise GatewayError(
@@ -93,8 +93,8 @@ async def _refuse_too_large(parts: Parts, contents: Contents) -> None:
         )
 
 
-async def _as_it_is(parts: Parts, record: Record) -> tuple[_Here, list[str]]:
-    model = await parts.engines.model(record.model)
+async def _as_it_is(services: Services, record: Record) -> tuple[_Here, list[str]]:
+    model = await services.engines.model(record.model)
     if (model.fingerprint, model.root) != (record.fingerprint, record.model_root):
         raise _mismatch(
             f"model {record.model!r} is served with other weights or settings than those of the window",
@@ -103,12 +103,12 @@ async def _as_it_is(parts: Parts, record: Record) -> tuple[_Here, list[str]]:
     here = _Here(model.fingerprint, model.root, keeps_kv=bool(record.chunk_count))
     if not record.chunk_count:
         return here, ["the file has no KV: a thaw computes it"]
-    if parts.cache is None or not parts.pins.tiers:
+    if services.cache is None or not services.pins.tiers:
         without = "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
         return replace(here, keeps_kv=False), [without]
-    info = await parts.cache.info()
+    info = await services.cache.info()
     served = (
-        parts.settings.chunk_size or info.chunk_size,
+        services.settings.chunk_size or info.chunk_size,
         info.world_sizes.get(model.root, 1),
         info.hash_algorithm,
     )
@@ -120,10 +120,10 @@ async def _as_it_is(parts: Parts, record: Record) -> tuple[_Here, list[str]]:
     return here, []
 
 
-async def _as_text(parts: Parts, record: Record) -> tuple[_Here, list[str]]:
+async def _as_text(services: Services, record: Record) -> tuple[_Here, list[str]]:
     unbound = _Here(record.fingerprint, record.model_root, keeps_kv=False)
     try:
-        model = await parts.engines.model(record.model)
+        model = await services.engines.model(record.model)
     except GatewayError as error:
         if error.code != "model_mismatch":
             raise
@@ -150,9 +150,9 @@ async def _read_objects(reader: Reader, contents: Contents, spool: Spool | None,
         progress("read", index + 1, count)
 
 
-def _window(parts: Parts, tenant: str, name: str, record: Record, here: _Here) -> Window:
+def _window(services: Services, tenant: str, name: str, record: Record, here: _Here) -> Window:
     lineage = f"import:{uuid4().hex}"
-    salt = parts.salts.of(tenant, lineage, here.fingerprint)
+    salt = services.salts.of(tenant, lineage, here.fingerprint)
     return Window(
         tenant=tenant,
         name=name,
@@ -179,25 +179,25 @@ def _window(parts: Parts, tenant: str, name: str, record: Record, here: _Here) -
 
 
 async def _keep(
-    parts: Parts, window: Window, record: Record, contents: Contents, text: FiledText, spool: Spool,
+    services: Services, window: Window, record: Record, contents: Contents, text: FiledText, spool: Spool,
     warnings: list[str], clock: float, progress: Progress,
 ) -> Window:  # fmt: skip
     # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
-    async with all_or_nothing(parts), parts.pins.lock.hold(alone=parts.salts.per_tenant):
-        objects = await _pin(parts, window, contents, text.ids, spool, warnings, progress)
-        done = finished(window, window.chunk_count, objects, clock, _origin(record))
+    async with all_or_nothing(services), services.pins.lock.acquire(alone=services.salts.per_tenant):
+        objects = await _pin(services, window, contents, text.ids, spool, warnings, progress)
+        done = with_receipt(window, window.chunk_count, objects, clock, _origin(record))
         progress("commit", 0, 0)
-        await check_budget(parts, window.tenant, objects)
+        await check_budget(services, window.tenant, objects)
         manifest = Manifest(done.manifest, text.ids, objects)
-        committed = await parts.store.add_window(done, manifest, Text(text.messages, text.frame))
+        committed = await services.store.add_window(done, manifest, Text(text.messages, text.frame))
         if committed is None:
             raise taken(window.name)
-        warnings += (await parts.pins.restore(objects))[1]
+        warnings += (await services.pins.restore(objects))[1]
         return committed
 
 
 async def _pin(
-    parts: Parts, window: Window, contents: Contents, ids: Sequence[int], spool: Spool, warnings: list[str],
+    services: Services, window: Window, contents: Contents, ids: Sequence[int], spool: Spool, warnings: list[str],
     progress: Progress,
 ) -> tuple[PinnedObject, ...]:  # fmt: skip
     """Pin every object in each tier that can be reached. Raises TierFull, `cache_unavailable` where none can."""
@@ -207,9 +207,9 @@ async def _pin(
     keys = await asyncio.to_thread(
         object_keys, window.model_root, whole, window.chunk_size, window.world_size, window.salt
     )
-    known = {(o.tier, o.key): o for o in await parts.store.objects(keys)}
+    known = {(o.tier, o.key): o for o in await services.store.objects(keys)}
     pinned: dict[str, list[PinnedObject]] = {}
-    for tier in parts.pins.tiers:
+    for tier in services.pins.tiers:
         try:
             pinned[tier.name] = await _pin_in(tier, keys, contents, known, spool, progress)
         except TierFull:

@@ -28,7 +28,7 @@ class Opinion:
     error: str = ""
 
 
-class Deciding:
+class PolicyRunner:
     """One thread at a time asks; while it hangs, nothing is decided."""
 
     def __init__(self) -> None:
@@ -36,19 +36,19 @@ class Deciding:
         self._late: Future[object] | None = None
         self._complained: dict[str, float] = {}
 
-    async def decide(self, policies: Sequence[Named], seen: Sequence[Observation]) -> list[Freeze | None]:
+    async def evaluate(self, policies: Sequence[Named], seen: Sequence[Observation]) -> list[Freeze | None]:
         """For each session the first decision to freeze it; an empty list where the policies did not come back."""
 
         def first(one: Observation) -> Freeze | None:
             return next((o.decision for named in policies if (o := self._ask(named, one)).decision), None)
 
-        return await self._beside(lambda: [first(one) for one in seen]) or []
+        return await self._run_off_loop(lambda: [first(one) for one in seen]) or []
 
     async def opinions(self, policies: Sequence[Named], seen: Observation) -> list[Opinion]:
         """What each policy says of one session; an empty list as above."""
-        return await self._beside(lambda: [self._ask(named, seen) for named in policies]) or []
+        return await self._run_off_loop(lambda: [self._ask(named, seen) for named in policies]) or []
 
-    async def _beside(self, work: Callable[[], T]) -> T | None:
+    async def _run_off_loop(self, work: Callable[[], T]) -> T | None:
         async with self._alone:
             if self._late is not None and not self._late.done():
                 return None
@@ -70,17 +70,17 @@ class Deciding:
         try:
             decision: object = policy.decide(seen)
         except BaseException as error:  # also SystemExit, by which a policy may think to end only itself
-            if self._may_complain(name):
+            if self._should_log(name):
                 log.exception("policy %s failed for session %s", name, seen.session_id)
             return Opinion(name, None, f"{type(error).__name__}: {error}")
         if decision is None or (isinstance(decision, Freeze) and isinstance(decision.reason, str)):
             return Opinion(name, decision)
         wrong = f"decide() must return Freeze(reason) or None, not {decision!r:.100}"
-        if self._may_complain(name):
+        if self._should_log(name):
             log.error("policy %s: %s", name, wrong)
         return Opinion(name, None, wrong)
 
-    def _may_complain(self, name: str) -> bool:
+    def _should_log(self, name: str) -> bool:
         now = time.monotonic()
         if now - self._complained.get(name, -_COMPLAIN_EVERY_S) < _COMPLAIN_EVERY_S:
             return False

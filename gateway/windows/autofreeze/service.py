@@ -17,9 +17,9 @@ from gateway.errors import GatewayError, StartError
 from gateway.records import Session
 from gateway.store.types import Unfrozen
 from gateway.windows.autofreeze import rules as rules_of
-from gateway.windows.autofreeze.policy_runner import Deciding, Named, Opinion
+from gateway.windows.autofreeze.policy_runner import Named, Opinion, PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.delete import delete
 from gateway.windows.freeze import Naming
 from gateway.windows.naming import freeze_by_itself
@@ -50,14 +50,14 @@ class Check:
     held_back: str
 
 
-class Autofreeze:
+class AutofreezeService:
     """Opened last and closed first: at its end the other parts still work."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._deciding = Deciding()
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._deciding = PolicyRunner()
         self._text: str | None = None  # as the store has it
-        self._configured = rules_of.from_settings(parts.settings)
+        self._configured = rules_of.from_settings(services.settings)
         self._touched: set[Key] = set()
         self._news = asyncio.Event()
         self._due: asyncio.Queue[tuple[Unfrozen, str]] = asyncio.Queue(_ROOM)
@@ -65,14 +65,14 @@ class Autofreeze:
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
 
-    async def __aenter__(self) -> "Autofreeze":
+    async def __aenter__(self) -> "AutofreezeService":
         """Raises StartError where a policy of the settings cannot be made."""
         try:
             self._set(self._configured)
         except GatewayError as error:
             raise StartError(f"setting auto_freeze_policies: {error.message}") from error
         await self._reload()
-        self._parts.turns.watch(self._touch)
+        self._services.recorder.watch(self._touch)
         work = [self._sweep, self._look_at_touched, *[self._freeze_due] * _AT_ONCE]
         self._tasks = [asyncio.create_task(self._for_ever(one), name="autofreeze") for one in work]
         return self
@@ -82,7 +82,7 @@ class Autofreeze:
         self._ending = True
         sweep, touched, *freezers = self._tasks
         await _stop([sweep, touched])
-        within = self._parts.settings.shutdown_freeze_s
+        within = self._services.settings.shutdown_freeze_s
         try:
             async with asyncio.timeout(within):
                 await self._finish()
@@ -92,7 +92,7 @@ class Autofreeze:
 
     async def _finish(self) -> None:
         if self._rules.enabled:
-            await self._parts.turns.settle()
+            await self._services.recorder.flush()
             await self._freeze_all("shutdown")
         await self._due.join()
 
@@ -103,7 +103,7 @@ class Autofreeze:
                 await work()
             except Exception:
                 log.exception("automatic freezing failed")
-                await asyncio.sleep(self._parts.settings.auto_freeze_every_s)
+                await asyncio.sleep(self._services.settings.auto_freeze_every_s)
 
     # The rules.
 
@@ -122,32 +122,32 @@ class Autofreeze:
         _, before = await self.current()
         after = {**before, **given}
         rules = rules_of.changed(self._configured, after)
-        rules_of.made(rules, self._strangers)
+        rules_of.made(rules, self._custom_policies)
         limits, warnings = await self._limits()
         rules_of.check_limits(rules, limits)
-        await self._parts.store.set_auto_freeze(orjson.dumps(after).decode())
+        await self._services.store.set_auto_freeze(orjson.dumps(after).decode())
         await self._reload()
         return warnings
 
     async def reset(self) -> None:
         """Forget what was set at run time: the settings hold again."""
-        await self._parts.store.set_auto_freeze(None)
+        await self._services.store.set_auto_freeze(None)
         await self._reload()
 
     @property
-    def _strangers(self) -> tuple[str, ...]:
-        return self._parts.settings.auto_freeze_policies
+    def _custom_policies(self) -> tuple[str, ...]:
+        return self._services.settings.auto_freeze_policies
 
     async def _limits(self) -> tuple[dict[str, int], list[str]]:
         try:
-            models = await self._parts.engines.models()
+            models = await self._services.engines.models()
         except GatewayError as error:
             return {}, [f"{error.message}: thresholds were not compared with the models' context limits"]
         return {name: model.context_limit for name, model in models.items() if model.context_limit}, []
 
     async def _reload(self) -> None:
         """Take over what any worker has set."""
-        text = await self._parts.store.auto_freeze()
+        text = await self._services.store.auto_freeze()
         if text == self._text:
             return
         self._text = text
@@ -158,7 +158,7 @@ class Autofreeze:
             self._set(self._configured)
 
     def _set(self, rules: Rules) -> None:
-        self._policies: list[Named] = rules_of.made(rules, self._strangers)
+        self._policies: list[Named] = rules_of.made(rules, self._custom_policies)
         self._rules = rules
 
     # Looking.
@@ -166,8 +166,8 @@ class Autofreeze:
     async def check(self, tenant: str, session_id: str) -> Check | None:
         """Ask the policies about a session, and change nothing. None: there is no such session."""
         await self._reload()
-        await self._parts.turns.settle()
-        found = await self._parts.store.unfrozen_sessions([(tenant, session_id)])
+        await self._services.recorder.flush()
+        found = await self._services.store.unfrozen_sessions([(tenant, session_id)])
         if not found:
             return None
         (one,) = found
@@ -209,7 +209,7 @@ class Autofreeze:
         await self._reload()
         if not self._rules.enabled:
             return
-        rows = await self._parts.store.unfrozen_sessions(touched)
+        rows = await self._services.store.unfrozen_sessions(touched)
         async for one, reason in self._decided([row for row in rows if _goes_on(row)], "turn"):
             if not self._due.full():
                 self._put(one, reason)
@@ -219,12 +219,12 @@ class Autofreeze:
         await self._reload()
         waited = await self._freeze_all("sweep") if self._rules.enabled else 0.0
         work = time.monotonic() - began - waited
-        await asyncio.sleep(max(self._parts.settings.auto_freeze_every_s, work * _REST_SHARE))
+        await asyncio.sleep(max(self._services.settings.auto_freeze_every_s, work * _REST_SHARE))
 
     async def _freeze_all(self, event: Event) -> float:
         """Put every session in the queue that the policies would freeze; return how long it waited for room."""
         since, before, waited = time.time() - _HORIZON_S, None, 0.0
-        while page := await self._parts.store.unfrozen(since, before, _PAGE):
+        while page := await self._services.store.unfrozen(since, before, _PAGE):
             async for one, reason in self._decided(page, event):
                 waited += await self._room()
                 self._put(one, reason)
@@ -246,17 +246,17 @@ class Autofreeze:
         now = time.time()
         for row in rows:
             if row.session.token_count < row.covered_tokens:
-                await self._parts.store.uncover(row.session)
+                await self._services.store.uncover(row.session)
         ripe = [row for row in rows if _key(row) not in self._waiting and (self._ending or not self._is_held(row, now))]
         seen = [self._observation(row, event, now) for row in ripe]
-        decisions = await self._deciding.decide(self._policies, seen) if ripe else []
+        decisions = await self._deciding.evaluate(self._policies, seen) if ripe else []
         for one, decision in zip(ripe, decisions, strict=False):
             if decision is not None:
                 yield one, decision.reason
 
     def _observation(self, one: Unfrozen, event: Event, now: float) -> Observation:
         session = one.session
-        model = self._parts.engines.known(session.model)
+        model = self._services.engines.known(session.model)
         return Observation(
             event=event,
             session_id=session.id,
@@ -283,15 +283,17 @@ class Autofreeze:
             self._due.task_done()
 
     async def _freeze(self, one: Unfrozen, reason: str) -> None:
-        session, store = one.session, self._parts.store
-        if self._parts.sessions.in_turn(session.tenant, session.id):
+        session, store = one.session, self._services.store
+        if self._services.sessions.has_turn_in_flight(session.tenant, session.id):
             return  # it is looked at again when that is recorded
         now = time.time()
         until, latest = now + _CLAIM_S, self._latest(now)
         if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=not self._ending):
             return
         try:
-            window, _ = await freeze_by_itself(self._parts, session.tenant, session.id, self._naming(session, reason))
+            window, _ = await freeze_by_itself(
+                self._services, session.tenant, session.id, self._naming(session, reason)
+            )
         except Exception as error:
             wait = retry_after(one.failures)
             await store.report_freeze(session, window=None, not_before=time.time() + wait)
@@ -311,10 +313,10 @@ class Autofreeze:
 
     async def _supersede(self, tenant: str, session_id: str) -> None:
         """Delete the automatic windows of a session beyond the last `keep`."""
-        names = await self._parts.store.auto_windows(tenant, session_id)
+        names = await self._services.store.auto_windows(tenant, session_id)
         for name in names[self._rules.keep :]:
             try:
-                await delete(self._parts, tenant, name, automatic_of=session_id)
+                await delete(self._services, tenant, name, automatic_of=session_id)
             except GatewayError as error:  # somebody was faster, or a tier is away: the next freeze tries again
                 log.warning("the superseded window %s was not deleted: %s", name, error.message)
             else:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.kv.keys import ObjectKey
-from gateway.sessions.resolver import no_session
+from gateway.sessions.resolver import session_not_found
 from gateway.settings import Settings
-from gateway.store.types import LooseSalt
-from gateway.windows.context import Parts
+from gateway.store.types import OrphanedSalt
+from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
-from gateway.windows.instrumented import counted
+from gateway.windows.instrumented import instrumented
 
 _LANDED_S = 30.0  # by then what LMCache had to write is written
 _AT_ONCE = 1000  # objects removed while freezes wait
@@ -41,26 +41,26 @@ class Forgotten:
         )
 
 
-@counted
-async def delete_session(parts: Parts, tenant: str, session_id: str) -> Forgotten:
+@instrumented
+async def delete_session(services: Services, tenant: str, session_id: str) -> Forgotten:
     """Delete a session, and the KV that only it needed. Raises `session_not_found`, `session_busy`."""
     # A turn that is going on would make the session anew when it is recorded.
-    await parts.sessions.at_rest(tenant, session_id, parts.settings.busy_wait_s)
-    salts = set(await parts.store.salts_of(tenant, session_id))
-    if not await parts.store.delete_session(tenant, session_id):
-        raise no_session(session_id)
-    done = await forget(parts, [one for one in await parts.store.loose_salts() if one.salt in salts])
+    await services.sessions.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
+    salts = set(await services.store.salts_of(tenant, session_id))
+    if not await services.store.delete_session(tenant, session_id):
+        raise session_not_found(session_id)
+    done = await forget(services, [one for one in await services.store.orphaned_salts() if one.salt in salts])
     if done.kept:
         shared = "another session of this lineage needs its cache: it stays until the last of them is deleted"
         return replace(done, warnings=(shared, *done.warnings))
     return done
 
 
-async def forget_sessions(parts: Parts, *, expire: bool = True) -> tuple[int, int]:
+async def forget_sessions(services: Services, *, expire: bool = True) -> tuple[int, int]:
     """Delete the sessions beyond `sessions_kept`, and those past `session_ttl_s`; return how many of each."""
-    beyond = await parts.store.forget_idle(parts.settings.sessions_kept)
-    expire = expire and bool(parts.settings.session_ttl_s)
-    return beyond, await _expire(parts, expired_by(parts.settings)) if expire else 0
+    beyond = await services.store.forget_idle(services.settings.sessions_kept)
+    expire = expire and bool(services.settings.session_ttl_s)
+    return beyond, await _expire(services, expired_by(services.settings)) if expire else 0
 
 
 def expired_by(settings: Settings) -> float:
@@ -68,62 +68,62 @@ def expired_by(settings: Settings) -> float:
     return time.time() - settings.session_ttl_s if settings.session_ttl_s else 0.0
 
 
-async def _expire(parts: Parts, since: float) -> int:
+async def _expire(services: Services, since: float) -> int:
     expired = 0
     while True:
-        idle = await parts.store.idle_sessions(since, _IDLE_AT_ONCE)
+        idle = await services.store.idle_sessions(since, _IDLE_AT_ONCE)
         gone = [
-            await parts.store.delete_session(tenant, session_id, idle_since=since)
+            await services.store.delete_session(tenant, session_id, idle_since=since)
             for tenant, session_id in idle
-            if not parts.sessions.in_turn(tenant, session_id)
+            if not services.sessions.has_turn_in_flight(tenant, session_id)
         ]
         expired += sum(gone)
         if not any(gone) or len(idle) < _IDLE_AT_ONCE:
             return expired
 
 
-async def forget_loose(parts: Parts) -> Forgotten:
+async def forget_loose(services: Services) -> Forgotten:
     """See to every salt that was let go of; what could not be done now is done at the next call."""
-    return await forget(parts, await parts.store.loose_salts())
+    return await forget(services, await services.store.orphaned_salts())
 
 
-async def forget(parts: Parts, salts: Sequence[LooseSalt]) -> Forgotten:
+async def forget(services: Services, salts: Sequence[OrphanedSalt]) -> Forgotten:
     """Remove what lies under `salts` and is not needed; each tier is read once, however many they are."""
-    quiet = [one for one in salts if not parts.sessions.lineage_in_turn(one.tenant, one.lineage)]
+    quiet = [one for one in salts if not services.sessions.lineage_has_turn_in_flight(one.tenant, one.lineage)]
     done = Forgotten(kept=len(salts) - len(quiet))
     if not quiet:
         return done
     began = time.time()
-    found, warnings = await parts.pins.under({one.salt for one in quiet})
+    found, warnings = await services.pins.under({one.salt for one in quiet})
     done += Forgotten(warnings=tuple(warnings))
     by_salt = _by_salt(found)
     for one in quiet:
-        part = await _forget(parts, one, by_salt.get(one.salt, []))
+        part = await _forget(services, one, by_salt.get(one.salt, []))
         done += part
         # Where a session has it again, that session's end will bring it back.
         if part.kept or (began - one.since > _LANDED_S and not warnings and not part.warnings):
-            await parts.store.settle_salt(one)
+            await services.store.clear_orphan(one)
     return done
 
 
-async def _forget(parts: Parts, gone: LooseSalt, keys: Sequence[ObjectKey]) -> Forgotten:
-    if await parts.store.salt_in_use(gone.salt):
+async def _forget(services: Services, gone: OrphanedSalt, keys: Sequence[ObjectKey]) -> Forgotten:
+    if await services.store.salt_in_use(gone.salt):
         return Forgotten(kept=1)
     done = Forgotten()
     for start in range(0, len(keys), _AT_ONCE):
-        done += await _remove(parts, gone.salt, keys[start : start + _AT_ONCE])
+        done += await _remove(services, gone.salt, keys[start : start + _AT_ONCE])
         if done.kept:
             return done
     return done
 
 
-async def _remove(parts: Parts, salt: str, keys: Sequence[ObjectKey]) -> Forgotten:
-    async with parts.pins.lock.hold(alone=True):
-        if await parts.store.salt_in_use(salt):
+async def _remove(services: Services, salt: str, keys: Sequence[ObjectKey]) -> Forgotten:
+    async with services.pins.lock.acquire(alone=True):
+        if await services.store.salt_in_use(salt):
             return Forgotten(kept=1)
-        free = not_held(keys, await parts.store.held_under(salt))
-        freed, warnings = await parts.pins.remove(free, originals=True)
-    warnings += await drop_from_cache(parts, free)
+        free = not_held(keys, await services.store.held_under(salt))
+        freed, warnings = await services.pins.remove(free, originals=True)
+    warnings += await drop_from_cache(services, free)
     return Forgotten(len(free), freed, tuple(warnings))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.store.types import SaltUse
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
 from gateway.windows.retention.orphans import not_held
 
@@ -19,20 +19,20 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 1000  # objects removed while freezes wait
 
 
-async def keep_budgets(parts: Parts) -> None:
+async def keep_budgets(services: Services) -> None:
     """Bring every tier within its budget, as far as sessions that are idle have something to give."""
-    budgets = {"disk": parts.settings.disk_budget_bytes, "redis": parts.settings.redis_budget_bytes}
-    for tier in parts.pins.tiers:
+    budgets = {"disk": services.settings.disk_budget_bytes, "redis": services.settings.redis_budget_bytes}
+    for tier in services.pins.tiers:
         try:
             free = await tier.free()
-            lacking = 0 if free is None else max(0, parts.settings.disk_reserve_bytes - free)
+            lacking = 0 if free is None else max(0, services.settings.disk_reserve_bytes - free)
             if budgets.get(tier.name, 0) or lacking:
-                await _keep(parts, tier, budgets.get(tier.name, 0), lacking)
+                await _keep(services, tier, budgets.get(tier.name, 0), lacking)
         except TierUnavailable as error:
             log.warning("could not look at a budget: %s", error)
 
 
-async def _keep(parts: Parts, tier: Tier, budget: int, lacking: int) -> None:
+async def _keep(services: Services, tier: Tier, budget: int, lacking: int) -> None:
     stored = await tier.inventory()
     held = sum(one.size for one in stored)
     budget = min(budget or held, max(0, held - lacking))
@@ -41,10 +41,12 @@ async def _keep(parts: Parts, tier: Tier, budget: int, lacking: int) -> None:
     by_salt: dict[str, list[ObjectKey]] = {}
     for one in stored:
         by_salt.setdefault(one.key.salt, []).append(one.key)
-    for salt, uses in _idle_first(await parts.store.salt_uses()):
-        if salt not in by_salt or any(parts.sessions.lineage_in_turn(use.tenant, use.lineage) for use in uses):
+    for salt, uses in _idle_first(await services.store.salt_uses()):
+        if salt not in by_salt or any(
+            services.sessions.lineage_has_turn_in_flight(use.tenant, use.lineage) for use in uses
+        ):
             continue
-        held -= await _take(parts, tier, salt, by_salt[salt])
+        held -= await _take(services, tier, salt, by_salt[salt])
         if held <= budget:
             return
     log.warning("the %s tier holds %d bytes, %d more than its budget, and no idle session has any of it that no window "
@@ -59,15 +61,15 @@ def _idle_first(uses: Sequence[SaltUse]) -> list[tuple[str, list[SaltUse]]]:
     return sorted(by_salt.items(), key=lambda item: max(use.last_active_at for use in item[1]))
 
 
-async def _take(parts: Parts, tier: Tier, salt: str, keys: Sequence[ObjectKey]) -> int:
+async def _take(services: Services, tier: Tier, salt: str, keys: Sequence[ObjectKey]) -> int:
     """Remove from a tier what lies under a salt and no window holds; return the bytes freed."""
     freed = 0
     for start in range(0, len(keys), _AT_ONCE):
         # No freeze is between its pins and its commit now, so what no window holds is not about to be held.
-        async with parts.pins.lock.hold(alone=True):
-            free = not_held(keys[start : start + _AT_ONCE], await parts.store.held_under(salt))
+        async with services.pins.lock.acquire(alone=True):
+            free = not_held(keys[start : start + _AT_ONCE], await services.store.held_under(salt))
             freed += await tier.remove(free)
-        for warning in await drop_from_cache(parts, free, [tier]):
+        for warning in await drop_from_cache(services, free, [tier]):
             log.warning("the cache still has in memory what a budget took: %s", warning)
     if freed:
         log.info("took %d bytes of idle sessions from the %s tier: it was over its budget", freed, tier.name)

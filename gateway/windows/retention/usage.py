@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from gateway.kv.tiers.base import Stored, TierUnavailable
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class _Known:
         return "sessions" if salt in self.used else "forgotten" if salt in self.loose else "unknown"
 
 
-async def usage(parts: Parts) -> tuple[list[TierUse], list[str]]:
+async def usage(services: Services) -> tuple[list[TierUse], list[str]]:
     """Look at each tier; return what it holds, and a warning for each that cannot be reached."""
-    known = await _known(parts)
+    known = await _known(services)
     tiers: list[TierUse] = []
     warnings: list[str] = []
-    for tier in parts.pins.tiers:
+    for tier in services.pins.tiers:
         try:
             found = await tier.inventory()
         except TierUnavailable as error:
@@ -65,11 +65,13 @@ async def usage(parts: Parts) -> tuple[list[TierUse], list[str]]:
     return tiers, warnings
 
 
-async def _known(parts: Parts) -> _Known:
-    held = await parts.store.held_objects() | await parts.store.isolated_names()
-    used = frozenset(use.salt for use in await parts.store.salt_uses())
+async def _known(services: Services) -> _Known:
+    held = await services.store.held_objects() | await services.store.isolated_names()
+    used = frozenset(use.salt for use in await services.store.salt_uses())
     return _Known(
-        frozenset(key.address for key in held), used, frozenset(gone.salt for gone in await parts.store.loose_salts())
+        frozenset(key.address for key in held),
+        used,
+        frozenset(gone.salt for gone in await services.store.orphaned_salts()),
     )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
@@ -21,12 +21,12 @@ CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 def strict(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with small limits."""
     folder = tmp_path_factory.mktemp("strict")
-    with gateway_before(shared_engine.url, folder, max_body_bytes=1000, client_timeout_s=1) as gateway:
+    with gateway_in_front_of(shared_engine.url, folder, max_body_bytes=1000, client_timeout_s=1) as gateway:
         yield gateway
 
 
 def test_a_body_declared_too_large_is_refused_before_it_comes(engine: FakeEngine, strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(HEAD + b"content-length: 1001\r\n\r\n")
         assert (wire.head(), wire.json()["error"]["code"]) == (413, "payload_too_large")
     assert engine.seen(CHAT) == []
@@ -40,26 +40,26 @@ def test_a_body_without_a_length_that_turns_out_too_large_is_refused(
     body = BODY + b" " * (size - len(BODY))
     step = -(-len(body) // pieces)
     cut = [body[i : i + step] for i in range(0, len(body), step)]
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(CHUNKED + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in cut) + b"0\r\n\r\n")
         assert (wire.head(), wire.json()["error"]["code"]) == (413, "payload_too_large")
     assert engine.seen(CHAT) == []
 
 
 def test_a_body_without_a_length_is_refused_before_it_ends(engine: FakeEngine, strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(CHUNKED + b"7d0\r\n" + b" " * 2000)
         assert (wire.head(), wire.json()["error"]["code"]) == (413, "payload_too_large")
 
 
 def test_a_body_of_exactly_the_limit_is_taken(engine: FakeEngine, strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.post(CHAT, BODY + b" " * (1000 - len(BODY)))
         assert wire.head() == 200
 
 
 def test_a_body_in_many_small_pieces_arrives_whole(engine: FakeEngine, strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(CHUNKED)
         for byte in BODY:
             wire.send(b"1\r\n%c\r\n" % byte)
@@ -70,7 +70,7 @@ def test_a_body_in_many_small_pieces_arrives_whole(engine: FakeEngine, strict: G
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/admin/windows"])
 def test_a_body_that_does_not_come_is_given_up_in_time(strict: Gateway, path: str) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         clock = time.monotonic()
         wire.send(
             b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
@@ -81,7 +81,7 @@ def test_a_body_that_does_not_come_is_given_up_in_time(strict: Gateway, path: st
 
 
 def test_a_client_that_leaves_within_its_body_reaches_no_engine(engine: FakeEngine, strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(HEAD + b"content-length: 500\r\n\r\n" + BODY)
     assert strict.chat("after").status_code == 200
     assert len(engine.seen(CHAT)) == 1
@@ -94,7 +94,7 @@ def test_the_admin_door_has_the_same_limit(strict: Gateway) -> None:
 
 
 def test_headers_that_do_not_come_are_given_up_in_time(strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         clock = time.monotonic()
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
         wire.rest()
@@ -103,7 +103,7 @@ def test_headers_that_do_not_come_are_given_up_in_time(strict: Gateway) -> None:
 
 def test_headers_that_drip_are_given_up_in_time(strict: Gateway) -> None:
     drip = threading.Event()  # never set: the pace of a client that keeps a connection busy for ever
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         clock = time.monotonic()
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
 
@@ -117,7 +117,7 @@ def test_headers_that_drip_are_given_up_in_time(strict: Gateway) -> None:
 
 
 def test_headers_of_a_second_request_that_do_not_come_are_given_up_in_time(strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert wire.head() == 200
         wire.body()
@@ -129,7 +129,7 @@ def test_headers_of_a_second_request_that_do_not_come_are_given_up_in_time(stric
 
 def test_headers_without_end_are_refused_before_they_fill_the_memory(gateway: Gateway) -> None:
     before = gateway.memory
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
         with pytest.raises(OSError, match=r"reset|pipe"):
             wire.send(b"".join(b"x-%d: %s\r\n" % (number, b"y" * 32_768) for number in range(1000)))
@@ -137,7 +137,7 @@ def test_headers_without_end_are_refused_before_they_fill_the_memory(gateway: Ga
 
 
 def test_a_client_that_expects_to_be_asked_for_its_body_is_asked(engine: FakeEngine, strict: Gateway) -> None:
-    with Wire(strict.url) as wire:
+    with RawHttpClient(strict.url) as wire:
         wire.send(HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(BODY))
         assert wire.head() == 100
         wire.send(BODY)
@@ -146,7 +146,7 @@ def test_a_client_that_expects_to_be_asked_for_its_body_is_asked(engine: FakeEng
 
 
 def test_requests_in_a_row_on_one_connection_are_answered_in_order(engine: FakeEngine, gateway: Gateway) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\nGET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert wire.head() == 200
         assert wire.json()["object"] == "list"

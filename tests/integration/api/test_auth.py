@@ -8,7 +8,7 @@ import pytest
 
 from gateway.api import auth
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, gateway_before
+from tests.support.gateway_process import Gateway, gateway_in_front_of
 
 KEY = "correct-horse-battery"
 CHAT = "/v1/chat/completions"
@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def guarded(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with a key, before an engine with another."""
-    with gateway_before(
+    with gateway_in_front_of(
         shared_engine.url, tmp_path_factory.mktemp("guarded"), api_key=KEY, engine_api_key="engine-key"
     ) as gateway:
         del gateway.http.headers["x-api-key"]

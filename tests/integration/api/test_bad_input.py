@@ -31,8 +31,8 @@ from tests.support.fakes.engine import (
     texts_of,
     usage_of,
 )
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 USAGE = usage_of(10, 2)
 MB = 2**20
@@ -59,7 +59,7 @@ class Api:
         else:
             engine.on_chat = handler
 
-    def send(self, wire: Wire, session: str, **body: Any) -> None:
+    def send(self, wire: RawHttpClient, session: str, **body: Any) -> None:
         """Send a request of a session."""
         whole = json.dumps({"model": MODEL, **self.body, **body}).encode()
         wire.post(self.path, whole, f"x-session-id: {session}")
@@ -123,7 +123,7 @@ def test_malformed_events_pass_as_they_are_and_the_turn_is_recorded(
 ) -> None:
     chunks = [api.word, odd, *api.stream(["lo"], None)]
     api.answers(engine, streaming(*chunks))
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         api.send(wire, session, stream=True, stream_options={"include_usage": asks_usage})
         assert wire.head() == 200
         assert b"".join(wire.chunks()) == b"".join(chunks)
@@ -155,7 +155,7 @@ def test_a_stream_cut_within_a_character_a_line_end_or_a_name_comes_through_whol
     shown = b"".join(api.stream(words, None)).replace(b"\n", line_end)
     api.answers(engine, streaming(*(stream[i : i + size] for i in range(0, len(stream), size))))
     for asks, wanted in ((False, shown), (True, stream)):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             api.send(wire, session, stream=True, stream_options={"include_usage": asks})
             wire.head()
             assert b"".join(wire.chunks()) == wanted
@@ -179,7 +179,7 @@ def test_an_engine_that_closes_in_mid_stream_ends_it_with_an_error_event(
         exchange.cut()
 
     api.answers(engine, answer)
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         api.send(wire, session, stream=True, stream_options={"include_usage": asks_usage})
         assert wire.head() == 200
         got = b"".join(wire.chunks())
@@ -198,7 +198,7 @@ def test_an_error_event_inside_a_200_is_passed_on_and_is_no_reply(
     broken = event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
     chunks = [api.word, broken, *last]
     api.answers(engine, streaming(*chunks))
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         api.send(wire, session, stream=True)
         assert wire.head() == 200
         assert wire.chunks() == chunks
@@ -225,7 +225,7 @@ def test_an_engine_that_stalls_is_given_up_and_its_work_aborted(
             aborted.set()
 
     api.answers(engine, answer)
-    with gateway_before(engine.url, tmp_path, engine_timeout_s=0.5) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=0.5) as gateway:
         response = api.post(gateway, session, stream=True)
         assert response.status_code == (200 if began else 504)
         assert "engine_timeout" in response.text
@@ -258,7 +258,7 @@ def test_a_client_that_reads_slowly_holds_the_engine_back_and_costs_no_memory(
 
     api.answers(engine, answer)
     before = gateway.memory
-    with Wire(gateway.url, receive_buffer=16 * 1024) as wire:
+    with RawHttpClient(gateway.url, receive_buffer=16 * 1024) as wire:
         api.send(wire, session, stream=True)
         wire.head()
         wire.chunk()
@@ -279,10 +279,10 @@ def test_a_client_that_leaves_before_the_first_byte_aborts_the_engine(
             aborted.set()
 
     api.answers(engine, answer)
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         api.send(wire, session, stream=stream)
         engine.wait_seen(api.path)
-        wire.leave()
+        wire.close()
         assert aborted.wait(1), "the engine still sees the connection a second later"
     assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
 
@@ -393,7 +393,7 @@ def test_images_stay_in_the_transcript_and_the_window_says_that_their_kv_is_not_
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, picture]}]
     engine.on_chat = lambda exchange: exchange.json(fake.whole_reply("A cat", USAGE))
-    with gateway_before(engine.url, tmp_path, cache_url="http://127.0.0.1:9", kv_dir=tmp_path / "kv") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, cache_url="http://127.0.0.1:9", kv_dir=tmp_path / "kv") as gateway:
         assert gateway.chat(session, messages=messages).status_code == 200
         (tmp_path / "kv").mkdir(exist_ok=True)
         window = gateway.freeze(session, f"w-{session}").json()
@@ -494,7 +494,7 @@ def test_a_websocket_or_a_tunnel_is_refused_in_words_and_reaches_no_engine(
     engine: FakeEngine, gateway: Gateway, start: str
 ) -> None:
     for pieces in ([start.encode()], [start.encode()[:20], start.encode()[20:]]):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             for piece in pieces:
                 wire.send(piece)
             assert wire.head() == 400
@@ -516,7 +516,7 @@ def test_a_websocket_or_a_tunnel_is_refused_in_words_and_reaches_no_engine(
     ],
 )
 def test_what_is_no_http_1_is_told_so(engine: FakeEngine, gateway: Gateway, start: bytes) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(start)
         assert wire.head() == 400
         error = wire.json()["error"]
@@ -529,7 +529,7 @@ def test_what_is_no_http_behind_a_stream_does_not_get_into_it(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_chat = lambda exchange: (exchange.begin(), exchange.chunk(delta(content="Hel")), exchange.gone())[0]
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         assert wire.chunk() == delta(content="Hel")
@@ -554,7 +554,7 @@ def test_a_wish_for_h2c_is_ignored_and_the_request_is_what_it_is(
     body = json.dumps({"model": MODEL, **api.body}).encode()
     head = [f"POST {api.path} HTTP/1.1", "Host: x", f"X-Session-ID: {session}", *H2C, f"Content-Length: {len(body)}"]
     whole = "\r\n".join([*head, "", ""]).encode() + body
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         for _ in range(2):  # the second is on the same connection
             for piece in (whole[:-cut], whole[-cut:]) if cut else (whole,):
                 wire.send(piece)
@@ -628,7 +628,7 @@ def test_models_and_tokenize_answer_as_the_engine_does(gateway: Gateway) -> None
 
 
 def test_a_key_is_asked_for_at_tokenize_too(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, api_key="secret") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, api_key="secret") as gateway:
         assert gateway.http.post("/tokenize", json={"prompt": "abc"}).status_code == 200
         answer = httpx.post(f"{gateway.url}/tokenize", json={"prompt": "abc"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")

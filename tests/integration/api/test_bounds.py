@@ -10,8 +10,8 @@ import pytest
 from gateway.api import server
 from gateway.api.asgi import MAX_PARAMETERS
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
 MB = 2**20
@@ -34,7 +34,7 @@ def post(gateway: Gateway, path: str, body: bytes, **headers: str) -> httpx.Resp
 def limited(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with bounds that a test reaches at once."""
     folder = tmp_path_factory.mktemp("limited")
-    with gateway_before(
+    with gateway_in_front_of(
         shared_engine.url, folder, max_messages=20, max_json_values=1000, body_timeout_s=1, client_timeout_s=5,
         extra_paths="POST /v1/extra,GET /v1/below/*,* /v1/any", allowed_origins="https://mine.example",
     ) as gateway:  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_large_turn_is_answered_while_its_body_is_looked_at_and_recorded(
 
 def refused_head(gateway: Gateway, sent: bytes) -> bytes:
     """What comes back for a head that is too much."""
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(sent)
         return wire.rest()
 
@@ -139,14 +139,14 @@ def test_a_head_that_comes_at_once_has_the_same_bounds(gateway: Gateway) -> None
         answer = refused_head(gateway, b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + sent + b"\r\n")
         assert answer.startswith(b"HTTP/1.1 431 ")
     fits = b"x: " + b"y" * 60_000 + b"\r\n"
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + fits + b"\r\n")
         assert wire.head() == 200
 
 
 def test_a_large_body_behind_a_head_is_no_head(engine: FakeEngine, gateway: Gateway) -> None:
     text = "x" * 300_000
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         for _ in range(3):
             wire.post(CHAT, json.dumps({"model": MODEL, "messages": [{"role": "user", "content": text}]}).encode())
             assert wire.head() == 200
@@ -165,7 +165,7 @@ def streaming(exchange: Exchange) -> None:
 def test_a_second_head_behind_a_stream_is_bounded(engine: FakeEngine, gateway: Gateway, line: bytes) -> None:
     engine.on_chat = streaming
     before = gateway.memory
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(CHAT, STREAM)
         wire.head()
         wire.chunk()
@@ -178,12 +178,12 @@ def test_a_second_head_behind_a_stream_is_bounded(engine: FakeEngine, gateway: G
 def test_a_second_head_in_small_pieces_is_bounded_too(engine: FakeEngine, gateway: Gateway) -> None:
     engine.on_chat = streaming
 
-    def drip(wire: Wire) -> None:
+    def drip(wire: RawHttpClient) -> None:
         for _ in range(20):
             wire.send(b"y" * 20_000)
             gateway.http.get("/healthz")  # by now the gateway has read it
 
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(CHAT, STREAM)
         wire.head()
         wire.chunk()
@@ -194,7 +194,7 @@ def test_a_second_head_in_small_pieces_is_bounded_too(engine: FakeEngine, gatewa
 
 def test_only_so_many_requests_wait_for_the_answer_before_them(engine: FakeEngine, gateway: Gateway) -> None:
     engine.on_chat = streaming
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(CHAT, STREAM)
         wire.head()
         wire.chunk()
@@ -204,7 +204,7 @@ def test_only_so_many_requests_wait_for_the_answer_before_them(engine: FakeEngin
 
 
 def test_trailers_are_no_headers(engine: FakeEngine, gateway: Gateway, session: str) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(
             HEAD
             + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\nx-session-id: %s\r\nx-odd: 1\r\n\r\n"
@@ -218,7 +218,7 @@ def test_trailers_are_no_headers(engine: FakeEngine, gateway: Gateway, session: 
 
 def test_trailers_without_end_are_bounded(gateway: Gateway) -> None:
     before = gateway.memory
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
         with pytest.raises(OSError, match=r"reset|pipe"):
             wire.send(b"a:b\r\n" * (8 * MB // 5))
@@ -226,7 +226,7 @@ def test_trailers_without_end_are_bounded(gateway: Gateway) -> None:
 
 
 def test_a_body_that_drips_for_ever_is_given_up(limited: Gateway) -> None:
-    with Wire(limited.url) as wire:
+    with RawHttpClient(limited.url) as wire:
         wire.send(HEAD + b"content-length: 100000\r\n\r\n")
 
         def dripped() -> bool:
@@ -239,7 +239,7 @@ def test_a_body_that_drips_for_ever_is_given_up(limited: Gateway) -> None:
 
 def test_a_client_of_http_1_0_gets_no_chunks(engine: FakeEngine, gateway: Gateway) -> None:
     for body in (SMALL, STREAM):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             wire.send(HEAD.replace(b"1.1", b"1.0") + b"content-length: %d\r\n\r\n%s" % (len(body), body))
             answer = wire.rest()
         head, _, rest = answer.partition(b"\r\n\r\n")
@@ -298,7 +298,7 @@ def test_a_page_that_is_allowed_is_served(limited: Gateway) -> None:
     "path", [CHAT, "/v1/messages", "/v1/responses", "/v1/completions", "/v1/messages/count_tokens", "/v1/embeddings"]
 )
 def test_a_body_has_to_say_that_it_is_json(engine: FakeEngine, gateway: Gateway, path: str, kind: bytes) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(path, SMALL, f"content-type: {kind.decode()}")
         assert wire.head() == 400
         assert "content-type" in wire.json()["error"]["message"]
@@ -398,7 +398,7 @@ def test_where_only_ids_count_nothing_is_recognised_by_what_it_says(engine: Fake
         gateway.turns(answer.headers["x-session-id"])
         return answer.headers["x-session-id"]
 
-    with gateway_before(engine.url, tmp_path, identify="by_id") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, identify="by_id") as gateway:
         sessions = [sent(gateway, asked), sent(gateway, again), sent(gateway, again)]
         assert len(set(sessions)) == 3
         seen = [gateway.http.get(f"/admin/sessions/{one}").json() for one in sessions]

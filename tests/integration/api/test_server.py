@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes.engine import DONE, Exchange, FakeEngine, delta
-from tests.support.gateway_process import ROOT, SERVE, Gateway, environment, eventually, free_port, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import ROOT, SERVE, Gateway, environment, eventually, free_port, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 DEAD = "http://127.0.0.1:9"
 
@@ -146,7 +146,7 @@ def test_a_stream_that_ends_within_the_grace_time_is_served_to_its_end(
         exchange.end()
 
     engine.on_chat = answer
-    with gateway_before(engine.url, tmp_path) as gateway, Wire(gateway.url) as wire:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway, RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         assert wire.chunk() == delta(content="one")
@@ -173,7 +173,7 @@ def test_a_stream_that_does_not_end_is_closed_after_the_grace_time_and_recorded(
             aborted.set()
 
     engine.on_chat = answer
-    with gateway_before(engine.url, tmp_path) as gateway, Wire(gateway.url) as wire:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway, RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         wire.chunk()
@@ -187,7 +187,7 @@ def test_a_stream_that_does_not_end_is_closed_after_the_grace_time_and_recorded(
 
 
 def test_turns_recorded_before_a_kill_are_there_after_it(engine: FakeEngine, tmp_path: Path, session: str) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for count in range(1, 4):
             gateway.chat(session)
             gateway.turns(session, count)
@@ -198,7 +198,7 @@ def test_turns_recorded_before_a_kill_are_there_after_it(engine: FakeEngine, tmp
 
 
 def test_many_turns_that_still_wait_at_the_end_are_recorded(engine: FakeEngine, tmp_path: Path, session: str) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for _ in range(100):
             gateway.chat(session)
         gateway.stop()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 _SMALL = 4096  # bytes of a receive buffer: what is sent soon waits in the gateway
 
@@ -35,9 +35,9 @@ class Endless:
 
 
 @contextmanager
-def deaf(gateway: Gateway, session: str) -> Iterator[Wire]:
+def deaf(gateway: Gateway, session: str) -> Iterator[RawHttpClient]:
     """A client that asks for a stream and reads none of it."""
-    with Wire(gateway.url, receive_buffer=_SMALL) as wire:
+    with RawHttpClient(gateway.url, receive_buffer=_SMALL) as wire:
         wire.chat(session, stream=True)
         yield wire
 
@@ -45,7 +45,7 @@ def deaf(gateway: Gateway, session: str) -> Iterator[Wire]:
 def test_clients_that_read_nothing_do_not_count_as_turns_that_wait_for_the_store(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path, turn_queue=2) as gateway, ExitStack() as stack:
+    with gateway_in_front_of(engine.url, tmp_path, turn_queue=2) as gateway, ExitStack() as stack:
         Endless(engine)
         for number in range(4):
             stack.enter_context(deaf(gateway, f"{session}-{number}"))
@@ -57,7 +57,7 @@ def test_clients_that_read_nothing_do_not_count_as_turns_that_wait_for_the_store
 def test_a_client_that_takes_nothing_is_disconnected_and_the_engine_with_it(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path, client_timeout_s=1) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, client_timeout_s=1) as gateway:
         endless = Endless(engine)
         with deaf(gateway, session):
             assert endless.gone.acquire(timeout=WITHIN), gateway.log
@@ -74,7 +74,7 @@ def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(engine: FakeEngine
             exchange.chunk(chunk)
         exchange.end()
 
-    with gateway_before(engine.url, tmp_path, client_timeout_s=0.5) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, client_timeout_s=0.5) as gateway:
         engine.on_chat = answer
         with deaf(gateway, session) as wire:
             assert wire.head() == 200
@@ -88,7 +88,7 @@ def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(engine: FakeEngine
 # --- more connections than may be
 
 
-def begin(wire: Wire, session: str) -> None:
+def begin(wire: RawHttpClient, session: str) -> None:
     """Ask for a stream and read its beginning."""
     wire.chat(session, stream=True)
     assert wire.head() == 200
@@ -113,12 +113,12 @@ def hold(engine: FakeEngine) -> threading.Event:
 def test_a_client_beyond_the_limit_is_told_so_and_served_when_there_is_room(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
+    with gateway_in_front_of(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
         go_on = hold(engine)
-        busy = [stack.enter_context(Wire(gateway.url)) for _ in range(3)]
+        busy = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(3)]
         for number, wire in enumerate(busy):
             begin(wire, f"{session}-{number}")
-        with Wire(gateway.url) as refused:
+        with RawHttpClient(gateway.url) as refused:
             refused.chat(session)
             assert refused.head() == 503
             assert refused.headers["retry-after"] == "1"
@@ -134,9 +134,9 @@ def test_a_client_beyond_the_limit_is_told_so_and_served_when_there_is_room(
 @contextmanager
 def full(engine: FakeEngine, folder: Path, session: str) -> Iterator[Gateway]:
     """A gateway that answers as many clients as it may."""
-    with gateway_before(engine.url, folder, max_connections=3) as gateway, ExitStack() as stack:
+    with gateway_in_front_of(engine.url, folder, max_connections=3) as gateway, ExitStack() as stack:
         go_on = hold(engine)
-        busy = [stack.enter_context(Wire(gateway.url)) for _ in range(3)]
+        busy = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(3)]
         for number, wire in enumerate(busy):
             begin(wire, f"{session}-{number}")
         yield gateway
@@ -148,7 +148,7 @@ def full(engine: FakeEngine, folder: Path, session: str) -> Iterator[Gateway]:
 
 def probe(gateway: Gateway, path: str) -> int:
     """The status that a probe gets on a connection of its own, which is closed then."""
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
         status = wire.head()
         assert wire.json()
@@ -166,7 +166,7 @@ def test_a_gateway_that_is_full_answers_probes(engine: FakeEngine, tmp_path: Pat
 
 def test_connections_that_ask_nothing_do_not_keep_probes_out(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with full(engine, tmp_path, session) as gateway, ExitStack() as stack:
-        silent = [stack.enter_context(Wire(gateway.url)) for _ in range(100)]
+        silent = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(100)]
         assert probe(gateway, "/healthz") == 200
         for wire in silent:
             assert wire.head() == 503
@@ -180,7 +180,7 @@ def test_each_of_a_burst_of_clients_beyond_the_limit_reads_why_it_is_refused(
     with full(engine, tmp_path, session) as gateway, ExitStack() as stack:
         os.kill(gateway.process.pid, signal.SIGSTOP)  # so that all of them come at once
         try:
-            burst = [stack.enter_context(Wire(gateway.url)) for _ in range(200)]
+            burst = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(200)]
             for wire in burst:
                 wire.chat(session, filler="x" * filler)
         finally:
@@ -191,11 +191,11 @@ def test_each_of_a_burst_of_clients_beyond_the_limit_reads_why_it_is_refused(
 
 
 def test_connections_without_a_request_make_room_for_new_ones(engine: FakeEngine, tmp_path: Path, session: str) -> None:
-    with gateway_before(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
+    with gateway_in_front_of(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
         go_on = hold(engine)
-        busy = stack.enter_context(Wire(gateway.url))
+        busy = stack.enter_context(RawHttpClient(gateway.url))
         begin(busy, session)
-        idle = [stack.enter_context(Wire(gateway.url)) for _ in range(20)]
+        idle = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(20)]
         assert all(wire.rest() == b"" for wire in idle[:17])
         idle[-1].send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert idle[-1].head() == 200
@@ -229,15 +229,15 @@ def test_with_few_open_files_it_says_so_and_hundreds_of_idle_clients_shut_nobody
     with limited(engine, tmp_path, 200, 200) as gateway, ExitStack() as stack:
         assert "only 200 files may be open: 20 clients at once" in gateway.log
         for _ in range(300):
-            stack.enter_context(Wire(gateway.url))
-        with Wire(gateway.url) as wire:
+            stack.enter_context(RawHttpClient(gateway.url))
+        with RawHttpClient(gateway.url) as wire:
             wire.chat(session)
             assert wire.head() == 200
         assert "too many open files" not in gateway.log
 
 
 def test_running_out_of_files_is_not_blamed_on_the_engine(engine: FakeEngine, tmp_path: Path, session: str) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway, Wire(gateway.url) as wire:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway, RawHttpClient(gateway.url) as wire:
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert wire.head() == 200
         wire.body()

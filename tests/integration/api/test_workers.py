@@ -19,8 +19,8 @@ from gateway.api import server, workers
 from tests.integration.api.admin.test_admin import error_of
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.support.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 COUNT = 3
 
@@ -28,7 +28,7 @@ COUNT = 3
 @contextmanager
 def crew(engine: FakeEngine, folder: Path, **settings: object) -> Iterator[Gateway]:
     """A gateway of several workers, each of them serving."""
-    with gateway_before(engine.url, folder, workers=COUNT, **settings) as gateway:
+    with gateway_in_front_of(engine.url, folder, workers=COUNT, **settings) as gateway:
         try:
             eventually(lambda: len(pids(gateway)) == COUNT, "every worker has served somebody")
             yield gateway
@@ -52,7 +52,7 @@ def gateway(engine: FakeEngine, shared_crew: Gateway) -> Gateway:
     return shared_crew
 
 
-def pid_of(wire: Wire) -> int:
+def pid_of(wire: RawHttpClient) -> int:
     """Which worker is at the other end."""
     wire.send(b"GET /admin/health?component=store HTTP/1.1\r\nhost: x\r\n\r\n")
     assert wire.head() == 200
@@ -63,7 +63,7 @@ def pids(gateway: Gateway, connections: int = 30) -> set[int]:
     """The workers that answer."""
     found = set()
     for _ in range(connections):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             found.add(pid_of(wire))
     return found
 
@@ -83,17 +83,17 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def two_workers(gateway: Gateway) -> Iterator[tuple[Wire, Wire]]:
+def two_workers(gateway: Gateway) -> Iterator[tuple[RawHttpClient, RawHttpClient]]:
     """A connection to one worker, and one to another."""
     with ExitStack() as stack:
-        first = stack.enter_context(Wire(gateway.url))
+        first = stack.enter_context(RawHttpClient(gateway.url))
         mine = pid_of(first)
-        while pid_of(other := stack.enter_context(Wire(gateway.url))) == mine:
+        while pid_of(other := stack.enter_context(RawHttpClient(gateway.url))) == mine:
             pass
         yield first, other
 
 
-def ask(wire: Wire, method: str, path: str, **body: Any) -> httpx.Response:
+def ask(wire: RawHttpClient, method: str, path: str, **body: Any) -> httpx.Response:
     """One admin request on this very connection."""
     raw = json.dumps(body).encode() if body else b""
     kind = "content-type: application/json"
@@ -103,7 +103,7 @@ def ask(wire: Wire, method: str, path: str, **body: Any) -> httpx.Response:
     return httpx.Response(status, json=wire.json())
 
 
-def chat(wire: Wire, session: str, **body: Any) -> None:
+def chat(wire: RawHttpClient, session: str, **body: Any) -> None:
     """One whole turn on this very connection."""
     wire.chat(session, **body)
     assert wire.head() == 200
@@ -112,7 +112,7 @@ def chat(wire: Wire, session: str, **body: Any) -> None:
 
 def freeze(gateway: Gateway, session: str) -> httpx.Response:
     """Freeze a session over a connection that is new: that of `gateway.http` may lead to a worker that is gone."""
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         return ask(wire, "POST", "/admin/windows", session_id=session, window_name=f"w-{session}")
 
 
@@ -131,7 +131,7 @@ class Held:
         exchange.end()
 
 
-def begin_stream(wire: Wire, session: str) -> None:
+def begin_stream(wire: RawHttpClient, session: str) -> None:
     """Send a turn and read the beginning of its reply."""
     wire.chat(session, stream=True)
     assert wire.head() == 200
@@ -143,7 +143,7 @@ def begin_stream(wire: Wire, session: str) -> None:
 
 def test_connections_are_spread_evenly_over_the_workers(gateway: Gateway) -> None:
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(gateway.url)) for _ in range(90)]
+        wires = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(90)]
         served = [pid_of(wire) for wire in wires]
     assert set(served) == workers_of(gateway.process.pid)
     assert min(served.count(pid) for pid in set(served)) >= 10  # evenly would be 30
@@ -159,7 +159,7 @@ def test_every_worker_is_ready_and_has_proved_the_stack(gateway: Gateway) -> Non
     seen: set[int] = set()
 
     def ready() -> bool:
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             pid = pid_of(wire)
             if ask(wire, "GET", "/readyz").status_code == 200:
                 seen.add(pid)
@@ -234,7 +234,7 @@ def test_a_lineage_in_a_turn_of_another_worker_keeps_its_cache(
 # --- conversations without an id, when each request comes to another worker
 
 
-def say(wire: Wire, messages: list[dict[str, str]], *headers: str, stream: bool = False) -> str:
+def say(wire: RawHttpClient, messages: list[dict[str, str]], *headers: str, stream: bool = False) -> str:
     """Send a turn that names no session of ours, read its head, and return the session that it was given."""
     body = json.dumps({"model": MODEL, "messages": messages, "stream": stream}).encode()
     wire.post("/v1/chat/completions", body, *headers)
@@ -387,7 +387,7 @@ def test_a_parent_that_was_stopped_ends_no_worker_for_what_it_did_not_hear(engin
 
 def test_a_worker_that_has_lived_long_is_replaced_at_once_however_often_it_died_before() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        crew = workers._Crew(1, sock, lambda *_: None, lambda _: None, workers.Patience())
+        crew = workers._Supervisor(1, sock, lambda *_: None, lambda _: None, workers.Patience())
 
         def waits(lived_s: float) -> bool:
             now = time.monotonic()
@@ -418,7 +418,7 @@ def test_a_signal_ends_all_and_loses_no_turn(
     with crew(engine, tmp_path) as gateway:
         children = workers_of(gateway.process.pid)
         for turn in range(30):
-            with Wire(gateway.url) as wire:
+            with RawHttpClient(gateway.url) as wire:
                 chat(wire, f"{session}-{turn % 3}")
         gateway.process.send_signal(number)
         assert gateway.process.wait(15) == 0
@@ -431,7 +431,7 @@ def test_a_signal_ends_all_and_loses_no_turn(
 
 def test_a_ctrl_c_that_comes_to_all_is_no_second_one(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     held = Held(engine)
-    with crew(engine, tmp_path) as gateway, Wire(gateway.url) as wire:
+    with crew(engine, tmp_path) as gateway, RawHttpClient(gateway.url) as wire:
         begin_stream(wire, session)
         for pid in {gateway.process.pid, *workers_of(gateway.process.pid)}:
             os.kill(pid, signal.SIGINT)
@@ -443,7 +443,7 @@ def test_a_ctrl_c_that_comes_to_all_is_no_second_one(engine: FakeEngine, tmp_pat
 
 def test_a_second_ctrl_c_ends_at_once(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     held = Held(engine)
-    with crew(engine, tmp_path) as gateway, Wire(gateway.url) as wire:
+    with crew(engine, tmp_path) as gateway, RawHttpClient(gateway.url) as wire:
         children = workers_of(gateway.process.pid)
         begin_stream(wire, session)
         gateway.process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.cli.output import line, printable
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import ROOT, Gateway, environment, free_port, gateway_before
+from tests.support.gateway_process import ROOT, Gateway, environment, free_port, gateway_in_front_of
 
 Ended = subprocess.CompletedProcess[str]
 
@@ -214,7 +214,7 @@ def test_commands_and_names_are_completed(gateway: Gateway, session: str, typed:
 
 
 def test_the_rules_are_shown_set_and_reset(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path) as own:
+    with gateway_in_front_of(engine.url, tmp_path) as own:
         pattern = "n-{session_id}-{timestamp}"
         ended = cwg(
             "policy", "--set", "token_threshold=100", "--set", f"naming_pattern={pattern}",

@@ -12,7 +12,7 @@ from gateway.errors import GatewayError
 from gateway.records import Front, Usage
 from tests.support.fakes.engine import DONE, MODEL, FakeEngine, event, text_event, texts_of, usage_of
 from tests.support.gateway_process import Gateway
-from tests.support.raw_http import Wire
+from tests.support.raw_http import RawHttpClient
 
 COMPLETIONS = "/v1/completions"
 DIALECT = CompletionsDialect()
@@ -258,7 +258,7 @@ def test_usage_is_asked_for_but_hidden_from_a_stream_that_did_not_ask(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     body = json.dumps({"model": MODEL, "prompt": "Once", "stream": True}).encode()
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(COMPLETIONS, body, f"x-session-id: {session}")
         wire.head()
         assert wire.chunks() == texts_of(["x"])

@@ -12,8 +12,8 @@ from gateway.dialects.messages import MessagesDialect
 from gateway.errors import CODES, GatewayError
 from gateway.records import Front, Usage
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, usage_of, whole_reply
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 from tests.unit.dialects.test_messages_to_chat import call, text, use
 
 MESSAGES = MessagesDialect()
@@ -378,7 +378,7 @@ def test_a_stream_passes_byte_for_byte_and_its_reply_is_kept(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_other = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(PATH, json.dumps({**BODY, "stream": True}).encode(), f"x-session-id: {session}")
         assert wire.head() == 200
         assert wire.chunks() == PARALLEL
@@ -503,7 +503,7 @@ def test_headers_of_the_api_pass_and_the_engines_refusals_come_back_untouched(
 def test_errors_that_come_before_the_body_is_read_have_the_shape_of_their_path(
     engine: FakeEngine, tmp_path: Any
 ) -> None:
-    with gateway_before(engine.url, tmp_path, api_key="key", max_body_bytes=2000) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, api_key="key", max_body_bytes=2000) as gateway:
         large = {**BODY, "system": "x" * 3000}
         for path in (PATH, COUNT, f"/s/a{PATH}", f"/s/a{COUNT}"):
             assert _failed(gateway, path, BODY, {"x-api-key": "wrong"}) == (401, "authentication_error", "unauthorized")
@@ -542,7 +542,7 @@ def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_the_client_rais
 
 
 def test_the_anthropic_client_reads_our_errors(engine: FakeEngine, tmp_path: Any) -> None:
-    with gateway_before(engine.url, tmp_path, api_key="key") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, api_key="key") as gateway:
         with _client(gateway, "a") as client, pytest.raises(anthropic.AuthenticationError) as raised:
             client.messages.create(**BODY)
         assert raised.value.error_code == "unauthorized"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gateway.engines.client import Engine
+from gateway.engines.client import HttpEngineClient
 from tests.support.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, delta
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 EXPOSED = 'vllm:lmcache_mp_lookup_duration_seconds_count{engine="0"} 0.0\n'
 MENDED = EXPOSED + 'vllm:lmcache_mp_abort_safe{engine="0"} 1.0\n'
@@ -44,7 +44,7 @@ class Left:
 
     def leave(self, session: str, *, stream: bool = True) -> bool:
         """Send a turn and leave; return whether the engine's connection was closed in the end."""
-        with Wire(self._gateway.url) as wire:
+        with RawHttpClient(self._gateway.url) as wire:
             wire.chat(session, stream=stream)
             self._engine.wait_seen("/v1/chat/completions")
         assert self._gateway.turns(session)[0]["outcome"] == "client_gone"
@@ -54,7 +54,7 @@ class Left:
     def leave_batch(self) -> bool:
         """The same with a request that is no turn; nothing is recorded of it."""
         body = {"model": MODEL, "messages": [[{"role": "user", "content": "hi"}]]}
-        with Wire(self._gateway.url) as wire:
+        with RawHttpClient(self._gateway.url) as wire:
             wire.post("/v1/chat/completions/batch", json.dumps(body).encode(), "content-type: application/json")
             self._engine.wait_seen("/v1/chat/completions/batch")
         self._known.set()
@@ -65,7 +65,7 @@ def before(
     engine: FakeEngine, folder: Path, metrics: str = EXPOSED, grace_s: float = NEVER
 ) -> AbstractContextManager[Gateway]:
     engine.metrics = metrics
-    return gateway_before(engine.url, folder, abort_grace_s=grace_s)
+    return gateway_in_front_of(engine.url, folder, abort_grace_s=grace_s)
 
 
 def begin(exchange: Exchange) -> None:
@@ -168,7 +168,7 @@ async def test_a_question_of_our_own_that_is_cancelled_still_gets_its_answer(eng
         engine.answer_completion(exchange)
 
     engine.on_completion, engine.metrics = answer, EXPOSED
-    async with Engine(
+    async with HttpEngineClient(
         engine.url, api_key="", fingerprint="", connect_timeout_s=5, timeout_s=WITHIN, abort_grace_s=NEVER
     ) as client:
         await client.check()

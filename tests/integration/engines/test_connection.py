@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.fakes import engine as fake
 from tests.support.fakes.engine import DONE, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
-from tests.support.gateway_process import Gateway, free_port, gateway_before, not_accepting
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, free_port, gateway_in_front_of, not_accepting
+from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
 
@@ -36,7 +36,7 @@ def test_an_engine_that_is_down_is_a_502_in_the_shape_of_openai(tmp_path: Path, 
 def test_an_engine_that_goes_down_is_a_502_and_the_turn_is_recorded(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         assert gateway.chat(session).status_code == 200
         engine.stop()
         try:
@@ -69,7 +69,7 @@ def test_an_engine_that_says_nothing_is_a_504_and_its_work_is_aborted(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     aborted = threading.Event()
-    with gateway_before(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
 
         def silent(exchange: Exchange) -> None:
             if exchange.gone():
@@ -88,7 +88,7 @@ def test_an_engine_that_says_nothing_is_a_504_and_its_work_is_aborted(
 def test_an_engine_that_falls_silent_in_mid_stream_ends_the_stream_with_an_error_event(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
 
         def answer(exchange: Exchange) -> None:
             exchange.begin()
@@ -96,7 +96,7 @@ def test_an_engine_that_falls_silent_in_mid_stream_ends_the_stream_with_an_error
             exchange.gone()
 
         engine.on_chat = answer
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             wire.chat(session, stream=True)
             wire.head()
             text = b"".join(wire.chunks())
@@ -107,7 +107,7 @@ def test_an_engine_that_falls_silent_in_mid_stream_ends_the_stream_with_an_error
 
 def test_a_slow_but_steady_stream_is_not_taken_for_silence(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     pause = threading.Event()  # never set: a wait on it is the engine's pace
-    with gateway_before(engine.url, tmp_path, engine_timeout_s=0.6) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=0.6) as gateway:
 
         def answer(exchange: Exchange) -> None:
             exchange.begin()
@@ -274,7 +274,7 @@ def test_an_answer_without_a_body_ends_at_once_and_the_next_request_is_answered(
             exchange.raw(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     engine.on_other = answer
-    with gateway_before(engine.url, tmp_path, extra_paths="DELETE /v1/files/*") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, extra_paths="DELETE /v1/files/*") as gateway:
         for _ in range(2):
             assert gateway.http.delete("/v1/files/f1").status_code == 204
             head = gateway.http.head("/v1/models/x")

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from gateway.engines.client import Engine
+from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
-from gateway.engines.node import Member
-from gateway.engines.pool import Engines
+from gateway.engines.node import EngineNode
+from gateway.engines.pool import EnginePool
 from gateway.errors import GatewayError
 from tests.support.fakes.engine import DONE, MODEL, Exchange, FakeEngine, chunk_event, delta, event, usage_of
-from tests.support.gateway_process import Gateway, eventually, gateway_before, not_accepting
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of, not_accepting
+from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
 MANY = 40  # sessions: of three engines one gets none of them once in three million times, as ports are drawn
@@ -41,7 +41,7 @@ def before(tmp_path: Path) -> Iterator[Before]:
 
         def start(*engines: FakeEngine | str, **settings: object) -> Gateway:
             urls = ",".join(engine if isinstance(engine, str) else engine.url for engine in engines)
-            return stack.enter_context(gateway_before(urls, tmp_path, **{"engine_check_s": 0.2, **settings}))
+            return stack.enter_context(gateway_in_front_of(urls, tmp_path, **{"engine_check_s": 0.2, **settings}))
 
         yield start
 
@@ -193,7 +193,7 @@ def test_a_stream_whose_engine_dies_ends_with_an_error_event_and_is_not_sent_aga
     for engine in engines:
         engine.on_chat = dies
     gateway = before(*engines)
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         assert wire.head() == 200
         text = b"".join(wire.chunks())
@@ -489,16 +489,16 @@ def test_the_stamp_of_a_hidden_usage_event_is_each_engines_own(engines: list[Fak
 
 
 @asynccontextmanager
-async def members(*urls: str) -> AsyncIterator[Engines]:
+async def members(*urls: str) -> AsyncIterator[EnginePool]:
     """Engines that nobody looks at but the test."""
     made = [
-        Member(
+        EngineNode(
             Upstream(url, connect_timeout_s=1, silence_timeout_s=1),
-            Engine(url, api_key="", fingerprint="", connect_timeout_s=1, timeout_s=1),
+            HttpEngineClient(url, api_key="", fingerprint="", connect_timeout_s=1, timeout_s=1),
         )
         for url in urls
     ]
-    yield Engines(made, 5)
+    yield EnginePool(made, 5)
     for member in made:
         await member.close()
 
@@ -545,7 +545,7 @@ async def test_a_question_of_our_own_is_put_to_another_engine_when_the_first_is_
         await several.look()
         home = several.choose("lineage")[0]
         next(engine for engine in engines if engine.url == home.url).stop()
-        assert await several.near("lineage").tokenize(MODEL, "abc") == [97, 98, 99]
+        assert await several.for_lineage("lineage").tokenize(MODEL, "abc") == [97, 98, 99]
         assert home.breaker.failures == 1
         for engine in engines:
             if engine.listening:

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.windows.archive.export import export
 from gateway.windows.clone import clone
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.delete import delete
 from gateway.windows.freeze import Naming, release_strays
 from gateway.windows.retention import orphans
@@ -16,8 +16,8 @@ from gateway.windows.retention.usage import usage
 from gateway.windows.thaw import thaw
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import gateway_before
-from tests.support.harness import CHUNKS, House, opened, window
+from tests.support.gateway_process import gateway_in_front_of
+from tests.support.harness import CHUNKS, GatewayHarness, open_harness, window
 from tests.support.tier_harness import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -35,17 +35,19 @@ def own_server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-async def hung(engine: FakeEngine, cache: str, own_server: RedisServer, tmp_path: Path) -> AsyncIterator[House]:
-    """A house with a window in both tiers, of which Redis hangs from now on."""
-    async with opened(engine, cache, own_server, tmp_path) as house:
-        await window(house.parts)
+async def hung(
+    engine: FakeEngine, cache: str, own_server: RedisServer, tmp_path: Path
+) -> AsyncIterator[GatewayHarness]:
+    """A harness with a window in both tiers, of which Redis hangs from now on."""
+    async with open_harness(engine, cache, own_server, tmp_path) as harness:
+        await window(harness.services)
         own_server.hang()
-        yield house
+        yield harness
         own_server.go_on()
 
 
-async def test_every_verb_goes_on_without_it_and_says_so(hung: House) -> None:
-    parts = hung.parts
+async def test_every_verb_goes_on_without_it_and_says_so(hung: GatewayHarness) -> None:
+    parts = hung.services
     async with asyncio.timeout(ALL_VERBS_S):
         verdict = await verify(parts, "default", "w")
         assert (verdict.tiers["redis"].checked, verdict.tiers["disk"].intact) == (False, CHUNKS)
@@ -65,8 +67,8 @@ async def test_every_verb_goes_on_without_it_and_says_so(hung: House) -> None:
         assert await release_strays(parts) == 0
 
 
-async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: House) -> None:
-    parts = hung.parts
+async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: GatewayHarness) -> None:
+    parts = hung.services
     async with asyncio.timeout(ALL_VERBS_S):
         async with asyncio.TaskGroup() as both:
             both.create_task(delete(parts, "default", "w"))
@@ -74,14 +76,14 @@ async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: H
             both.create_task(_hold(parts))
 
 
-async def _hold(parts: Parts) -> None:
-    async with parts.pins.lock.hold(alone=False):
+async def _hold(services: Services) -> None:
+    async with services.pins.lock.acquire(alone=False):
         pass
 
 
 async def test_health_says_which_tier_hangs(engine: FakeEngine, own_server: RedisServer, tmp_path: Path) -> None:
     redis = f"redis://127.0.0.1:{own_server.port}"
-    with gateway_before(engine.url, tmp_path, kv_redis_url=redis) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, kv_redis_url=redis) as gateway:
         own_server.hang()
         seen = gateway.http.get("/admin/health?component=tiers").json()["components"]["tiers"]
         assert (seen["status"], "redis tier: it hangs" in seen["message"]) == ("degraded", True)

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.api.inference.request import TURNS
 from loadtests.scripted_engine import ScriptedEngine
-from tests.support.gateway_process import ROOT, Gateway, gateway_before
+from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 
 _FILE = ROOT / "tests" / "recordings" / "agents.json"
 _ALL: list[dict[str, Any]] = json.loads(_FILE.read_text())["recordings"]
@@ -32,7 +32,7 @@ def before_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]
     thread.start()
     try:
         url = f"http://127.0.0.1:{engine.server_port}"
-        with gateway_before(url, tmp_path_factory.mktemp("agents")) as gateway:
+        with gateway_in_front_of(url, tmp_path_factory.mktemp("agents")) as gateway:
             yield gateway
     finally:
         engine.shutdown()

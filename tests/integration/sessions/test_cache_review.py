@@ -8,12 +8,12 @@ import pytest
 from gateway.dialects.base import Reply
 from gateway.dialects.chat import ChatDialect
 from gateway.records import Session, Trace, Turn, Usage
-from gateway.sessions.cache_review import Reviews
-from gateway.sessions.completed_turn import Ended, Read
-from gateway.sessions.resolver import Place
+from gateway.sessions.cache_review import CacheReviewer
+from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn
+from gateway.sessions.resolver import SessionMatch
 from gateway.sessions.token_estimator import Estimator
 from gateway.store.store import SqliteStore
-from gateway.store.types import Finished
+from gateway.store.types import TurnRecord
 from tests.support.fakes.engine import Exchange, FakeEngine, render, whole_reply
 from tests.support.gateway_process import Gateway
 
@@ -156,23 +156,23 @@ def test_a_turn_that_follows_at_once_is_compared_with_the_one_just_before(gatewa
 
 @pytest.mark.anyio
 async def test_a_turn_is_not_compared_with_one_that_ran_beside_it(tmp_path: Path) -> None:
-    def read(asked: str, started_at: float, ended_at: float) -> Read:
+    def read(asked: str, started_at: float, ended_at: float) -> ParsedTurn:
         call = ChatDialect().read({"model": "demo", "messages": [*LONG, REPLY, u(asked)]}, b"")
-        over = Ended(
-            Place(known, "", b""), "f", "salt", ChatDialect(), call, "completed", 200, started_at,
+        over = CompletedTurn(
+            SessionMatch(known, "", b""), "f", "salt", ChatDialect(), call, "completed", 200, started_at,
             (ended_at - started_at) * 1000, streamed=False, chunks=(),
         )  # fmt: skip
-        return Read(over, Reply(REPLY, Usage(1100, 5, 0)), call.whole, call.followed_by(REPLY))
+        return ParsedTurn(over, Reply(REPLY, Usage(1100, 5, 0)), call.whole, call.followed_by(REPLY))
 
     first = Turn("t", "s", "demo", "completed", 200, 1.0, 1000.0, Usage(1000, 5, 0))
     new = Session("t", "s", lineage="s")
     async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
-        await store.record([Finished(first, new, "f", "salt", [*LONG, REPLY], {}, Trace(b"", b"", None))])
+        await store.record([TurnRecord(first, new, "f", "salt", [*LONG, REPLY], {}, Trace(b"", b"", None))])
         known = await store.session("t", "s")
         assert known is not None
-        reviews = Reviews(store, Estimator(), lambda: 64)
-        assert (await reviews.of(read("one", 10, 20))).miss.startswith("evicted")
-        assert (await reviews.of(read("another", 11, 21))).miss.startswith("evicted")
+        reviews = CacheReviewer(store, Estimator(), lambda: 64)
+        assert (await reviews.review(read("one", 10, 20))).miss.startswith("evicted")
+        assert (await reviews.review(read("another", 11, 21))).miss.startswith("evicted")
 
 
 def test_the_estimate_and_how_wrong_it_was_are_shown(gateway: Gateway, session: str) -> None:

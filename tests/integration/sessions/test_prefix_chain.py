@@ -9,7 +9,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.records import SESSION_ID, Session
 from gateway.sessions import prefix_chain
-from gateway.sessions.prefix_chain import Beginning, Given, Prompt, given
+from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, Prompt, read_client_session_id
 from tests.support.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway, eventually
 
@@ -31,73 +31,89 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("headers", "body", "expected"),
     [
-        ({"x-session-id": "mine"}, {"metadata": {"session_id": "b"}}, Given("session", "mine", "header x-session-id")),
-        ({"x-session-id": "o1", "x-session-affinity": "o1"}, {}, Given("agent", "o1", "header x-session-id")),
-        ({"x-session-id": "o1", "x-session-affinity": "p"}, {}, Given("session", "o1", "header x-session-id")),
+        (
+            {"x-session-id": "mine"},
+            {"metadata": {"session_id": "b"}},
+            ClientSessionId("session", "mine", "header x-session-id"),
+        ),
+        ({"x-session-id": "o1", "x-session-affinity": "o1"}, {}, ClientSessionId("agent", "o1", "header x-session-id")),
+        (
+            {"x-session-id": "o1", "x-session-affinity": "p"},
+            {},
+            ClientSessionId("session", "o1", "header x-session-id"),
+        ),
         (
             {"x-claude-code-session-id": "c1"},
             {"metadata": {"user_id": "user_1_account__session_zzz"}},
-            Given("agent", "c1", "header x-claude-code-session-id"),
+            ClientSessionId("agent", "c1", "header x-claude-code-session-id"),
         ),
         (
             {"x-claude-code-session-id": "c1", "x-claude-code-agent-id": "a2"},
             {},
-            Given("agent", "c1:a2", "header x-claude-code-session-id", "c1"),
+            ClientSessionId("agent", "c1:a2", "header x-claude-code-session-id", "c1"),
         ),
         (
             {"x-codex-turn-metadata": '{"session_id":"s","thread_id":"t","turn_id":"7"}', "session_id": "other"},
             {},
-            Given("agent", "t", "header x-codex-turn-metadata"),
+            ClientSessionId("agent", "t", "header x-codex-turn-metadata"),
         ),
-        ({"x-codex-turn-metadata": "no json", "session_id": "s"}, {}, Given("agent", "s", "header session_id")),
-        ({"session-id": "s", "x-openai-subagent": "review"}, {}, Given("agent", "s:review", "header session-id", "s")),
-        ({"x-litellm-session-id": "l"}, {}, Given("agent", "l", "header x-litellm-session-id")),
-        ({"x-dynamo-session-id": "d"}, {}, Given("agent", "d", "header x-dynamo-session-id")),
+        (
+            {"x-codex-turn-metadata": "no json", "session_id": "s"},
+            {},
+            ClientSessionId("agent", "s", "header session_id"),
+        ),
+        (
+            {"session-id": "s", "x-openai-subagent": "review"},
+            {},
+            ClientSessionId("agent", "s:review", "header session-id", "s"),
+        ),
+        ({"x-litellm-session-id": "l"}, {}, ClientSessionId("agent", "l", "header x-litellm-session-id")),
+        ({"x-dynamo-session-id": "d"}, {}, ClientSessionId("agent", "d", "header x-dynamo-session-id")),
         ({"x-client-request-id": "r", "x-correlation-id": "c"}, {}, None),
-        ({}, {"metadata": {"session_id": "b"}}, Given("session", "b", "body metadata.session_id")),
+        ({}, {"metadata": {"session_id": "b"}}, ClientSessionId("session", "b", "body metadata.session_id")),
         (
             {},
             {"metadata": {"user_id": "user_ab12_account__session_0d3f-9"}},
-            Given("agent", "0d3f-9", "body metadata.user_id"),
+            ClientSessionId("agent", "0d3f-9", "body metadata.user_id"),
         ),
         (
             {},
             {"metadata": {"user_id": '{"device_id":"d","account_uuid":"","session_id":"0d3f-9"}'}},
-            Given("agent", "0d3f-9", "body metadata.user_id"),
+            ClientSessionId("agent", "0d3f-9", "body metadata.user_id"),
         ),
         ({}, {"metadata": {"user_id": "user-17"}}, None),
-        ({}, {"conversation": {"id": "conv_1"}}, Given("session", "conv_1", "body conversation")),
-        ({}, {"conversation": "conv_1"}, Given("session", "conv_1", "body conversation")),
-        ({}, {"prompt_cache_key": "k"}, Given("key", "k", "body prompt_cache_key")),
+        ({}, {"conversation": {"id": "conv_1"}}, ClientSessionId("session", "conv_1", "body conversation")),
+        ({}, {"conversation": "conv_1"}, ClientSessionId("session", "conv_1", "body conversation")),
+        ({}, {"prompt_cache_key": "k"}, ClientSessionId("key", "k", "body prompt_cache_key")),
         ({}, {"metadata": "odd", "conversation": 5, "prompt_cache_key": None}, None),
     ],
 )
 def test_the_first_id_that_a_request_brings_names_its_session(
-    headers: dict[str, str], body: dict[str, Any], expected: Given | None
+    headers: dict[str, str], body: dict[str, Any], expected: ClientSessionId | None
 ) -> None:
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    assert given(raw, body, None) == expected
+    assert read_client_session_id(raw, body, None) == expected
 
 
 def test_the_base_url_wins_over_everything() -> None:
-    assert given([(b"x-session-id", b"h")], {}, "url") == Given("session", "url", "base URL")
+    assert read_client_session_id([(b"x-session-id", b"h")], {}, "url") == ClientSessionId("session", "url", "base URL")
 
 
 def test_a_foreign_id_that_does_not_fit_is_hashed_and_ours_is_refused() -> None:
-    named = given([(b"x-litellm-session-id", b"has spaces/and\\more")], {}, None)
+    named = read_client_session_id([(b"x-litellm-session-id", b"has spaces/and\\more")], {}, None)
     assert named is not None
     assert named.id.startswith("x-")
     with pytest.raises(GatewayError, match="X-Session-ID"):
-        given([(b"x-session-id", b"has spaces")], {}, None)
+        read_client_session_id([(b"x-session-id", b"has spaces")], {}, None)
 
 
 def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> None:
     for length in (1, 110, 111, 112, 127, 128):
         main = "a" * length
-        beside = prefix_chain.side(main, prefix_chain.head([user("title of work")]))
+        beside = prefix_chain.subconversation_id(main, prefix_chain.head([user("title of work")]))
         assert SESSION_ID.fullmatch(beside)
         assert beside.startswith(f"{main[:111]}:")
-        assert beside != prefix_chain.side(main, prefix_chain.head([user("another")]))
+        assert beside != prefix_chain.subconversation_id(main, prefix_chain.head([user("another")]))
 
 
 # --- the verdict
@@ -110,9 +126,9 @@ def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s"
     return Session("t", name, name, asked=trace.asked, tip=trace.tip, answered=answered)
 
 
-def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> prefix_chain.Verdict:
-    beginning = Beginning.of(Prompt(request, b""))
-    return prefix_chain.judge(beginning, beginning.links[known - 1] if known else None, candidates)
+def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> prefix_chain.PrefixMatch:
+    beginning = ConversationPrefix.of(Prompt(request, b""))
+    return prefix_chain.match_session(beginning, beginning.prefix_hashes[known - 1] if known else None, candidates)
 
 
 FIRST = [SYSTEM, user("one"), assistant("1")]

@@ -7,12 +7,12 @@ import pytest
 
 from gateway.dialects.chat import ChatDialect
 from gateway.errors import GatewayError
-from gateway.metrics import Stored, Telemetry
+from gateway.metrics import Metrics, Stored
 from gateway.records import Session
-from gateway.sessions.cache_review import Reviews
-from gateway.sessions.completed_turn import Ended
-from gateway.sessions.recorder import Turns
-from gateway.sessions.resolver import Place, Sessions
+from gateway.sessions.cache_review import CacheReviewer
+from gateway.sessions.completed_turn import CompletedTurn
+from gateway.sessions.recorder import TurnRecorder
+from gateway.sessions.resolver import SessionMatch, SessionResolver
 from gateway.sessions.token_estimator import Estimator
 from gateway.store.store import SqliteStore
 
@@ -25,17 +25,19 @@ class Desk:
 
     def __init__(self, store: SqliteStore) -> None:
         self.store = store
-        self.telemetry = Telemetry()
-        reviews = Reviews(store, Estimator(), lambda: 64)
-        self.turns = Turns(store, Sessions(store, None), reviews, self.telemetry, None, room=_ROOM)
+        self.telemetry = Metrics()
+        reviews = CacheReviewer(store, Estimator(), lambda: 64)
+        self.turns = TurnRecorder(store, SessionResolver(store, None), reviews, self.telemetry, None, room=_ROOM)
 
     def finish(self, session_id: str) -> None:
         """Begin and end a turn of a session."""
         call = ChatDialect().read({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}, b"")
-        place = Place(Session("t", session_id, lineage=session_id), "", b"")
-        self.turns.enter(place)
-        self.turns.finish(
-            Ended(place, "f", "salt", ChatDialect(), call, "engine_cut", 200, 1.0, 1.0, streamed=False, chunks=())
+        place = SessionMatch(Session("t", session_id, lineage=session_id), "", b"")
+        self.turns.begin(place)
+        self.turns.enqueue(
+            CompletedTurn(
+                place, "f", "salt", ChatDialect(), call, "engine_cut", 200, 1.0, 1.0, streamed=False, chunks=()
+            )
         )
 
     @property
@@ -58,7 +60,7 @@ async def test_a_turn_that_cannot_be_recorded_costs_the_others_of_its_batch_noth
     async with desk.turns:
         for session_id in ("a", "\ud800", "b", "\ud801", "c"):  # SQLite takes no half of a surrogate pair
             desk.finish(session_id)
-        await desk.turns.settle()
+        await desk.turns.flush()
         assert [await desk.store.session("t", name) is not None for name in "abc"] == [True] * 3
     assert desk.lost == 2
     assert caplog.text.count("could not record a turn") == 1
@@ -73,5 +75,5 @@ async def test_past_its_room_no_turn_begins_until_some_are_recorded(desk: Desk) 
     assert refused.value.code == "rate_limited"
     assert "turn_queue" in refused.value.hint
     async with desk.turns:
-        await desk.turns.settle()
+        await desk.turns.flush()
         desk.finish("one more")

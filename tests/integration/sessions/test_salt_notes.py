@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.support.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.tier_harness import DiskRig, key, value
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.tier_harness import DiskTierHarness, key, value
 
 PASSING = [
     ("/v1/embeddings", {"input": "x"}),
@@ -24,7 +24,7 @@ OBJECTS = 3
 class Kept:
     """A gateway over a disk tier, which a test fills as LMCache does."""
 
-    def __init__(self, gateway: Gateway, disk: DiskRig, engine: FakeEngine) -> None:
+    def __init__(self, gateway: Gateway, disk: DiskTierHarness, engine: FakeEngine) -> None:
         self.gateway = gateway
         self.disk = disk
         self._engine = engine
@@ -47,15 +47,15 @@ class Kept:
 @pytest.fixture
 def kept(tmp_path: Path, engine: FakeEngine) -> Iterator[Kept]:
     """One that sweeps only when it is told to, by starting again."""
-    disk = DiskRig(tmp_path)
-    with gateway_before(engine.url, tmp_path, kv_dir=disk.kv, sweep_every_s=3600) as gateway:
+    disk = DiskTierHarness(tmp_path)
+    with gateway_in_front_of(engine.url, tmp_path, kv_dir=disk.kv, sweep_every_s=3600) as gateway:
         yield Kept(gateway, disk, engine)
 
 
 @pytest.fixture
 def sweeping(tmp_path: Path, engine: FakeEngine) -> Iterator[Kept]:
-    disk = DiskRig(tmp_path)
-    with gateway_before(engine.url, tmp_path, kv_dir=disk.kv, sweep_every_s=0.2, workers=2) as gateway:
+    disk = DiskTierHarness(tmp_path)
+    with gateway_in_front_of(engine.url, tmp_path, kv_dir=disk.kv, sweep_every_s=0.2, workers=2) as gateway:
         yield Kept(gateway, disk, engine)
 
 
@@ -158,7 +158,7 @@ def test_kv_of_a_new_sessions_first_turn_is_known_before_it_is_over_and_goes_aft
     kept.gateway.start().wait()
     assert (kept.objects("unknown"), kept.objects("forgotten")) == (0, OBJECTS)
     kept.gateway.stop()
-    with gateway_before(engine.url, tmp_path, kv_dir=kept.disk.kv, sweep_every_s=0.1) as again:
+    with gateway_in_front_of(engine.url, tmp_path, kv_dir=kept.disk.kv, sweep_every_s=0.1) as again:
         eventually(lambda: not list(kept.disk.kv.iterdir()), "it is gone", more=lambda: again.log)
 
 

@@ -11,7 +11,7 @@ from gateway.store.damage import StoreDamaged, damage
 from gateway.store.store import SqliteStore
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import free_port, gateway_before
+from tests.support.gateway_process import free_port, gateway_in_front_of
 
 _ALIAS = Alias(b"link", b"history", b"question", b"")
 
@@ -29,7 +29,7 @@ def garbled(store: Path, table: str) -> None:
 
 
 def test_doctor_tells_of_a_damaged_page(engine: FakeEngine, tmp_path: Path, session: str) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         gateway.chat(session)
         gateway.turns(session)
 
@@ -78,8 +78,8 @@ async def test_who_reads_a_damaged_page_is_told_so(tmp_path: Path) -> None:
     [
         ("sessions", lambda store: store.session("default", "s")),
         ("sqlite_autoindex_windows_1", lambda store: store.window("default", "w")),
-        ("beginnings", lambda store: store.beginning("default", [b"x"])),
-        ("ends", lambda store: store.standing("default", [_ALIAS])),
+        ("beginnings", lambda store: store.sessions_by_prefix("default", [b"x"])),
+        ("ends", lambda store: store.sessions_by_reply_alias("default", [_ALIAS])),
     ],
 )
 async def test_a_request_that_reads_a_damaged_page_is_told_so(
@@ -96,7 +96,7 @@ async def test_a_request_that_reads_a_damaged_page_is_told_so(
 def test_a_request_that_needs_a_damaged_page_is_answered_with_what_to_do(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         gateway.chat(session)
         gateway.turns(session)
         assert gateway.stop() == 0

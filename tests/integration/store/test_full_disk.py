@@ -21,7 +21,7 @@ from tests.integration.api.admin.test_admin import error_of
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.integration.test_metrics import numbers, value
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, eventually, free_port, gateway_before
+from tests.support.gateway_process import Gateway, eventually, free_port, gateway_in_front_of
 
 _DISK_MIB = 48
 _SMALL_FILE = 128 * 1024
@@ -49,7 +49,7 @@ def lost(gateway: Gateway) -> float:
 def test_turns_are_kept_while_the_store_cannot_be_written_and_no_new_one_begins(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for number in range(20):
             assert gateway.chat(f"{session}-{number}", _TEXT).status_code == 200
         gateway.turns(f"{session}-19")
@@ -79,7 +79,7 @@ def test_turns_are_kept_while_the_store_cannot_be_written_and_no_new_one_begins(
 def test_turns_that_wait_at_the_end_are_recorded_when_the_store_can_be_written(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for number in range(20):
             gateway.chat(f"{session}-{number}", _TEXT)
         gateway.turns(f"{session}-19")
@@ -149,7 +149,7 @@ def fill(disk: Path) -> Path:
 def test_on_a_full_disk_no_answered_turn_is_lost_and_deleting_works(
     engine: FakeEngine, disk: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, disk) as gateway:
+    with gateway_in_front_of(engine.url, disk) as gateway:
         for number in range(3):
             assert gateway.chat(f"old-{number}", _TEXT).status_code == 200
             assert gateway.freeze(f"old-{number}", f"w-{number}").status_code == 201
@@ -183,7 +183,7 @@ def error_of_turn(response: object) -> tuple[int, str]:
 
 
 def test_a_gateway_whose_disk_is_full_starts_and_lets_one_delete(engine: FakeEngine, disk: Path, session: str) -> None:
-    with gateway_before(engine.url, disk) as gateway:
+    with gateway_in_front_of(engine.url, disk) as gateway:
         gateway.chat(session, _TEXT)
         assert gateway.freeze(session, "w").status_code == 201
         gateway.process.kill()

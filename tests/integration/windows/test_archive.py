@@ -15,26 +15,26 @@ import pytest
 from blake3 import blake3
 
 from gateway.api.admin import serializers
-from gateway.app import open_parts
+from gateway.app import open_services
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
 from gateway.windows.archive import file_format, manifest
 from gateway.windows.archive.export import export, pack
 from gateway.windows.archive.import_ import import_window
 from gateway.windows.archive.spool import Spool
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.delete import delete
 from gateway.windows.thaw import thaw
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import ROOT, Gateway, environment, gateway_before
-from tests.support.harness import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, House, value, window
+from tests.support.gateway_process import ROOT, Gateway, environment, gateway_in_front_of
+from tests.support.harness import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, GatewayHarness, value, window
 
 pytestmark = pytest.mark.anyio
 
 
-async def file_of(parts: Parts, name: str = "w") -> bytes:
+async def file_of(services: Services, name: str = "w") -> bytes:
     """The whole file of a window."""
-    done = await export(parts, "default", name)
+    done = await export(services, "default", name)
     data = b"".join([piece async for piece in done.pieces])
     assert len(data) == done.size
     return data
@@ -46,117 +46,123 @@ async def stream(data: bytes, step: int = 777) -> AsyncIterator[bytes]:
         yield data[start : start + step]
 
 
-async def refused(house: House, data: bytes, *codes: str, name: str | None = "x", as_text: bool = False) -> str:
+async def refused(
+    harness: GatewayHarness, data: bytes, *codes: str, name: str | None = "x", as_text: bool = False
+) -> str:
     """The import fails with one of `codes`, and nothing is there that was not there before."""
-    before = house.everything()
+    before = harness.everything()
     with pytest.raises(GatewayError) as caught:
-        await import_window(house.parts, "default", stream(data, 50_000), name=name, as_text=as_text)
+        await import_window(harness.services, "default", stream(data, 50_000), name=name, as_text=as_text)
     assert caught.value.code in codes, caught.value.message
-    assert house.everything() == before
-    assert await house.parts.store.window("default", name or "w") is None or name is None
+    assert harness.everything() == before
+    assert await harness.services.store.window("default", name or "w") is None or name is None
     return caught.value.message
 
 
 # --- the round trip
 
 
-async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(house: House) -> None:
-    original = await window(house.parts)
-    data = await file_of(house.parts)
-    imported, warnings = await import_window(house.parts, "default", stream(data), name="again")
+async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(harness: GatewayHarness) -> None:
+    original = await window(harness.services)
+    data = await file_of(harness.services)
+    imported, warnings = await import_window(harness.services, "default", stream(data), name="again")
     assert warnings == []
     assert (imported.kv, imported.chunk_count, imported.token_count) == ("complete", CHUNKS, len(IDS))
     assert (imported.description, imported.tags, imported.model) == ("d", ("a",), MODEL)
     assert imported.salt != original.salt
     assert imported.lineage != original.lineage
-    kept = await house.parts.store.window("default", "again")
+    kept = await harness.services.store.window("default", "again")
     assert kept is not None
-    assert await house.parts.store.messages(kept.transcript) == MESSAGES
-    assert await house.parts.store.frame(kept.frame or b"") == FRAME
-    manifest = await house.parts.store.manifest(kept)
+    assert await harness.services.store.messages(kept.transcript) == MESSAGES
+    assert await harness.services.store.frame(kept.frame or b"") == FRAME
+    manifest = await harness.services.store.manifest(kept)
     assert manifest.token_ids == IDS
     assert len(manifest.objects) == 2 * CHUNKS
     for index, key in enumerate(object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)):
-        assert (house.kv / key.file_name).read_bytes() == value(index)
-        assert (house.kv / key.file_name).stat().st_nlink == 2  # and pinned
-        assert house.redis.live(key) == value(index)
-    _, _, receipt = await thaw(house.parts, "default", "again", new_session_id=None, warm="none")
+        assert (harness.kv / key.file_name).read_bytes() == value(index)
+        assert (harness.kv / key.file_name).stat().st_nlink == 2  # and pinned
+        assert harness.redis.live(key) == value(index)
+    _, _, receipt = await thaw(harness.services, "default", "again", new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
 
 
-async def test_a_window_comes_back_after_it_and_all_its_objects_were_deleted(house: House) -> None:
-    empty = house.everything()
-    await window(house.parts)
-    data = await file_of(house.parts)
-    await delete(house.parts, "default", "w")
-    assert house.everything() == empty
-    imported, _ = await import_window(house.parts, "default", stream(data))
+async def test_a_window_comes_back_after_it_and_all_its_objects_were_deleted(harness: GatewayHarness) -> None:
+    empty = harness.everything()
+    await window(harness.services)
+    data = await file_of(harness.services)
+    await delete(harness.services, "default", "w")
+    assert harness.everything() == empty
+    imported, _ = await import_window(harness.services, "default", stream(data))
     assert (imported.name, imported.kv) == ("w", "complete")
     assert imported.receipt["imported"]["name"] == "w"
-    again = await file_of(house.parts)
-    await delete(house.parts, "default", "w")
-    assert house.everything() == empty
+    again = await file_of(harness.services)
+    await delete(harness.services, "default", "w")
+    assert harness.everything() == empty
     assert len(again) != 0
 
 
-async def test_a_standard_tar_reads_the_file(house: House, tmp_path: Path) -> None:
-    await window(house.parts)
-    (tmp_path / "w.cwg").write_bytes(await file_of(house.parts))
+async def test_a_standard_tar_reads_the_file(harness: GatewayHarness, tmp_path: Path) -> None:
+    await window(harness.services)
+    (tmp_path / "w.cwg").write_bytes(await file_of(harness.services))
     names = await asyncio.to_thread(subprocess.check_output, ["tar", "tf", str(tmp_path / "w.cwg")], text=True)
     objects = [file_format.object_name(index) for index in range(CHUNKS)]
     assert names.split() == [file_format.MANIFEST, *file_format.TEXTS, *objects, file_format.CHECKSUM]
 
 
-async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in_both_is_told(house: House) -> None:
-    original = await window(house.parts)
-    whole = await file_of(house.parts)
+async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in_both_is_told(
+    harness: GatewayHarness,
+) -> None:
+    original = await window(harness.services)
+    whole = await file_of(harness.services)
     key = object_keys(original.model_root, IDS, CHUNK, 1, original.salt)[1]
-    pin = next((house.kv.parent / "kv-pins").rglob(key.file_name))
+    pin = next((harness.kv.parent / "kv-pins").rglob(key.file_name))
     pin.write_bytes(b"damaged")
-    assert await file_of(house.parts) == whole
-    house.redis.client.flushall()
+    assert await file_of(harness.services) == whole
+    harness.redis.client.flushall()
     with pytest.raises(GatewayError, match="1 of") as caught:
-        await file_of(house.parts)
+        await file_of(harness.services)
     assert caught.value.code == "window_corrupted"
-    text = await export(house.parts, "default", "w", as_text=True)
+    text = await export(harness.services, "default", "w", as_text=True)
     data = b"".join([piece async for piece in text.pieces])
-    imported, _ = await import_window(house.parts, "default", stream(data), name="text")
+    imported, _ = await import_window(harness.services, "default", stream(data), name="text")
     assert (imported.kv, imported.chunk_count) == ("absent", 0)
 
 
-async def test_a_taken_name_is_refused(house: House) -> None:
-    await window(house.parts)
-    await refused(house, await file_of(house.parts), "window_already_exists", name=None)
+async def test_a_taken_name_is_refused(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    await refused(harness, await file_of(harness.services), "window_already_exists", name=None)
 
 
 # --- files that are not as they must be
 
 
-async def test_a_file_cut_anywhere_leaves_nothing(house: House) -> None:
-    await window(house.parts)
-    data = await file_of(house.parts)
+async def test_a_file_cut_anywhere_leaves_nothing(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    data = await file_of(harness.services)
     for part in range(50):
-        await refused(house, data[: len(data) * part // 50], "window_corrupted")
-    await refused(house, data[:-1], "window_corrupted")
-    assert "after the end" in await refused(house, data + b"\0", "window_corrupted")
+        await refused(harness, data[: len(data) * part // 50], "window_corrupted")
+    await refused(harness, data[:-1], "window_corrupted")
+    assert "after the end" in await refused(harness, data + b"\0", "window_corrupted")
 
 
-async def test_a_flipped_bit_anywhere_leaves_nothing(house: House) -> None:
-    await window(house.parts)
-    data = await file_of(house.parts)
+async def test_a_flipped_bit_anywhere_leaves_nothing(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    data = await file_of(harness.services)
     # A bit of every block: headers, members, what fills them up, and the end.
     for at in range(0, len(data), file_format.BLOCK):
         harmed = bytearray(data)
         harmed[at + at // file_format.BLOCK * 101 % file_format.BLOCK] ^= 1 << at // file_format.BLOCK % 8
-        await refused(house, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
+        await refused(harness, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
 
 
-async def test_a_wrong_checksum_of_the_whole_leaves_nothing_though_every_member_is_as_it_was(house: House) -> None:
-    await window(house.parts)
-    data = bytearray(await file_of(house.parts))
+async def test_a_wrong_checksum_of_the_whole_leaves_nothing_though_every_member_is_as_it_was(
+    harness: GatewayHarness,
+) -> None:
+    await window(harness.services)
+    data = bytearray(await file_of(harness.services))
     at = len(data) - len(file_format.END) - file_format.BLOCK  # its first digit
     data[at] = ord("0") if data[at] != ord("0") else ord("1")
-    assert "whole file" in await refused(house, bytes(data), "window_corrupted")
+    assert "whole file" in await refused(harness, bytes(data), "window_corrupted")
 
 
 Change = Callable[[dict[str, object]], object]
@@ -225,9 +231,9 @@ def _end(whole: bytes) -> bytes:
         (lambda m: m["texts"][0].update(size=2**40), "payload_too_large"),
     ],
 )
-async def test_a_manifest_that_lies_leaves_nothing(house: House, change: Change, code: str) -> None:
-    await window(house.parts)
-    await refused(house, rebuilt(await file_of(house.parts), change), code)
+async def test_a_manifest_that_lies_leaves_nothing(harness: GatewayHarness, change: Change, code: str) -> None:
+    await window(harness.services)
+    await refused(harness, rebuilt(await file_of(harness.services), change), code)
 
 
 def nested(depth: int) -> dict[str, object]:
@@ -282,18 +288,20 @@ Members = list[tuple[str, bytes]]
     ],
     ids=["path", "absolute", "twice", "order", "manifest-second", "one-less", "one-more", "no-transcript"],
 )
-async def test_other_members_than_are_due_leave_nothing(house: House, harm: Callable[[Members], Members]) -> None:
-    await window(house.parts)
-    wanted = members(await file_of(house.parts))[:-1]
+async def test_other_members_than_are_due_leave_nothing(
+    harness: GatewayHarness, harm: Callable[[Members], Members]
+) -> None:
+    await window(harness.services)
+    wanted = members(await file_of(harness.services))[:-1]
     whole = b"".join(b"".join(file_format.wrap(name, data)) for name, data in wanted)
-    assert whole + _end(whole) == await file_of(house.parts)
+    assert whole + _end(whole) == await file_of(harness.services)
     whole = b"".join(b"".join(file_format.wrap(name, data)) for name, data in harm(wanted))
-    await refused(house, whole + _end(whole), "window_corrupted", "invalid_request")
+    await refused(harness, whole + _end(whole), "window_corrupted", "invalid_request")
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\3\4" + bytes(5000), b"\x1f\x8b" + bytes(5000), bytes(5000), b"{}" * 900])
-async def test_what_is_no_window_file_is_told_so(house: House, data: bytes) -> None:
-    await refused(house, data, "invalid_request", "window_corrupted")
+async def test_what_is_no_window_file_is_told_so(harness: GatewayHarness, data: bytes) -> None:
+    await refused(harness, data, "invalid_request", "window_corrupted")
 
 
 def with_text(data: bytes, index: int, text: bytes) -> bytes:
@@ -317,9 +325,9 @@ def with_text(data: bytes, index: int, text: bytes) -> bytes:
         (2, b'{"tools":' + b"[" * 100 + b"]" * 100 + b"}"),
     ],
 )  # fmt: skip
-async def test_text_that_is_none_leaves_nothing(house: House, index: int, text: bytes) -> None:
-    await window(house.parts)
-    await refused(house, with_text(await file_of(house.parts), index, text), "window_corrupted")
+async def test_text_that_is_none_leaves_nothing(harness: GatewayHarness, index: int, text: bytes) -> None:
+    await window(harness.services)
+    await refused(harness, with_text(await file_of(harness.services), index, text), "window_corrupted")
 
 
 @pytest.mark.parametrize(
@@ -332,29 +340,31 @@ async def test_text_that_is_none_leaves_nothing(house: House, index: int, text: 
     ],
     ids=["messages", "containers", "values", "tools"],
 )
-async def test_text_with_too_much_in_it_leaves_nothing(house: House, index: int, text: bytes) -> None:
-    await window(house.parts)
-    await refused(house, with_text(await file_of(house.parts), index, text), "too_complex")
+async def test_text_with_too_much_in_it_leaves_nothing(harness: GatewayHarness, index: int, text: bytes) -> None:
+    await window(harness.services)
+    await refused(harness, with_text(await file_of(harness.services), index, text), "too_complex")
 
 
-async def test_a_transcript_as_deep_as_may_be_can_be_read_and_exported_again(house: House) -> None:
-    await window(house.parts)
+async def test_a_transcript_as_deep_as_may_be_can_be_read_and_exported_again(harness: GatewayHarness) -> None:
+    await window(harness.services)
     deep = b'[{"role":"user","content":' + b"[" * 98 + b"]" * 98 + b"}]"
     receipt = nested(19)
-    data = rebuilt(with_text(await file_of(house.parts), 1, deep), lambda m: m["window"].update(receipt=receipt))  # type: ignore[attr-defined]
-    imported, _ = await import_window(house.parts, "default", stream(data, 50_000), name="deep")
+    data = rebuilt(with_text(await file_of(harness.services), 1, deep), lambda m: m["window"].update(receipt=receipt))  # type: ignore[attr-defined]
+    imported, _ = await import_window(harness.services, "default", stream(data, 50_000), name="deep")
     assert orjson.dumps(serializers.window(imported))
-    again, _ = await import_window(house.parts, "default", stream(await file_of(house.parts, "deep"), 50_000), name="2")
-    assert await house.parts.store.messages(again.transcript) == orjson.loads(deep)
+    again, _ = await import_window(
+        harness.services, "default", stream(await file_of(harness.services, "deep"), 50_000), name="2"
+    )
+    assert await harness.services.store.messages(again.transcript) == orjson.loads(deep)
 
 
-async def test_a_long_transcript_is_in_memory_no_more_than_twice(house: House) -> None:
-    await window(house.parts)
+async def test_a_long_transcript_is_in_memory_no_more_than_twice(harness: GatewayHarness) -> None:
+    await window(harness.services)
     text = orjson.dumps([{"role": "user", "content": "x" * 2**18 + str(number)} for number in range(100)])
-    data = with_text(await file_of(house.parts), 1, text)
+    data = with_text(await file_of(harness.services), 1, text)
     tracemalloc.start()
     try:
-        await import_window(house.parts, "default", stream(data, 2**18), name="long")
+        await import_window(harness.services, "default", stream(data, 2**18), name="long")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -362,15 +372,17 @@ async def test_a_long_transcript_is_in_memory_no_more_than_twice(house: House) -
 
 
 async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_its_objects_are_read(
-    house: House,
+    harness: GatewayHarness,
 ) -> None:
-    await window(house.parts)
-    data = await file_of(house.parts)
-    plain = house.parts
-    house.parts = replace(plain, settings=replace(plain.settings, disk_reserve_bytes=2**62))
+    await window(harness.services)
+    data = await file_of(harness.services)
+    plain = harness.services
+    harness.services = replace(plain, settings=replace(plain.settings, disk_reserve_bytes=2**62))
     head = data[: file_format.BLOCK + file_format.padded(int(data[124:135], 8))]
-    assert "disk_reserve_bytes" in await refused(house, head, "storage_full")
-    imported, _ = await import_window(house.parts, "default", stream(data), name="t", as_text=True)  # needs no room
+    assert "disk_reserve_bytes" in await refused(harness, head, "storage_full")
+    imported, _ = await import_window(
+        harness.services, "default", stream(data), name="t", as_text=True
+    )  # needs no room
     assert imported.kv == "absent"
 
 
@@ -388,82 +400,82 @@ async def test_a_disk_that_fills_up_meanwhile_ends_an_import(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("per_tenant", "alone"), [(False, True), (True, True), (True, False)])
 async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
-    house: House, per_tenant: bool, alone: bool
+    harness: GatewayHarness, per_tenant: bool, alone: bool
 ) -> None:
     """A sweep holds them alone. A freeze shares them, and where a tenant has one salt it may be of the very objects."""
-    await window(house.parts)
-    data = await file_of(house.parts)
-    parts = replace(house.parts, salts=replace(house.parts.salts, per_tenant=per_tenant))
-    before = house.everything()
+    await window(harness.services)
+    data = await file_of(harness.services)
+    parts = replace(harness.services, salts=replace(harness.services.salts, per_tenant=per_tenant))
+    before = harness.everything()
     read = asyncio.Event()
 
     def tell(stage: str, done: int, total: int) -> None:
         if stage == "read" and done == total:
             read.set()
 
-    async with parts.pins.lock.hold(alone=alone):
+    async with parts.pins.lock.acquire(alone=alone):
         going = asyncio.create_task(import_window(parts, "default", stream(data), name="x", progress=tell))
         await read.wait()
         done, _ = await asyncio.wait({going}, timeout=0.3)
         assert not done
-        assert house.everything() == before
+        assert harness.everything() == before
     assert (await going)[0].kv == "complete"
 
 
-async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(house: House) -> None:
-    await window(house.parts)
-    data = await file_of(house.parts)
-    small = House(replace(house.parts, settings=replace(house.settings, max_import_bytes=9000)), house.kv, house.redis,
-                  house.settings)  # fmt: skip
+async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    data = await file_of(harness.services)
+    services = replace(harness.services, settings=replace(harness.settings, max_import_bytes=9000))
+    small = GatewayHarness(services, harness.kv, harness.redis, harness.settings)
     assert "9000" in await refused(small, data[:4096], "payload_too_large")
 
 
-async def test_another_model_is_imported_as_text_only(house: House) -> None:
-    await window(house.parts)
-    data = rebuilt(await file_of(house.parts), lambda m: m["window"].update(fingerprint="other"))  # type: ignore[attr-defined]
-    await refused(house, data, "model_mismatch")
-    imported, warnings = await import_window(house.parts, "default", stream(data), name="text", as_text=True)
+async def test_another_model_is_imported_as_text_only(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    data = rebuilt(await file_of(harness.services), lambda m: m["window"].update(fingerprint="other"))  # type: ignore[attr-defined]
+    await refused(harness, data, "model_mismatch")
+    imported, warnings = await import_window(harness.services, "default", stream(data), name="text", as_text=True)
     assert (imported.kv, imported.size_bytes) == ("absent", 0)
     assert "rendered anew" in warnings[0]
-    session, _, receipt = await thaw(house.parts, "default", "text", new_session_id=None, warm="none")
+    session, _, receipt = await thaw(harness.services, "default", "text", new_session_id=None, warm="none")
     assert (session.token_count, receipt.chunks_found) == (len(IDS), 0)
     # As text too, a damaged object is a damaged file.
-    await refused(house, data[:20_000], "window_corrupted", as_text=True)
+    await refused(harness, data[:20_000], "window_corrupted", as_text=True)
 
 
-async def test_a_full_tier_leaves_nothing(house: House) -> None:
-    await window(house.parts)
-    data = await file_of(house.parts)
-    house.redis.client.config_set("maxmemory", 1)  # the disk, which comes first, has taken all by then
+async def test_a_full_tier_leaves_nothing(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    data = await file_of(harness.services)
+    harness.redis.client.config_set("maxmemory", 1)  # the disk, which comes first, has taken all by then
     try:
-        await refused(house, data, "storage_full")
+        await refused(harness, data, "storage_full")
     finally:
-        house.redis.client.config_set("maxmemory", 0)
+        harness.redis.client.config_set("maxmemory", 0)
 
 
-async def test_past_the_tenants_budget_an_import_leaves_nothing(house: House) -> None:
-    await window(house.parts)
-    data = await file_of(house.parts)
-    held = await house.parts.store.held_bytes("default", [])
-    plain = house.parts
-    house.parts = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held - 1))
-    assert f"would hold {2 * held} bytes, 1 more than" in await refused(house, data, "storage_full")
-    house.parts = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held))
-    imported, _ = await import_window(house.parts, "default", stream(data, 50_000), name="x", as_text=False)
+async def test_past_the_tenants_budget_an_import_leaves_nothing(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    data = await file_of(harness.services)
+    held = await harness.services.store.held_bytes("default", [])
+    plain = harness.services
+    harness.services = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held - 1))
+    assert f"would hold {2 * held} bytes, 1 more than" in await refused(harness, data, "storage_full")
+    harness.services = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held))
+    imported, _ = await import_window(harness.services, "default", stream(data, 50_000), name="x", as_text=False)
     assert imported.kv == "complete"
 
 
-async def test_pins_that_were_never_committed_go_at_the_next_start(house: House) -> None:
-    await window(house.parts)
-    before = house.everything()
-    model = await house.parts.engines.model(MODEL)
+async def test_pins_that_were_never_committed_go_at_the_next_start(harness: GatewayHarness) -> None:
+    await window(harness.services)
+    before = harness.everything()
+    model = await harness.services.engines.model(MODEL)
     for key in object_keys(model.root, IDS, CHUNK, 1, "f" * 32):
-        for tier in house.parts.pins.tiers:
+        for tier in harness.services.pins.tiers:
             await tier.put(key, b"half")
-    (next((house.kv.parent / "kv-pins").iterdir()) / "0123456789abcdef.put").write_bytes(b"half")
-    assert house.everything() != before
-    async with open_parts(house.settings):
-        assert house.everything() == before
+    (next((harness.kv.parent / "kv-pins").iterdir()) / "0123456789abcdef.put").write_bytes(b"half")
+    assert harness.everything() != before
+    async with open_services(harness.settings):
+        assert harness.everything() == before
 
 
 def test_token_ids_are_little_endian() -> None:
@@ -527,7 +539,7 @@ def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str
 
 
 def test_a_body_beyond_the_bound_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, max_import_bytes=4000) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, max_import_bytes=4000) as gateway:
         for content in (bytes(5000), iter([file_format.header(file_format.MANIFEST, 8000), *[b" " * 2000] * 2])):
             answer = gateway.http.post("/admin/windows/import", content=content)
             assert answer.status_code == 413

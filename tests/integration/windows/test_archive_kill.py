@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.app import open_parts
+from gateway.app import open_services
 from gateway.settings import Settings
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import ROOT, Gateway, environment, eventually
@@ -35,7 +35,7 @@ def gateway(engine: FakeEngine, tmp_path: Path) -> Iterator[Gateway]:
 
 async def _fill(settings: Settings) -> None:
     settings.data_path.mkdir()
-    async with open_parts(settings) as parts:
+    async with open_services(settings) as parts:
         await window(parts, size=OBJECT)
 
 

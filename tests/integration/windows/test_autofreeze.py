@@ -11,11 +11,11 @@ import pytest
 
 from gateway.records import Session
 from gateway.store.types import Unfrozen
-from gateway.windows.autofreeze.service import Autofreeze, retry_after
+from gateway.windows.autofreeze.service import AutofreezeService, retry_after
 from tests.integration.api.admin.test_admin import error_of
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.harness import House
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.harness import GatewayHarness
 
 QUICK: dict[str, Any] = {
     "auto_freeze": True,
@@ -59,7 +59,9 @@ def check(gateway: Gateway, session: str) -> dict[str, Any]:
 
 
 def test_w5_a_session_left_alone_is_a_window_and_is_frozen_once(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, **QUICK | {"auto_freeze_idle_minutes": _SOON, "workers": 2}) as gateway:
+    with gateway_in_front_of(
+        engine.url, tmp_path, **QUICK | {"auto_freeze_idle_minutes": _SOON, "workers": 2}
+    ) as gateway:
         gateway.chat("user:7")
         (window,) = wait_for(gateway, 1)
         assert window["name"].startswith("auto-user-7-20")
@@ -76,7 +78,7 @@ def test_w5_a_session_left_alone_is_a_window_and_is_frozen_once(engine: FakeEngi
 
 
 def test_w5_a_threshold_freezes_once_after_the_turn_that_crosses_it(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, **QUICK | {"auto_freeze_tokens": 500}) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK | {"auto_freeze_tokens": 500}) as gateway:
         gateway.chat("s", "x" * 100)
         told = check(gateway, "s")
         assert (told["triggered"], told["reason"], told["context_limit"]) == (False, None, 4096)
@@ -95,7 +97,7 @@ def test_w5_a_threshold_freezes_once_after_the_turn_that_crosses_it(engine: Fake
 
 def test_w5_a_cool_down_holds_back_what_the_policies_say_and_then_no_more(engine: FakeEngine, tmp_path: Path) -> None:
     own = "tests.support.fakes.policies:Turns"
-    with gateway_before(engine.url, tmp_path, **QUICK | {"auto_freeze_policies": own}) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK | {"auto_freeze_policies": own}) as gateway:
         put(gateway, cooldown_seconds=2, policies=[{"use": own, "turns": 1}])
         gateway.chat("s")
         wait_for(gateway, 1)
@@ -111,7 +113,7 @@ def test_w5_a_cool_down_holds_back_what_the_policies_say_and_then_no_more(engine
 def test_the_last_automatic_windows_are_kept_and_what_a_user_made_always(engine: FakeEngine, tmp_path: Path) -> None:
     own = "tests.support.fakes.policies:Turns"
     settings = QUICK | {"auto_freeze_policies": own, "auto_freeze_keep": 2}
-    with gateway_before(engine.url, tmp_path, **settings) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
         gateway.chat("s")
         assert gateway.freeze("s", "mine", tags=["auto"]).status_code == 201
         for turn in range(2, 6):
@@ -125,7 +127,7 @@ def test_the_last_automatic_windows_are_kept_and_what_a_user_made_always(engine:
 def test_a_storm_of_300_idle_sessions_is_worked_off_while_requests_stay_quick(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
-    with gateway_before(engine.url, tmp_path, **QUICK) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK) as gateway:
         with ThreadPoolExecutor(8) as pool:
             assert {r.status_code for r in pool.map(lambda n: gateway.chat(f"s{n}"), range(300))} == {200}
         put(gateway, idle_timeout_minutes=0.001)
@@ -147,7 +149,7 @@ def test_a_storm_of_300_idle_sessions_is_worked_off_while_requests_stay_quick(
 def test_a_gateway_that_is_stopped_first_freezes_what_its_policy_says(
     engine: FakeEngine, tmp_path: Path, workers: int
 ) -> None:
-    with gateway_before(engine.url, tmp_path, **QUICK | {"workers": workers}) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK | {"workers": workers}) as gateway:
         put(gateway, at_shutdown=True)
         for number in range(5):
             gateway.chat(f"s{number}")
@@ -161,7 +163,7 @@ def test_a_gateway_that_is_stopped_first_freezes_what_its_policy_says(
 
 def test_an_engine_that_hangs_holds_the_end_up_no_longer_than_it_may(engine: FakeEngine, tmp_path: Path) -> None:
     settings = QUICK | {"auto_freeze_at_shutdown": True, "shutdown_freeze_s": 1}
-    with gateway_before(engine.url, tmp_path, **settings) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
         gateway.chat("s")
         engine.on_tokenize = lambda exchange: exchange.gone() and None
         began = time.monotonic()
@@ -174,7 +176,7 @@ def test_an_engine_that_hangs_holds_the_end_up_no_longer_than_it_may(engine: Fak
 
 def test_policies_that_fail_lie_or_dawdle_are_logged_and_hurt_no_request(engine: FakeEngine, tmp_path: Path) -> None:
     own = [f"tests.support.fakes.policies:{name}" for name in ("Failing", "Lying", "Slow", "Turns")]
-    with gateway_before(engine.url, tmp_path, **QUICK | {"auto_freeze_policies": ",".join(own)}) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK | {"auto_freeze_policies": ",".join(own)}) as gateway:
         took = []
         for turn in range(4):
             for session in ("s1", "s2"):
@@ -189,7 +191,7 @@ def test_policies_that_fail_lie_or_dawdle_are_logged_and_hurt_no_request(engine:
 
 
 def test_a_freeze_that_fails_is_logged_and_tried_again_later_not_at_once(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, **QUICK | {"auto_freeze_tokens": 10}) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK | {"auto_freeze_tokens": 10}) as gateway:
         engine.on_tokenize = lambda exchange: exchange.json({"error": "out of order"}, 500)
         gateway.chat("s")
         eventually(lambda: "could not be frozen automatically" in gateway.log, "logged", more=lambda: gateway.log)
@@ -202,7 +204,7 @@ def test_a_freeze_that_fails_is_logged_and_tried_again_later_not_at_once(engine:
 def test_w5_x19_what_is_set_at_run_time_survives_a_restart_until_it_is_taken_back(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
-    with gateway_before(engine.url, tmp_path, **QUICK) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **QUICK) as gateway:
         before = gateway.http.get("/admin/policies").json()
         assert before["set_at_run_time"] == []
         put(gateway, idle_timeout_minutes=30, naming_pattern="{timestamp}_{session_id}")
@@ -262,11 +264,11 @@ def test_failures_in_a_row_are_retried_less_and_less_often() -> None:
 
 
 @pytest.mark.anyio
-async def test_policies_are_not_asked_about_a_session_that_has_to_wait(house: House) -> None:
-    await house.parts.store.add_session(Session("t", "s", lineage="s", state="active", token_count=10**6))
-    settings = replace(house.settings, auto_freeze_tokens=10)
-    autofreeze = Autofreeze(replace(house.parts, settings=settings))
-    session = await house.parts.store.session("t", "s")
+async def test_policies_are_not_asked_about_a_session_that_has_to_wait(harness: GatewayHarness) -> None:
+    await harness.services.store.add_session(Session("t", "s", lineage="s", state="active", token_count=10**6))
+    settings = replace(harness.settings, auto_freeze_tokens=10)
+    autofreeze = AutofreezeService(replace(harness.services, settings=settings))
+    session = await harness.services.store.session("t", "s")
     assert session is not None
     async with autofreeze:
         now = time.time()
@@ -280,9 +282,9 @@ async def test_policies_are_not_asked_about_a_session_that_has_to_wait(house: Ho
 
 
 @pytest.mark.anyio
-async def test_a_session_whose_last_turn_lies_in_the_future_is_idle(house: House) -> None:
+async def test_a_session_whose_last_turn_lies_in_the_future_is_idle(harness: GatewayHarness) -> None:
     now = time.time()
-    autofreeze = Autofreeze(house.parts)
+    autofreeze = AutofreezeService(harness.services)
     for last in (now - 3600, now + 3600):
         one = Unfrozen(Session("t", "s", lineage="s", last_active_at=last), 0, 0.0, 0)
         assert autofreeze._observation(one, "sweep", now).idle_s == pytest.approx(3600)

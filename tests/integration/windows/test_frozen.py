@@ -36,63 +36,67 @@ def cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
 
 
 @pytest.fixture
-async def house(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
-    async with opened(engine, cache, tmp_path) as house:
-        yield house
+async def harness(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
+    async with opened(engine, cache, tmp_path) as harness:
+        yield harness
 
 
-async def test_what_is_frozen_is_pinned_and_outlives_what_the_cache_evicts(house: Cached) -> None:
-    window = await house.window()
+async def test_what_is_frozen_is_pinned_and_outlives_what_the_cache_evicts(harness: Cached) -> None:
+    window = await harness.window()
     assert (window.kv, window.chunk_count) == ("complete", CHUNKS)
-    assert house.pinned == {key.file_name for key in house.keys(window)}
-    house.cache.evict()
-    verdict = await verify(house.parts, TENANT, "w")
+    assert harness.pinned == {key.file_name for key in harness.keys(window)}
+    harness.cache.evict()
+    verdict = await verify(harness.services, TENANT, "w")
     assert (verdict.ok, verdict.chunks_usable) == (True, CHUNKS)
-    _, _, receipt = await thaw(house.parts, TENANT, "w", new_session_id=None, warm="none")
+    _, _, receipt = await thaw(harness.services, TENANT, "w", new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, CHUNKS, False)
 
 
 async def test_a_freeze_waits_for_objects_that_land_after_the_engine_has_answered(
-    engine: FakeEngine, house: Cached
+    engine: FakeEngine, harness: Cached
 ) -> None:
-    session, late = await house.session(stored=False), []
-    house.cache.before_write = lambda name: bool(late.append(name))
+    session, late = await harness.session(stored=False), []
+    harness.cache.before_write = lambda name: bool(late.append(name))
 
     def seen(step: str, done: int, total: int) -> None:
         if step == "barrier" and not done:
-            for key in house.cache.keys(IDS, session.salt):
-                house.cache.write(key)
+            for key in harness.cache.keys(IDS, session.salt):
+                harness.cache.write(key)
 
-    window = await house.window(progress=seen)
+    window = await harness.window(progress=seen)
     assert (window.kv, len(late)) == ("complete", CHUNKS)
     assert len(engine.seen("/v1/completions")) == 1, "nothing had to be computed a second time"
 
 
 async def test_what_did_not_land_is_dropped_from_memory_and_computed_once_more(
-    engine: FakeEngine, house: Cached
+    engine: FakeEngine, harness: Cached
 ) -> None:
-    await house.session(stored=False)
+    await harness.session(stored=False)
     refused: set[str] = set()
-    house.cache.before_write = lambda name: name in refused or bool(refused.add(name))
-    window = await house.window()
+    harness.cache.before_write = lambda name: name in refused or bool(refused.add(name))
+    window = await harness.window()
     assert (window.kv, window.chunk_count) == ("complete", CHUNKS)
     assert len(engine.seen("/v1/completions")) == 2
 
 
-async def test_chunks_behind_one_that_never_lands_are_not_claimed(house: Cached) -> None:
-    session = await house.session(stored=False)
-    hole = house.cache.keys(IDS, session.salt)[2].file_name
-    house.cache.before_write = lambda name: name != hole
-    window, warnings = await freeze(house.parts, TENANT, "s", Naming("w"))
+async def test_chunks_behind_one_that_never_lands_are_not_claimed(harness: Cached) -> None:
+    session = await harness.session(stored=False)
+    hole = harness.cache.keys(IDS, session.salt)[2].file_name
+    harness.cache.before_write = lambda name: name != hole
+    window, warnings = await freeze(harness.services, TENANT, "s", Naming("w"))
     assert (window.kv, window.chunk_count) == ("partial", 2)
     assert f"2 of {CHUNKS} chunks were seen" in warnings[0]
-    assert {o.key for o in await house.parts.store.pinned(window)} == {str(key) for key in house.keys(window)[:2]}
-    assert house.pinned == {key.file_name for key in house.keys(window)[:2]}, "what lies behind the hole is let go of"
+    assert {o.key for o in await harness.services.store.pinned(window)} == {
+        str(key) for key in harness.keys(window)[:2]
+    }
+    assert harness.pinned == {key.file_name for key in harness.keys(window)[:2]}, (
+        "what lies behind the hole is let go of"
+    )
 
 
-async def test_nothing_can_be_unpinned_between_the_pins_and_the_commit(house: Cached) -> None:
+async def test_nothing_can_be_unpinned_between_the_pins_and_the_commit(harness: Cached) -> None:
     held: dict[str, bool] = {}
-    await house.window(progress=lambda step, done, total: held.update({step: house.locked}))
+    await harness.window(progress=lambda step, done, total: held.update({step: harness.locked}))
     assert held["commit"]
     assert not held["render"]
 
@@ -100,49 +104,49 @@ async def test_nothing_can_be_unpinned_between_the_pins_and_the_commit(house: Ca
 async def test_a_disk_that_is_nearly_full_is_told_before_anything_is_computed(
     engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
 ) -> None:
-    async with opened(engine, cache, tmp_path, disk_reserve_bytes=2**62) as house:
+    async with opened(engine, cache, tmp_path, disk_reserve_bytes=2**62) as harness:
         with pytest.raises(GatewayError, match="disk_reserve_bytes") as caught:
-            await house.window()
+            await harness.window()
         assert caught.value.code == "storage_full"
-        assert (house.pinned, engine.seen("/v1/completions")) == (set(), [])
+        assert (harness.pinned, engine.seen("/v1/completions")) == (set(), [])
 
 
-async def test_a_session_of_other_weights_is_frozen_under_the_salt_of_those_that_are_served(house: Cached) -> None:
-    session = await house.session(fingerprint="older")
-    window = await house.window()
-    model = await house.parts.engines.model(window.model)
+async def test_a_session_of_other_weights_is_frozen_under_the_salt_of_those_that_are_served(harness: Cached) -> None:
+    session = await harness.session(fingerprint="older")
+    window = await harness.window()
+    model = await harness.services.engines.model(window.model)
     assert window.fingerprint == model.fingerprint
-    assert window.salt == house.parts.salts.of(TENANT, "s", model.fingerprint) != session.salt
-    assert house.pinned == {key.file_name for key in house.keys(window)}
+    assert window.salt == harness.services.salts.of(TENANT, "s", model.fingerprint) != session.salt
+    assert harness.pinned == {key.file_name for key in harness.keys(window)}
 
 
 # --- what has been read is committed
 
 
-async def edited(house: Cached) -> None:
-    await house.session("s", [{"role": "user", "content": "something else"}, {"role": "assistant", "content": "Ok."}])
+async def edited(harness: Cached) -> None:
+    await harness.session("s", [{"role": "user", "content": "something else"}, {"role": "assistant", "content": "Ok."}])
 
 
-async def deleted(house: Cached) -> None:
-    await orphans.delete_session(house.parts, TENANT, "s")
+async def deleted(harness: Cached) -> None:
+    await orphans.delete_session(harness.services, TENANT, "s")
 
 
-async def begun_anew(house: Cached) -> None:
-    await deleted(house)
-    await edited(house)
+async def begun_anew(harness: Cached) -> None:
+    await deleted(harness)
+    await edited(harness)
 
 
-async def swept(house: Cached) -> None:
-    await house.parts.store.forget_idle(0)
-    await sweeper.sweep(house.parts)
+async def swept(harness: Cached) -> None:
+    await harness.services.store.forget_idle(0)
+    await sweeper.sweep(harness.services)
 
 
 @pytest.mark.parametrize("meanwhile", [edited, deleted, begun_anew, swept], ids=lambda one: one.__name__)
 @pytest.mark.parametrize("where", ["/tokenize", "/v1/completions"])
 async def test_a_window_has_what_the_freeze_read_whatever_becomes_of_its_session(
-    engine: FakeEngine, house: Cached, where: str, meanwhile: Callable[[Cached], Awaitable[None]]
+    engine: FakeEngine, harness: Cached, where: str, meanwhile: Callable[[Cached], Awaitable[None]]
 ) -> None:
-    before = await house.session(stored=False)
+    before = await harness.session(stored=False)
     asked, goes_on = threading.Event(), threading.Event()
 
     def held(exchange: Exchange, answer: Callable[[Exchange], None]) -> None:
@@ -154,132 +158,132 @@ async def test_a_window_has_what_the_freeze_read_whatever_becomes_of_its_session
         engine.on_tokenize = lambda exchange: held(exchange, engine._tokens)
     else:
         engine.on_completion = lambda exchange: held(exchange, engine.answer_completion)
-    freezing = asyncio.create_task(house.window())
+    freezing = asyncio.create_task(harness.window())
     await asyncio.to_thread(asked.wait, 20)
-    await meanwhile(house)
+    await meanwhile(harness)
     goes_on.set()
     window = await freezing
-    assert await house.parts.store.text(window) == Text(MESSAGES, {})
-    assert (await house.parts.store.manifest(window)).token_ids == tuple(IDS)
-    assert house.pinned == {key.file_name for key in house.keys(window)}
-    assert (await verify(house.parts, TENANT, "w")).ok
-    now = await house.parts.store.session(TENANT, "s")
+    assert await harness.services.store.text(window) == Text(MESSAGES, {})
+    assert (await harness.services.store.manifest(window)).token_ids == tuple(IDS)
+    assert harness.pinned == {key.file_name for key in harness.keys(window)}
+    assert (await verify(harness.services, TENANT, "w")).ok
+    now = await harness.services.store.session(TENANT, "s")
     assert now is None or (now.state, now.frozen_at) == ("active", None)
-    session, _, receipt = await thaw(house.parts, TENANT, "w", new_session_id="t", warm="gpu")
+    session, _, receipt = await thaw(harness.services, TENANT, "w", new_session_id="t", warm="gpu")
     assert (receipt.chunks_found, session.transcript) == (CHUNKS, before.transcript)
     # And nothing is left when both are gone.
-    await orphans.delete_session(house.parts, TENANT, "t")
-    await delete(house.parts, TENANT, "w")
+    await orphans.delete_session(harness.services, TENANT, "t")
+    await delete(harness.services, TENANT, "w")
     if now is not None:
-        await deleted(house)
-    await orphans.forget_loose(house.parts)
-    assert (house.pinned, list(house.cache.folder.iterdir())) == (set(), [])
+        await deleted(harness)
+    await orphans.forget_loose(harness.services)
+    assert (harness.pinned, list(harness.cache.folder.iterdir())) == (set(), [])
 
 
-async def test_a_freeze_that_is_cancelled_leaves_no_pin(engine: FakeEngine, house: Cached) -> None:
-    await house.session()
+async def test_a_freeze_that_is_cancelled_leaves_no_pin(engine: FakeEngine, harness: Cached) -> None:
+    await harness.session()
     freezing: asyncio.Task[object]
 
     def seen(step: str, done: int, total: int) -> None:
         if step == "commit":
             freezing.cancel()
 
-    freezing = asyncio.create_task(house.window(progress=seen))
+    freezing = asyncio.create_task(harness.window(progress=seen))
     with pytest.raises(asyncio.CancelledError):
         await freezing
-    window = await house.parts.store.window(TENANT, "w")
-    assert house.pinned == ({key.file_name for key in house.keys(window)} if window else set())
+    window = await harness.services.store.window(TENANT, "w")
+    assert harness.pinned == ({key.file_name for key in harness.keys(window)} if window else set())
 
 
 @pytest.mark.parametrize("failure", [GatewayError("storage_full", "no"), OSError("no"), asyncio.CancelledError()])
-async def test_what_a_freeze_computed_in_vain_is_looked_after(house: Cached, failure: BaseException) -> None:
-    session = await house.session(stored=False)
+async def test_what_a_freeze_computed_in_vain_is_looked_after(harness: Cached, failure: BaseException) -> None:
+    session = await harness.session(stored=False)
 
     def seen(step: str, done: int, total: int) -> None:
         if step == "commit":
             raise failure
 
     with pytest.raises(type(failure)):
-        await house.window(progress=seen)
-    assert [one.salt for one in await house.parts.store.loose_salts()] == [session.salt]
-    assert house.pinned == set()
+        await harness.window(progress=seen)
+    assert [one.salt for one in await harness.services.store.orphaned_salts()] == [session.salt]
+    assert harness.pinned == set()
 
 
 async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_window(
-    engine: FakeEngine, house: Cached
+    engine: FakeEngine, harness: Cached
 ) -> None:
-    await house.session(stored=False)
+    await harness.session(stored=False)
     loop = asyncio.get_running_loop()
-    deletion = deleted(house)
+    deletion = deleted(harness)
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
     with pytest.raises(GatewayError, match="deleted while it was frozen") as caught:
-        await freeze_by_itself(house.parts, TENANT, "s", Naming("auto"))
+        await freeze_by_itself(harness.services, TENANT, "s", Naming("auto"))
     assert caught.value.code == "session_not_found"
-    assert (await house.parts.store.window(TENANT, "auto"), house.pinned) == (None, set())
-    await orphans.forget_loose(house.parts)
-    assert list(house.cache.folder.iterdir()) == []
+    assert (await harness.services.store.window(TENANT, "auto"), harness.pinned) == (None, set())
+    await orphans.forget_loose(harness.services)
+    assert list(harness.cache.folder.iterdir()) == []
 
 
 # --- the verbs on what is there
 
 
-async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(house: Cached) -> None:
-    await house.window()
-    async with house.parts.pins.lock.hold(alone=False):
-        deletion = asyncio.create_task(delete(house.parts, TENANT, "w"))
+async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(harness: Cached) -> None:
+    await harness.window()
+    async with harness.services.pins.lock.acquire(alone=False):
+        deletion = asyncio.create_task(delete(harness.services, TENANT, "w"))
         for _ in range(5):  # writes are done in their order: had it not waited, its own would be done by now
-            await house.parts.store.describe_window(TENANT, "other", {})
-        assert await house.parts.store.window(TENANT, "w")
+            await harness.services.store.describe_window(TENANT, "other", {})
+        assert await harness.services.store.window(TENANT, "w")
     assert (await deletion).blocks_deleted == CHUNKS
-    assert (await house.parts.store.window(TENANT, "w"), house.pinned) == (None, set())
+    assert (await harness.services.store.window(TENANT, "w"), harness.pinned) == (None, set())
 
 
-async def test_a_source_that_is_another_window_by_now_is_not_cloned(house: Cached) -> None:
-    first = await house.window()
-    await delete(house.parts, TENANT, "w")
+async def test_a_source_that_is_another_window_by_now_is_not_cloned(harness: Cached) -> None:
+    first = await harness.window()
+    await delete(harness.services, TENANT, "w")
     for _ in range(2):
         with pytest.raises(GatewayError, match="deleted just now") as caught:
-            await add(house.parts, copied(first, Naming("copy")), first, None)
+            await add(harness.services, copied(first, Naming("copy")), first, None)
         assert caught.value.code == "window_not_found"
-        assert await house.parts.store.window(TENANT, "copy") is None
-        if await house.parts.store.window(TENANT, "w") is None:
-            await house.window()
+        assert await harness.services.store.window(TENANT, "copy") is None
+        if await harness.services.store.window(TENANT, "w") is None:
+            await harness.window()
 
 
-async def test_whoever_comes_after_a_deletion_makes_nothing_of_the_window(house: Cached) -> None:
+async def test_whoever_comes_after_a_deletion_makes_nothing_of_the_window(harness: Cached) -> None:
     """A deletion that has begun is done before what begins after it: both wait for the store's only writer."""
     makes: list[Callable[[], Coroutine[Any, Any, object]]] = [
-        lambda: clone(house.parts, TENANT, "w", Naming("made")),
-        lambda: isolate(house.parts, TENANT, "w", Naming("made")),
-        lambda: fanout(house.parts, TENANT, "w", 2, "made"),
+        lambda: clone(harness.services, TENANT, "w", Naming("made")),
+        lambda: isolate(harness.services, TENANT, "w", Naming("made")),
+        lambda: fanout(harness.services, TENANT, "w", 2, "made"),
     ]
     for make in makes:
-        await house.window()
-        gone, refused = await asyncio.gather(delete(house.parts, TENANT, "w"), make(), return_exceptions=True)
+        await harness.window()
+        gone, refused = await asyncio.gather(delete(harness.services, TENANT, "w"), make(), return_exceptions=True)
         assert isinstance(gone, Deleted)
         assert isinstance(refused, GatewayError)
         assert refused.code == "window_not_found"
-        assert await house.parts.store.window(TENANT, "made") is None
-        assert await house.parts.store.session(TENANT, "made-1") is None
-        assert house.pinned == set()
+        assert await harness.services.store.window(TENANT, "made") is None
+        assert await harness.services.store.session(TENANT, "made-1") is None
+        assert harness.pinned == set()
 
 
 async def test_a_window_whose_tier_cannot_be_asked_is_not_verified(
     engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
 ) -> None:
-    async with opened(engine, cache, tmp_path) as house:
-        await house.window()
-        assert (await verify(house.parts, TENANT, "w")).ok
-    async with opened(engine, cache, tmp_path, kv_dir="") as house:
-        verdict = await verify(house.parts, TENANT, "w")
+    async with opened(engine, cache, tmp_path) as harness:
+        await harness.window()
+        assert (await verify(harness.services, TENANT, "w")).ok
+    async with opened(engine, cache, tmp_path, kv_dir="") as harness:
+        verdict = await verify(harness.services, TENANT, "w")
         assert (verdict.ok, verdict.tiers["disk"].checked, verdict.damaged) == (False, False, ())
         assert "not configured" in verdict.warnings[0]
 
 
-async def test_a_window_without_text_fails_its_verification(house: Cached) -> None:
-    await house.window()
-    lose_text(house.parts.settings.store_path, "w")
-    verdict = await verify(house.parts, TENANT, "w")
+async def test_a_window_without_text_fails_its_verification(harness: Cached) -> None:
+    await harness.window()
+    lose_text(harness.services.settings.store_path, "w")
+    verdict = await verify(harness.services, TENANT, "w")
     assert (verdict.ok, verdict.damaged) == (False, ())
     assert "text of window 'w' is gone" in verdict.warnings[0]
     assert CHUNK * verdict.chunks_usable <= len(IDS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import Gateway, gateway_before
+from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.tier_harness import lose_text
 
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "and?"}]}
@@ -14,7 +14,7 @@ ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "and?"}]}
 @pytest.fixture
 def told(engine: FakeEngine, tmp_path: Path) -> Gateway:
     """A gateway that starts with such a window, and with one that is whole."""
-    with gateway_before(engine.url, tmp_path) as before:
+    with gateway_in_front_of(engine.url, tmp_path) as before:
         for name in ("whole", "lost"):
             assert before.chat(name, f"hi from {name}").status_code == 200
             assert before.freeze(name, name).status_code == 201

@@ -10,7 +10,7 @@ import pytest
 from tests.integration.api.admin.test_admin import error_of, freeze
 from tests.integration.cli.test_cli import assert_failed, cwg
 from tests.support.fakes.engine import FakeEngine, usage_of, whole_reply
-from tests.support.gateway_process import Gateway, gateway_before
+from tests.support.gateway_process import Gateway, gateway_in_front_of
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_a_text_has_nobody_who_could_go_on(gateway: Gateway, session: str) -> No
 
 
 def test_a_continuation_is_let_in_by_the_callers_own_key(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, api_key="k" * 20) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, api_key="k" * 20) as gateway:
         freeze(gateway, "s", "w")
         body = {"new_session_id": "t", "continuation_prompt": "And then?"}
         said = gateway.http.post("/admin/windows/w/thaw", json=body).json()["continuation"]
@@ -443,7 +443,7 @@ def test_the_cli_clones_isolated(gateway: Gateway, window: str) -> None:
 
 
 def test_an_isolated_clone_is_apart_even_where_a_tenant_shares_one_salt(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, isolation="tenant") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, isolation="tenant") as gateway:
         freeze(gateway, "s", "w")
         gateway.http.post("/admin/windows/w/clone", json={"target_window": "i", "isolate": True})
         for name, session in (("w", "shared"), ("i", "apart")):
@@ -457,7 +457,7 @@ def test_an_isolated_clone_is_apart_even_where_a_tenant_shares_one_salt(engine: 
 
 
 def test_the_tree_tells_what_came_from_what(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         assert gateway.http.get("/admin/tree").json()["nodes"] == []
         freeze(gateway, "root", "first")
         gateway.http.post("/admin/windows/first/thaw", json={"new_session_id": "branch"})
@@ -496,7 +496,7 @@ def test_the_tree_tells_what_came_from_what(engine: FakeEngine, tmp_path: Path) 
 
 
 def test_a_session_that_takes_the_id_of_its_own_ancestor_makes_no_circle(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         freeze(gateway, "s", "w")
         gateway.http.delete("/admin/sessions/s")
         gateway.http.post("/admin/windows/w/thaw", json={"new_session_id": "s"})

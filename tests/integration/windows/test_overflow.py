@@ -11,7 +11,7 @@ import pytest
 
 from gateway.dialects.messages import MessagesDialect
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, render
-from tests.support.gateway_process import Gateway, gateway_before
+from tests.support.gateway_process import Gateway, gateway_in_front_of
 
 CHAT = "/v1/chat/completions"
 LIMIT = 4096  # tokens of the fake engine, which has one for each byte
@@ -42,7 +42,7 @@ def bounded(engine: FakeEngine) -> None:
 
 @pytest.fixture(scope="module")
 def going_on(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with gateway_before(shared_engine.url, tmp_path_factory.mktemp("full"), on_full="successor") as gateway:
+    with gateway_in_front_of(shared_engine.url, tmp_path_factory.mktemp("full"), on_full="successor") as gateway:
         yield gateway
 
 
@@ -303,7 +303,7 @@ def test_another_refusal_passes_whole_however_long_it_is(engine: FakeEngine, gat
 
 def test_it_is_remembered_over_a_restart(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     bounded(engine)
-    with gateway_before(engine.url, tmp_path, on_full="successor") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, on_full="successor") as gateway:
         said, answer = until_full(gateway, session)
         gateway.stop()
         gateway.start().wait()

@@ -6,7 +6,7 @@ from gateway.kv.keys import object_keys
 from gateway.windows.evict import Place, evict
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import Exchange, FakeEngine
-from tests.support.harness import CHUNK, CHUNKS, IDS, House, value, window
+from tests.support.harness import CHUNK, CHUNKS, IDS, GatewayHarness, value, window
 
 pytestmark = pytest.mark.anyio
 
@@ -15,18 +15,18 @@ WHOLE = CHUNKS * CHUNK
 
 
 @pytest.fixture
-async def house(house: House, engine: FakeEngine) -> House:
-    """A house whose engine reads the KV."""
-    engine.on_completion = lambda exchange: answer(house, exchange)
-    return house
+async def harness(harness: GatewayHarness, engine: FakeEngine) -> GatewayHarness:
+    """A harness whose engine reads the KV."""
+    engine.on_completion = lambda exchange: answer(harness, exchange)
+    return harness
 
 
-def answer(house: House, exchange: Exchange) -> None:
+def answer(harness: GatewayHarness, exchange: Exchange) -> None:
     """Go on as the KV says that lies under the request's salt: wrong bytes in a chunk change what follows."""
     asked = exchange.request.json
     keys = object_keys("org/demo", IDS, CHUNK, 1, asked["cache_salt"])
-    lying = [(house.kv / key.file_name) for key in keys]
-    found = [f.read_bytes() if f.exists() else house.redis.live(key) for f, key in zip(lying, keys, strict=True)]
+    lying = [(harness.kv / key.file_name) for key in keys]
+    found = [f.read_bytes() if f.exists() else harness.redis.live(key) for f, key in zip(lying, keys, strict=True)]
     wrong = any(seen is not None and seen != value(index) for index, seen in enumerate(found))
     there = sum(seen is not None for seen in found)
     ids = [100 + wrong * (n > 3) + n for n in range(asked["max_tokens"])]
@@ -39,11 +39,11 @@ def answer(house: House, exchange: Exchange) -> None:
     exchange.json({"choices": [choice], "usage": usage})
 
 
-async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(house: House) -> None:
-    made = await window(house.parts)
-    before = house.everything()
-    verdict = await verify(house.parts, TENANT, "w", deep=True)
-    assert house.everything() == before
+async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(harness: GatewayHarness) -> None:
+    made = await window(harness.services)
+    before = harness.everything()
+    verdict = await verify(harness.services, TENANT, "w", deep=True)
+    assert harness.everything() == before
     assert verdict.ok
     assert verdict.deep is not None
     assert [(one.tier, one.equal, one.cached_tokens, one.first_difference) for one in verdict.deep] == [
@@ -51,9 +51,9 @@ async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(house: H
     ]  # fmt: skip
     assert {one.tokens_compared for one in verdict.deep} == {16}
     key = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)[1]
-    pin = f"cwg:{house.parts.store.store_id}:pin:{key}"
-    house.redis.client.set(pin, value(0) + b"x")
-    verdict = await verify(house.parts, TENANT, "w", deep=True)
+    pin = f"cwg:{harness.services.store.store_id}:pin:{key}"
+    harness.redis.client.set(pin, value(0) + b"x")
+    verdict = await verify(harness.services, TENANT, "w", deep=True)
     assert verdict.deep is not None
     disk, redis = verdict.deep
     assert (verdict.ok, disk.equal, redis.equal) == (False, True, False)
@@ -61,28 +61,30 @@ async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(house: H
     assert (redis.first_difference.position, redis.first_difference.expected_token_id) == (4, 104)
     assert redis.first_difference.token_id == 105
     assert redis.largest_logprob_difference == pytest.approx(0.01)
-    house.redis.client.delete(pin)
-    (_, redis) = (await verify(house.parts, TENANT, "w", deep=True)).deep or ((), ())
+    harness.redis.client.delete(pin)
+    (_, redis) = (await verify(harness.services, TENANT, "w", deep=True)).deep or ((), ())
     assert (redis.equal, redis.cached_tokens, redis.first_difference) == (False, WHOLE - CHUNK, None)
 
 
-async def test_what_a_deep_verification_lends_is_swept_where_it_is_stopped(house: House, engine: FakeEngine) -> None:
-    await window(house.parts)
-    before = house.everything()
+async def test_what_a_deep_verification_lends_is_swept_where_it_is_stopped(
+    harness: GatewayHarness, engine: FakeEngine
+) -> None:
+    await window(harness.services)
+    before = harness.everything()
     engine.on_completion = lambda exchange: exchange.cut()
     with pytest.raises(Exception, match="engine"):
-        await verify(house.parts, TENANT, "w", deep=True)
-    assert house.everything() == before
+        await verify(harness.services, TENANT, "w", deep=True)
+    assert harness.everything() == before
 
 
-async def test_an_eviction_leaves_alone_what_no_durable_tier_has(house: House) -> None:
-    made = await window(house.parts)
-    done = await evict(house.parts, TENANT, "w")
+async def test_an_eviction_leaves_alone_what_no_durable_tier_has(harness: GatewayHarness) -> None:
+    made = await window(harness.services)
+    done = await evict(harness.services, TENANT, "w")
     assert done.tiers == {"cpu": Place(CHUNKS, 0), "disk": Place(0, CHUNKS), "redis": Place(0, CHUNKS)}
     assert (done.objects, done.kept, done.warnings) == (CHUNKS, 0, ())
     last = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)[-1:]
-    for tier in house.parts.pins.tiers:
+    for tier in harness.services.pins.tiers:
         await tier.remove(last)
-    done = await evict(house.parts, TENANT, "w")
+    done = await evict(harness.services, TENANT, "w")
     assert (done.tiers["cpu"].before, done.kept) == (CHUNKS - 1, 1)
     assert "in no durable tier" in done.warnings[0]

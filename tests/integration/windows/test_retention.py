@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from gateway.app import open_parts
+from gateway.app import open_services
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, Session, Window
-from gateway.sessions.resolver import Place
+from gateway.sessions.resolver import SessionMatch
 from gateway.settings import Settings
 from gateway.store.types import Text
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from gateway.windows.delete import delete
 from gateway.windows.retention import orphans, sweeper
 from gateway.windows.retention.usage import Share, TierUse, usage
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.tier_harness import DiskRig, RedisRig, RedisServer, Rig, key, value
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.tier_harness import DiskTierHarness, RedisServer, RedisTierHarness, TierHarness, key, value
 
 pytestmark = pytest.mark.anyio
 
@@ -40,8 +40,8 @@ def under(salt: str, count: int = 3) -> list[ObjectKey]:
 class House:
     """The parts of a gateway on both tiers, and what stands behind those."""
 
-    def __init__(self, parts: Parts, rigs: tuple[Rig, ...]) -> None:
-        self.parts = parts
+    def __init__(self, services: Services, rigs: tuple[TierHarness, ...]) -> None:
+        self.parts = services
         self.rigs = rigs
 
     def stored(self, keys: list[ObjectKey]) -> None:
@@ -64,7 +64,7 @@ class House:
 
     async def window(self, name: str, keys: list[ObjectKey], *, expires_at: float | None = None) -> None:
         """A window that holds objects."""
-        async with self.parts.pins.lock.hold(alone=False):
+        async with self.parts.pins.lock.acquire(alone=False):
             by_tier, _ = await self.parts.pins.pin(keys, [])
             objects = tuple(one for tier in by_tier.values() for one in tier.values())
             window = Window(
@@ -75,10 +75,10 @@ class House:
             assert await self.parts.store.add_window(window, manifest, Text([{"role": "user", "content": name}]))
 
 
-def redis_of(house: House) -> RedisRig:
+def redis_of(harness: House) -> RedisTierHarness:
     """The second of its rigs."""
-    rig = house.rigs[1]
-    assert isinstance(rig, RedisRig)
+    rig = harness.rigs[1]
+    assert isinstance(rig, RedisTierHarness)
     return rig
 
 
@@ -95,12 +95,12 @@ def settings(folder: Path, engine: FakeEngine, redis: RedisServer, **more: objec
 
 
 @pytest.fixture
-async def house(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
+async def harness(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
     async with AsyncExitStack() as stack:
-        disk = DiskRig(tmp_path)
-        parts = await stack.enter_async_context(open_parts(settings(tmp_path, engine, redis_server)))
+        disk = DiskTierHarness(tmp_path)
+        parts = await stack.enter_async_context(open_services(settings(tmp_path, engine, redis_server)))
         disk.pins = tmp_path / "kv-pins" / parts.store.store_id
-        redis = RedisRig(redis_server.port, parts.store.store_id)
+        redis = RedisTierHarness(redis_server.port, parts.store.store_id)
         stack.callback(redis.client.close)
         yield House(parts, (disk, redis))
 
@@ -108,196 +108,198 @@ async def house(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -
 # --- sessions
 
 
-async def test_a_deleted_session_takes_its_kv_along_from_every_tier(house: House) -> None:
-    await house.session("a", "salt-a")
-    house.stored(under("salt-a"))
-    house.stored(under("salt-b"))
-    done = await orphans.delete_session(house.parts, TENANT, "a")
+async def test_a_deleted_session_takes_its_kv_along_from_every_tier(harness: House) -> None:
+    await harness.session("a", "salt-a")
+    harness.stored(under("salt-a"))
+    harness.stored(under("salt-b"))
+    done = await orphans.delete_session(harness.parts, TENANT, "a")
     assert (done.blocks_deleted, done.space_freed_bytes, done.warnings) == (3, 2 * 3 * SIZE, ())
-    assert house.there(under("salt-a")) == [[], []]
-    assert house.there(under("salt-b")) == [under("salt-b")] * 2
+    assert harness.there(under("salt-a")) == [[], []]
+    assert harness.there(under("salt-b")) == [under("salt-b")] * 2
     with pytest.raises(GatewayError, match="no session 'a'"):
-        await orphans.delete_session(house.parts, TENANT, "a")
+        await orphans.delete_session(harness.parts, TENANT, "a")
 
 
-async def test_what_a_window_holds_stays_until_the_window_goes(house: House) -> None:
+async def test_what_a_window_holds_stays_until_the_window_goes(harness: House) -> None:
     keys = under("salt-a", 5)
-    await house.session("a", "salt-a")
-    house.stored(keys)
-    await house.window("w", keys[:2])
-    done = await orphans.delete_session(house.parts, TENANT, "a")
+    await harness.session("a", "salt-a")
+    harness.stored(keys)
+    await harness.window("w", keys[:2])
+    done = await orphans.delete_session(harness.parts, TENANT, "a")
     assert done.blocks_deleted == 3
-    assert house.there(keys) == [keys[:2]] * 2
-    assert [rig.live(one) for rig in house.rigs for one in keys[:2]].count(None) == 0
-    assert (await delete(house.parts, TENANT, "w")).blocks_deleted == 2
-    assert house.there(keys) == [[], []]
+    assert harness.there(keys) == [keys[:2]] * 2
+    assert [rig.live(one) for rig in harness.rigs for one in keys[:2]].count(None) == 0
+    assert (await delete(harness.parts, TENANT, "w")).blocks_deleted == 2
+    assert harness.there(keys) == [[], []]
 
 
-async def test_the_kv_that_two_sessions_share_goes_with_the_last_of_them(house: House) -> None:
-    await house.session("a", "shared", lineage="a")
-    await house.session("b", "shared", lineage="a")
-    house.stored(under("shared"))
-    first = await orphans.delete_session(house.parts, TENANT, "b")
+async def test_the_kv_that_two_sessions_share_goes_with_the_last_of_them(harness: House) -> None:
+    await harness.session("a", "shared", lineage="a")
+    await harness.session("b", "shared", lineage="a")
+    harness.stored(under("shared"))
+    first = await orphans.delete_session(harness.parts, TENANT, "b")
     assert (first.blocks_deleted, first.space_freed_bytes) == (0, 0)
     assert "another session" in first.warnings[0]
-    assert house.there(under("shared")) == [under("shared")] * 2
-    assert (await orphans.delete_session(house.parts, TENANT, "a")).blocks_deleted == 3
-    assert house.there(under("shared")) == [[], []]
+    assert harness.there(under("shared")) == [under("shared")] * 2
+    assert (await orphans.delete_session(harness.parts, TENANT, "a")).blocks_deleted == 3
+    assert harness.there(under("shared")) == [[], []]
 
 
-async def test_a_window_that_was_deleted_first_leaves_nothing_when_its_session_goes(house: House) -> None:
-    await house.session("a", "salt-a", lineage="l")
-    house.stored(under("salt-a"))
-    await house.window("w", under("salt-a", 2))
-    kept = await delete(house.parts, TENANT, "w")
+async def test_a_window_that_was_deleted_first_leaves_nothing_when_its_session_goes(harness: House) -> None:
+    await harness.session("a", "salt-a", lineage="l")
+    harness.stored(under("salt-a"))
+    await harness.window("w", under("salt-a", 2))
+    kept = await delete(harness.parts, TENANT, "w")
     assert (kept.blocks_deleted, kept.space_freed_bytes) == (0, 2 * SIZE)  # the copies in Redis; links cost nothing
-    assert house.there(under("salt-a")) == [under("salt-a")] * 2
-    await orphans.delete_session(house.parts, TENANT, "a")
-    assert house.there(under("salt-a")) == [[], []]
+    assert harness.there(under("salt-a")) == [under("salt-a")] * 2
+    await orphans.delete_session(harness.parts, TENANT, "a")
+    assert harness.there(under("salt-a")) == [[], []]
 
 
-async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_next_sweep(house: House) -> None:
-    await house.session("a", "salt-a", lineage="l")
-    house.stored(under("salt-a"))
-    fork = Place(Session(TENANT, "fork", "l"), "fork", b"")
-    house.parts.sessions.enter(fork)
-    assert (await orphans.delete_session(house.parts, TENANT, "a")).blocks_deleted == 0
-    assert house.there(under("salt-a")) == [under("salt-a")] * 2
-    house.parts.sessions.leave(fork)
-    await sweeper.sweep(house.parts)
-    assert house.there(under("salt-a")) == [[], []]
+async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_next_sweep(harness: House) -> None:
+    await harness.session("a", "salt-a", lineage="l")
+    harness.stored(under("salt-a"))
+    fork = SessionMatch(Session(TENANT, "fork", "l"), "fork", b"")
+    harness.parts.sessions.begin(fork)
+    assert (await orphans.delete_session(harness.parts, TENANT, "a")).blocks_deleted == 0
+    assert harness.there(under("salt-a")) == [under("salt-a")] * 2
+    harness.parts.sessions.end(fork)
+    await sweeper.sweep(harness.parts)
+    assert harness.there(under("salt-a")) == [[], []]
 
 
-async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_keeps_its_kv(house: House) -> None:
-    await house.session("a", "salt-a", lineage="l")
-    house.stored(under("salt-a"))
-    assert await house.parts.store.delete_session(TENANT, "a")
-    lock = str(house.parts.settings.data_path / "pins.lock")
+async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_keeps_its_kv(harness: House) -> None:
+    await harness.session("a", "salt-a", lineage="l")
+    harness.stored(under("salt-a"))
+    assert await harness.parts.store.delete_session(TENANT, "a")
+    lock = str(harness.parts.settings.data_path / "pins.lock")
 
     def waits() -> bool:
         return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()].count(lock) > 1
 
-    async with house.parts.pins.lock.hold(alone=False):
-        going = asyncio.create_task(orphans.forget_loose(house.parts))
+    async with harness.parts.pins.lock.acquire(alone=False):
+        going = asyncio.create_task(orphans.forget_loose(harness.parts))
         await asyncio.to_thread(eventually, waits, "it has looked, and waits for the lock")
-        await house.session("b", "salt-a", lineage="l")
+        await harness.session("b", "salt-a", lineage="l")
     assert (await going).kept == 1
-    assert house.there(under("salt-a")) == [under("salt-a")] * 2
+    assert harness.there(under("salt-a")) == [under("salt-a")] * 2
 
 
-async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(house: House) -> None:
-    await house.session("a", "salt-a")
-    await orphans.delete_session(house.parts, TENANT, "a")
-    house.stored(under("salt-a"))
-    await sweeper.sweep(house.parts)
-    assert house.there(under("salt-a")) == [[], []]
-    assert [one.salt for one in await house.parts.store.loose_salts()] == ["salt-a"]  # it may not have been the last
+async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(harness: House) -> None:
+    await harness.session("a", "salt-a")
+    await orphans.delete_session(harness.parts, TENANT, "a")
+    harness.stored(under("salt-a"))
+    await sweeper.sweep(harness.parts)
+    assert harness.there(under("salt-a")) == [[], []]
+    assert [one.salt for one in await harness.parts.store.orphaned_salts()] == [
+        "salt-a"
+    ]  # it may not have been the last
 
 
 async def test_sessions_beyond_sessions_kept_take_their_kv_along(
     tmp_path: Path, engine: FakeEngine, redis_server: RedisServer
 ) -> None:
-    disk = DiskRig(tmp_path)
-    async with open_parts(settings(tmp_path, engine, redis_server, sessions_kept=1)) as parts:
-        house = House(parts, (disk,))
+    disk = DiskTierHarness(tmp_path)
+    async with open_services(settings(tmp_path, engine, redis_server, sessions_kept=1)) as parts:
+        harness = House(parts, (disk,))
         for number in range(3):
-            await house.session(f"s{number}", f"salt-{number}", idle_s=10 - number)
-            house.stored(under(f"salt-{number}"))
+            await harness.session(f"s{number}", f"salt-{number}", idle_s=10 - number)
+            harness.stored(under(f"salt-{number}"))
         await sweeper.sweep(parts)
-        assert [house.there(under(f"salt-{number}")) for number in range(3)] == [[[]], [[]], [under("salt-2")]]
+        assert [harness.there(under(f"salt-{number}")) for number in range(3)] == [[[]], [[]], [under("salt-2")]]
 
 
 async def test_sessions_that_are_idle_longer_than_session_ttl_s_go_unless_they_are_in_a_turn(
     tmp_path: Path, engine: FakeEngine, redis_server: RedisServer
 ) -> None:
-    disk = DiskRig(tmp_path)
-    async with open_parts(settings(tmp_path, engine, redis_server, session_ttl_s=5)) as parts:
-        house = House(parts, (disk,))
+    disk = DiskTierHarness(tmp_path)
+    async with open_services(settings(tmp_path, engine, redis_server, session_ttl_s=5)) as parts:
+        harness = House(parts, (disk,))
         for name, idle_s in (("idle", 6), ("fresh", 3), ("turning", 7)):
-            await house.session(name, f"salt-{name}", idle_s=idle_s)
-            house.stored(under(f"salt-{name}"))
+            await harness.session(name, f"salt-{name}", idle_s=idle_s)
+            harness.stored(under(f"salt-{name}"))
         turning = await parts.store.session(TENANT, "turning")
         assert turning
-        parts.sessions.enter(Place(turning, "", b""))
+        parts.sessions.begin(SessionMatch(turning, "", b""))
         await sweeper.sweep(parts)
-        assert house.there(under("salt-idle")) == [[]]
-        assert house.there(under("salt-fresh")) == [under("salt-fresh")]
-        assert house.there(under("salt-turning")) == [under("salt-turning")]
+        assert harness.there(under("salt-idle")) == [[]]
+        assert harness.there(under("salt-fresh")) == [under("salt-fresh")]
+        assert harness.there(under("salt-turning")) == [under("salt-turning")]
         assert [await parts.store.session(TENANT, name) is not None for name in ("idle", "fresh", "turning")] == [
             False, True, True,
         ]  # fmt: skip
 
 
-async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds(house: House) -> None:
+async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds(harness: House) -> None:
     """`x-SEP-y` and `x/y` are one name on disk."""
     held, free = key(1, model="x-SEP-y", salt="s"), key(2, model="x-SEP-y", salt="s")
-    await house.session("a", "s")
-    house.stored([held, free])
-    await house.window("w", [held])
-    await orphans.delete_session(house.parts, TENANT, "a")
-    assert house.there([held, free]) == [[held], [held]]
+    await harness.session("a", "s")
+    harness.stored([held, free])
+    await harness.window("w", [held])
+    await orphans.delete_session(harness.parts, TENANT, "a")
+    assert harness.there([held, free]) == [[held], [held]]
 
 
-async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(house: House, tmp_path: Path) -> None:
-    await house.session("a", "salt-a")
-    house.stored(under("salt-a"))
+async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(harness: House, tmp_path: Path) -> None:
+    await harness.session("a", "salt-a")
+    harness.stored(under("salt-a"))
     (tmp_path / "kv").rename(tmp_path / "away")
-    done = await orphans.delete_session(house.parts, TENANT, "a")
+    done = await orphans.delete_session(harness.parts, TENANT, "a")
     assert "disk tier" in done.warnings[0]
     (tmp_path / "away").rename(tmp_path / "kv")
-    await sweeper.sweep(house.parts)
-    assert house.there(under("salt-a")) == [[], []]
+    await sweeper.sweep(harness.parts)
+    assert harness.there(under("salt-a")) == [[], []]
 
 
 # --- windows
 
 
 async def test_an_expired_window_is_deleted_when_its_grace_is_over_and_one_that_was_given_time_is_not(
-    house: House,
+    harness: House,
 ) -> None:
-    grace = house.parts.settings.expiry_grace_s
+    grace = harness.parts.settings.expiry_grace_s
     now = time.time()
     for name, expires_at in (("over", now - grace - 1), ("grace", now - 1), ("alive", now + 60), ("for-ever", None)):
         keys = under(f"salt-{name}")
-        house.stored(keys)
-        await house.window(name, keys, expires_at=expires_at)
+        harness.stored(keys)
+        await harness.window(name, keys, expires_at=expires_at)
     with pytest.raises(GatewayError, match="no window 'grace'"):
-        await delete(house.parts, TENANT, "grace", expired_by=now - grace)
-    await sweeper.sweep(house.parts)
-    left = [name for name in ("over", "grace", "alive", "for-ever") if await house.parts.store.window(TENANT, name)]
+        await delete(harness.parts, TENANT, "grace", expired_by=now - grace)
+    await sweeper.sweep(harness.parts)
+    left = [name for name in ("over", "grace", "alive", "for-ever") if await harness.parts.store.window(TENANT, name)]
     assert left == ["grace", "alive", "for-ever"]
-    assert house.there(under("salt-over")) == [[], []]
-    assert house.there(under("salt-grace")) == [under("salt-grace")] * 2
+    assert harness.there(under("salt-over")) == [[], []]
+    assert harness.there(under("salt-grace")) == [under("salt-grace")] * 2
 
 
 async def test_many_expired_windows_and_two_sweeps_at_once_delete_each_once(
-    house: House, caplog: pytest.LogCaptureFixture
+    harness: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = under("salt", 1)
-    house.stored(keys)
+    harness.stored(keys)
     for number in range(250):
-        await house.window(f"w{number}", keys, expires_at=1.0)
+        await harness.window(f"w{number}", keys, expires_at=1.0)
     with caplog.at_level("INFO"):
-        await asyncio.gather(sweeper.sweep(house.parts), sweeper.sweep(house.parts))
-    assert await house.parts.store.window_counts() == {}
-    assert house.there(keys) == [[], []]
+        await asyncio.gather(sweeper.sweep(harness.parts), sweeper.sweep(harness.parts))
+    assert await harness.parts.store.window_counts() == {}
+    assert harness.there(keys) == [[], []]
     assert sum("has expired" in line for line in caplog.messages) == 250
 
 
 # --- usage
 
 
-async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(house: House, tmp_path: Path) -> None:
-    await house.session("a", "salt-a")
-    await house.session("b", "salt-b")
+async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(harness: House, tmp_path: Path) -> None:
+    await harness.session("a", "salt-a")
+    await harness.session("b", "salt-b")
     for salt in ("salt-a", "salt-b", "salt-unknown"):
-        house.stored(under(salt, 4))
-    await house.window("w", under("salt-a", 2))
-    for tier in house.parts.pins.tiers:
-        await tier.lose([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
-    assert await house.parts.store.delete_session(TENANT, "b")
+        harness.stored(under(salt, 4))
+    await harness.window("w", under("salt-a", 2))
+    for tier in harness.parts.pins.tiers:
+        await tier.drop_original([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
+    assert await harness.parts.store.delete_session(TENANT, "b")
     (tmp_path / "kv" / "being-written.tmp").write_bytes(b"x")
-    tiers, warnings = await usage(house.parts)
+    tiers, warnings = await usage(harness.parts)
     assert warnings == []
     disk, redis = tiers
     assert (disk.name, redis.name) == ("disk", "redis")
@@ -311,13 +313,13 @@ async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(house: House
         sessions=Share(2, 2 * SIZE), forgotten=Share(4, 4 * SIZE), unknown=Share(4, 4 * SIZE),
     )  # fmt: skip
     assert disk.total.bytes == on_disk(tmp_path)
-    client = redis_of(house).client
+    client = redis_of(harness).client
     assert redis.total.bytes == sum(client.strlen(name) for name in client.scan_iter("*"))  # type: ignore[misc]
 
 
-async def test_a_tier_that_cannot_be_read_is_a_warning_and_the_other_is_told(house: House, tmp_path: Path) -> None:
+async def test_a_tier_that_cannot_be_read_is_a_warning_and_the_other_is_told(harness: House, tmp_path: Path) -> None:
     (tmp_path / "kv").rename(tmp_path / "away")
-    tiers, warnings = await usage(house.parts)
+    tiers, warnings = await usage(harness.parts)
     assert [tier.name for tier in tiers] == ["redis"]
     assert "disk tier" in warnings[0]
 
@@ -330,10 +332,10 @@ async def tight(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -
     """A budget of ten objects on disk and of twelve in Redis."""
     more = {"disk_budget_bytes": 10 * SIZE, "redis_budget_bytes": 12 * SIZE}
     async with AsyncExitStack() as stack:
-        disk = DiskRig(tmp_path)
-        parts = await stack.enter_async_context(open_parts(settings(tmp_path, engine, redis_server, **more)))
+        disk = DiskTierHarness(tmp_path)
+        parts = await stack.enter_async_context(open_services(settings(tmp_path, engine, redis_server, **more)))
         disk.pins = tmp_path / "kv-pins" / parts.store.store_id
-        redis = RedisRig(redis_server.port, parts.store.store_id)
+        redis = RedisTierHarness(redis_server.port, parts.store.store_id)
         stack.callback(redis.client.close)
         yield House(parts, (disk, redis))
 
@@ -361,7 +363,7 @@ async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and
     await tight.window("w", under("salt-idle", 2))
     turning = await tight.parts.store.session(TENANT, "turning")
     assert turning
-    tight.parts.sessions.enter(Place(turning, "", b""))
+    tight.parts.sessions.begin(SessionMatch(turning, "", b""))
     await sweeper.sweep(tight.parts)
     assert tight.there(under("salt-idle", 6)) == [under("salt-idle", 2)] * 2
     for salt in ("salt-turning", "salt-unknown"):
@@ -369,15 +371,15 @@ async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and
     assert f"disk tier holds {14 * SIZE} bytes, {4 * SIZE} more than its budget" in caplog.text
 
 
-async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_a_budget_too(house: House) -> None:
-    await house.session("idle", "salt-idle", idle_s=100)
-    house.stored(under("salt-idle", 6))
-    await house.window("w", under("salt-idle", 2))
-    await sweeper.sweep(house.parts)
-    assert house.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
-    more_than_any_disk_has = replace(house.parts.settings, disk_reserve_bytes=2**60)
-    await sweeper.sweep(replace(house.parts, settings=more_than_any_disk_has))
-    assert house.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
+async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_a_budget_too(harness: House) -> None:
+    await harness.session("idle", "salt-idle", idle_s=100)
+    harness.stored(under("salt-idle", 6))
+    await harness.window("w", under("salt-idle", 2))
+    await sweeper.sweep(harness.parts)
+    assert harness.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
+    more_than_any_disk_has = replace(harness.parts.settings, disk_reserve_bytes=2**60)
+    await sweeper.sweep(replace(harness.parts, settings=more_than_any_disk_has))
+    assert harness.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
 
 
 async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House) -> None:
@@ -402,20 +404,20 @@ async def test_a_salt_of_a_whole_tenant_is_as_old_as_the_last_of_all_its_session
     assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
 
 
-async def test_below_the_reserve_there_is_no_room(house: House) -> None:
-    await house.parts.pins.check_room(1)
+async def test_below_the_reserve_there_is_no_room(harness: House) -> None:
+    await harness.parts.pins.check_room(1)
     with pytest.raises(TierFull, match="disk_reserve_bytes"):
-        await house.parts.pins.check_room(2**62)
+        await harness.parts.pins.check_room(2**62)
 
 
 # --- as a user sees it
 
 
 @pytest.fixture
-def swept(tmp_path: Path, engine: FakeEngine) -> Iterator[tuple[Gateway, DiskRig]]:
+def swept(tmp_path: Path, engine: FakeEngine) -> Iterator[tuple[Gateway, DiskTierHarness]]:
     """A gateway of two workers that sweeps often."""
-    disk = DiskRig(tmp_path)
-    with gateway_before(
+    disk = DiskTierHarness(tmp_path)
+    with gateway_in_front_of(
         engine.url, tmp_path, kv_dir=disk.kv, workers=2, sweep_every_s=0.2, session_ttl_s=1.5
     ) as gateway:
         yield gateway, disk
@@ -427,7 +429,7 @@ def salt_of(engine: FakeEngine) -> str:
 
 
 def test_deleting_a_session_over_http_says_what_was_freed(
-    engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str
+    engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str
 ) -> None:
     gateway, disk = swept
     gateway.chat(session)
@@ -440,7 +442,7 @@ def test_deleting_a_session_over_http_says_what_was_freed(
 
 
 def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too(
-    engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str
+    engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str
 ) -> None:
     gateway, disk = swept
     engine.on_chat = lambda exchange: exchange.json({"error": {"message": "no", "type": "x", "code": 500}}, 500)
@@ -455,7 +457,7 @@ def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too
 def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes_on(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
-    with gateway_before(engine.url, tmp_path, sweep_every_s=600, session_ttl_s=0.5) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, sweep_every_s=600, session_ttl_s=0.5) as gateway:
 
         def states() -> dict[str, set[str]]:
             listed = {
@@ -476,7 +478,7 @@ def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes
 
 
 def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp_path: Path, session: str) -> None:
-    with gateway_before(engine.url, tmp_path, sweep_every_s=0.1, expiry_grace_s=1.5) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, sweep_every_s=0.1, expiry_grace_s=1.5) as gateway:
         gateway.chat(session)
         assert gateway.freeze(session, "w", ttl_seconds=0.2).json()["state"] == "frozen"
 
@@ -499,7 +501,7 @@ def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp
         eventually(lambda: "window w has expired and was deleted" in gateway.log, "the log says so")
 
 
-def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, DiskRig], session: str) -> None:
+def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str) -> None:
     gateway, disk = swept
     gateway.chat(session)
     for one in under(salt_of(engine)):

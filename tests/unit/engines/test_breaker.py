@@ -2,28 +2,28 @@
 
 import pytest
 
-from gateway.engines.breaker import LIMIT, Breaker
+from gateway.engines.breaker import LIMIT, CircuitBreaker
 
 
-def opened(at: float) -> Breaker:
+def opened(at: float) -> CircuitBreaker:
     """A breaker that has just seen enough."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(LIMIT):
         breaker.failed(at)
     return breaker
 
 
 def test_it_opens_after_so_many_failures_in_a_row_and_not_before() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for count in range(1, LIMIT):
         breaker.failed(0)
-        assert (breaker.open, breaker.failures, breaker.lets_through(0)) == (False, count, True)
+        assert (breaker.open, breaker.failures, breaker.allow_request(0)) == (False, count, True)
     breaker.failed(0)
-    assert (breaker.open, breaker.resting(0), breaker.lets_through(0)) == (True, True, False)
+    assert (breaker.open, breaker.resting(0), breaker.allow_request(0)) == (True, True, False)
 
 
 def test_an_answer_between_failures_makes_the_count_begin_anew() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(5):
         breaker.failed(0)
         breaker.failed(0)
@@ -33,7 +33,7 @@ def test_an_answer_between_failures_makes_the_count_begin_anew() -> None:
 
 def test_after_the_rest_one_request_is_let_through_and_another_each_second() -> None:
     breaker = opened(at=100)
-    assert [breaker.lets_through(now) for now in (100.99, 101, 101, 101.5, 102, 102.1)] == [
+    assert [breaker.allow_request(now) for now in (100.99, 101, 101, 101.5, 102, 102.1)] == [
         False, True, False, False, True, False,
     ]  # fmt: skip
 
@@ -41,9 +41,9 @@ def test_after_the_rest_one_request_is_let_through_and_another_each_second() -> 
 def test_a_trial_that_is_answered_closes_it_and_the_next_rest_is_short_again() -> None:
     breaker = opened(at=0)
     for now in (1, 3, 7):  # each trial in vain
-        assert breaker.lets_through(now)
+        assert breaker.allow_request(now)
         breaker.failed(now)
-    assert breaker.lets_through(15)
+    assert breaker.allow_request(15)
     breaker.answered()
     assert not breaker.open
     for _ in range(LIMIT):
@@ -58,7 +58,7 @@ def test_each_vain_trial_doubles_the_rest_up_to_a_bound() -> None:
         while breaker.resting(now):
             now += 0.5
         rests.append(now - began)
-        assert breaker.lets_through(now)
+        assert breaker.allow_request(now)
         breaker.failed(now)
     assert rests[:7] == [1, 2, 4, 8, 16, 30, 30]
     assert rests[-1] == 30
@@ -70,4 +70,4 @@ def test_requests_that_were_on_their_way_when_it_opened_do_not_make_the_rest_lon
     for _ in range(late):
         breaker.failed(0.5)
     assert breaker.failures == LIMIT + late
-    assert breaker.lets_through(1)
+    assert breaker.allow_request(1)

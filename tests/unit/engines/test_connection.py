@@ -84,7 +84,7 @@ async def test_an_engine_is_not_silent_while_the_client_does_not_read() -> None:
 
     async with served(peer, silence_s=SILENCE_S) as upstream:
         connection = await upstream.send("GET", b"/", [], b"")
-        pouring = asyncio.create_task(connection.pour(take))
+        pouring = asyncio.create_task(connection.stream_to(take))
         await asyncio.wait([pouring], timeout=3 * SILENCE_S)
         assert not pouring.done(), "a slow client was taken for a silent engine"
         behind.set()
@@ -183,7 +183,7 @@ async def test_headers_without_end_are_an_error_and_the_connection_is_closed(beg
         async def exchange() -> None:
             connection = await upstream.send("GET", b"/", [], b"")
             try:
-                await connection.pour(lambda chunks: True)
+                await connection.stream_to(lambda chunks: True)
             finally:
                 upstream.release(connection)
 
@@ -203,7 +203,7 @@ async def test_an_answer_may_have_any_number_of_chunks() -> None:
     taken: list[bytes] = []
     async with served(peer) as upstream:
         connection = await upstream.send("GET", b"/", [], b"")
-        taken.extend(await connection.pour(lambda chunks: not taken.extend(chunks)))
+        taken.extend(await connection.stream_to(lambda chunks: not taken.extend(chunks)))
         upstream.release(connection)
     assert len(taken) == many
 
@@ -231,7 +231,7 @@ async def test_an_engine_that_sends_much_at_once_lets_others_have_their_turn(any
     async with served(peer) as upstream:
         connection = await upstream.send("GET", b"/", [], b"")
         counting = asyncio.create_task(count_turns())
-        taken[-1] = sum(map(len, await connection.pour(take)))
+        taken[-1] = sum(map(len, await connection.stream_to(take)))
         counting.cancel()
         upstream.release(connection)
     assert sum(taken.values()) == MUCH

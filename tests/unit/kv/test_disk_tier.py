@@ -12,15 +12,15 @@ import pytest
 from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from tests.support.gateway_process import ROOT
-from tests.support.tier_harness import DiskRig, key, keys, small_disk, spelled, value
+from tests.support.tier_harness import DiskTierHarness, key, keys, small_disk, spelled, value
 
 pytestmark = pytest.mark.anyio
 SHM = Path("/dev/shm")
 
 
 @pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[DiskRig]:
-    rig = DiskRig(tmp_path)
+async def rig(tmp_path: Path) -> AsyncIterator[DiskTierHarness]:
+    rig = DiskTierHarness(tmp_path)
     async with rig.tier:
         yield rig
 
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def fill(rig: DiskRig, count: int, size: int = 5000) -> list[bytes]:
+def fill(rig: DiskTierHarness, count: int, size: int = 5000) -> list[bytes]:
     """Objects as LMCache writes them."""
     values = [value(size) for _ in range(count)]
     for one, content in zip(keys(count), values, strict=True):
@@ -58,37 +58,37 @@ def fill(rig: DiskRig, count: int, size: int = 5000) -> list[bytes]:
     return values
 
 
-async def test_a_pin_is_a_hard_link_and_no_byte_is_copied(rig: DiskRig) -> None:
+async def test_a_pin_is_a_hard_link_and_no_byte_is_copied(rig: DiskTierHarness) -> None:
     fill(rig, 3, size=2**20)
     objects = await rig.tier.pin(keys(3), {})
     assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
     assert {(rig.pins / one.file_name).stat().st_nlink for one in keys(3)} == {2}
-    await rig.tier.lose(keys(3))
+    await rig.tier.drop_original(keys(3))
     await rig.tier.restore(objects)
     assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
 
 
-async def test_a_model_with_slashes_is_one_flat_name_in_both_directories(rig: DiskRig) -> None:
+async def test_a_model_with_slashes_is_one_flat_name_in_both_directories(rig: DiskTierHarness) -> None:
     one = key(1, model="/models/org/some-model")
     rig.put(one, b"x")
     (pinned,) = await rig.tier.pin([one], {})
     name = f"-SEP-models-SEP-org-SEP-some-model@0x01000100@0@{1:064x}@salt.data"
     assert names(rig.pins) == names(rig.kv) == [name]
-    await rig.tier.lose([one])
+    await rig.tier.drop_original([one])
     assert await rig.tier.restore([pinned]) == [Restored.RELINKED]
     assert await rig.tier.sweep({one}) == 0
     assert names(rig.pins) == names(rig.kv) == [name]
 
 
 async def test_the_pins_directory_is_made_and_is_for_us_alone(tmp_path: Path) -> None:
-    rig = DiskRig(tmp_path, tmp_path / "deep" / "er" / "pins")
+    rig = DiskTierHarness(tmp_path, tmp_path / "deep" / "er" / "pins")
     async with rig.tier:
         assert rig.pins.stat().st_mode & 0o777 == 0o700
     async with DiskTier(rig.kv, rig.pins):
         assert rig.pins.is_dir()
 
 
-async def test_damage_in_place_is_damage_to_both_and_takes_both_away(rig: DiskRig) -> None:
+async def test_damage_in_place_is_damage_to_both_and_takes_both_away(rig: DiskTierHarness) -> None:
     values = fill(rig, 3)
     objects = await rig.tier.pin(keys(3), {})
     rig.flip(key(0))
@@ -100,7 +100,7 @@ async def test_damage_in_place_is_damage_to_both_and_takes_both_away(rig: DiskRi
     assert [rig.pinned(one) for one in keys(3)] == [None, values[1], None]
 
 
-async def test_truncation_in_place_is_found_and_an_original_written_anew_since_is_kept(rig: DiskRig) -> None:
+async def test_truncation_in_place_is_found_and_an_original_written_anew_since_is_kept(rig: DiskTierHarness) -> None:
     (content,) = fill(rig, 1)
     objects = await rig.tier.pin(keys(1), {})
     os.truncate(rig.kv / key(0).file_name, len(content) - 1)
@@ -111,7 +111,7 @@ async def test_truncation_in_place_is_found_and_an_original_written_anew_since_i
     assert rig.pinned(key(0)) == content
 
 
-async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskRig) -> None:
+async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskTierHarness) -> None:
     (content,) = fill(rig, 1)
     objects = await rig.tier.pin(keys(1), {})
     wrong = value()
@@ -162,28 +162,28 @@ def test_a_file_that_is_truncated_while_it_is_read_is_corrupt_and_harms_nobody(t
 # --- bytes freed
 
 
-async def test_remove_tells_the_bytes_it_freed_each_time(rig: DiskRig) -> None:
+async def test_remove_tells_the_bytes_it_freed_each_time(rig: DiskTierHarness) -> None:
     for count in [1, 2, 3, 5, 8] * 30:
         values = fill(rig, count, size=100)
         await rig.tier.pin(keys(count), {})
         assert await rig.tier.remove(keys(count)) == sum(map(len, values))
 
 
-async def test_unpin_frees_nothing_while_the_original_is_there(rig: DiskRig) -> None:
+async def test_unpin_frees_nothing_while_the_original_is_there(rig: DiskTierHarness) -> None:
     values = fill(rig, 2)
     await rig.tier.pin(keys(2), {})
-    await rig.tier.lose([key(1)])
+    await rig.tier.drop_original([key(1)])
     assert await rig.tier.unpin(keys(2)) == len(values[1])
 
 
-async def test_bytes_that_somebody_else_links_are_not_freed(rig: DiskRig, tmp_path: Path) -> None:
+async def test_bytes_that_somebody_else_links_are_not_freed(rig: DiskTierHarness, tmp_path: Path) -> None:
     fill(rig, 1)
     await rig.tier.pin(keys(1), {})
     (tmp_path / "elsewhere").hardlink_to(rig.kv / key(0).file_name)  # another gateway's pin, or a backup
     assert await rig.tier.remove(keys(1)) == 0
 
 
-async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskRig) -> None:
+async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskTierHarness) -> None:
     (content,) = fill(rig, 1)
     async with DiskTier(rig.kv, rig.pins.with_name("ba9876543210")) as other:
         await rig.tier.pin(keys(1), {})
@@ -197,18 +197,18 @@ async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskRig) -> 
 # --- directories in trouble
 
 
-async def test_a_kv_dir_that_is_not_there_holds_nothing_and_pins_nothing(rig: DiskRig) -> None:
+async def test_a_kv_dir_that_is_not_there_holds_nothing_and_pins_nothing(rig: DiskTierHarness) -> None:
     rig.kv.rmdir()
     assert await rig.tier.sizes(spelled(*keys(3))) == [0] * 3
     assert await rig.tier.pin(keys(3), {}) == []
     assert await rig.tier.remove(keys(3)) == 0
-    await rig.tier.lose(keys(3))
+    await rig.tier.drop_original(keys(3))
 
 
-async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(rig: DiskRig) -> None:
+async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(rig: DiskTierHarness) -> None:
     values = fill(rig, 2)
     objects = await rig.tier.pin(keys(2), {})
-    await rig.tier.lose(keys(2))
+    await rig.tier.drop_original(keys(2))
     rig.kv.rmdir()
     with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.kv}"):
         await rig.tier.restore(objects)
@@ -219,7 +219,7 @@ async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(r
     assert [rig.live(one) for one in keys(2)] == values
 
 
-async def test_a_pins_dir_that_is_gone_is_no_false_word(rig: DiskRig) -> None:
+async def test_a_pins_dir_that_is_gone_is_no_false_word(rig: DiskTierHarness) -> None:
     fill(rig, 1)
     rig.pins.rmdir()
     with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.pins}"):
@@ -235,12 +235,12 @@ async def test_a_pins_dir_that_cannot_be_made_is_told_at_the_start(tmp_path: Pat
             pass
 
 
-async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig: DiskRig) -> None:
+async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig: DiskTierHarness) -> None:
     with pytest.raises(TierUnavailable, match="File name too long"):
         await rig.tier.sizes(spelled(key(1, model="m" * 300)))
 
 
-async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskRig) -> None:
+async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskTierHarness) -> None:
     fill(rig, 1)
     slow = rig.kv / key(1).file_name
     os.mkfifo(slow)  # opening it waits for a writer: a thread that takes its time
@@ -254,7 +254,7 @@ async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: Dis
 
 
 async def test_pins_on_another_file_system_are_refused_in_words(tmp_path: Path, elsewhere: Path) -> None:
-    rig = DiskRig(tmp_path, elsewhere)
+    rig = DiskTierHarness(tmp_path, elsewhere)
     async with rig.tier:
         fill(rig, 1)
         with pytest.raises(TierUnavailable, match=r"cross-device link") as refused:
@@ -266,7 +266,7 @@ async def test_pins_on_another_file_system_are_refused_in_words(tmp_path: Path, 
 
 
 async def test_a_full_file_system_is_told_as_full_and_harms_nothing(few_inodes: Path) -> None:
-    rig = DiskRig(few_inodes)
+    rig = DiskTierHarness(few_inodes)
     async with rig.tier:
         values = fill(rig, 20, size=10)
         with pytest.raises(TierFull, match="No space left"):
@@ -278,11 +278,11 @@ async def test_a_full_file_system_is_told_as_full_and_harms_nothing(few_inodes: 
 
 
 async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) -> None:
-    rig = DiskRig(few_inodes)
+    rig = DiskTierHarness(few_inodes)
     async with rig.tier:
         values = fill(rig, 10, size=10)
         objects = await rig.tier.pin(keys(10), {})
-        await rig.tier.lose(keys(10))
+        await rig.tier.drop_original(keys(10))
         crowd = 0
         try:
             while True:
@@ -300,7 +300,7 @@ async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) ->
 
 
 async def test_an_object_under_another_name_than_its_pin_takes_no_bytes(tmp_path: Path) -> None:
-    rig = DiskRig(tmp_path)
+    rig = DiskTierHarness(tmp_path)
     async with rig.tier:
         rig.put(key(0), value(5000))
         (pin,) = await rig.tier.pin([key(0)], {})

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway.kv.pins import Lock, Pins
+from gateway.kv.pins import FileLock, Pins
 from gateway.kv.tiers.base import Restored, TierFull
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.support.gateway_process import ROOT, free_port
-from tests.support.tier_harness import DiskRig, RedisRig, RedisServer, key, keys, spelled, value
+from tests.support.tier_harness import DiskTierHarness, RedisServer, RedisTierHarness, key, keys, spelled, value
 
 pytestmark = pytest.mark.anyio
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.anyio
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from gateway.kv.pins import Lock
+from gateway.kv.pins import FileLock
 async def hold():
-    async with Lock(Path(sys.argv[1])).hold(alone=sys.argv[2] == "alone"):
+    async with FileLock(Path(sys.argv[1])).acquire(alone=sys.argv[2] == "alone"):
         print("held", flush=True)
         await asyncio.to_thread(sys.stdin.read)
 asyncio.run(hold())
@@ -32,15 +32,15 @@ asyncio.run(hold())
 
 
 @pytest.fixture
-async def disk(tmp_path: Path) -> AsyncIterator[DiskRig]:
-    rig = DiskRig(tmp_path)
+async def disk(tmp_path: Path) -> AsyncIterator[DiskTierHarness]:
+    rig = DiskTierHarness(tmp_path)
     async with rig.tier:
         yield rig
 
 
 @pytest.fixture
-async def redis(redis_server: RedisServer) -> AsyncIterator[RedisRig]:
-    rig = RedisRig(redis_server.port)
+async def redis(redis_server: RedisServer) -> AsyncIterator[RedisTierHarness]:
+    rig = RedisTierHarness(redis_server.port)
     async with rig.tier:
         yield rig
     rig.client.config_set("maxmemory", 0)
@@ -48,21 +48,21 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[RedisRig]:
 
 
 @pytest.fixture
-def pins(disk: DiskRig, redis: RedisRig, tmp_path: Path) -> Pins:
-    return Pins((disk.tier, redis.tier), Lock(tmp_path / "pins.lock"))
+def pins(disk: DiskTierHarness, redis: RedisTierHarness, tmp_path: Path) -> Pins:
+    return Pins((disk.tier, redis.tier), FileLock(tmp_path / "pins.lock"))
 
 
 @pytest.fixture
-async def half(disk: DiskRig, tmp_path: Path) -> AsyncIterator[Pins]:
+async def half(disk: DiskTierHarness, tmp_path: Path) -> AsyncIterator[Pins]:
     """Disk, and a Redis that is down."""
     async with RedisTier(f"redis://127.0.0.1:{free_port()}", "s", 5) as down:
-        yield Pins((down, disk.tier), Lock(tmp_path / "pins.lock"))
+        yield Pins((down, disk.tier), FileLock(tmp_path / "pins.lock"))
 
 
 # --- both tiers
 
 
-async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness) -> None:
     disk.put(key(0), b"on disk")
     redis.put(key(1), b"in redis")
     for rig in (disk, redis):
@@ -78,7 +78,9 @@ async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskRig, redis: Re
     assert warnings == []
 
 
-async def test_a_tier_is_told_only_of_what_is_known_in_it(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+async def test_a_tier_is_told_only_of_what_is_known_in_it(
+    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
+) -> None:
     # The same chunk computed twice need not have the same bytes in both tiers.
     values = {"disk": value(), "redis": value()}
     disk.put(key(0), values["disk"])
@@ -94,7 +96,7 @@ async def test_a_tier_is_told_only_of_what_is_known_in_it(pins: Pins, disk: Disk
 
 
 async def test_missing_is_what_is_not_there_in_each_tier_or_not_of_its_size(
-    pins: Pins, disk: DiskRig, redis: RedisRig
+    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
 ) -> None:
     for rig in (disk, redis):
         for one in keys(3):
@@ -102,18 +104,20 @@ async def test_missing_is_what_is_not_there_in_each_tier_or_not_of_its_size(
     pinned, _ = await pins.pin(keys(3), [])
     held = {tier: {key: one.size for key, one in have.items()} for tier, have in pinned.items()}
     assert await pins.missing(held) == {}
-    await disk.tier.lose([key(0)])
+    await disk.tier.drop_original([key(0)])
     redis.put(key(2), value(99))
     assert await pins.missing(held) == {"disk": {str(key(0))}, "redis": {str(key(2))}}
     assert await pins.missing({}) == {}
 
 
-async def test_what_one_tier_lost_the_other_does_not_hide(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+async def test_what_one_tier_lost_the_other_does_not_hide(
+    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
+) -> None:
     for rig in (disk, redis):
         rig.put(key(0), value())
     pinned, _ = await pins.pin(keys(1), [])
     await disk.tier.remove(keys(1))
-    await redis.tier.lose(keys(1))
+    await redis.tier.drop_original(keys(1))
     restored, warnings = await pins.restore([o for have in pinned.values() for o in have.values()])
     assert restored == {"disk": {str(key(0)): Restored.MISSING}, "redis": {str(key(0)): Restored.RELINKED}}
     assert warnings == []
@@ -121,19 +125,21 @@ async def test_what_one_tier_lost_the_other_does_not_hide(pins: Pins, disk: Disk
 
 @pytest.mark.parametrize("originals", [True, False])
 async def test_removing_frees_the_bytes_of_all_tiers(
-    pins: Pins, disk: DiskRig, redis: RedisRig, originals: bool
+    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness, originals: bool
 ) -> None:
     for rig in (disk, redis):
         rig.put(key(0), value(1000))
     await pins.pin(keys(1), [])
-    await disk.tier.lose(keys(1))  # so that the bytes on disk hang on the pin alone
+    await disk.tier.drop_original(keys(1))  # so that the bytes on disk hang on the pin alone
     freed, warnings = await pins.remove(keys(1), originals=originals)
     assert (freed, warnings) == (3000 if originals else 2000, [])
     assert disk.pinned(key(0)) is redis.pinned(key(0)) is None
     assert (redis.live(key(0)) is None) is originals
 
 
-async def test_a_sweep_counts_what_it_took_from_all_tiers(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+async def test_a_sweep_counts_what_it_took_from_all_tiers(
+    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
+) -> None:
     for rig in (disk, redis):
         for one in keys(3):
             rig.put(one, value(10))
@@ -143,7 +149,7 @@ async def test_a_sweep_counts_what_it_took_from_all_tiers(pins: Pins, disk: Disk
 
 
 async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_their_work(
-    half: Pins, disk: DiskRig
+    half: Pins, disk: DiskTierHarness
 ) -> None:
     content = value(1000)
     disk.put(key(0), content)
@@ -159,12 +165,14 @@ async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_thei
     restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
     assert (restored, len(warnings)) == ({"disk": {str(key(0)): Restored.INTACT}}, 1)
     assert (await half.sweep([key(0)]))[0] == 0
-    await disk.tier.lose(keys(1))
+    await disk.tier.drop_original(keys(1))
     freed, warnings = await half.remove(keys(1), originals=False)
     assert (freed, len(warnings)) == (1000, 1)
 
 
-async def test_a_full_tier_fails_the_pinning_as_a_whole(pins: Pins, disk: DiskRig, redis: RedisRig) -> None:
+async def test_a_full_tier_fails_the_pinning_as_a_whole(
+    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
+) -> None:
     for rig in (disk, redis):
         rig.put(key(0), value(200_000))
     redis.client.config_set("maxmemory", 1)  # what is there stays, nothing more may come
@@ -204,7 +212,7 @@ def open_files() -> int:
 async def taken(path: Path, *, alone: bool, within: float) -> bool:
     """Whether this process gets the lock in so many seconds."""
     try:
-        async with asyncio.timeout(within), Lock(path).hold(alone=alone):
+        async with asyncio.timeout(within), FileLock(path).acquire(alone=alone):
             return True
     except TimeoutError:
         return False
@@ -249,12 +257,12 @@ async def test_who_waits_gets_it_when_the_last_reader_lets_go(tmp_path: Path) ->
 
 
 async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "lock")
+    lock = FileLock(tmp_path / "lock")
     inside = most = 0
 
     async def work(alone: bool) -> None:
         nonlocal inside, most
-        async with lock.hold(alone=alone):
+        async with lock.acquire(alone=alone):
             inside += 1
             most = max(most, inside)
             assert inside == 1 or not alone
@@ -270,8 +278,8 @@ async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Pat
 
 
 async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "lock")
-    async with lock.hold(alone=True):
+    lock = FileLock(tmp_path / "lock")
+    async with lock.acquire(alone=True):
         before = open_files()
         for _ in range(5):
             assert not await taken(tmp_path / "lock", alone=False, within=0.01)
@@ -282,11 +290,11 @@ async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_
 @pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
 async def test_a_failure_inside_lets_the_lock_go(tmp_path: Path, end: Callable[[], BaseException]) -> None:
     with pytest.raises((ValueError, asyncio.CancelledError)):
-        async with Lock(tmp_path / "lock").hold(alone=True):
+        async with FileLock(tmp_path / "lock").acquire(alone=True):
             raise end()
     assert await taken(tmp_path / "lock", alone=True, within=5)
 
 
 async def test_the_lock_file_is_for_its_owner_only(tmp_path: Path) -> None:
-    async with Lock(tmp_path / "lock").hold(alone=True):
+    async with FileLock(tmp_path / "lock").acquire(alone=True):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600

@@ -14,14 +14,14 @@ from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.support.gateway_process import free_port
-from tests.support.tier_harness import RedisRig, RedisServer, key, keys, spelled, value
+from tests.support.tier_harness import RedisServer, RedisTierHarness, key, keys, spelled, value
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def rig(redis_server: RedisServer) -> AsyncIterator[RedisRig]:
-    rig = RedisRig(redis_server.port)
+async def rig(redis_server: RedisServer) -> AsyncIterator[RedisTierHarness]:
+    rig = RedisTierHarness(redis_server.port)
     async with rig.tier:
         yield rig
     rig.client.config_set("maxmemory", 0)
@@ -36,7 +36,7 @@ def own_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
-def fill(rig: RedisRig, count: int, size: int = 5000) -> list[bytes]:
+def fill(rig: RedisTierHarness, count: int, size: int = 5000) -> list[bytes]:
     """Objects as LMCache writes them."""
     values = [value(size) for _ in range(count)]
     for one, content in zip(keys(count), values, strict=True):
@@ -44,7 +44,7 @@ def fill(rig: RedisRig, count: int, size: int = 5000) -> list[bytes]:
     return values
 
 
-async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisRig) -> None:
+async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisTierHarness) -> None:
     (content,) = fill(rig, 1)
     await rig.tier.pin(keys(1), {})
     assert sorted(rig.client.scan_iter()) == sorted(
@@ -54,13 +54,15 @@ async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisRig) -> None
     assert rig.pinned(key(0)) == content
 
 
-async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisRig) -> None:
+async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisTierHarness) -> None:
     rig.client.set(str(key(0)), value(), ex=1000)
     await rig.tier.pin(keys(1), {})
     assert rig.client.ttl(f"cwg:0123456789ab:pin:{key(0)}") == -1
 
 
-async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(rig: RedisRig, redis_server: RedisServer) -> None:
+async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(
+    rig: RedisTierHarness, redis_server: RedisServer
+) -> None:
     fill(rig, 2)
     rig.client.acl_setuser("plain", enabled=True, passwords=["+word"], keys=["*"], commands=["+@all", "-@scripting"])
     async with RedisTier(f"redis://plain:word@127.0.0.1:{redis_server.port}", "other", 5.0) as tier:
@@ -68,7 +70,7 @@ async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(rig: RedisRig
     rig.client.acl_deluser("plain")
 
 
-async def test_hundreds_of_objects_go_through_every_verb(rig: RedisRig) -> None:
+async def test_hundreds_of_objects_go_through_every_verb(rig: RedisTierHarness) -> None:
     count = 1203  # more than one call of names, and no whole number of calls of values
     values = fill(rig, count, size=100)
     assert await rig.tier.sizes(spelled(*keys(count))) == [100] * count
@@ -76,7 +78,7 @@ async def test_hundreds_of_objects_go_through_every_verb(rig: RedisRig) -> None:
     assert [o.key for o in objects] == [str(one) for one in keys(count)]
     assert await rig.tier.pin(keys(count), {o.key: o for o in objects}) == objects
     lost = [one for number, one in enumerate(keys(count)) if number % 3 == 0]
-    await rig.tier.lose(lost)
+    await rig.tier.drop_original(lost)
     wanted = [Restored.RELINKED if number % 3 == 0 else Restored.INTACT for number in range(count)]
     assert await rig.tier.restore(objects) == wanted
     assert [rig.live(one) for one in keys(count)] == values
@@ -87,13 +89,13 @@ async def test_hundreds_of_objects_go_through_every_verb(rig: RedisRig) -> None:
     assert rig.client.dbsize() == 0
 
 
-async def test_bytes_freed_are_those_of_every_copy(rig: RedisRig) -> None:
+async def test_bytes_freed_are_those_of_every_copy(rig: RedisTierHarness) -> None:
     fill(rig, 2, size=1000)
     await rig.tier.pin(keys(1), {})
     assert await rig.tier.remove(keys(2)) == 3000
 
 
-async def test_two_stores_in_one_redis_keep_their_pins_apart(rig: RedisRig, redis_server: RedisServer) -> None:
+async def test_two_stores_in_one_redis_keep_their_pins_apart(rig: RedisTierHarness, redis_server: RedisServer) -> None:
     values = fill(rig, 3)
     async with RedisTier(f"redis://127.0.0.1:{redis_server.port}", "ba9876543210", 5) as other:
         await rig.tier.pin(keys(3), {})
@@ -106,7 +108,7 @@ async def test_two_stores_in_one_redis_keep_their_pins_apart(rig: RedisRig, redi
     assert [rig.live(one) for one in keys(3)] == values
 
 
-async def test_foreign_keys_are_never_touched(rig: RedisRig) -> None:
+async def test_foreign_keys_are_never_touched(rig: RedisTierHarness) -> None:
     foreign = {b"cwg:0123456789ab:other": b"1", b"cwg:0123456789abc:pin:x": b"2", b"x": b"3", b"cwg:": b"4"}
     rig.client.mset(foreign)
     fill(rig, 1)
@@ -116,13 +118,13 @@ async def test_foreign_keys_are_never_touched(rig: RedisRig) -> None:
     assert {name: rig.client.get(name) for name in rig.client.scan_iter()} == foreign
 
 
-async def test_a_value_that_is_no_object_is_told_as_unavailable(rig: RedisRig) -> None:
+async def test_a_value_that_is_no_object_is_told_as_unavailable(rig: RedisTierHarness) -> None:
     rig.client.lpush(str(key(0)), "x")
     with pytest.raises(TierUnavailable, match=r"redis tier: .*WRONGTYPE"):
         await rig.tier.sizes(spelled(*keys(1)))
 
 
-async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisRig) -> None:
+async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisTierHarness) -> None:
     values = fill(rig, 20, size=200_000)
     rig.client.config_set("maxmemory-policy", "noeviction")
     rig.client.config_set("maxmemory", int(rig.client.info("memory")["used_memory"]) + 1_000_000)
@@ -134,10 +136,10 @@ async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisRig) -> N
     assert len(await rig.tier.pin(keys(20), {})) == 20
 
 
-async def test_a_restore_into_full_memory_loses_no_pin(rig: RedisRig) -> None:
+async def test_a_restore_into_full_memory_loses_no_pin(rig: RedisTierHarness) -> None:
     values = fill(rig, 5, size=200_000)
     objects = await rig.tier.pin(keys(5), {})
-    await rig.tier.lose(keys(5))
+    await rig.tier.drop_original(keys(5))
     rig.client.config_set("maxmemory", 1_000_000)
     with pytest.raises(TierFull):
         await rig.tier.restore(objects)
@@ -151,8 +153,8 @@ async def every_verb(tier: RedisTier) -> None:
     objects = [PinnedObject(str(key(0)), "redis", 1, b"")]
     for call in (
         tier.sizes(spelled(*keys(1))), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
-        tier.restore(objects), tier.verify(objects), tier.unpin(keys(1)), tier.remove(keys(1)), tier.lose(keys(1)),
-        tier.sweep([]),
+        tier.restore(objects), tier.verify(objects), tier.unpin(keys(1)), tier.remove(keys(1)),
+        tier.drop_original(keys(1)), tier.sweep([]),
     ):  # fmt: skip
         with pytest.raises(TierUnavailable, match="redis tier: ") as refused:
             await call
@@ -167,7 +169,7 @@ async def test_a_server_that_is_down_is_told_by_every_verb_and_at_once() -> None
 
 
 async def test_a_server_that_comes_back_is_found_again(own_server: RedisServer) -> None:
-    rig = RedisRig(own_server.port)
+    rig = RedisTierHarness(own_server.port)
     async with rig.tier:
         fill(rig, 1)
         assert all(await rig.tier.sizes(spelled(*keys(1))))
@@ -214,7 +216,7 @@ async def test_a_server_that_still_hangs_after_its_rest_has_another(own_server: 
 
 
 async def test_a_server_that_stops_in_the_middle_of_a_long_call_is_noticed(own_server: RedisServer) -> None:
-    rig = RedisRig(own_server.port)
+    rig = RedisTierHarness(own_server.port)
     fill(rig, 40, size=2**20)
     async with rig.tier:
         objects = await rig.tier.pin(keys(40), {})

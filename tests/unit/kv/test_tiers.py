@@ -8,26 +8,35 @@ from blake3 import blake3
 
 from gateway.kv.tiers.base import Restored, Stored
 from gateway.records import PinnedObject
-from tests.support.tier_harness import DiskRig, RedisRig, RedisServer, Rig, key, keys, spelled, value
+from tests.support.tier_harness import (
+    DiskTierHarness,
+    RedisServer,
+    RedisTierHarness,
+    TierHarness,
+    key,
+    keys,
+    spelled,
+    value,
+)
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(params=["disk", "redis"])
-async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TierHarness]:
     if request.param == "disk":
-        disk = DiskRig(tmp_path)
+        disk = DiskTierHarness(tmp_path)
         async with disk.tier:
             yield disk
     else:
         server: RedisServer = request.getfixturevalue("redis_server")
-        redis = RedisRig(server.port)
+        redis = RedisTierHarness(server.port)
         async with redis.tier:
             yield redis
         redis.client.close()
 
 
-async def pinned(rig: Rig, count: int) -> tuple[list[bytes], list[PinnedObject]]:
+async def pinned(rig: TierHarness, count: int) -> tuple[list[bytes], list[PinnedObject]]:
     """Objects of a window, and their pins."""
     values = [value() for _ in range(count)]
     for one, content in zip(keys(count), values, strict=True):
@@ -43,7 +52,7 @@ def known(objects: list[PinnedObject]) -> dict[str, PinnedObject]:
 # --- sizes
 
 
-async def test_sizes_are_those_of_exactly_what_is_there(rig: Rig) -> None:
+async def test_sizes_are_those_of_exactly_what_is_there(rig: TierHarness) -> None:
     there = [key(1), key(2), key(3, rank=0x02010200), key(4, model="plain")]
     for one in there:
         rig.put(one, value(10))
@@ -58,16 +67,18 @@ async def test_sizes_are_those_of_exactly_what_is_there(rig: Rig) -> None:
     assert await rig.tier.sizes([]) == []
 
 
-async def test_a_pin_alone_has_no_size(rig: Rig) -> None:
+async def test_a_pin_alone_has_no_size(rig: TierHarness) -> None:
     await pinned(rig, 1)
-    await rig.tier.lose(keys(1))
+    await rig.tier.drop_original(keys(1))
     assert await rig.tier.sizes(spelled(*keys(1))) == [0]
 
 
 # --- pin
 
 
-async def test_pins_come_in_the_order_asked_with_size_and_checksum_and_without_what_is_missing(rig: Rig) -> None:
+async def test_pins_come_in_the_order_asked_with_size_and_checksum_and_without_what_is_missing(
+    rig: TierHarness,
+) -> None:
     sizes = [1, 5000, 3, 70_000, 2]
     values = {number: value(size) for number, size in enumerate(sizes)}
     for number, content in values.items():
@@ -83,17 +94,17 @@ async def test_pins_come_in_the_order_asked_with_size_and_checksum_and_without_w
     assert await rig.tier.pin([], {}) == []
 
 
-async def test_a_known_pin_that_still_matches_is_kept_even_when_the_original_is_other_by_now(rig: Rig) -> None:
+async def test_a_known_pin_that_still_matches_is_kept_even_when_the_original_is_other_by_now(rig: TierHarness) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put(key(0), value())
     assert await rig.tier.pin(keys(1), known(objects)) == objects
     assert rig.pinned(key(0)) == content
-    await rig.tier.lose(keys(1))
+    await rig.tier.drop_original(keys(1))
     assert await rig.tier.pin(keys(1), known(objects)) == objects
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "empty"])
-async def test_a_known_pin_that_is_damaged_is_made_anew_from_a_good_original(rig: Rig, harm: str) -> None:
+async def test_a_known_pin_that_is_damaged_is_made_anew_from_a_good_original(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put_pin(key(0), harmed(content, harm))
     (again,) = await rig.tier.pin(keys(1), known(objects))
@@ -101,10 +112,10 @@ async def test_a_known_pin_that_is_damaged_is_made_anew_from_a_good_original(rig
     assert rig.pinned(key(0)) == rig.live(key(0)) == content
 
 
-async def test_a_known_pin_whose_damage_is_in_the_original_too_takes_both_away(rig: Rig) -> None:
+async def test_a_known_pin_whose_damage_is_in_the_original_too_takes_both_away(rig: TierHarness) -> None:
     (content, other), objects = await pinned(rig, 2)
     bad = harmed(content, "flip")
-    if isinstance(rig, DiskRig):
+    if isinstance(rig, DiskTierHarness):
         rig.flip(key(0))
     else:
         rig.put(key(0), bad)
@@ -115,7 +126,7 @@ async def test_a_known_pin_whose_damage_is_in_the_original_too_takes_both_away(r
     assert rig.live(key(1)) == rig.pinned(key(1)) == other
 
 
-async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: Rig) -> None:
+async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: TierHarness) -> None:
     content = value()
     rig.put(key(0), content)
     rig.put_pin(key(0), value())
@@ -125,11 +136,11 @@ async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: Ri
 
 
 async def test_a_pin_that_another_freeze_has_just_made_outlives_a_second_one_whose_original_is_gone(
-    rig: Rig,
+    rig: TierHarness,
 ) -> None:
     # Two freezes of one lineage hold the lock together; between them LMCache evicts. The first is about to commit.
     (content,), objects = await pinned(rig, 1)
-    await rig.tier.lose(keys(1))
+    await rig.tier.drop_original(keys(1))
     await rig.tier.pin(keys(1), {})
     assert rig.pinned(key(0)) == content
     assert await rig.tier.restore(objects) == [Restored.RELINKED]
@@ -138,16 +149,16 @@ async def test_a_pin_that_another_freeze_has_just_made_outlives_a_second_one_who
 # --- restore
 
 
-async def test_what_was_not_touched_is_intact(rig: Rig) -> None:
+async def test_what_was_not_touched_is_intact(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
     assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
     assert [rig.live(one) for one in keys(9)] == values
     assert await rig.tier.restore([]) == []
 
 
-async def test_pins_outlive_the_originals_and_are_put_back_byte_for_byte(rig: Rig) -> None:
+async def test_pins_outlive_the_originals_and_are_put_back_byte_for_byte(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
-    await rig.tier.lose(keys(9))
+    await rig.tier.drop_original(keys(9))
     assert await rig.tier.sizes(spelled(*keys(9))) == [0] * 9
     assert await rig.tier.restore(objects) == [Restored.RELINKED] * 9
     assert [rig.live(one) for one in keys(9)] == values
@@ -175,7 +186,7 @@ HARMS = ["flip", "flip at the end", "truncate", "empty", "grow", "another object
 
 
 @pytest.mark.parametrize("harm", HARMS)
-async def test_a_damaged_original_is_replaced_by_the_pin(rig: Rig, harm: str) -> None:
+async def test_a_damaged_original_is_replaced_by_the_pin(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put(key(0), harmed(content, harm))
     assert await rig.tier.restore(objects) == [Restored.RELINKED]
@@ -183,7 +194,7 @@ async def test_a_damaged_original_is_replaced_by_the_pin(rig: Rig, harm: str) ->
 
 
 @pytest.mark.parametrize("harm", [*HARMS, "gone"])
-async def test_a_damaged_or_lost_pin_is_mended_from_a_good_original(rig: Rig, harm: str) -> None:
+async def test_a_damaged_or_lost_pin_is_mended_from_a_good_original(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     if harm == "gone":
         rig.drop_pin(key(0))
@@ -195,7 +206,9 @@ async def test_a_damaged_or_lost_pin_is_mended_from_a_good_original(rig: Rig, ha
 
 
 @pytest.mark.parametrize("harm", HARMS)
-async def test_what_is_damaged_in_both_places_is_taken_away_so_that_nobody_loads_it(rig: Rig, harm: str) -> None:
+async def test_what_is_damaged_in_both_places_is_taken_away_so_that_nobody_loads_it(
+    rig: TierHarness, harm: str
+) -> None:
     (content, other), objects = await pinned(rig, 2)
     rig.put(key(0), harmed(content, harm))
     rig.put_pin(key(0), harmed(content, "truncate"))
@@ -205,17 +218,17 @@ async def test_what_is_damaged_in_both_places_is_taken_away_so_that_nobody_loads
     assert await rig.tier.restore(objects) == [Restored.MISSING, Restored.INTACT]
 
 
-async def test_the_damaged_rest_of_a_pair_is_taken_away_too(rig: Rig) -> None:
+async def test_the_damaged_rest_of_a_pair_is_taken_away_too(rig: TierHarness) -> None:
     contents, objects = await pinned(rig, 2)
     rig.drop_pin(key(0))
     rig.put(key(0), harmed(contents[0], "flip"))
-    await rig.tier.lose([key(1)])
+    await rig.tier.drop_original([key(1)])
     rig.put_pin(key(1), harmed(contents[1], "flip"))
     assert await rig.tier.restore(objects) == [Restored.CORRUPT] * 2
     assert [rig.live(one) for one in keys(2)] == [rig.pinned(one) for one in keys(2)] == [None, None]
 
 
-async def test_what_is_in_neither_place_is_missing(rig: Rig) -> None:
+async def test_what_is_in_neither_place_is_missing(rig: TierHarness) -> None:
     _, objects = await pinned(rig, 1)
     await rig.tier.remove(keys(1))
     assert await rig.tier.restore(objects) == [Restored.MISSING]
@@ -225,7 +238,7 @@ async def test_what_is_in_neither_place_is_missing(rig: Rig) -> None:
 # --- verify
 
 
-async def test_verify_tells_the_state_of_each_pin_and_changes_nothing(rig: Rig) -> None:
+async def test_verify_tells_the_state_of_each_pin_and_changes_nothing(rig: TierHarness) -> None:
     contents, objects = await pinned(rig, 5)
     rig.put_pin(key(1), harmed(contents[1], "flip"))
     rig.put_pin(key(2), harmed(contents[2], "truncate"))
@@ -242,7 +255,7 @@ async def test_verify_tells_the_state_of_each_pin_and_changes_nothing(rig: Rig) 
 # --- letting go
 
 
-async def test_unpin_leaves_the_originals_and_remove_leaves_nothing(rig: Rig) -> None:
+async def test_unpin_leaves_the_originals_and_remove_leaves_nothing(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 6)
     await rig.tier.unpin(keys(3))
     assert [rig.pinned(one) for one in keys(6)] == [None] * 3 + values[3:]
@@ -251,23 +264,23 @@ async def test_unpin_leaves_the_originals_and_remove_leaves_nothing(rig: Rig) ->
     assert [rig.live(one) for one in keys(6)] == [rig.pinned(one) for one in keys(6)] == [None] * 6
 
 
-async def test_what_is_not_there_frees_nothing_and_is_no_error(rig: Rig) -> None:
+async def test_what_is_not_there_frees_nothing_and_is_no_error(rig: TierHarness) -> None:
     assert await rig.tier.unpin([key(7)]) == 0
     assert await rig.tier.remove([key(7)]) == 0
     assert await rig.tier.unpin([]) == await rig.tier.remove([]) == 0
-    await rig.tier.lose([key(7)])
-    await rig.tier.lose([])
+    await rig.tier.drop_original([key(7)])
+    await rig.tier.drop_original([])
 
 
-async def test_the_last_holder_of_the_bytes_frees_them(rig: Rig) -> None:
+async def test_the_last_holder_of_the_bytes_frees_them(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 3)
-    await rig.tier.lose(keys(3))
+    await rig.tier.drop_original(keys(3))
     assert await rig.tier.unpin(keys(3)) == sum(map(len, values))
 
 
-async def test_lose_takes_the_originals_and_leaves_the_pins(rig: Rig) -> None:
+async def test_lose_takes_the_originals_and_leaves_the_pins(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 3)
-    await rig.tier.lose(keys(2))
+    await rig.tier.drop_original(keys(2))
     assert [rig.live(one) for one in keys(3)] == [None, None, values[2]]
     assert [rig.pinned(one) for one in keys(3)] == values
 
@@ -275,7 +288,7 @@ async def test_lose_takes_the_originals_and_leaves_the_pins(rig: Rig) -> None:
 # --- sweep
 
 
-async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is_called(rig: Rig) -> None:
+async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is_called(rig: TierHarness) -> None:
     models = ["org/model", "a/b/c", "plain", "/abs/path/to/model", "with space", "x-SEP-y", "é/ü", "[glob]*?"]
     held = [key(1, model=model) for model in models]
     strays = [key(2, model=model) for model in models] + [key(1, model="org/model", salt="other")]
@@ -289,7 +302,7 @@ async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is
     assert await rig.tier.sweep(set(held)) == 0
 
 
-async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Rig) -> None:
+async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 30)
     assert await rig.tier.sweep([]) == 30
     assert [rig.pinned(one) for one in keys(30)] == [None] * 30
@@ -299,7 +312,7 @@ async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Ri
 # --- pins that go by other names
 
 
-async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: Rig) -> None:
+async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 3)
     names = [key(number, salt="other") for number in range(3)]
     apart = [o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
@@ -309,7 +322,7 @@ async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: Rig) -> No
     assert await rig.tier.restore(apart) == [Restored.RELINKED] * 3
     assert await rig.tier.restore(apart) == [Restored.INTACT] * 3
     assert [rig.live(name) for name in names] == values
-    await rig.tier.lose(keys(3))
+    await rig.tier.drop_original(keys(3))
     rig.drop_pin(key(0))
     assert await rig.tier.restore(apart[:1]) == [Restored.INTACT]
     assert rig.pinned(key(0)) == values[0]  # what LMCache had under the other name has mended the pin
@@ -318,46 +331,46 @@ async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: Rig) -> No
     assert rig.live(names[1]) == values[1]
 
 
-async def test_pins_are_lent_as_they_are(rig: Rig) -> None:
+async def test_pins_are_lent_as_they_are(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 3)
     rig.put_pin(key(1), harmed(values[1], "flip"))
     rig.drop_pin(key(2))
     names = [key(number, salt="other") for number in range(3)]
-    await rig.tier.lend([o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)])
+    await rig.tier.expose_pin([o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)])
     assert [rig.live(name) for name in names] == [values[0], harmed(values[1], "flip"), None]
-    await rig.tier.lose(names)
-    assert await rig.tier.under({"other"}) == set()
+    await rig.tier.drop_original(names)
+    assert await rig.tier.keys_with_salt({"other"}) == set()
     assert [rig.pinned(one) for one in keys(3)] == [values[0], harmed(values[1], "flip"), None]
 
 
 # --- under
 
 
-async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: Rig) -> None:
+async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: TierHarness) -> None:
     models = ["org/model", "plain", "/abs/path", "with space", "é/ü", "[glob]*?"]
     live = {key(1, model=model, salt=salt) for model in models for salt in ("a", "b", "xa")}
     pins = {key(2, model="plain", salt="a"), key(2, model="plain", salt="b")}
     for one in (*live, *pins):
         rig.put(one, value(10))
     await rig.tier.pin(list(pins), {})
-    await rig.tier.lose(pins)
-    assert await rig.tier.under({"a"}) == {one for one in live | pins if one.salt == "a"}
-    assert await rig.tier.under({"a", "b", "none"}) == {one for one in live | pins if one.salt in ("a", "b")}
-    assert await rig.tier.under(set()) == set()
+    await rig.tier.drop_original(pins)
+    assert await rig.tier.keys_with_salt({"a"}) == {one for one in live | pins if one.salt == "a"}
+    assert await rig.tier.keys_with_salt({"a", "b", "none"}) == {one for one in live | pins if one.salt in ("a", "b")}
+    assert await rig.tier.keys_with_salt(set()) == set()
 
 
 # --- inventory
 
 
-async def test_the_inventory_has_every_object_and_pin_once_with_its_bytes(rig: Rig) -> None:
+async def test_the_inventory_has_every_object_and_pin_once_with_its_bytes(rig: TierHarness) -> None:
     for number, size in enumerate((10, 20, 30, 40)):
         rig.put(key(number), value(size))
     await rig.tier.pin([key(1), key(2), key(3)], {})
-    await rig.tier.lose([key(2)])
+    await rig.tier.drop_original([key(2)])
     rig.put(key(3), value(45))  # LMCache has written it anew
-    both = 20 if isinstance(rig, DiskRig) else 40
+    both = 20 if isinstance(rig, DiskTierHarness) else 40
     assert sorted(await rig.tier.inventory(), key=lambda one: str(one.key)) == [
         Stored(key(0), 10, 0, 10), Stored(key(1), 20, 20, both), Stored(key(2), 0, 30, 30), Stored(key(3), 45, 40, 85),
     ]  # fmt: skip
     free = await rig.tier.free()
-    assert (free is None) == isinstance(rig, RedisRig)
+    assert (free is None) == isinstance(rig, RedisTierHarness)

@@ -7,7 +7,7 @@ import pytest
 from gateway.runtime.clock import Clock
 from gateway.store.store import SqliteStore
 from gateway.windows.retention import sweeper
-from tests.support.harness import House, window
+from tests.support.harness import GatewayHarness, window
 
 DAY = 86400.0
 
@@ -78,18 +78,18 @@ def test_after_a_long_time_without_a_gateway_nothing_expires_at_once() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_sweep_without_expiry_leaves_what_has_expired(house: House) -> None:
-    await window(house.parts, "w")
-    await house.parts.store.describe_window("default", "w", {"expires_at": 1.0})
-    await sweeper.sweep(house.parts, expire=False)
-    assert await house.parts.store.window("default", "w")
-    await sweeper.sweep(house.parts)
-    assert await house.parts.store.window("default", "w") is None
+async def test_a_sweep_without_expiry_leaves_what_has_expired(harness: GatewayHarness) -> None:
+    await window(harness.services, "w")
+    await harness.services.store.describe_window("default", "w", {"expires_at": 1.0})
+    await sweeper.sweep(harness.services, expire=False)
+    assert await harness.services.store.window("default", "w")
+    await sweeper.sweep(harness.services)
+    assert await harness.services.store.window("default", "w") is None
 
 
 @pytest.mark.anyio
-async def test_the_newest_record_is_of_a_session_or_of_a_window(house: House, tmp_path: Path) -> None:
+async def test_the_newest_record_is_of_a_session_or_of_a_window(harness: GatewayHarness, tmp_path: Path) -> None:
     async with SqliteStore(tmp_path / "empty.db", turns_kept=5) as empty:
         assert await empty.newest() is None
-    await window(house.parts, "w")
-    assert await house.parts.store.newest() == 1.0
+    await window(harness.services, "w")
+    assert await harness.services.store.newest() == 1.0

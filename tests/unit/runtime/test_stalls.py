@@ -10,12 +10,12 @@ from typing import TypeVar
 
 import pytest
 
-from gateway.engines.client import Engine
+from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream, UpstreamError
-from gateway.engines.node import Member
+from gateway.engines.node import EngineNode
 from gateway.runtime.stalls import Stalls
 from tests.support.fakes.engine import WITHIN, Exchange, FakeEngine
-from tests.support.gateway_process import gateway_before
+from tests.support.gateway_process import gateway_in_front_of
 
 T = TypeVar("T")
 TIMEOUT_S = 0.5
@@ -110,11 +110,11 @@ async def test_an_engine_that_is_silent_after_we_stood_still_is_found_out(engine
 async def test_a_look_at_an_engine_while_we_stood_still_does_not_count(engine: FakeEngine, stalls: Stalls) -> None:
     late = engine.on_health = Late()
     lost = stalls.lost_since
-    asks = Engine(
+    asks = HttpEngineClient(
         engine.url, api_key="", fingerprint="", connect_timeout_s=TIMEOUT_S, timeout_s=TIMEOUT_S, lost_since=lost
     )
-    member = Member(upstream_of(engine, stalls), asks, lost)
-    await late.answers_after_we_stood_still(member.look)
+    member = EngineNode(upstream_of(engine, stalls), asks, lost)
+    await late.answers_after_we_stood_still(member.probe)
     assert (member.state, member.report()["failures"]) == ("healthy", 0)
     await member.close()
 
@@ -123,7 +123,7 @@ def test_a_gateway_that_is_stopped_for_a_while_still_thinks_well_of_its_engine(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     settings = {"connect_timeout_s": TIMEOUT_S, "engine_timeout_s": TIMEOUT_S, "engine_check_s": 0.1}
-    with gateway_before(engine.url, tmp_path, **settings) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
         for _ in range(3):
             late = engine.on_health = Late()
             assert late.asked.wait(WITHIN)

@@ -7,19 +7,19 @@ import pytest
 
 from gateway.records import Alias, Known, Session
 from gateway.sessions import alias_match, prefix_chain, reply_aliases
-from gateway.sessions.prefix_chain import Beginning, Prompt
+from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from tests.integration.sessions.test_changing_clients import Message, assistant, system, tools, user
 
 
 def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s") -> list[Known]:
     """A session whose last reply is known under all of its names."""
-    request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
+    request = ConversationPrefix.of(Prompt(messages, b"", {"tools": tools(*names)}))
     trace = prefix_chain.trace(b"", messages, reply, request)
     return [Known(Session("t", lineage, lineage), alias, current=True) for alias in trace.ends]
 
 
-def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> prefix_chain.Verdict:
-    request = Beginning.of(Prompt(messages, b"", {"tools": tools(*names)}))
+def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> prefix_chain.PrefixMatch:
+    request = ConversationPrefix.of(Prompt(messages, b"", {"tools": tools(*names)}))
     verdicts = (alias_match.judge(reply, found) for reply in request.answered())
     return next((verdict for verdict in verdicts if verdict), prefix_chain.STRANGER)
 

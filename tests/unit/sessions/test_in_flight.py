@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import StartError
-from gateway.sessions.in_flight import Mark, TurnLocks
+from gateway.sessions.in_flight import LockKey, TurnLocks
 from tests.support.gateway_process import ROOT
 
 HOLDER = """
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from gateway.sessions.in_flight import TurnLocks
 locks = TurnLocks(Path(sys.argv[1]))
-locks.hold([("session", "t", "s")])
+locks.acquire([("session", "t", "s")])
 print("held", flush=True)
 sys.stdin.read()
 """
 
-OVER = HOLDER.replace('locks.hold([("session", "t", "s")])', "[locks.over(batch) for batch in (1, 2, 9)]")
+OVER = HOLDER.replace('locks.acquire([("session", "t", "s")])', "[locks.mark_ended(batch) for batch in (1, 2, 9)]")
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
@@ -38,53 +38,58 @@ def workers(tmp_path: Path) -> Iterator[tuple[TurnLocks, TurnLocks]]:
 
 def test_a_turn_is_seen_by_the_other_worker_and_not_by_its_own(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
-    ours.hold([("session", "t", "s")])
-    assert theirs.elsewhere(("session", "t", "s"))
-    assert not ours.elsewhere(("session", "t", "s"))
-    others: list[Mark] = [("session", "t", "s2"), ("session", "t2", "s"), ("lineage", "t", "s"), ("session", "", "ts")]
-    assert not any(theirs.elsewhere(other) for other in others)
-    ours.let_go([("session", "t", "s")])
-    assert not theirs.elsewhere(("session", "t", "s"))
+    ours.acquire([("session", "t", "s")])
+    assert theirs.held_elsewhere(("session", "t", "s"))
+    assert not ours.held_elsewhere(("session", "t", "s"))
+    others: list[LockKey] = [
+        ("session", "t", "s2"),
+        ("session", "t2", "s"),
+        ("lineage", "t", "s"),
+        ("session", "", "ts"),
+    ]
+    assert not any(theirs.held_elsewhere(other) for other in others)
+    ours.release([("session", "t", "s")])
+    assert not theirs.held_elsewhere(("session", "t", "s"))
 
 
 def test_two_workers_may_be_in_a_turn_of_one_session(workers: tuple[TurnLocks, TurnLocks], tmp_path: Path) -> None:
     ours, theirs = workers
     third = TurnLocks(tmp_path / "turns")
     for locks in workers:
-        locks.hold([("session", "t", "s")])
-    ours.let_go([("session", "t", "s")])
-    assert third.elsewhere(("session", "t", "s"))
-    assert not theirs.elsewhere(("session", "t", "s"))
-    theirs.let_go([("session", "t", "s")])
-    assert not third.elsewhere(("session", "t", "s"))
+        locks.acquire([("session", "t", "s")])
+    ours.release([("session", "t", "s")])
+    assert third.held_elsewhere(("session", "t", "s"))
+    assert not theirs.held_elsewhere(("session", "t", "s"))
+    theirs.release([("session", "t", "s")])
+    assert not third.held_elsewhere(("session", "t", "s"))
     third.close()
 
 
 def test_the_first_turn_takes_the_lock_and_the_last_one_drops_it(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
     for _ in range(3):
-        ours.hold([("session", "t", "s")])
+        ours.acquire([("session", "t", "s")])
     for _ in range(2):
-        ours.let_go([("session", "t", "s")])
-    assert theirs.elsewhere(("session", "t", "s"))
-    ours.let_go([("session", "t", "s")])
-    assert not theirs.elsewhere(("session", "t", "s"))
+        ours.release([("session", "t", "s")])
+    assert theirs.held_elsewhere(("session", "t", "s"))
+    ours.release([("session", "t", "s")])
+    assert not theirs.held_elsewhere(("session", "t", "s"))
 
 
 def test_turns_that_are_over_are_told_batch_by_batch(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
     for batch in range(5):
-        ours.over(batch)
-    assert ours.over_elsewhere() == set()
-    assert len(first := theirs.over_elsewhere()) == 5
+        ours.mark_ended(batch)
+    assert ours.ended_elsewhere() == set()
+    assert len(first := theirs.ended_elsewhere()) == 5
     for batch in (0, 1, 3):
-        ours.recorded(batch)
-    ours.over(5)
-    left = theirs.over_elsewhere()
+        ours.mark_recorded(batch)
+    ours.mark_ended(5)
+    left = theirs.ended_elsewhere()
     assert (len(left), len(left & first)) == (3, 2)
     for batch in (2, 4, 5):
-        ours.recorded(batch)
-    assert theirs.over_elsewhere() == set()
+        ours.mark_recorded(batch)
+    assert theirs.ended_elsewhere() == set()
 
 
 def test_turns_that_are_over_are_told_of_every_worker(tmp_path: Path) -> None:
@@ -95,10 +100,10 @@ def test_turns_that_are_over_are_told_of_every_worker(tmp_path: Path) -> None:
         for other in others:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
-        assert len(locks.over_elsewhere()) == 4 * 3
+        assert len(locks.ended_elsewhere()) == 4 * 3
         others[1].kill()
         others[1].wait()
-        assert len(locks.over_elsewhere()) == 3 * 3
+        assert len(locks.ended_elsewhere()) == 3 * 3
         for other in others:
             other.kill()
     locks.close()
@@ -107,10 +112,10 @@ def test_turns_that_are_over_are_told_of_every_worker(tmp_path: Path) -> None:
 def test_many_turns_do_not_disturb_each_other(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
     for number in range(2000):
-        ours.hold([("session", "t", f"s{number}")])
+        ours.acquire([("session", "t", f"s{number}")])
     for number in range(0, 2000, 2):
-        ours.let_go([("session", "t", f"s{number}")])
-    assert [theirs.elsewhere(("session", "t", f"s{number}")) for number in range(2000)] == [False, True] * 1000
+        ours.release([("session", "t", f"s{number}")])
+    assert [theirs.held_elsewhere(("session", "t", f"s{number}")) for number in range(2000)] == [False, True] * 1000
 
 
 def test_the_locks_of_a_worker_that_is_killed_are_gone(tmp_path: Path) -> None:
@@ -119,10 +124,10 @@ def test_the_locks_of_a_worker_that_is_killed_are_gone(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         locks = TurnLocks(tmp_path / "turns")
-        assert locks.elsewhere(("session", "t", "s"))
+        assert locks.held_elsewhere(("session", "t", "s"))
         holder.kill()
         holder.wait()
-        assert not locks.elsewhere(("session", "t", "s"))
+        assert not locks.held_elsewhere(("session", "t", "s"))
         locks.close()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.sessions import misses
-from gateway.sessions.misses import MAX_DETAIL, REASONS, Evidence, Left, first_change, why
+from gateway.sessions.misses import MAX_DETAIL, REASONS, PreviousTurn, TurnCacheStats, explain_miss, first_change
 
 SECRET = "the launch code is 0000"
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
@@ -26,8 +26,8 @@ TURN: dict[str, Any] = {"prompt": 450, "cached": 0, "chunk_size": 64, "messages"
                         "salt": "s", "fingerprint": "f", "engine": "a", "idle_s": 7.4}  # fmt: skip
 
 
-def evidence(turn: dict[str, Any] | None = None, left: dict[str, Any] | None = None) -> Evidence:
-    return Evidence(**{**TURN, **(turn or {})}, before=Left(**{**LEFT, **(left or {})}))
+def evidence(turn: dict[str, Any] | None = None, left: dict[str, Any] | None = None) -> TurnCacheStats:
+    return TurnCacheStats(**{**TURN, **(turn or {})}, before=PreviousTurn(**{**LEFT, **(left or {})}))
 
 
 CASES: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
@@ -80,18 +80,18 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
 @pytest.mark.parametrize(("turn", "left", "expected", "verdict"), CASES)
 def test_the_evidence_gives_the_reason(turn: dict[str, Any], left: dict[str, Any], expected: int, verdict: str) -> None:
     e = evidence(turn, left)
-    miss = why(e)
+    miss = explain_miss(e)
     assert (miss.expected, miss.cached, str(miss)) == (expected, e.cached, verdict)
     assert e.missed is (e.cached is not None and e.cached < expected)
 
 
 def test_a_first_turn_expects_nothing() -> None:
-    first = why(Evidence(**TURN))
+    first = explain_miss(TurnCacheStats(**TURN))
     assert (first.expected, str(first)) == (0, "first-turn")
 
 
 def test_every_reason_can_be_given() -> None:
-    given_reasons = {why(evidence(turn, left)).reason for turn, left, _, _ in CASES}
+    given_reasons = {explain_miss(evidence(turn, left)).reason for turn, left, _, _ in CASES}
     assert given_reasons | {"first-turn"} == set(REASONS) == set(get_args(misses.Reason))
 
 
@@ -99,12 +99,12 @@ def test_tools_that_the_cache_reached_beyond_are_not_blamed() -> None:
     long = [BEFORE[0], m("user", "one " * 3_000), *BEFORE[2:]]
     left = {"tokens": 3_100, "prompt": 3_000, "messages": long}
     turn = {"prompt": 3_500, "frame": {}, "messages": [*long, m("user")]}
-    assert why(evidence({**turn, "cached": 2_944}, left)).reason == "reply-rerendered"
-    assert why(evidence({**turn, "cached": 64}, left)).reason == "frame-changed"
+    assert explain_miss(evidence({**turn, "cached": 2_944}, left)).reason == "reply-rerendered"
+    assert explain_miss(evidence({**turn, "cached": 64}, left)).reason == "frame-changed"
 
 
 def test_a_fork_expects_what_it_shares_and_nothing_under_other_tools() -> None:
-    before = Left(**{**LEFT, "tokens": 4000, "prompt": 3900})
+    before = PreviousTurn(**{**LEFT, "tokens": 4000, "prompt": 3900})
     forked = misses.shared(before, [*BEFORE[:3], m("user", "otherwise")], {"tools": TOOLS})
     assert forked is not None
     assert forked.messages == BEFORE[:3]
@@ -175,7 +175,7 @@ messages = st.lists(
 def test_whatever_is_sent_there_is_a_short_verdict(
     before: list[Any], now: list[Any], prompt: int, cached: int | None, chunk: int
 ) -> None:
-    miss = why(
+    miss = explain_miss(
         evidence({"messages": now, "prompt": prompt, "cached": cached, "chunk_size": chunk}, {"messages": before})
     )
     assert len(miss.detail) <= MAX_DETAIL
@@ -187,4 +187,4 @@ def test_whatever_is_sent_there_is_a_short_verdict(
 def test_no_verdict_holds_what_was_said(
     turn: dict[str, Any], left: dict[str, Any], expected: int, verdict: str
 ) -> None:
-    assert SECRET not in str(why(evidence(turn, left)))
+    assert SECRET not in str(explain_miss(evidence(turn, left)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gateway.sessions.misses import Evidence, Left, why
+from gateway.sessions.misses import PreviousTurn, TurnCacheStats, explain_miss
 from gateway.stack import demo_model
 
 if TYPE_CHECKING:
@@ -266,11 +266,11 @@ def test_the_reason_is_the_true_one(template: Template) -> None:
         common = next((i for i, (a, b) in enumerate(zip(had, has, strict=False)) if a != b), min(len(had), len(has)))
         cached = min(common, len(had) - 1, len(has) - 1) // CHUNK * CHUNK
         evicted = rng.random() < 0.1
-        miss = why(
-            Evidence(
+        miss = explain_miss(
+            TurnCacheStats(
                 prompt=len(has), cached=0 if evicted else cached, chunk_size=CHUNK, messages=one.now.messages,
                 frame=one.now.frame, salt="s",
-                before=Left(len(had), len(prompt), [*one.before.messages, one.reply], one.before.frame, "s"),
+                before=PreviousTurn(len(had), len(prompt), [*one.before.messages, one.reply], one.before.frame, "s"),
             )
         )  # fmt: skip
         if not evicted and cached >= miss.expected:

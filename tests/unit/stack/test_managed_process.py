@@ -13,7 +13,7 @@ import pytest
 
 from gateway.stack import cleanup, local
 from gateway.stack.errors import StackError
-from gateway.stack.process import Launch, Part
+from gateway.stack.process import Launch, ManagedProcess
 
 WITHIN = 30.0
 SHM = Path("/dev/shm")
@@ -56,9 +56,9 @@ def port() -> int:
 
 
 @pytest.fixture
-def part(tmp_path: Path, port: int) -> Iterator[Part]:
+def part(tmp_path: Path, port: int) -> Iterator[ManagedProcess]:
     launch = _launch(tmp_path, (sys.executable, "-c", ENGINE, str(port)), port)
-    part = Part(launch)
+    part = ManagedProcess(launch)
     yield part
     part.stop()
 
@@ -96,7 +96,7 @@ def said(log: Path) -> tuple[Path, Path, int, str]:
     return Path(temporary), SHM / segment, int(child), secret
 
 
-def test_it_is_ready_when_it_answers_and_gone_when_it_was_stopped(part: Part) -> None:
+def test_it_is_ready_when_it_answers_and_gone_when_it_was_stopped(part: ManagedProcess) -> None:
     part.start()
     part.wait_ready(WITHIN)
     temporary, segment, child, _ = said(part.log)
@@ -104,13 +104,13 @@ def test_it_is_ready_when_it_answers_and_gone_when_it_was_stopped(part: Part) ->
     assert segment.exists()
     assert temporary.is_dir()
     part.stop()
-    assert part.obituary() == "engine was killed by SIGTERM"
+    assert part.exit_reason() == "engine was killed by SIGTERM"
     assert not is_alive(child)
     assert not segment.exists()
     assert not temporary.exists()
 
 
-def test_a_child_that_outlives_its_killed_parent_goes_with_the_rest(part: Part) -> None:
+def test_a_child_that_outlives_its_killed_parent_goes_with_the_rest(part: ManagedProcess) -> None:
     part.start()
     part.wait_ready(WITHIN)
     _, segment, child, _ = said(part.log)
@@ -118,12 +118,12 @@ def test_a_child_that_outlives_its_killed_parent_goes_with_the_rest(part: Part) 
     eventually(lambda: part.exit_code is not None, "the parent is dead")
     assert is_alive(child)
     part.clear()
-    assert part.obituary() == "engine was killed by SIGKILL"
+    assert part.exit_reason() == "engine was killed by SIGKILL"
     assert not is_alive(child)
     assert not segment.exists()
 
 
-def test_it_can_be_started_again_and_goes_on_with_its_log(part: Part) -> None:
+def test_it_can_be_started_again_and_goes_on_with_its_log(part: ManagedProcess) -> None:
     for _ in range(2):
         part.start()
         part.wait_ready(WITHIN)
@@ -131,7 +131,7 @@ def test_it_can_be_started_again_and_goes_on_with_its_log(part: Part) -> None:
     assert part.log.read_text().count("serving") == 2
 
 
-def test_a_new_part_begins_a_new_log_and_keeps_one(part: Part, tmp_path: Path) -> None:
+def test_a_new_part_begins_a_new_log_and_keeps_one(part: ManagedProcess, tmp_path: Path) -> None:
     part.log.parent.mkdir()
     part.log.write_text("of the day before")
     part.start()
@@ -139,7 +139,7 @@ def test_a_new_part_begins_a_new_log_and_keeps_one(part: Part, tmp_path: Path) -
     assert (tmp_path / "logs" / "engine.log.1").read_text() == "of the day before"
 
 
-def test_it_does_not_see_what_is_kept_from_it(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_see_what_is_kept_from_it(part: ManagedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "x")
     part.start()
     part.wait_ready(WITHIN)
@@ -148,7 +148,7 @@ def test_it_does_not_see_what_is_kept_from_it(part: Part, monkeypatch: pytest.Mo
 
 def test_one_that_ends_before_it_is_ready_says_its_last_words(tmp_path: Path, port: int) -> None:
     script = "print('\\x1b[31mno\\x1b[0m such model\\n'); raise SystemExit(3)"
-    part = Part(_launch(tmp_path, (sys.executable, "-c", script), port))
+    part = ManagedProcess(_launch(tmp_path, (sys.executable, "-c", script), port))
     part.start()
     with pytest.raises(StackError, match="engine ended with exit code 3\nno such model"):
         part.wait_ready(WITHIN)
@@ -157,7 +157,7 @@ def test_one_that_ends_before_it_is_ready_says_its_last_words(tmp_path: Path, po
 
 def test_the_cause_is_told_even_where_much_was_said_after_it(tmp_path: Path, port: int) -> None:
     script = "print('(Core) ValueError: too little KV\\n' + 'at a line\\n' * 50); raise SystemExit('see above')"
-    part = Part(_launch(tmp_path, (sys.executable, "-c", script), port))
+    part = ManagedProcess(_launch(tmp_path, (sys.executable, "-c", script), port))
     part.start()
     with pytest.raises(StackError, match=r"ValueError: too little KV\n(at a line\n)+see above"):
         part.wait_ready(WITHIN)
@@ -165,7 +165,7 @@ def test_the_cause_is_told_even_where_much_was_said_after_it(tmp_path: Path, por
 
 
 def test_one_that_never_answers_is_given_up(tmp_path: Path, port: int) -> None:
-    part = Part(_launch(tmp_path, (sys.executable, "-c", "import time; time.sleep(600)"), port))
+    part = ManagedProcess(_launch(tmp_path, (sys.executable, "-c", "import time; time.sleep(600)"), port))
     part.start()
     with pytest.raises(StackError, match=r"engine is not ready after 0\.3 s; see .*engine\.log"):
         part.wait_ready(0.3)
@@ -176,11 +176,11 @@ def test_one_that_ignores_sigterm_is_killed_in_the_end(tmp_path: Path, port: int
     script = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(9)"
     )
-    part = Part(_launch(tmp_path, (sys.executable, "-c", script), port))
+    part = ManagedProcess(_launch(tmp_path, (sys.executable, "-c", script), port))
     part.start()
     eventually(lambda: "deaf" in part.log.read_text(), "it ignores the signal")
     part.stop()
-    assert part.obituary() == "engine was killed by SIGKILL"
+    assert part.exit_reason() == "engine was killed by SIGKILL"
 
 
 def test_the_death_of_the_owner_is_the_death_of_the_part(tmp_path: Path, port: int) -> None:
@@ -195,7 +195,7 @@ def test_the_death_of_the_owner_is_the_death_of_the_part(tmp_path: Path, port: i
     eventually(lambda: not (tmp_path / "engine.json").exists(), "the ledger is closed")
 
 
-def test_what_a_killed_run_left_is_swept_at_the_next_start(part: Part, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_swept_at_the_next_start(part: ManagedProcess, tmp_path: Path) -> None:
     part.start()
     part.wait_ready(WITHIN)
     temporary, segment, child, _ = said(part.log)
@@ -207,7 +207,7 @@ def test_what_a_killed_run_left_is_swept_at_the_next_start(part: Part, tmp_path:
     assert not temporary.exists()
 
 
-def test_what_came_after_the_last_look_is_swept_while_it_lives(part: Part, tmp_path: Path) -> None:
+def test_what_came_after_the_last_look_is_swept_while_it_lives(part: ManagedProcess, tmp_path: Path) -> None:
     part.start()
     eventually(part.is_ready, "it has its segment and its child, and nobody has noted them")
     _, segment, child, _ = said(part.log)

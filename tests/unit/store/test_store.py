@@ -22,7 +22,7 @@ from gateway.sessions import prefix_chain
 from gateway.store import transcript_rows
 from gateway.store.schema import MIGRATIONS, migrate
 from gateway.store.store import SqliteStore
-from gateway.store.types import Finished, Released, Store, Text, WindowQuery
+from gateway.store.types import Released, Store, Text, TurnRecord, WindowQuery
 from tests.support.gateway_process import ROOT
 from tests.support.tier_harness import key, keys, lose_text, small_disk, spelled
 
@@ -52,13 +52,13 @@ def says(*texts: str) -> list[dict[str, Any]]:
 
 def finished(
     session: str, messages: list[dict[str, Any]] | None, *, at: float = 100.0, tenant: str = TENANT, **more: Any
-) -> Finished:
+) -> TurnRecord:
     """A turn that is over."""
     usage = None if messages is None else Usage(10 * len(messages), 1, 2)
     turn = Turn(tenant, session, "demo", "completed" if messages else "client_gone", 200, at, 500.0, usage)
     trace = prefix_chain.trace(b"", messages[:-1], messages[-1]) if messages else Trace(b"", b"", None)
     began = Session(tenant, session, session)
-    return Finished(turn, began, "fp", f"salt-{session}", messages, more.pop("frame", {}), trace, **more)
+    return TurnRecord(turn, began, "fp", f"salt-{session}", messages, more.pop("frame", {}), trace, **more)
 
 
 def window(name: str, transcript: bytes = b"", **more: Any) -> Window:
@@ -182,20 +182,20 @@ async def test_the_longest_known_beginning_names_the_sessions_that_have_been_the
         [finished("further", says("1", "a", "2", "b"), at=1.0), finished("here", says("1", "a"), at=0.0)]
     )
     await store.record([finished("further", says("1", "a"), at=3.0)])
-    found, sessions = await store.beginning(TENANT, links("1", "a", "2"))
+    found, sessions = await store.sessions_by_prefix(TENANT, links("1", "a", "2"))
     assert found == links("1", "a", "2")[0]
     assert [session.id for session in sessions] == ["further"]
-    found, sessions = await store.beginning(TENANT, links("1", "a", "x", "y"))
+    found, sessions = await store.sessions_by_prefix(TENANT, links("1", "a", "x", "y"))
     assert found == links("1", "a")[0]
     assert [session.id for session in sessions] == ["further", "here"]
-    assert await store.beginning("other", links("1", "a")) == (None, [])
-    assert await store.beginning(TENANT, links("9")) == (None, [])
+    assert await store.sessions_by_prefix("other", links("1", "a")) == (None, [])
+    assert await store.sessions_by_prefix(TENANT, links("9")) == (None, [])
 
 
 async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     long = ("1", "a", *(str(n) for n in range(2000)))
-    found, sessions = await store.beginning(TENANT, links(*long))
+    found, sessions = await store.sessions_by_prefix(TENANT, links(*long))
     assert (found, [session.id for session in sessions]) == (links("1", "a")[0], ["s"])
 
 
@@ -203,12 +203,14 @@ async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_g
     def named(said: bytes, history: bytes, question: bytes) -> Alias:
         return Alias(said, history, question, b"after " + history + question)
 
-    def ending(session: str, reply: str, *names: Alias) -> Finished:
+    def ending(session: str, reply: str, *names: Alias) -> TurnRecord:
         turn = finished(session, says("1", reply))
         return replace(turn, trace=replace(turn.trace, ends=names))
 
     async def known(*names: Alias) -> list[tuple[str, bytes, bool]]:
-        return [(one.session.id, one.alias.marks, one.current) for one in await store.standing(TENANT, names)]
+        return [
+            (one.session.id, one.alias.marks, one.current) for one in await store.sessions_by_reply_alias(TENANT, names)
+        ]
 
     one, two = named(b"said", b"h", b"q"), named(b"said", b"h", b"r")
     await store.record([ending("s", "a", one), ending("t", "a", two), ending("u", "a", named(b"said", b"", b"q"))])
@@ -219,13 +221,13 @@ async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_g
     await store.record([ending("s", "c", one)])
     assert ("s", b"after hq", True) in await known(one)  # asked anew: the row is of the last turn that had this reply
     assert await known(named(b"unsaid", b"h", b"q")) == []
-    assert await store.standing("other", [one]) == []
+    assert await store.sessions_by_reply_alias("other", [one]) == []
     assert await store.delete_session(TENANT, "u")
     assert "u" not in {session for session, _, _ in await known(one)}
 
 
 async def test_a_short_reply_that_many_gave_is_found_by_what_it_answers(store: Store) -> None:
-    def ending(number: int) -> Finished:
+    def ending(number: int) -> TurnRecord:
         turn = finished(f"s{number:03}", says(str(number), "a"))
         names = tuple(
             Alias(link, b"h%d" % (number // 40), b"q%d" % number, b"") for link in (b"ok", b"ok of one prompt")
@@ -234,7 +236,7 @@ async def test_a_short_reply_that_many_gave_is_found_by_what_it_answers(store: S
 
     async def known(history: bytes, question: bytes) -> set[str]:
         names = [Alias(link, history, question, b"") for link in (b"ok", b"ok of one prompt")]
-        return {one.session.id for one in await store.standing(TENANT, names)}
+        return {one.session.id for one in await store.sessions_by_reply_alias(TENANT, names)}
 
     await store.record([ending(number) for number in range(200)])
     assert "s177" in await known(b"h4", b"q177")
@@ -247,7 +249,7 @@ async def test_of_sessions_at_one_reply_those_that_had_a_turn_come_before_those_
     (tip,) = links("1", "a")[:1]
     now = time.time()
     assert await store.add_session(Session(TENANT, "thawed", "s", tip=tip, created_at=now, last_active_at=now))
-    _, sessions = await store.beginning(TENANT, [tip])
+    _, sessions = await store.sessions_by_prefix(TENANT, [tip])
     assert [one.id for one in sessions] == ["original", "thawed"]
 
 
@@ -257,7 +259,7 @@ async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(sto
     left, total = await store.list_sessions(TENANT, state=None, model=None, limit=9, offset=0)
     assert (total, [session.id for session in left]) == (2, ["s59", "s58"])
     assert await messages_of(store, "s59") == says("shared", "a", "59", "b")
-    assert await store.beginning(TENANT, links("shared", "a", "5")) == (None, [])
+    assert await store.sessions_by_prefix(TENANT, links("shared", "a", "5")) == (None, [])
     with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
         counts = {
             table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
@@ -384,7 +386,7 @@ async def test_what_was_read_is_committed_whatever_became_of_the_session(store: 
         assert await store.text(made) == Text(says("1", "a"), {"tools": [number]})
         session = await store.session(TENANT, "s")
         assert session is None or session.state == "active"
-        assert number == 0 or made.salt in {loose.salt for loose in await store.loose_salts()}
+        assert number == 0 or made.salt in {loose.salt for loose in await store.orphaned_salts()}
         await store.delete_session(TENANT, "s")
 
 
@@ -749,7 +751,7 @@ async def test_an_isolated_clone_shares_its_sources_pins_under_names_of_its_own(
     assert await store.delete_window(TENANT, "copy") == Released()  # another window is found under its salt
     assert await store.delete_window(TENANT, "w") == Released()
     assert await store.delete_window(TENANT, "apart") == Released(tuple(keys(2)), tuple(names))
-    assert {one.salt for one in await store.loose_salts()} == {"salt", "other"}
+    assert {one.salt for one in await store.orphaned_salts()} == {"salt", "other"}
     assert await store.isolated_names() == await store.held_objects() == set()
 
 

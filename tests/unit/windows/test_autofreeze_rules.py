@@ -8,7 +8,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.records import WINDOW_NAME
 from gateway.windows.autofreeze import rules
-from gateway.windows.autofreeze.policy_runner import Deciding
+from gateway.windows.autofreeze.policy_runner import PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
 from policies.contract import Observation
 from policies.loader import BUILT_IN, PolicyError, build
@@ -170,8 +170,8 @@ def test_a_name_is_always_a_windows_name_with_room_for_a_number(pattern: str, se
 @pytest.mark.anyio
 async def test_a_policy_that_fails_or_lies_does_not_keep_the_others_from_deciding(caplog: Any) -> None:
     named = [("failing", Failing()), ("lying", Lying()), ("turns", Turns(1))]
-    deciding = Deciding()
-    decisions = await deciding.decide(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
+    deciding = PolicyRunner()
+    decisions = await deciding.evaluate(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
     assert [d and d.reason for d in decisions] == ["1 turns", None]
     failing, lying, turns = await deciding.opinions(named, SEEN)  # type: ignore[arg-type]
     assert failing.error == "RuntimeError: no idea what to do with s"
@@ -183,9 +183,9 @@ async def test_a_policy_that_fails_or_lies_does_not_keep_the_others_from_decidin
 @pytest.mark.anyio
 async def test_a_policy_that_would_exit_keeps_nothing_from_being_decided_now_or_later() -> None:
     named = [("exiting", Exiting()), ("turns", Turns(1))]
-    deciding = Deciding()
+    deciding = PolicyRunner()
     for _ in range(2):
-        decisions = await deciding.decide(named, [SEEN])  # type: ignore[arg-type]
+        decisions = await deciding.evaluate(named, [SEEN])  # type: ignore[arg-type]
         assert [d and d.reason for d in decisions] == ["1 turns"]
     exiting, _ = await deciding.opinions(named, SEEN)  # type: ignore[arg-type]
     assert exiting.error == "SystemExit: 3"

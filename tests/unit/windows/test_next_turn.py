@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.engines.client import Engine
+from gateway.engines.client import HttpEngineClient
 from gateway.errors import GatewayError
 from gateway.windows.next_turn import next_turn_ids
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
@@ -46,8 +46,8 @@ def forgets_reasoning(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 @pytest.fixture
-async def asks(engine: FakeEngine) -> AsyncIterator[Engine]:
-    async with Engine(engine.url, api_key="", fingerprint="", connect_timeout_s=5, timeout_s=5) as asks:
+async def asks(engine: FakeEngine) -> AsyncIterator[HttpEngineClient]:
+    async with HttpEngineClient(engine.url, api_key="", fingerprint="", connect_timeout_s=5, timeout_s=5) as asks:
         yield asks
 
 
@@ -67,7 +67,9 @@ def text(ids: Sequence[int]) -> str:
     return "".join(map(chr, ids))
 
 
-async def test_a_template_that_only_appends_gives_the_whole_conversation(engine: FakeEngine, asks: Engine) -> None:
+async def test_a_template_that_only_appends_gives_the_whole_conversation(
+    engine: FakeEngine, asks: HttpEngineClient
+) -> None:
     rendering(engine, append_only)
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     assert text(ids) == "<user>hi</><assistant>hello</>"
@@ -75,7 +77,7 @@ async def test_a_template_that_only_appends_gives_the_whole_conversation(engine:
 
 
 async def test_a_template_that_drops_earlier_reasoning_gives_what_the_next_turn_keeps(
-    engine: FakeEngine, asks: Engine
+    engine: FakeEngine, asks: HttpEngineClient
 ) -> None:
     rendering(engine, forgets_reasoning)
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
@@ -86,7 +88,7 @@ async def test_a_template_that_drops_earlier_reasoning_gives_what_the_next_turn_
         assert whole.startswith(text(ids))
 
 
-async def test_what_was_called_is_followed_by_its_result(engine: FakeEngine, asks: Engine) -> None:
+async def test_what_was_called_is_followed_by_its_result(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, append_only)
     ids = await next_turn_ids(asks, MODEL, {}, TOOLS)
     assert text(ids) == append_only(TOOLS)
@@ -94,14 +96,16 @@ async def test_what_was_called_is_followed_by_its_result(engine: FakeEngine, ask
     assert probe.json["messages"][-1] == {"role": "tool", "tool_call_id": "call-7", "content": "a"}
 
 
-async def test_a_template_that_closes_a_turn_only_at_its_end_shares_no_end(engine: FakeEngine, asks: Engine) -> None:
+async def test_a_template_that_closes_a_turn_only_at_its_end_shares_no_end(
+    engine: FakeEngine, asks: HttpEngineClient
+) -> None:
     rendering(engine, lambda messages: append_only(messages) + "<eos>")
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     assert text(ids) == append_only(TALK) + "<user>"
 
 
 async def test_probes_that_begin_alike_in_a_template_still_share_only_what_is_common(
-    engine: FakeEngine, asks: Engine
+    engine: FakeEngine, asks: HttpEngineClient
 ) -> None:
     rendering(engine, lambda messages: f"{len(messages)}:" + append_only(messages))
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
@@ -110,7 +114,7 @@ async def test_probes_that_begin_alike_in_a_template_still_share_only_what_is_co
     assert text(ids) == shared
 
 
-async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: Engine) -> None:
+async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, append_only)
     frame = {"tools": [{"type": "function"}], "chat_template_kwargs": {"thinking": False}}
     await next_turn_ids(asks, MODEL, frame, TALK)
@@ -121,7 +125,7 @@ async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: En
 
 
 async def test_a_template_that_wants_the_system_message_first_gets_all_of_them_there(
-    engine: FakeEngine, asks: Engine
+    engine: FakeEngine, asks: HttpEngineClient
 ) -> None:
     def answer(exchange: Exchange) -> None:
         messages = exchange.request.json["messages"]
@@ -137,7 +141,9 @@ async def test_a_template_that_wants_the_system_message_first_gets_all_of_them_t
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_an_engine_without_rendering_is_asked_to_tokenize(engine: FakeEngine, asks: Engine, status: int) -> None:
+async def test_an_engine_without_rendering_is_asked_to_tokenize(
+    engine: FakeEngine, asks: HttpEngineClient, status: int
+) -> None:
     engine.on_other = lambda exchange: exchange.json({"error": {"message": "no"}}, status)
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     assert bytes(ids) == b"<user>hi</><assistant>hello</>"
@@ -148,7 +154,7 @@ async def test_an_engine_without_rendering_is_asked_to_tokenize(engine: FakeEngi
     ("status", "code"), [(400, "invalid_request"), (422, "invalid_request"), (500, "engine_unreachable")]
 )
 async def test_an_engine_that_cannot_render_is_no_guess(
-    engine: FakeEngine, asks: Engine, status: int, code: str
+    engine: FakeEngine, asks: HttpEngineClient, status: int, code: str
 ) -> None:
     engine.on_other = lambda exchange: exchange.json({"error": {"message": "the template failed"}}, status)
     with pytest.raises(GatewayError, match="the template failed") as failed:
@@ -175,7 +181,7 @@ def merging(engine: FakeEngine) -> None:
     ("text", "certain"), [("a b c", "a b"), ("a b.", "a b"), ("a b ", "a b"), ("a 12", "a"), ("word", "")]
 )
 async def test_the_end_of_a_text_that_may_grow_into_another_token_is_left_out(
-    engine: FakeEngine, asks: Engine, text: str, certain: str
+    engine: FakeEngine, asks: HttpEngineClient, text: str, certain: str
 ) -> None:
     merging(engine)
     ids = await next_turn_ids(asks, MODEL, {}, [{"role": "text", "content": text}])
@@ -184,7 +190,9 @@ async def test_the_end_of_a_text_that_may_grow_into_another_token_is_left_out(
         assert (await asks.tokenize(MODEL, text + following))[: len(ids)] == ids
 
 
-async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(engine: FakeEngine, asks: Engine) -> None:
+async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(
+    engine: FakeEngine, asks: HttpEngineClient
+) -> None:
     merging(engine)
     conversation = [{"role": "text", "content": "a b c"}]
     with_them = await next_turn_ids(asks, MODEL, {"add_special_tokens": True}, conversation)
@@ -193,7 +201,7 @@ async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(engine
 
 
 async def test_token_ids_are_what_they_are_and_a_reply_in_text_is_put_behind_them(
-    engine: FakeEngine, asks: Engine
+    engine: FakeEngine, asks: HttpEngineClient
 ) -> None:
     row = {"role": "tokens", "content": [7, 8, 9]}
     assert await next_turn_ids(asks, MODEL, {}, [row]) == [7, 8, 9]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.support.fakes.engine import WITHIN, Exchange, FakeEngine, delta
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 
 def error_of(response: Any) -> tuple[int, str]:
@@ -161,7 +161,7 @@ def test_a_clone_has_a_life_of_its_own(gateway: Gateway, session: str) -> None:
 def test_a_window_frozen_under_the_name_of_its_deleted_parent_is_not_its_own_ancestor(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         freeze(gateway, "s", "w")
         thawed = gateway.http.post("/admin/windows/w/thaw", json={}).json()["session_id"]
         gateway.http.delete("/admin/windows/w")
@@ -235,7 +235,7 @@ def test_a_session_in_mid_stream_is_busy_until_its_reply_is_whole(
         exchange.end()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         busy = gateway.freeze(session, f"w-{session}")
@@ -249,10 +249,10 @@ def test_a_session_in_mid_stream_is_busy_until_its_reply_is_whole(
 def test_a_window_of_other_weights_is_not_thawed_but_can_be_read(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
-    with gateway_before(engine.url, tmp_path, model_fingerprint="one") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, model_fingerprint="one") as gateway:
         freeze(gateway, session, "w")
         gateway.stop()
-    with gateway_before(engine.url, tmp_path, model_fingerprint="two") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, model_fingerprint="two") as gateway:
         assert error_of(gateway.http.post("/admin/windows/w/thaw")) == (409, "model_mismatch")
         assert gateway.http.get("/admin/windows/w/messages").json()["messages"][0]["content"] == "hi"
         assert gateway.http.get("/admin/sessions").json()["total"] == 1
@@ -295,7 +295,7 @@ def test_progress_comes_line_by_line_and_the_result_last(gateway: Gateway, sessi
 def test_a_watcher_that_leaves_does_not_undo_the_work(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     body = json.dumps({"session_id": session, "window_name": f"w-{session}"}).encode()
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post("/admin/windows", body, "accept: application/x-ndjson")
         wire.head()
     gateway.http.post("/admin/windows", content=body)
@@ -306,7 +306,7 @@ def test_a_watcher_that_leaves_does_not_undo_the_work(engine: FakeEngine, gatewa
 
 
 def test_lists_page_sort_filter_and_search(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for number, tags in enumerate((["x"], ["x", "y"], ["y", "été"], [])):
             gateway.chat(f"s{number}", "hi" * (10 - number))
             gateway.freeze(f"s{number}", f"w{number}", tags=tags, description=f'100%_{number} \\ "quoted"')
@@ -352,7 +352,7 @@ def test_lists_page_sort_filter_and_search(engine: FakeEngine, tmp_path: Path) -
 
 
 def test_sessions_are_listed_by_state_and_activity(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for name in ("a", "b"):
             freeze(gateway, name, f"w{name}")
         gateway.chat("b", "again")

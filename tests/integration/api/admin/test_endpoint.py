@@ -31,7 +31,7 @@ async def test_a_failure_is_told_in_few_words_and_the_log_has_the_rest(
         sent.append(message)
 
     scope = in_process.scope("GET", "/probe", b"", b"", [(b"accept", accept.encode())])
-    names = ("parts", "health", "autofreeze", "inference")
+    names = ("services", "health", "autofreeze", "inference")
     scope["state"] = {name: SimpleNamespace() for name in names}
     with caplog.at_level(logging.ERROR):
         await Endpoint(Operation("GET", "/probe", {}, failing, takes="", probe=True))(

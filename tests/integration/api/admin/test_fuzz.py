@@ -4,13 +4,13 @@ from pathlib import Path
 
 from loadtests.fuzz import fuzz
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import gateway_before
+from tests.support.gateway_process import gateway_in_front_of
 
 
 def test_no_request_that_the_document_makes_up_is_answered_otherwise_than_it_says(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
-    with gateway_before(engine.url, tmp_path, busy_wait_s=0.5) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, busy_wait_s=0.5) as gateway:
         found = fuzz(gateway.url, MODEL, 400, each=15, cache=False)
         assert found.wrong == {}
         assert found.requests >= 400

@@ -14,8 +14,8 @@ import pytest
 
 from loadtests import scripted_replies as replies
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 Events = Callable[[replies.Said, Mapping[str, Any]], Iterator[bytes]]
 _CLIENTS, _AT_ONCE = 60, 8
@@ -26,7 +26,7 @@ TYPE = "content-type: application/json\r\n"
 
 def test_a_reset_in_mid_stream_is_a_client_that_left_and_no_error(engine: FakeEngine, tmp_path: Path) -> None:
     engine.on_chat = _send_without_end
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda number: _reset_in_mid_stream(gateway.url, f"reset-{number}"), range(_CLIENTS)))
         outcomes = {gateway.turns(f"reset-{number}")[0]["outcome"] for number in range(_CLIENTS)}
@@ -51,7 +51,7 @@ def test_a_client_that_leaves_at_the_last_event_has_had_its_answer(
     events, asked, last = _APIS[path]
     engine.on_chat = engine.on_other = lambda exchange: _stream_without_end(exchange, events)
     body = json.dumps({"model": MODEL, "stream": True, **asked}).encode()
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(path, body, f"x-session-id: {session}")
         assert wire.head() == 200
         while last not in wire.chunk():
@@ -72,7 +72,7 @@ def test_a_client_that_leaves_before_the_last_event_has_not(
     events, asked, _ = _APIS[path]
     engine.on_chat = engine.on_other = lambda exchange: _stream_without_end(exchange, events, leave_out=1)
     body = json.dumps({"model": MODEL, "stream": True, **asked}).encode()
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(path, body, f"x-session-id: {session}")
         assert wire.head() == 200
         assert wire.chunk()

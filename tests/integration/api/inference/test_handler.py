@@ -9,8 +9,8 @@ from urllib.parse import quote
 import pytest
 
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
 TYPE = {"content-type": "application/json"}
@@ -67,7 +67,7 @@ def test_a_bad_session_id_is_refused_in_header_and_url_and_never_reaches_the_eng
     in_header = b"POST %s HTTP/1.1\r\nx-session-id: %s" % (CHAT.encode(), name.encode())
     in_url = b"POST /s/%s%s HTTP/1.1" % (quote(name, safe="").encode(), CHAT.encode())
     for start in (in_header, in_url):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             wire.send(b"%s\r\nhost: x\r\n%scontent-length: %d\r\n\r\n%s" % (start, JSON, len(body), body))
             assert (wire.head(), wire.json()["error"]["code"]) == (400, "invalid_session_id")
     assert engine.seen(CHAT) == []
@@ -115,7 +115,7 @@ def test_the_first_requests_of_a_session_agree_on_the_salt_while_the_model_is_st
     gateway = Gateway(tmp_path, engine.url)
     try:
         gateway.start().wait("/healthz")
-        with Wire(gateway.url) as one, Wire(gateway.url) as other:
+        with RawHttpClient(gateway.url) as one, RawHttpClient(gateway.url) as other:
             one.chat(session)
             assert asked.wait(5)
             other.chat(session)
@@ -229,7 +229,7 @@ def test_a_clients_own_salt_still_separates_but_is_not_sent(engine: FakeEngine, 
 def test_no_spelling_of_the_path_brings_a_completion_past_the_salt(
     engine: FakeEngine, gateway: Gateway, session: str, path: str
 ) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.post(path, json.dumps(BODY).encode(), f"x-session-id: {session}", "content-type: application/json")
         wire.head()
     routed = {CHAT, CHAT + "/"}  # Starlette answers the second with a redirect to its own address
@@ -267,7 +267,7 @@ def test_a_path_outside_the_api_never_reaches_the_engine(
     engine: FakeEngine, gateway: Gateway, path: str, code: str
 ) -> None:
     engine.on_other = lambda exchange: exchange.json({"reached": exchange.request.target})
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
         status, body = wire.head(), wire.json()
     assert status in (400, 404)
@@ -288,7 +288,7 @@ def test_what_load_generators_ask_before_they_start_is_answered_by_the_engine(
 )
 def test_a_header_cannot_carry_another_header(engine: FakeEngine, gateway: Gateway, evil: bytes, status: int) -> None:
     body = json.dumps(BODY).encode()
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.send(
             b"POST %s HTTP/1.1\r\nhost: x\r\n%sx-evil: %s\r\ncontent-length: %d\r\n\r\n%s"
             % (CHAT.encode(), JSON, evil, len(body), body)
@@ -307,7 +307,7 @@ def test_two_lengths_are_refused_and_never_smuggled(engine: FakeEngine, gateway:
         b"transfer-encoding: identity, chunked\r\ncontent-length: 5",
         b"transfer-encoding : chunked",
     ):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             wire.send(b"POST /v1/audio/translations HTTP/1.1\r\nhost: x\r\n%s\r\n\r\n0\r\n\r\n%s" % (headers, inner))
             assert wire.head() == 400
             wire.rest()
@@ -441,7 +441,7 @@ def test_a_salt_is_another_one_under_another_secret(
     engine: FakeEngine, gateway: Gateway, tmp_path: Path, session: str
 ) -> None:
     gateway.chat(session)
-    with gateway_before(engine.url, tmp_path) as other:
+    with gateway_in_front_of(engine.url, tmp_path) as other:
         other.chat(session)
     one, two = salts(engine)
     assert one != two
@@ -449,14 +449,14 @@ def test_a_salt_is_another_one_under_another_secret(
 
 def test_a_salt_is_another_one_for_other_weights(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     for weights in ("one", "two", "one"):
-        with gateway_before(engine.url, tmp_path, model_fingerprint=weights) as gateway:
+        with gateway_in_front_of(engine.url, tmp_path, model_fingerprint=weights) as gateway:
             gateway.chat(session)
     one, two, again = salts(engine)
     assert one == again != two
 
 
 def test_isolation_by_tenant_gives_all_sessions_one_salt(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, isolation="tenant") as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, isolation="tenant") as gateway:
         for name in ("a", "b"):
             gateway.chat(name)
     one, two = salts(engine)

@@ -12,8 +12,8 @@ import pytest
 from gateway.dialects.sse import events
 from tests.support.fakes import engine as fake
 from tests.support.fakes.engine import DONE, Exchange, FakeEngine, delta, event, stream_of, usage_of, whole_reply
-from tests.support.gateway_process import Gateway, eventually, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 USAGE = usage_of(10, 2)
 ENGINE_DOWN = "engine_unreachable"
@@ -41,7 +41,7 @@ def test_a_stream_comes_through_byte_for_byte_and_chunk_for_chunk(
 ) -> None:
     events = [b": ping\n\n", *stream_of(["Grüße", " 🎉", '{"choices":[]}'], USAGE)]
     engine.on_chat = answer_with(*events)
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True, stream_options={"include_usage": True})
         assert wire.head() == 200
         assert wire.chunks() == events
@@ -53,7 +53,7 @@ def test_chunks_that_are_no_whole_events_keep_their_boundaries_when_nothing_has_
     text = b"".join(stream_of(["Hello"], USAGE))
     pieces = [text[:7], text[7:150], text[150:151], text[151:]]
     engine.on_chat = answer_with(*pieces)
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True, stream_options={"include_usage": True})
         wire.head()
         assert wire.chunks() == pieces
@@ -70,7 +70,7 @@ def test_a_chunk_is_forwarded_before_the_next_one_exists(engine: FakeEngine, gat
         exchange.end()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         assert wire.chunk() == delta(content="one")
@@ -81,7 +81,7 @@ def test_a_chunk_is_forwarded_before_the_next_one_exists(engine: FakeEngine, gat
 def test_usage_is_asked_for_but_hidden_from_a_client_that_did_not_ask(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         got = wire.chunks()
@@ -97,14 +97,14 @@ def test_usage_is_hidden_wherever_the_network_cut_the_stream(
     stream = b"".join(stream_of(["Hello"], USAGE))
     cut = stream.index(b'"choices":[]') + 5
     engine.on_chat = answer_with(stream[:3], stream[3:cut], stream[cut : cut + 20], stream[cut + 20 :])
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         assert b"".join(wire.chunks()) == b"".join(stream_of(["Hello"]))
 
 
 def test_usage_is_shown_to_a_client_that_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True, stream_options={"include_usage": True})
         wire.head()
         events = data_of(b"".join(wire.chunks()))
@@ -145,7 +145,7 @@ def test_an_error_event_inside_a_stream_is_passed_on_and_recorded(
 ) -> None:
     broken = event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
     engine.on_chat = answer_with(delta(content="Hel"), broken, DONE)
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         assert wire.head() == 200
         assert wire.chunks() == [delta(content="Hel"), broken, DONE]
@@ -167,7 +167,7 @@ def test_a_stream_that_the_engine_cuts_ends_with_an_error_event_that_a_client_ca
         exchange.cut()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True, stream_options={"include_usage": asks_usage})
         assert wire.head() == 200
         events = data_of(b"".join(wire.chunks()))
@@ -254,10 +254,10 @@ def test_a_client_that_leaves_before_the_first_byte_aborts_the_engine(
             aborted.set()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         engine.wait_seen("/v1/chat/completions")
-        wire.leave()
+        wire.close()
         assert aborted.wait(1), "the engine still sees the connection a second later"
     (turn,) = gateway.turns(session)
     assert turn["outcome"] == "client_gone"
@@ -275,11 +275,11 @@ def test_a_client_that_leaves_in_mid_stream_aborts_the_engine(
             aborted.set()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         wire.chunk()
-        wire.leave()
+        wire.close()
         assert aborted.wait(1), "the engine still sees the connection a second later"
     assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
 
@@ -294,7 +294,7 @@ def test_a_client_that_closes_only_its_sending_side_has_left(
             aborted.set()
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session)
         engine.wait_seen("/v1/chat/completions")
         wire.end()
@@ -318,11 +318,11 @@ def test_a_client_that_leaves_is_recorded_once_though_the_engine_goes_on_sending
             raise
 
     engine.on_chat = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         wire.chat(session, stream=True)
         wire.head()
         wire.chunk()
-        wire.leave()
+        wire.close()
     assert aborted.wait(2)
     engine.on_chat = engine.answer_chat
     gateway.chat(session)
@@ -351,7 +351,7 @@ def test_a_slow_client_holds_the_engine_back_and_costs_no_memory(
 
     engine.on_chat = answer
     before = gateway.memory
-    with Wire(gateway.url, receive_buffer=16 * 1024) as wire:
+    with RawHttpClient(gateway.url, receive_buffer=16 * 1024) as wire:
         wire.chat(session, stream=True)
         wire.head()
         wire.chunk()
@@ -365,7 +365,7 @@ def test_a_reply_larger_than_the_limit_passes_whole_and_is_not_kept(
 ) -> None:
     words = ["x" * 1000] * 300
     engine.on_chat = answer_with(*stream_of(words, USAGE))
-    with gateway_before(engine.url, tmp_path, max_reply_bytes=100_000) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, max_reply_bytes=100_000) as gateway:
         response = gateway.chat(session, stream=True)
         assert response.content == b"".join(stream_of(words))
         (turn,) = gateway.turns(session)
@@ -375,7 +375,7 @@ def test_a_reply_larger_than_the_limit_passes_whole_and_is_not_kept(
 def test_200_mb_pass_through_without_being_held_in_memory(engine: FakeEngine, tmp_path: Any, session: str) -> None:
     piece = delta(content="x" * 60_000)
     engine.on_chat = answer_with(*[piece] * 3500, DONE)
-    with gateway_before(engine.url, tmp_path, max_reply_bytes=2**20) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, max_reply_bytes=2**20) as gateway:
         gateway.chat(session, stream=False)  # what the first request allocates is not counted
         before, got, peak = gateway.memory, 0, 0
         body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -409,7 +409,7 @@ def test_many_requests_at_once_are_each_recorded_once(engine: FakeEngine, gatewa
     statuses: list[int] = []
 
     def client() -> None:
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             start.wait()
             wire.chat(session, stream=True)
             statuses.append(wire.head())
@@ -429,7 +429,7 @@ def test_clients_that_leave_at_every_moment_leave_nothing_in_flight(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     for step in range(40):
-        with Wire(gateway.url) as wire:
+        with RawHttpClient(gateway.url) as wire:
             wire.chat(session, stream=True)
             if step % 4 > 0:
                 wire.head()

@@ -13,11 +13,11 @@ import pytest
 from gateway.api.inference import stored_responses
 from gateway.records import Session, StoredResponse, Trace, Turn
 from gateway.store.store import SqliteStore
-from gateway.store.types import Finished
+from gateway.store.types import TurnRecord
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
 from tests.support.fakes.responses import PATH, called, event, response_of, said, serve, stream_of, usage_of
-from tests.support.gateway_process import Gateway, gateway_before
-from tests.support.raw_http import Wire
+from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.raw_http import RawHttpClient
 
 TOOL = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
 
@@ -300,7 +300,7 @@ def test_an_unknown_id_is_not_found_and_never_reaches_the_engine(engine: FakeEng
 
 @pytest.mark.anyio
 async def test_an_id_of_another_tenant_is_an_id_that_nobody_has(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
         mine = answer_of(ask(gateway, "one"))["id"]
         async with SqliteStore(gateway.data_dir / "gateway.db", turns_kept=5) as store:
             await store.record([finished("resp_theirs", tenant="other"), finished(mine, tenant="other")])
@@ -323,13 +323,13 @@ async def test_an_id_of_another_tenant_is_an_id_that_nobody_has(engine: FakeEngi
     assert len(engine.seen(PATH)) == 1
 
 
-def finished(response_id: str, tenant: str = "default", session: str = "s", at: float = 1.0) -> Finished:
+def finished(response_id: str, tenant: str = "default", session: str = "s", at: float = 1.0) -> TurnRecord:
     """A turn with an answer that is kept."""
     turn = Turn(tenant, session, MODEL, "completed", 200, at, 1.0)
     answer = {"id": response_id, "output": [], "instructions": "long", "tools": []}
     messages = [{"role": "user", "content": response_id}, {"role": "assistant", "content": "a"}]
     response = StoredResponse(tenant, response_id, session, session, at, answer)
-    return Finished(
+    return TurnRecord(
         turn, Session(tenant, session, session), "fp", "salt", messages, {}, Trace(b"", b"", None),
         response=response, asked=[{"role": "user", "content": response_id}],
     )  # fmt: skip
@@ -419,7 +419,7 @@ def test_a_stream_that_broke_is_not_kept(engine: FakeEngine, gateway: Gateway, s
             exchange.end()
 
     engine.on_other = answer
-    with Wire(gateway.url) as wire:
+    with RawHttpClient(gateway.url) as wire:
         body = json.dumps({"model": MODEL, "input": "x", "stream": True}).encode()
         wire.post(PATH, body, f"x-session-id: {session}")
         assert wire.head() == 200

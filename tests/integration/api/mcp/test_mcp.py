@@ -18,7 +18,7 @@ from mcp_types import CallToolResult, TextContent, TextResourceContents
 
 from gateway.api.mcp.tools import tool_named
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import ROOT, Gateway, environment, free_port, gateway_before
+from tests.support.gateway_process import ROOT, Gateway, environment, free_port, gateway_in_front_of
 from tests.support.mcp_clients import over_http, over_stdio
 
 pytestmark = pytest.mark.anyio
@@ -421,7 +421,7 @@ async def test_calls_at_the_same_time_do_not_disturb_each_other(client: Client, 
 @pytest.fixture(scope="module")
 def guarded(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with a key."""
-    with gateway_before(shared_engine.url, tmp_path_factory.mktemp("guarded-mcp"), api_key=KEY) as gateway:
+    with gateway_in_front_of(shared_engine.url, tmp_path_factory.mktemp("guarded-mcp"), api_key=KEY) as gateway:
         yield gateway
 
 
@@ -563,7 +563,7 @@ async def test_what_is_no_mcp_is_refused(gateway: Gateway) -> None:
 
 
 async def test_a_gateway_that_served_mcp_ends_as_any_other(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_before(engine.url, tmp_path, workers=2) as gateway:
+    with gateway_in_front_of(engine.url, tmp_path, workers=2) as gateway:
         for _ in range(6):  # new connections, so both workers get some
             async with over_http(gateway.url, "legacy") as client:
                 assert (await answer(client, "window_list"))["total"] == 0

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gateway.api.selftest import Check, prove
+from gateway.api.selftest import Check, run
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.disk import DiskTier
 from gateway.records import PinnedObject
-from gateway.windows.context import Parts
+from gateway.windows.context import Services
 from tests.support.fakes.engine import Exchange, FakeEngine
-from tests.support.harness import CHUNK, House, value
+from tests.support.harness import CHUNK, GatewayHarness, value
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ class EvictingTier(DiskTier):
     """A directory whose objects are evicted just before they are pinned."""
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
-        await self.lose(keys)
+        await self.drop_original(keys)
         return await super().pin(keys, known)
 
 
@@ -50,25 +50,25 @@ def storing(engine: FakeEngine, keep: Keep, *, salted: bool = True) -> None:
     engine.on_completion = answer
 
 
-def to_both(house: House) -> Keep:
+def to_both(harness: GatewayHarness) -> Keep:
     """Write to disk and Redis."""
 
     def keep(key: ObjectKey, data: bytes) -> None:
-        (house.kv / key.file_name).write_bytes(data)
-        house.redis.put(key, data)
+        (harness.kv / key.file_name).write_bytes(data)
+        harness.redis.put(key, data)
 
     return keep
 
 
-def on_disk(house: House, tier: DiskTier | None = None) -> Parts:
+def on_disk(harness: GatewayHarness, tier: DiskTier | None = None) -> Services:
     """The parts with a disk tier alone."""
-    return replace(house.parts, pins=Pins((tier or house.parts.pins.tiers[0],), house.parts.pins.lock))
+    return replace(harness.services, pins=Pins((tier or harness.services.pins.tiers[0],), harness.services.pins.lock))
 
 
-async def checked(parts: Parts) -> dict[str, Check]:
+async def checked(services: Services) -> dict[str, Check]:
     """What the self-test says, by name."""
-    (member,) = parts.engines.members
-    return {check.name: check for check in await prove(parts, member.engine, land_s=0.5)}
+    (member,) = services.engines.members
+    return {check.name: check for check in await run(services, member.engine, land_s=0.5)}
 
 
 def failed(checks: dict[str, Check]) -> list[str]:
@@ -77,67 +77,75 @@ def failed(checks: dict[str, Check]) -> list[str]:
 
 
 async def test_nothing_is_wrong_with_a_stack_that_keeps_salts_apart_and_nothing_is_left_behind(
-    engine: FakeEngine, house: House
+    engine: FakeEngine, harness: GatewayHarness
 ) -> None:
-    before = house.everything()
-    storing(engine, to_both(house))
-    checks = await checked(house.parts)
+    before = harness.everything()
+    storing(engine, to_both(harness))
+    checks = await checked(harness.services)
     assert failed(checks) == []
     assert {"disk tier", "disk pins", "redis tier", "redis pins", "isolation"} <= checks.keys()
-    assert house.everything()[:2] == before[:2]
+    assert harness.everything()[:2] == before[:2]
 
 
-async def test_an_engine_that_finds_kv_under_another_salt_is_found_out(engine: FakeEngine, house: House) -> None:
+async def test_an_engine_that_finds_kv_under_another_salt_is_found_out(
+    engine: FakeEngine, harness: GatewayHarness
+) -> None:
     engine.leaks_salts = True
-    storing(engine, to_both(house))
-    checks = await checked(house.parts)
+    storing(engine, to_both(harness))
+    checks = await checked(harness.services)
     assert failed(checks) == ["isolation"]
     assert "sessions are NOT isolated" in checks["isolation"].message
 
 
-async def test_a_tier_that_finds_objects_under_another_salt_is_a_leak(engine: FakeEngine, house: House) -> None:
-    storing(engine, to_both(house))
-    disk = SaltlessTier(house.kv, Path(house.parts.settings.data_dir) / "pins")
-    checks = await checked(on_disk(house, disk))
+async def test_a_tier_that_finds_objects_under_another_salt_is_a_leak(
+    engine: FakeEngine, harness: GatewayHarness
+) -> None:
+    storing(engine, to_both(harness))
+    disk = SaltlessTier(harness.kv, Path(harness.services.settings.data_dir) / "pins")
+    checks = await checked(on_disk(harness, disk))
     assert failed(checks) == ["isolation in the disk tier"]
     assert checks["isolation in the disk tier"].leaks
 
 
-async def test_a_cache_that_stores_under_no_salt_is_found_out_in_every_tier(engine: FakeEngine, house: House) -> None:
-    storing(engine, to_both(house), salted=False)
-    checks = await checked(house.parts)
+async def test_a_cache_that_stores_under_no_salt_is_found_out_in_every_tier(
+    engine: FakeEngine, harness: GatewayHarness
+) -> None:
+    storing(engine, to_both(harness), salted=False)
+    checks = await checked(harness.services)
     assert failed(checks) == ["disk tier", "redis tier"]
     assert "kv_redis_url" in checks["redis tier"].remedy
 
 
-async def test_a_cache_that_stores_elsewhere_is_found_out(engine: FakeEngine, house: House) -> None:
+async def test_a_cache_that_stores_elsewhere_is_found_out(engine: FakeEngine, harness: GatewayHarness) -> None:
     storing(engine, lambda key, data: None)
-    checks = await checked(on_disk(house))
+    checks = await checked(on_disk(harness))
     assert failed(checks) == ["disk tier"]
     assert checks["disk tier"].message.startswith("0 of 2 objects")
     assert "kv_dir" in checks["disk tier"].remedy
 
 
-async def test_pins_that_cannot_be_made_are_found_out(engine: FakeEngine, house: House, tmp_path: Path) -> None:
-    storing(engine, to_both(house))
+async def test_pins_that_cannot_be_made_are_found_out(
+    engine: FakeEngine, harness: GatewayHarness, tmp_path: Path
+) -> None:
+    storing(engine, to_both(harness))
     (tmp_path / "file").touch()
-    checks = await checked(on_disk(house, DiskTier(house.kv, tmp_path / "file" / "pins")))
+    checks = await checked(on_disk(harness, DiskTier(harness.kv, tmp_path / "file" / "pins")))
     assert failed(checks) == ["disk pins"]
     assert "pins_dir must be writable" in checks["disk pins"].remedy
 
 
 async def test_objects_that_are_gone_before_they_are_pinned_are_no_pins(
-    engine: FakeEngine, house: House, tmp_path: Path
+    engine: FakeEngine, harness: GatewayHarness, tmp_path: Path
 ) -> None:
-    storing(engine, to_both(house))
+    storing(engine, to_both(harness))
     (tmp_path / "pins").mkdir()
-    checks = await checked(on_disk(house, EvictingTier(house.kv, tmp_path / "pins")))
+    checks = await checked(on_disk(harness, EvictingTier(harness.kv, tmp_path / "pins")))
     assert failed(checks) == ["disk pins"]
     assert checks["disk pins"].message == "0 of 2 objects could be pinned"
 
 
-async def test_an_engine_that_reuses_nothing_is_found_out(engine: FakeEngine, house: House) -> None:
-    storing(engine, to_both(house))
+async def test_an_engine_that_reuses_nothing_is_found_out(engine: FakeEngine, harness: GatewayHarness) -> None:
+    storing(engine, to_both(harness))
     answer = engine.on_completion
 
     def forgetful(exchange: Exchange) -> None:
@@ -145,4 +153,4 @@ async def test_an_engine_that_reuses_nothing_is_found_out(engine: FakeEngine, ho
         answer(exchange)
 
     engine.on_completion = forgetful
-    assert failed(await checked(house.parts)) == ["cached_tokens"]
+    assert failed(await checked(harness.services)) == ["cached_tokens"]
