@@ -112,7 +112,7 @@ def permissions_of_an_engine(ground: Ground) -> Verdict:
 
 
 _SPELLINGS = (
-    "/health", "/metrics", "/load", "/reset_prefix_cache", "/sleep", "/v1/../reset_prefix_cache", "/v1/%2e%2e/sleep",
+    "/metrics", "/reset_prefix_cache", "/sleep", "/v1/../reset_prefix_cache", "/v1/%2e%2e/sleep",
     "/v1/..%2fsleep", "/v1/%2e%2e%2fsleep", "/v1/%252e%252e/sleep", "/v1//../sleep", "/v1/./../sleep", "/v1/..;/sleep",
     "/v1\\..\\sleep", "/v1/..%5csleep", "/s/a/v1/../sleep", "/s/a/../sleep", "/w/a/../sleep", "/s/a/s/b/sleep",
     "/s/%2e%2e/sleep", "//v1/../sleep", "/V1/sleep", "/v1%00/../sleep", "/v1/..%00/sleep", "/tokenize/../sleep",
