@@ -14,7 +14,7 @@ class InProcessConnection:
     """The client of a request that comes from this process. See `gateway.api.connection.ClientConnection`."""
 
     gone = False
-    framed = False
+    is_chunked = False
 
     def __init__(self, body: bytes) -> None:
         self._body = body

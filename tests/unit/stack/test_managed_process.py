@@ -37,10 +37,10 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 OWNER = """
 import sys, time
 from pathlib import Path
-from gateway.stack.process import Launch, Part
+from gateway.stack.process import Launch, ManagedProcess
 from gateway.stack.reaper import reaping
 engine, directory, port = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-part = Part(Launch("engine", (sys.executable, "-c", engine, port), f"http://127.0.0.1:{port}/health",
+part = ManagedProcess(Launch("engine", (sys.executable, "-c", engine, port), f"http://127.0.0.1:{port}/health",
                    directory / "engine.log", directory / "engine.json", owns_shared_memory=True))
 with reaping(directory):
     part.start()

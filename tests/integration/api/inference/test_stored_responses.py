@@ -199,12 +199,12 @@ async def test_a_turn_that_is_recorded_while_the_store_is_asked_is_found() -> No
             seen, sessions.in_flight = (None if sessions.in_flight else kept), 0
             return seen
 
-    async def settle() -> None:
+    async def flush() -> None:
         """Everything is recorded."""
 
     sessions = SimpleNamespace(in_flight=1)
-    parts: Any = SimpleNamespace(store=Store(), sessions=sessions, turns=SimpleNamespace(settle=settle))
-    assert await stored_responses.serve(parts, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
+    services: Any = SimpleNamespace(store=Store(), sessions=sessions, recorder=SimpleNamespace(flush=flush))
+    assert await stored_responses.serve(services, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
 
 
 def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(
