@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.integration.test_metrics import numbers, value
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, until
+from tests.stack.tiers import files, hashes, names
 
 pytestmark = pytest.mark.stack
 COUNT = 3
@@ -74,21 +76,51 @@ def test_what_one_worker_answers_another_freezes_and_a_third_thaws_and_hits(crew
     assert "self-test" not in log  # each worker has proved the stack, while the others did, and nothing failed
 
 
-def test_a_worker_that_dies_in_a_freeze_leaves_nothing_and_another_freezes(crew: Gateway) -> None:
+def test_a_worker_that_dies_in_a_freeze_leaves_nothing_and_another_freezes(
+    stack: Stack, crew: Gateway, tmp_path: Path
+) -> None:
+    body = {"session_id": "s", "window_name": "w"}
     with connections(crew) as workers:
-        (victim, one), (_, two), _ = workers.items()
-        messages = [{"role": "user", "content": "Tell me about deaths. " * 200}]
-        turn(one, "s", messages)
-        body = {"session_id": "s", "window_name": "w"}
-        with one.stream("POST", "/admin/windows", json=body, headers={"accept": "application/x-ndjson"}) as freezing:
+        (victim, one), *_ = workers.items()
+        turn(one, "s", [{"role": "user", "content": "Tell me about deaths. " * 200}])
+        assert one.get("/admin/sessions/s").json()["turn_count"] == 1
+        with (
+            written_by_another(tmp_path / "data" / "gateway.db") as store_id,  # so that the freeze cannot commit
+            one.stream("POST", "/admin/windows", json=body, headers={"accept": "application/x-ndjson"}) as freezing,
+        ):
             stages = (json.loads(line)["progress"]["stage"] for line in freezing.iter_lines())
-            assert next(stage for stage in stages if stage in ("prefill", "barrier", "pin"))
+            assert "commit" in stages
+            assert pins(stack, store_id)
             os.kill(victim, signal.SIGKILL)
-        if two.get("/admin/windows/w").status_code == 404:
-            assert two.post("/admin/windows", json=body).status_code == 201
-        receipt = two.post("/admin/windows/w/thaw", json={"warm": "gpu"}).raise_for_status().json()["receipt"]
-        assert receipt["chunks_found"] == receipt["chunks_expected"] > 0
     with connections(crew) as again:
         assert victim not in again
-        verdict = next(iter(again.values())).post("/admin/doctor", json={}).json()
+        assert pins(stack, store_id) == []  # a worker that starts sweeps
+        one, two, _ = again.values()
+        assert one.get("/admin/windows/w").status_code == 404
+        assert one.post("/admin/windows", json=body).raise_for_status().json()["kv"] == "complete"
+        thawed = two.post("/admin/windows/w/thaw", json={"warm": "gpu"}).raise_for_status().json()
+        assert thawed["receipt"]["chunks_found"] == thawed["receipt"]["chunks_expected"] > 0
+        verdict = two.post("/admin/doctor", json={}).json()
         assert verdict["ok"], verdict
+        wanted = hashes(crew, "w")
+        for path in ("windows/w", f"sessions/{thawed['session_id']}", "sessions/s"):
+            one.delete(f"/admin/{path}").raise_for_status()
+    until(lambda: not files(stack, wanted) and not names(stack, wanted), "none of its KV is left")
+
+
+@contextmanager
+def written_by_another(store: Path) -> Iterator[str]:
+    """Nobody else can commit to a store meanwhile. Yields its id."""
+    db = sqlite3.connect(store, isolation_level=None)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        (store_id,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
+        yield store_id
+    finally:
+        db.close()
+
+
+def pins(stack: Stack, store_id: str) -> list[object]:
+    """What a gateway has pinned, or was about to."""
+    on_disk = (stack.plan.data_dir / "kv-pins" / store_id).iterdir()
+    return [*on_disk, *stack.redis.scan_iter(f"cwg:{store_id}:*", count=10**5)]
