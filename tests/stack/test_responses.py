@@ -133,7 +133,6 @@ def test_engine_errors_pass_untouched(stack: Stack, shared: Gateway) -> None:
     for body in (
         {"model": "nobody", "input": "x"},
         {**_BODY, "max_output_tokens": "many"},
-        {**_BODY, "input": [{"type": "item_reference", "id": "x"}]},
         {**_BODY, "input": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
     ):
         direct = stack.engine.post(RESPONSES, json=body)
