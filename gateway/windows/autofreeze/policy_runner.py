@@ -4,12 +4,14 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
 from policies.contract import Freeze, Observation, Policy
+from policies.shown import shown
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,10 @@ T = TypeVar("T")
 Named = tuple[str, Policy]
 _PATIENCE_S = 10.0  # for a page of sessions; ours take microseconds for each
 _COMPLAIN_EVERY_S = 60.0  # a policy that fails would fail for each session
+
+
+class _WrongAnswer(TypeError):
+    """A policy has returned something other than a decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +74,15 @@ class PolicyRunner:
     def _ask(self, named: Named, seen: Observation) -> Opinion:
         name, policy = named
         try:
-            decision: object = policy.decide(seen)
+            return Opinion(name, _checked(policy.decide(seen)))
+        except _WrongAnswer as error:
+            if self._should_log(name):
+                log.error("policy %s: %s", name, error)  # noqa: TRY400 - where it was found says nothing
+            return Opinion(name, None, str(error))
         except BaseException as error:  # also SystemExit, by which a policy may think to end only itself
             if self._should_log(name):
                 log.exception("policy %s failed for session %s", name, seen.session_id)
-            return Opinion(name, None, f"{type(error).__name__}: {error}")
-        if decision is None or (isinstance(decision, Freeze) and isinstance(decision.reason, str)):
-            return Opinion(name, decision)
-        wrong = f"decide() must return Freeze(reason) or None, not {decision!r:.100}"
-        if self._should_log(name):
-            log.error("policy %s: %s", name, wrong)
-        return Opinion(name, None, wrong)
+            return Opinion(name, None, "".join(traceback.format_exception_only(error)).strip())
 
     def _should_log(self, name: str) -> bool:
         now = time.monotonic()
@@ -86,6 +90,13 @@ class PolicyRunner:
             return False
         self._complained[name] = now
         return True
+
+
+def _checked(decision: object) -> Freeze | None:
+    """Return what a policy decided. Raises _WrongAnswer, and whatever an object of the policy's own raises."""
+    if decision is None or (isinstance(decision, Freeze) and isinstance(decision.reason, str)):
+        return decision
+    raise _WrongAnswer(f"decide() must return Freeze(reason) or None, not {shown(decision)}")
 
 
 def _settle(done: "Future[T]", work: Callable[[], T]) -> None:

@@ -36,6 +36,23 @@ class Lying:
         return True
 
 
+class Unprintable:
+    """Fails to show what it returns, and what it raises."""
+
+    class _Answer:
+        def __repr__(self) -> str:
+            raise RuntimeError("not to be shown")
+
+    class _Error(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("not to be shown")
+
+    def decide(self, seen: Observation, /) -> object:
+        if seen.turn_count:
+            return self._Answer()
+        raise self._Error
+
+
 class Slow:
     """Thinks long, and blocks its thread meanwhile."""
 

@@ -12,7 +12,7 @@ from gateway.windows.autofreeze.policy_runner import PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
 from policies.contract import Observation
 from policies.loader import BUILT_IN, PolicyError, build
-from tests.support.fakes.policies import Exiting, Failing, Lying, Turns
+from tests.support.fakes.policies import Exiting, Failing, Lying, Turns, Unprintable
 
 SEEN = Observation(
     event="sweep",
@@ -189,6 +189,18 @@ async def test_a_policy_that_would_exit_keeps_nothing_from_being_decided_now_or_
         assert [d and d.reason for d in decisions] == ["1 turns"]
     exiting, _ = await deciding.opinions(named, SEEN)  # type: ignore[arg-type]
     assert exiting.error == "SystemExit: 3"
+
+
+@pytest.mark.anyio
+async def test_unprintable_policy_leaves_others_deciding() -> None:
+    named = [("unprintable", Unprintable()), ("turns", Turns(1))]
+    runner = PolicyRunner()
+    decisions = await runner.evaluate(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
+    assert [d and d.reason for d in decisions] == ["1 turns", None]
+    answered, _ = await runner.opinions(named, SEEN)  # type: ignore[arg-type]
+    assert "must return Freeze(reason) or None" in answered.error
+    raised, _ = await runner.opinions(named, replace(SEEN, turn_count=0))  # type: ignore[arg-type]
+    assert "_Error" in raised.error
 
 
 def test_at_shutdown_takes_what_was_active_up_to_the_very_minute() -> None:
