@@ -13,8 +13,10 @@ SessionState = Literal["active", "frozen", "thawed", "expired"]
 KvState = Literal["complete", "partial", "absent"]
 Outcome = Literal["completed", "engine_error", "engine_cut", "client_gone", "gateway_error"]
 
-SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
-WINDOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MAX_NAME = 128  # characters of a session's id, and of a window's name
+SESSION_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{MAX_NAME - 1}}}")
+WINDOW_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
+AUTO_TAG = "auto"  # of windows that were made automatically
 TAG = re.compile(r"[\w.:-]{1,64}")
 MAX_TAGS = 20
 MAX_DESCRIPTION = 2000
@@ -30,7 +32,7 @@ def check_session_id(value: object, where: str = "session_id") -> str:
     raise GatewayError(
         "invalid_session_id",
         f"{where} {shown(value, 200)} is not a session id",
-        hint="use 1 to 128 of A-Z a-z 0-9 _ . : - and begin with a letter or digit",
+        hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 _ . : - and begin with a letter or digit",
         details={"field": where},
     )
 
@@ -42,7 +44,7 @@ def check_window_name(value: object, where: str = "window_name") -> str:
     raise GatewayError(
         "invalid_window_name",
         f"{where} {shown(value, 200)} is not a window name",
-        hint="use 1 to 128 of A-Z a-z 0-9 _ . - and begin with a letter or digit",
+        hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 _ . - and begin with a letter or digit",
         details={"field": where},
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
-from gateway.dialects import prompt_filters as rules
+from gateway.dialects import prompt_filters
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
@@ -86,7 +86,7 @@ class Settings:
     )
     model_fingerprint: str = setting("", "what tells the served weights apart from others of the same name")
     normalise: tuple[str, ...] = setting(
-        rules.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
+        prompt_filters.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
     )
     tokenizer_file: str = setting(
         "", "the served model's tokenizer.json; empty: looked for in its directory and in Hugging Face's cache"
@@ -307,8 +307,8 @@ def _check(s: Settings) -> None:
     )
     _require(1 <= s.workers <= 256, f"workers {s.workers} is not between 1 and 256")
     for name in s.normalise:
-        near = difflib.get_close_matches(name, rules.RULES, n=1, cutoff=0)
-        _require(name in rules.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
+        near = difflib.get_close_matches(name, prompt_filters.RULES, n=1, cutoff=0)
+        _require(name in prompt_filters.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
     for one in s.extra_paths:
         method, _, path = one.partition(" ")
         shaped = path.startswith("/v1/") and (method == "*" or (method.isalpha() and method.isupper()))

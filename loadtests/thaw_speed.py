@@ -25,7 +25,6 @@ import orjson
 
 from gateway.stack import demo_model, local
 from gateway.stack.commands import Transfer
-from gateway.stack.demo_weights import HEAD_DIM, KV_HEADS
 from loadtests import machine, thaw_files, thaw_report, thaw_stack
 from loadtests.thaw_samples import VARIANTS, Answer, Before, Cloned, Control, ModeRun, Run, Step, Thawed, Variant
 from loadtests.thaw_stack import Messages, Stack, Writer
@@ -50,7 +49,7 @@ def main() -> None:
         machine=machine.describe(),
         versions={name: _version(names) for name, names in _PACKAGES.items()},
         model=f"demo, {options.model_size}: {shape.layers} layers, hidden {shape.hidden}",
-        kv_bytes_per_token=shape.layers * 2 * KV_HEADS * HEAD_DIM * 2,
+        kv_bytes_per_token=shape.kv_bytes_per_token,
         sizes=options.sizes,
         chunk_size=options.chunk_size,
         repeats=options.repeats,

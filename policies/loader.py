@@ -70,10 +70,13 @@ def _found(name: str, strangers: Collection[str], field: str) -> Any:
 def _made(kind: Any, parameters: Mapping[str, Any], field: str) -> Policy:
     try:
         signature = inspect.signature(kind)
+    except (TypeError, ValueError) as error:  # no class or function, or one that does not tell what it takes
+        raise PolicyError(field, f"these parameters do not fit: {error}") from error
+    try:
         signature.bind(**parameters)
-    except (TypeError, ValueError) as error:
-        known = f"; it takes {', '.join(signature.parameters) or 'none'}" if "signature" in locals() else ""
-        raise PolicyError(field, f"these parameters do not fit: {error}{known}") from error
+    except TypeError as error:
+        known = ", ".join(signature.parameters) or "none"
+        raise PolicyError(field, f"these parameters do not fit: {error}; it takes {known}") from error
     try:
         policy: Policy = kind(**parameters)
     except (Exception, SystemExit) as error:

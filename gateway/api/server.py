@@ -318,7 +318,10 @@ class UvicornClient:
     def write(self, data: bytes, *, hold: bool = False) -> bool:
         """See `ClientConnection.write`."""
         transport = cast(GatheringTransport, self._protocol.transport)
-        (transport.write if hold else transport.write_now)(data)
+        if hold:
+            transport.write(data)
+        else:
+            transport.write_now(data)
         return not self._protocol.flow.write_paused
 
 

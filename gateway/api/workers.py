@@ -50,7 +50,7 @@ class Report:
         self._say(why.encode())
 
     def _say(self, what: bytes) -> None:
-        with suppress(BrokenPipeError, BlockingIOError):  # the parent is gone, and the leash says so; or it is stopped
+        with suppress(BrokenPipeError, BlockingIOError):  # the parent is gone or stopped
             os.write(self._pipe, what)
 
 
@@ -87,23 +87,25 @@ class Patience:
     silent_s: float = 30.0
 
 
-def supervise(count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], patience: Patience) -> None:
+def supervise(
+    count: int, sock: socket.socket, serve: Serve, on_exit: Callable[[int], None], patience: Patience
+) -> None:
     """Keep `count` workers on the address of `sock`, until SIGTERM or SIGINT. Raises StartError.
 
-    `mourn` is called with the number of a worker that has ended, before another takes its place.
+    `on_exit` is called with the number of a worker that has ended, before another takes its place.
     """
-    _Supervisor(count, sock, serve, mourn, patience).keep()
+    _Supervisor(count, sock, serve, on_exit, patience).keep()
 
 
 class _Supervisor:
     def __init__(
-        self, count: int, sock: socket.socket, serve: Serve, mourn: Callable[[int], None], patience: Patience
+        self, count: int, sock: socket.socket, serve: Serve, on_exit: Callable[[int], None], patience: Patience
     ) -> None:
         self._end_s = _END_S + patience.longer_s
         self._silent_s = patience.silent_s
         self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, if that comes soon
         self._serve = serve
-        self._on_exit = mourn
+        self._on_exit = on_exit
         self._workers: dict[int, _Worker] = {}
         self._due = {0: time.monotonic()}  # slots to fill, and when
         self._waiting = list(range(1, count))  # slots that the first worker has to be ready for
@@ -191,7 +193,7 @@ class _Supervisor:
 
     def _signal(self, number: int) -> None:
         for worker in self._workers.values():
-            os.kill(worker.pid, number)  # it is there, if only as a zombie, until `_bury` has waited for it
+            os.kill(worker.pid, number)  # it is there, if only as a zombie, until `_reap` has waited for it
 
     def _fill(self) -> None:
         now = time.monotonic()
@@ -241,7 +243,7 @@ class _Supervisor:
                 sock.close()
         held, given = self._parent_pipe
         os.close(given)
-        threading.Thread(target=_follow, args=(held, self._end_s), name="leash", daemon=True).start()
+        threading.Thread(target=_follow, args=(held, self._end_s), name="parent-pipe", daemon=True).start()
 
     def _read_status(self, worker: _Worker) -> None:
         said = os.read(worker.news, 4096)

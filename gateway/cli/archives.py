@@ -9,7 +9,7 @@ from typing import IO
 
 import click
 
-from gateway.cli import connection as gateway
+from gateway.cli import connection
 from gateway.cli.admin_client import AdminError
 from gateway.cli.connection import Failure, verb, window
 from gateway.cli.output import flat, show
@@ -26,10 +26,10 @@ def export(name: str, file: Path, as_text: bool, force: bool, as_json: bool) -> 
     if not force and file.exists():
         raise _exists(file)
     try:
-        with _whole_or_not(file, force=force) as out, gateway.bar() as on_progress:
-            gateway.admin().download(f"/admin/windows/{gateway.part(name)}/export", out, query, on_progress)
+        with _whole_or_not(file, force=force) as out, connection.bar() as on_progress:
+            connection.admin().download(f"/admin/windows/{connection.part(name)}/export", out, query, on_progress)
     except AdminError as error:
-        raise gateway.failure(error) from error
+        raise connection.failure(error) from error
     except FileExistsError as error:
         raise _exists(file) from error
     except OSError as error:
@@ -70,11 +70,11 @@ def import_(file: Path, name: str | None, as_text: bool, as_json: bool) -> None:
     """Make the window in FILE a window of this gateway."""
     query = {"window_name": name, "as_text": "true" if as_text else None}
     try:
-        with file.open("rb") as content, gateway.bar() as on_progress:
+        with file.open("rb") as content, connection.bar() as on_progress:
             size = file.stat().st_size
-            answer = gateway.admin().upload("/admin/windows/import", content, size, query, on_progress)
+            answer = connection.admin().upload("/admin/windows/import", content, size, query, on_progress)
     except AdminError as error:
-        raise gateway.failure(error) from error
+        raise connection.failure(error) from error
     except OSError as error:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
     receipt = {k: v for k, v in answer["receipt"].items() if k != "imported"}

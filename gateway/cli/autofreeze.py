@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gateway.cli import connection as gateway
+from gateway.cli import connection
 from gateway.cli.connection import completing, verb
 from gateway.cli.output import show
 
@@ -28,7 +28,7 @@ def policy(given: tuple[str, ...], reset: bool, session: str | None, as_json: bo
     if sum((bool(given), reset, session is not None)) > 1:
         raise click.UsageError("--set, --reset and --check exclude each other")
     if session is not None:
-        answer = gateway.call("POST", "/admin/policies/check", body={"session_id": session})
+        answer = connection.call("POST", "/admin/policies/check", body={"session_id": session})
         opinions = {one["policy"]: one["error"] or one["reason"] or "no" for one in answer["policies"]}
         names = ("triggered", "reason", "held_back", "window_name", "token_count", "context_limit", "idle_seconds")
         show(answer, as_json, {**{name: answer[name] for name in names}, **opinions})
@@ -38,10 +38,10 @@ def policy(given: tuple[str, ...], reset: bool, session: str | None, as_json: bo
 
 def _changed(rules: Mapping[str, Any], reset: bool) -> dict[str, Any]:
     if reset:
-        return gateway.call("DELETE", "/admin/policies")
+        return connection.call("DELETE", "/admin/policies")
     if rules:
-        return gateway.call("PUT", "/admin/policies", body=rules, nulls=True)
-    return gateway.call("GET", "/admin/policies")
+        return connection.call("PUT", "/admin/policies", body=rules, nulls=True)
+    return connection.call("GET", "/admin/policies")
 
 
 def _rules(given: tuple[str, ...]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from typing import Any
 import click
 from rich.text import Text
 
-from gateway.cli import connection as gateway
-from gateway.cli import drawing
+from gateway.cli import connection, drawing
 from gateway.cli.connection import Word, verb
 from gateway.cli.output import OUT, line, print_json, say, show, table
 
@@ -19,7 +18,7 @@ from gateway.cli.output import OUT, line, print_json, say, show, table
 def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as_json: bool) -> None:
     """List windows, newest first."""
     query = {"tags": ",".join(tags) or None, "search": search, "limit": limit, "offset": offset}
-    answer = gateway.call("GET", "/admin/windows", query=query)
+    answer = connection.call("GET", "/admin/windows", query=query)
     table(
         answer,
         as_json,
@@ -32,7 +31,7 @@ def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as
 @click.option("--limit", type=int, default=1000, show_default=True, help="windows, and sessions, at most")
 def tree(limit: int, as_json: bool) -> None:
     """Draw which window and which session came from which."""
-    answer = gateway.call("GET", "/admin/tree", query={"limit": limit})
+    answer = connection.call("GET", "/admin/tree", query={"limit": limit})
     if as_json:
         print_json(answer)
         return
@@ -54,7 +53,7 @@ def _printable(value: Any) -> Any:
 @click.option("--offset", type=int, default=0)
 def sessions(state: str | None, limit: int, offset: int, as_json: bool) -> None:
     """List sessions, last active first."""
-    answer = gateway.call("GET", "/admin/sessions", query={"state": state, "limit": limit, "offset": offset})
+    answer = connection.call("GET", "/admin/sessions", query={"state": state, "limit": limit, "offset": offset})
     columns = ("id", "state", "model", "token_count", "turn_count", "window", "last_active_at")
     table(answer, as_json, answer["sessions"], columns)
 
@@ -62,7 +61,7 @@ def sessions(state: str | None, limit: int, offset: int, as_json: bool) -> None:
 @verb
 def doctor(as_json: bool) -> None:
     """Prove on the running stack that sessions are isolated and that freezing can hold its word."""
-    answer = gateway.call("POST", "/admin/doctor", body={})
+    answer = connection.call("POST", "/admin/doctor", body={})
     if as_json:
         print_json(answer)
     else:
@@ -81,7 +80,7 @@ def _verdict(status: str) -> Text:
 @verb
 def cache(as_json: bool) -> None:
     """Tell what lies in each tier and for whom, and how much of the prompts was cached."""
-    answer = gateway.call("GET", "/admin/cache")
+    answer = connection.call("GET", "/admin/cache")
     tiers = {
         name: f"{tier['objects']} objects, {tier['bytes']} bytes; {tier['windows']['bytes']} of windows, "
         f"{tier['sessions']['bytes']} of sessions"

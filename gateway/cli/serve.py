@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from gateway.cli import connection as gateway
+from gateway.cli import connection
 from gateway.cli.admin_client import Admin, AdminError
 from gateway.cli.connection import Failure
 from gateway.cli.output import say
@@ -65,9 +65,9 @@ def mcp() -> None:
     from gateway.api.mcp.server import over_stdio  # noqa: PLC0415 - see `serve`
 
     try:
-        admin = gateway.admin()
+        admin = connection.admin()
     except AdminError as error:
-        raise gateway.failure(error) from error
+        raise connection.failure(error) from error
     if sys.stdin.isatty():
         say("cwg mcp: waiting for MCP on stdin; a client should start this, not a person", err=True)
     threading.Thread(target=_look, args=[admin], daemon=True).start()
@@ -79,7 +79,7 @@ def _look(admin: Admin) -> None:
     try:
         admin.call("GET", "/admin/sessions", query={"limit": 1})
     except AdminError as error:
-        say(f"cwg mcp: {gateway.failure(error)}; every call tries again", err=True)
+        say(f"cwg mcp: {connection.failure(error)}; every call tries again", err=True)
 
 
 def _log_to_stderr(settings: Settings) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from gateway.cli import connection as gateway
+from gateway.cli import connection
 from gateway.cli.connection import Word, completing, verb, window
 from gateway.cli.output import flat, print_json, say, show, warn
 
@@ -27,7 +27,7 @@ def freeze(
         "tags": list(tags) or None,
         "ttl_seconds": ttl_seconds,
     }
-    answer = gateway.watched("/admin/windows", body)
+    answer = connection.watched("/admin/windows", body)
     receipt = answer["receipt"]
     show(answer, as_json, {"window": answer["name"], "kv": answer["kv"], **flat(receipt)})
 
@@ -48,7 +48,7 @@ def thaw(
         "continuation_prompt": prompt,
         "max_tokens": max_tokens,
     }
-    answer = gateway.watched(f"/admin/windows/{gateway.part(name)}/thaw", body)
+    answer = connection.watched(f"/admin/windows/{connection.part(name)}/thaw", body)
     show(answer, as_json, {"session": answer["session_id"], "model": answer["model"], **flat(answer["receipt"])})
     said = answer["continuation"]
     if said is None:
@@ -71,7 +71,7 @@ def clone(
 ) -> None:
     """Give the window SOURCE a second name, TARGET; no KV byte is copied."""
     body = {"target_window": target, "description": description, "tags": list(tags) or None, "isolate": isolate or None}
-    answer = gateway.call("POST", f"/admin/windows/{gateway.part(source)}/clone", body=body)
+    answer = connection.call("POST", f"/admin/windows/{connection.part(source)}/clone", body=body)
     shown = ("source_window", "target_window", "shared_blocks", "isolated", "kv")
     show(answer, as_json, {k: answer[k] for k in shown})
 
@@ -98,7 +98,7 @@ def describe(
     given = {"description": description, "tags": list(tags) or None, "ttl_seconds": ttl_seconds}
     cleared = {"tags": no_tags, "ttl_seconds": no_ttl}
     body = {field: value for field, value in given.items() if value is not None or cleared.get(field)}
-    answer = gateway.call("PATCH", f"/admin/windows/{gateway.part(name)}", body=body, nulls=True)
+    answer = connection.call("PATCH", f"/admin/windows/{connection.part(name)}", body=body, nulls=True)
     show(answer, as_json, {k: answer[k] for k in ("name", "description", "tags", "expires_at")})
 
 
@@ -108,8 +108,8 @@ def describe(
 @click.option("--max-tokens", type=int, help="length of the answer, at most")
 def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None:
     """Ask the window NAME a QUESTION; the window does not change, and nothing is kept of it."""
-    answer = gateway.watched(
-        f"/admin/windows/{gateway.part(name)}/ask", {"question": question, "max_tokens": max_tokens}
+    answer = connection.watched(
+        f"/admin/windows/{connection.part(name)}/ask", {"question": question, "max_tokens": max_tokens}
     )
     if as_json:
         print_json(answer)
@@ -132,7 +132,7 @@ def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None
 def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
     """Thaw the window NAME into COUNT sessions at once; they share its KV, no byte is copied."""
     body = {"count": count, "prefix": prefix}
-    answer = gateway.call("POST", f"/admin/windows/{gateway.part(name)}/fanout", body=body)
+    answer = connection.call("POST", f"/admin/windows/{connection.part(name)}/fanout", body=body)
     if as_json:
         print_json(answer)
         return
@@ -145,7 +145,7 @@ def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
 @window
 def prefetch(name: str, as_json: bool) -> None:
     """Load the KV of the window NAME into the cache's memory, before anybody asks for it."""
-    answer = gateway.watched(f"/admin/windows/{gateway.part(name)}/prefetch", {})
+    answer = connection.watched(f"/admin/windows/{connection.part(name)}/prefetch", {})
     show(answer, as_json, {"window": answer["window_name"], **flat(answer["receipt"])})
 
 
@@ -153,7 +153,7 @@ def prefetch(name: str, as_json: bool) -> None:
 @window
 def evict(name: str, as_json: bool) -> None:
     """Move the KV of the window NAME out of the cache's memory, down to disk and Redis."""
-    answer = gateway.watched(f"/admin/windows/{gateway.part(name)}/evict", {})
+    answer = connection.watched(f"/admin/windows/{connection.part(name)}/evict", {})
     tiers = {tier: f"{at['before']} before, {at['after']} now" for tier, at in answer["tiers"].items()}
     shown = {k: answer[k] for k in ("objects", "kept")}
     show(answer, as_json, {"window": answer["window_name"], **shown, **tiers})
@@ -164,7 +164,7 @@ def evict(name: str, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="have the engine use the KV too, and compare; computes the window once")
 def verify(name: str, deep: bool, as_json: bool) -> None:
     """Check every KV object of the window NAME, byte for byte; exit code 1 where one is missing or damaged."""
-    answer = gateway.watched(f"/admin/windows/{gateway.part(name)}/verify", {"deep": deep})
+    answer = connection.watched(f"/admin/windows/{connection.part(name)}/verify", {"deep": deep})
     tiers = {
         tier: f"{t['intact']} of {t['objects']} intact, {t['damaged']} damaged, {t['missing']} missing"
         if t["checked"]
@@ -195,7 +195,7 @@ def _replayed(one: Mapping[str, Any]) -> str:
 @window
 def delete(name: str, as_json: bool) -> None:
     """Delete the window NAME, and every KV object that nobody else holds."""
-    answer = gateway.call("DELETE", f"/admin/windows/{gateway.part(name)}")
+    answer = connection.call("DELETE", f"/admin/windows/{connection.part(name)}")
     show(answer, as_json, {k: v for k, v in answer.items() if k != "warnings"})
 
 
@@ -205,7 +205,7 @@ def delete(name: str, as_json: bool) -> None:
 def status(name: str, blocks: bool, as_json: bool) -> None:
     """Tell what the window NAME is and where its bytes are now."""
     query = {"include_lineage": "true", "include_blocks": "true" if blocks else None}
-    answer = gateway.call("GET", f"/admin/windows/{gateway.part(name)}", query=query)
+    answer = connection.call("GET", f"/admin/windows/{connection.part(name)}", query=query)
     cache = answer["kv_cache"]
     shown = {
         k: answer[k] for k in ("name", "session_id", "model", "token_count", "kv", "description", "tags", "created_at")
@@ -228,7 +228,7 @@ def _tiers(cache: Mapping[str, Any]) -> dict[str, str]:
 @window
 def messages(name: str, as_json: bool) -> None:
     """Print the text of the window NAME."""
-    answer = gateway.call("GET", f"/admin/windows/{gateway.part(name)}/messages")
+    answer = connection.call("GET", f"/admin/windows/{connection.part(name)}/messages")
     if as_json:
         print_json(answer)
         return

@@ -23,10 +23,6 @@ class CircuitBreaker:
         """Whether it failed too often and has not answered since."""
         return self.failures >= LIMIT
 
-    def resting(self, now: float) -> bool:
-        """Whether nobody may pass."""
-        return self.open and now < self._until
-
     def allow_request(self, now: float) -> bool:
         """Whether a request may pass. Where it is open, that request is the trial."""
         if not self.open:

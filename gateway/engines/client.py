@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from gateway.dialects import transcripts
 from gateway.dialects.base import usage_of
+from gateway.engines.connection import UNREACHABLE_HINT
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 from gateway.runtime.open_files import OutOfFiles
@@ -318,7 +319,7 @@ class HttpEngineClient(EngineClient):
             raise GatewayError(
                 "engine_unreachable",
                 f"engine at {self.url} does not answer: {error or type(error).__name__}",
-                hint="is vLLM running, and is engine_urls its address?",
+                hint=UNREACHABLE_HINT,
             ) from error
 
     async def _not_aborted(self, request: Coroutine[Any, Any, httpx.Response], grace_s: float) -> httpx.Response:

@@ -10,6 +10,7 @@ from gateway.errors import GatewayError
 from gateway.runtime.stalls import LostSince, never_lost
 
 Headers = Sequence[tuple[bytes, bytes]]
+UNREACHABLE_HINT = "is vLLM running, and is engine_urls its address?"
 Take = Callable[[Sequence[bytes]], bool]
 
 # vLLM (uvicorn) closes a connection that was idle for 5 s; one that is about to close is not worth the race.
@@ -340,5 +341,5 @@ class Connection(asyncio.Protocol):
 
 def as_gateway_error(error: UpstreamError) -> GatewayError:
     """The error that a client sees."""
-    hint = "is vLLM running, and is engine_urls its address?" if error.code == "engine_unreachable" else ""
+    hint = UNREACHABLE_HINT if error.code == "engine_unreachable" else ""
     return GatewayError(error.code, str(error), hint=hint)

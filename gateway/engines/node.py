@@ -17,7 +17,7 @@ from gateway.runtime.stalls import LostSince, is_ours, never_lost
 log = logging.getLogger(__name__)
 
 State = Literal["unknown", "healthy", "suspect", "resting", "ejected"]
-WELL, DOUBTFUL, OUT = range(3)  # how gladly it is given a request
+HEALTHY, DEGRADED, EJECTED = range(3)  # how gladly it is given a request
 
 # Between two looks at an engine that is not well, and the least between any two.
 _SOON_S = 0.5
@@ -80,10 +80,10 @@ class EngineNode:
         A look that took too long says only that the engine is busy: its sessions do not leave for that alone.
         """
         if self._failed_looks >= LIMIT:
-            return OUT
+            return EJECTED
         if self.breaker.open:
-            return WELL if first and self.breaker.allow_request(now) else OUT
-        return DOUBTFUL if not self._seen or (self._failed_looks and not self._slow_to_fail) else WELL
+            return HEALTHY if first and self.breaker.allow_request(now) else EJECTED
+        return DEGRADED if not self._seen or (self._failed_looks and not self._slow_to_fail) else HEALTHY
 
     def weight(self, lineage: bytes) -> bytes:
         """How much a lineage is drawn to it: the same in every process, and as if at random."""

@@ -16,14 +16,13 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gateway.engines.client import EngineClient, Model, Reply
-from gateway.engines.connection import Connection, Headers, UpstreamError
-from gateway.engines.node import WELL, EngineNode
+from gateway.engines.connection import UNREACHABLE_HINT, Connection, Headers, UpstreamError
+from gateway.engines.node import HEALTHY, EngineNode
 from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_HINT = "is vLLM running, and is engine_urls its address?"
 
 
 class EnginePool(EngineClient):
@@ -74,7 +73,7 @@ class EnginePool(EngineClient):
         """An engine for a question of our own. Raises `engine_unreachable`."""
         chosen = self.choose("", model=model)
         if not chosen:
-            raise GatewayError("engine_unreachable", self.trouble(), hint=_HINT)
+            raise GatewayError("engine_unreachable", self.trouble(), hint=UNREACHABLE_HINT)
         return chosen[0]
 
     def route(self, lineage: str, prefer: str = "", model: str = "") -> "Route":
@@ -192,7 +191,7 @@ class AffinityClient(EngineClient):
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
         """Ask one engine after the other until one answers; see `EngineClient.ask`."""
-        failed = GatewayError("engine_unreachable", self._engines.trouble(), hint=_HINT)
+        failed = GatewayError("engine_unreachable", self._engines.trouble(), hint=UNREACHABLE_HINT)
         for member in self._engines.choose(self._lineage, self._prefer, str((json or {}).get("model", ""))):
             try:
                 answer = await member.engine.ask(method, path, json=json, quick=quick)
@@ -262,7 +261,7 @@ class Route:
 
     def _another_is_well(self, place: int) -> bool:
         now = time.monotonic()
-        return any(member.rank(now, first=False) == WELL for member in self._members[place + 1 :])
+        return any(member.rank(now, first=False) == HEALTHY for member in self._members[place + 1 :])
 
 
 def _differing(members: Sequence[EngineNode]) -> dict[str, dict[str, str]]:

@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from gateway.dialects import transcripts
 from gateway.errors import GatewayError
-from gateway.records import SESSION_ID, Message, Session, Trace, check_session_id
+from gateway.records import MAX_NAME, SESSION_ID, Message, Session, Trace, check_session_id
 from gateway.sessions.reply_aliases import Answered, Context, tool_names
 
 # session: exactly this session · agent: an agent's id for all that it does, side conversations too ·
@@ -46,7 +46,6 @@ _AGENT_HEADERS = (
 HEADERS = frozenset({SESSION_HEADER, _CLAUDE, _CLAUDE_AGENT, _CODEX, _SUBAGENT, *_AGENT_HEADERS})
 
 _DIGEST = 16
-_MAX_ID = 128
 _LONGEST_USER = 4096  # characters of a `user_id` that are looked at
 _LOOK_BACK = 4  # replies of a request that are looked for under their further names
 _SIDE = 17  # characters that a side conversation adds to its agent's id
@@ -143,7 +142,7 @@ def fitting(name: str) -> str:
 def subconversation_id(session_id: str, head: bytes) -> str:
     """Name another conversation that an agent holds under the same id: its title maker, a skill, what follows a
     compaction."""
-    return f"{session_id[: _MAX_ID - _SIDE]}:{head.hex()[: _SIDE - 1]}"
+    return f"{session_id[: MAX_NAME - _SIDE]}:{head.hex()[: _SIDE - 1]}"
 
 
 # --- the prefix chain

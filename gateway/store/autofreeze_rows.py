@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import fields
 
-from gateway.records import Session
+from gateway.records import AUTO_TAG, Session
 from gateway.store.types import Unfrozen
 
 _COLUMNS = tuple(f.name for f in fields(Session))
@@ -77,9 +77,9 @@ def uncover(db: sqlite3.Connection, seen: Session) -> None:
 def auto_windows(db: sqlite3.Connection, tenant: str, session_id: str) -> list[str]:
     found = db.execute(
         """SELECT a.name FROM auto_windows a JOIN windows w ON w.tenant = a.tenant AND w.name = a.name
-        JOIN window_tags t ON t.tenant = a.tenant AND t.name = a.name AND t.tag = 'auto'
+        JOIN window_tags t ON t.tenant = a.tenant AND t.name = a.name AND t.tag = ?
         WHERE a.tenant = ? AND a.session_id = ? ORDER BY w.created_at DESC, a.number DESC""",
-        (tenant, session_id),
+        (AUTO_TAG, tenant, session_id),
     )
     return [name for (name,) in found]
 

@@ -22,7 +22,7 @@ from gateway.dialects import text_transcripts, transcripts
 from gateway.dialects.base import Call
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.records import Front, Message, Session, Succession
+from gateway.records import AUTO_TAG, Front, Message, Session, Succession
 from gateway.sessions import prefix_chain
 from gateway.sessions.resolver import SessionMatch, new_id
 from gateway.windows.autofreeze import rules
@@ -33,7 +33,7 @@ from gateway.windows.naming import freeze_by_itself
 log = logging.getLogger(__name__)
 
 SOURCE = "successor"  # how a successor says that it was recognised
-TAGS = (rules.TAG, "full")
+TAGS = (AUTO_TAG, "full")
 _NAMES = "full-{session_id}-{timestamp}"
 _KEPT = 0.5  # of the context limit, at most, is kept of the old turns
 _NAME_ROOM = 120

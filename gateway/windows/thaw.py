@@ -22,7 +22,7 @@ from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.base import Restored
-from gateway.records import Manifest, PinnedObject, Session, Window
+from gateway.records import MAX_NAME, Manifest, PinnedObject, Session, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.sessions import prefix_chain
 from gateway.windows.context import Services
@@ -30,7 +30,6 @@ from gateway.windows.instrumented import instrumented
 from gateway.windows.receipt import whole_chunks
 
 Warm = Literal["none", "cpu", "gpu"]
-_MAX_ID = 128
 
 
 @dataclass(slots=True)
@@ -282,7 +281,7 @@ def object_names(window: Window, manifest: Manifest) -> list[ObjectKey]:
 def fresh_id(name: str, room: int = 0) -> str:
     """A session id after a window's name, with `room` left behind it."""
     suffix = f".{secrets.token_hex(4)}"
-    return name[: _MAX_ID - len(suffix) - room] + suffix
+    return name[: MAX_NAME - len(suffix) - room] + suffix
 
 
 def taken(session_id: str) -> GatewayError:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.records import MAX_DESCRIPTION, WINDOW_NAME
+from gateway.records import MAX_DESCRIPTION, MAX_NAME, WINDOW_NAME
 from gateway.settings import Settings, SettingsError
 from gateway.validation.fields import Field, or_null, reads
 from policies.contract import Policy
@@ -18,9 +18,7 @@ from policies.loader import PolicyError, build
 from policies.shown import shown
 from policies.token_threshold import MOST_TOKENS
 
-TAG = "auto"
 _DAY = 86400.0
-_LONGEST = 128  # of a window's name
 _SUFFIX = 4  # room for "-999", where a name is taken
 LONGEST_PATTERN = 80
 _NAMES = ("session_id", "timestamp", "turns")
@@ -131,7 +129,7 @@ def window_name(pattern: str, session_id: str, turns: int, at: float) -> str:
     values = {"timestamp": stamp, "turns": str(turns), "session_id": ""}
     parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(pattern)]
     rest = sum(len(literal) + len(values[name or "session_id"]) for literal, name in parts)
-    values["session_id"] = plain[: _LONGEST - _SUFFIX - rest]
+    values["session_id"] = plain[: MAX_NAME - _SUFFIX - rest]
     return "".join(literal + (values[name] if name else "") for literal, name in parts)
 
 
@@ -159,7 +157,7 @@ def _number(low: float, most: float, *, whole: bool = False) -> Field[Any]:
     def read(name: str, value: object) -> float:
         kinds = (int,) if whole else (int, float)
         least = f"at least {low:g}" if low else "more than 0"
-        must = f"a {'whole ' * whole}number, {least} and at most {most:.10g}"
+        must = f"a {'whole number' if whole else 'number'}, {least} and at most {most:.10g}"
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
             raise _refused(name, must, value)
         if not low <= value <= most or value <= 0:

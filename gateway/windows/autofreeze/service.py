@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import GatewayError, StartError
-from gateway.records import Session
+from gateway.records import AUTO_TAG, Session
 from gateway.store.types import Unfrozen
 from gateway.windows.autofreeze import rules as rules_of
 from gateway.windows.autofreeze.policy_runner import Named, Opinion, PolicyRunner
@@ -106,11 +106,6 @@ class AutofreezeService:
                 await asyncio.sleep(self._services.settings.auto_freeze_every_s)
 
     # The rules.
-
-    @property
-    def rules(self) -> Rules:
-        """As they are now."""
-        return self._rules
 
     async def current(self) -> tuple[Rules, Mapping[str, Any]]:
         """The rules, and those of their fields that were set at run time."""
@@ -294,22 +289,28 @@ class AutofreezeService:
             window, _ = await freeze_by_itself(
                 self._services, session.tenant, session.id, self._naming(session, reason)
             )
-        except Exception as error:
-            wait = retry_after(one.failures)
-            await store.report_freeze(session, window=None, not_before=time.time() + wait)
-            if not isinstance(error, GatewayError):
-                raise
+        except GatewayError as error:
+            wait = await self._report_failure(one)
             why = f"{error.message}; not again for {wait:g} s"
             log.warning("session %s could not be frozen automatically: %s", session.id, why)
             return
+        except Exception:
+            await self._report_failure(one)
+            raise
         cool = time.time() + self._rules.cooldown_seconds
         await store.report_freeze(session, window=window.name, not_before=cool)
         log.info("session %s was frozen as %s: %s", session.id, window.name, reason)
         await self._supersede(session.tenant, session.id)
 
+    async def _report_failure(self, one: Unfrozen) -> float:
+        """Give the claim back; return the seconds until the session is tried again."""
+        wait = retry_after(one.failures)
+        await self._services.store.report_freeze(one.session, window=None, not_before=time.time() + wait)
+        return wait
+
     def _naming(self, session: Session, reason: str) -> Naming:
         name = rules_of.window_name(self._rules.naming_pattern, session.id, session.turn_count, time.time())
-        return Naming(name, rules_of.description(reason), (rules_of.TAG,), self._rules.ttl_seconds)
+        return Naming(name, rules_of.description(reason), (AUTO_TAG,), self._rules.ttl_seconds)
 
     async def _supersede(self, tenant: str, session_id: str) -> None:
         """Delete the automatic windows of a session beyond the last `keep`."""

@@ -19,7 +19,7 @@ def test_it_opens_after_so_many_failures_in_a_row_and_not_before() -> None:
         breaker.failed(0)
         assert (breaker.open, breaker.failures, breaker.allow_request(0)) == (False, count, True)
     breaker.failed(0)
-    assert (breaker.open, breaker.resting(0), breaker.allow_request(0)) == (True, True, False)
+    assert (breaker.open, breaker.allow_request(0)) == (True, False)
 
 
 def test_an_answer_between_failures_makes_the_count_begin_anew() -> None:
@@ -48,17 +48,16 @@ def test_a_trial_that_is_answered_closes_it_and_the_next_rest_is_short_again() -
     assert not breaker.open
     for _ in range(LIMIT):
         breaker.failed(20)
-    assert (breaker.resting(20.9), breaker.resting(21)) == (True, False)
+    assert (breaker.allow_request(20.9), breaker.allow_request(21)) == (False, True)
 
 
 def test_each_vain_trial_doubles_the_rest_up_to_a_bound() -> None:
     breaker, now, rests = opened(at=0), 0.0, []
     for _ in range(100):
         began = now
-        while breaker.resting(now):
+        while not breaker.allow_request(now):
             now += 0.5
         rests.append(now - began)
-        assert breaker.allow_request(now)
         breaker.failed(now)
     assert rests[:7] == [1, 2, 4, 8, 16, 30, 30]
     assert rests[-1] == 30
