@@ -42,7 +42,7 @@ from gateway.sessions.secret_check import checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings
 from gateway.store.damage import StoreDamaged
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.background import BackgroundTasks

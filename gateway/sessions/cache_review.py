@@ -14,7 +14,7 @@ from gateway.sessions import misses
 from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
 from gateway.sessions.misses import PreviousTurn, TurnCacheStats
 from gateway.sessions.token_estimator import Estimator
-from gateway.store.types import Store
+from gateway.store.store import Store
 
 _LEFT = 4096
 _USUAL_CHUNK = 256  # LMCache's own default, where the cache has not said yet, or there is none

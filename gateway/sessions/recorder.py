@@ -22,7 +22,8 @@ from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
 from gateway.sessions.in_flight import TurnLocks
 from gateway.sessions.resolver import SessionMatch, SessionResolver
-from gateway.store.types import Store, StoreUnavailable, TurnRecord
+from gateway.store.store import Store
+from gateway.store.types import StoreUnavailable, TurnRecord
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from gateway.records import Session
 from gateway.sessions import alias_match, prefix_chain, salts
 from gateway.sessions.in_flight import LockKey, TurnLocks
 from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, PrefixMatch, Prompt
-from gateway.store.types import Store
+from gateway.store.store import Store
 
 _POLL_S = 0.005  # the kernel wakes nobody when another worker drops a lock
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gateway.records import Session
-from gateway.store.types import SaltNote, Store, StoreUnavailable
+from gateway.store.store import Store
+from gateway.store.types import SaltNote, StoreUnavailable
 
 log = logging.getLogger(__name__)
 

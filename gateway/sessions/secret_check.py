@@ -5,7 +5,8 @@ import logging
 from gateway.errors import StartError
 from gateway.sessions import salts
 from gateway.settings import Settings
-from gateway.store.types import Store, StoreUnavailable
+from gateway.store.store import Store
+from gateway.store.types import StoreUnavailable
 
 log = logging.getLogger(__name__)
 

@@ -37,6 +37,10 @@ def add(db: sqlite3.Connection, new: Manifest) -> None:
 
 
 def manifest(db: sqlite3.Connection, of: Window) -> Manifest:
+    """Return a window's manifest, its objects under the window's salt.
+
+    Raises `window_not_found` when it has just been deleted.
+    """
     row = db.execute("SELECT token_ids FROM manifests WHERE id = ?", (of.manifest,)).fetchone()
     if row is None:
         raise _deleted()
@@ -44,11 +48,13 @@ def manifest(db: sqlite3.Connection, of: Window) -> Manifest:
 
 
 def pinned(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:
+    """Return the objects of a window's manifest alone. Raises as `manifest` does."""
     _check_there(db, of)
     return _objects(db, of)
 
 
 def sizes(db: sqlite3.Connection, of: Window) -> dict[str, dict[str, int]]:
+    """Return the bytes of each object of a window in each tier, in no order. Raises as `manifest` does."""
     _check_there(db, of)
     found: dict[str, dict[str, int]] = {}
     for tier, size, pins in db.execute(_SIZES_OF, (of.manifest,)):
@@ -95,6 +101,7 @@ def _any(db: sqlite3.Connection, query: str, value: str) -> bool:
 
 
 def objects(db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
+    """Return what is known of those of `keys` that windows hold, an entry for each tier."""
     found: list[PinnedObject] = []
     names = [str(key) for key in keys]
     for batch in (names[i : i + _VARIABLES] for i in range(0, len(names), _VARIABLES)):
@@ -105,6 +112,7 @@ def objects(db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[PinnedObj
 
 
 def held_bytes(db: sqlite3.Connection, tenant: str, more: Sequence[PinnedObject]) -> int:
+    """Return the bytes that a tenant's windows would hold with `more`, what they share counted once."""
     (held,) = db.execute(
         """SELECT coalesce(sum(size), 0) FROM objects WHERE number IN
         (SELECT m.object FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest WHERE w.tenant = ?)""",
@@ -117,10 +125,12 @@ def held_bytes(db: sqlite3.Connection, tenant: str, more: Sequence[PinnedObject]
 
 
 def held_objects(db: sqlite3.Connection) -> set[ObjectKey]:
+    """Every object that some window has pinned."""
     return {ObjectKey.parse(key) for (key,) in db.execute("SELECT DISTINCT key FROM objects")}
 
 
 def isolated_names(db: sqlite3.Connection) -> set[ObjectKey]:
+    """Names under which LMCache may have the objects of isolated clones, whose pins go by other names."""
     found = db.execute(
         f"""SELECT DISTINCT o.key, w.salt FROM windows w JOIN {_OBJECTS}
         WHERE m.manifest = w.manifest AND w.salt != w.pin_salt"""
@@ -129,6 +139,7 @@ def isolated_names(db: sqlite3.Connection) -> set[ObjectKey]:
 
 
 def held_under(db: sqlite3.Connection, salt: str) -> set[ObjectKey]:
+    """Return the objects under a salt that windows hold: their pins, and what LMCache has of isolated clones."""
     found = db.execute(
         f"""SELECT DISTINCT o.key FROM {_OBJECTS} WHERE m.manifest IN
         (SELECT manifest FROM windows WHERE salt = ?1 UNION SELECT manifest FROM windows WHERE pin_salt = ?1)""",
@@ -138,5 +149,6 @@ def held_under(db: sqlite3.Connection, salt: str) -> set[ObjectKey]:
 
 
 def tier_usage(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+    """Objects and bytes that windows hold, by tier, each object counted once."""
     found = db.execute("SELECT tier, count(*), sum(size) FROM objects GROUP BY tier")
     return {tier: (count, size) for tier, count, size in found}

@@ -45,7 +45,7 @@ def _is_of_another_session(db: sqlite3.Connection, new: StoredResponse) -> bool:
 
 
 def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
-    delete(db, new.tenant, new.id)  # an id that comes again in its session names the later answer: it was a retry
+    delete_response(db, new.tenant, new.id)  # an id that comes again in its session: the later answer was a retry
     answer = orjson.dumps({name: None if name in _ECHOED else value for name, value in new.answer.items()})
     echo = transcript_rows.add_content(db, {name: new.answer[name] for name in _ECHOED if name in new.answer})
     cursor = db.execute(
@@ -71,7 +71,8 @@ def _items(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {item["id"]: item for item in items if isinstance(item.get("id"), str)}
 
 
-def items(db: sqlite3.Connection, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def response_items(db: sqlite3.Connection, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return items of kept answers by their ids; those that are not there are left out."""
     found: dict[str, dict[str, Any]] = {}
     for item_id in ids:
         if item_id not in found:
@@ -84,7 +85,8 @@ def items(db: sqlite3.Connection, tenant: str, ids: Sequence[str]) -> dict[str, 
     return {item_id: found[item_id] for item_id in ids if item_id in found}
 
 
-def find(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredResponse | None:
+def response(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredResponse | None:
+    """Return a kept answer, or None."""
     row = db.execute(
         """SELECT session_id, lineage, created_at, answer, body, instructed, transcript, asked
         FROM responses JOIN contents ON contents.id = echo WHERE tenant = ? AND responses.id = ?""",
@@ -99,7 +101,8 @@ def find(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredRespons
     )
 
 
-def delete(db: sqlite3.Connection, tenant: str, response_id: str) -> bool:
+def delete_response(db: sqlite3.Connection, tenant: str, response_id: str) -> bool:
+    """Delete a kept answer; False if there is none. Answers that go on from it stay."""
     return _delete(db, db.execute("SELECT number FROM responses WHERE tenant = ? AND id = ?", (tenant, response_id)))
 
 

@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gateway.store.types import OrphanedSalt, SaltNote, SaltUse
 
@@ -14,44 +14,51 @@ def use(db: sqlite3.Connection, tenant: str, session_id: str, salts: Iterable[st
         db.executemany("INSERT OR IGNORE INTO session_salts VALUES (?, ?, ?)", rows)
 
 
-def of_session(db: sqlite3.Connection, tenant: str, session_id: str) -> list[str]:
+def salts_of(db: sqlite3.Connection, tenant: str, session_id: str) -> list[str]:
+    """Return the salts that the session's turns ran under, of turns that failed too."""
     found = db.execute("SELECT salt FROM session_salts WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     return [salt for (salt,) in found]
 
 
 def leave(db: sqlite3.Connection, tenant: str, session_id: str, lineage: str) -> None:
     """A session goes: somebody has to look whether its salts are still needed."""
-    for salt in of_session(db, tenant, session_id):
-        loosen(db, salt, tenant, lineage)
+    for salt in salts_of(db, tenant, session_id):
+        mark_orphaned(db, salt, tenant, lineage)
     db.execute("DELETE FROM session_salts WHERE tenant = ? AND session_id = ?", (tenant, session_id))
 
 
-def loosen(db: sqlite3.Connection, salt: str, tenant: str, lineage: str) -> None:
+def mark_orphaned(db: sqlite3.Connection, salt: str, tenant: str, lineage: str) -> None:
+    """Note a salt that nobody will have let go of who is stopped before: what lies under it is to be seen to."""
     db.execute("INSERT OR REPLACE INTO loose_salts VALUES (?, ?, ?, ?)", (salt, tenant, lineage, time.time()))
 
 
-def note(db: sqlite3.Connection, notes: Iterable[SaltNote]) -> None:
+def note_salts(db: sqlite3.Connection, notes: Sequence[SaltNote]) -> None:
+    """Note salts: as the session's where it is there, else as loose. Done again, it is noted as of now."""
     for one in notes:
         found = db.execute("SELECT 1 FROM sessions WHERE tenant = ? AND id = ?", (one.tenant, one.session_id))
         if found.fetchone():
             use(db, one.tenant, one.session_id, [one.salt])
         else:
-            loosen(db, one.salt, one.tenant, one.lineage)
+            mark_orphaned(db, one.salt, one.tenant, one.lineage)
 
 
-def loose(db: sqlite3.Connection) -> list[OrphanedSalt]:
+def orphaned_salts(db: sqlite3.Connection) -> list[OrphanedSalt]:
+    """Return the salts that were let go of, and that nobody has settled since."""
     return [OrphanedSalt(*row) for row in db.execute("SELECT salt, tenant, lineage, since FROM loose_salts")]
 
 
-def settle(db: sqlite3.Connection, gone: OrphanedSalt) -> None:
+def clear_orphan(db: sqlite3.Connection, gone: OrphanedSalt) -> None:
+    """Say that what lay under a loose salt was seen to, unless it was let go of once more."""
     db.execute("DELETE FROM loose_salts WHERE salt = ? AND since = ?", (gone.salt, gone.since))
 
 
-def in_use(db: sqlite3.Connection, salt: str) -> bool:
+def salt_in_use(db: sqlite3.Connection, salt: str) -> bool:
+    """Whether a session has turns under the salt. Windows hold their objects, not their salt."""
     return db.execute("SELECT 1 FROM session_salts WHERE salt = ? LIMIT 1", (salt,)).fetchone() is not None
 
 
-def uses(db: sqlite3.Connection) -> list[SaltUse]:
+def salt_uses(db: sqlite3.Connection) -> list[SaltUse]:
+    """Return every salt that a session has, idle longest first."""
     found = db.execute(
         """SELECT u.salt, s.tenant, s.lineage, max(s.last_active_at)
         FROM session_salts u JOIN sessions s ON s.tenant = u.tenant AND s.id = u.session_id

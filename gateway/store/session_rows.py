@@ -22,14 +22,20 @@ _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is n
 
 
 def session(db: sqlite3.Connection, tenant: str, session_id: str) -> Session | None:
+    """Return the session, or None."""
     row = db.execute(f"{_SESSION} WHERE tenant = ? AND id = ?", (tenant, session_id)).fetchone()
     return Session(*row) if row else None
 
 
 def list_sessions(
-    db: sqlite3.Connection, tenant: str, state: SessionState | None, model: str | None, limit: int, offset: int,
-    expired_by: float,
+    db: sqlite3.Connection, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,
+    expired_by: float = 0.0,
 ) -> tuple[list[Session], int]:  # fmt: skip
+    """Return one page of sessions, last active first, and how many there are in all.
+
+    Those that were last active before `expired_by` count as `expired`, whatever they were until then. One whose
+    every request was refused is no conversation, and is left out.
+    """
     where, values = (
         """WHERE tenant = ? AND (? IS NULL OR CASE WHEN last_active_at < ? THEN 'expired' ELSE state END = ?)
         AND (? IS NULL OR model = ?)
@@ -78,7 +84,11 @@ def set_frozen(db: sqlite3.Connection, seen: Session, at: float) -> None:
     )
 
 
-def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, idle_since: float | None = None) -> bool:
+def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
+    """Delete the session, its turns and its kept answers; False if there is none.
+
+    Windows stay, its salts are loose. With `idle_since` only if it was not active since then.
+    """
     gone = session(db, tenant, session_id)
     if idle_since is not None and (gone is None or gone.last_active_at >= idle_since):
         return False
@@ -110,12 +120,14 @@ def forget_idle(db: sqlite3.Connection, keep: int, at_once: int) -> int:
 
 
 def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tuple[str, str]]:
+    """Return sessions (tenant, id) that were not active since then, idle longest first."""
     return db.execute(
         "SELECT tenant, id FROM sessions WHERE last_active_at < ? ORDER BY last_active_at LIMIT ?", (since, limit)
     ).fetchall()
 
 
 def lineage_in_use(db: sqlite3.Connection, tenant: str, lineage: str) -> bool:
+    """Whether a session of the lineage is still going on (active or thawed)."""
     row = db.execute(
         "SELECT 1 FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') LIMIT 1",
         (tenant, lineage),
@@ -123,7 +135,14 @@ def lineage_in_use(db: sqlite3.Connection, tenant: str, lineage: str) -> bool:
     return row is not None
 
 
-def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
+def sessions_by_prefix(
+    db: sqlite3.Connection, tenant: str, links: Sequence[bytes]
+) -> tuple[bytes | None, list[Session]]:
+    """Return the first of `links` that is known, and sessions that have been there.
+
+    Those that are there now come first, then those that asked it last, then those that have had a turn (a thawed
+    session is where its window was), then the last active ones.
+    """
     found = _longest(db, tenant, links)
     if found is None:
         return None, []
@@ -137,7 +156,11 @@ def beginning(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> tu
     return found, [Session(*row) for row in rows]
 
 
-def standing(db: sqlite3.Connection, tenant: str, names: Sequence[Alias]) -> list[Known]:
+def sessions_by_reply_alias(db: sqlite3.Connection, tenant: str, names: Sequence[Alias]) -> list[Known]:
+    """Return sessions that have a reply which goes by these names, whatever is left out.
+
+    Where there are many, some of them; those whose last reply it is come first, then the last active ones.
+    """
     said, alone = names[0], names[-1]
     before = said if said.history else alone  # see `gateway.sessions.reply_aliases.is_named`
     columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
@@ -293,6 +316,7 @@ def _prune_turns(db: sqlite3.Connection, turn: Turn, keep: int) -> None:
 
 
 def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> list[Turn]:
+    """Return the last turns, newest first."""
     found = db.execute(
         f"""SELECT prompt_tokens, completion_tokens, cached_tokens, {", ".join(_TURN_COLUMNS)}
         FROM turns WHERE tenant = ? AND session_id = ? ORDER BY id DESC LIMIT ?""",
@@ -312,6 +336,7 @@ def _batches(values: Sequence[T]) -> Iterable[Sequence[T]]:
 
 
 def newest(db: sqlite3.Connection) -> float | None:
+    """Return when the newest record of a session or window was made, None where there is none."""
     (at,) = db.execute(
         "SELECT max(at) FROM (SELECT max(last_active_at) AS at FROM sessions UNION SELECT max(created_at) FROM windows)"
     ).fetchone()

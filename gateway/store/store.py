@@ -1,36 +1,13 @@
-"""The store on SQLite in WAL mode: one writer thread, one reader thread, and an inline read for the request path.
+"""What the gateway asks of its store. Every call is atomic in itself; its SQL and its docstring are in `*_rows.py`.
 
-The reads that a request waits for (`session`, `beginning`, `standing`) are point reads from pages that SQLite has
-cached: some ten microseconds, less than handing them to a thread would cost. Everything else runs in a thread of its
-own; `gateway.store.writer` is the one that writes.
+Sessions and windows are named inside a tenant. A database is a subclass that runs the work (`gateway.store.sqlite`);
+where its SQL has to differ, it replaces that operation.
 """
 
-import asyncio
-import math
 import sqlite3
 import time
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-from gateway.errors import StartError
-from gateway.kv.keys import ObjectKey
-from gateway.records import (
-    Alias,
-    Known,
-    Manifest,
-    Message,
-    PinnedObject,
-    Session,
-    SessionState,
-    Sizes,
-    StoredResponse,
-    Succession,
-    Turn,
-    Window,
-)
 from gateway.store import (
     autofreeze_rows,
     manifest_rows,
@@ -43,359 +20,124 @@ from gateway.store import (
     transcript_rows,
     window_rows,
 )
-from gateway.store.ballast import PART_BYTES, Ballast, Reserve
-from gateway.store.connect import connect
-from gateway.store.damage import REMEDY, is_damage
-from gateway.store.failures import read_failure
-from gateway.store.schema import migrate
-from gateway.store.types import OrphanedSalt, Released, SaltNote, SaltUse, Text, TurnRecord, Unfrozen, WindowQuery
-from gateway.store.writer import Work, Writer
+from gateway.store.ballast import Reserve
+from gateway.store.database import Database, delete, point_read, read, write
+from gateway.store.types import TurnRecord
 
-T = TypeVar("T")
 _FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
 
 
-class SqliteStore:
-    """See `gateway.store.types.Store`."""
+class Store(Database):
+    """The operations. Of each session it keeps the last `turns_kept`, of each tenant the last `responses_kept`."""
 
-    def __init__(self, path: Path, *, turns_kept: int, responses_kept: int = 10_000) -> None:
-        self._path = path
+    def __init__(self, *, turns_kept: int, responses_kept: int) -> None:
         self._turns_kept = turns_kept
         self._responses_kept = responses_kept
-        self._ballast = Ballast(path)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
-        self._writer = Writer(path, partial(connect, path), self._ballast)
-        self.store_id = ""
 
-    async def __aenter__(self) -> "SqliteStore":
-        """Open the database and bring its schema up to date. Raises StartError."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._open_on_any_disk()
-        except (OSError, sqlite3.DatabaseError) as error:
-            raise StartError(f"the store {self._path} cannot be opened: {error}{self._remedy(error)}") from error
-        self._ballast.restore()
-        self._writer.start()
-        return self
+    # Sessions and their turns.
 
-    def _open_on_any_disk(self) -> None:
-        """Open it; where the disk is full, use up what was set aside for that, part by part."""
-        for part in (Reserve.TURNS, Reserve.DELETIONS):
-            try:
-                return self._open()
-            except (OSError, sqlite3.DatabaseError):
-                if not (self._no_room() and self._ballast.give_up(part)):
-                    raise
-        return self._open()
+    session = point_read(session_rows.session)
+    sessions_by_prefix = point_read(session_rows.sessions_by_prefix)
+    sessions_by_reply_alias = point_read(session_rows.sessions_by_reply_alias)
+    list_sessions = read(session_rows.list_sessions)
+    idle_sessions = read(session_rows.idle_sessions)
+    lineage_in_use = read(session_rows.lineage_in_use)
+    newest = read(session_rows.newest)
+    turns = read(session_rows.turns)
+    snapshot = read(text_rows.snapshot)
+    add_session = write(text_rows.add_session)
+    add_sessions = write(text_rows.add_sessions)
+    delete_session = delete(session_rows.delete_session)
+    succeed = write(text_rows.succeed)
+    successions = read(successor_rows.successions)
 
-    def _remedy(self, error: Exception) -> str:
-        if is_damage(error):
-            return f"; {REMEDY}"
-        return f"; its disk is full: free {2 * PART_BYTES >> 20} MiB there" if self._no_room() else ""
+    async def record(self, finished: Sequence[TurnRecord], *, last: bool = False) -> None:
+        """Record finished turns; each makes its session if it is new and moves its transcript on.
 
-    def _no_room(self) -> bool:
-        return self._path.parent.is_dir() and self._ballast.free_bytes < PART_BYTES // 4
+        On a full disk turns use up a part of what is set aside for that, the `last` ones all of it. Raises
+        StoreUnavailable: the same turns can be recorded later.
+        """
 
-    def _open(self) -> None:
-        self._path.touch(mode=0o600)
-        self._inline = connect(self._path)
-        migrate(self._inline)
-        (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
-        self._slow = connect(self._path)
+        def work(db: sqlite3.Connection) -> None:
+            session_rows.record(db, finished, self._turns_kept)
+            response_rows.record(db, finished, self._responses_kept)
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._writer.stop()
-        self._reader.shutdown()
-        self._slow.close()
-        self._inline.close()
-
-    async def session(self, tenant: str, session_id: str) -> Session | None:
-        """See `Store.session`."""
-        return self._read_inline(lambda db: session_rows.session(db, tenant, session_id))
-
-    async def sessions_by_prefix(self, tenant: str, links: Sequence[bytes]) -> tuple[bytes | None, list[Session]]:
-        """See `Store.sessions_by_prefix`."""
-        return self._read_inline(lambda db: session_rows.beginning(db, tenant, links))
-
-    async def sessions_by_reply_alias(self, tenant: str, names: Sequence[Alias]) -> list[Known]:
-        """See `Store.sessions_by_reply_alias`."""
-        return self._read_inline(lambda db: session_rows.standing(db, tenant, names))
-
-    async def list_sessions(
-        self, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,
-        expired_by: float = 0.0,
-    ) -> tuple[list[Session], int]:  # fmt: skip
-        """See `Store.list_sessions`."""
-        return await self._read(
-            lambda db: session_rows.list_sessions(db, tenant, state, model, limit, offset, expired_by)
-        )
-
-    async def snapshot(self, tenant: str, session_id: str) -> tuple[Session, Text] | None:
-        """See `Store.snapshot`."""
-        return await self._read(lambda db: text_rows.snapshot(db, tenant, session_id))
-
-    async def add_session(self, session: Session, *, source: Window | None = None) -> bool:
-        """See `Store.add_session`."""
-        return await self.add_sessions([session], source=source) is None
-
-    async def add_sessions(self, sessions: Sequence[Session], *, source: Window | None = None) -> str | None:
-        """See `Store.add_sessions`."""
-        return await self._write(lambda db: text_rows.add_sessions(db, sessions, source))
-
-    async def delete_session(self, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
-        """See `Store.delete_session`."""
-        return await self._delete(lambda db: session_rows.delete_session(db, tenant, session_id, idle_since))
+        await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS)
 
     async def forget_idle(self, keep: int) -> int:
-        """See `Store.forget_idle`."""
+        """Delete the sessions that were idle longest beyond `keep`; return how many."""
         forgotten = 0
-        while some := await self._delete(lambda db: session_rows.forget_idle(db, keep, _FORGOTTEN_AT_ONCE)):
+        while some := await self._forget_some(keep, _FORGOTTEN_AT_ONCE):
             forgotten += some
         return forgotten
 
-    async def idle_sessions(self, since: float, limit: int) -> list[tuple[str, str]]:
-        """See `Store.idle_sessions`."""
-        return await self._read(lambda db: session_rows.idle_sessions(db, since, limit))
+    _forget_some = delete(session_rows.forget_idle)
 
-    async def salts_of(self, tenant: str, session_id: str) -> list[str]:
-        """See `Store.salts_of`."""
-        return await self._read(lambda db: salt_rows.of_session(db, tenant, session_id))
+    # Salts, and the secret that they are made with.
 
-    async def salt_uses(self) -> list[SaltUse]:
-        """See `Store.salt_uses`."""
-        return await self._read(salt_rows.uses)
+    salts_of = read(salt_rows.salts_of)
+    salt_uses = read(salt_rows.salt_uses)
+    salt_in_use = read(salt_rows.salt_in_use)
+    orphaned_salts = read(salt_rows.orphaned_salts)
+    mark_orphaned = delete(salt_rows.mark_orphaned)
+    note_salts = write(salt_rows.note_salts)
+    clear_orphan = delete(salt_rows.clear_orphan)
+    known_secret = read(secret_rows.known_secret)
+    remember_secret = write(secret_rows.remember_secret)
 
-    async def salt_in_use(self, salt: str) -> bool:
-        """See `Store.salt_in_use`."""
-        return await self._read(lambda db: salt_rows.in_use(db, salt))
+    # Transcripts and stored responses.
 
-    async def orphaned_salts(self) -> list[OrphanedSalt]:
-        """See `Store.orphaned_salts`."""
-        return await self._read(salt_rows.loose)
+    messages = read(transcript_rows.messages)
+    frame = read(transcript_rows.frame)
+    response = read(response_rows.response)
+    response_items = read(response_rows.response_items)
+    delete_response = delete(response_rows.delete_response)
 
-    async def mark_orphaned(self, salt: str, tenant: str, lineage: str) -> None:
-        """See `Store.mark_orphaned`."""
-        await self._delete(lambda db: salt_rows.loosen(db, salt, tenant, lineage))
+    # Windows.
 
-    async def note_salts(self, notes: Sequence[SaltNote]) -> None:
-        """See `Store.note_salts`."""
-        await self._write(lambda db: salt_rows.note(db, notes))
+    window = point_read(window_rows.window)
+    check_there = point_read(text_rows.check_there)
+    list_windows = read(window_rows.list_windows)
+    lineage = read(window_rows.lineage)
+    text = read(text_rows.text)
+    add_window = write(text_rows.add_window)
+    copy_window = write(text_rows.copy_window)
+    describe_window = write(window_rows.describe_window)
+    delete_window = delete(window_rows.delete_window)
+    expired_windows = read(window_rows.expired_windows)
+    windows_without_text = read(text_rows.windows_without_text)
+    window_counts = read(window_rows.window_counts)
 
-    async def clear_orphan(self, gone: OrphanedSalt) -> None:
-        """See `Store.clear_orphan`."""
-        await self._delete(lambda db: salt_rows.settle(db, gone))
+    # The KV objects that windows hold.
 
-    async def held_under(self, salt: str) -> set[ObjectKey]:
-        """See `Store.held_under`."""
-        return await self._read(lambda db: manifest_rows.held_under(db, salt))
+    manifest = read(manifest_rows.manifest)
+    sizes = read(manifest_rows.sizes)
+    pinned = read(manifest_rows.pinned)
+    objects = read(manifest_rows.objects)
+    held_bytes = read(manifest_rows.held_bytes)
+    held_objects = read(manifest_rows.held_objects)
+    held_under = read(manifest_rows.held_under)
+    isolated_names = read(manifest_rows.isolated_names)
+    tier_usage = read(manifest_rows.tier_usage)
+
+    # Automatic freezing.
+
+    unfrozen = read(autofreeze_rows.unfrozen)
+    unfrozen_sessions = read(autofreeze_rows.unfrozen_sessions)
+    claim_freeze = write(autofreeze_rows.claim_freeze)
+    report_freeze = write(autofreeze_rows.report_freeze)
+    uncover = write(autofreeze_rows.uncover)
+    auto_windows = read(autofreeze_rows.auto_windows)
+    auto_freeze = read(autofreeze_rows.auto_freeze)
+    set_auto_freeze = write(autofreeze_rows.set_auto_freeze)
+
+    # The store itself.
 
     async def check(self) -> None:
-        """See `Store.check`."""
-        await self._write(_touch)
-        await asyncio.to_thread(self._ballast.restore)
-
-    async def newest(self) -> float | None:
-        """See `Store.newest`."""
-        return await self._read(session_rows.newest)
-
-    async def known_secret(self) -> tuple[str | None, bool]:
-        """See `Store.known_secret`."""
-        return await self._read(secret_rows.known)
-
-    async def remember_secret(self, mark: str) -> None:
-        """See `Store.remember_secret`."""
-        await self._write(lambda db: secret_rows.remember(db, mark))
-
-    async def record(self, finished: Sequence[TurnRecord], *, last: bool = False) -> None:
-        """See `Store.record`."""
-        await self._write(lambda db: self._record(db, finished), Reserve.DELETIONS if last else Reserve.TURNS)
-
-    def _record(self, db: sqlite3.Connection, finished: Sequence[TurnRecord]) -> None:
-        session_rows.record(db, finished, self._turns_kept)
-        response_rows.record(db, finished, self._responses_kept)
-
-    async def turns(self, tenant: str, session_id: str, limit: int) -> list[Turn]:
-        """See `Store.turns`."""
-        return await self._read(lambda db: session_rows.turns(db, tenant, session_id, limit))
-
-    async def response(self, tenant: str, response_id: str) -> StoredResponse | None:
-        """See `Store.response`."""
-        return await self._read(lambda db: response_rows.find(db, tenant, response_id))
-
-    async def response_items(self, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """See `Store.response_items`."""
-        return await self._read(lambda db: response_rows.items(db, tenant, ids))
-
-    async def delete_response(self, tenant: str, response_id: str) -> bool:
-        """See `Store.delete_response`."""
-        return await self._delete(lambda db: response_rows.delete(db, tenant, response_id))
-
-    async def messages(self, transcript: bytes) -> list[Message]:
-        """See `Store.messages`."""
-        return await self._read(lambda db: transcript_rows.messages(db, transcript))
-
-    async def frame(self, frame: bytes) -> Mapping[str, object]:
-        """See `Store.frame`."""
-        return await self._read(lambda db: transcript_rows.content(db, frame))
-
-    async def window(self, tenant: str, name: str) -> Window | None:
-        """See `Store.window`."""
-        return self._read_inline(lambda db: window_rows.window(db, tenant, name))
-
-    async def list_windows(self, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
-        """See `Store.list_windows`."""
-        return await self._read(lambda db: window_rows.list_windows(db, tenant, query))
-
-    async def lineage(self, tenant: str, name: str) -> tuple[list[str], list[str]]:
-        """See `Store.lineage`."""
-        return await self._read(lambda db: window_rows.lineage(db, tenant, name))
-
-    async def add_window(
-        self, window: Window, manifest: Manifest, text: Text, *, seen: Session | None = None, wanted: bool = True
-    ) -> Window | None:
-        """See `Store.add_window`."""
-        return await self._write(lambda db: text_rows.add_window(db, window, manifest, text, seen, wanted=wanted))
-
-    async def copy_window(self, copy: Window, source: Window, manifest: Manifest | None) -> Window | None:
-        """See `Store.copy_window`."""
-        return await self._write(lambda db: text_rows.copy_window(db, copy, source, manifest))
-
-    async def text(self, window: Window) -> Text:
-        """See `Store.text`."""
-        return await self._read(lambda db: text_rows.text(db, window))
-
-    async def check_there(self, window: Window) -> None:
-        """See `Store.check_there`."""
-        self._read_inline(lambda db: text_rows.check_there(db, window))
-
-    async def windows_without_text(self) -> list[tuple[str, str]]:
-        """See `Store.windows_without_text`."""
-        return await self._read(text_rows.windows_without_text)
-
-    async def describe_window(self, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
-        """See `Store.describe_window`."""
-        return await self._write(lambda db: window_rows.describe_window(db, tenant, name, changes))
-
-    async def manifest(self, window: Window) -> Manifest:
-        """See `Store.manifest`."""
-        return await self._read(lambda db: manifest_rows.manifest(db, window))
-
-    async def sizes(self, window: Window) -> Sizes:
-        """See `Store.sizes`."""
-        return await self._read(lambda db: manifest_rows.sizes(db, window))
-
-    async def pinned(self, window: Window) -> tuple[PinnedObject, ...]:
-        """See `Store.pinned`."""
-        return await self._read(lambda db: manifest_rows.pinned(db, window))
-
-    async def delete_window(
-        self, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
-    ) -> Released | None:
-        """See `Store.delete_window`."""
-        return await self._delete(lambda db: window_rows.delete_window(db, tenant, name, expired_by, automatic_of))
-
-    async def expired_windows(self, by: float, limit: int) -> list[Window]:
-        """See `Store.expired_windows`."""
-        return await self._read(lambda db: window_rows.expired_windows(db, by, limit))
-
-    async def objects(self, keys: Sequence[ObjectKey]) -> list[PinnedObject]:
-        """See `Store.objects`."""
-        return await self._read(lambda db: manifest_rows.objects(db, keys))
-
-    async def held_bytes(self, tenant: str, more: Sequence[PinnedObject]) -> int:
-        """See `Store.held_bytes`."""
-        return await self._read(lambda db: manifest_rows.held_bytes(db, tenant, more))
-
-    async def held_objects(self) -> set[ObjectKey]:
-        """See `Store.held_objects`."""
-        return await self._read(manifest_rows.held_objects)
-
-    async def isolated_names(self) -> set[ObjectKey]:
-        """See `Store.isolated_names`."""
-        return await self._read(manifest_rows.isolated_names)
-
-    async def succeed(self, step: Succession, new: Session, *, seen: Session) -> Succession:
-        """See `Store.succeed`."""
-        return await self._write(lambda db: text_rows.succeed(db, step, new, seen))
-
-    async def successions(self, tenant: str, session_id: str) -> list[Succession]:
-        """See `Store.successions`."""
-        return await self._read(lambda db: successor_rows.successions(db, tenant, session_id))
-
-    async def lineage_in_use(self, tenant: str, lineage: str) -> bool:
-        """See `Store.lineage_in_use`."""
-        return await self._read(lambda db: session_rows.lineage_in_use(db, tenant, lineage))
-
-    async def window_counts(self) -> dict[str, int]:
-        """See `Store.window_counts`."""
-        return await self._read(window_rows.window_counts)
-
-    async def tier_usage(self) -> dict[str, tuple[int, int]]:
-        """See `Store.tier_usage`."""
-        return await self._read(manifest_rows.tier_usage)
-
-    async def unfrozen(self, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
-        """See `Store.unfrozen`."""
-        return await self._read(lambda db: autofreeze_rows.unfrozen(db, since, before, limit))
-
-    async def unfrozen_sessions(self, keys: Collection[tuple[str, str]]) -> list[Unfrozen]:
-        """See `Store.unfrozen_sessions`."""
-        return await self._read(lambda db: autofreeze_rows.unfrozen_sessions(db, keys))
-
-    async def claim_freeze(
-        self, seen: Session, *, now: float, until: float, cool: bool, latest: float = math.inf
-    ) -> bool:
-        """See `Store.claim_freeze`."""
-        return await self._write(lambda db: autofreeze_rows.claim(db, seen, now, until, latest, cool=cool))
-
-    async def report_freeze(self, seen: Session, *, window: str | None, not_before: float) -> None:
-        """See `Store.report_freeze`."""
-        await self._write(lambda db: autofreeze_rows.report(db, seen, window, not_before))
-
-    async def uncover(self, seen: Session) -> None:
-        """See `Store.uncover`."""
-        await self._write(lambda db: autofreeze_rows.uncover(db, seen))
-
-    async def auto_windows(self, tenant: str, session_id: str) -> list[str]:
-        """See `Store.auto_windows`."""
-        return await self._read(lambda db: autofreeze_rows.auto_windows(db, tenant, session_id))
-
-    async def auto_freeze(self) -> str | None:
-        """See `Store.auto_freeze`."""
-        return await self._read(autofreeze_rows.rules)
-
-    async def set_auto_freeze(self, rules: str | None) -> None:
-        """See `Store.set_auto_freeze`."""
-        await self._write(lambda db: autofreeze_rows.set_rules(db, rules))
-
-    def _read_inline(self, work: Work[T]) -> T:
-        try:
-            return work(self._inline)
-        except sqlite3.DatabaseError as error:
-            raise read_failure(self._path, error) from error
-
-    async def _read(self, work: Work[T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
-        except sqlite3.DatabaseError as error:
-            raise read_failure(self._path, error) from error
-
-    async def _delete(self, work: Work[T]) -> T:
-        return await self._write(work, Reserve.DELETIONS)
-
-    async def _write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
-        return await self._writer.write(work, reserve)
+        """Write something. Raises StoreUnavailable where that cannot be done."""
+        await self.run_write(_touch)
 
 
 def _touch(db: sqlite3.Connection) -> None:
     # The value has to be another each time: SQLite writes no page that would stay as it is.
     db.execute("INSERT OR REPLACE INTO meta VALUES ('checked_at', ?)", (str(time.time_ns()),))
-
-
-def _whole(db: sqlite3.Connection, work: Work[T]) -> T:
-    """All that a call reads it reads from one moment, however many statements that takes."""
-    db.execute("BEGIN")
-    try:
-        return work(db)
-    finally:
-        db.execute("ROLLBACK")  # there is nothing to commit, and of a damaged file a COMMIT fails

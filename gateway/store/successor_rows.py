@@ -24,7 +24,7 @@ def add(db: sqlite3.Connection, step: Succession) -> None:
 
 
 def successions(db: sqlite3.Connection, tenant: str, session_id: str) -> list[Succession]:
-    """All steps of the conversation that a session is part of, the first one first."""
+    """Return all steps from session to successor of the conversation that a session is part of, in their order."""
     before, at = [], session_id
     while step := _step(db, "successor", tenant, at):
         before.append(step)

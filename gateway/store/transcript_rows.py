@@ -23,6 +23,7 @@ _CONTENT_HOLDERS = (("links", "content"), ("sessions", "frame"), ("windows", "fr
 
 
 def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
+    """Return the messages of a transcript, first to last."""
     found = db.execute(
         """WITH RECURSIVE chain (parent, content, depth) AS (
             SELECT parent, content, depth FROM links WHERE id = ?
@@ -33,8 +34,9 @@ def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
     return [orjson.loads(body) for (body,) in found]
 
 
-def content(db: sqlite3.Connection, content_id: bytes) -> dict[str, Any]:
-    row = db.execute("SELECT body FROM contents WHERE id = ?", (content_id,)).fetchone()
+def frame(db: sqlite3.Connection, frame_id: bytes) -> dict[str, Any]:
+    """Return a frame: what besides the messages a prompt is rendered from."""
+    row = db.execute("SELECT body FROM contents WHERE id = ?", (frame_id,)).fetchone()
     value: dict[str, Any] = orjson.loads(row[0]) if row else {}
     return value
 

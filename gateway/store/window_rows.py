@@ -30,11 +30,13 @@ def _window(row: Sequence[Any]) -> Window:
 
 
 def window(db: sqlite3.Connection, tenant: str, name: str) -> Window | None:
+    """Return the window, or None."""
     row = db.execute(f"{_WINDOW} WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
     return _window(row) if row else None
 
 
 def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
+    """Return one page of windows and how many match in all."""
     where, values = _where(tenant, query)
     tags = _rarest_first(db, tenant, query.tags)
     # The rarest tag comes first: what it leaves the others are asked of.
@@ -85,6 +87,7 @@ def _rarest_first(db: sqlite3.Connection, tenant: str, tags: Iterable[str]) -> l
 
 
 def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], list[str]]:
+    """Return the ancestors of a window, nearest first, and its direct clones."""
     ancestors = db.execute(
         """WITH RECURSIVE up (parent, depth) AS (
             SELECT parent, 0 FROM windows WHERE tenant = ?1 AND name = ?2
@@ -111,6 +114,7 @@ def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -
 
 
 def describe_window(db: sqlite3.Connection, tenant: str, name: str, changes: Mapping[str, Any]) -> Window | None:
+    """Change `description`, `tags` or `expires_at`; return the window as it is now, or None."""
     before = window(db, tenant, name)
     if before is None:
         return None
@@ -129,13 +133,19 @@ def _add_tags(db: sqlite3.Connection, of: Window) -> None:
 
 
 def expired_windows(db: sqlite3.Connection, by: float, limit: int) -> list[Window]:
+    """Return windows of every tenant that had expired by then, the first to expire first."""
     found = db.execute(f"{_WINDOW} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (by, limit))
     return [_window(row) for row in found]
 
 
 def delete_window(
-    db: sqlite3.Connection, tenant: str, name: str, expired_by: float | None = None, automatic_of: str | None = None
+    db: sqlite3.Connection, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
 ) -> Released | None:
+    """Delete a window; return what no window holds any more, or None if there is no such window.
+
+    With `expired_by` only if it had expired by then, with `automatic_of` only if it is an automatic window of that
+    session (`auto_windows`). Its salts are loose.
+    """
     gone = window(db, tenant, name)
     if gone is None or (expired_by is not None and not gone.has_expired(expired_by)):
         return None
@@ -146,11 +156,12 @@ def delete_window(
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
     db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))
     for salt in {gone.salt, gone.pin_salt}:
-        salt_rows.loosen(db, salt, tenant, gone.lineage)
+        salt_rows.mark_orphaned(db, salt, tenant, gone.lineage)
     transcript_rows.release(db, gone.transcript)
     transcript_rows.release_content(db, gone.frame)
     return replace(manifest_rows.release(db, gone), window=gone)
 
 
 def window_counts(db: sqlite3.Connection) -> dict[str, int]:
+    """How many windows there are, by `kv`."""
     return dict(db.execute("SELECT kv, count(*) FROM windows GROUP BY kv"))

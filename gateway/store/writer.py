@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from gateway.store.ballast import Ballast, Reserve
+from gateway.store.database import Work
 from gateway.store.failures import primary, write_failure
 
 T = TypeVar("T")
-Work = Callable[[sqlite3.Connection], T]
 _WRITES_PER_COMMIT = 256
 _FULL_BYTES = 2**20  # with less free than this, an I/O error is taken for a full disk
 

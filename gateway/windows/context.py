@@ -13,7 +13,7 @@ from gateway.sessions.resolver import SaltRule, SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.token_estimator import Estimator
 from gateway.settings import Settings
-from gateway.store.types import Store
+from gateway.store.store import Store
 from gateway.windows.background import BackgroundTasks
 
 

@@ -12,7 +12,7 @@ from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn
 from gateway.sessions.resolver import SessionMatch
 from gateway.sessions.token_estimator import Estimator
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 from gateway.store.types import TurnRecord
 from tests.support.fakes.engine import Exchange, FakeEngine, render, whole_reply
 from tests.support.gateway_process import Gateway

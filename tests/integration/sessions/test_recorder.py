@@ -14,7 +14,7 @@ from gateway.sessions.completed_turn import CompletedTurn
 from gateway.sessions.recorder import TurnRecorder
 from gateway.sessions.resolver import SessionMatch, SessionResolver
 from gateway.sessions.token_estimator import Estimator
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 
 pytestmark = pytest.mark.anyio
 _ROOM = 8

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.records import Alias
 from gateway.store.damage import StoreDamaged, damage
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import free_port, gateway_in_front_of

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gateway.runtime.clock import Clock
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 from gateway.windows.retention import sweeper
 from tests.support.harness import GatewayHarness, window
 

@@ -21,8 +21,9 @@ from gateway.records import Alias, Manifest, PinnedObject, Session, Succession, 
 from gateway.sessions import prefix_chain
 from gateway.store import transcript_rows
 from gateway.store.schema import MIGRATIONS, migrate
-from gateway.store.store import SqliteStore
-from gateway.store.types import Released, Store, Text, TurnRecord, WindowQuery
+from gateway.store.sqlite import SqliteStore
+from gateway.store.store import Store
+from gateway.store.types import Released, Text, TurnRecord, WindowQuery
 from tests.support.gateway_process import ROOT
 from tests.support.tier_harness import key, keys, lose_text, small_disk, spelled
 
@@ -889,7 +890,7 @@ async def test_whoever_is_cancelled_goes_on_only_when_its_write_is_done(store: S
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 from gateway.kv.keys import ObjectKey
 from tests.unit.store.test_store import TENANT, add, finished, says
 from tests.support.tier_harness import key

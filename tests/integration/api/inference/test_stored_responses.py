@@ -12,7 +12,7 @@ import pytest
 
 from gateway.api.inference import stored_responses
 from gateway.records import Session, StoredResponse, Trace, Turn
-from gateway.store.store import SqliteStore
+from gateway.store.sqlite import SqliteStore
 from gateway.store.types import TurnRecord
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
 from tests.support.fakes.responses import PATH, called, event, response_of, said, serve, stream_of, usage_of
