@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -211,7 +212,7 @@ def error_answer(error: GatewayError) -> Response:
 def _result_line(status: int, result: Any) -> bytes:
     if callable(result):
         return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {NDJSON}"))
-    return orjson.dumps({"status": status, "result": result}) + b"\n"
+    return _json({"status": status, "result": result}) + b"\n"
 
 
 def _error_line(error: GatewayError) -> bytes:
@@ -233,4 +234,14 @@ def error_shape(error: GatewayError) -> dict[str, Any]:
 
 def json_answer(status: int, value: Any) -> Response:
     """A JSON answer."""
-    return Response(orjson.dumps(value), status, media_type="application/json")
+    return Response(_json(value), status, media_type="application/json")
+
+
+def _json(value: Any) -> bytes:
+    return orjson.dumps(value, default=_fields)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    raise TypeError(f"{type(value).__name__} is no JSON")

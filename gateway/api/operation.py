@@ -5,7 +5,7 @@
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gateway.api import parameters
 from gateway.validation.fields import Field
@@ -33,7 +33,7 @@ _IN_A_PATH = ("not_found", "method_not_allowed")  # a name with a slash in it is
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A method of a path. The verb's docstring is its summary; what it returns is the answer, under `status`.
+    """A method of a path. The verb's docstring is its summary; what it returns, an `answer`, is sent under `status`.
 
     `required` names fields of the body; with `nulls`, a null in the body is a value, and else as good as absent.
     `errors`: the codes that the verb itself raises. `also`: answers under another status. A `probe` asks for no key.
@@ -41,18 +41,25 @@ class Operation:
 
     method: str
     path: str
-    answer: Mapping[str, Any]
     verb: Verb
+    answer: Any
     status: int = 200
     query: Mapping[str, Field[Any]] = field(default_factory=dict)
     body: Mapping[str, Field[Any]] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     nulls: bool = False
     errors: tuple[str, ...] = ()
-    also: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    also: Mapping[int, Any] = field(default_factory=dict)
     takes: str = JSON
     gives: str = JSON
     probe: bool = False
+
+    @property
+    def answers(self) -> dict[int, Any]:
+        """The type of its JSON answers, by status."""
+        if self.gives != JSON:
+            return {}
+        return {self.status: self.answer, **self.also}
 
     @property
     def placeholders(self) -> list[str]:
@@ -68,3 +75,12 @@ class Operation:
         found += [known.code for known in (*self.query.values(), *self.body.values())]
         found += ["storage_full"] if self.method != "GET" else []  # each of them writes to the store
         return sorted(set(found))
+
+
+def operation(method: str, path: str, *, answer: Any = None, **options: Any) -> Callable[[Verb], Operation]:
+    """Make an Operation of a function. Its return type is the type of the answer, unless another is given."""
+
+    def define(verb: Verb) -> Operation:
+        return Operation(method, path, verb, answer or get_type_hints(verb, include_extras=True)["return"], **options)
+
+    return define

@@ -1,16 +1,14 @@
 """Windows as files, over HTTP: an export goes out and an import comes in as a stream."""
 
 import logging
-from functools import partial
-from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import parameters
-from gateway.api.admin import response_schemas, serializers
+from gateway.api.admin import models, serializers
 from gateway.api.connection import client_of
 from gateway.api.endpoint import Call
-from gateway.api.operation import ENGINE, Operation
+from gateway.api.operation import ENGINE, operation
 from gateway.errors import GatewayError
 from gateway.windows.archive.export import Export, export
 from gateway.windows.archive.import_ import import_window as bring
@@ -20,26 +18,22 @@ log = logging.getLogger(__name__)
 _TAR = "application/x-tar"
 
 
-@partial(
-    Operation,
+@operation(
     "GET",
     "/admin/windows/{name}/export",
-    {},
     query={"as_text": parameters.flag.default(False).about("leave the KV out")},
     gives=_TAR,
     errors=("window_corrupted", "cache_unavailable"),
 )
-async def export_window(call: Call) -> Any:
+async def export_window(call: Call) -> ASGIApp:
     """Send a window as one file."""
     q = call.given
     return _File(await export(call.services, call.tenant, call.window_name, as_text=q["as_text"]))
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/import",
-    response_schemas.FROZEN,
     status=201,
     query={
         "window_name": parameters.window_name.about("without it, the name that it was exported under"),
@@ -48,7 +42,7 @@ async def export_window(call: Call) -> Any:
     takes=_TAR,
     errors=("window_already_exists", "window_corrupted", "too_complex", "cache_unavailable", *ENGINE),
 )
-async def import_window(call: Call) -> Any:
+async def import_window(call: Call) -> models.Frozen:
     """Make the window in a file a window of this gateway."""
     q = call.given
     window, warnings = await bring(
@@ -59,7 +53,7 @@ async def import_window(call: Call) -> Any:
         as_text=q["as_text"],
         progress=call.progress,
     )
-    return {**serializers.window(window), "warnings": warnings}
+    return models.Frozen(**serializers.window_fields(window), warnings=warnings)
 
 
 class _File:

@@ -1,47 +1,50 @@
 """The admin door to automatic freezing: its rules, and what they say of a session."""
 
-from functools import partial
 from typing import Any
 
 from gateway.api import parameters
-from gateway.api.admin import response_schemas
+from gateway.api.admin import models, serializers
 from gateway.api.endpoint import Call
-from gateway.api.operation import Operation
+from gateway.api.operation import operation
 from gateway.sessions.resolver import session_not_found
 from gateway.windows.autofreeze import rules
 from policies.loader import BUILT_IN
 
 
-@partial(Operation, "GET", "/admin/policies", response_schemas.POLICIES)
-async def get_policies(call: Call) -> Any:
+@operation(
+    "GET",
+    "/admin/policies",
+)
+async def get_policies(call: Call) -> models.Policies:
     """The rules of automatic freezing."""
-    return await _shown(call)
+    return models.Policies(**await _shown(call))
 
 
-@partial(Operation, "PUT", "/admin/policies", response_schemas.POLICIES_SET, body=rules.READERS, nulls=True)
-async def put_policies(call: Call) -> Any:
+@operation("PUT", "/admin/policies", body=rules.READERS, nulls=True)
+async def put_policies(call: Call) -> models.PoliciesSet:
     """Set the rules that are given, leave the others."""
     warnings = await call.autofreeze.change(call.given)
-    return {**await _shown(call), "warnings": warnings}
+    return models.PoliciesSet(**await _shown(call), warnings=warnings)
 
 
-@partial(Operation, "DELETE", "/admin/policies", response_schemas.POLICIES)
-async def delete_policies(call: Call) -> Any:
+@operation(
+    "DELETE",
+    "/admin/policies",
+)
+async def delete_policies(call: Call) -> models.Policies:
     """Forget what was set here: the settings hold again."""
     await call.autofreeze.reset()
-    return await _shown(call)
+    return models.Policies(**await _shown(call))
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/policies/check",
-    response_schemas.CHECKED,
     body={"session_id": parameters.session_id},
     required=("session_id",),
     errors=("session_not_found",),
 )
-async def check_policies(call: Call) -> Any:
+async def check_policies(call: Call) -> models.PolicyCheck:
     """Tell what the policies say of a session now; nothing is frozen."""
     session_id = call.given["session_id"]
     check = await call.autofreeze.check(call.tenant, session_id)
@@ -49,23 +52,25 @@ async def check_policies(call: Call) -> Any:
         raise session_not_found(session_id)
     seen, decided = check.seen, next((one.decision for one in check.opinions if one.decision), None)
     used = round(seen.token_count / seen.context_limit * 100, 1) if seen.context_limit else None
-    return {
-        "session_id": session_id,
-        "triggered": decided is not None and not check.held_back,
-        "reason": decided.reason if decided else None,
-        "held_back": check.held_back or None,
-        "window_name": check.window_name,
-        "token_count": seen.token_count,
-        "covered_tokens": seen.covered_tokens,
-        "context_limit": seen.context_limit,
-        "threshold_percent": used,
-        "idle_seconds": round(seen.idle_s, 1),
-        "estimates": call.services.estimator.report().get(seen.model),
-        "policies": [
-            {"policy": one.policy, "reason": one.decision.reason if one.decision else None, "error": one.error or None}
+    return models.PolicyCheck(
+        session_id=session_id,
+        triggered=decided is not None and not check.held_back,
+        reason=decided.reason if decided else None,
+        held_back=check.held_back or None,
+        window_name=check.window_name,
+        token_count=seen.token_count,
+        covered_tokens=seen.covered_tokens,
+        context_limit=seen.context_limit,
+        threshold_percent=used,
+        idle_seconds=round(seen.idle_s, 1),
+        estimates=serializers.estimates(call.services.estimator.report().get(seen.model)),
+        policies=[
+            models.Opinion(
+                policy=one.policy, reason=one.decision.reason if one.decision else None, error=one.error or None
+            )
             for one in check.opinions
         ],
-    }
+    )
 
 
 async def _shown(call: Call) -> dict[str, Any]:

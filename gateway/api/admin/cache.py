@@ -1,34 +1,35 @@
 """GET /admin/cache: what the cache says of itself, what lies in its tiers, and whether it pays."""
 
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-from gateway.api.admin import response_schemas
+from gateway.api.admin import models
 from gateway.api.endpoint import Call
-from gateway.api.operation import Operation
+from gateway.api.operation import operation
 from gateway.errors import GatewayError
 from gateway.kv.lmcache import LMCache
 from gateway.metrics import Metrics, Stored
 from gateway.windows.retention.usage import TierUse, usage
 
 
-@partial(Operation, "GET", "/admin/cache", response_schemas.CACHE)
-async def statistics(call: Call) -> Any:
+@operation(
+    "GET",
+    "/admin/cache",
+)
+async def statistics(call: Call) -> models.Cache:
     """Tell what lies in each tier and for whom, and what the cache says of itself."""
     await call.services.recorder.flush()  # who has read a reply, finds its turn counted
     tiers, warnings = await usage(call.services)
     lmcache, more = await _lmcache(call.services.cache)
-    chunk_size = call.services.settings.chunk_size or lmcache.get("chunk_size")
-    shown = {tier.name: _tier(tier) for tier in tiers}
-    return {
-        "windows": sum((await call.services.store.window_counts()).values()),
-        "chunk_size": chunk_size,
-        "lmcache": lmcache,
-        "tiers": shown,
+    chunk_size = call.services.settings.chunk_size or lmcache.chunk_size
+    return models.Cache(
+        windows=sum((await call.services.store.window_counts()).values()),
+        chunk_size=chunk_size,
+        lmcache=lmcache,
+        tiers={tier.name: _tier(tier) for tier in tiers},
         **_hits(call.services.metrics),
-        "warnings": [*warnings, *more],
-    }
+        warnings=[*warnings, *more],
+    )
 
 
 def _hits(telemetry: Metrics) -> dict[str, Any]:
@@ -45,22 +46,23 @@ def _hits(telemetry: Metrics) -> dict[str, Any]:
     }
 
 
-async def _lmcache(cache: LMCache | None) -> tuple[dict[str, Any], list[str]]:
+async def _lmcache(cache: LMCache | None) -> tuple[models.LMCacheStatus, list[str]]:
     if cache is None:
-        return {"status": "not configured"}, []
+        return models.LMCacheStatus(status="not configured"), []
     try:
         info = await cache.info()
         healthy = await cache.healthy()
     except GatewayError as error:
-        return {"status": "unreachable"}, [error.message]
-    return {
-        "status": "healthy" if healthy else "unhealthy",
-        "chunk_size": info.chunk_size,
-        "hash_algorithm": info.hash_algorithm,
-        "adapters": [str(adapter.get("type", "")) for adapter in info.adapters],
-    }, []
+        return models.LMCacheStatus(status="unreachable"), [error.message]
+    shown = models.LMCacheStatus(
+        status="healthy" if healthy else "unhealthy",
+        chunk_size=info.chunk_size,
+        hash_algorithm=info.hash_algorithm,
+        adapters=[str(adapter.get("type", "")) for adapter in info.adapters],
+    )
+    return shown, []
 
 
-def _tier(tier: TierUse) -> dict[str, Any]:
+def _tier(tier: TierUse) -> models.CacheTier:
     shares = {name: share for name, share in asdict(tier).items() if name not in ("name", "total")}
-    return {"objects": tier.total.objects, "bytes": tier.total.bytes, **shares}
+    return models.CacheTier(objects=tier.total.objects, bytes=tier.total.bytes, **shares)

@@ -5,6 +5,7 @@ from typing import Any
 import orjson
 
 from gateway.api import in_process
+from gateway.api.admin import models
 from gateway.api.endpoint import Call
 from gateway.errors import GatewayError
 from gateway.records import Session
@@ -28,7 +29,7 @@ async def check(call: Call, prompt: str | None, max_tokens: int | None) -> None:
         )
 
 
-async def go_on(call: Call, session: Session, prompt: str, max_tokens: int | None) -> dict[str, Any]:
+async def go_on(call: Call, session: Session, prompt: str, max_tokens: int | None) -> models.Continuation:
     """Send the prompt; return the answer, as a part of the thaw's result.
 
     A turn that fails does not undo the thaw: `error` says why, in place of the message.
@@ -48,16 +49,16 @@ async def go_on(call: Call, session: Session, prompt: str, max_tokens: int | Non
     return _failed(answer) if status >= 400 else _said(answer)
 
 
-def _said(answer: dict[str, Any]) -> dict[str, Any]:
+def _said(answer: dict[str, Any]) -> models.Continuation:
     choice, usage = answer["choices"][0], answer.get("usage") or {}
-    return {
-        "message": choice["message"],
-        "finish_reason": choice.get("finish_reason"),
-        "usage": usage,
-        "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        "error": None,
-    }
+    return models.Continuation(
+        message=choice["message"],
+        finish_reason=choice.get("finish_reason"),
+        usage=usage,
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+        error=None,
+    )
 
 
-def _failed(answer: dict[str, Any]) -> dict[str, Any]:
-    return {"message": None, "finish_reason": None, "usage": None, "cached_tokens": None, "error": answer["error"]}
+def _failed(answer: dict[str, Any]) -> models.Continuation:
+    return models.Continuation(message=None, finish_reason=None, usage=None, cached_tokens=None, error=answer["error"])

@@ -1,15 +1,14 @@
 """The admin API as an OpenAPI 3.1 document, made from the very definitions that serve it."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from gateway import __version__
-from gateway.api.admin import response_schemas
-from gateway.api.admin.schema import ANYTHING
+from gateway.api import schemas
+from gateway.api.admin import models
 from gateway.api.endpoint import Call
-from gateway.api.operation import JSON, PLACEHOLDERS, Json, Operation
+from gateway.api.operation import JSON, PLACEHOLDERS, Json, Operation, operation
 from gateway.errors import CODES
 from gateway.validation.fields import or_null
 
@@ -28,8 +27,8 @@ _KEYS = {
 def documented(operations: Sequence[Operation]) -> Operation:
     """The operation that answers with the document of `operations`, and of itself."""
 
-    @partial(Operation, "GET", PATH, ANYTHING)
-    async def openapi(_: Call) -> Any:
+    @operation("GET", PATH)
+    async def openapi(_: Call) -> Json:
         """Describe this API."""
         return whole
 
@@ -39,24 +38,28 @@ def documented(operations: Sequence[Operation]) -> Operation:
 
 def document(operations: Iterable[Operation]) -> Json:
     """Describe `operations`."""
+    operations = [*operations]
+    answers = [answer for one in operations for answer in one.answers.values()]
+    found, definitions = schemas.of_types([models.Error, *answers], "#/components/schemas/{model}")
+    shapes = iter(found[1:])
     paths: dict[str, Json] = {}
-    for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation)
+    for one in operations:
+        paths.setdefault(one.path, {})[one.method.lower()] = _described(one, shapes)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Context Window Gateway", "version": __version__, "description": _ABOUT},
         "paths": paths,
-        "components": {"schemas": {"Error": response_schemas.ERROR}, "securitySchemes": _KEYS},
+        "components": {"schemas": definitions, "securitySchemes": _KEYS},
     }
 
 
-def _described(operation: Operation) -> Json:
+def _described(operation: Operation, answers: Iterator[Json]) -> Json:
     about: Json = {
         "operationId": operation.verb.__name__,
         "summary": (operation.verb.__doc__ or "").rstrip("."),
         "security": [{}] if operation.probe else [{}, *({name: []} for name in _KEYS)],
         "parameters": [*_parameters(operation)],
-        "responses": _answers(operation) | _errors(operation.codes),
+        "responses": _answers(operation, answers) | _errors(operation.codes),
     }
     if operation.takes != JSON:
         about["requestBody"] = {"required": True, "content": {operation.takes: {}}}
@@ -84,12 +87,17 @@ def _body(operation: Operation) -> Json:
     return {"required": bool(operation.required), "content": {JSON: {"schema": schema}}}
 
 
-def _answers(operation: Operation) -> Json:
-    content: Json = {operation.gives: {"schema": operation.answer} if operation.answer else {}}
-    found = {str(operation.status): {"description": "done", "content": content}}
-    for status, schema in operation.also.items():
-        found[str(status)] = {"description": "not so", "content": {JSON: {"schema": schema}}}
-    return found
+def _answers(operation: Operation, schemas: Iterator[Json]) -> Json:
+    if operation.gives != JSON:
+        schema = {"schema": {"type": "string"}} if operation.gives.startswith("text/") else {}
+        return {str(operation.status): {"description": "done", "content": {operation.gives: schema}}}
+    return {
+        str(status): {
+            "description": "done" if status == operation.status else "not so",
+            "content": {JSON: {"schema": next(schemas)}},
+        }
+        for status in operation.answers
+    }
 
 
 def _errors(codes: Iterable[str]) -> Json:

@@ -1,9 +1,9 @@
 """The admin door: the verbs over HTTP, as JSON, and the probes. `gateway.api.endpoint` is what they share."""
 
 from dataclasses import asdict
-from functools import partial
 from typing import Any, get_args
 
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
@@ -14,14 +14,14 @@ from gateway.api.admin import (
     cache,
     continuation,
     metrics,
+    models,
     openapi,
-    response_schemas,
     serializers,
     windows,
 )
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.health import COMPONENTS
-from gateway.api.operation import ENGINE, Operation
+from gateway.api.operation import ENGINE, operation
 from gateway.records import SessionState
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import SORT_KEYS, WindowQuery
@@ -33,14 +33,12 @@ _PAGE = {"limit": parameters.whole(1, 100).default(50), "offset": parameters.who
 _NAMING: dict[str, Field[Any]] = {"description": parameters.description, "tags": parameters.tags}
 
 
-@partial(
-    Operation,
+@operation(
     "GET",
     "/admin/sessions",
-    response_schemas.SESSIONS,
     query={"state": parameters.one_of(*get_args(SessionState)), "model": parameters.line(500), **_PAGE},
 )
-async def list_sessions(call: Call) -> Any:
+async def list_sessions(call: Call) -> models.Sessions:
     """List sessions, last active first."""
     q = call.given
     limit, offset = q["limit"], q["offset"]
@@ -49,12 +47,15 @@ async def list_sessions(call: Call) -> Any:
     page, total = await call.services.store.list_sessions(
         call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset, expired_by=by
     )
-    shown = [serializers.session(s, by) for s in page]
-    return {"sessions": shown, **serializers.paging(len(page), total, limit, offset)}
+    shown = [models.SessionLine(**serializers.session_fields(s, by)) for s in page]
+    return models.Sessions(sessions=shown, **serializers.paging(len(page), total, limit, offset))
 
 
-@partial(Operation, "GET", "/admin/sessions/{session_id}", response_schemas.SESSION)
-async def get_session(call: Call) -> Any:
+@operation(
+    "GET",
+    "/admin/sessions/{session_id}",
+)
+async def get_session(call: Call) -> models.Session:
     """Tell all about a session, its last turns too."""
     await call.services.recorder.flush()
     session = await call.services.store.session(call.tenant, call.session_id)
@@ -63,36 +64,32 @@ async def get_session(call: Call) -> Any:
     turns = await call.services.store.turns(call.tenant, session.id, limit=20)
     windows, _ = await call.services.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
     model = call.services.engines.known(session.model)
-    return {
-        **serializers.session(session, orphans.expired_by(call.services.settings)),
-        "context_limit": model.context_limit if model else None,
-        "estimates": call.services.estimator.report().get(session.model),
-        "turns": [serializers.turn(t) for t in turns],
-        "windows": [w.name for w in windows],
-        "warnings": serializers.crowding(session.token_count, model.context_limit if model else None),
-    }
+    return models.Session(
+        **serializers.session_fields(session, orphans.expired_by(call.services.settings)),
+        context_limit=model.context_limit if model else None,
+        estimates=serializers.estimates(call.services.estimator.report().get(session.model)),
+        turns=[serializers.turn(t) for t in turns],
+        windows=[w.name for w in windows],
+        warnings=serializers.crowding(session.token_count, model.context_limit if model else None),
+    )
 
 
-@partial(
-    Operation, "DELETE", "/admin/sessions/{session_id}", response_schemas.SESSION_DELETED, errors=("session_busy",)
-)
-async def delete_session(call: Call) -> Any:
+@operation("DELETE", "/admin/sessions/{session_id}", errors=("session_busy",))
+async def delete_session(call: Call) -> models.SessionDeleted:
     """Delete a session, and the KV that only it needed."""
     done = await orphans.delete_session(call.services, call.tenant, call.session_id)
-    return {
-        "session_id": call.session_id,
-        "deleted": True,
-        "blocks_deleted": done.blocks_deleted,
-        "space_freed_bytes": done.space_freed_bytes,
-        "warnings": done.warnings,
-    }
+    return models.SessionDeleted(
+        session_id=call.session_id,
+        deleted=True,
+        blocks_deleted=done.blocks_deleted,
+        space_freed_bytes=done.space_freed_bytes,
+        warnings=list(done.warnings),
+    )
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows",
-    response_schemas.FROZEN,
     status=201,
     body={
         "session_id": parameters.session_id,
@@ -103,21 +100,19 @@ async def delete_session(call: Call) -> Any:
     required=("session_id", "window_name"),
     errors=("session_not_found", "session_busy", "window_already_exists", *ENGINE),
 )
-async def freeze_session(call: Call) -> Any:
+async def freeze_session(call: Call) -> models.Frozen:
     """Freeze a session into a window."""
     body = call.given
     naming = freeze.Naming(
         body["window_name"], body.get("description", ""), body.get("tags", ()), body.get("ttl_seconds")
     )  # fmt: skip
     window, warnings = await freeze.freeze(call.services, call.tenant, body["session_id"], naming, call.progress)
-    return {**serializers.window(window), "warnings": warnings}
+    return models.Frozen(**serializers.window_fields(window), warnings=warnings)
 
 
-@partial(
-    Operation,
+@operation(
     "GET",
     "/admin/windows",
-    response_schemas.WINDOWS,
     query={
         "tags": parameters.tags.about("only with all of these tags"),
         "model": parameters.line(500),
@@ -130,50 +125,49 @@ async def freeze_session(call: Call) -> Any:
         **_PAGE,
     },
 )
-async def list_windows(call: Call) -> Any:
+async def list_windows(call: Call) -> models.Windows:
     """List windows, newest first unless sorted otherwise."""
     q = call.given
     filters = {name: value for name, value in q.items() if name != "sort_order"}
     query = WindowQuery(**filters, descending=q["sort_order"] == "desc")
     page, total = await call.services.store.list_windows(call.tenant, query)
-    shown = [serializers.window_line(w) for w in page]
-    return {"windows": shown, **serializers.paging(len(page), total, query.limit, query.offset)}
+    shown = [models.WindowLine(**serializers.window_line_fields(w)) for w in page]
+    return models.Windows(windows=shown, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
-@partial(
-    Operation,
+@operation(
     "GET",
     "/admin/windows/{name}",
-    response_schemas.STATUS,
     query={"include_blocks": parameters.flag.default(False), "include_lineage": parameters.flag.default(False)},
 )
-async def window_status(call: Call) -> Any:
+async def window_status(call: Call) -> models.WindowStatus:
     """Tell all about a window, and where its bytes are now."""
     q = call.given
     window = await thaw.found(call.services, call.tenant, call.window_name)
     held = await call.services.store.sizes(window)
     present, warnings = await call.services.pins.present([*{key: None for have in held.values() for key in have}])
-    status = serializers.window_status(window, held, present)
+    status = serializers.window_status_fields(window, held, present)
     if q["include_blocks"]:
         status["blocks"] = serializers.blocks(await call.services.store.pinned(window), present)
     if q["include_lineage"]:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
-    return {**status, "warnings": warnings}
+    return models.WindowStatus(**status, warnings=warnings)
 
 
-@partial(Operation, "DELETE", "/admin/windows/{name}", response_schemas.DELETED)
-async def delete_window(call: Call) -> Any:
+@operation(
+    "DELETE",
+    "/admin/windows/{name}",
+)
+async def delete_window(call: Call) -> models.WindowDeleted:
     """Delete a window for good, and the KV that no other holds."""
     done = await delete.delete(call.services, call.tenant, call.window_name)
-    return {"window_name": call.window_name, **asdict(done)}
+    return models.WindowDeleted(window_name=call.window_name, **asdict(done))
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/{name}/thaw",
-    response_schemas.THAWED,
     body={
         "new_session_id": parameters.session_id.about("made up if not given"),
         "warm": parameters.one_of("none", "cpu", "gpu").default("none"),
@@ -182,7 +176,7 @@ async def delete_window(call: Call) -> Any:
     },
     errors=("session_already_exists", "window_corrupted", *ENGINE),
 )
-async def thaw_window(call: Call) -> Any:
+async def thaw_window(call: Call) -> models.Thawed:
     """Thaw a window into a new session."""
     body = call.given
     prompt, max_tokens = body.get("continuation_prompt"), body.get("max_tokens")
@@ -195,23 +189,21 @@ async def thaw_window(call: Call) -> Any:
         warm=body["warm"],
         progress=call.progress,
     )
-    return {
-        "session_id": session.id,
-        "window_name": window.name,
-        "model": window.model,
-        "token_count": window.token_count,
-        "cache_salt": window.salt,
-        "receipt": thaw.as_json(receipt),
-        "warnings": receipt.warnings,
-        "continuation": await continuation.go_on(call, session, prompt, max_tokens) if prompt else None,
-    }
+    return models.Thawed(
+        session_id=session.id,
+        window_name=window.name,
+        model=window.model,
+        token_count=window.token_count,
+        cache_salt=window.salt,
+        receipt=models.ThawReceipt.model_validate(receipt),
+        warnings=receipt.warnings,
+        continuation=await continuation.go_on(call, session, prompt, max_tokens) if prompt else None,
+    )
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/{name}/clone",
-    response_schemas.CLONED,
     status=201,
     body={
         "target_window": parameters.window_name,
@@ -221,7 +213,7 @@ async def thaw_window(call: Call) -> Any:
     required=("target_window",),
     errors=("window_already_exists", "window_corrupted", "cache_unavailable"),
 )
-async def clone_window(call: Call) -> Any:
+async def clone_window(call: Call) -> models.Cloned:
     """Give a window a second name; no KV byte is copied."""
     body = call.given
     naming = freeze.Naming(body["target_window"], body.get("description", ""), body.get("tags", ()))
@@ -231,54 +223,56 @@ async def clone_window(call: Call) -> Any:
         copy, warnings = await isolate.isolate(call.services, call.tenant, call.window_name, naming)
     else:
         copy = await clone.clone(call.services, call.tenant, call.window_name, naming)
-    return {
-        "source_window": copy.parent,
-        "target_window": copy.name,
-        "shared_blocks": copy.chunk_count * copy.world_size,
-        "isolated": isolated,
-        **serializers.window(copy),
-        "warnings": warnings,
-    }
+    return models.Cloned(
+        source_window=call.window_name,
+        target_window=copy.name,
+        shared_blocks=copy.chunk_count * copy.world_size,
+        isolated=isolated,
+        **serializers.window_fields(copy),
+        warnings=warnings,
+    )
 
 
-@partial(Operation, "GET", "/admin/windows/{name}/messages", response_schemas.MESSAGES, errors=("window_corrupted",))
-async def window_messages(call: Call) -> Any:
+@operation("GET", "/admin/windows/{name}/messages", errors=("window_corrupted",))
+async def window_messages(call: Call) -> models.Messages:
     """The text of a window."""
     window = await thaw.found(call.services, call.tenant, call.window_name)
     text = await call.services.store.text(window)
-    return {"window_name": window.name, "messages": text.messages, "frame": text.frame or {}}
+    return models.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
 
 
-@partial(
-    Operation, "GET", "/admin/health", response_schemas.HEALTH, query={"component": parameters.one_of(*COMPONENTS)}
-)
-async def health(call: Call) -> Any:
+@operation("GET", "/admin/health", query={"component": parameters.one_of(*COMPONENTS)})
+async def health(call: Call) -> models.Health:
     """Look at every component, or at one, now."""
     q = call.given
-    return call.health.summary(await call.health.components(q.get("component")))
+    return models.Health.model_validate(call.health.summary(await call.health.components(q.get("component"))))
 
 
-@partial(Operation, "POST", "/admin/doctor", response_schemas.DOCTOR)
-async def doctor(call: Call) -> Any:
+@operation(
+    "POST",
+    "/admin/doctor",
+)
+async def doctor(call: Call) -> models.Doctor:
     """Run the self-test now."""
     checks = await call.health.test()
-    return {"ok": all(c.status != "failed" for c in checks), "checks": [asdict(c) for c in checks]}
+    shown = [models.Check.model_validate(check) for check in checks]
+    return models.Doctor(ok=all(check.status != "failed" for check in checks), checks=shown)
 
 
-@partial(Operation, "GET", "/healthz", response_schemas.ALIVE, probe=True)
-async def healthz(_: Call) -> Any:
+@operation("GET", "/healthz", probe=True)
+async def healthz(_: Call) -> models.Alive:
     """Tell that this process answers."""
-    return {"status": "ok"}
+    return models.Alive(status="ok")
 
 
-@partial(Operation, "GET", "/readyz", response_schemas.READY, probe=True, also={503: response_schemas.NOT_READY})
-async def readyz(call: Call) -> Any:
+@operation("GET", "/readyz", answer=models.Ready, probe=True, also={503: models.NotReady})
+async def readyz(call: Call) -> models.Ready | Response:
     """Tell whether requests will succeed."""
     waits = call.health.waiting_for
     if waits is None:
-        return {"status": "ready"}
+        return models.Ready(status="ready")
     part, why = waits
-    return json_answer(503, {"status": "not ready", "waiting_for": part, "reason": why})
+    return json_answer(503, models.NotReady(status="not ready", waiting_for=part, reason=why))
 
 
 OPERATIONS = (
@@ -308,6 +302,6 @@ OPERATIONS = (
 def routes() -> list[BaseRoute]:
     """Every route of the admin door and of health, and the document that describes them."""
     by_path: dict[str, dict[str, ASGIApp]] = {}
-    for operation in (*OPERATIONS, openapi.documented(OPERATIONS)):
-        by_path.setdefault(operation.path, {})[operation.method] = Endpoint(operation)
+    for one in (*OPERATIONS, openapi.documented(OPERATIONS)):
+        by_path.setdefault(one.path, {})[one.method] = Endpoint(one)
     return [Route(path, Methods(methods), methods=list(methods)) for path, methods in by_path.items()]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from gateway.api.admin import models
 from gateway.kv.keys import ObjectKey
 from gateway.records import PinnedObject, Session, Sizes, Turn, Window
 
@@ -12,9 +13,14 @@ Present = Mapping[str, set[str]]  # of the window's objects, which ones LMCache 
 _NEARLY_FULL = 0.95  # of the context limit
 
 
-def moment(seconds: float | None) -> str | None:
+def moment(seconds: float) -> str:
     """Seconds since the epoch as ISO 8601 in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds") if seconds is not None else None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def moment_or_null(seconds: float | None) -> str | None:
+    """The same, or None where there is none."""
+    return None if seconds is None else moment(seconds)
 
 
 def paging(count: int, total: int, limit: int, offset: int) -> dict[str, Any]:
@@ -22,7 +28,7 @@ def paging(count: int, total: int, limit: int, offset: int) -> dict[str, Any]:
     return {"total": total, "has_more": offset + count < total, "limit": limit, "offset": offset}
 
 
-def session(s: Session, expired_by: float) -> dict[str, Any]:
+def session_fields(s: Session, expired_by: float) -> dict[str, Any]:
     """A session; `expired` where it was last active before `expired_by`."""
     return {
         "id": s.id,
@@ -39,7 +45,7 @@ def session(s: Session, expired_by: float) -> dict[str, Any]:
         "normalised": s.normalised.split(),
         "created_at": moment(s.created_at),
         "last_active_at": moment(s.last_active_at),
-        "frozen_at": moment(s.frozen_at),
+        "frozen_at": moment_or_null(s.frozen_at),
     }
 
 
@@ -53,27 +59,32 @@ def crowding(tokens: int, limit: int | None) -> list[str]:
     return [f"the context is nearly full: {tokens} of {limit} tokens ({share}%); freeze it before it is"]
 
 
-def turn(t: Turn) -> dict[str, Any]:
+def estimates(report: Mapping[str, Any] | None) -> models.Estimates | None:
+    """How a model's tokens are estimated; None where none were so far."""
+    return models.Estimates(**report) if report else None
+
+
+def turn(t: Turn) -> models.Turn:
     """A turn."""
-    return {
-        "started_at": moment(t.started_at),
-        "duration_ms": round(t.duration_ms, 1),
-        "model": t.model,
-        "outcome": t.outcome,
-        "status": t.status,
-        "prompt_tokens": t.usage.prompt if t.usage else None,
-        "completion_tokens": t.usage.completion if t.usage else None,
-        "cached_tokens": t.usage.cached if t.usage else None,
-        "detail": t.detail,
-        "recognised_by": t.source,
-        "engine": t.engine or None,
-        "estimated_tokens": t.estimated_tokens,
-        "expected_cached_tokens": t.expected_tokens,
-        "miss": t.miss or None,
-    }
+    return models.Turn(
+        started_at=moment(t.started_at),
+        duration_ms=round(t.duration_ms, 1),
+        model=t.model,
+        outcome=t.outcome,
+        status=t.status,
+        prompt_tokens=t.usage.prompt if t.usage else None,
+        completion_tokens=t.usage.completion if t.usage else None,
+        cached_tokens=t.usage.cached if t.usage else None,
+        detail=t.detail,
+        recognised_by=t.source,
+        engine=t.engine or None,
+        estimated_tokens=t.estimated_tokens,
+        expected_cached_tokens=t.expected_tokens,
+        miss=t.miss or None,
+    )
 
 
-def window_line(w: Window) -> dict[str, Any]:
+def window_line_fields(w: Window) -> dict[str, Any]:
     """A window in a list."""
     return {
         "name": w.name,
@@ -87,20 +98,20 @@ def window_line(w: Window) -> dict[str, Any]:
         "parent_window": w.parent,
         "state": "expired" if w.has_expired(time.time()) else "frozen",
         "created_at": moment(w.created_at),
-        "expires_at": moment(w.expires_at),
+        "expires_at": moment_or_null(w.expires_at),
     }
 
 
-def window(w: Window) -> dict[str, Any]:
+def window_fields(w: Window) -> dict[str, Any]:
     """A window with its receipt, as freeze and clone answer it."""
     return {
-        **window_line(w),
+        **window_line_fields(w),
         "block_count": w.chunk_count * w.world_size,
         "receipt": dict(w.receipt),
     }
 
 
-def window_status(w: Window, held: Sizes, present: Present) -> dict[str, Any]:
+def window_status_fields(w: Window, held: Sizes, present: Present) -> dict[str, Any]:
     """A window, and where its bytes are now: pinned, and where LMCache itself finds them."""
     tiers = {
         name: {
@@ -112,14 +123,14 @@ def window_status(w: Window, held: Sizes, present: Present) -> dict[str, Any]:
     }
     first = next((name for name, tier in tiers.items() if tier["present"]), None)
     return {
-        **window(w),
+        **window_fields(w),
         "kv_cache": {
             "block_count": w.chunk_count * w.world_size,
             "total_size_bytes": w.size_bytes,
             "storage_tier": first or next((name for name, tier in tiers.items() if tier["pinned"]), None),
             "tiers": tiers,
         },
-        "timestamps": {"created_at": moment(w.created_at), "expires_at": moment(w.expires_at)},
+        "timestamps": {"created_at": moment(w.created_at), "expires_at": moment_or_null(w.expires_at)},
     }
 
 

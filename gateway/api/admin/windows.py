@@ -1,15 +1,11 @@
 """The admin door, second half: what one does with a window that is there already."""
 
-from dataclasses import asdict
-from functools import partial
-from typing import Any
-
 from gateway.api import parameters
-from gateway.api.admin import response_schemas, serializers
+from gateway.api.admin import models, serializers
 from gateway.api.endpoint import Call
-from gateway.api.operation import ENGINE, Operation
+from gateway.api.operation import ENGINE, operation
 from gateway.validation.fields import or_null, reads
-from gateway.windows import ask, describe, evict, fanout, prefetch, thaw, tree, verify
+from gateway.windows import ask, describe, evict, fanout, prefetch, tree, verify
 
 _LINE = parameters.line(ask.MAX_QUESTION)
 
@@ -23,11 +19,9 @@ def question(name: str, value: object) -> str:
     return asked
 
 
-@partial(
-    Operation,
+@operation(
     "PATCH",
     "/admin/windows/{name}",
-    response_schemas.WINDOW,
     body={
         "description": or_null(parameters.description),
         "tags": or_null(parameters.tags),
@@ -35,85 +29,81 @@ def question(name: str, value: object) -> str:
     },
     nulls=True,
 )
-async def describe_window(call: Call) -> Any:
+async def describe_window(call: Call) -> models.Window:
     """Change what is said of a window; null clears it."""
     said = call.given
-    return serializers.window(await describe.describe(call.services, call.tenant, call.window_name, said))
+    window = await describe.describe(call.services, call.tenant, call.window_name, said)
+    return models.Window(**serializers.window_fields(window))
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/{name}/verify",
-    response_schemas.VERIFIED,
     body={"deep": parameters.boolean.default(False).about("have the engine use the KV, and compare")},
     errors=("cache_unavailable", *ENGINE),
 )
-async def verify_window(call: Call) -> Any:
+async def verify_window(call: Call) -> models.Verified:
     """Check every byte of a window where it is pinned."""
     deep = call.given["deep"]
-    return asdict(await verify.verify(call.services, call.tenant, call.window_name, call.progress, deep=deep))
+    verdict = await verify.verify(call.services, call.tenant, call.window_name, call.progress, deep=deep)
+    return models.Verified.model_validate(verdict)
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/{name}/ask",
-    response_schemas.ANSWERED,
     body={"question": question, "max_tokens": parameters.count(1, ask.MAX_TOKENS)},
     required=("question",),
     errors=("window_corrupted", *ENGINE),
 )
-async def ask_window(call: Call) -> Any:
+async def ask_window(call: Call) -> models.Answered:
     """Ask a window a question; the window does not change, and nothing is kept of it."""
     body = call.given
     said = await ask.ask(
         call.services, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
     )
-    return {
-        "window_name": said.window.name,
-        "model": said.window.model,
-        "answer": said.text,
-        "reasoning": said.reasoning,
-        "finish_reason": said.finish_reason,
-        "receipt": {
-            "prompt_tokens": said.usage.prompt,
-            "cached_tokens": said.usage.cached,
-            "computed_tokens": said.computed_tokens,
-            "completion_tokens": said.usage.completion,
-            "chunks_expected": said.restored.chunks_expected,
-            "chunks_found": said.restored.chunks_found,
-            "partial": said.restored.partial,
-            "duration_ms": said.duration_ms,
-        },
-        "warnings": said.restored.warnings,
-    }
+    return models.Answered(
+        window_name=said.window.name,
+        model=said.window.model,
+        answer=said.text,
+        reasoning=said.reasoning,
+        finish_reason=said.finish_reason,
+        receipt=models.AskReceipt(
+            prompt_tokens=said.usage.prompt,
+            cached_tokens=said.usage.cached,
+            computed_tokens=said.computed_tokens,
+            completion_tokens=said.usage.completion,
+            chunks_expected=said.restored.chunks_expected,
+            chunks_found=said.restored.chunks_found,
+            partial=said.restored.partial,
+            duration_ms=said.duration_ms,
+        ),
+        warnings=said.restored.warnings,
+    )
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/{name}/prefetch",
-    response_schemas.PREFETCHED,
     errors=("cache_unavailable", *ENGINE),
 )
-async def prefetch_window(call: Call) -> Any:
+async def prefetch_window(call: Call) -> models.Prefetched:
     """Load a window's KV into the cache's memory."""
     receipt = await prefetch.prefetch(call.services, call.tenant, call.window_name, call.progress)
-    return {"window_name": call.window_name, "receipt": _seen(receipt), "warnings": receipt.warnings}
+    restored = models.Restored.model_validate(receipt)
+    return models.Prefetched(window_name=call.window_name, receipt=restored, warnings=receipt.warnings)
 
 
-@partial(Operation, "POST", "/admin/windows/{name}/evict", response_schemas.EVICTED, errors=("cache_unavailable",))
-async def evict_window(call: Call) -> Any:
+@operation("POST", "/admin/windows/{name}/evict", errors=("cache_unavailable",))
+async def evict_window(call: Call) -> models.Evicted:
     """Move a window's KV out of the cache's memory, down to the durable tiers."""
-    return asdict(await evict.evict(call.services, call.tenant, call.window_name, call.progress))
+    evicted = await evict.evict(call.services, call.tenant, call.window_name, call.progress)
+    return models.Evicted.model_validate(evicted)
 
 
-@partial(
-    Operation,
+@operation(
     "POST",
     "/admin/windows/{name}/fanout",
-    response_schemas.FANNED_OUT,
     status=201,
     body={
         "count": parameters.count(1, fanout.MOST),
@@ -122,71 +112,53 @@ async def evict_window(call: Call) -> Any:
     required=("count",),
     errors=("session_already_exists", "window_corrupted", *ENGINE),
 )
-async def fan_out_window(call: Call) -> Any:
+async def fan_out_window(call: Call) -> models.FannedOut:
     """Thaw a window into many sessions at once; they share its KV, which is put back when the first of them begins."""
     body = call.given
     sessions, window, warnings = await fanout.fanout(
         call.services, call.tenant, call.window_name, body["count"], body.get("prefix")
     )
-    return {
-        "window_name": window.name,
-        "model": window.model,
-        "token_count": window.token_count,
-        "kv": window.kv,
-        "block_count": window.chunk_count,
-        "sessions": [session.id for session in sessions],
-        "warnings": warnings,
-    }
+    return models.FannedOut(
+        window_name=window.name,
+        model=window.model,
+        token_count=window.token_count,
+        kv=window.kv,
+        block_count=window.chunk_count,
+        sessions=[session.id for session in sessions],
+        warnings=warnings,
+    )
 
 
-@partial(
-    Operation,
+@operation(
     "GET",
     "/admin/tree",
-    response_schemas.TREE,
     query={"limit": parameters.whole(1, tree.MOST).default(1000).about("windows, and sessions, at most")},
 )
-async def show_tree(call: Call) -> Any:
+async def show_tree(call: Call) -> models.Tree:
     """Which window and which session came from which."""
     limit = call.given["limit"]
     seen = await tree.tree(call.services, call.tenant, limit)
-    return {
-        "nodes": [_node(node) for node in seen.nodes],
-        "windows": seen.windows,
-        "sessions": seen.sessions,
-        "truncated": seen.truncated,
-        "limit": limit,
-    }
+    return models.Tree(
+        nodes=[_node(node) for node in seen.nodes],
+        windows=seen.windows,
+        sessions=seen.sessions,
+        truncated=seen.truncated,
+        limit=limit,
+    )
 
 
-def _node(node: tree.Node) -> dict[str, Any]:
-    kind, name = node.parent or (None, None)
-    return {
-        "kind": node.kind,
-        "name": node.name,
-        "state": node.state,
-        "model": node.model,
-        "token_count": node.token_count,
-        "created_at": serializers.moment(node.created_at),
-        "parent": {"kind": kind, "name": name} if node.parent else None,
-        "relation": node.relation,
-    }
+def _node(node: tree.Node) -> models.Node:
+    return models.Node(
+        kind=node.kind,
+        name=node.name,
+        state=node.state,
+        model=node.model,
+        token_count=node.token_count,
+        created_at=serializers.moment(node.created_at),
+        parent=models.NodeName(kind=node.parent[0], name=node.parent[1]) if node.parent else None,
+        relation=node.relation,
+    )
 
-
-def _seen(receipt: thaw.Receipt) -> dict[str, Any]:
-    return {name: getattr(receipt, name) for name in _SEEN}
-
-
-# Where no engine is asked: of a thaw's receipt, what was seen in the tiers.
-_SEEN = (
-    "chunks_expected",
-    "chunks_found",
-    "chunks_relinked",
-    "chunks_corrupt",
-    "chunks_prefetched",
-    "partial",
-    "duration_ms",
-)
 
 OPERATIONS = (
     describe_window, verify_window, ask_window, prefetch_window, evict_window, fan_out_window, show_tree

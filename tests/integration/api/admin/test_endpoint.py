@@ -34,7 +34,7 @@ async def test_a_failure_is_told_in_few_words_and_the_log_has_the_rest(
     names = ("services", "health", "autofreeze", "inference")
     scope["state"] = {name: SimpleNamespace() for name in names}
     with caplog.at_level(logging.ERROR):
-        await Endpoint(Operation("GET", "/probe", {}, failing, takes="", probe=True))(
+        await Endpoint(Operation("GET", "/probe", failing, dict, takes="", probe=True))(
             scope, in_process.nothing_more, send
         )
     body = b"".join(message.get("body", b"") for message in sent)

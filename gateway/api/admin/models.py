@@ -1,0 +1,533 @@
+"""What the admin API answers: one model for each shape. The OpenAPI document and the output schemas of the MCP tools
+are made from them.
+
+A model is closed: it has no fields but those named here. A field that is `absent()` may be left out of an answer;
+every other one is always there.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from gateway.api.selftest import Status
+from gateway.records import KvState, Outcome, SessionState
+from gateway.windows.tree import Kind, Relation
+
+Number = Annotated[int | float, WithJsonSchema({"type": "number"})]  # an int stays one
+Moment = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
+Warnings = Annotated[list[str], Field(description="what did not go as it should")]
+Kv = Annotated[KvState, Field(description="how much of its KV is pinned; `absent`: a thaw computes it anew")]
+Json = dict[str, Any]
+
+
+def absent() -> Any:
+    """The default of a field that may be left out of an answer. It is neither documented nor sent."""
+    return Field(default_factory=lambda: None)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class ErrorInfo(Answer):
+    code: str
+    message: str
+    hint: str
+    retryable: bool
+    details: Json
+
+
+class Error(Answer):
+    error: ErrorInfo
+
+
+class Page(Answer):
+    total: int
+    has_more: bool
+    limit: int
+    offset: int
+
+
+# --- sessions
+
+
+class SessionLine(Answer):
+    id: str
+    state: SessionState
+    model: str
+    token_count: int
+    turn_count: int
+    lineage: str
+    recognised_by: str
+    forked_from: str | None
+    successor: str | None
+    window: str | None
+    engine: str | None
+    normalised: list[str]
+    created_at: Moment
+    last_active_at: Moment
+    frozen_at: Moment | None
+
+
+class Estimates(Answer):
+    """how its model's tokens are estimated, and how wrong that was"""
+
+    source: str
+    exact: bool
+    why: str
+    bytes_per_token: Number | None
+    tokens_around_a_message: Number
+    prompts: int
+    mean_error: Number | None
+    p95_error: Number | None
+    mean_error_of_new: Number | None
+    p95_error_of_new: Number | None
+
+
+class Turn(Answer):
+    started_at: Moment
+    duration_ms: Number
+    model: str
+    outcome: Outcome
+    status: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    detail: str
+    recognised_by: str
+    engine: str | None
+    estimated_tokens: int | None
+    expected_cached_tokens: int | None
+    miss: str | None
+
+
+class Sessions(Page):
+    sessions: list[SessionLine]
+
+
+class Session(SessionLine):
+    context_limit: int | None
+    estimates: Estimates | None
+    turns: list[Turn] = Field(description="newest first")
+    windows: list[str]
+    warnings: Warnings
+
+
+class SessionDeleted(Answer):
+    session_id: str
+    deleted: bool
+    blocks_deleted: int
+    space_freed_bytes: int
+    warnings: Warnings
+
+
+# --- windows
+
+
+class WindowLine(Answer):
+    name: str
+    session_id: str
+    model: str
+    description: str
+    tags: list[str]
+    token_count: int
+    size_bytes: int
+    kv: Kv
+    parent_window: str | None
+    state: Literal["frozen", "expired"]
+    created_at: Moment
+    expires_at: Moment | None
+
+
+class Window(WindowLine):
+    block_count: int
+    receipt: Json = Field(description="what was seen when it was frozen or imported")
+
+
+class Windows(Page):
+    windows: list[WindowLine]
+
+
+class Frozen(Window):
+    warnings: Warnings
+
+
+class PinnedTier(Answer):
+    pinned: int
+    pinned_bytes: int
+    present: int
+
+
+class KvCache(Answer):
+    block_count: int
+    total_size_bytes: int
+    storage_tier: str | None
+    tiers: dict[str, PinnedTier]
+
+
+class Timestamps(Answer):
+    created_at: Moment
+    expires_at: Moment | None
+
+
+class Block(Answer):
+    hash: str
+    rank: int
+    size_bytes: int
+    pinned: dict[str, str] = Field(description="checksum in each tier where it is pinned")
+    present: list[str] = Field(description="tiers where LMCache finds it")
+
+
+class Lineage(Answer):
+    parent: str | None
+    ancestors: list[str]
+    clones: list[str]
+
+
+class WindowStatus(Window):
+    kv_cache: KvCache
+    timestamps: Timestamps
+    warnings: Warnings
+    blocks: Annotated[list[Block], Field(description="in chunk order")] = absent()
+    lineage: Lineage = absent()
+
+
+class WindowDeleted(Answer):
+    window_name: str
+    blocks_deleted: int
+    space_freed_bytes: int
+    blocks_kept: int
+    warnings: Warnings
+
+
+class Cloned(Window):
+    source_window: str
+    target_window: str
+    shared_blocks: int
+    isolated: bool
+    warnings: Warnings
+
+
+class Messages(Answer):
+    window_name: str
+    messages: list[Json]
+    frame: Json
+
+
+class Restored(Answer):
+    chunks_expected: int
+    chunks_found: int
+    chunks_relinked: int
+    chunks_corrupt: int
+    chunks_prefetched: int | None
+    partial: bool
+    duration_ms: Number
+
+
+class ThawReceipt(Restored):
+    cached_tokens: int | None
+    prompt_tokens: int
+
+
+class Continuation(Answer):
+    """the turn that `continuation_prompt` was; `error` in its place where it failed, which undoes no thaw"""
+
+    message: Json | None
+    finish_reason: str | None
+    usage: Json | None
+    cached_tokens: int | None
+    error: Json | None
+
+
+class Thawed(Answer):
+    session_id: str
+    window_name: str
+    model: str
+    token_count: int
+    cache_salt: str
+    receipt: ThawReceipt
+    warnings: Warnings
+    continuation: Continuation | None
+
+
+class EvictedTier(Answer):
+    before: int
+    after: int
+
+
+class Evicted(Answer):
+    window_name: str
+    objects: int
+    tiers: dict[str, EvictedTier]
+    kept: int
+    warnings: Warnings
+    duration_ms: Number
+
+
+class Prefetched(Answer):
+    window_name: str
+    receipt: Restored
+    warnings: Warnings
+
+
+class FannedOut(Answer):
+    window_name: str
+    model: str
+    token_count: int
+    kv: Kv
+    block_count: int
+    sessions: list[str]
+    warnings: Warnings
+
+
+class AskReceipt(Answer):
+    prompt_tokens: int
+    cached_tokens: int | None
+    computed_tokens: int | None
+    completion_tokens: int
+    chunks_expected: int
+    chunks_found: int
+    partial: bool
+    duration_ms: Number
+
+
+class Answered(Answer):
+    window_name: str
+    model: str
+    answer: str
+    reasoning: str | None
+    finish_reason: Annotated[str | None, Field(description="`stop`, or `length`: cut at max_tokens")]
+    receipt: AskReceipt
+    warnings: Warnings
+
+
+class Difference(Answer):
+    position: int
+    expected_token_id: int | None
+    token_id: int | None
+
+
+class Replay(Answer):
+    """what the engine said on the KV of one tier, against what it said without any"""
+
+    tier: str
+    equal: bool
+    tokens_compared: int
+    first_difference: Difference | None
+    largest_logprob_difference: Number
+    prompt_tokens: int
+    cached_tokens: int | None
+    expected_cached_tokens: int
+
+
+class VerifiedTier(Answer):
+    checked: bool
+    objects: int
+    intact: int
+    damaged: int
+    missing: int
+    present: int
+
+
+class Damage(Answer):
+    hash: str
+    rank: int
+    chunk: int
+    tier: str | None
+    state: Literal["missing", "damaged"]
+    size_bytes: int | None
+
+
+class Verified(Answer):
+    window_name: str
+    ok: bool
+    kv: Kv
+    chunks_expected: int
+    chunks_pinned: int
+    chunks_usable: int
+    tiers: dict[str, VerifiedTier]
+    damaged: list[Damage]
+    warnings: Warnings
+    duration_ms: Number
+    deep: list[Replay] | None
+
+
+class NodeName(Answer):
+    kind: Kind
+    name: str
+
+
+class Node(NodeName):
+    state: str
+    model: str
+    token_count: int
+    created_at: Moment
+    parent: NodeName | None
+    relation: Relation | None
+
+
+class Tree(Answer):
+    nodes: list[Node] = Field(description="oldest first")
+    windows: int
+    sessions: int
+    truncated: bool
+    limit: int
+
+
+# --- automatic freezing
+
+
+class Policies(Answer):
+    enabled: bool
+    idle_timeout_minutes: Number | None
+    token_threshold: int | None
+    context_share: Number | None
+    at_shutdown: bool
+    policies: list[Json]
+    naming_pattern: str
+    cooldown_seconds: Number
+    keep: int
+    ttl_seconds: Number | None
+    set_at_run_time: list[str] = Field(description="rules that were set here; the others are the settings'")
+    available: list[str] = Field(description="what `policies` may use")
+
+
+class PoliciesSet(Policies):
+    warnings: Warnings
+
+
+class Opinion(Answer):
+    policy: str
+    reason: str | None
+    error: str | None
+
+
+class PolicyCheck(Answer):
+    session_id: str
+    triggered: bool
+    reason: str | None
+    held_back: str | None
+    window_name: str
+    token_count: int
+    covered_tokens: int
+    context_limit: int | None
+    threshold_percent: Number | None
+    idle_seconds: Number
+    estimates: Estimates | None
+    policies: list[Opinion] = Field(description="what each says")
+
+
+# --- cache, health and metrics
+
+
+class LMCacheStatus(Answer):
+    status: Literal["healthy", "unhealthy", "unreachable", "not configured"]
+    chunk_size: int = absent()
+    hash_algorithm: str = absent()
+    adapters: list[str] = absent()
+
+
+class Share(Answer):
+    objects: int
+    bytes: int
+
+
+class CacheTier(Share):
+    pinned: Share
+    windows: Share
+    sessions: Share
+    forgotten: Share
+    unknown: Share
+
+
+class Cache(Answer):
+    windows: int
+    prompt_tokens: int
+    cached_tokens: int
+    hit_rate: Annotated[Number | None, Field(description="of all prompts since the gateway started")]
+    chunk_size: int | None
+    lmcache: LMCacheStatus
+    tiers: dict[str, CacheTier]
+    warnings: Warnings
+
+
+Wellness = Literal["healthy", "degraded", "unhealthy"]
+
+
+class Engine(Answer):
+    url: str
+    state: str
+    failures: int
+    last_error: str | None
+    models: list[str]
+
+
+class Component(Answer):
+    status: Wellness
+    message: str
+    latency_ms: Number
+    engines: list[Engine] = absent()
+    models_differ: dict[str, dict[str, str]] = absent()
+
+
+class Components(Answer):
+    engine: Component = absent()
+    cache: Component = absent()
+    tiers: Component = absent()
+    store: Component = absent()
+    isolation: Component = absent()
+
+
+class Health(Answer):
+    status: Wellness
+    version: str
+    pid: int
+    uptime_seconds: Number
+    components: Components
+
+
+class Check(Answer):
+    name: str
+    status: Status
+    message: str
+    remedy: str
+
+
+class Doctor(Answer):
+    ok: bool
+    checks: list[Check]
+
+
+class Metric(Answer):
+    name: str
+    type: str
+    help: str
+    labels: dict[str, str]
+    value: Number
+
+
+class JsonMetrics(Answer):
+    format: Literal["json"]
+    metrics: list[Metric]
+
+
+class PrometheusMetrics(Answer):
+    format: Literal["prometheus"]
+    content: str
+
+
+Metrics = Annotated[JsonMetrics | PrometheusMetrics, Field(discriminator="format")]
+
+
+class Alive(Answer):
+    status: Literal["ok"]
+
+
+class Ready(Answer):
+    status: Literal["ready"]
+
+
+class NotReady(Answer):
+    status: Literal["not ready"]
+    waiting_for: str
+    reason: str

@@ -1,0 +1,26 @@
+"""JSON schemas of pydantic models, without the titles, which only repeat the names."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+Json = dict[str, Any]
+
+
+def of_types(types: Iterable[Any], ref_template: str = "#/$defs/{model}") -> tuple[list[Json], Json]:
+    """The schemas of some types, in their order, and the definitions that they refer to."""
+    mode: JsonSchemaMode = "serialization"
+    inputs = [(number, mode, TypeAdapter(one)) for number, one in enumerate(types)]
+    schemas, shared = TypeAdapter.json_schemas(inputs, ref_template=ref_template)
+    return [_untitled(schemas[number, mode]) for number, _, _ in inputs], _untitled(shared.get("$defs", {}))
+
+
+def _untitled(schema: Any) -> Any:
+    """The same without titles. A property may still be called `title`: it is no string then."""
+    if isinstance(schema, list):
+        return [_untitled(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: _untitled(inner) for name, inner in schema.items() if name != "title" or not isinstance(inner, str)}
