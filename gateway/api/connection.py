@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 from starlette.types import Scope
 
-EXTENSION = "gateway.cli.admin_client"
+EXTENSION = "gateway.client_connection"
 
 
 class ClientConnection(Protocol):
