@@ -15,10 +15,10 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Usage, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.store.types import Text
+from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.receipt import whole_chunks
-from gateway.windows.thaw import Receipt, load, restore, served, usable
+from gateway.windows.restore import Receipt, restore_and_load
 
 MAX_QUESTION = 10_000  # characters
 MAX_TOKENS = 4096  # of an answer
@@ -59,11 +59,11 @@ async def ask(
     KV that is lost raises nothing: the engine computes it again, and the receipt says so.
     """
     clock = time.monotonic()
-    window = await usable(services, tenant, name)
-    model = await served(services, window)
+    window = await get_usable_window(services, tenant, name)
+    model = await served_model(services, window)
     room = _room(window, model, max_tokens)
     text = await conversation(services, window)
-    restored = await _put_back(services, window, progress)
+    restored = await restore_and_load(services, window, await services.store.manifest(window), progress)
     progress("answer", 0, 0)
     engine = services.engines.for_lineage(window.lineage)
     reply = await engine.chat(
@@ -106,19 +106,6 @@ def following(messages: Sequence[Message], question: str) -> list[Message]:
     calls = (messages[-1].get("tool_calls") if messages else None) or ()
     results = [{"role": "tool", "tool_call_id": call.get("id", ""), "content": _NO_RESULT} for call in calls]
     return [*results, {"role": "user", "content": question}]
-
-
-async def _put_back(services: Services, window: Window, progress: Progress) -> Receipt:
-    manifest = await services.store.manifest(window)
-    receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(services, window, manifest.objects, receipt, progress)
-    if receipt.chunks_found and services.cache is not None:
-        try:
-            await load(services, services.cache, window, manifest, receipt, progress)
-        except GatewayError as error:  # then the engine loads it itself, or computes it
-            receipt.warnings.append(error.message)
-    receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
-    return receipt
 
 
 def _quiet(frame: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from gateway.runtime.offload import is_heavy
 from gateway.sessions import prefix_chain
 from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, Prompt
 from gateway.sessions.resolver import SessionMatch
+from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import Services
-from gateway.windows.thaw import thaw, usable
+from gateway.windows.thaw import thaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ async def place(services: Services, asked: Asked) -> SessionMatch:
     Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session
     that does not come from this window.
     """
-    window = await usable(services, asked.tenant, asked.window)
+    window = await get_usable_window(services, asked.tenant, asked.window)
     named = asked.named
     if named and named.kind != "key":
         return await _named(services, asked, named, window)

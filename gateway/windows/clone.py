@@ -4,10 +4,10 @@ import time
 from dataclasses import replace
 
 from gateway.records import Manifest, Window
+from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import Services
 from gateway.windows.freeze import Naming, taken
 from gateway.windows.instrumented import instrumented
-from gateway.windows.thaw import usable
 
 
 @instrumented
@@ -16,7 +16,7 @@ async def clone(services: Services, tenant: str, source: str, naming: Naming) ->
 
     What `naming` leaves empty is the source's.
     """
-    original = await usable(services, tenant, source)
+    original = await get_usable_window(services, tenant, source)
     return await add(services, copied(original, naming), original, None)
 
 

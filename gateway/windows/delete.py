@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier
+from gateway.windows.catalog import get_window, window_not_found
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.thaw import found, not_found
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ async def delete(
     Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
     stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
     """
-    await found(services, tenant, name)
+    await get_window(services, tenant, name)
     await services.recorder.flush()
     async with services.pins.lock.acquire(alone=True):
         released = await services.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
         if released is None or released.window is None:  # somebody was faster, or has given it more time
-            raise not_found(name)
+            raise window_not_found(name)
         window = released.window  # perhaps another than was found: it got the name meanwhile
         in_use = await services.sessions.is_active(tenant, window.lineage)
         # The pins of an isolated clone go by its source's names, which the source's own sessions may still use.

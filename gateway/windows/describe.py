@@ -6,9 +6,9 @@ from typing import Any
 
 from gateway.errors import GatewayError
 from gateway.records import Window
+from gateway.windows.catalog import window_not_found
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.thaw import not_found
 
 _CLEARED: Mapping[str, Any] = {"description": "", "tags": ()}
 
@@ -29,5 +29,5 @@ async def describe(services: Services, tenant: str, name: str, said: Mapping[str
         changes["expires_at"] = None if ttl is None else time.time() + ttl
     window = await services.store.describe_window(tenant, name, changes)
     if window is None:
-        raise not_found(name)
+        raise window_not_found(name)
     return window

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.runtime.progress import Progress, silent
+from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.thaw import held, usable
+from gateway.windows.restore import put_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,14 @@ async def evict(services: Services, tenant: str, name: str, progress: Progress =
     Objects that a request is reading just now stay, and the answer says so.
     """
     clock = time.monotonic()
-    window = await usable(services, tenant, name)
+    window = await get_usable_window(services, tenant, name)
     if services.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to evict from", hint="set cache_url")
     objects = await services.store.pinned(window)
     names = list(dict.fromkeys(one.key for one in objects))
     before, _ = await services.pins.present(names)
     progress("restore", 0, len(names))
-    async with held(services, window):
-        states, warnings = await services.pins.restore(objects)
+    states, warnings = await put_back(services, window, objects)
     safe = {key for have in states.values() for key, state in have.items() if state.usable}
     progress("evict", 0, len(safe))
     dropped, locked = await services.cache.delete([ObjectKey.parse(one) for one in names if one in safe], tier="l1")

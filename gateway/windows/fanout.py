@@ -5,10 +5,10 @@ Nor is a file looked at, however many the window has: what was evicted is put ba
 """
 
 from gateway.records import Session, Window, check_session_id
+from gateway.windows.catalog import get_usable_window, served_model, session_exists, session_from_window, session_id_for
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.receipt import whole_chunks
-from gateway.windows.thaw import Receipt, branch_of, fresh_id, served, taken, usable, warn
+from gateway.windows.restore import missing_kv
 
 MOST = 100
 
@@ -22,16 +22,14 @@ async def fanout(
     They are alike, so each is known by its id alone. Return them, their window, and a warning where it has not all of
     its KV. Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `invalid_session_id`.
     """
-    window = await usable(services, tenant, name)
-    stem = prefix or fresh_id(name, room=len(f"-{count}"))
+    window = await get_usable_window(services, tenant, name)
+    stem = prefix or session_id_for(name, suffix_length=len(f"-{count}"))
     check_session_id(f"{stem}-{count}", "prefix")
     # What the engines said in the last seconds will do: the salt of a turn goes by what is served then.
     model = services.engines.known(window.model) if services.engines.up else None
     if model is None or model.fingerprint != window.fingerprint:
-        await served(services, window)
-    sessions = [branch_of(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
+        await served_model(services, window)
+    sessions = [session_from_window(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
     if there := await services.store.add_sessions(sessions, source=window):
-        raise taken(there)
-    frozen = Receipt(chunks_expected=whole_chunks(window), chunks_found=window.chunk_count)
-    warn(window, frozen)
-    return sessions, window, frozen.warnings
+        raise session_exists(there)
+    return sessions, window, missing_kv(window, window.chunk_count)

@@ -11,11 +11,11 @@ from uuid import uuid4
 
 from gateway.records import Manifest, Window
 from gateway.sessions.resolver import ISOLATED
+from gateway.windows.catalog import get_usable_window
 from gateway.windows.clone import add, copied
 from gateway.windows.context import Services
 from gateway.windows.freeze import Naming
 from gateway.windows.instrumented import instrumented
-from gateway.windows.thaw import usable
 
 _BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt
 _LATELY_S = 5.0  # LMCache changes its serde by a restart alone, which takes longer
@@ -27,7 +27,7 @@ async def isolate(services: Services, tenant: str, source: str, naming: Naming) 
 
     Raises `window_not_found`, `window_already_exists`, `cache_unavailable`. What `naming` leaves empty is the source's.
     """
-    original = await usable(services, tenant, source)
+    original = await get_usable_window(services, tenant, source)
     lineage = ISOLATED + uuid4().hex
     salt = services.salts.of(tenant, lineage, original.fingerprint)
     copy = replace(copied(original, naming), lineage=lineage, salt=salt)

@@ -4,10 +4,10 @@ import time
 
 from gateway.errors import GatewayError
 from gateway.runtime.progress import Progress, silent
+from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.receipt import whole_chunks
-from gateway.windows.thaw import Receipt, load, restore, served, usable
+from gateway.windows.restore import Receipt, load, restore
 
 
 @instrumented
@@ -18,15 +18,14 @@ async def prefetch(services: Services, tenant: str, name: str, progress: Progres
     receipt says `partial`.
     """
     clock = time.monotonic()
-    window = await usable(services, tenant, name)
-    await served(services, window)
+    window = await get_usable_window(services, tenant, name)
+    await served_model(services, window)
     if services.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to load into", hint="set cache_url")
     manifest = await services.store.manifest(window)
-    receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    await restore(services, window, manifest.objects, receipt, progress)
-    if receipt.chunks_found:
-        await load(services, services.cache, window, manifest, receipt, progress)
+    receipt = await restore(services, window, manifest, progress)
+    if chunks := receipt.chunks_found:
+        receipt.chunks_prefetched = await load(services, services.cache, window, manifest, chunks, progress)
     receipt.partial = (receipt.chunks_prefetched or 0) < receipt.chunks_expected
     receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
     return receipt

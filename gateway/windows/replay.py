@@ -27,9 +27,9 @@ from gateway.kv.keys import ObjectKey, under
 from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
+from gateway.windows.catalog import served_model
 from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
-from gateway.windows.thaw import served
 
 TOKENS = 16  # of the continuation
 TOLERANCE = 0.1  # of a log probability
@@ -90,7 +90,7 @@ async def replay(
 
     Raises `model_mismatch`, `cache_unavailable`, `engine_unreachable`, `engine_timeout`.
     """
-    model = await served(services, window)
+    model = await served_model(services, window)
     ids = manifest.token_ids[: model.context_limit - TOKENS] if model.context_limit else manifest.token_ids
     chunks = min(window.chunk_count, len(ids) // window.chunk_size) if window.chunk_size else 0
     if not chunks:

@@ -1,15 +1,14 @@
 """A frozen session goes on, or a thawed one begins: its KV is put back where LMCache looks, and loaded, by itself."""
 
 import logging
-from collections.abc import Sequence
 
 from gateway.errors import GatewayError
 from gateway.kv.tiers.base import Restored
-from gateway.records import PinnedObject, Session, Window
+from gateway.records import Session, Window
 from gateway.runtime.progress import silent
 from gateway.store.types import WindowQuery
 from gateway.windows.context import Services
-from gateway.windows.thaw import held
+from gateway.windows.restore import load, put_back
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,8 @@ async def resume(services: Services, session: Session) -> None:
         manifest, sizes = await services.store.manifest(window), await services.store.sizes(window)
         missing = await services.pins.missing(sizes)
         evicted = [o for o in manifest.objects if o.key in missing.get(o.tier, ())]
-        states, warnings = await _put_back(services, window, evicted)
+        # Nearly always there is nothing to put back: then no lock is waited for.
+        states, warnings = await put_back(services, window, evicted) if evicted else ({}, [])
     except GatewayError:  # deleted just now
         return
     for tier, by_key in states.items():
@@ -44,22 +44,10 @@ async def resume(services: Services, session: Session) -> None:
         log.warning("session %s goes on without all of its KV: %s", session.id, warning)
     if services.cache is None:
         return
-    ids, within = manifest.token_ids[:whole], services.settings.thaw_timeout_s
     try:
-        await services.cache.prefetch(
-            window.model_root, window.world_size, manifest.id, ids, window.salt, within, silent
-        )
+        await load(services, services.cache, window, manifest, window.chunk_count, silent)
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
-
-
-async def _put_back(
-    services: Services, window: Window, objects: Sequence[PinnedObject]
-) -> tuple[dict[str, dict[str, Restored]], list[str]]:
-    if not objects:  # nearly always: then nobody is waited for
-        return {}, []
-    async with held(services, window):
-        return await services.pins.restore(objects)
 
 
 async def _window(services: Services, session: Session) -> Window | None:

@@ -9,11 +9,11 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress, silent
+from gateway.windows.catalog import get_window, pinned_keys
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
 from gateway.windows.receipt import whole_chunks
 from gateway.windows.replay import Replay, replay
-from gateway.windows.thaw import found, object_names
 
 _AT_ONCE = 64  # objects between two words of progress
 
@@ -80,7 +80,7 @@ async def verify(
     use the KV too (`gateway.windows.replay`), and raises what that raises.
     """
     clock = time.monotonic()
-    window = await found(services, tenant, name)
+    window = await get_window(services, tenant, name)
     manifest = await services.store.manifest(window)
     states: States = {}
     warnings: list[str] = []
@@ -188,7 +188,7 @@ def _usable(window: Window, manifest: Manifest, states: States) -> int:
 
 
 def _chunks(window: Window, manifest: Manifest) -> Iterator[tuple[int, ObjectKey]]:
-    return ((index // window.world_size, key) for index, key in enumerate(object_names(window, manifest)))
+    return ((index // window.world_size, key) for index, key in enumerate(pinned_keys(window, manifest)))
 
 
 def _word(state: Restored) -> str:

@@ -10,7 +10,7 @@ from gateway.api.endpoint import Call
 from gateway.errors import GatewayError
 from gateway.records import Session
 from gateway.windows import ask
-from gateway.windows.thaw import usable
+from gateway.windows.catalog import get_usable_window
 
 
 async def check(call: Call, prompt: str | None, max_tokens: int | None) -> None:
@@ -19,7 +19,7 @@ async def check(call: Call, prompt: str | None, max_tokens: int | None) -> None:
     Raises `invalid_request`, `window_not_found`.
     """
     if prompt is not None:
-        await ask.conversation(call.services, await usable(call.services, call.tenant, call.window_name))
+        await ask.conversation(call.services, await get_usable_window(call.services, call.tenant, call.window_name))
     elif max_tokens is not None:
         raise GatewayError(
             "invalid_request",

@@ -26,7 +26,7 @@ from gateway.records import SessionState
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import SORT_KEYS, WindowQuery
 from gateway.validation.fields import Field
-from gateway.windows import ask, clone, delete, freeze, isolate, thaw
+from gateway.windows import ask, catalog, clone, delete, freeze, isolate, thaw
 from gateway.windows.retention import orphans
 
 _PAGE = {"limit": parameters.whole(1, 100).default(50), "offset": parameters.whole(0, 2**31).default(0)}
@@ -143,7 +143,7 @@ async def list_windows(call: Call) -> models.Windows:
 async def window_status(call: Call) -> models.WindowStatus:
     """Tell all about a window, and where its bytes are now."""
     q = call.given
-    window = await thaw.found(call.services, call.tenant, call.window_name)
+    window = await catalog.get_window(call.services, call.tenant, call.window_name)
     held = await call.services.store.sizes(window)
     present, warnings = await call.services.pins.present([*{key: None for have in held.values() for key in have}])
     status = serializers.window_status_fields(window, held, present)
@@ -236,7 +236,7 @@ async def clone_window(call: Call) -> models.Cloned:
 @operation("GET", "/admin/windows/{name}/messages", errors=("window_corrupted",))
 async def window_messages(call: Call) -> models.Messages:
     """The text of a window."""
-    window = await thaw.found(call.services, call.tenant, call.window_name)
+    window = await catalog.get_window(call.services, call.tenant, call.window_name)
     text = await call.services.store.text(window)
     return models.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
 

@@ -10,8 +10,8 @@ from gateway.dialects.transcripts import SystemRule
 from gateway.records import Front, Message, Session
 from gateway.runtime.offload import is_heavy
 from gateway.sessions.resolver import session_not_found
+from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import Services
-from gateway.windows.thaw import usable
 
 
 async def prepend_session_history(services: Services, call: Call, session: Session, incoming: InferenceRequest) -> Call:
@@ -30,7 +30,7 @@ def leaves_history(call: Call) -> bool:
 
 async def prepend_window_history(services: Services, call: Call, name: str, incoming: InferenceRequest) -> Call:
     """The call as the first of a new branch of a window. Raises `window_not_found`."""
-    window = await usable(services, incoming.tenant, name)
+    window = await get_usable_window(services, incoming.tenant, name)
     history = (await services.store.text(window)).messages
     front = await _lacking(services, call, history, incoming.system_rule)
     return await _inheriting(services, call, front, window.frame)

@@ -14,9 +14,9 @@ from gateway.records import Manifest, PinnedObject, Window
 from gateway.windows.archive import file_format
 from gateway.windows.archive.file_format import CHECKSUM, END, MANIFEST, TEXTS
 from gateway.windows.archive.manifest import Contents, Member, Record
+from gateway.windows.catalog import get_window
 from gateway.windows.context import Services
 from gateway.windows.instrumented import instrumented
-from gateway.windows.thaw import found
 
 Source = tuple[Tier, PinnedObject]
 
@@ -37,7 +37,7 @@ async def export(services: Services, tenant: str, name: str, *, as_text: bool = 
     Every object is checked before the first byte. Raises `window_not_found`, `window_corrupted` where an object is lost
     or damaged in every tier, `cache_unavailable` where that cannot be told.
     """
-    window = await found(services, tenant, name)
+    window = await get_window(services, tenant, name)
     manifest = await services.store.manifest(window)
     text = await services.store.text(window)
     sources = [] if as_text else await _sources(services, window, manifest)

@@ -18,8 +18,9 @@ from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming
 from gateway.windows.isolate import isolate
 from gateway.windows.prefetch import prefetch
+from gateway.windows.restore import Receipt, restore
 from gateway.windows.resume import resume
-from gateway.windows.thaw import Receipt, restore, thaw
+from gateway.windows.thaw import thaw
 from tests.support.fakes.engine import FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
 from tests.support.prefix_cache_model import CHUNKS, IDS, MESSAGES, TENANT, Cached, opened
@@ -149,12 +150,12 @@ async def test_nothing_of_a_window_that_was_deleted_is_put_back(harness: Cached)
     """What has lost its pin is pinned anew when it is put back: nobody would ever let go of that."""
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
-    objects = await harness.services.store.pinned(window)
+    manifest = await harness.services.store.manifest(window)
     session, _, _ = await thawed(harness)
     await delete(harness.services, TENANT, "w")
     assert all((harness.cache.folder / key.file_name).exists() for key in harness.keys(window)), "the session's cache"
     with pytest.raises(GatewayError, match="deleted just now"):
-        await restore(harness.services, window, objects, Receipt(CHUNKS), lambda *_: None)
+        await restore(harness.services, window, manifest, lambda *_: None)
     await resume(harness.services, session)
     assert harness.pinned == set()
 
