@@ -41,8 +41,8 @@ class ObjectKey:
     @property
     def file_name(self) -> str:
         """The name in LMCache's disk tier."""
-        (name,) = file_names((str(self),))
-        return name
+        model = self.model.replace("/", "-SEP-")
+        return f"{model}@0x{self.rank:08x}@{self.group:x}@{self.chunk_hash}@{self.salt}{DISK_SUFFIX}"
 
     @classmethod
     def parse_file_name(cls, name: str) -> "ObjectKey | None":

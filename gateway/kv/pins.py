@@ -9,15 +9,17 @@ two apart, over all processes of this machine that share the store: freezes hold
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Restored, Tier, TierFull, TierUnavailable
 from gateway.records import PinnedObject, Sizes
 
+T = TypeVar("T")
 _POLL_S = 0.005
 
 
@@ -55,30 +57,43 @@ class Pins:
     tiers: tuple[Tier, ...]
     lock: FileLock
 
-    async def present(self, names: Sequence[str]) -> tuple[dict[str, set[str]], list[str]]:
-        """Return which of these keys each reachable tier has, and a warning for each tier that cannot be reached."""
-        found: dict[str, set[str]] = {}
+    async def each(
+        self, ask: Callable[[Tier], Awaitable[T]], *, only: Collection[str] | None = None, raise_full: bool = False
+    ) -> tuple[dict[str, T], list[str]]:
+        """Ask each tier, or `only` those of these names; return the answers by tier, and a warning for each that cannot
+        be used. With `raise_full` a tier without room raises TierFull.
+
+        Everywhere, warnings are returned like this, beside the value, or are a field of it; no argument collects them.
+        """
+        answers: dict[str, T] = {}
         warnings: list[str] = []
         for tier in self.tiers:
+            if only is not None and tier.name not in only:
+                continue
             try:
-                sizes = await tier.sizes(names)
+                answers[tier.name] = await ask(tier)
             except TierUnavailable as error:
+                if raise_full and isinstance(error, TierFull):
+                    raise
                 warnings.append(str(error))
-            else:
-                found[tier.name] = {name for name, size in zip(names, sizes, strict=True) if size}
-        return found, warnings
+        return answers, warnings
+
+    async def present(self, names: Sequence[str]) -> tuple[dict[str, set[str]], list[str]]:
+        """Return which of these keys each reachable tier has, and warnings."""
+        sizes, warnings = await self.each(lambda tier: tier.sizes(names))
+        present = {
+            tier: {name for name, size in zip(names, by_name, strict=True) if size} for tier, by_name in sizes.items()
+        }
+        return present, warnings
 
     async def missing(self, held: Sizes) -> dict[str, set[str]]:
         """Return by tier what LMCache would not find, going by names and sizes; all of a tier that cannot be asked."""
-        tiers = {tier.name: tier for tier in self.tiers}
+        sizes, _ = await self.each(lambda tier: tier.sizes(list(held[tier.name])), only=held)  # `restore` warns
         missing: dict[str, set[str]] = {}
-        for name, objects in held.items():
-            sizes = [0] * len(objects)  # no object is empty
-            if name in tiers:
-                with suppress(TierUnavailable):  # `restore` warns of it
-                    sizes = await tiers[name].sizes(list(objects))
-            if sizes != list(objects.values()):
-                missing[name] = {key for (key, size), seen in zip(objects.items(), sizes, strict=True) if seen != size}
+        for tier, objects in held.items():
+            there = sizes.get(tier, [0] * len(objects))  # no object is empty
+            if there != list(objects.values()):
+                missing[tier] = {key for (key, size), seen in zip(objects.items(), there, strict=True) if seen != size}
         return missing
 
     async def pin(
@@ -88,75 +103,40 @@ class Pins:
 
         The answer is by tier and key. Raises TierFull; call it under the shared lock.
         """
-        pinned: dict[str, dict[str, PinnedObject]] = {}
-        warnings: list[str] = []
-        for tier in self.tiers:
-            try:
-                done = await tier.pin(keys, {o.key: o for o in known if o.tier == tier.name})
-            except TierFull:
-                raise
-            except TierUnavailable as error:
-                warnings.append(str(error))
-                continue
-            pinned[tier.name] = {o.key: o for o in done}
-        return pinned, warnings
+        pinned, warnings = await self.each(
+            lambda tier: tier.pin(keys, {o.key: o for o in known if o.tier == tier.name}), raise_full=True
+        )
+        return {tier: {o.key: o for o in objects} for tier, objects in pinned.items()}, warnings
 
     async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[str, Restored]], list[str]]:
         """Put back what LMCache lost, checking every byte; the answer is by tier and key."""
-        found: dict[str, dict[str, Restored]] = {}
-        warnings: list[str] = []
-        for tier in self.tiers:
-            mine = [o for o in objects if o.tier == tier.name]
-            try:
-                outcome = await tier.restore(mine)
-            except TierUnavailable as error:
-                warnings.append(str(error))
-                continue
-            found[tier.name] = {o.key: state for o, state in zip(mine, outcome, strict=True)}
-        return found, warnings
+        by_tier = {tier.name: [o for o in objects if o.tier == tier.name] for tier in self.tiers}
+        states, warnings = await self.each(lambda tier: tier.restore(by_tier[tier.name]))
+        return {
+            tier: dict(zip((o.key for o in by_tier[tier]), found, strict=True)) for tier, found in states.items()
+        }, warnings
 
     async def remove(self, keys: Sequence[ObjectKey], *, originals: bool) -> tuple[int, list[str]]:
         """Remove the pins, and LMCache's `originals` too if asked, in every tier; return the bytes freed.
 
         Call it under the exclusive lock.
         """
-        freed = 0
-        warnings: list[str] = []
-        for tier in self.tiers:
-            try:
-                freed += await (tier.remove(keys) if originals else tier.unpin(keys))
-            except TierUnavailable as error:
-                warnings.append(str(error))
-        return freed, warnings
+        freed, warnings = await self.each(lambda tier: tier.remove(keys) if originals else tier.unpin(keys))
+        return sum(freed.values()), warnings
 
     async def under(self, salts: Collection[str]) -> tuple[set[ObjectKey], list[str]]:
         """Return what lies under `salts` in the tiers that can be reached, and a warning for each that cannot."""
-        found: set[ObjectKey] = set()
-        warnings: list[str] = []
-        for tier in self.tiers:
-            try:
-                found |= await tier.keys_with_salt(salts)
-            except TierUnavailable as error:
-                warnings.append(str(error))
-        return found, warnings
+        keys, warnings = await self.each(lambda tier: tier.keys_with_salt(salts))
+        return set[ObjectKey]().union(*keys.values()), warnings
 
     async def check_room(self, reserve: int) -> None:
         """Raise TierFull where a tier has less than `reserve` bytes free."""
-        for tier in self.tiers:
-            try:
-                free = await tier.free()
-            except TierUnavailable:  # whoever goes on to use it is told
-                continue
+        by_tier, _ = await self.each(lambda tier: tier.free())  # whoever goes on to use one that hangs is warned
+        for tier, free in by_tier.items():
             if free is not None and free < reserve:
-                raise TierFull(f"{tier.name} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
+                raise TierFull(f"{tier} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
 
     async def sweep(self, held: Collection[ObjectKey]) -> tuple[int, list[str]]:
         """Unpin what no window holds: what a gateway left that died in mid-freeze. Call it under the exclusive lock."""
-        swept = 0
-        warnings: list[str] = []
-        for tier in self.tiers:
-            try:
-                swept += await tier.sweep(held)
-            except TierUnavailable as error:
-                warnings.append(str(error))
-        return swept, warnings
+        swept, warnings = await self.each(lambda tier: tier.sweep(held))
+        return sum(swept.values()), warnings

@@ -15,7 +15,7 @@ It costs what a thaw without KV would: the whole window is computed once.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -24,7 +24,7 @@ from gateway.dialects.base import usage_of
 from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, under
-from gateway.kv.tiers.base import Tier, TierUnavailable
+from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
 from gateway.windows.catalog import served_model
@@ -82,11 +82,10 @@ async def replay(
     services: Services,
     window: Window,
     manifest: Manifest,
-    tiers: Sequence[Tier],
-    warnings: list[str],
+    tiers: Collection[str],
     progress: Progress,
-) -> tuple[Replay, ...]:
-    """Go on from the window without its KV, and on that of each of `tiers`. What cannot be compared is a warning.
+) -> tuple[tuple[Replay, ...], list[str]]:
+    """Continue the window without its KV, and on that of each of `tiers`; warn of what cannot be compared.
 
     Raises `model_mismatch`, `cache_unavailable`, `engine_unreachable`, `engine_timeout`.
     """
@@ -94,25 +93,23 @@ async def replay(
     ids = manifest.token_ids[: model.context_limit - TOKENS] if model.context_limit else manifest.token_ids
     chunks = min(window.chunk_count, len(ids) // window.chunk_size) if window.chunk_size else 0
     if not chunks:
-        warnings.append("the window holds no KV: there is nothing to go on from")
-        return ()
+        return (), ["the window holds no KV: there is nothing to continue from"]
     if services.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to load the KV", hint="set cache_url")
     engine = services.engines.for_lineage(window.lineage)
+    steps = iter(range(1, len(tiers) + 1))
     progress("compute", 0, len(tiers) + 1)
     whole = chunks * window.chunk_size
     expected = await _computed(engine, model, ids, whole)
-    replays: list[Replay] = []
-    for number, tier in enumerate(tiers, 1):
-        progress(f"replay {tier.name}", number, len(tiers) + 1)
+
+    async def compare(tier: Tier) -> Replay:
+        progress(f"replay {tier.name}", next(steps), len(tiers) + 1)
         leading = [o for o in manifest.objects if o.tier == tier.name][: chunks * window.world_size]
-        try:
-            seen = await _restored(services, engine, model, window, tier, leading, ids)
-        except TierUnavailable as error:
-            warnings.append(str(error))
-            continue
-        replays.append(compare_continuations(tier.name, expected, seen, min(whole, len(ids) - 1)))
-    return tuple(replays)
+        seen = await _restored(services, engine, model, window, tier, leading, ids)
+        return compare_continuations(tier.name, expected, seen, min(whole, len(ids) - 1))
+
+    replays, warnings = await services.pins.each(compare, only=tiers)
+    return tuple(replays.values()), warnings
 
 
 async def _computed(engine: EngineClient, model: Model, ids: Sequence[int], whole: int) -> Continuation:

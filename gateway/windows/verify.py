@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
+from gateway.kv.tiers.base import Restored, Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.windows.catalog import get_window, pinned_keys
@@ -82,41 +82,30 @@ async def verify(
     clock = time.monotonic()
     window = await get_window(services, tenant, name)
     manifest = await services.store.manifest(window)
-    states: States = {}
-    warnings: list[str] = []
-    for one in dict.fromkeys(o.tier for o in manifest.objects):
-        mine = [o for o in manifest.objects if o.tier == one]
-        try:
-            states[one] = await _states(_tier(services, one), mine, progress)
-        except TierUnavailable as error:
-            warnings.append(str(error))
+    used = dict.fromkeys(o.tier for o in manifest.objects)
+    states, warnings = await services.pins.each(
+        lambda tier: _states(tier, [o for o in manifest.objects if o.tier == tier.name], progress), only=used
+    )
+    configured = {tier.name for tier in services.pins.tiers}
+    unknown = [tier for tier in used if tier not in configured]
+    warnings += [f"{tier} tier: the window has objects there, but it is not configured" for tier in unknown]
     present, _ = await services.pins.present([o.key for o in manifest.objects])
-    held = [_tier(services, tier) for tier in states]
-    replays = await replay(services, window, manifest, held, warnings, progress) if deep else None
-    has_text = await _has_text(
-        services, window, warnings
-    )  # raises if it was deleted: then what is missing is no damage
-    verdict = _verdict(window, manifest, states, present, warnings, clock)
-    same = all(one.equal for one in replays or ()) and len(replays or ()) == (len(held) if deep else 0)
-    return replace(verdict, ok=verdict.ok and same and has_text, deep=replays)
+    replays, not_compared = await replay(services, window, manifest, states, progress) if deep else (None, [])
+    lost_text = await _lost_text(services, window)  # raises if it was deleted: then what is missing is no damage
+    verdict = _verdict(window, manifest, states, present, [*warnings, *not_compared, *lost_text], clock)
+    same = replays is None or (len(replays) == len(states) and all(one.equal for one in replays))
+    return replace(verdict, ok=verdict.ok and same and not lost_text, deep=replays)
 
 
-async def _has_text(services: Services, window: Window, warnings: list[str]) -> bool:
+async def _lost_text(services: Services, window: Window) -> list[str]:
+    """A warning if the text is gone."""
     try:
         await services.store.text(window)
     except GatewayError as error:
         if error.code != "window_corrupted":
             raise
-        warnings.append(f"{error.message}; {error.hint}")
-        return False
-    return True
-
-
-def _tier(services: Services, name: str) -> Tier:
-    tier = next((t for t in services.pins.tiers if t.name == name), None)
-    if tier is None:
-        raise TierUnavailable(f"{name} tier: the window has objects there, but it is not configured")
-    return tier
+        return [f"{error.message}; {error.hint}"]
+    return []
 
 
 async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progress) -> dict[str, Restored]:
@@ -130,7 +119,7 @@ async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progres
 
 
 def _verdict(
-    window: Window, manifest: Manifest, states: States, present: Mapping[str, set[str]], warnings: list[str],
+    window: Window, manifest: Manifest, states: States, present: Mapping[str, set[str]], warnings: Sequence[str],
     clock: float,
 ) -> Verdict:  # fmt: skip
     tiers = {
@@ -139,7 +128,7 @@ def _verdict(
     }
     damaged = tuple(_damage(window, manifest, states))
     if window.kv != "complete":
-        warnings.append(f"the window was frozen with {window.chunk_count} of {whole_chunks(window)} chunks")
+        warnings = [*warnings, f"the window was frozen with {window.chunk_count} of {whole_chunks(window)} chunks"]
     return Verdict(
         window_name=window.name,
         ok=not damaged and all(tier.checked for tier in tiers.values()),

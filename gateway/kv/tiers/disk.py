@@ -79,7 +79,7 @@ class DiskTier:
 
     async def read(self, item: PinnedObject) -> bytes | None:
         """See `Tier.read`."""
-        return await self._run(lambda: _read(self._pin_path(ObjectKey.parse(item.pin_key)), item))
+        return await self._run(lambda: _read(self._paths(item)[1], item))
 
     async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
         """See `Tier.put`."""
@@ -137,6 +137,11 @@ class DiskTier:
     def _pin_path(self, key: ObjectKey) -> Path:
         return self._pins / key.file_name
 
+    def _paths(self, item: PinnedObject) -> tuple[Path, Path]:
+        """Where LMCache has an object, and where its pin is."""
+        live, pin = file_names((item.key, item.pin_key))
+        return self._kv / live, self._pins / pin
+
     def _pin(self, key: ObjectKey, known: PinnedObject | None) -> PinnedObject | None:
         live, pin = self._live(key), self._pin_path(key)
         if known is not None and _matches(pin, known):
@@ -155,7 +160,7 @@ class DiskTier:
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
 
     def _restore(self, item: PinnedObject) -> Restored:
-        live, pin = self._live(ObjectKey.parse(item.key)), self._pin_path(ObjectKey.parse(item.pin_key))
+        live, pin = self._paths(item)
         pin_good = _matches(pin, item)
         live_good = pin_good if _same_file(pin, live) else _matches(live, item)
         if pin_good and live_good:
@@ -172,8 +177,9 @@ class DiskTier:
         return Restored.CORRUPT if found else Restored.MISSING
 
     def _lend(self, item: PinnedObject) -> None:
+        live, pin = self._paths(item)
         with suppress(FileNotFoundError):  # the pin is gone: there is nothing to be found
-            self._link_over(self._pin_path(ObjectKey.parse(item.pin_key)), self._live(ObjectKey.parse(item.key)))
+            self._link_over(pin, live)
 
     def _link_over(self, source: Path, target: Path) -> None:
         """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
@@ -196,7 +202,7 @@ class DiskTier:
         return PinnedObject(str(key), self.name, len(value), blake3(value).digest())
 
     def _verify(self, item: PinnedObject) -> Restored:
-        pin = self._pin_path(ObjectKey.parse(item.pin_key))
+        _, pin = self._paths(item)
         if not pin.exists():
             return Restored.MISSING
         return Restored.INTACT if _matches(pin, item) else Restored.CORRUPT

@@ -9,7 +9,7 @@ import orjson
 from blake3 import blake3
 
 from gateway.errors import GatewayError
-from gateway.kv.tiers.base import Tier, TierUnavailable
+from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.windows.archive import file_format
 from gateway.windows.archive.file_format import CHECKSUM, END, MANIFEST, TEXTS
@@ -63,15 +63,13 @@ def pack(ids: Sequence[int]) -> bytes:
 async def _sources(services: Services, window: Window, manifest: Manifest) -> list[Source]:
     """Where each object can be read, in chunk order."""
     good: dict[str, Source] = {}
-    unreachable: list[str] = []
-    for tier in services.pins.tiers:
+
+    async def add_good(tier: Tier) -> None:
         mine = [o for o in manifest.objects if o.tier == tier.name and o.key not in good]
-        try:
-            states = await tier.verify(mine)
-        except TierUnavailable as error:
-            unreachable.append(str(error))
-            continue
-        good |= {o.key: (tier, o) for o, state in zip(mine, states, strict=True) if state.usable}
+        states = await tier.verify(mine)
+        good.update({o.key: (tier, o) for o, state in zip(mine, states, strict=True) if state.usable})
+
+    _, unreachable = await services.pins.each(add_good)
     names = list(dict.fromkeys(o.key for o in manifest.objects))
     lost = [name for name in names if name not in good]
     hint = "export it without its KV: as_text=true, or --as-text"

@@ -17,7 +17,7 @@ from uuid import uuid4
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
-from gateway.kv.tiers.base import Tier, TierFull, TierUnavailable
+from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress, silent
 from gateway.store.types import Text
@@ -74,7 +74,8 @@ async def import_window(
             engine = services.engines.for_lineage(window.lineage)
             ids = await next_turn_ids(engine, here.model.id, text.frame, list(text.messages))
             text, window = replace(text, ids=ids), replace(window, token_count=len(ids))
-        return await _keep(services, window, record, contents, text, spool, warnings, clock, progress), warnings
+        window, more = await _keep(services, window, record, contents, text, spool, clock, progress)
+        return window, warnings + more
 
 
 async def _refuse_taken(services: Services, tenant: str, name: str) -> None:
@@ -180,11 +181,11 @@ def _window(services: Services, tenant: str, name: str, record: Record, here: _H
 
 async def _keep(
     services: Services, window: Window, record: Record, contents: Contents, text: FiledText, spool: Spool,
-    warnings: list[str], clock: float, progress: Progress,
-) -> Window:  # fmt: skip
+    clock: float, progress: Progress,
+) -> tuple[Window, list[str]]:  # fmt: skip
     # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
     async with all_or_nothing(services), services.pins.lock.acquire(alone=services.salts.per_tenant):
-        objects = await _pin(services, window, contents, text.ids, spool, warnings, progress)
+        objects, warnings = await _pin(services, window, contents, text.ids, spool, progress)
         done = with_receipt(window, window.chunk_count, objects, clock, _origin(record))
         progress("commit", 0, 0)
         await check_budget(services, window.tenant, objects)
@@ -192,33 +193,28 @@ async def _keep(
         committed = await services.store.add_window(done, manifest, Text(text.messages, text.frame))
         if committed is None:
             raise taken(window.name)
-        warnings += (await services.pins.restore(objects))[1]
-        return committed
+        _, more = await services.pins.restore(objects)
+        return committed, warnings + more
 
 
 async def _pin(
-    services: Services, window: Window, contents: Contents, ids: Sequence[int], spool: Spool, warnings: list[str],
+    services: Services, window: Window, contents: Contents, ids: Sequence[int], spool: Spool,
     progress: Progress,
-) -> tuple[PinnedObject, ...]:  # fmt: skip
+) -> tuple[tuple[PinnedObject, ...], list[str]]:  # fmt: skip
     """Pin every object in each tier that can be reached. Raises TierFull, `cache_unavailable` where none can."""
     if not window.chunk_count:
-        return ()
+        return (), []
     whole = ids[: window.chunk_count * window.chunk_size]
     keys = await asyncio.to_thread(
         object_keys, window.model_root, whole, window.chunk_size, window.world_size, window.salt
     )
     known = {(o.tier, o.key): o for o in await services.store.objects(keys)}
-    pinned: dict[str, list[PinnedObject]] = {}
-    for tier in services.pins.tiers:
-        try:
-            pinned[tier.name] = await _pin_in(tier, keys, contents, known, spool, progress)
-        except TierFull:
-            raise
-        except TierUnavailable as error:
-            warnings.append(str(error))
+    pinned, warnings = await services.pins.each(
+        lambda tier: _pin_in(tier, keys, contents, known, spool, progress), raise_full=True
+    )
     if not pinned:
         raise GatewayError("cache_unavailable", warnings[-1], hint="try again, or import it as text: as_text=true")
-    return tuple(have[index] for index in range(len(keys)) for have in pinned.values())
+    return tuple(have[index] for index in range(len(keys)) for have in pinned.values()), warnings
 
 
 async def _pin_in(

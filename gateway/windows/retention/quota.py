@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.base import Tier, TierUnavailable
+from gateway.kv.tiers.base import Tier
 from gateway.store.types import SaltUse
 from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
@@ -21,18 +21,18 @@ _AT_ONCE = 1000  # objects removed while freezes wait
 
 async def keep_budgets(services: Services) -> None:
     """Bring every tier within its budget, as far as sessions that are idle have something to give."""
-    budgets = {"disk": services.settings.disk_budget_bytes, "redis": services.settings.redis_budget_bytes}
-    for tier in services.pins.tiers:
-        try:
-            free = await tier.free()
-            lacking = 0 if free is None else max(0, services.settings.disk_reserve_bytes - free)
-            if budgets.get(tier.name, 0) or lacking:
-                await _keep(services, tier, budgets.get(tier.name, 0), lacking)
-        except TierUnavailable as error:
-            log.warning("could not look at a budget: %s", error)
+    _, warnings = await services.pins.each(lambda tier: _keep(services, tier))
+    for warning in warnings:
+        log.warning("could not check a budget: %s", warning)
 
 
-async def _keep(services: Services, tier: Tier, budget: int, lacking: int) -> None:
+async def _keep(services: Services, tier: Tier) -> None:
+    settings = services.settings
+    budget = {"disk": settings.disk_budget_bytes, "redis": settings.redis_budget_bytes}.get(tier.name, 0)
+    free = await tier.free()
+    lacking = 0 if free is None else max(0, settings.disk_reserve_bytes - free)
+    if not (budget or lacking):
+        return
     stored = await tier.inventory()
     held = sum(one.size for one in stored)
     budget = min(budget or held, max(0, held - lacking))

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from gateway.kv.tiers.base import Stored, TierUnavailable
+from gateway.kv.tiers.base import Stored
 from gateway.windows.context import Services
 
 
@@ -53,16 +53,8 @@ class _Known:
 async def usage(services: Services) -> tuple[list[TierUse], list[str]]:
     """Look at each tier; return what it holds, and a warning for each that cannot be reached."""
     known = await _known(services)
-    tiers: list[TierUse] = []
-    warnings: list[str] = []
-    for tier in services.pins.tiers:
-        try:
-            found = await tier.inventory()
-        except TierUnavailable as error:
-            warnings.append(str(error))
-            continue
-        tiers.append(await asyncio.to_thread(_use, tier.name, found, known))
-    return tiers, warnings
+    stored, warnings = await services.pins.each(lambda tier: tier.inventory())
+    return [await asyncio.to_thread(_use, tier, objects, known) for tier, objects in stored.items()], warnings
 
 
 async def _known(services: Services) -> _Known:

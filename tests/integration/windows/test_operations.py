@@ -94,7 +94,7 @@ def test_a_window_without_kv_has_nothing_that_could_be_damaged(gateway: Gateway,
 def test_without_kv_there_is_nothing_to_go_on_from(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     verdict = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": True}).json()
     assert (verdict["ok"], verdict["deep"]) == (True, [])
-    assert any("nothing to go on from" in warning for warning in verdict["warnings"])
+    assert any("nothing to continue from" in warning for warning in verdict["warnings"])
     assert gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": False}).json()["deep"] is None
     assert engine.seen("/v1/completions") == []
 
