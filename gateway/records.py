@@ -83,7 +83,7 @@ class Session:
     prompt_tokens: int = 0  # of its last turn
     engine: str = ""  # that served its last turn
     normalised: str = ""  # rules of gateway.dialects.prompt_filters that took something out, separated by spaces
-    successor: str | None = None  # the session that its conversation goes on in, since its context was full
+    successor: str | None = None  # the session that continues its conversation, since its context was full
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """What a request lacks of the conversation that it goes on with: it is put before the client's own messages.
+    """What a request lacks of the conversation that it continues: it is put in front of the client's messages.
 
     `system` takes the place of the client's leading system messages, None leaves those; `history` follows them;
     `frame` has the template's fields that the client left out. `origin` says whether the history ends with the window,
@@ -185,7 +185,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """An answer that a client can ask for again, and go on from (Responses API).
+    """An answer that a client can retrieve and continue (Responses API).
 
     `transcript` is the conversation up to this answer and with it, None where it cannot be gone on from; `instructed`:
     its first message is the request's own instructions. `asked` is the request's input, as a list in the store.

@@ -37,9 +37,9 @@ INHERITED_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a request says of stored answers: which one it goes on from, whether its own is kept, and with what.
+    """What a request says of stored answers: which one it continues, whether its own is kept, and with what.
 
-    `conversation`: it goes on from all that its session holds.
+    `conversation`: it continues everything that its session holds.
     """
 
     previous: str | None
@@ -55,7 +55,7 @@ class Call:
 
     `raw` is the body as it came, b"" where something in it has been changed since. `messages` and `frame` are what
     the client sent, in the words of the chat dialect whatever its own: the one form of a transcript, so that any
-    dialect can go on with what another began. `POST /v1/chat/completions/render` takes them, and renders them to the
+    dialect can continue what another began. `POST /v1/chat/completions/render` takes them, and renders them to the
     tokens of the request itself. No messages: not a turn that can be recorded; the engine will say why.
     """
 
@@ -106,16 +106,16 @@ class Dialect(Protocol):
     """As metrics have it."""
 
     last_event: tuple[bytes, ...]
-    """What the last event of a stream begins with: whoever has read it has read the reply."""
+    """The beginning of a stream's last event: a client that has read it has read the reply."""
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """Take a request apart; `body` is `raw` parsed, and the caller's to give away."""
         ...
 
     def write(self, call: Call, salt: str) -> bytes:
-        """Return the body for the engine: the client's, with `call.front`, the salt, and with usage asked for.
+        """Return the body for the engine: the client's, with `call.front`, the salt, and with usage requested.
 
-        Raises `invalid_request` where the front cannot be said in this dialect.
+        Raises `invalid_request` where the front cannot be expressed in this dialect.
         """
         ...
 
@@ -143,7 +143,7 @@ def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
 
 
 def _count(value: object) -> int | None:
-    """A number of tokens, None for whatever else an engine may send."""
+    """A number of tokens; None for anything else an engine may send."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
@@ -194,7 +194,7 @@ def write_json(body: Mapping[str, Any]) -> bytes:
 def with_fields(raw: bytes, body: Mapping[str, Any], added: Mapping[str, Any]) -> bytes:
     """Write a body with `added`, which it does not have yet, leaving every byte of `raw` as the client wrote it.
 
-    Numbers beyond 64 bits and the spelling of floats survive, and half a megabyte of history is not written anew.
+    Numbers beyond 64 bits and the spelling of floats survive, and half a megabyte of history is not serialised again.
     Without `raw` the parsed `body` is written.
     """
     if not raw:

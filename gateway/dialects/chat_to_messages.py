@@ -13,7 +13,7 @@ from gateway.errors import GatewayError
 from gateway.records import Front, Message
 from policies.shown import shown
 
-# Besides these, what a message holds either never reaches a prompt, or cannot be said.
+# Besides these, what a message holds either never reaches a prompt, or cannot be expressed.
 _SAID = {
     "system": frozenset({"role", "content"}),
     "user": frozenset({"role", "content"}),
@@ -110,7 +110,7 @@ def _tool(message: Message, said: list[dict[str, Any]]) -> None:
 
 
 def _refer(results: list[dict[str, Any]], call_id: str, content: list[Any]) -> None:
-    """Name tools in the result before, which is of the same call if the Messages API said it in the first place."""
+    """Name tools in the result before, which belongs to the same call if it came through the Messages API."""
     named = [{"type": "tool_reference", "tool_name": part.get("name")} for part in content if isinstance(part, dict)]
     before = results[-1] if results else {}
     if before.get("tool_use_id") != call_id or not isinstance(before.get("content"), str):
@@ -174,7 +174,7 @@ def _tool_use(call: Any) -> dict[str, Any]:
 
 
 def _input(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as an object; what is none, the engine takes for an empty one in either API."""
+    """The arguments as an object; the engine takes anything else for an empty one in either API."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:

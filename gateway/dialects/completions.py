@@ -64,7 +64,7 @@ def _conversation(body: dict[str, Any]) -> list[Message]:
         return []
     if isinstance(prompt, str):
         return [{"role": text_transcripts.TEXT, "content": prompt}]
-    # The engine refuses a list that goes on otherwise than it begins. The text of an echo would hold the prompt's.
+    # The engine refuses a list of mixed types. The text of an echo would hold the prompt's.
     is_row = isinstance(prompt[0], int) and not _echoes(body)
     return [{"role": text_transcripts.TOKENS, "content": prompt}] if is_row else []
 

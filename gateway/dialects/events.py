@@ -24,7 +24,7 @@ def _objects(events: list[bytes]) -> list[dict[str, Any] | None]:
 
 
 def json_object(data: bytes) -> dict[str, Any] | None:
-    """Read a JSON object, None for whatever else it is."""
+    """Read a JSON object; None for any other value."""
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:

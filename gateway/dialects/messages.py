@@ -11,7 +11,7 @@ from gateway.dialects.events import json_object, objects
 from gateway.errors import GatewayError
 from gateway.records import Usage
 
-# What Anthropic calls the errors of a status; 400 and whatever else is below 500 is the request's fault.
+# What Anthropic calls the errors of a status; 400 and everything else below 500 is the request's fault.
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -157,7 +157,7 @@ class _Assembled:
             self.error = "the stream holds a delta that belongs to no block"
 
     def content(self) -> list[dict[str, Any]] | None:
-        """The blocks in their order; None where the input of a tool is none."""
+        """The blocks in their order; None where a tool's input is not an object."""
         for index, block in self._blocks.items():
             text, kind = "".join(self._texts[index]), block.get("type")
             if kind in ("text", "thinking"):

@@ -26,7 +26,7 @@ _ID = rf"(?:{_UUID}|[0-9a-f]{{16,64}}|(?:req|trace)[_-][0-9a-z]{{8,64}})"
 _ID_NAME = r"(?:x-)?(?:request|trace|correlation)[ _-]?id"
 _STAMP = r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d| ?UTC)?"
 _STAMP_NAME = r"(?:request[ _-]?)?timestamp"
-# Possessive, so that a prompt of ten million blanks costs no more than a look at the first of them.
+# Possessive, so that a prompt of ten million blanks costs no more than checking the first of them.
 _BEGIN = r"\s{0,64}+"
 _BLANK = r"[ \t]{0,64}+"
 _NEXT_LINE = rf"\r?\n(?:{_BLANK}\r?\n)*+"  # empty lines go with the line before them
@@ -77,7 +77,7 @@ def apply(messages: list[Message], rules: Rules) -> tuple[list[Message], Applied
 def in_body(body: dict[str, Any], path: bytes, rules: Rules) -> tuple[dict[str, Any], Applied]:
     """Apply `rules` to the front of a request in its own dialect; `path` is that of the engine, `/v1/...`.
 
-    The same body where nothing was found, else a new one: what was sent is then to be written anew (`Call.raw` is b"").
+    The same body where nothing was found, else a new one, which has to be serialised again (`Call.raw` is b"").
     A path that has no system prompt of its own is left alone.
     """
     front = _FRONTS.get(path)

@@ -40,7 +40,7 @@ class _Unsayable(Exception):
 
 
 def read(items: Iterable[object]) -> list[Message] | None:
-    """Return the messages that items are to the model; None where one of them cannot be said in chat words."""
+    """Return items as the model sees them, as chat messages; None where one cannot be expressed as such."""
     messages: list[Message] = []
     try:
         for item in items:
@@ -162,8 +162,8 @@ def write(messages: Sequence[Message]) -> list[Item]:
 def _refused(number: int) -> GatewayError:
     return GatewayError(
         "invalid_request",
-        f"message {number} of the conversation cannot be said in the Responses API",
-        hint="go on with it at /v1/chat/completions",
+        f"message {number} of the conversation cannot be expressed in the Responses API",
+        hint="continue it at /v1/chat/completions",
     )
 
 

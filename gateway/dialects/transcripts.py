@@ -1,4 +1,4 @@
-"""Whether a request goes on from a transcript, and what the engine then gets to see.
+"""Whether a request continues a transcript, and what the engine is sent in that case.
 
 Clients do not send back exactly what they received: fields that are null or empty come and go, a text may be a string
 or a list of one text part, reasoning is usually dropped, or put in front of the text. `same` looks through that; what
@@ -80,7 +80,7 @@ def same(a: Message, b: Message) -> bool:
 
 
 def telling(reply: Message) -> bool:
-    """Whether a reply is long enough to be hardly said by chance in another conversation; calls have random ids."""
+    """Whether a reply is unlikely to occur in another conversation: it is long, or calls tools (ids are random)."""
     said = canonical(reply)  # the same however the client sends it back
     content = said.get("content")
     return "tool_calls" in said or (isinstance(content, str) and len(content) >= _TELLING)
@@ -166,7 +166,7 @@ def _taken_up(window: list[Message], current: list[Message], sent: Sequence[Mess
     again = common(since, sent)
     said = _first_reply(sent)
     if again and (said is not None or _questions(since) == 1):
-        # The client keeps what was said since the window, or asks the first question anew.
+        # The client keeps what was said since the window, or asks the first question again.
         return window, again == len(sent)
     if said is None:
         return current, again > 0

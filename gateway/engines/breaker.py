@@ -9,7 +9,7 @@ class CircuitBreaker:
     """Counts failures in a row. After `LIMIT` it opens for a time that doubles, up to a bound, with each vain trial.
 
     When the rest is over one request is let through, and another for each second that goes by without an answer: a
-    trial whose client leaves must not keep the door shut.
+    trial whose client leaves must not keep the circuit open.
     """
 
     def __init__(self) -> None:

@@ -60,7 +60,7 @@ class EngineClient(ABC):
     async def ask(
         self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
     ) -> httpx.Response:
-        """Return the answer, whatever its status; `quick` is for what costs an engine nothing, however busy it is.
+        """Return the answer, whatever its status; `quick` is for requests that cost even a busy engine nothing.
 
         Raises `engine_unreachable`, `engine_timeout`.
         """
@@ -90,7 +90,7 @@ class EngineClient(ABC):
         body = {**frame, "model": model, "messages": list(messages), "add_generation_prompt": False}
         response = await self._render(body)
         if response.status_code == 400 and (hoisted := transcripts.hoisted(messages)):
-            # The template wants its system message first: what was said in Messages was rendered like this as well.
+            # The template wants its system message first: the Messages API was rendered like this as well.
             response = await self._render({**body, "messages": hoisted})
         answer = _checked(response)
         return list(answer["token_ids"] if "token_ids" in answer else answer["tokens"])
@@ -336,7 +336,7 @@ class HttpEngineClient(EngineClient):
     def _on_left_done(self, task: asyncio.Task[httpx.Response]) -> None:
         self._left.discard(task)
         if not task.cancelled():
-            task.exception()  # asked for, or asyncio logs that nobody did
+            task.exception()  # retrieved, or asyncio logs that it never was
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:

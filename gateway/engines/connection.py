@@ -20,8 +20,8 @@ _HIGH_WATER = 256 * 1024
 _LOW_WATER = 64 * 1024
 # Bytes of an answer that are not of its body: its head, a line between two chunks, trailers. vLLM's head has 200.
 _MOST_UNFRAMED = 256 * 1024
-# A read of so many bytes has filled the buffer (256,000 in uvloop), and libuv would go on with up to 31 more reads of
-# this connection before it lets another one have its turn.
+# A read of so many bytes has filled the buffer (256,000 in uvloop), and libuv would continue with up to 31 more reads
+# of this connection before it serves another one.
 _LARGE_READ = 128 * 1024
 # What vLLM may stream before it has computed anything: keep-alive comments, and the first two events of a response.
 _PREAMBLE = (b":", b"event: response.created", b"event: response.in_progress")
@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        # Nobody has asked for more: it is not the answer to whatever is asked next.
+        # Nothing was requested: these bytes must not become the answer to the next request.
         if self._idle_since or self._complete or self._error is not None:
             self.abort()
             return
@@ -236,7 +236,7 @@ class Connection(asyncio.Protocol):
     # What the parser calls.
 
     def on_message_begin(self) -> None:
-        self._surplus = self._complete  # an answer that nobody asked for: none of it is ours, and neither is the next
+        self._surplus = self._complete  # an unrequested answer: the connection cannot be trusted any more
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._surplus or self._head_done:  # a trailer is dropped (RFC 9110, 6.5.1)

@@ -69,7 +69,7 @@ class Upstream:
     ) -> Connection:
         """Send a request and wait for the head of the answer.
 
-        The caller reads the body from the connection returned and must `release` it whatever happens. A kept connection
+        The caller reads the body from the connection returned and must `release` it in any case. A kept connection
         that the engine closed before answering a byte is replaced once by a new one. Raises UpstreamError.
 
         If the exchange is cancelled, or released before its end, the engine's work is aborted: at once, or with

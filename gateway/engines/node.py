@@ -26,7 +26,7 @@ _SLOW_S = 1.0
 
 
 class EngineNode:
-    """One engine. Its health is looked at all the time; a request that it does not answer hastens the next look.
+    """One engine. Its health is probed periodically; a request that it does not answer brings the next probe forward.
 
     Two things take it out: `LIMIT` failed looks in a row eject it, until the first good one; `LIMIT` requests in a row
     that it left without an answer make it rest (`CircuitBreaker`), even where its health looks good. A look that
@@ -55,7 +55,7 @@ class EngineNode:
 
     @property
     def up(self) -> bool:
-        """Whether it was well when it was last looked at, or only just stopped being so."""
+        """Whether it was healthy when last probed, or has only just stopped being so."""
         return self._seen and self._failed_looks < LIMIT
 
     @property

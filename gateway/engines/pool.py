@@ -178,7 +178,7 @@ class EnginePool(EngineClient):
 
 
 class AffinityClient(EngineClient):
-    """The engines, as asked for a lineage."""
+    """An `EngineClient` that prefers the engine of one lineage."""
 
     def __init__(self, engines: EnginePool, lineage: str, prefer: str) -> None:
         self._engines = engines

@@ -1,4 +1,4 @@
-"""How the log is written: whatever an event brings from outside stays on its line, and does nothing to a terminal."""
+"""Log formatting: text from outside stays on its line and cannot control a terminal."""
 
 import logging
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""Work that is too long for the event loop: in one thread beside it, so that streams go on meanwhile.
+"""Work that would hold up the event loop, done in one thread so that streams continue meanwhile.
 
 One thread, not many: whatever runs in it takes turns with the event loop for Python's global lock, and what waits for
 it holds no memory yet.
@@ -15,7 +15,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 HEAVY_BYTES = 512 * 1024
-"""From here on a body is parsed, hashed and written beside the loop: some 5 ms, where handing over costs 0.1 ms."""
+"""From this size on, a body is parsed, hashed and written in the thread: some 5 ms, where handing over costs 0.1 ms."""
 HEAVY_MESSAGES = 1000
 
 

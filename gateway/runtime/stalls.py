@@ -55,7 +55,7 @@ class Stalls:
         return sum(stall.ended - max(stall.began, since) for stall in known if stall.ended > since)
 
     def _current(self) -> list[_Stall]:
-        now = time.monotonic()  # the timer may be late and not have fired yet: whoever asks may have come first
+        now = time.monotonic()  # the timer may be late and not have fired yet
         return [_Stall(self._due, now)] if now - self._due > _NOTABLE_S else []
 
     def _arm(self) -> None:

@@ -80,7 +80,7 @@ def refuse_complex(value: Any, most: int = MAX_VALUES) -> None:
 
 
 def parse_text(text: str) -> Any:
-    """Parse JSON that was a string in other JSON. Raises ValueError for what is none, is large, or nests too deep.
+    """Parse JSON that was a string in other JSON. Raises ValueError where it is invalid, too large or nested too deep.
 
     Whoever asks has to be content with the text as it is.
     """
