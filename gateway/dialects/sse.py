@@ -57,8 +57,9 @@ def _is_regular(whole: bytes, begin: bytes, *, lines: int) -> bool:
 class UsageFilter:
     """Takes the final usage event out of a stream for a client that did not ask for it, and leaves no trace of it.
 
-    A chunk that ends with an event and holds no mark (all but two of a stream) is passed on as it is; only an event that
-    the network cut is held back until its end is there. An event of more than `MOST_HELD` bytes is passed on unexamined.
+    A chunk that ends with an event and holds no mark (all but two of a stream) is passed on as it is; only an event
+    that the network cut is held back until its end is there. An event of more than `MOST_HELD` bytes is passed on
+    unexamined.
 
     OpenAI's API marks the usage event with an empty `choices` list, which no event of a reply has. Inside a JSON string
     the quotes would be escaped, so a model that talks about `"choices":[]` does not trigger it. vLLM stamps its

@@ -39,7 +39,7 @@ def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
     if had != has:
         raise GatewayError(
             "invalid_request",
-            f"the session continues {NAMES.get(had, 'a chat')}, which {NAMES.get(has, 'a chat')} cannot follow",
+            f"the session continues from {NAMES.get(had, 'a chat')}, which {NAMES.get(has, 'a chat')} cannot follow",
             hint=f"{_HOW[had]}, or use another session",
         )
     start = window[0]["content"]
