@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from gateway.errors import GatewayError
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 SessionState = Literal["active", "frozen", "thawed", "expired"]
 # complete: every whole chunk is pinned · partial: only the first ones · absent: none, thaw recomputes everything

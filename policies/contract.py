@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from policies.shown import shown
+_LONGEST_TEXT = 100  # characters of a wrong value that an error repeats
 
 Event = Literal["turn", "sweep", "shutdown"]
 
@@ -53,15 +53,26 @@ class Policy(Protocol):
         ...
 
 
+def abbreviated(value: object) -> str:
+    """What an error says of a wrong value: a text or a number itself, anything larger by its type.
+
+    Values come from a request; to write out all of a large or deeply nested one would take minutes, or fail.
+    """
+    if isinstance(value, str):
+        return repr(value[:_LONGEST_TEXT])
+    plain = value is None or isinstance(value, bool | int | float) or value in ([], {})
+    return f"{value!r:.{_LONGEST_TEXT}}" if plain else f"a value of type {type(value).__name__}"
+
+
 def check_number(name: str, value: object, *, most: float, whole: bool = False) -> None:
     """Raise ValueError unless a policy's parameter is a number, more than 0 and at most `most`."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not 0 < value <= most:
         kind = "whole number" if whole else "number"
-        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:g}, not {shown(value)}")
+        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:g}, not {abbreviated(value)}")
 
 
 def check_policies(value: object) -> None:
     """Raise ValueError unless a combination's parameter is a list of policies."""
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"policies must be a list of at least one policy, not {shown(value)}")
+        raise ValueError(f"policies must be a list of at least one policy, not {abbreviated(value)}")

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from policies.contract import Policy
-from policies.shown import shown
+from policies.contract import Policy, abbreviated
 
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
@@ -38,7 +37,7 @@ def build(spec: object, strangers: Collection[str] = (), field: str = "policy", 
     NAME is a built-in's, or one of `strangers`, "package.module:Class". A list under `policies` is made first.
     """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
-        raise PolicyError(field, f'must be an object with "use": the name of a policy, not {shown(spec)}')
+        raise PolicyError(field, f'must be an object with "use": the name of a policy, not {abbreviated(spec)}')
     if depth > _DEEPEST:
         raise PolicyError(field, f"combinations may lie {_DEEPEST} deep, no deeper")
     parameters = {name: value for name, value in spec.items() if name != "use"}
@@ -54,10 +53,10 @@ def _found(name: str, strangers: Collection[str], field: str) -> Any:
     if name not in BUILT_IN and name not in strangers:
         near = difflib.get_close_matches(name, [*BUILT_IN, *strangers], n=1) if len(name) <= _LONGEST_NAME else []
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join([*BUILT_IN, *strangers])}"
-        raise PolicyError(field, f"unknown policy {shown(name)}: {hint}")
+        raise PolicyError(field, f"unknown policy {abbreviated(name)}: {hint}")
     module, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not (module and colon and attribute):
-        raise PolicyError(field, f'{shown(name)} must be "package.module:Class"')
+        raise PolicyError(field, f'{abbreviated(name)} must be "package.module:Class"')
     try:
         loaded = importlib.import_module(module)
     except (Exception, SystemExit) as error:

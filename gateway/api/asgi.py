@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway.api.connection import ClientConnection, client_of
 from gateway.errors import GatewayError
 from gateway.validation import json_limits
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 from gateway.errors import GatewayError
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 TENANT = "default"
 KEY_HEADERS = (b"authorization", b"x-api-key")

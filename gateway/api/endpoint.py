@@ -20,9 +20,9 @@ from gateway.api.operation import JSON, NDJSON, Operation
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent
+from gateway.validation.shown import shown
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.context import Services
-from policies.shown import shown
 
 log = logging.getLogger(__name__)
 

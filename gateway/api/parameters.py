@@ -9,7 +9,7 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME, check_session_id, check_window_name
 from gateway.validation.fields import Field, reads
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 _MOST_SECONDS = 1e10
 _LONGEST_NAME = 100  # of a parameter that somebody has misspelt: to compare costs its length squared

@@ -11,7 +11,7 @@ from typing import Any
 from gateway.dialects.messages_to_chat import BILLING, converted, tool_changes
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 # Besides these, what a message holds either never reaches a prompt, or cannot be expressed.
 _SAID = {

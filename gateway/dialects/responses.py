@@ -16,7 +16,7 @@ from gateway.dialects.events import json_object
 from gateway.dialects.openai import error_body, sentence
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 _FRAME_FIELDS = ("parallel_tool_calls", "chat_template_kwargs", "mm_processor_kwargs")
 # A prompt that is not made of instructions and input.

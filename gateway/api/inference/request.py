@@ -16,7 +16,7 @@ from gateway.dialects.transcripts import SystemRule
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.offload import HEAVY_BYTES
-from policies.shown import shown
+from gateway.validation.shown import shown
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"

@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+from gateway.validation.shown import shown
 from policies.contract import Freeze, Observation, Policy
-from policies.shown import shown
 
 log = logging.getLogger(__name__)
 

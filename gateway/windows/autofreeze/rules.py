@@ -12,10 +12,10 @@ from gateway.errors import GatewayError
 from gateway.records import MAX_DESCRIPTION, MAX_NAME, WINDOW_NAME
 from gateway.settings import Settings, SettingsError
 from gateway.validation.fields import Field, or_null, reads
+from gateway.validation.shown import shown
 from policies.contract import Policy
 from policies.idle_timeout import MOST_MINUTES
 from policies.loader import PolicyError, build
-from policies.shown import shown
 from policies.token_threshold import MOST_TOKENS
 
 _DAY = 86400.0

@@ -10,7 +10,6 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.validation import json_limits
 from gateway.validation.json_limits import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_VALUES
-from policies.shown import shown
 
 
 def nested(depth: int, inner: Any = 1) -> Any:
@@ -102,17 +101,3 @@ def test_json_in_a_string_is_looked_into_within_the_same_bounds() -> None:
     for text in ("{", "[" * 200 + "]" * 200, "[" + "1," * 5_000_000 + "1]"):
         with pytest.raises(ValueError, match=r"."):
             json_limits.parse_text(text)
-
-
-@pytest.mark.parametrize(
-    "value", [nested(5000), {str(i): i for i in range(100_000)}, ["x" * 10**6] * 1000, "x" * 10**7, 10**3000, "\x1b]0;"]
-)
-def test_any_value_can_be_shown(value: Any) -> None:
-    text = shown(value)
-    assert len(text) <= 100
-    assert text.isprintable()
-
-
-def test_an_ordinary_value_is_shown_as_it_is() -> None:
-    for value in ("x", 1, None, True, [1, "a"], {"a": 1}, 1.5):
-        assert shown(value) == repr(value)
