@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -33,6 +34,9 @@ def pytest_configure() -> None:
     """Let engines leave half of the cores to the tests: threads that wait for each other share a core badly."""
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // 2, 1))
     _raise_open_files()
+    # Neither says anything about what is tested, only about the machine.
+    settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any-machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

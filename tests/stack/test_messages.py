@@ -174,7 +174,7 @@ def vllm() -> Any:
 
 
 def test_whatever_is_said_is_recorded_as_vllm_converts_it(vllm: Any) -> None:
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     @given(MESSAGES)
     def holds(messages: list[dict[str, Any]]) -> None:
         body = {"model": "demo", "max_tokens": 1, "messages": messages}

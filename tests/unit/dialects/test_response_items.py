@@ -4,7 +4,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.dialects import response_items, transcripts
@@ -134,7 +134,6 @@ REPLIES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(PLAIN | RESULTS, min_size=1, max_size=3), REPLIES), max_size=4))
 def test_messages_said_as_items_read_back_as_the_same(exchanges: Any) -> None:
     conversation = [message for before, reply in exchanges for message in (*before, reply)]

@@ -66,7 +66,7 @@ def render(tokenizer: Any, messages: list[Message], **more: Any) -> list[int]:
     return list(rendered["input_ids"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(conversations, st.sampled_from([None, [TOOL]]))
 def test_a_shorter_conversation_is_a_prefix_of_the_longer_one_in_tokens(
     tokenizer: Any, messages: list[Message], offered: list[Any] | None
@@ -77,7 +77,7 @@ def test_a_shorter_conversation_is_a_prefix_of_the_longer_one_in_tokens(
         assert whole[: len(part)] == part
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(conversations, replies | callers)
 def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(tokenizer: Any, messages: list[Message], reply: Message) -> None:
     prompt = render(tokenizer, messages, add_generation_prompt=True)
@@ -85,7 +85,7 @@ def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(tokenizer: Any, messages:
     assert following[: len(prompt)] == prompt
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(conversations, texts, texts.filter(bool), st.sampled_from(["thinking", "enable_thinking"]))
 def test_what_was_thought_is_sent_back_as_the_tokens_that_were_said(
     tokenizer: Any, messages: list[Message], content: str, thought: str, asked: str
@@ -119,7 +119,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts)
 def test_every_text_survives_its_tokens(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
