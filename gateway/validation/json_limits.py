@@ -13,7 +13,10 @@ import orjson
 from gateway.errors import GatewayError
 
 MAX_DEPTH = 100
-"""Levels of arrays and objects; what people send has fewer than 20. Writing fails at 254, `repr` at about 1,000."""
+"""Levels of arrays and objects; what people send has fewer than 20. Writing fails at 254, `repr` at about 1,000.
+
+Of an imported file, too: what is deeper could not be written into every answer.
+"""
 
 MAX_VALUES = 1_100_000
 """Members of arrays and objects, all together: a prompt of a million token ids; ordinary chat has 10,000 in a MB."""
@@ -36,39 +39,57 @@ _STEP = 1024 * 1024  # bytes counted at a time, so that other threads get their 
 _BACKSLASH = ord("\\")
 _BACKSLASHES = re.compile(rb"\\*")
 _PLAIN = bytes(set(range(256)) - set(b'"[{,:'))  # what counts nothing
-_HINT = "send less at once; max_json_values sets the limit"
+
+
+class TooDeep(ValueError):
+    """JSON that is nested deeper than may be."""
+
+
+class TooMany(ValueError):
+    """JSON with more values in it than may be."""
 
 
 def parse(text: bytes, most: int = MAX_VALUES) -> Any:
-    """Parse JSON within the bounds. Raises `too_complex`, and orjson.JSONDecodeError for what is no JSON."""
+    """Parse a request's JSON within the bounds. Raises `too_complex`, and orjson.JSONDecodeError for other text."""
+    try:
+        return parse_bounded(text, most)
+    except TooDeep as error:
+        raise GatewayError("too_complex", f"the JSON is too complex: {error}", hint="nest it less") from error
+    except TooMany as error:
+        hint = "send less at once; max_json_values sets the limit"
+        raise GatewayError("too_complex", f"the JSON is too complex: {error}", hint=hint) from error
+
+
+def parse_bounded(text: bytes, most: int = MAX_VALUES) -> Any:
+    """Parse JSON within the bounds. Raises TooDeep, TooMany, and orjson.JSONDecodeError for what is no JSON."""
     if len(text) > COUNTED_BYTES:
-        refuse_many(text, most)
+        check_text(text, most)
     value = orjson.loads(text)
     # A value takes two bytes or more, a level one bracket: what most turns are needs no closer look.
     if len(text) > min(_SHORT_BYTES, 2 * most) or text.count(b"{") + text.count(b"[") > MAX_DEPTH:
-        refuse_complex(value, most)
+        check_value(value, most)
     return value
 
 
-def refuse_many(text: bytes, most: int = MAX_VALUES) -> None:
-    """Raise `too_complex` for JSON text that holds more than `most` values. Takes 2 ms per MB, 10 where it is close."""
+def check_text(text: bytes, most: int = MAX_VALUES) -> None:
+    """Raise TooMany for JSON text that holds more than `most` values. Takes 2 ms per MB, 10 where it is close."""
     at_most = _marks(text)
     if at_most > max(MAX_QUOTED, most):
         raise _too_many(at_most, max(MAX_QUOTED, most), "commas and brackets, those in strings included")
     if at_most > min(most, MAX_CONTAINERS, MAX_NAMES):
-        _refuse(*_outside_strings(text, most), most)
+        _check_counts(*_outside_strings(text, most), most)
 
 
-def refuse_complex(value: Any, most: int = MAX_VALUES) -> None:
-    """Raise `too_complex` for a parsed value that is too large or too deep."""
+def check_value(value: Any, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> None:
+    """Raise TooMany, TooDeep for a parsed value that is too large, or has more than `depth` levels."""
     level, values, containers, names = [value] if type(value) in (dict, list) else [], 0, 0, 0
-    for _ in range(MAX_DEPTH):
+    for _ in range(depth):
         if not level:
             return
         values += sum(map(len, level))
         containers += len(level)
         names += sum(len(each) for each in level if type(each) is dict)
-        _refuse(values, containers, names, most)
+        _check_counts(values, containers, names, most)
         level = [
             inner
             for outer in level
@@ -76,7 +97,7 @@ def refuse_complex(value: Any, most: int = MAX_VALUES) -> None:
             if type(inner) is dict or type(inner) is list
         ]
     if level:
-        raise GatewayError("too_complex", f"the JSON nests more than {MAX_DEPTH} levels deep", hint="nest it less")
+        raise TooDeep(f"it nests more than {depth} levels deep")
 
 
 def parse_text(text: str) -> Any:
@@ -85,12 +106,9 @@ def parse_text(text: str) -> Any:
     Whoever asks has to be content with the text as it is.
     """
     if len(text) > _LOOKED_INTO and text.count(",") + text.count("[") + text.count("{") > MAX_CONTAINERS:
-        raise ValueError("it holds too many values")
+        raise TooMany("it holds too many values")
     value = orjson.loads(text)
-    try:
-        refuse_complex(value)
-    except GatewayError as error:
-        raise ValueError(error.message) from error
+    check_value(value)
     return value
 
 
@@ -101,8 +119,8 @@ def _marks(text: bytes) -> int:
     )
 
 
-def _refuse(values: int, containers: int, names: int, most: int) -> None:
-    """Raise `too_complex` where there are more of these than may be."""
+def _check_counts(values: int, containers: int, names: int, most: int) -> None:
+    """Raise TooMany where there are more of these than may be."""
     if values > most:
         raise _too_many(values, most, "values")
     if containers > MAX_CONTAINERS:
@@ -137,5 +155,5 @@ def _cut(text: bytes, end: int) -> int:
     return min(end, len(text))
 
 
-def _too_many(count: int, most: int, what: str) -> GatewayError:
-    return GatewayError("too_complex", f"the body holds {count} {what} or more; at most {most} are taken", hint=_HINT)
+def _too_many(count: int, most: int, what: str) -> TooMany:
+    return TooMany(f"it holds {count} {what} or more; at most {most} are taken")

@@ -1,4 +1,4 @@
-"""Where the parts of a JSON text begin and end, found without parsing it.
+"""Where the parts of a JSON text begin and end, found without parsing it: for texts too large to be parsed whole.
 
 A parser makes an object of every node, tens of times the size of the text, and holds the interpreter until it is done.
 So whoever gets a large text from outside takes it apart here first, part by part, and refuses what has too many nodes.
@@ -8,6 +8,8 @@ Nothing is validated but the brackets and quotes between parts: each part still 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from gateway.validation.json_limits import TooDeep, TooMany
 
 _PIECE = 2**20  # scanned in one call into C, which no other thread can interrupt
 _MARK = re.compile(rb'["\[\]{},]')
@@ -19,14 +21,6 @@ _OPENING = frozenset(b"[{")
 
 class BadJson(ValueError):
     """The text is no JSON array or object."""
-
-
-class TooDeep(ValueError):
-    """The text is nested deeper than may be."""
-
-
-class TooMany(ValueError):
-    """The text has more nodes than may be."""
 
 
 @dataclass(slots=True)
@@ -70,13 +64,6 @@ def members(data: memoryview, budget: Budget) -> Iterator[tuple[bytes, memoryvie
         yield bytes(part[begin + 1 : end - 1]), part[colon + 1 :]
 
 
-def check(data: memoryview, budget: Budget) -> None:
-    """Count a whole text against `budget`. Raises TooDeep, TooMany, and BadJson where a string does not end."""
-    at = 0
-    while at < len(data):
-        at = _value_end(data, at, budget, outside=0) + 1
-
-
 def _parts(data: memoryview, brackets: bytes, budget: Budget) -> Iterator[memoryview]:
     at = _skip_blank(data, 0)
     if at == len(data) or data[at] != brackets[0]:
@@ -101,10 +88,10 @@ def _parts(data: memoryview, brackets: bytes, budget: Budget) -> Iterator[memory
         raise BadJson("something comes after its end")
 
 
-def _value_end(data: memoryview, at: int, budget: Budget, outside: int = 1) -> int:
+def _value_end(data: memoryview, at: int, budget: Budget) -> int:
     """Where the comma or closing bracket stands that ends the value beginning at `at`; the length where none does.
 
-    The value is nested in `outside` others.
+    The value is nested in another one.
     """
     depth = 0
     while at < len(data):
@@ -117,7 +104,7 @@ def _value_end(data: memoryview, at: int, budget: Budget, outside: int = 1) -> i
             at = _string_end(data, at)
         elif sign in _OPENING:
             depth += 1
-            budget.open(depth + outside)
+            budget.open(depth + 1)
         elif depth == 0:
             return mark.start()
         elif sign == _COMMA:

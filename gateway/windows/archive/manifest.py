@@ -22,7 +22,8 @@ from gateway.records import (
     WINDOW_NAME,
 )
 from gateway.validation import json_scan
-from gateway.validation.json_scan import BadJson, Budget, TooDeep, TooMany
+from gateway.validation.json_limits import MAX_DEPTH, TooDeep, TooMany, check_value
+from gateway.validation.json_scan import BadJson, Budget
 from gateway.windows.archive.file_format import BLOCK, END, MANIFEST, TEXTS, corrupted, padded, too_complex, too_large
 
 FORMAT = "cwg-window"
@@ -34,7 +35,6 @@ MAX_OBJECT = 2**30  # one KV object; Redis takes no more than half of it
 MAX_RECEIPT = 2**16  # it is read with every list of windows
 _MAX_RECORD = 4 * MAX_RECEIPT
 _RECEIPT_DEPTH = 20
-MAX_DEPTH = 100  # of anything that is kept as JSON: what is deeper cannot be written into every answer
 _MAX_MEMBERS = 2**18
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LARGEST = (MAX_TRANSCRIPT, MAX_FRAME, 4 * MAX_TOKENS)
@@ -204,12 +204,12 @@ def _receipt(value: object) -> bool:
     """A receipt as a gateway writes one. What an earlier import noted in it is not kept, so it does not count."""
     if not isinstance(value, dict):
         return False
-    own = orjson.dumps({name: part for name, part in value.items() if name != "imported"})
+    own = {name: part for name, part in value.items() if name != "imported"}
     try:
-        json_scan.check(memoryview(own), Budget(_RECEIPT_DEPTH, MAX_RECEIPT, MAX_RECEIPT))
-    except TooDeep:
+        check_value(own, depth=_RECEIPT_DEPTH)
+    except (TooDeep, TooMany):
         return False
-    return len(own) <= MAX_RECEIPT
+    return len(orjson.dumps(own)) <= MAX_RECEIPT
 
 
 _FITS: Mapping[str, Any] = {

@@ -16,14 +16,15 @@ import orjson
 from gateway.dialects import text_transcripts
 from gateway.dialects.base import RENDER_FIELDS
 from gateway.records import Message
-from gateway.validation import json_scan
-from gateway.validation.json_scan import BadJson, Budget, TooDeep, TooMany
+from gateway.validation import json_limits, json_scan
+from gateway.validation.json_limits import MAX_DEPTH, TooDeep, TooMany
+from gateway.validation.json_scan import BadJson, Budget
 from gateway.windows.archive.file_format import TEXTS, Reader, corrupted, too_complex, too_large
-from gateway.windows.archive.manifest import MAX_DEPTH, Member
+from gateway.windows.archive.manifest import Member
 
 _MAX_MESSAGES = 100_000
 _MAX_MESSAGE = 32 * 2**20  # bytes: the parser holds the interpreter for a tenth of a second
-# Of a transcript, or of a frame. Containers cost the parser most; a row of token ids is nearly all commas.
+# Of a transcript. Containers cost the parser most; a row of token ids is nearly all commas.
 _MAX_CONTAINERS = 200_000
 _MAX_COMMAS = 2**20
 
@@ -106,8 +107,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _frame(data: memoryview) -> dict[str, Any]:
-    json_scan.check(data, Budget(MAX_DEPTH, _MAX_CONTAINERS, _MAX_COMMAS))
-    value = orjson.loads(data)
+    value = json_limits.parse_bounded(bytes(data))
     strange = next((name for name in value if name not in RENDER_FIELDS), None) if isinstance(value, dict) else "?"
     if strange is not None:
         raise corrupted(f"{TEXTS[1]} has {strange!r:.80}, which is no field that a prompt is rendered from")

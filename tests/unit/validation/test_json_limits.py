@@ -9,7 +9,7 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.validation import json_limits
-from gateway.validation.json_limits import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_VALUES
+from gateway.validation.json_limits import COUNTED_BYTES, MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_VALUES, TooMany
 
 
 def nested(depth: int, inner: Any = 1) -> Any:
@@ -53,8 +53,8 @@ def test_what_nests_deeper_is_refused(depth: int) -> None:
     ids=["objects", "arrays", "numbers", "names", "names of many objects", "in a string"],
 )
 def test_what_holds_too_much_is_refused_before_it_is_parsed(text: bytes, what: str) -> None:
-    with pytest.raises(GatewayError, match=what):
-        json_limits.refuse_many(text)
+    with pytest.raises(TooMany, match=what):
+        json_limits.check_text(text)
 
 
 def test_a_short_text_is_counted_when_it_is_parsed() -> None:
@@ -62,8 +62,8 @@ def test_a_short_text_is_counted_when_it_is_parsed() -> None:
     assert len(text) < COUNTED_BYTES
     assert "arrays and objects" in refusal(text)
     names = b"{" + b",".join(b'"%d":1' % i for i in range(MAX_NAMES + 1)) + b"}"
-    with pytest.raises(GatewayError, match="members of objects"):
-        json_limits.refuse_complex(orjson.loads(names))
+    with pytest.raises(TooMany, match="members of objects"):
+        json_limits.check_value(orjson.loads(names))
     assert json_limits.parse(b"[" + b"1," * 100 + b"1]", most=101)
     with pytest.raises(GatewayError, match="at most 100"):
         json_limits.parse(b"[" + b"1," * 100 + b"1]", most=100)
