@@ -1,0 +1,49 @@
+"""Automatic freezing."""
+
+from pydantic import Field
+
+from gateway.api.admin.models.base import Answer, Json, Number, Warnings
+from gateway.api.admin.models.sessions import Estimates
+
+
+class Rules(Answer):
+    enabled: bool
+    idle_timeout_minutes: Number | None
+    token_threshold: int | None
+    context_share: Number | None
+    at_shutdown: bool
+    policies: list[Json]
+    naming_pattern: str
+    cooldown_seconds: Number
+    keep: int
+    ttl_seconds: Number | None
+
+
+class Policies(Rules):
+    set_at_run_time: list[str] = Field(description="rules that were set here; the others are the settings'")
+    available: list[str] = Field(description="what `policies` may use")
+
+
+class PoliciesSet(Policies):
+    warnings: Warnings
+
+
+class Opinion(Answer):
+    policy: str
+    reason: str | None
+    error: str | None
+
+
+class PolicyCheck(Answer):
+    session_id: str
+    triggered: bool
+    reason: str | None
+    held_back: str | None
+    window_name: str
+    token_count: int
+    covered_tokens: int
+    context_limit: int | None
+    threshold_percent: Number | None
+    idle_seconds: Number
+    estimates: Estimates | None
+    policies: list[Opinion] = Field(description="what each says")

@@ -1,0 +1,121 @@
+"""The cache, health and metrics."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gateway.api.admin.models.base import Answer, Number, Warnings, absent
+from gateway.api.selftest import Status
+
+
+class LMCacheStatus(Answer):
+    status: Literal["healthy", "unhealthy", "unreachable", "not configured"]
+    chunk_size: int = absent()
+    hash_algorithm: str = absent()
+    adapters: list[str] = absent()
+
+
+class Share(Answer):
+    objects: int
+    bytes: int
+
+
+class CacheTier(Share):
+    pinned: Share
+    windows: Share
+    sessions: Share
+    forgotten: Share
+    unknown: Share
+
+
+class Cache(Answer):
+    windows: int
+    prompt_tokens: int
+    cached_tokens: int
+    hit_rate: Annotated[Number | None, Field(description="of all prompts since the gateway started")]
+    chunk_size: int | None
+    lmcache: LMCacheStatus
+    tiers: dict[str, CacheTier]
+    warnings: Warnings
+
+
+Wellness = Literal["healthy", "degraded", "unhealthy"]
+
+
+class Engine(Answer):
+    url: str
+    state: str
+    failures: int
+    last_error: str | None
+    models: list[str]
+
+
+class Component(Answer):
+    status: Wellness
+    message: str
+    latency_ms: Number
+    engines: list[Engine] = absent()
+    models_differ: dict[str, dict[str, str]] = absent()
+
+
+class Components(Answer):
+    engine: Component = absent()
+    cache: Component = absent()
+    tiers: Component = absent()
+    store: Component = absent()
+    isolation: Component = absent()
+
+
+class Health(Answer):
+    status: Wellness
+    version: str
+    pid: int
+    uptime_seconds: Number
+    components: Components
+
+
+class Check(Answer):
+    name: str
+    status: Status
+    message: str
+    remedy: str
+
+
+class Doctor(Answer):
+    ok: bool
+    checks: list[Check]
+
+
+class Metric(Answer):
+    name: str
+    type: str
+    help: str
+    labels: dict[str, str]
+    value: Number
+
+
+class JsonMetrics(Answer):
+    format: Literal["json"]
+    metrics: list[Metric]
+
+
+class PrometheusMetrics(Answer):
+    format: Literal["prometheus"]
+    content: str
+
+
+Metrics = Annotated[JsonMetrics | PrometheusMetrics, Field(discriminator="format")]
+
+
+class Alive(Answer):
+    status: Literal["ok"]
+
+
+class Ready(Answer):
+    status: Literal["ready"]
+
+
+class NotReady(Answer):
+    status: Literal["not ready"]
+    waiting_for: str
+    reason: str
