@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.api import parameters
+from gateway.api.admin import models
+from gateway.api.mcp import answers
 from gateway.api.mcp import parameters as params
-from gateway.api.mcp import response_schemas as answers
 from gateway.api.mcp.parameters import AdminRequest, Json, Param
 from gateway.api.mcp.tool import About, Tool
 from gateway.errors import GatewayError
@@ -120,7 +121,7 @@ TOOLS = (
             "reset": params.flag("back to the settings that the gateway was started with"),
             **{name: Param(param.schema, param.check, also=param.also, shown=False) for name, param in _RULES.items()},
         },
-        answers.POLICY,
+        (answers.PolicyConfig,),
         shape=answers.policy,
         asks=_asks,
     ),
@@ -138,6 +139,7 @@ TOOLS = (
             "session_id": params.session(required=True),
             "token_count": Param({}, params.whole(0, MOST_TOKENS)().check, wire="", shown=False),
         },
-        answers.CHECKED,
+        (models.PolicyCheck,),
+        brief=("estimates",),
     ),
 )

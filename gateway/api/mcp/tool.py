@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
 
+from pydantic import BaseModel
+
+from gateway.api.mcp import answers
 from gateway.api.mcp import parameters as params
 from gateway.api.mcp.parameters import AdminRequest, Json, Param
 from gateway.errors import GatewayError
@@ -30,7 +33,8 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool: which admin routes it stands for (the one whose placeholders are given), and what it answers.
+    """A tool: which admin routes it stands for (the one whose placeholders are given), and what it answers: one of
+    `kinds`, of which a client is told without what is in the fields `brief`.
 
     `asks` makes the request where the placeholders do not say which route it is.
     """
@@ -39,7 +43,8 @@ class Tool:
     routes: tuple[str, ...]
     about: About
     params: Mapping[str, Param]
-    answer: Json
+    kinds: tuple[type[BaseModel], ...]
+    brief: tuple[str, ...] = ()
     shape: Callable[[Json], Json] = lambda answer: answer
     defaults: Mapping[str, Any] = field(default_factory=dict)
     destroys: bool = False
@@ -54,6 +59,11 @@ class Tool:
     def input_schema(self) -> Json:
         """What a client may send, as JSON schema. The words of the replaced system are taken too, and not shown."""
         return params.schema_of(self.params)
+
+    @property
+    def answer(self) -> Json:
+        """What it answers where nothing goes wrong, as JSON schema."""
+        return answers.schema_of(self.kinds, self.brief)
 
     @property
     def output_schema(self) -> Json:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from gateway.api.admin import models
 from gateway.api.health import COMPONENTS
+from gateway.api.mcp import answers
 from gateway.api.mcp import autofreeze_tools as autofreeze
 from gateway.api.mcp import parameters as params
-from gateway.api.mcp import response_schemas as answers
 from gateway.api.mcp import window_tools as windows
 from gateway.api.mcp.parameters import AdminRequest
 from gateway.api.mcp.tool import About, Resource, Tool
@@ -34,7 +35,7 @@ _SESSIONS = (
             "limit": params.limit("how many to answer with"),
             "offset": params.offset("how many to leave out first"),
         },
-        answers.SESSIONS,
+        (models.Sessions,),
     ),
     Tool(
         "session_delete",
@@ -46,7 +47,7 @@ _SESSIONS = (
             "`deleted`, and `space_freed_bytes` as really freed",
         ),
         {"session_id": params.session(required=True)},
-        answers.SESSION_DELETED,
+        (models.SessionDeleted,),
         destroys=True,
     ),
 )
@@ -63,7 +64,8 @@ _SEEING = (
             "the engine did not have to compute since the gateway started; null before the first",
         ),
         {},
-        answers.CACHE,
+        (answers.CacheStats,),
+        brief=("tiers",),
         shape=answers.cache_stats,
     ),
     Tool(
@@ -76,7 +78,7 @@ _SEEING = (
             "`status`, and `components`, each with its status and, where it is not well, a message",
         ),
         {"component": params.one_of(*COMPONENTS, kv_store="cache", vllm="engine", registry="store")("only this one")},
-        answers.HEALTH,
+        (models.Health,),
     ),
     Tool(
         "get_metrics_data",
@@ -88,7 +90,7 @@ _SEEING = (
             "`metrics`, or with `format` `prometheus` the text for Prometheus in `content`",
         ),
         {"format": params.one_of("json", "prometheus")("default json")},
-        answers.METRICS,
+        (models.JsonMetrics, models.PrometheusMetrics),
     ),
 )
 

@@ -1,7 +1,8 @@
 """The tools of MCP that make, use and change windows: a table over the admin API, where every rule about a verb is."""
 
+from gateway.api.admin import models
+from gateway.api.mcp import answers
 from gateway.api.mcp import parameters as params
-from gateway.api.mcp import response_schemas as answers
 from gateway.api.mcp.tool import About, Tool
 from gateway.store.types import SORT_KEYS
 from gateway.windows import ask, fanout, tree
@@ -27,7 +28,7 @@ _MAKING = (
             "tags": params.tags(),
             "ttl_seconds": params.seconds("seconds it is kept for; for ever if not given"),
         },
-        answers.FROZEN,
+        (models.Frozen,),
     ),
     Tool(
         "window_thaw",
@@ -53,7 +54,7 @@ _MAKING = (
                 also=("warm",),
             ),
         },
-        answers.THAWED,
+        (models.Thawed,),
         defaults={"warm_cache": "gpu"},
     ),
     Tool(
@@ -71,7 +72,7 @@ _MAKING = (
             "question": params.said(ask.MAX_QUESTION)("what to ask; the window knows nothing later", required=True),
             "max_tokens": params.whole(1, ask.MAX_TOKENS)(f"most tokens of answer; default {ask.USUAL_TOKENS}"),
         },
-        answers.ANSWERED,
+        (models.Answered,),
     ),
     Tool(
         "window_clone",
@@ -89,7 +90,7 @@ _MAKING = (
             "tags": params.tags("tags of the clone; those of the source if not given"),
             "isolate": params.flag("under a cache salt of its own; default false"),
         },
-        answers.CLONED,
+        (models.Cloned,),
     ),
     Tool(
         "window_fanout",
@@ -105,7 +106,7 @@ _MAKING = (
             "count": params.whole(1, fanout.MOST)("how many sessions", required=True),
             "prefix": params.session("the sessions are PREFIX-1, PREFIX-2 and so on; made up if not given"),
         },
-        answers.FANNED_OUT,
+        (models.FannedOut,),
     ),
 )
 
@@ -131,7 +132,7 @@ _LOOKING = (
             "limit": params.limit("how many to answer with"),
             "offset": params.offset("how many to leave out first"),
         },
-        answers.WINDOWS,
+        (models.Windows,),
     ),
     Tool(
         "window_status",
@@ -150,7 +151,8 @@ _LOOKING = (
             "include_lineage": params.flag("windows only: its parent, ancestors and clones"),
             "include_cache_stats": params.flag("accepted; a window's cache is always told", wire=""),
         },
-        answers.STATUS,
+        (answers.WindowStatus, answers.SessionStatus),
+        brief=("blocks", "estimates", "kv_cache", "lineage", "timestamps", "turns"),
         shape=answers.typed,
     ),
     Tool(
@@ -163,7 +165,7 @@ _LOOKING = (
             "`nodes`, oldest first, each with its `parent` and the `relation` to it; `truncated` where there are more",
         ),
         {"limit": params.whole(1, tree.MOST)("the newest windows and the last active sessions, of each; default 100")},
-        answers.TREE,
+        (models.Tree,),
         defaults={"limit": 100},
     ),
     Tool(
@@ -180,7 +182,8 @@ _LOOKING = (
             "window_name": params.window(required=True),
             "deep": params.flag("have the engine use the KV of each tier and compare what it says; default false"),
         },
-        answers.VERIFIED,
+        (models.Verified,),
+        brief=("deep", "tiers"),
     ),
     Tool(
         "window_prefetch",
@@ -192,7 +195,7 @@ _LOOKING = (
             "a `receipt`: `partial` where something of it could not be loaded",
         ),
         {"window_name": params.window(required=True)},
-        answers.PREFETCHED,
+        (models.Prefetched,),
     ),
     Tool(
         "window_evict",
@@ -204,7 +207,7 @@ _LOOKING = (
             "`tiers`: how many objects were in each before and after, and how many were `kept` in memory",
         ),
         {"window_name": params.window(required=True)},
-        answers.EVICTED,
+        (models.Evicted,),
     ),
 )
 
@@ -224,7 +227,7 @@ _CHANGING = (
             "tags": params.tags("the new ones, all of them; empty to clear them"),
             "ttl_seconds": params.seconds_or_none("seconds it is kept for from now on; 0: for ever"),
         },
-        answers.DESCRIBED,
+        (models.Window,),
     ),
     Tool(
         "window_delete",
@@ -240,7 +243,7 @@ _CHANGING = (
             "delete_blocks": params.one_of(True)("KV that nobody else holds always goes with it", wire=""),
             "force": params.flag("accepted; nothing asks for confirmation", wire=""),
         },
-        answers.DELETED,
+        (models.WindowDeleted,),
         destroys=True,
     ),
 )
