@@ -54,117 +54,116 @@ class Settings:
     )
     api_key: str = setting(
         "",
-        "one key for every door (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
+        "one key for every API (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
     )
     allowed_origins: tuple[str, ...] = setting(
-        (), "origins, as `https://app.example`, whose pages are not refused; `*`: all. No CORS headers are sent"
+        (), "origins, as `https://app.example`, whose pages may call the gateway; `*`: all. No CORS headers are sent"
     )
     extra_paths: tuple[str, ...] = setting(
-        (), "more of the engine's API that passes through: `POST /v1/x`, `GET /v1/y/*`, `* /v1/z`; else it is closed"
+        (), "additional engine paths to pass through: `POST /v1/x`, `GET /v1/y/*`, `* /v1/z`; others are closed"
     )
     engine_urls: tuple[str, ...] = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
     )
     engine_api_key: str = setting("", "key sent to the engine in place of the client's")
-    engine_check_s: float = setting(5.0, "seconds between two looks at an engine's health")
+    engine_check_s: float = setting(5.0, "seconds between two checks of an engine's health")
     cache_url: str = setting("", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only")
     kv_dir: str = setting("", "directory of LMCache's `fs` tier, as this machine sees it; empty: no disk tier")
     kv_redis_url: str = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
     pins_dir: str = setting("", "where pinned objects are linked; same file system as `kv_dir`; empty: `<kv_dir>-pins`")
     chunk_size: int = setting(0, "tokens per chunk; 0 asks the cache")
-    data_dir: str = setting("data", "where the gateway keeps what is its own")
+    data_dir: str = setting("data", "the gateway's own data directory")
     store_url: str = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
-    secret_file: str = setting("", "secret of the salts, made on first use; empty: `<data_dir>/secret`")
+    secret_file: str = setting("", "secret of the salts, created on first use; empty: `<data_dir>/secret`")
     accept_new_secret: bool = setting(
         False,
-        "start with a secret other than the store's, once: KV that was stored under the old one is not found again",
+        "start with a secret other than the store's, once: KV stored under the old one is not found again",
     )
     isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
     identify: str = setting(
         "prefix",
-        "how a request without an id finds its session: `prefix`: by its conversation; `by_id`: it begins a new one",
+        "how a request without an id is matched: `prefix`: by its conversation; `by_id`: it begins a new session",
     )
-    model_fingerprint: str = setting("", "what tells the served weights apart from others of the same name")
+    model_fingerprint: str = setting("", "distinguishes the served weights from others of the same name")
     normalise: tuple[str, ...] = setting(
-        prompt_filters.RULES, "rules that take volatile lines from the front of the prompt; empty: none"
+        prompt_filters.RULES, "rules that remove volatile lines from the front of the prompt; empty: none"
     )
     tokenizer_file: str = setting(
-        "", "the served model's tokenizer.json; empty: looked for in its directory and in Hugging Face's cache"
+        "", "the served model's tokenizer.json; empty: searched in its directory and in Hugging Face's cache"
     )
-    connect_timeout_s: float = setting(5.0, "seconds to reach the engine, the cache or Redis before giving up")
-    engine_timeout_s: float = setting(600.0, "seconds the engine may stay silent, before its first byte or between two")
+    connect_timeout_s: float = setting(5.0, "seconds to connect to the engine, the cache or Redis")
+    engine_timeout_s: float = setting(600.0, "seconds the engine may be silent, before its first byte or between two")
     abort_grace_s: float = setting(
         10.0,
-        "seconds in which an engine that may die of an abort can begin its reply after the client has left; 0: none",
+        "seconds that an engine which an abort may crash has to begin its reply after a disconnect; 0: none",
     )
     client_timeout_s: float = setting(
-        30.0, "seconds a client may take for its headers, between two parts of a body, and to take some of its answer"
+        30.0, "seconds a client may take for its headers, between two parts of a body, and to read some of its response"
     )
     max_connections: int = setting(
         10_000,
-        "clients at once; for one more an idle connection is closed, else it is refused (503) unless it is a probe "
+        "clients at once; for one more an idle connection is closed, or else it is refused (503) unless it is a probe "
         "(`/healthz`, `/readyz`)",
     )
     max_body_bytes: int = setting(64 * 2**20, "largest request body")
     max_json_values: int = setting(
-        1_100_000, "most members that the arrays and objects of a JSON body may have together"
+        1_100_000, "maximum number of members of all arrays and objects of a JSON body together"
     )
-    max_messages: int = setting(10_000, "most messages, or items of input, that a request may hold")
-    body_timeout_s: float = setting(
-        120.0, "seconds that a whole body may take, and one more for each 64 KiB that have come"
-    )
+    max_messages: int = setting(10_000, "maximum number of messages, or input items, in a request")
+    body_timeout_s: float = setting(120.0, "seconds that a whole body may take, and one more for each 64 KiB received")
     max_import_bytes: int = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
     max_reply_bytes: int = setting(
-        64 * 2**20, "largest reply that is kept for the transcript; a larger one only passes"
+        64 * 2**20, "largest reply that is kept for the transcript; a larger one passes through only"
     )
     turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns are `rate_limited`")
-    turns_kept: int = setting(200, "turns remembered per session; the transcript is kept whole")
-    sessions_kept: int = setting(100_000, "sessions remembered; beyond it those that were idle longest are forgotten")
+    turns_kept: int = setting(200, "turns remembered per session; the transcript is kept complete")
+    sessions_kept: int = setting(100_000, "sessions remembered; beyond that the longest idle ones are deleted")
     expiry_grace_s: float = setting(60.0, "seconds for which the text of an expired window can still be read")
     session_ttl_s: float = setting(
-        0.0, "seconds after which an idle session is `expired`, and the next sweep forgets it with its KV; 0: never"
+        0.0, "seconds after which an idle session is `expired`, and the next sweep deletes it with its KV; 0: never"
     )
     disk_budget_bytes: int = setting(
-        0, "bytes for the disk tier; past it, KV of the sessions that were idle longest goes first; 0: no bound"
+        0, "bytes for the disk tier; past it, KV of the longest idle sessions is deleted first; 0: no limit"
     )
     redis_budget_bytes: int = setting(0, "the same for the Redis tier")
     tenant_budget_bytes: int = setting(
-        0, "bytes that a tenant's windows may hold, all tiers together; a freeze past it is `storage_full`; 0: no bound"
+        0, "bytes that a tenant's windows may hold, all tiers together; a freeze past it is `storage_full`; 0: no limit"
     )
     disk_reserve_bytes: int = setting(
         256 * 2**20,
-        "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`; "
-        "a sweep then takes KV of idle sessions",
+        "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`; a sweep then "
+        "deletes KV of idle sessions",
     )
-    sweep_every_s: float = setting(60.0, "seconds between two looks for what has expired and what nobody needs")
+    sweep_every_s: float = setting(60.0, "seconds between two sweeps for what has expired and what is no longer needed")
     clock_hold_s: float = setting(
         3600.0, "seconds for which nothing expires after the clock has jumped, or after a long time without a gateway"
     )
-    responses_kept: int = setting(10_000, "answers of `/v1/responses` kept for each tenant; the oldest go first")
+    responses_kept: int = setting(
+        10_000, "responses of `/v1/responses` stored for each tenant; the oldest are deleted first"
+    )
     busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
     on_full: str = setting(
-        "error", "when a prompt exceeds the context limit: `error`; `successor`: freeze, and go on in another session"
+        "error",
+        "when a prompt exceeds the context limit: `error`; `successor`: freeze, and continue in another session",
     )
-    freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to land in a tier")
+    freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to appear in a tier")
     thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
-    auto_freeze: bool = setting(True, "whether sessions are frozen by themselves (Automatic windows)")
-    auto_freeze_idle_minutes: float = setting(15.0, "a session without a turn for so long is frozen; 0: never for that")
-    auto_freeze_tokens: int = setting(0, "a session that passes so many tokens is frozen; 0: never for that")
-    auto_freeze_share: float = setting(
-        0.9, "a session that passes this share of the context limit is frozen; 0: never for that"
-    )
-    auto_freeze_at_shutdown: bool = setting(False, "whether what is not frozen is frozen when the gateway ends")
+    auto_freeze: bool = setting(True, "whether sessions are frozen automatically (Automatic windows)")
+    auto_freeze_idle_minutes: float = setting(15.0, "freeze a session without a turn for this long; 0: off")
+    auto_freeze_tokens: int = setting(0, "freeze a session that passes this many tokens; 0: off")
+    auto_freeze_share: float = setting(0.9, "freeze a session that passes this share of the context limit; 0: off")
+    auto_freeze_at_shutdown: bool = setting(False, "whether unfrozen sessions are frozen at shutdown")
     auto_freeze_policies: tuple[str, ...] = setting(
-        (), "policies of your own that may be used, `package.module:Class`; all are, unless set otherwise at run time"
+        (), "custom policies, `package.module:Class`; all are used unless set otherwise at run time"
     )
     auto_freeze_name: str = setting(
-        "auto-{session_id}-{timestamp}", "names of automatic windows; `{turns}` may be in it too"
+        "auto-{session_id}-{timestamp}", "names of automatic windows; may also contain `{turns}`"
     )
     auto_freeze_cooldown_s: float = setting(60.0, "seconds between two automatic freezes of a session")
     auto_freeze_keep: int = setting(3, "automatic windows kept of each session; older ones are deleted")
     auto_freeze_ttl_days: float = setting(30.0, "days until an automatic window expires; 0: never")
-    auto_freeze_every_s: float = setting(5.0, "seconds between two looks at idle sessions")
-    shutdown_freeze_s: float = setting(8.0, "seconds that freezing at the end may take; what is left is not frozen")
+    auto_freeze_every_s: float = setting(5.0, "seconds between two checks for idle sessions")
+    shutdown_freeze_s: float = setting(8.0, "seconds that freezing at shutdown may take; what is left is not frozen")
     log_level: str = setting("info", "`debug`, `info`, `warning` or `error`")
 
     def __post_init__(self) -> None:

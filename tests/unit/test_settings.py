@@ -229,6 +229,6 @@ def test_docs_have_every_setting_as_the_code_has_it() -> None:
     _, rest = (ROOT / "docs/settings.md").read_text().split("<!-- settings -->")
     listed, _ = rest.split("<!-- /settings -->")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in listed.strip().splitlines()]
-    assert rows[0] == ["setting", "default", "what it is"]
+    assert rows[0] == ["setting", "default", "meaning"]
     assert set(rows[1]) == {"---"}
     assert rows[2:] == [[f"`{name}`", f"`{default}`" if default else "", text] for name, default, text in table()]
