@@ -7,7 +7,7 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.records import TAG, Session, check_session_id, check_window_name
-from tests.unit.store.test_store import window
+from tests.support.store_records import window
 
 BAD: list[Any] = [
     "", " ", "a ", " a", "a\n", "\na", "a\r", "a b", "-a", ".a", "_a", "a" * 129, "é", "\u0430", "\uff41",

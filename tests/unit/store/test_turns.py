@@ -1,0 +1,233 @@
+"""What every store promises of turns and transcripts."""
+
+import asyncio
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gateway.records import Alias, Session
+from gateway.sessions import prefix_chain
+from gateway.store.sqlite import SqliteStore
+from gateway.store.store import Store
+from gateway.store.types import TurnRecord
+from tests.support.store_records import ODD, TENANT, Open, finished, messages_of, says
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_first_turn_makes_its_session(store: Store) -> None:
+    assert await store.session(TENANT, "a") is None
+    await store.record([finished("a", says("hi", "hello"), frame={"tools": [1]})])
+    session = await store.session(TENANT, "a")
+    assert session is not None
+    assert session.transcript is not None
+    assert session.frame is not None
+    assert session == Session(
+        TENANT, "a", "a", "demo", "fp", "salt-a", "active", token_count=21, turn_count=1,
+        transcript=session.transcript, frame=session.frame, created_at=100.0, last_active_at=100.5,
+        head=prefix_chain.head(says("hi")), asked=prefix_chain.link(b"", says("hi")[0]), answered=True,
+        prompt_tokens=20, tip=prefix_chain.chain(says("hi", "hello"), b"")[-1],
+    )  # fmt: skip
+    assert await store.messages(session.transcript) == says("hi", "hello")
+    assert await store.frame(session.frame) == {"tools": [1]}
+    (turn,) = await store.turns(TENANT, "a", 10)
+    assert turn == finished("a", says("hi", "hello")).turn
+
+
+async def test_a_turn_is_counted_once_however_turns_are_batched(open_store: Open, tmp_path: Path) -> None:
+    steps = [says("1", "a"), None, says("1", "a", "2", "b"), says("1", "a", "2", "b", "3", "c"), None]
+    turns = [finished("s", messages, at=100.0 + n) for n, messages in enumerate(steps)]
+    seen = []
+    for number, cuts in enumerate([[5], [1, 1, 1, 1, 1], [2, 3], [3, 2]]):
+        async with SqliteStore(tmp_path / f"{number}.db", turns_kept=5) as store:
+            rest = list(turns)
+            for cut in cuts:
+                await store.record(rest[:cut])
+                del rest[:cut]
+            seen.append((await store.session(TENANT, "s"), await store.turns(TENANT, "s", 9)))
+            assert await messages_of(store, "s") == says("1", "a", "2", "b", "3", "c")
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    session, kept = seen[0]
+    assert session is not None
+    assert (session.turn_count, session.token_count, session.last_active_at) == (3, 61, 104.5)
+    assert [turn.started_at for turn in kept] == [104.0, 103.0, 102.0, 101.0, 100.0]
+
+
+async def test_a_batch_of_many_sessions_keeps_them_apart(store: Store) -> None:
+    batch = [finished(f"s{n % 7}", says(*(str(i) for i in range(2 * (n // 7) + 2)))) for n in range(28)]
+    await store.record([*batch, finished("s0", says("other tenant", "x"), tenant="other")])
+    for n in range(7):
+        session = await store.session(TENANT, f"s{n}")
+        assert session is not None
+        assert session.turn_count == 4
+        assert len(await messages_of(store, f"s{n}")) == 8
+    other = await store.session("other", "s0")
+    assert other is not None
+    assert other.turn_count == 1
+
+
+async def test_a_turn_without_a_reply_moves_the_clock_and_leaves_a_question_open(store: Store) -> None:
+    await store.record([finished("s", says("1", "a"))])
+    before = await store.session(TENANT, "s")
+    await store.record([finished("s", None, at=200.0)])
+    after = await store.session(TENANT, "s")
+    assert before is not None
+    assert after == replace(before, last_active_at=200.5, asked=None, answered=False)
+    assert [turn.outcome for turn in await store.turns(TENANT, "s", 9)] == ["client_gone", "completed"]
+
+
+def links(*texts: str) -> list[bytes]:
+    """The chain of a conversation, longest first."""
+    return prefix_chain.chain(says(*texts), b"")[::-1]
+
+
+async def test_the_longest_known_beginning_names_the_sessions_that_have_been_there(store: Store) -> None:
+    await store.record(
+        [finished("further", says("1", "a", "2", "b"), at=1.0), finished("here", says("1", "a"), at=0.0)]
+    )
+    await store.record([finished("further", says("1", "a"), at=3.0)])
+    found, sessions = await store.sessions_by_prefix(TENANT, links("1", "a", "2"))
+    assert found == links("1", "a", "2")[0]
+    assert [session.id for session in sessions] == ["further"]
+    found, sessions = await store.sessions_by_prefix(TENANT, links("1", "a", "x", "y"))
+    assert found == links("1", "a")[0]
+    assert [session.id for session in sessions] == ["further", "here"]
+    assert await store.sessions_by_prefix("other", links("1", "a")) == (None, [])
+    assert await store.sessions_by_prefix(TENANT, links("9")) == (None, [])
+
+
+async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(store: Store) -> None:
+    await store.record([finished("s", says("1", "a"))])
+    long = ("1", "a", *(str(n) for n in range(2000)))
+    found, sessions = await store.sessions_by_prefix(TENANT, links(*long))
+    assert (found, [session.id for session in sessions]) == (links("1", "a")[0], ["s"])
+
+
+async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_gone_on(store: Store) -> None:
+    def named(said: bytes, history: bytes, question: bytes) -> Alias:
+        return Alias(said, history, question, b"after " + history + question)
+
+    def ending(session: str, reply: str, *names: Alias) -> TurnRecord:
+        turn = finished(session, says("1", reply))
+        return replace(turn, trace=replace(turn.trace, ends=names))
+
+    async def known(*names: Alias) -> list[tuple[str, bytes, bool]]:
+        return [
+            (one.session.id, one.alias.marks, one.current) for one in await store.sessions_by_reply_alias(TENANT, names)
+        ]
+
+    one, two = named(b"said", b"h", b"q"), named(b"said", b"h", b"r")
+    await store.record([ending("s", "a", one), ending("t", "a", two), ending("u", "a", named(b"said", b"", b"q"))])
+    assert sorted(await known(one)) == [("s", b"after hq", True), ("t", b"after hr", True), ("u", b"after q", True)]
+    await store.record([ending("s", "b", named(b"said", b"h", b"s"))])
+    assert sorted(await known(two))[:2] == [("s", b"after hq", False), ("s", b"after hs", True)]
+    assert (await known(two))[-1] == ("s", b"after hq", False)  # not its last reply any more
+    await store.record([ending("s", "c", one)])
+    assert ("s", b"after hq", True) in await known(one)  # asked anew: the row is of the last turn that had this reply
+    assert await known(named(b"unsaid", b"h", b"q")) == []
+    assert await store.sessions_by_reply_alias("other", [one]) == []
+    assert await store.delete_session(TENANT, "u")
+    assert "u" not in {session for session, _, _ in await known(one)}
+
+
+async def test_a_short_reply_that_many_gave_is_found_by_what_it_answers(store: Store) -> None:
+    def ending(number: int) -> TurnRecord:
+        turn = finished(f"s{number:03}", says(str(number), "a"))
+        names = tuple(
+            Alias(link, b"h%d" % (number // 40), b"q%d" % number, b"") for link in (b"ok", b"ok of one prompt")
+        )
+        return replace(turn, trace=replace(turn.trace, ends=names))
+
+    async def known(history: bytes, question: bytes) -> set[str]:
+        names = [Alias(link, history, question, b"") for link in (b"ok", b"ok of one prompt")]
+        return {one.session.id for one in await store.sessions_by_reply_alias(TENANT, names)}
+
+    await store.record([ending(number) for number in range(200)])
+    assert "s177" in await known(b"h4", b"q177")
+    assert len({name for name in await known(b"h4", b"") if "s160" <= name < "s200"}) >= 32
+    assert 0 < len(await known(b"", b"")) < 200  # some of them
+
+
+async def test_of_sessions_at_one_reply_those_that_had_a_turn_come_before_those_that_were_thawed(store: Store) -> None:
+    await store.record([finished("original", says("1", "a"))])
+    (tip,) = links("1", "a")[:1]
+    now = time.time()
+    assert await store.add_session(Session(TENANT, "thawed", "s", tip=tip, created_at=now, last_active_at=now))
+    _, sessions = await store.sessions_by_prefix(TENANT, [tip])
+    assert [one.id for one in sessions] == ["original", "thawed"]
+
+
+async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(store: Store, tmp_path: Path) -> None:
+    await store.record([finished(f"s{n}", says("shared", "a", str(n), "b"), at=float(n)) for n in range(60)])
+    assert await store.forget_idle(2) == 58
+    left, total = await store.list_sessions(TENANT, state=None, model=None, limit=9, offset=0)
+    assert (total, [session.id for session in left]) == (2, ["s59", "s58"])
+    assert await messages_of(store, "s59") == says("shared", "a", "59", "b")
+    assert await store.sessions_by_prefix(TENANT, links("shared", "a", "5")) == (None, [])
+    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
+        counts = {
+            table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("links", "contents", "beginnings", "turns")
+        }
+    # Of each conversation that is left: a link for "shared", "a", its own number and its reply; and one frame for all.
+    assert counts == {"links": 6, "contents": 6, "beginnings": 4, "turns": 2}
+    assert await store.forget_idle(2) == 0
+
+
+async def test_a_reply_that_was_asked_anew_leaves_no_link_behind(store: Store, tmp_path: Path) -> None:
+    for reply in ("a", "b", "c"):
+        await store.record([finished("s", says("1", reply))])
+    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
+        assert db.execute("SELECT count(*) FROM links").fetchone() == (2,)
+
+
+async def test_a_session_whose_only_turn_failed_has_no_transcript(store: Store) -> None:
+    await store.record([finished("s", None)])
+    session = await store.session(TENANT, "s")
+    assert session is not None
+    assert (session.transcript, session.turn_count, session.state) == (None, 0, "active")
+
+
+async def test_only_the_last_turns_are_kept(store: Store) -> None:
+    for start in (0, 3, 9):
+        await store.record([finished("s", says("1", "a"), at=float(start + n)) for n in range(6)])
+        await store.record([finished("other", says("1", "a"))])
+    assert [turn.started_at for turn in await store.turns(TENANT, "s", 9)] == [14.0, 13.0, 12.0, 11.0, 10.0]
+    assert len(await store.turns(TENANT, "other", 9)) == 3
+    assert len(await store.turns(TENANT, "s", 2)) == 2
+
+
+async def test_messages_come_back_as_they_went_in(store: Store) -> None:
+    await store.record([finished("s", ODD)])
+    assert await messages_of(store, "s") == ODD
+
+
+async def test_the_same_message_twice_in_a_row_is_there_twice(store: Store) -> None:
+    same = [{"role": "user", "content": "x"}] * 5
+    await store.record([finished("s", same)])
+    assert await messages_of(store, "s") == same
+
+
+async def test_forks_and_edits_have_transcripts_of_their_own(store: Store) -> None:
+    await store.record([finished("a", says("1", "x", "2", "y"))])
+    await store.record([finished("fork", says("1", "x", "other", "z"))])
+    await store.record([finished("edited", says("one", "x", "2", "y"))])
+    await store.record([finished("a", says("1", "x"))])  # the client went back
+    assert await messages_of(store, "a") == says("1", "x")
+    assert await messages_of(store, "fork") == says("1", "x", "other", "z")
+    assert await messages_of(store, "edited") == says("one", "x", "2", "y")
+
+
+async def test_one_turn_that_cannot_be_written_does_not_harm_those_beside_it(store: Store) -> None:
+    bad = [{"role": "user", "content": {1, 2}}]
+    good = [store.record([finished(f"s{n}", says("1", "a"))]) for n in range(10)]
+    results = await asyncio.gather(*good[:5], store.record([finished("bad", bad)]), *good[5:], return_exceptions=True)
+    assert [type(r) for r in results].count(type(None)) == 10
+    assert isinstance(results[5], TypeError)
+    assert await store.session(TENANT, "bad") is None
+    _, total = await store.list_sessions(TENANT, state=None, model=None, limit=1, offset=0)
+    assert total == 10
