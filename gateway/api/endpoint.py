@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api import auth, parameters
+from gateway.api import auth, requests
 from gateway.api.asgi import ClientGone, Headers, bounded_query, not_found, parse_object, read_body, stream_body
 from gateway.api.health import Health
 from gateway.api.operation import JSON, NDJSON, Operation
@@ -42,14 +42,14 @@ class Call:
         self.inference: ASGIApp = request.state.inference
         self.progress: Progress = silent
         self.path: dict[str, str] = request.path_params
-        self.given: dict[str, Any] = {}  # what was sent, as the operation's fields read it
         self._request = request
 
     async def serve(self, operation: Operation) -> Any:
         """Read what the operation takes, and nothing else, and run it."""
-        query = parameters.read(self._query(), operation.query)
-        self.given = query | await self._body(operation) if operation.takes == JSON else query
-        return await operation.verb(self)
+        query = requests.read(operation.query, self._query())
+        body = await self._body(operation) if operation.takes == JSON else None
+        taken = {"query": query} if operation.query.model_fields else {}
+        return await operation.verb(self, **taken, **({"body": body} if operation.body.model_fields else {}))
 
     def _query(self) -> dict[str, Any]:
         """The query, checked no further. A parameter that comes twice is refused; tags are one list."""
@@ -65,7 +65,7 @@ class Call:
             given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
         return given
 
-    async def _body(self, operation: Operation) -> dict[str, Any]:
+    async def _body(self, operation: Operation) -> requests.Body:
         """The JSON body; none is an empty object."""
         limits, request = self.services.settings, self._request
         raw = await read_body(
@@ -76,7 +76,7 @@ class Call:
             body_timeout_s=limits.body_timeout_s,
         )
         given = parse_object(raw, limits.max_json_values) if raw else {}
-        return parameters.read(given, operation.body, operation.required, nulls=operation.nulls)
+        return requests.read(operation.body, given)
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body of a request that is too large to be read whole."""

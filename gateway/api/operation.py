@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from gateway.api import parameters
+from gateway.api import parameters, requests
 from gateway.validation.fields import Field
 
 if TYPE_CHECKING:
-    from gateway.api.endpoint import Call
+    pass
 
 Json = dict[str, Any]
-Verb = Callable[["Call"], Awaitable[Any]]
+Verb = Callable[..., Awaitable[Any]]  # of a Call, and of what is taken
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -35,7 +35,6 @@ _IN_A_PATH = ("not_found", "method_not_allowed")  # a name with a slash in it is
 class Operation:
     """A method of a path. The verb's docstring is its summary; what it returns, an `answer`, is sent under `status`.
 
-    `required` names fields of the body; with `nulls`, a null in the body is a value, and else as good as absent.
     `errors`: the codes that the verb itself raises. `also`: answers under another status. A `probe` asks for no key.
     """
 
@@ -44,10 +43,8 @@ class Operation:
     verb: Verb
     answer: Any
     status: int = 200
-    query: Mapping[str, Field[Any]] = field(default_factory=dict)
-    body: Mapping[str, Field[Any]] = field(default_factory=dict)
-    required: tuple[str, ...] = ()
-    nulls: bool = False
+    query: type[requests.Query] = requests.Query
+    body: type[requests.Body] = requests.Nothing
     errors: tuple[str, ...] = ()
     also: Mapping[int, Any] = field(default_factory=dict)
     takes: str = JSON
@@ -72,15 +69,19 @@ class Operation:
         found = [*_ALWAYS, *(() if self.probe else _GUARDED), *self.errors]
         for known, missing in (PLACEHOLDERS[name] for name in self.placeholders):
             found += [known.code, missing, *_IN_A_PATH]
-        found += [known.code for known in (*self.query.values(), *self.body.values())]
+        found += [*requests.codes(self.query), *requests.codes(self.body)]
         found += ["storage_full"] if self.method != "GET" else []  # each of them writes to the store
         return sorted(set(found))
 
 
 def operation(method: str, path: str, *, answer: Any = None, **options: Any) -> Callable[[Verb], Operation]:
-    """Make an Operation of a function. Its return type is the type of the answer, unless another is given."""
+    """Make an Operation of a function. The type of its argument `query` or `body` is what it takes; its return type is
+    the type of the answer, unless another is given.
+    """
 
     def define(verb: Verb) -> Operation:
-        return Operation(method, path, verb, answer or get_type_hints(verb, include_extras=True)["return"], **options)
+        types = get_type_hints(verb, include_extras=True)
+        takes = {name: types[name] for name in ("query", "body") if name in types}
+        return Operation(method, path, verb, answer or types["return"], **takes, **options)
 
     return define

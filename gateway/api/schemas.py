@@ -9,9 +9,10 @@ from pydantic.json_schema import JsonSchemaMode
 Json = dict[str, Any]
 
 
-def of_types(types: Iterable[Any], ref_template: str = "#/$defs/{model}") -> tuple[list[Json], Json]:
+def of_types(
+    types: Iterable[Any], ref_template: str = "#/$defs/{model}", mode: JsonSchemaMode = "serialization"
+) -> tuple[list[Json], Json]:
     """The schemas of some types, in their order, and the definitions that they refer to."""
-    mode: JsonSchemaMode = "serialization"
     inputs = [(number, mode, TypeAdapter(one)) for number, one in enumerate(types)]
     schemas, shared = TypeAdapter.json_schemas(inputs, ref_template=ref_template)
     return [_untitled(schemas[number, mode]) for number, _, _ in inputs], _untitled(shared.get("$defs", {}))
@@ -23,4 +24,8 @@ def _untitled(schema: Any) -> Any:
         return [_untitled(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
-    return {name: _untitled(inner) for name, inner in schema.items() if name != "title" or not isinstance(inner, str)}
+    return {name: _untitled(inner) for name, inner in schema.items() if not _is_noise(name, inner)}
+
+
+def _is_noise(name: str, value: Any) -> bool:
+    return (name == "title" and isinstance(value, str)) or (name == "default" and value is None)

@@ -4,8 +4,8 @@ import logging
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api import parameters
 from gateway.api.admin import models, serializers
+from gateway.api.admin.models import requests
 from gateway.api.connection import client_of
 from gateway.api.endpoint import Call
 from gateway.api.operation import ENGINE, operation
@@ -18,39 +18,27 @@ log = logging.getLogger(__name__)
 _TAR = "application/x-tar"
 
 
-@operation(
-    "GET",
-    "/admin/windows/{name}/export",
-    query={"as_text": parameters.flag.default(False).about("leave the KV out")},
-    gives=_TAR,
-    errors=("window_corrupted", "cache_unavailable"),
-)
-async def export_window(call: Call) -> ASGIApp:
+@operation("GET", "/admin/windows/{name}/export", gives=_TAR, errors=("window_corrupted", "cache_unavailable"))
+async def export_window(call: Call, query: requests.ExportQuery) -> ASGIApp:
     """Send a window as one file."""
-    q = call.given
-    return _File(await export(call.services, call.tenant, call.window_name, as_text=q["as_text"]))
+    return _File(await export(call.services, call.tenant, call.window_name, as_text=query.as_text))
 
 
 @operation(
     "POST",
     "/admin/windows/import",
     status=201,
-    query={
-        "window_name": parameters.window_name.about("without it, the name that it was exported under"),
-        "as_text": parameters.flag.default(False).about("take text and ids, and leave the KV"),
-    },
     takes=_TAR,
     errors=("window_already_exists", "window_corrupted", "too_complex", "cache_unavailable", *ENGINE),
 )
-async def import_window(call: Call) -> models.Frozen:
+async def import_window(call: Call, query: requests.ImportQuery) -> models.Frozen:
     """Make the window in a file a window of this gateway."""
-    q = call.given
     window, warnings = await bring(
         call.services,
         call.tenant,
         call.stream(),
-        name=q.get("window_name"),
-        as_text=q["as_text"],
+        name=query.window_name,
+        as_text=query.as_text,
         progress=call.progress,
     )
     return models.Frozen(**serializers.window_fields(window), warnings=warnings)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gateway.api import parameters
 from gateway.api.admin import models, serializers
+from gateway.api.admin.models import requests
 from gateway.api.endpoint import Call
 from gateway.api.operation import operation
 from gateway.sessions.resolver import session_not_found
@@ -11,42 +11,30 @@ from gateway.windows.autofreeze import rules
 from policies.loader import BUILT_IN
 
 
-@operation(
-    "GET",
-    "/admin/policies",
-)
+@operation("GET", "/admin/policies")
 async def get_policies(call: Call) -> models.Policies:
     """The rules of automatic freezing."""
     return models.Policies(**await _shown(call))
 
 
-@operation("PUT", "/admin/policies", body=rules.READERS, nulls=True)
-async def put_policies(call: Call) -> models.PoliciesSet:
+@operation("PUT", "/admin/policies")
+async def put_policies(call: Call, body: requests.PolicyChanges) -> models.PoliciesSet:
     """Set the rules that are given, leave the others."""
-    warnings = await call.autofreeze.change(call.given)
+    warnings = await call.autofreeze.change(body.given())
     return models.PoliciesSet(**await _shown(call), warnings=warnings)
 
 
-@operation(
-    "DELETE",
-    "/admin/policies",
-)
+@operation("DELETE", "/admin/policies")
 async def delete_policies(call: Call) -> models.Policies:
     """Forget what was set here: the settings hold again."""
     await call.autofreeze.reset()
     return models.Policies(**await _shown(call))
 
 
-@operation(
-    "POST",
-    "/admin/policies/check",
-    body={"session_id": parameters.session_id},
-    required=("session_id",),
-    errors=("session_not_found",),
-)
-async def check_policies(call: Call) -> models.PolicyCheck:
+@operation("POST", "/admin/policies/check", errors=("session_not_found",))
+async def check_policies(call: Call, body: requests.PolicyCheckRequest) -> models.PolicyCheck:
     """Tell what the policies say of a session now; nothing is frozen."""
-    session_id = call.given["session_id"]
+    session_id = body.session_id
     check = await call.autofreeze.check(call.tenant, session_id)
     if check is None:
         raise session_not_found(session_id)

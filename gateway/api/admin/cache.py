@@ -12,10 +12,7 @@ from gateway.metrics import Metrics, Stored
 from gateway.windows.retention.usage import TierUse, usage
 
 
-@operation(
-    "GET",
-    "/admin/cache",
-)
+@operation("GET", "/admin/cache")
 async def statistics(call: Call) -> models.Cache:
     """Tell what lies in each tier and for whom, and what the cache says of itself."""
     await call.services.recorder.flush()  # who has read a reply, finds its turn counted

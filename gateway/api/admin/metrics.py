@@ -2,8 +2,8 @@
 
 from starlette.responses import Response
 
-from gateway.api import parameters
 from gateway.api.admin import models
+from gateway.api.admin.models import requests
 from gateway.api.endpoint import Call
 from gateway.api.operation import operation
 from gateway.metrics import CONTENT_TYPE, Stored
@@ -16,15 +16,11 @@ async def prometheus(call: Call) -> Response:
     return Response(call.services.metrics.text(await _stored(call.services)), media_type=CONTENT_TYPE)
 
 
-@operation(
-    "GET",
-    "/admin/metrics",
-    query={"format": parameters.one_of("json", "prometheus").default("json")},
-)
-async def as_json(call: Call) -> models.Metrics:
+@operation("GET", "/admin/metrics")
+async def as_json(call: Call, query: requests.MetricsQuery) -> models.Metrics:
     """Tell every number, as JSON."""
     stored = await _stored(call.services)
-    if call.given["format"] == "prometheus":
+    if query.format == "prometheus":
         return models.PrometheusMetrics(format="prometheus", content=call.services.metrics.text(stored).decode())
     rows = [models.Metric(**row) for row in call.services.metrics.rows(stored)]
     return models.JsonMetrics(format="json", metrics=rows)

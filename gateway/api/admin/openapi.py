@@ -10,7 +10,6 @@ from gateway.api.admin import models
 from gateway.api.endpoint import Call
 from gateway.api.operation import JSON, PLACEHOLDERS, Json, Operation, operation
 from gateway.errors import CODES
-from gateway.validation.fields import or_null
 
 PATH = "/admin/openapi.json"
 _ABOUT = """\
@@ -63,7 +62,7 @@ def _described(operation: Operation, answers: Iterator[Json]) -> Json:
     }
     if operation.takes != JSON:
         about["requestBody"] = {"required": True, "content": {operation.takes: {}}}
-    elif operation.body:
+    elif operation.body.model_fields:
         about["requestBody"] = _body(operation)
     return about
 
@@ -71,20 +70,24 @@ def _described(operation: Operation, answers: Iterator[Json]) -> Json:
 def _parameters(operation: Operation) -> Iterable[Json]:
     for name in operation.placeholders:
         yield {"name": name, "in": "path", "required": True, "schema": PLACEHOLDERS[name][0].schema}
-    for name, known in operation.query.items():
-        written = {"style": "form", "explode": False} if known.schema.get("type") == "array" else {}
-        yield {"name": name, "in": "query", "schema": known.schema, **written}
+    (_,), definitions = schemas.of_types([operation.query], mode="validation")
+    for name, schema in definitions.get(operation.query.__name__, {}).get("properties", {}).items():
+        known = _without_null(schema)
+        written = {"style": "form", "explode": False} if known.get("type") == "array" else {}
+        yield {"name": name, "in": "query", "schema": known, **written}
+
+
+def _without_null(schema: Json) -> Json:
+    """A query has no null: what may be null may be absent."""
+    if "anyOf" not in schema:
+        return schema
+    return {**schema["anyOf"][0], **{name: inner for name, inner in schema.items() if name != "anyOf"}}
 
 
 def _body(operation: Operation) -> Json:
-    properties = {
-        name: (known if operation.nulls or name in operation.required else or_null(known)).schema
-        for name, known in operation.body.items()
-    }
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
-    if operation.required:
-        schema["required"] = [*operation.required]
-    return {"required": bool(operation.required), "content": {JSON: {"schema": schema}}}
+    (_,), definitions = schemas.of_types([operation.body], mode="validation")
+    schema = definitions[operation.body.__name__]
+    return {"required": "required" in schema, "content": {JSON: {"schema": schema}}}
 
 
 def _answers(operation: Operation, schemas: Iterator[Json]) -> Json:

@@ -1,7 +1,7 @@
 """The admin door: the verbs over HTTP, as JSON, and the probes. `gateway.api.endpoint` is what they share."""
 
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -19,42 +19,33 @@ from gateway.api.admin import (
     serializers,
     windows,
 )
+from gateway.api.admin.models import requests
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
-from gateway.api.health import COMPONENTS
 from gateway.api.operation import ENGINE, operation
-from gateway.records import SessionState
 from gateway.sessions.resolver import session_not_found
-from gateway.store.types import SORT_KEYS, WindowQuery
+from gateway.store.types import WindowQuery
 from gateway.validation.fields import Field
-from gateway.windows import ask, catalog, clone, delete, freeze, isolate, thaw
+from gateway.windows import catalog, clone, delete, freeze, isolate, thaw
 from gateway.windows.retention import orphans
 
 _PAGE = {"limit": parameters.whole(1, 100).default(50), "offset": parameters.whole(0, 2**31).default(0)}
 _NAMING: dict[str, Field[Any]] = {"description": parameters.description, "tags": parameters.tags}
 
 
-@operation(
-    "GET",
-    "/admin/sessions",
-    query={"state": parameters.one_of(*get_args(SessionState)), "model": parameters.line(500), **_PAGE},
-)
-async def list_sessions(call: Call) -> models.Sessions:
+@operation("GET", "/admin/sessions")
+async def list_sessions(call: Call, query: requests.SessionsQuery) -> models.Sessions:
     """List sessions, last active first."""
-    q = call.given
-    limit, offset = q["limit"], q["offset"]
+    limit, offset = query.limit, query.offset
     await call.services.recorder.flush()
     by = orphans.expired_by(call.services.settings)
     page, total = await call.services.store.list_sessions(
-        call.tenant, state=q.get("state"), model=q.get("model"), limit=limit, offset=offset, expired_by=by
+        call.tenant, state=query.state, model=query.model, limit=limit, offset=offset, expired_by=by
     )
     shown = [models.SessionLine(**serializers.session_fields(s, by)) for s in page]
     return models.Sessions(sessions=shown, **serializers.paging(len(page), total, limit, offset))
 
 
-@operation(
-    "GET",
-    "/admin/sessions/{session_id}",
-)
+@operation("GET", "/admin/sessions/{session_id}")
 async def get_session(call: Call) -> models.Session:
     """Tell all about a session, its last turns too."""
     await call.services.recorder.flush()
@@ -88,105 +79,60 @@ async def delete_session(call: Call) -> models.SessionDeleted:
 
 
 @operation(
-    "POST",
-    "/admin/windows",
-    status=201,
-    body={
-        "session_id": parameters.session_id,
-        "window_name": parameters.window_name,
-        **_NAMING,
-        "ttl_seconds": parameters.seconds,
-    },
-    required=("session_id", "window_name"),
-    errors=("session_not_found", "session_busy", "window_already_exists", *ENGINE),
+    "POST", "/admin/windows", status=201, errors=("session_not_found", "session_busy", "window_already_exists", *ENGINE)
 )
-async def freeze_session(call: Call) -> models.Frozen:
+async def freeze_session(call: Call, body: requests.FreezeRequest) -> models.Frozen:
     """Freeze a session into a window."""
-    body = call.given
     naming = freeze.Naming(
-        body["window_name"], body.get("description", ""), body.get("tags", ()), body.get("ttl_seconds")
+        body.window_name, body.description or "", body.tags or (), body.ttl_seconds
     )  # fmt: skip
-    window, warnings = await freeze.freeze(call.services, call.tenant, body["session_id"], naming, call.progress)
+    window, warnings = await freeze.freeze(call.services, call.tenant, body.session_id, naming, call.progress)
     return models.Frozen(**serializers.window_fields(window), warnings=warnings)
 
 
-@operation(
-    "GET",
-    "/admin/windows",
-    query={
-        "tags": parameters.tags.about("only with all of these tags"),
-        "model": parameters.line(500),
-        "session_id": parameters.session_id,
-        "search": parameters.line(200).about("only with this text in name or description"),
-        "created_after": parameters.when,
-        "created_before": parameters.when,
-        "sort_by": parameters.one_of(*SORT_KEYS).default("created_at"),
-        "sort_order": parameters.one_of("asc", "desc").default("desc"),
-        **_PAGE,
-    },
-)
-async def list_windows(call: Call) -> models.Windows:
+@operation("GET", "/admin/windows")
+async def list_windows(call: Call, query: requests.WindowsQuery) -> models.Windows:
     """List windows, newest first unless sorted otherwise."""
-    q = call.given
-    filters = {name: value for name, value in q.items() if name != "sort_order"}
-    query = WindowQuery(**filters, descending=q["sort_order"] == "desc")
-    page, total = await call.services.store.list_windows(call.tenant, query)
+    filters = query.model_dump(exclude_none=True, exclude={"sort_order"})
+    wanted = WindowQuery(**filters, descending=query.sort_order == "desc")
+    page, total = await call.services.store.list_windows(call.tenant, wanted)
     shown = [models.WindowLine(**serializers.window_line_fields(w)) for w in page]
     return models.Windows(windows=shown, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
-@operation(
-    "GET",
-    "/admin/windows/{name}",
-    query={"include_blocks": parameters.flag.default(False), "include_lineage": parameters.flag.default(False)},
-)
-async def window_status(call: Call) -> models.WindowStatus:
+@operation("GET", "/admin/windows/{name}")
+async def window_status(call: Call, query: requests.StatusQuery) -> models.WindowStatus:
     """Tell all about a window, and where its bytes are now."""
-    q = call.given
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     held = await call.services.store.sizes(window)
     present, warnings = await call.services.pins.present([*{key: None for have in held.values() for key in have}])
     status = serializers.window_status_fields(window, held, present)
-    if q["include_blocks"]:
+    if query.include_blocks:
         status["blocks"] = serializers.blocks(await call.services.store.pinned(window), present)
-    if q["include_lineage"]:
+    if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
     return models.WindowStatus(**status, warnings=warnings)
 
 
-@operation(
-    "DELETE",
-    "/admin/windows/{name}",
-)
+@operation("DELETE", "/admin/windows/{name}")
 async def delete_window(call: Call) -> models.WindowDeleted:
     """Delete a window for good, and the KV that no other holds."""
     done = await delete.delete(call.services, call.tenant, call.window_name)
     return models.WindowDeleted(window_name=call.window_name, **asdict(done))
 
 
-@operation(
-    "POST",
-    "/admin/windows/{name}/thaw",
-    body={
-        "new_session_id": parameters.session_id.about("made up if not given"),
-        "warm": parameters.one_of("none", "cpu", "gpu").default("none"),
-        "continuation_prompt": windows.question.about("sent at once as the new session's next turn"),
-        "max_tokens": parameters.count(1, ask.MAX_TOKENS).about("of the answer to continuation_prompt"),
-    },
-    errors=("session_already_exists", "window_corrupted", *ENGINE),
-)
-async def thaw_window(call: Call) -> models.Thawed:
+@operation("POST", "/admin/windows/{name}/thaw", errors=("session_already_exists", "window_corrupted", *ENGINE))
+async def thaw_window(call: Call, body: requests.ThawRequest) -> models.Thawed:
     """Thaw a window into a new session."""
-    body = call.given
-    prompt, max_tokens = body.get("continuation_prompt"), body.get("max_tokens")
+    prompt, max_tokens = body.continuation_prompt, body.max_tokens
     await continuation.check(call, prompt, max_tokens)
     session, window, receipt = await thaw.thaw(
         call.services,
         call.tenant,
         call.window_name,
-        new_session_id=body.get("new_session_id"),
-        warm=body["warm"],
+        new_session_id=body.new_session_id,
+        warm=body.warm,
         progress=call.progress,
     )
     return models.Thawed(
@@ -205,19 +151,12 @@ async def thaw_window(call: Call) -> models.Thawed:
     "POST",
     "/admin/windows/{name}/clone",
     status=201,
-    body={
-        "target_window": parameters.window_name,
-        **_NAMING,
-        "isolate": parameters.boolean.default(False).about("under a salt of its own"),
-    },
-    required=("target_window",),
     errors=("window_already_exists", "window_corrupted", "cache_unavailable"),
 )
-async def clone_window(call: Call) -> models.Cloned:
+async def clone_window(call: Call, body: requests.CloneRequest) -> models.Cloned:
     """Give a window a second name; no KV byte is copied."""
-    body = call.given
-    naming = freeze.Naming(body["target_window"], body.get("description", ""), body.get("tags", ()))
-    isolated = body["isolate"]
+    naming = freeze.Naming(body.target_window, body.description or "", body.tags or ())
+    isolated = body.isolate
     warnings: list[str] = []
     if isolated:
         copy, warnings = await isolate.isolate(call.services, call.tenant, call.window_name, naming)
@@ -241,17 +180,13 @@ async def window_messages(call: Call) -> models.Messages:
     return models.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
 
 
-@operation("GET", "/admin/health", query={"component": parameters.one_of(*COMPONENTS)})
-async def health(call: Call) -> models.Health:
+@operation("GET", "/admin/health")
+async def health(call: Call, query: requests.HealthQuery) -> models.Health:
     """Look at every component, or at one, now."""
-    q = call.given
-    return models.Health.model_validate(call.health.summary(await call.health.components(q.get("component"))))
+    return models.Health.model_validate(call.health.summary(await call.health.components(query.component)))
 
 
-@operation(
-    "POST",
-    "/admin/doctor",
-)
+@operation("POST", "/admin/doctor")
 async def doctor(call: Call) -> models.Doctor:
     """Run the self-test now."""
     checks = await call.health.test()

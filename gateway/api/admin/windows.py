@@ -1,67 +1,31 @@
 """The admin door, second half: what one does with a window that is there already."""
 
-from gateway.api import parameters
 from gateway.api.admin import models, serializers
+from gateway.api.admin.models import requests
 from gateway.api.endpoint import Call
 from gateway.api.operation import ENGINE, operation
-from gateway.validation.fields import or_null, reads
 from gateway.windows import ask, describe, evict, fanout, prefetch, tree, verify
 
-_LINE = parameters.line(ask.MAX_QUESTION)
 
-
-@reads({**_LINE.schema, "minLength": 1})
-def question(name: str, value: object) -> str:
-    """What somebody asks: a text that is not blank."""
-    asked = _LINE.read(name, value)
-    if not asked.strip():
-        raise parameters.invalid(name, "a question, not blank", value)
-    return asked
-
-
-@operation(
-    "PATCH",
-    "/admin/windows/{name}",
-    body={
-        "description": or_null(parameters.description),
-        "tags": or_null(parameters.tags),
-        "ttl_seconds": or_null(parameters.seconds),
-    },
-    nulls=True,
-)
-async def describe_window(call: Call) -> models.Window:
+@operation("PATCH", "/admin/windows/{name}")
+async def describe_window(call: Call, body: requests.DescribeRequest) -> models.Window:
     """Change what is said of a window; null clears it."""
-    said = call.given
-    window = await describe.describe(call.services, call.tenant, call.window_name, said)
+    window = await describe.describe(call.services, call.tenant, call.window_name, body.given())
     return models.Window(**serializers.window_fields(window))
 
 
-@operation(
-    "POST",
-    "/admin/windows/{name}/verify",
-    body={"deep": parameters.boolean.default(False).about("have the engine use the KV, and compare")},
-    errors=("cache_unavailable", *ENGINE),
-)
-async def verify_window(call: Call) -> models.Verified:
+@operation("POST", "/admin/windows/{name}/verify", errors=("cache_unavailable", *ENGINE))
+async def verify_window(call: Call, body: requests.VerifyRequest) -> models.Verified:
     """Check every byte of a window where it is pinned."""
-    deep = call.given["deep"]
+    deep = body.deep
     verdict = await verify.verify(call.services, call.tenant, call.window_name, call.progress, deep=deep)
     return models.Verified.model_validate(verdict)
 
 
-@operation(
-    "POST",
-    "/admin/windows/{name}/ask",
-    body={"question": question, "max_tokens": parameters.count(1, ask.MAX_TOKENS)},
-    required=("question",),
-    errors=("window_corrupted", *ENGINE),
-)
-async def ask_window(call: Call) -> models.Answered:
+@operation("POST", "/admin/windows/{name}/ask", errors=("window_corrupted", *ENGINE))
+async def ask_window(call: Call, body: requests.AskRequest) -> models.Answered:
     """Ask a window a question; the window does not change, and nothing is kept of it."""
-    body = call.given
-    said = await ask.ask(
-        call.services, call.tenant, call.window_name, body["question"], body.get("max_tokens"), call.progress
-    )
+    said = await ask.ask(call.services, call.tenant, call.window_name, body.question, body.max_tokens, call.progress)
     return models.Answered(
         window_name=said.window.name,
         model=said.window.model,
@@ -82,11 +46,7 @@ async def ask_window(call: Call) -> models.Answered:
     )
 
 
-@operation(
-    "POST",
-    "/admin/windows/{name}/prefetch",
-    errors=("cache_unavailable", *ENGINE),
-)
+@operation("POST", "/admin/windows/{name}/prefetch", errors=("cache_unavailable", *ENGINE))
 async def prefetch_window(call: Call) -> models.Prefetched:
     """Load a window's KV into the cache's memory."""
     receipt = await prefetch.prefetch(call.services, call.tenant, call.window_name, call.progress)
@@ -102,21 +62,12 @@ async def evict_window(call: Call) -> models.Evicted:
 
 
 @operation(
-    "POST",
-    "/admin/windows/{name}/fanout",
-    status=201,
-    body={
-        "count": parameters.count(1, fanout.MOST),
-        "prefix": parameters.session_id.about("the new sessions are named PREFIX-1, PREFIX-2 and so on"),
-    },
-    required=("count",),
-    errors=("session_already_exists", "window_corrupted", *ENGINE),
+    "POST", "/admin/windows/{name}/fanout", status=201, errors=("session_already_exists", "window_corrupted", *ENGINE)
 )
-async def fan_out_window(call: Call) -> models.FannedOut:
+async def fan_out_window(call: Call, body: requests.FanoutRequest) -> models.FannedOut:
     """Thaw a window into many sessions at once; they share its KV, which is put back when the first of them begins."""
-    body = call.given
     sessions, window, warnings = await fanout.fanout(
-        call.services, call.tenant, call.window_name, body["count"], body.get("prefix")
+        call.services, call.tenant, call.window_name, body.count, body.prefix
     )
     return models.FannedOut(
         window_name=window.name,
@@ -129,14 +80,10 @@ async def fan_out_window(call: Call) -> models.FannedOut:
     )
 
 
-@operation(
-    "GET",
-    "/admin/tree",
-    query={"limit": parameters.whole(1, tree.MOST).default(1000).about("windows, and sessions, at most")},
-)
-async def show_tree(call: Call) -> models.Tree:
+@operation("GET", "/admin/tree")
+async def show_tree(call: Call, query: requests.TreeQuery) -> models.Tree:
     """Which window and which session came from which."""
-    limit = call.given["limit"]
+    limit = query.limit
     seen = await tree.tree(call.services, call.tenant, limit)
     return models.Tree(
         nodes=[_node(node) for node in seen.nodes],
