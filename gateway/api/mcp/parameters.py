@@ -1,15 +1,15 @@
 """Parameters of tools: what a model is told of each, and what it must be to be sent to the admin API at all."""
 
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from gateway.api import parameters
 from gateway.errors import GatewayError
-from gateway.records import MAX_DESCRIPTION, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME, check_session_id, check_window_name
+from gateway.records import MAX_DESCRIPTION
+from gateway.validation.fields import Field, reads
 
-MOST_SECONDS = 1e10  # as `fields.seconds` has it
+_SECONDS = {name: value for name, value in parameters.seconds.schema.items() if name != "exclusiveMinimum"}
 
 Json = dict[str, Any]
 Check = Callable[[str, Any], Any]
@@ -89,29 +89,19 @@ class Maker(Protocol):
         ...
 
 
-def _kind(schema: Json, check: Check) -> Maker:
+def _kind(read: Field[Any], **schema: Any) -> Maker:
+    """A parameter that is read as the admin API reads it. `schema`: what a model is told otherwise."""
+    told = {**read.schema, **schema}
+
     def make(about: str = "", *, required: bool = False, wire: str | None = None, also: tuple[str, ...] = ()) -> Param:
-        described = {**schema, "description": about} if about else schema
-        return Param(described, check, required, wire, also)
+        return Param({**told, "description": about} if about else told, read.read, required, wire, also)
 
     return make
 
 
 def whole(low: int, high: int) -> Maker:
     """A whole number from `low` to `high`."""
-
-    def check(name: str, value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:  # True is an int
-            raise parameters.invalid(name, f"a whole number from {low} to {high}", value)
-        return value
-
-    return _kind({"type": "integer", "minimum": low, "maximum": high}, check)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise parameters.invalid(name, "true or false", value)
-    return value
+    return _kind(parameters.count(low, high))
 
 
 def _seconds_or_none(name: str, value: Any) -> float | None:
@@ -126,19 +116,25 @@ def _warm(name: str, value: Any) -> str:
 
 def text(longest: int) -> Maker:
     """A string of at most so many characters."""
-    schema = {"type": "string", "maxLength": longest}
-    return _kind(schema, lambda name, value: parameters.text(name, value, longest=longest))
+    return _kind(_text(longest))
 
 
 def said(longest: int) -> Maker:
     """A string of at most so many characters that is not blank."""
+    string = _text(longest)
 
+    @reads({**string.schema, "minLength": 1})
     def check(name: str, value: Any) -> str:
-        if not parameters.text(name, value, longest=longest).strip():
+        if not string.read(name, value).strip():
             raise parameters.invalid(name, "not blank", value)
         return str(value)
 
-    return _kind({"type": "string", "minLength": 1, "maxLength": longest}, check)
+    return _kind(check)
+
+
+def _text(longest: int) -> Field[str]:
+    known = parameters.line(longest)  # JSON has no NUL that a model would send: it is not told of it
+    return replace(known, schema={name: value for name, value in known.schema.items() if name != "pattern"})
 
 
 def one_of(*choices: str | bool, **same: str) -> Maker:
@@ -151,12 +147,7 @@ def one_of(*choices: str | bool, **same: str) -> Maker:
         return same.get(value, value)
 
     kind = "string" if all(isinstance(choice, str) for choice in choices) else "boolean"
-    return _kind({"type": kind, "enum": [*choices, *same]}, check)
-
-
-def named(about: str, pattern: re.Pattern[str]) -> Json:
-    """The schema of a string of one pattern."""
-    return {"type": "string", "pattern": f"^{pattern.pattern}$", "description": about}
+    return _kind(Field({"type": kind, "enum": [*choices, *same]}, check))
 
 
 def as_query(value: Any) -> str:
@@ -166,26 +157,16 @@ def as_query(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-session = _kind(
-    named("id of a session, as session_list gives it", SESSION_ID), lambda name, value: check_session_id(value, name)
-)
-window = _kind(
-    named("name of a window: letters, digits and _ . -", WINDOW_NAME),
-    lambda name, value: check_window_name(value, name),
-)
+session = _kind(parameters.session_id, description="id of a session, as session_list gives it")
+window = _kind(parameters.window_name, description="name of a window: letters, digits and _ . -")
 tags = _kind(
-    {
-        "type": "array",
-        "items": {"type": "string", "pattern": f"^{TAG.pattern}$"},
-        "maxItems": MAX_TAGS,
-        "description": "tags to find it by",
-    },
-    lambda name, value: list(parameters.tags(name, value)),
+    Field(parameters.tags.schema, lambda name, value: list(parameters.tags(name, value))),
+    description="tags to find it by",
 )
-seconds = _kind({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": MOST_SECONDS}, parameters.seconds)
-seconds_or_none = _kind({"type": "number", "minimum": 0, "exclusiveMaximum": MOST_SECONDS}, _seconds_or_none)
-flag = _kind({"type": "boolean"}, _flag)
+seconds = _kind(parameters.seconds)
+seconds_or_none = _kind(Field({**_SECONDS, "minimum": 0}, _seconds_or_none))
+flag = _kind(parameters.boolean)
 limit = whole(1, 100)
 offset = whole(0, 2**31)
 description = text(MAX_DESCRIPTION)
-warm = _kind({"type": ["boolean", "string"], "enum": [True, False, "gpu", "cpu", "none"]}, _warm)
+warm = _kind(Field({"type": ["boolean", "string"], "enum": [True, False, "gpu", "cpu", "none"]}, _warm))
