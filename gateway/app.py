@@ -33,6 +33,7 @@ from gateway.kv.tiers.disk import DiskTier
 from gateway.metrics import Metrics, Shared, clear, forget
 from gateway.runtime import open_files, serve_lock
 from gateway.runtime.stalls import LostSince, Stalls
+from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.in_flight import TurnLocks
 from gateway.sessions.recorder import TurnRecorder
@@ -103,7 +104,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
         if locks is not None:
             stack.callback(locks.close)
-        sessions = SessionResolver(store, locks, by_prefix=settings.identify == "prefix")
+        turns = ActiveTurns(store, locks)
         cache: LMCache | None = None
         if settings.cache_url:
             own = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")
@@ -111,21 +112,22 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
         reviews = CacheReviewer(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
+        engines = [_member(url, settings, stalls.lost_since) for url in settings.engine_urls]
+        pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
+        tiers = await _tiers(stack, settings, store.store_id)
+        recorder = await stack.enter_async_context(
+            TurnRecorder(store, turns, reviews, telemetry, locks, room=settings.turn_queue)
+        )
         services = Services(
             settings=settings,
             store=store,
-            engines=await stack.enter_async_context(
-                EnginePool(
-                    [_member(url, settings, stalls.lost_since) for url in settings.engine_urls], settings.engine_check_s
-                )
-            ),
+            engines=pool,
             cache=cache,
-            pins=Pins(await _tiers(stack, settings, store.store_id), FileLock(settings.data_path / "pins.lock")),
+            pins=Pins(tiers, FileLock(settings.data_path / "pins.lock")),
             salts=SaltRule(await checked_secret(settings, store), settings.isolation == "tenant"),
-            sessions=sessions,
-            recorder=await stack.enter_async_context(
-                TurnRecorder(store, sessions, reviews, telemetry, locks, room=settings.turn_queue)
-            ),
+            turns=turns,
+            sessions=SessionResolver(store, turns, recorder, by_prefix=settings.identify == "prefix"),
+            recorder=recorder,
             salt_notes=await stack.enter_async_context(SaltNotes(store)),
             metrics=telemetry,
             background=await stack.enter_async_context(BackgroundTasks()),
@@ -134,8 +136,8 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         )
         for member in services.engines.members:
             telemetry.watch_engine(member.url, partial(getattr, member, "up"))
-        telemetry.register_gauge("cwg_turns_in_flight", lambda: sessions.in_flight)
-        telemetry.register_gauge("cwg_turns_unrecorded", lambda: services.recorder.unrecorded)
+        telemetry.register_gauge("cwg_turns_in_flight", lambda: turns.in_flight)
+        telemetry.register_gauge("cwg_turns_unrecorded", lambda: recorder.unrecorded)
         services.background.spawn(run_sweeper(services), "sweeping")
         swept = await release_strays(services)
         if swept:

@@ -54,7 +54,7 @@ class CacheReviewer:
         ahead = partial(self._estimator.ahead, model, before.tokens, turn.whole, frame)
         estimate = await self._offload.run(True, ahead) if heavy else ahead()
         self._estimator.observe(model, estimate, usage.prompt)
-        if before.left is None and ended.place.session.parent:
+        if before.left is None and ended.match.session.parent:
             before = await self._of_parent(ended, turn.whole, frame)
         evidence = await self._evidence(turn, usage, before, frame)
         miss = await self._offload.run(True, misses.explain_miss, evidence) if heavy else misses.explain_miss(evidence)
@@ -82,7 +82,7 @@ class CacheReviewer:
 
     async def _before(self, ended: CompletedTurn) -> _Before:
         """What the turn found. When its session was read, the turn before may not have been recorded yet."""
-        session, key = ended.place.session, _key(ended)
+        session, key = ended.match.session, _key(ended)
         just = self._last.get(key)
         if just is None or not session.last_active_at < just.at <= ended.started_at:
             return _Before(_left(session), session.last_active_at)
@@ -95,7 +95,7 @@ class CacheReviewer:
 
     async def _of_parent(self, ended: CompletedTurn, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
         """What a new session finds of the one that it is a fork of: both run under one salt."""
-        new = ended.place.session
+        new = ended.match.session
         parent = await self._store.session(new.tenant, new.parent or "")
         left = _left(parent) if parent else None
         if parent is None or parent.transcript is None or left is None or left.salt != ended.salt:
@@ -132,8 +132,8 @@ class CacheReviewer:
         self, ended: CompletedTurn, before: _Before
     ) -> tuple[Sequence[Message] | None, dict[str, Any] | None]:
         """The conversation as the turn before has left it; None where that is not known any more."""
-        session: Session | None = ended.place.session
-        if before.at > ended.place.session.last_active_at:
+        session: Session | None = ended.match.session
+        if before.at > ended.match.session.last_active_at:
             session = await self._store.session(*_key(ended))
         if session is None or session.transcript is None or session.last_active_at > ended.started_at:
             return None, None
@@ -143,7 +143,7 @@ class CacheReviewer:
 
 
 def _key(ended: CompletedTurn) -> tuple[str, str]:
-    return ended.place.session.tenant, ended.place.session.id
+    return ended.match.session.tenant, ended.match.session.id
 
 
 def _left(session: Session) -> PreviousTurn | None:

@@ -10,7 +10,7 @@ from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
 from gateway.runtime.offload import HEAVY_BYTES, is_heavy
 from gateway.sessions import prefix_chain
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
-from gateway.sessions.resolver import SessionMatch
+from gateway.sessions.session_match import SessionMatch
 from gateway.store.types import TurnRecord
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _MAX_DETAIL = 1000  # an engine repeats what it refuses
 class CompletedTurn:
     """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
 
-    place: SessionMatch
+    match: SessionMatch
     fingerprint: str
     salt: str
     dialect: Dialect
@@ -84,14 +84,14 @@ def parse(ended: CompletedTurn) -> ParsedTurn:
         messages = ended.call.followed_by(reply.message) if reply.message and is_turn else None
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", ended.place.session.id)
+        log.exception("could not read a reply of session %s", ended.match.session.id)
         return ParsedTurn(ended, Reply(None, None, "the reply could not be read"), whole, None)
     return ParsedTurn(ended, reply, whole, messages)
 
 
 def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
     """What the store is to keep of a turn."""
-    ended, reply, session = turn.turn, turn.reply, turn.turn.place.session
+    ended, reply, session = turn.turn, turn.reply, turn.turn.match.session
     response = _response(turn)
     return TurnRecord(
         turn=Turn(
@@ -125,7 +125,7 @@ def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
 
 def _recognised(ended: CompletedTurn) -> str:
     """How the session was found, and what of it was put in front of the request."""
-    front, source = ended.call.front, ended.place.source
+    front, source = ended.call.front, ended.match.source
     if front is None or not front.origin:
         return source
     doubt = ", the client may have meant otherwise" if front.unsure else ""
@@ -134,7 +134,7 @@ def _recognised(ended: CompletedTurn) -> str:
 
 def _response(turn: ParsedTurn) -> StoredResponse | None:
     """The answer to keep, where its API keeps answers and the client did not say otherwise."""
-    storage, answer, session = turn.turn.call.storage, turn.reply.answer, turn.turn.place.session
+    storage, answer, session = turn.turn.call.storage, turn.reply.answer, turn.turn.match.session
     if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
         return None
     return StoredResponse(
@@ -149,9 +149,9 @@ def _response(turn: ParsedTurn) -> StoredResponse | None:
 
 
 def _trace(turn: ParsedTurn) -> Trace:
-    place = turn.turn.place
+    match = turn.turn.match
     try:
-        return prefix_chain.trace(place.seed, turn.whole, turn.reply.message, _beginning(turn), place.session.head)
+        return prefix_chain.trace(match.seed, turn.whole, turn.reply.message, _beginning(turn), match.session.head)
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)
@@ -159,7 +159,7 @@ def _trace(turn: ParsedTurn) -> Trace:
 
 def _beginning(turn: ParsedTurn) -> ConversationPrefix | None:
     """The beginning that the turn is: made anew where more was put in front than was known when its session was."""
-    request = turn.turn.place.request
+    request = turn.turn.match.request
     if request is None or request.messages == turn.whole:
         return request
     return ConversationPrefix.of(Prompt(turn.whole, request.seed, request.frame))

@@ -376,13 +376,3 @@ def likelier(again: PrefixMatch, standing: PrefixMatch) -> PrefixMatch:
     if again.session is None or standing.session is None or standing.forks:
         return again
     return standing if again.forks or standing.session.last_active_at > again.session.last_active_at else again
-
-
-MATCHES = ("id", "prefix", "retry", "last-reply", "fork", "side", "window", "successor", "ambiguous", "new")
-"""What the response header X-Session-Match may say, see docs/sessions.md."""
-
-
-def match_of(source: str) -> str:
-    """How a session was recognised, as the response header has it; `source` is that of a `SessionMatch`."""
-    word = source.replace(" ", "-")
-    return word if word in MATCHES else "id"

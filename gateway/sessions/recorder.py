@@ -18,10 +18,11 @@ from gateway.errors import GatewayError
 from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
 from gateway.sessions import completed_turn
+from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
 from gateway.sessions.in_flight import TurnLocks
-from gateway.sessions.resolver import SessionMatch, SessionResolver
+from gateway.sessions.session_match import SessionMatch
 from gateway.store.store import Store
 from gateway.store.types import StoreUnavailable, TurnRecord
 
@@ -46,7 +47,7 @@ class TurnRecorder:
     def __init__(
         self,
         store: Store,
-        sessions: SessionResolver,
+        turns: ActiveTurns,
         reviews: CacheReviewer,
         telemetry: Metrics,
         locks: TurnLocks | None,
@@ -56,7 +57,7 @@ class TurnRecorder:
         self._store = store
         self._reviews = reviews
         self._offload = Offload()
-        self._sessions = sessions
+        self._turns = turns
         self._telemetry = telemetry
         self._locks = locks
         self._batch = 0  # that of the turns which are over now, where there are other workers
@@ -93,7 +94,7 @@ class TurnRecorder:
         """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
         self._on_recorded = on_recorded
 
-    def begin(self, place: SessionMatch) -> None:
+    def begin(self, match: SessionMatch) -> None:
         """A turn begins. Raises `rate_limited` when too many wait for the store, `storage_full` when it takes none."""
         if (trouble := self._trouble) is not None:
             full = trouble.code == "storage_full"
@@ -105,16 +106,16 @@ class TurnRecorder:
                 f"{self.unrecorded} finished turns wait for the store",
                 hint="send it again in a moment; turn_queue sets how many may wait",
             )
-        self._sessions.begin(place)
+        self._turns.begin(match)
 
     @property
     def trouble(self) -> str:
         """Why turns cannot be recorded just now; empty where they can."""
         return self._trouble.message if self._trouble else ""
 
-    def mark_reply_sent(self, place: SessionMatch) -> None:
+    def mark_reply_sent(self, match: SessionMatch) -> None:
         """A client gets the last event of its reply just now; the engine has still to end the stream."""
-        self._said.add(id(place))
+        self._said.add(id(match))
         self._tell_others()
 
     def enqueue(self, over: CompletedTurn) -> None:
@@ -160,14 +161,14 @@ class TurnRecorder:
             await self._gather()
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            closed = self._close_batch({id(over.place) for over in batch})
+            closed = self._close_batch({id(over.match) for over in batch})
             finished = [await self._to_store(over) async for over in _all(batch)]
             await self._record(finished)
             self._reviews.recorded()
             for over, one in zip(batch, finished, strict=True):
                 self._count(over, one)
-                self._said.discard(id(over.place))
-                self._sessions.end(over.place)
+                self._said.discard(id(over.match))
+                self._turns.end(over.match)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._queue.task_done()
             if self._locks and closed is not None:
@@ -211,7 +212,7 @@ class TurnRecorder:
             return await self._reviews.review(turn)
         except Exception:
             # What it came after may be taken away at any time, and no review is worth a turn.
-            log.exception("could not review a turn of session %s", turn.turn.place.session.id)
+            log.exception("could not review a turn of session %s", turn.turn.match.session.id)
             return Review()
 
     async def _record(self, finished: list[TurnRecord]) -> None:

@@ -8,6 +8,7 @@ from gateway.kv.pins import Pins
 from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
 from gateway.runtime.stalls import Stalls
+from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.recorder import TurnRecorder
 from gateway.sessions.resolver import SaltRule, SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
@@ -27,6 +28,7 @@ class Services:
     cache: LMCache | None
     pins: Pins
     salts: SaltRule
+    turns: ActiveTurns
     sessions: SessionResolver
     recorder: TurnRecorder
     salt_notes: SaltNotes

@@ -39,7 +39,7 @@ async def delete(
         if released is None or released.window is None:  # somebody was faster, or has given it more time
             raise window_not_found(name)
         window = released.window  # perhaps another than was found: it got the name meanwhile
-        in_use = await services.sessions.is_active(tenant, window.lineage)
+        in_use = await services.turns.is_active(tenant, window.lineage)
         # The pins of an isolated clone go by its source's names, which the source's own sessions may still use.
         own = window.pin_salt == window.salt
         keep = in_use if own else await services.store.salt_in_use(window.pin_salt)

@@ -154,7 +154,7 @@ def taken(name: str) -> GatewayError:
 
 async def _snapshot(services: Services, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
     await services.recorder.flush()
-    await services.sessions.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
+    await services.turns.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
     found = await services.store.snapshot(tenant, session_id)
     if found is None:
         raise session_not_found(session_id)

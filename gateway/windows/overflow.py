@@ -24,7 +24,8 @@ from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.records import AUTO_TAG, Front, Message, Session, Succession
 from gateway.sessions import prefix_chain
-from gateway.sessions.resolver import SessionMatch, new_id
+from gateway.sessions.resolver import new_id
+from gateway.sessions.session_match import SessionMatch
 from gateway.windows.autofreeze import rules
 from gateway.windows.context import Services
 from gateway.windows.freeze import Naming
@@ -44,7 +45,7 @@ _ROOM_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 class Followed:
     """Where a turn goes on: its session, what the engine gets of it, and what was left out on the way."""
 
-    place: SessionMatch
+    match: SessionMatch
     call: Call
     window: str  # that holds all that was left out
     dropped: int  # messages
@@ -57,9 +58,9 @@ class Overflow:
         self._services = services
         self._locks: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
 
-    async def onward(self, place: SessionMatch, call: Call) -> Followed | None:
+    async def onward(self, match: SessionMatch, call: Call) -> Followed | None:
         """Where a turn of a session that has a successor, or is one, goes on; None if it stays as it is."""
-        session = place.session
+        session = match.session
         if session.successor is None and session.source != SOURCE:
             return None
         chain = await self._services.store.successions(session.tenant, session.id)
@@ -71,26 +72,26 @@ class Overflow:
         if last is None:
             return None
         successor = await self._services.sessions.open(session.tenant, last.successor)
-        return Followed(_moved(place, successor), _cut(call, system, rest), last.window, dropped)
+        return Followed(_moved(match, successor), _cut(call, system, rest), last.window, dropped)
 
-    async def newest(self, place: SessionMatch) -> SessionMatch:
-        """The place in the last of a session's successors, for a client that leaves its history to us."""
-        session = place.session
+    async def newest(self, match: SessionMatch) -> SessionMatch:
+        """The match of the last of a session's successors, for a client that leaves its history to us."""
+        session = match.session
         if session.successor is None:
-            return place
+            return match
         chain = await self._services.store.successions(session.tenant, session.id)
-        return _moved(place, await self._services.sessions.open(session.tenant, chain[-1].successor))
+        return _moved(match, await self._services.sessions.open(session.tenant, chain[-1].successor))
 
-    async def of(self, place: SessionMatch, call: Call, model: Model | None) -> Followed:
+    async def of(self, match: SessionMatch, call: Call, model: Model | None) -> Followed:
         """Freeze a full session and begin its successor, or go on in the one that it has.
 
         `call` is what did not fit. Raises what a freeze raises, and `invalid_request` where nothing can be left out.
         """
-        session = place.session
+        session = match.session
         async with self._alone(session.tenant, session.id):
             await self._services.recorder.flush()  # the turn before may not be recorded yet
             now = await self._services.store.session(session.tenant, session.id)
-            if now is not None and now.successor and (there := await self.onward(replace(place, session=now), call)):
+            if now is not None and now.successor and (there := await self.onward(replace(match, session=now), call)):
                 return there
             if now is None or now.transcript is None:
                 raise _cannot("its first turn does not fit already", "send less of it")
@@ -118,7 +119,7 @@ class Overflow:
             )  # fmt: skip
             step = await self._services.store.succeed(step, successor, seen=now)
             log.info("session %s is full: frozen as %s, goes on as %s", session.id, step.window, step.successor)
-        there = await self.onward(replace(place, session=replace(now, successor=step.successor)), call)
+        there = await self.onward(replace(match, session=replace(now, successor=step.successor)), call)
         if there is None:  # another worker was faster, with a history that this is not
             raise _cannot("it has a successor already, of another history", "go on with that one")
         return there
@@ -155,7 +156,7 @@ class Overflow:
         first = chain[0].session_id if chain else session.id
         named = f"{first[:_NAME_ROOM]}.{len(chain) + 2}"
         taken = await self._services.store.session(session.tenant, named)
-        return new_id() if taken or self._services.sessions.has_turn_in_flight(session.tenant, named) else named
+        return new_id() if taken or self._services.turns.has_turn_in_flight(session.tenant, named) else named
 
     @asynccontextmanager
     async def _alone(self, *key: str) -> AsyncIterator[None]:
@@ -186,8 +187,8 @@ def _link(messages: Sequence[Message]) -> bytes:
     return prefix_chain.chain(messages, b"")[-1]
 
 
-def _moved(place: SessionMatch, session: Session) -> SessionMatch:
-    return SessionMatch(session, place.source, place.seed)
+def _moved(match: SessionMatch, session: Session) -> SessionMatch:
+    return SessionMatch(session, match.source, match.seed)
 
 
 def _cut(call: Call, system: list[Message], rest: list[Message]) -> Call:

@@ -7,7 +7,8 @@ A turn of a session (`TURNS`) is read once, salted, relayed, and handed to the r
 import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
@@ -30,13 +31,12 @@ from gateway.api.inference.request import (
 )
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, Dialect
-from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.records import StoredResponse
 from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
 from gateway.sessions import prefix_chain
 from gateway.sessions.completed_turn import CompletedTurn
-from gateway.sessions.resolver import SessionMatch
+from gateway.sessions.session_match import SessionMatch
+from gateway.sessions.turn_context import TurnContext
 from gateway.windows import branch
 from gateway.windows.context import Services
 from gateway.windows.overflow import Followed, Overflow
@@ -59,31 +59,6 @@ _DROPPED = frozenset(
         *prefix_chain.HEADERS,
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A turn before it is relayed; in a successor, `dropped` messages were left out, which window `ancestor` has."""
-
-    incoming: InferenceRequest
-    dialect: Dialect
-    call: Call
-    place: SessionMatch
-    model: Model | None
-    normalised: tuple[str, ...]
-    arrived: float
-    ancestor: str = ""
-    dropped: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Understood:
-    """A turn's request, taken apart."""
-
-    call: Call
-    named: prefix_chain.ClientSessionId | None
-    normalised: tuple[str, ...]
-    prompt: prefix_chain.Prompt
 
 
 class Inference:
@@ -152,43 +127,43 @@ class Inference:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""
         services, arrived = self._services, time.monotonic()
         if incoming.heavy:
-            asked = await services.offload.run(True, self._understood, incoming, dialect)
+            turn = await services.offload.run(True, self._read_turn, incoming, dialect, arrived)
         else:
-            asked = self._understood(incoming, dialect)
-        call = await item_references.resolve(services, incoming.tenant, asked.call, dialect)
-        if call is not asked.call:
-            asked = self._taken_apart(incoming, call, asked.named, asked.normalised)
-        model = await services.engines.look_up(call.model)
+            turn = self._read_turn(incoming, dialect, arrived)
+        call = await item_references.resolve(services, incoming.tenant, turn.call, dialect)
+        if call is not turn.call:
+            turn.call, turn.prompt = call, self._prompt(incoming, call, turn.client_id)
+        turn.model = model = await services.engines.look_up(call.model)
         if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
             call = replace(call, model=model.id)
-        call, before = await stored_responses.resume(services, incoming.tenant, call)
-        place = await self._place(incoming, asked, before)
-        sent, call = call, await history.prepend_session_history(services, call, place.session, incoming)
-        if place.session.successor and history.leaves_history(call):
-            place = await self._successors.newest(place)
-            call = await history.prepend_session_history(services, sent, place.session, incoming)
-        turn = _Turn(incoming, dialect, call, place, model, asked.normalised, arrived)
-        if onward := await self._successors.onward(place, call):
-            turn = _onward(turn, onward)
-        answer = await self._relayed(turn)
+        call, turn.previous = await stored_responses.resume(services, incoming.tenant, call)
+        turn.match = await self._match(incoming, turn)
+        turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
+        if turn.match.session.successor and history.leaves_history(turn.call):
+            turn.match = await self._successors.newest(turn.match)
+            turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
+        if followed := await self._successors.onward(turn.match, turn.call):
+            _follow(turn, followed)
+        answer = await self._relayed(incoming, turn)
         if answer.held is not None and answer.hold_full:
-            await self._go_on(turn, answer.held)
+            await self._go_on(incoming, turn, answer.held)
 
-    async def _go_on(self, turn: "_Turn", held: tuple[Headers, bytes]) -> None:
+    async def _go_on(self, incoming: InferenceRequest, full: TurnContext, held: tuple[Headers, bytes]) -> None:
         """A full session goes on in its successor; where it cannot, the client gets the engine's answer."""
-        arrived = time.monotonic()
+        turn = copy(full)
+        turn.arrived = time.monotonic()
         try:
-            onward = await self._successors.of(turn.place, turn.call, turn.model)
+            _follow(turn, await self._successors.of(turn.match, turn.call, turn.model))
         except GatewayError as error:
-            log.warning("session %s is full and does not go on: %s", turn.place.session.id, error.message)
-            await send_full(turn.incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
+            log.warning("session %s is full and does not go on: %s", turn.match.session.id, error.message)
+            await send_full(incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
             return
-        await self._relayed(replace(_onward(turn, onward), arrived=arrived), hold_full=False)
+        await self._relayed(incoming, turn, hold_full=False)
 
-    async def _relayed(self, turn: "_Turn", *, hold_full: bool = True) -> Answer:
+    async def _relayed(self, incoming: InferenceRequest, turn: TurnContext, *, hold_full: bool = True) -> Answer:
         """Relay a turn, and hand it over when it is over; return how it went."""
-        services, incoming, dialect, call, model = self._services, turn.incoming, turn.dialect, turn.call, turn.model
-        session = turn.place.session
+        services, dialect, call, model = self._services, turn.dialect, turn.call, turn.model
+        session = turn.match.session
         await resume(services, session)
         fingerprint = model.fingerprint if model else ""
         salt = services.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
@@ -204,10 +179,10 @@ class Inference:
             (incoming.base.path, call.model),
             may_be_full=True,
             hold_full=hold_full and services.settings.on_full == "successor",
-            on_last=partial(services.recorder.mark_reply_sent, turn.place),
+            on_last=partial(services.recorder.mark_reply_sent, turn.match),
         )
         started_at, clock = time.time(), time.monotonic()
-        services.recorder.begin(turn.place)
+        services.recorder.begin(turn.match)
         route = services.engines.route(session.lineage, session.engine, call.model)
         note = services.salt_notes.begin(session, salt)
         try:
@@ -216,7 +191,7 @@ class Inference:
             services.salt_notes.withdraw(note)  # the record comes as soon as the note would
             services.recorder.enqueue(
                 CompletedTurn(
-                    place=turn.place,
+                    match=turn.match,
                     fingerprint=fingerprint,
                     salt=salt,
                     dialect=dialect,
@@ -237,61 +212,54 @@ class Inference:
             )
         return answer
 
-    async def _place(
-        self, incoming: InferenceRequest, asked: _Understood, before: StoredResponse | None
-    ) -> SessionMatch:
+    async def _match(self, incoming: InferenceRequest, turn: TurnContext) -> SessionMatch:
         """Say which session the turn belongs to."""
-        services, tenant, named, prompt = self._services, incoming.tenant, asked.named, asked.prompt
-        if before is not None:
-            return await stored_responses.place(services, before, named, prompt.seed)
-        if incoming.base.window is not None and prompt.messages:
-            beneath = branch.Asked(tenant, incoming.base.window, named, prompt, incoming.system_rule)
-            return await branch.place(services, beneath)
-        if len(prompt.messages) > HEAVY_MESSAGES:
-            await services.offload.run(True, prompt.prepare, named)
-        return await services.sessions.resolve(tenant, named, prompt, services.recorder.flush)
+        services, window, messages = self._services, incoming.base.window, turn.prompt.messages
+        if turn.previous is None and window is not None and messages:
+            return await branch.resolve(services, turn, window, incoming.system_rule)
+        if turn.previous is None and len(messages) > HEAVY_MESSAGES:
+            await services.offload.run(True, turn.prompt.prepare, turn.client_id)
+        return await services.sessions.resolve(turn)
 
-    def _understood(self, incoming: InferenceRequest, dialect: Dialect) -> _Understood:
+    def _read_turn(self, incoming: InferenceRequest, dialect: Dialect, arrived: float) -> TurnContext:
         """Parse a request and take it apart. Raises `invalid_request`, `invalid_session_id`, `too_complex`."""
         settings = self._services.settings
         parsed = parse_object(incoming.body, settings.max_json_values)
         body, normalised = prompt_filters.in_body(parsed, incoming.base.path, self._rules)
-        named = prefix_chain.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
-        return self._taken_apart(incoming, dialect.read(body, b"" if normalised else incoming.body), named, normalised)
+        client_id = prefix_chain.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
+        call = dialect.read(body, b"" if normalised else incoming.body)
+        prompt = self._prompt(incoming, call, client_id)
+        return TurnContext(incoming.tenant, dialect, call, client_id, prompt, normalised, incoming.heavy, arrived)
 
-    def _taken_apart(
-        self,
-        incoming: InferenceRequest,
-        call: Call,
-        named: prefix_chain.ClientSessionId | None,
-        normalised: tuple[str, ...],
-    ) -> _Understood:
+    def _prompt(
+        self, incoming: InferenceRequest, call: Call, client_id: prefix_chain.ClientSessionId | None
+    ) -> prefix_chain.Prompt:
         limit = self._services.settings.max_messages
         if len(call.messages) > limit:
             message = f"the request holds {len(call.messages)} messages; at most {limit} are taken"
             raise GatewayError("too_complex", message, hint="max_messages sets the limit")
-        key = named.id if named and named.kind == "key" else ""
+        key = client_id.id if client_id and client_id.kind == "key" else ""
         prompt = prefix_chain.Prompt(call.messages, prefix_chain.seed(call.body, key, call.client_salt), call.frame)
         if incoming.heavy:
-            prompt.prepare(named)
-        return _Understood(call, named, normalised, prompt)
+            prompt.prepare(client_id)
+        return prompt
 
     def _outgoing(self, incoming: InferenceRequest, body: bytes, *, may_load: bool = False) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
         return Outgoing(incoming.scope["method"], incoming.target, headers, body, may_load)
 
 
-def _onward(turn: _Turn, onward: Followed) -> _Turn:
-    """The turn in a successor."""
-    dropped = turn.dropped + onward.dropped
-    return replace(turn, call=onward.call, place=onward.place, ancestor=onward.window, dropped=dropped)
+def _follow(turn: TurnContext, followed: Followed) -> None:
+    """Move the turn to its session's successor."""
+    turn.call, turn.match, turn.ancestor = followed.call, followed.match, followed.window
+    turn.dropped += followed.dropped
 
 
-def _headers(turn: _Turn) -> Headers:
-    session, model = turn.place.session, turn.model
+def _headers(turn: TurnContext) -> Headers:
+    session, model = turn.match.session, turn.model
     headers: Headers = [
         (prefix_chain.SESSION_HEADER, session.id.encode()),
-        (b"x-session-match", prefix_chain.match_of(turn.place.source).encode()),
+        (b"x-session-match", turn.match.header.encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]
     if model and model.context_limit:

@@ -75,7 +75,7 @@ async def _held(services: Services, session: Session, transcript: bytes) -> list
 
 async def _current(services: Services, session: Session) -> list[Message] | None:
     """A thawed session's transcript, with the turn that is over just now; None where it is still the window's."""
-    if services.sessions.has_turn_in_flight(session.tenant, session.id):
+    if services.turns.has_turn_in_flight(session.tenant, session.id):
         await services.recorder.flush()
         session = await services.sessions.open(session.tenant, session.id)
     if session.transcript is None or session.transcript == session.window_transcript:

@@ -16,7 +16,7 @@ from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, is_clean, model_of, sanitise, with_fields, write_json
 from gateway.records import Session
 from gateway.sessions import prefix_chain
-from gateway.sessions.resolver import SessionMatch
+from gateway.sessions.session_match import SessionMatch
 from gateway.store.types import SaltNote
 from gateway.windows.context import Services
 from gateway.windows.overflow import Overflow
@@ -70,7 +70,7 @@ class Passthrough:
         services = self._services
         services.salt_notes.add(made)
         try:
-            with services.sessions.under_way(made.tenant, made.lineage):
+            with services.turns.under_way(made.tenant, made.lineage):
                 yield
         finally:
             services.salt_notes.add(made)  # as of now: what lands after a look at it is looked for again

@@ -15,15 +15,12 @@ from gateway.api.asgi import bounded_query
 from gateway.dialects import transcripts
 from gateway.dialects.base import Call
 from gateway.errors import GatewayError
-from gateway.records import Front, Message, Session, StoredResponse
-from gateway.sessions.prefix_chain import ClientSessionId
-from gateway.sessions.resolver import SessionMatch, new_id
+from gateway.records import Front, Message, StoredResponse
 from gateway.validation.fields import Field
 from gateway.windows.context import Services
 
 Verb = Callable[[Services, str, str, dict[str, str]], Awaitable[Any]]
 
-SOURCE = "previous_response_id"
 _DOOR = b"/v1/responses/"
 _ANY: Field[Any] = Field({}, lambda _, value: value)
 _PREFIXES = {
@@ -73,28 +70,6 @@ def _front(call: Call, history: list[Message]) -> Front:
     count = 1 if call.storage and call.storage.instructions else 0
     leading, _ = transcripts.split(call.messages[count:])
     return Front(call.messages[:count], [*history, *leading])
-
-
-async def place(services: Services, before: StoredResponse, named: ClientSessionId | None, seed: bytes) -> SessionMatch:
-    """Say which session goes on from a response.
-
-    That is the session of the response while that is its last answer and nobody else goes on from it, and else a fork:
-    another session in the same lineage, so that what both share is found in the cache. The session that a client has
-    `named` is taken as it is.
-    """
-    own = ClientSessionId("session", before.session_id, "body previous_response_id")
-    given = named if named and named.kind == "session" else own
-    tenant = before.tenant
-    if services.sessions.has_turn_in_flight(tenant, given.id):
-        await services.recorder.flush()  # where the session is by now decides whether this is a fork
-    session = await services.sessions.open(tenant, given.id, given.source)
-    in_turn = services.sessions.has_turn_in_flight(tenant, given.id)
-    if not session.created_at and not in_turn:  # nobody has seen it yet
-        return SessionMatch(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
-    if given is named or (session.transcript == before.transcript and not in_turn):
-        return SessionMatch(session, given.source, seed)
-    fork = Session(tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id, engine=session.engine)
-    return SessionMatch(fork, "fork", seed, is_new=True)
 
 
 async def _find(services: Services, tenant: str, response_id: str) -> StoredResponse | None:

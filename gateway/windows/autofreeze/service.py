@@ -279,7 +279,7 @@ class AutofreezeService:
 
     async def _freeze(self, one: Unfrozen, reason: str) -> None:
         session, store = one.session, self._services.store
-        if self._services.sessions.has_turn_in_flight(session.tenant, session.id):
+        if self._services.turns.has_turn_in_flight(session.tenant, session.id):
             return  # it is looked at again when that is recorded
         now = time.time()
         until, latest = now + _CLAIM_S, self._latest(now)

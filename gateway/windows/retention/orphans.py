@@ -45,7 +45,7 @@ class Forgotten:
 async def delete_session(services: Services, tenant: str, session_id: str) -> Forgotten:
     """Delete a session, and the KV that only it needed. Raises `session_not_found`, `session_busy`."""
     # A turn that is going on would make the session anew when it is recorded.
-    await services.sessions.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
+    await services.turns.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
     salts = set(await services.store.salts_of(tenant, session_id))
     if not await services.store.delete_session(tenant, session_id):
         raise session_not_found(session_id)
@@ -75,7 +75,7 @@ async def _expire(services: Services, since: float) -> int:
         gone = [
             await services.store.delete_session(tenant, session_id, idle_since=since)
             for tenant, session_id in idle
-            if not services.sessions.has_turn_in_flight(tenant, session_id)
+            if not services.turns.has_turn_in_flight(tenant, session_id)
         ]
         expired += sum(gone)
         if not any(gone) or len(idle) < _IDLE_AT_ONCE:
@@ -89,7 +89,7 @@ async def forget_loose(services: Services) -> Forgotten:
 
 async def forget(services: Services, salts: Sequence[OrphanedSalt]) -> Forgotten:
     """Remove what lies under `salts` and is not needed; each tier is read once, however many they are."""
-    quiet = [one for one in salts if not services.sessions.lineage_has_turn_in_flight(one.tenant, one.lineage)]
+    quiet = [one for one in salts if not services.turns.lineage_has_turn_in_flight(one.tenant, one.lineage)]
     done = Forgotten(kept=len(salts) - len(quiet))
     if not quiet:
         return done

@@ -43,7 +43,7 @@ async def _keep(services: Services, tier: Tier) -> None:
         by_salt.setdefault(one.key.salt, []).append(one.key)
     for salt, uses in _idle_first(await services.store.salt_uses()):
         if salt not in by_salt or any(
-            services.sessions.lineage_has_turn_in_flight(use.tenant, use.lineage) for use in uses
+            services.turns.lineage_has_turn_in_flight(use.tenant, use.lineage) for use in uses
         ):
             continue
         held -= await _take(services, tier, salt, by_salt[salt])

@@ -10,7 +10,7 @@ from gateway.dialects.chat import ChatDialect
 from gateway.records import Session, Trace, Turn, Usage
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn
-from gateway.sessions.resolver import SessionMatch
+from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.token_estimator import Estimator
 from gateway.store.sqlite import SqliteStore
 from gateway.store.types import TurnRecord

@@ -9,10 +9,11 @@ from gateway.dialects.chat import ChatDialect
 from gateway.errors import GatewayError
 from gateway.metrics import Metrics, Stored
 from gateway.records import Session
+from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import CompletedTurn
 from gateway.sessions.recorder import TurnRecorder
-from gateway.sessions.resolver import SessionMatch, SessionResolver
+from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.token_estimator import Estimator
 from gateway.store.sqlite import SqliteStore
 
@@ -27,7 +28,7 @@ class Desk:
         self.store = store
         self.telemetry = Metrics()
         reviews = CacheReviewer(store, Estimator(), lambda: 64)
-        self.turns = TurnRecorder(store, SessionResolver(store, None), reviews, self.telemetry, None, room=_ROOM)
+        self.turns = TurnRecorder(store, ActiveTurns(store), reviews, self.telemetry, None, room=_ROOM)
 
     def finish(self, session_id: str) -> None:
         """Begin and end a turn of a session."""

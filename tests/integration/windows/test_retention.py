@@ -15,7 +15,7 @@ from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, Session, Window
-from gateway.sessions.resolver import SessionMatch
+from gateway.sessions.session_match import SessionMatch
 from gateway.settings import Settings
 from gateway.store.types import Text
 from gateway.windows.context import Services
@@ -160,10 +160,10 @@ async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_nex
     await harness.session("a", "salt-a", lineage="l")
     harness.stored(under("salt-a"))
     fork = SessionMatch(Session(TENANT, "fork", "l"), "fork", b"")
-    harness.parts.sessions.begin(fork)
+    harness.parts.turns.begin(fork)
     assert (await orphans.delete_session(harness.parts, TENANT, "a")).blocks_deleted == 0
     assert harness.there(under("salt-a")) == [under("salt-a")] * 2
-    harness.parts.sessions.end(fork)
+    harness.parts.turns.end(fork)
     await sweeper.sweep(harness.parts)
     assert harness.there(under("salt-a")) == [[], []]
 
@@ -220,7 +220,7 @@ async def test_sessions_that_are_idle_longer_than_session_ttl_s_go_unless_they_a
             harness.stored(under(f"salt-{name}"))
         turning = await parts.store.session(TENANT, "turning")
         assert turning
-        parts.sessions.begin(SessionMatch(turning, "", b""))
+        parts.turns.begin(SessionMatch(turning, "", b""))
         await sweeper.sweep(parts)
         assert harness.there(under("salt-idle")) == [[]]
         assert harness.there(under("salt-fresh")) == [under("salt-fresh")]
@@ -363,7 +363,7 @@ async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and
     await tight.window("w", under("salt-idle", 2))
     turning = await tight.parts.store.session(TENANT, "turning")
     assert turning
-    tight.parts.sessions.begin(SessionMatch(turning, "", b""))
+    tight.parts.turns.begin(SessionMatch(turning, "", b""))
     await sweeper.sweep(tight.parts)
     assert tight.there(under("salt-idle", 6)) == [under("salt-idle", 2)] * 2
     for salt in ("salt-turning", "salt-unknown"):
