@@ -11,9 +11,10 @@ from typing import Any
 from gateway.records import Message, Session, Usage
 from gateway.runtime.offload import Offload
 from gateway.sessions import misses
-from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
+from gateway.sessions.completed_turn import ParsedTurn, Review
 from gateway.sessions.misses import PreviousTurn, TurnCacheStats
 from gateway.sessions.token_estimator import Estimator
+from gateway.sessions.turn_context import TurnContext
 from gateway.store.store import Store
 
 _LEFT = 4096
@@ -66,7 +67,7 @@ class CacheReviewer:
         """All that was looked at is in the store now."""
         self._unrecorded.clear()
 
-    def _keep(self, ended: CompletedTurn, usage: Usage, messages: Sequence[Message], frame: Mapping[str, Any]) -> None:
+    def _keep(self, ended: TurnContext, usage: Usage, messages: Sequence[Message], frame: Mapping[str, Any]) -> None:
         key = _key(ended)
         if len(self._last) >= _LEFT and key not in self._last:
             self._last.clear()
@@ -77,10 +78,10 @@ class CacheReviewer:
             fingerprint=ended.fingerprint,
             engine=ended.engine,
         )
-        self._last[key] = _Before(left, ended.at)
+        self._last[key] = _Before(left, ended.ended_at)
         self._unrecorded[key] = messages, frame
 
-    async def _before(self, ended: CompletedTurn) -> _Before:
+    async def _before(self, ended: TurnContext) -> _Before:
         """What the turn found. When its session was read, the turn before may not have been recorded yet."""
         session, key = ended.match.session, _key(ended)
         just = self._last.get(key)
@@ -93,7 +94,7 @@ class CacheReviewer:
                 return _Before(None, 0.0)
         return just
 
-    async def _of_parent(self, ended: CompletedTurn, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
+    async def _of_parent(self, ended: TurnContext, whole: Sequence[Message], frame: Mapping[str, Any]) -> _Before:
         """What a new session finds of the one that it is a fork of: both run under one salt."""
         new = ended.match.session
         parent = await self._store.session(new.tenant, new.parent or "")
@@ -129,7 +130,7 @@ class CacheReviewer:
         return replace(evidence, before=replace(before.left, messages=messages, frame=known))
 
     async def _recorded(
-        self, ended: CompletedTurn, before: _Before
+        self, ended: TurnContext, before: _Before
     ) -> tuple[Sequence[Message] | None, dict[str, Any] | None]:
         """The conversation as the turn before has left it; None where that is not known any more."""
         session: Session | None = ended.match.session
@@ -142,7 +143,7 @@ class CacheReviewer:
         return messages, dict(await self._store.frame(session.frame)) if session.frame and messages else None
 
 
-def _key(ended: CompletedTurn) -> tuple[str, str]:
+def _key(ended: TurnContext) -> tuple[str, str]:
     return ended.match.session.tenant, ended.match.session.id
 
 

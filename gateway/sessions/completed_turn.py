@@ -1,56 +1,20 @@
-"""A turn that is over: what the relay knows of it, what its reply says, and what the store is to keep of both."""
+"""A turn that is over: what its reply says, and what the store is to keep of it."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.dialects.base import Call, Dialect, Reply
+from gateway.dialects.base import Reply
 from gateway.errors import GatewayError
-from gateway.records import Message, Outcome, StoredResponse, Trace, Turn
-from gateway.runtime.offload import HEAVY_BYTES, is_heavy
+from gateway.records import Message, StoredResponse, Trace, Turn
 from gateway.sessions import prefix_chain
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
-from gateway.sessions.session_match import SessionMatch
+from gateway.sessions.turn_context import TurnContext
 from gateway.store.types import TurnRecord
 
 log = logging.getLogger(__name__)
 
 _MAX_DETAIL = 1000  # an engine repeats what it refuses
-
-
-@dataclass(frozen=True, slots=True)
-class CompletedTurn:
-    """What the relay knows of a turn when it is over. `chunks` is None when the reply was too large to keep."""
-
-    match: SessionMatch
-    fingerprint: str
-    salt: str
-    dialect: Dialect
-    call: Call
-    outcome: Outcome
-    status: int
-    started_at: float
-    duration_ms: float
-    streamed: bool
-    chunks: Sequence[bytes] | None
-    detail: str = ""
-    engine: str = ""
-    overhead_s: float = 0.0  # our own work before the engine was asked
-    heavy_body: bool = False  # what a client sent was large, whatever of it are messages
-    normalised: tuple[str, ...] = ()  # rules that took something from the front of the prompt
-
-    @property
-    def heavy(self) -> bool:
-        """Whether to read and hash it takes so long that it is done beside the event loop."""
-        if self.heavy_body or sum(map(len, self.chunks or ())) > HEAVY_BYTES:
-            return True
-        front = self.call.front
-        return is_heavy(self.call.messages) or (front is not None and is_heavy(front.history))
-
-    @property
-    def at(self) -> float:
-        """When it was over."""
-        return self.started_at + self.duration_ms / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +24,7 @@ class ParsedTurn:
     Without the reply the next turn's prompt is not known, so the transcript stays where it was.
     """
 
-    turn: CompletedTurn
+    turn: TurnContext
     reply: Reply
     whole: Sequence[Message]
     messages: Sequence[Message] | None
@@ -75,7 +39,7 @@ class Review:
     miss: str = ""
 
 
-def parse(ended: CompletedTurn) -> ParsedTurn:
+def parse(ended: TurnContext) -> ParsedTurn:
     """Parse what was recorded of the reply."""
     is_turn = bool(ended.call.messages or ended.call.front)
     whole = ended.call.whole if is_turn else []
@@ -99,12 +63,12 @@ def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
             session_id=session.id,
             # What the engine does not serve is a client's own text, as long as it likes.
             model=ended.call.model if ended.fingerprint or reply.message else "",
-            outcome="engine_error" if reply.error else "completed" if reply.message else ended.outcome,
-            status=ended.status,
+            outcome="engine_error" if reply.error else "completed" if reply.message else ended.result.outcome,
+            status=ended.result.status,
             started_at=ended.started_at,
             duration_ms=ended.duration_ms,
             usage=reply.usage,
-            detail=(ended.detail or reply.error)[:_MAX_DETAIL],
+            detail=(ended.result.detail or reply.error)[:_MAX_DETAIL],
             source=_recognised(ended),
             engine=ended.engine,
             estimated_tokens=review.estimated,
@@ -123,7 +87,7 @@ def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
     )
 
 
-def _recognised(ended: CompletedTurn) -> str:
+def _recognised(ended: TurnContext) -> str:
     """How the session was found, and what of it was put in front of the request."""
     front, source = ended.call.front, ended.match.source
     if front is None or not front.origin:
@@ -165,11 +129,11 @@ def _beginning(turn: ParsedTurn) -> ConversationPrefix | None:
     return ConversationPrefix.of(Prompt(turn.whole, request.seed, request.frame))
 
 
-def _reply(ended: CompletedTurn) -> Reply:
-    if ended.chunks is None or ended.outcome not in ("completed", "client_gone"):
+def _reply(ended: TurnContext) -> Reply:
+    if ended.result.chunks is None or ended.result.outcome not in ("completed", "client_gone"):
         return Reply(None, None)
-    if ended.outcome == "completed":
-        return ended.dialect.reply(ended.chunks, streamed=ended.streamed)
+    if ended.result.outcome == "completed":
+        return ended.dialect.reply(ended.result.chunks, streamed=ended.result.streamed)
     # Codex closes the connection at the last event, before the stream has ended: it has had its answer.
-    reply = ended.dialect.reply(ended.chunks, streamed=True) if ended.streamed else Reply(None, None)
+    reply = ended.dialect.reply(ended.result.chunks, streamed=True) if ended.result.streamed else Reply(None, None)
     return reply if reply.message and not reply.error else Reply(None, None)

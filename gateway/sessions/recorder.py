@@ -20,9 +20,9 @@ from gateway.runtime.offload import Offload
 from gateway.sessions import completed_turn
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
-from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn, Review
+from gateway.sessions.completed_turn import ParsedTurn, Review
 from gateway.sessions.in_flight import TurnLocks
-from gateway.sessions.session_match import SessionMatch
+from gateway.sessions.turn_context import TurnContext
 from gateway.store.store import Store
 from gateway.store.types import StoreUnavailable, TurnRecord
 
@@ -62,8 +62,8 @@ class TurnRecorder:
         self._locks = locks
         self._batch = 0  # that of the turns which are over now, where there are other workers
         self._batch_is_told = False
-        self._queue: asyncio.Queue[CompletedTurn] = asyncio.Queue()
-        self._said: set[int] = set()  # places (their `id`) of turns whose replies clients have, not recorded yet
+        self._queue: asyncio.Queue[TurnContext] = asyncio.Queue()
+        self._replied: set[TurnContext] = set()  # clients have their replies, the store has not
         self._recorded = 0  # turns that have left the queue, ever
         self._finished = 0  # turns that have entered it
         self._progress = asyncio.Condition()
@@ -94,7 +94,7 @@ class TurnRecorder:
         """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
         self._on_recorded = on_recorded
 
-    def begin(self, match: SessionMatch) -> None:
+    def begin(self, turn: TurnContext) -> None:
         """A turn begins. Raises `rate_limited` when too many wait for the store, `storage_full` when it takes none."""
         if (trouble := self._trouble) is not None:
             full = trouble.code == "storage_full"
@@ -106,23 +106,23 @@ class TurnRecorder:
                 f"{self.unrecorded} finished turns wait for the store",
                 hint="send it again in a moment; turn_queue sets how many may wait",
             )
-        self._turns.begin(match)
+        self._turns.begin(turn.match)
 
     @property
     def trouble(self) -> str:
         """Why turns cannot be recorded just now; empty where they can."""
         return self._trouble.message if self._trouble else ""
 
-    def mark_reply_sent(self, match: SessionMatch) -> None:
+    def mark_reply_sent(self, turn: TurnContext) -> None:
         """A client gets the last event of its reply just now; the engine has still to end the stream."""
-        self._said.add(id(match))
+        self._replied.add(turn)
         self._tell_others()
 
-    def enqueue(self, over: CompletedTurn) -> None:
+    def enqueue(self, turn: TurnContext) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
         self._finished += 1
         self._tell_others()
-        self._queue.put_nowait(over)
+        self._queue.put_nowait(turn)
 
     def _tell_others(self) -> None:
         if self._locks and not self._batch_is_told:
@@ -136,17 +136,17 @@ class TurnRecorder:
         not get on. While the store cannot be written nobody waits for it.
         """
         theirs = self._locks.ended_elsewhere() if self._locks else set()
-        goal, said = self._finished, self._said.copy()
-        if said or self._recorded < goal:
+        goal, replied = self._finished, self._replied.copy()
+        if replied or self._recorded < goal:
             self._flush_requested.set()
         async with self._progress:
             await self._progress.wait_for(lambda: self._recorded >= goal or self._trouble is not None)
-            if said:
+            if replied:
                 try:
                     async with asyncio.timeout(_OTHERS_S):
-                        await self._progress.wait_for(lambda: not said & self._said or self._trouble is not None)
+                        await self._progress.wait_for(lambda: not replied & self._replied or self._trouble is not None)
                 except TimeoutError:  # an engine that hangs: nobody waits for it again
-                    self._said -= said
+                    self._replied -= replied
         if self._locks and theirs:
             await _recorded_elsewhere(self._locks, theirs)
 
@@ -161,14 +161,14 @@ class TurnRecorder:
             await self._gather()
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            closed = self._close_batch({id(over.match) for over in batch})
-            finished = [await self._to_store(over) async for over in _all(batch)]
+            closed = self._close_batch(set(batch))
+            finished = [await self._to_store(turn) async for turn in _all(batch)]
             await self._record(finished)
             self._reviews.recorded()
-            for over, one in zip(batch, finished, strict=True):
-                self._count(over, one)
-                self._said.discard(id(over.match))
-                self._turns.end(over.match)
+            for turn, one in zip(batch, finished, strict=True):
+                self._count(turn, one)
+                self._replied.discard(turn)
+                self._turns.end(turn.match)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._queue.task_done()
             if self._locks and closed is not None:
@@ -177,16 +177,15 @@ class TurnRecorder:
                 self._recorded += len(batch)
                 self._progress.notify_all()
 
-    def _count(self, over: CompletedTurn, finished: TurnRecord) -> None:
-        turn = finished.turn
-        self._telemetry.turn(turn, over.dialect.name, over.overhead_s, served=bool(over.fingerprint))
-        reason, _, _ = turn.miss.partition(":")
+    def _count(self, turn: TurnContext, finished: TurnRecord) -> None:
+        self._telemetry.turn(finished.turn, turn.dialect.name, turn.overhead_s, served=bool(turn.fingerprint))
+        reason, _, _ = finished.turn.miss.partition(":")
         if reason not in _NO_MISSES:
             self._telemetry.missed(reason)
 
-    def _close_batch(self, taken: set[int]) -> int | None:
+    def _close_batch(self, taken: set[TurnContext]) -> int | None:
         """End the batch that others know of, unless turns of it are still to come; return which it was."""
-        if not self._locks or self._queue.qsize() or self._said - taken:
+        if not self._locks or self._queue.qsize() or self._replied - taken:
             return None
         self._batch, self._batch_is_told, closed = self._batch + 1, False, self._batch
         return closed
@@ -199,13 +198,13 @@ class TurnRecorder:
                     await self._flush_requested.wait()
         self._flush_requested.clear()
 
-    async def _to_store(self, over: CompletedTurn) -> TurnRecord:
+    async def _to_store(self, turn: TurnContext) -> TurnRecord:
         """What the store is to keep of a turn; a large one is read and hashed beside the event loop."""
-        if not over.heavy:
-            turn = completed_turn.parse(over)
-            return completed_turn.to_record(turn, await self._review(turn))
-        turn = await self._offload.run(True, completed_turn.parse, over)
-        return await self._offload.run(True, completed_turn.to_record, turn, await self._review(turn))
+        if not turn.heavy:
+            parsed = completed_turn.parse(turn)
+            return completed_turn.to_record(parsed, await self._review(parsed))
+        parsed = await self._offload.run(True, completed_turn.parse, turn)
+        return await self._offload.run(True, completed_turn.to_record, parsed, await self._review(parsed))
 
     async def _review(self, turn: ParsedTurn) -> Review:
         try:
@@ -280,7 +279,7 @@ async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
                 await asyncio.sleep(_POLL_S)
 
 
-async def _all(batch: Sequence[CompletedTurn]) -> AsyncIterator[CompletedTurn]:
+async def _all(batch: Sequence[TurnContext]) -> AsyncIterator[TurnContext]:
     for number, one in enumerate(batch, 1):
         yield one
         if number % _READ_AT_ONCE == 0:

@@ -7,7 +7,6 @@ A turn of a session (`TURNS`) is read once, salted, relayed, and handed to the r
 import logging
 import time
 from contextlib import suppress
-from copy import copy
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +18,7 @@ from gateway.api.connection import client_of
 from gateway.api.inference import history, item_references, stored_responses
 from gateway.api.inference.passthrough import Passthrough
 from gateway.api.inference.passthrough_routes import COUNT, Routes
-from gateway.api.inference.relay import Answer, FingerprintCache, Outgoing, relay, request_headers, send_full
+from gateway.api.inference.relay import FingerprintCache, Outgoing, RelayOptions, relay, request_headers, send_full
 from gateway.api.inference.request import (
     SYSTEM_HEADER,
     TURNS,
@@ -34,9 +33,8 @@ from gateway.dialects.base import Call, Dialect
 from gateway.errors import GatewayError
 from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
 from gateway.sessions import prefix_chain
-from gateway.sessions.completed_turn import CompletedTurn
 from gateway.sessions.session_match import SessionMatch
-from gateway.sessions.turn_context import TurnContext
+from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.windows import branch
 from gateway.windows.context import Services
 from gateway.windows.overflow import Followed, Overflow
@@ -144,33 +142,32 @@ class Inference:
             turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
         if followed := await self._successors.onward(turn.match, turn.call):
             _follow(turn, followed)
-        answer = await self._relayed(incoming, turn)
-        if answer.held is not None and answer.hold_full:
-            await self._go_on(incoming, turn, answer.held)
+        await self._relayed(incoming, turn)
 
     async def _go_on(self, incoming: InferenceRequest, full: TurnContext, held: tuple[Headers, bytes]) -> None:
         """A full session goes on in its successor; where it cannot, the client gets the engine's answer."""
-        turn = copy(full)
-        turn.arrived = time.monotonic()
+        arrived = time.monotonic()
         try:
-            _follow(turn, await self._successors.of(turn.match, turn.call, turn.model))
+            followed = await self._successors.of(full.match, full.call, full.model)
         except GatewayError as error:
-            log.warning("session %s is full and does not go on: %s", turn.match.session.id, error.message)
+            log.warning("session %s is full and does not go on: %s", full.match.session.id, error.message)
             await send_full(incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
             return
+        turn = replace(full, arrived=arrived, result=RelayResult())
+        _follow(turn, followed)
         await self._relayed(incoming, turn, hold_full=False)
 
-    async def _relayed(self, incoming: InferenceRequest, turn: TurnContext, *, hold_full: bool = True) -> Answer:
-        """Relay a turn, and hand it over when it is over; return how it went."""
-        services, dialect, call, model = self._services, turn.dialect, turn.call, turn.model
+    async def _relayed(self, incoming: InferenceRequest, turn: TurnContext, *, hold_full: bool = True) -> None:
+        """Relay a turn, and hand it over when it is over, however it ended."""
+        services, dialect, call = self._services, turn.dialect, turn.call
         session = turn.match.session
         await resume(services, session)
-        fingerprint = model.fingerprint if model else ""
-        salt = services.salts.of(session.tenant, session.lineage, fingerprint, call.client_salt)
+        turn.fingerprint = turn.model.fingerprint if turn.model else ""
+        turn.salt = salt = services.salts.of(session.tenant, session.lineage, turn.fingerprint, call.client_salt)
         heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
         written = await services.offload.run(True, dialect.write, call, salt) if heavy else dialect.write(call, salt)
         outgoing = self._outgoing(incoming, written, may_load=True)
-        answer = Answer(
+        options = RelayOptions(
             dialect,
             _headers(turn),
             services.settings.max_reply_bytes,
@@ -179,38 +176,24 @@ class Inference:
             (incoming.base.path, call.model),
             may_be_full=True,
             hold_full=hold_full and services.settings.on_full == "successor",
-            on_last=partial(services.recorder.mark_reply_sent, turn.match),
+            on_last=partial(services.recorder.mark_reply_sent, turn),
         )
-        started_at, clock = time.time(), time.monotonic()
-        services.recorder.begin(turn.match)
+        turn.started_at, clock = time.time(), time.monotonic()
+        turn.overhead_s = clock - turn.arrived
+        services.recorder.begin(turn)
         route = services.engines.route(session.lineage, session.engine, call.model)
         note = services.salt_notes.begin(session, salt)
         try:
-            await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, turn.result)
         finally:
             services.salt_notes.withdraw(note)  # the record comes as soon as the note would
-            services.recorder.enqueue(
-                CompletedTurn(
-                    match=turn.match,
-                    fingerprint=fingerprint,
-                    salt=salt,
-                    dialect=dialect,
-                    # A large body takes memory until the turn is recorded, which has no need of it.
-                    call=replace(call, raw=b"", body={}) if incoming.heavy else call,
-                    heavy_body=incoming.heavy,
-                    outcome=answer.outcome,
-                    status=answer.status,
-                    started_at=started_at,
-                    duration_ms=(time.monotonic() - clock) * 1000,
-                    streamed=answer.streamed,
-                    chunks=answer.chunks,
-                    detail=answer.detail,
-                    normalised=turn.normalised,
-                    engine=route.engine,
-                    overhead_s=clock - turn.arrived,
-                )
-            )
-        return answer
+            turn.duration_ms, turn.engine = (time.monotonic() - clock) * 1000, route.engine
+            if incoming.heavy and turn.result.held is None:
+                # A large body takes memory until the turn is recorded, which has no need of it.
+                turn.call = replace(call, raw=b"", body={})
+            services.recorder.enqueue(turn)
+        if turn.result.held is not None and options.hold_full:
+            await self._go_on(incoming, turn, turn.result.held)
 
     async def _match(self, incoming: InferenceRequest, turn: TurnContext) -> SessionMatch:
         """Say which session the turn belongs to."""

@@ -10,13 +10,14 @@ from gateway.api.asgi import Headers, parse_object, send_answer
 from gateway.api.connection import client_of
 from gateway.api.inference import history
 from gateway.api.inference.passthrough_routes import Route
-from gateway.api.inference.relay import Answer, Outgoing, relay
+from gateway.api.inference.relay import Outgoing, RelayOptions, relay
 from gateway.api.inference.request import MESSAGES, InferenceRequest, error_dialect
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, is_clean, model_of, sanitise, with_fields, write_json
 from gateway.records import Session
 from gateway.sessions import prefix_chain
 from gateway.sessions.session_match import SessionMatch
+from gateway.sessions.turn_context import RelayResult
 from gateway.store.types import SaltNote
 from gateway.windows.context import Services
 from gateway.windows.overflow import Overflow
@@ -88,9 +89,9 @@ class Passthrough:
     ) -> None:
         engines = self._services.engines
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
-        answer = Answer(error_dialect(incoming.scope), _named(incoming), limit=0)
+        options = RelayOptions(error_dialect(incoming.scope), _named(incoming), limit=0)
         outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
-        await relay(route, outgoing, client_of(incoming.scope), incoming.send, answer)
+        await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, RelayResult())
 
     async def _sanitised(
         self, incoming: InferenceRequest, route: Route

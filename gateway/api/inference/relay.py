@@ -16,7 +16,7 @@ from gateway.dialects.base import Dialect
 from gateway.dialects.sse import UsageFilter
 from gateway.engines.connection import Connection, UpstreamError, as_gateway_error
 from gateway.engines.pool import Route
-from gateway.records import Outcome
+from gateway.sessions.turn_context import RelayResult
 
 # RFC 9110, 7.6.1: these speak of one connection, not of the message. Length and encoding of the body are set anew.
 HOP_BY_HOP = frozenset(
@@ -73,49 +73,32 @@ class FingerprintCache:
 
 
 @dataclass(slots=True)
-class Answer:
-    """How to answer, and afterwards how it went. `chunks` is a copy of it, None once it is over `limit` bytes."""
+class RelayOptions:
+    """How to answer a client, whatever the engine says."""
 
     dialect: Dialect
     extra_headers: Headers
-    limit: int
+    limit: int  # bytes of the reply that are kept
     hide_usage: bool = False
     stamps: FingerprintCache = field(default_factory=FingerprintCache)
     about: tuple[bytes, str] = (b"", "")  # path and model, for `stamps`
-    status: int = 0
-    streamed: bool = False
-    chunks: list[bytes] | None = field(default_factory=list)
-    size: int = 0
-    outcome: Outcome = "gateway_error"
-    detail: str = ""
     may_be_full: bool = False  # the prompt is a conversation's: an engine that has no room for it is told apart
-    hold_full: bool = False  # whether that answer is kept in `held`, and not sent
-    held: tuple[Headers, bytes] | None = None
+    hold_full: bool = False  # whether that answer is kept in `RelayResult.held`, and not sent
     on_last: Callable[[], None] = lambda: None  # called before a client gets the last event of a stream
-
-    def keep(self, chunks: Sequence[bytes]) -> None:
-        """Keep chunks, or nothing at all once it is too much."""
-        if self.chunks is None:
-            return
-        self.size += sum(map(len, chunks))
-        if self.size <= self.limit:
-            self.chunks += chunks
-        else:
-            self.chunks = None
-            self.detail = "the reply was larger than max_reply_bytes and was not kept"
 
 
 class StreamForwarder:
     """What a client gets to see of the chunks that come from the engine, each still an HTTP chunk of its own."""
 
-    def __init__(self, client: ClientConnection, answer: Answer, engine: str) -> None:
+    def __init__(self, client: ClientConnection, options: RelayOptions, result: RelayResult, engine: str) -> None:
         self._client = client
-        self._answer = answer
+        self._options = options
+        self._result = result
         self.hidden: UsageFilter | None = None
-        if answer.streamed and answer.hide_usage:
-            self.hidden = UsageFilter(answer.stamps.of(engine, answer.about))
+        if result.streamed and options.hide_usage:
+            self.hidden = UsageFilter(options.stamps.of(engine, options.about))
         self.mid_event = False  # whether the last byte shown was in the middle of an event
-        self._last = answer.dialect.last_event if answer.streamed else ()
+        self._last = options.dialect.last_event if result.streamed else ()
 
     def write(self, chunks: Sequence[bytes]) -> bool:
         """Pass chunks on; tell whether the client keeps up."""
@@ -131,17 +114,19 @@ class StreamForwarder:
 
     def filter(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
         """Keep chunks, and return what may be shown of them."""
-        self._answer.keep(chunks)
+        self._result.keep(chunks, self._options.limit)
         if chunks and chunks[-1].startswith(self._last):
-            self._answer.on_last()
+            self._options.on_last()
         shown = chunks if self.hidden is None else self.hidden.pass_on(chunks)
         if shown:
             self.mid_event = not shown[-1].endswith(b"\n\n")
         return shown
 
 
-async def relay(route: Route, outgoing: Outgoing, client: ClientConnection, send: Send, answer: Answer) -> None:
-    """Send `outgoing` to the engine and its answer to the client; `answer` tells afterwards how it went."""
+async def relay(
+    route: Route, outgoing: Outgoing, client: ClientConnection, send: Send, options: RelayOptions, result: RelayResult
+) -> None:
+    """Send `outgoing` to the engine and its answer to the client; `result` tells afterwards how it went."""
     try:
         with ClientWatch(client) as watch:
             connection = await route.send(
@@ -149,27 +134,30 @@ async def relay(route: Route, outgoing: Outgoing, client: ClientConnection, send
             )
             watch.on_writable = connection.resume
             try:
-                await _forward(connection, client, send, answer, route.engine)
+                await _forward(connection, client, send, options, result, route.engine)
             finally:
                 route.release(connection)
     except ClientGone:
-        answer.outcome = "client_gone"
+        result.outcome = "client_gone"
     except UpstreamError as error:  # nothing was sent yet
         refused = as_gateway_error(error)
-        answer.outcome = "gateway_error" if error.code == "rate_limited" else "engine_error"
-        answer.detail, answer.status = str(error), refused.status
-        await send_answer(send, refused.status, answer.dialect.error(refused), answer.extra_headers)
+        result.outcome = "gateway_error" if error.code == "rate_limited" else "engine_error"
+        result.detail, result.status = str(error), refused.status
+        await send_answer(send, refused.status, options.dialect.error(refused), options.extra_headers)
 
 
-async def _forward(connection: Connection, client: ClientConnection, send: Send, answer: Answer, engine: str) -> None:
+async def _forward(
+    connection: Connection, client: ClientConnection, send: Send, options: RelayOptions, result: RelayResult,
+    engine: str,
+) -> None:  # fmt: skip
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP and not k.startswith(_CORS)]
-    answer.status = connection.status
-    answer.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
-    if connection.status == 400 and answer.may_be_full:
-        await _refused(connection, kept, send, answer)
+    result.status = connection.status
+    result.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
+    if connection.status == 400 and options.may_be_full:
+        await _refused(connection, kept, send, options, result)
         return
-    await send({"type": "http.response.start", "status": connection.status, "headers": kept + answer.extra_headers})
-    pipe = StreamForwarder(client, answer, engine)
+    await send({"type": "http.response.start", "status": connection.status, "headers": kept + options.extra_headers})
+    pipe = StreamForwarder(client, options, result, engine)
     try:
         last = (
             pipe.finish(await connection.stream_to(pipe.write))
@@ -177,39 +165,41 @@ async def _forward(connection: Connection, client: ClientConnection, send: Send,
             else await _read(connection, pipe, send)
         )
     except UpstreamError as error:
-        answer.outcome, answer.detail = "engine_cut", str(error)
-        if not answer.streamed:
+        result.outcome, result.detail = "engine_cut", str(error)
+        if not result.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
         # Half an event may have gone out already; the error must not become its other half.
         end = b"\n\n" if pipe.mid_event else b""
-        event = answer.dialect.error_event(as_gateway_error(error), answer.chunks or ())
+        event = options.dialect.error_event(as_gateway_error(error), result.chunks or ())
         await send({"type": "http.response.body", "body": end + event})
         return
-    answer.outcome = "completed" if connection.status < 400 else "engine_error"
+    result.outcome = "completed" if connection.status < 400 else "engine_error"
     if pipe.hidden:
         last += pipe.hidden.flush()
-        answer.stamps.learn(engine, answer.about, pipe.hidden.stamp)
+        options.stamps.learn(engine, options.about, pipe.hidden.stamp)
     await send({"type": "http.response.body", "body": last})
 
 
-async def _refused(connection: Connection, kept: Headers, send: Send, answer: Answer) -> None:
+async def _refused(
+    connection: Connection, kept: Headers, send: Send, options: RelayOptions, result: RelayResult
+) -> None:
     """Pass on a refusal as it is, but for one that says that the context is full: that is held, or gets a hint."""
     body = b""
     while (chunk := await connection.read()) and len(body) < _REFUSAL_BYTES:
         body += chunk
-    answer.keep((body,))
-    answer.outcome = "engine_error"
+    result.keep((body,), options.limit)
+    result.outcome = "engine_error"
     if chunk or FULL not in body:
-        await send({"type": "http.response.start", "status": 400, "headers": kept + answer.extra_headers})
+        await send({"type": "http.response.start", "status": 400, "headers": kept + options.extra_headers})
         while chunk:
             await send({"type": "http.response.body", "body": body, "more_body": True})
             body, chunk = chunk, await connection.read()
         await send({"type": "http.response.body", "body": body})
         return
-    answer.detail = "the context is full"
-    answer.held = [*kept, *answer.extra_headers], body
-    if not answer.hold_full:
-        await send_full(send, answer.held, FULL_HINT)
+    result.detail = "the context is full"
+    result.held = [*kept, *options.extra_headers], body
+    if not options.hold_full:
+        await send_full(send, result.held, FULL_HINT)
 
 
 async def send_full(send: Send, held: tuple[Headers, bytes], hint: str) -> None:

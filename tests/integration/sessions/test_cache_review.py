@@ -9,9 +9,11 @@ from gateway.dialects.base import Reply
 from gateway.dialects.chat import ChatDialect
 from gateway.records import Session, Trace, Turn, Usage
 from gateway.sessions.cache_review import CacheReviewer
-from gateway.sessions.completed_turn import CompletedTurn, ParsedTurn
+from gateway.sessions.completed_turn import ParsedTurn
+from gateway.sessions.prefix_chain import Prompt
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.token_estimator import Estimator
+from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.store.sqlite import SqliteStore
 from gateway.store.types import TurnRecord
 from tests.support.fakes.engine import Exchange, FakeEngine, render, whole_reply
@@ -158,11 +160,10 @@ def test_a_turn_that_follows_at_once_is_compared_with_the_one_just_before(gatewa
 async def test_a_turn_is_not_compared_with_one_that_ran_beside_it(tmp_path: Path) -> None:
     def read(asked: str, started_at: float, ended_at: float) -> ParsedTurn:
         call = ChatDialect().read({"model": "demo", "messages": [*LONG, REPLY, u(asked)]}, b"")
-        over = CompletedTurn(
-            SessionMatch(known, "", b""), "f", "salt", ChatDialect(), call, "completed", 200, started_at,
-            (ended_at - started_at) * 1000, streamed=False, chunks=(),
-        )  # fmt: skip
-        return ParsedTurn(over, Reply(REPLY, Usage(1100, 5, 0)), call.whole, call.followed_by(REPLY))
+        turn = TurnContext("t", ChatDialect(), call, None, Prompt(call.messages, b""), (), False, 0.0, fingerprint="f")
+        turn.match, turn.salt, turn.started_at = SessionMatch(known, "", b""), "salt", started_at
+        turn.duration_ms, turn.result = (ended_at - started_at) * 1000, RelayResult("completed", 200)
+        return ParsedTurn(turn, Reply(REPLY, Usage(1100, 5, 0)), call.whole, call.followed_by(REPLY))
 
     first = Turn("t", "s", "demo", "completed", 200, 1.0, 1000.0, Usage(1000, 5, 0))
     new = Session("t", "s", lineage="s")

@@ -11,10 +11,11 @@ from gateway.metrics import Metrics, Stored
 from gateway.records import Session
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
-from gateway.sessions.completed_turn import CompletedTurn
+from gateway.sessions.prefix_chain import Prompt
 from gateway.sessions.recorder import TurnRecorder
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.token_estimator import Estimator
+from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.store.sqlite import SqliteStore
 
 pytestmark = pytest.mark.anyio
@@ -33,13 +34,11 @@ class Desk:
     def finish(self, session_id: str) -> None:
         """Begin and end a turn of a session."""
         call = ChatDialect().read({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}, b"")
-        place = SessionMatch(Session("t", session_id, lineage=session_id), "", b"")
-        self.turns.begin(place)
-        self.turns.enqueue(
-            CompletedTurn(
-                place, "f", "salt", ChatDialect(), call, "engine_cut", 200, 1.0, 1.0, streamed=False, chunks=()
-            )
-        )
+        turn = TurnContext("t", ChatDialect(), call, None, Prompt(call.messages, b""), (), False, 0.0)
+        turn.match = SessionMatch(Session("t", session_id, lineage=session_id), "", b"")
+        self.turns.begin(turn)
+        turn.result = RelayResult("engine_cut", 200)
+        self.turns.enqueue(turn)
 
     @property
     def lost(self) -> float:
