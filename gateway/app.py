@@ -141,7 +141,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         services.background.spawn(run_sweeper(services), "sweeping")
         swept = await release_strays(services)
         if swept:
-            log.warning("unpinned %d objects that a freeze had left which was never committed", swept)
+            log.warning("unpinned %d objects left by a freeze that was never committed", swept)
         if lost := await textless(services):
             log.error("%s; %s", lost, REMEDY)
         yield services

@@ -1,19 +1,21 @@
-"""The one error of the gateway, and the table of its codes.
+"""The gateway's one exception, the table of its error codes, and hints in the words of each API.
 
 Every failure that a caller may see is a `GatewayError` with one of the codes below; the HTTP status and whether a
-retry makes sense hang on the code, so they are written once. `gateway.api` renders it: in the admin API's shape, or in
-the shape of the dialect that the client speaks.
+retry makes sense depend on the code, so they are written once. `gateway.api` renders it, in the admin API's shape or in
+that of the client's dialect. What a hint has in backticks is a name in the admin API (a route, a field); `HintWords`
+puts it into the words of another API.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a code means on the wire, in words, and what whoever gets it can do. docs/errors.md is made of this."""
+    """What a code means and what the caller can do about it. docs/errors.md is generated from this."""
 
     status: int
     means: str
@@ -24,108 +26,120 @@ class Code:
 CODES: Mapping[str, Code] = MappingProxyType(
     {
         "invalid_request": Code(
-            400, "A field or the body is not what it must be; `details.field` names it", "Send what the message says"
+            400, "A field or the body is invalid; `details.field` names it", "Correct it as the message says"
         ),
         "invalid_session_id": Code(
             400,
-            "What should be the id of a session is none",
-            "Use 1 to 128 of `A-Z a-z 0-9 _ . : -`, a letter or digit first",
+            "Invalid session id",
+            "Use 1 to 128 characters of `A-Z a-z 0-9 _ . : -`, beginning with a letter or digit",
         ),
         "invalid_window_name": Code(
             400,
-            "What should be the name of a window is none",
-            "Use 1 to 128 of `A-Z a-z 0-9 _ . -`, a letter or digit first",
+            "Invalid window name",
+            "Use 1 to 128 characters of `A-Z a-z 0-9 _ . -`, beginning with a letter or digit",
         ),
         "unknown_parameter": Code(
-            400, "A parameter that the route does not know", "The hint has the nearest that it knows, or all of them"
+            400, "Unknown parameter", "The hint names the closest known parameter, or all of them"
         ),
         "window_system_conflict": Code(
             400,
-            "A request that goes on from a window brings another system message than the window has",
-            "Leave it out, or send `X-Window-System: keep` or `replace`",
+            "A request that continues a window has a system message that differs from the window's",
+            "Omit it, or send `X-Window-System: keep` or `replace`",
         ),
         "unauthorized": Code(
             401, "The key is missing or wrong", "Send `Authorization: Bearer KEY` or `x-api-key: KEY`"
         ),
         "forbidden": Code(
             403,
-            "A page of another site made a browser send this, or may have: no key is set, and it went to a public name",
-            "Ask from the gateway's own address; set `api_key` where it has a name of its own",
+            "A page of another site made a browser send this, or may have: no key is set, and it was sent to a public "
+            "name",
+            "Use the gateway's IP address or localhost, or set `api_key` to serve it under a public name",
         ),
-        "not_found": Code(404, "Nothing is served at this path", "`/admin/openapi.json` has every path"),
+        "not_found": Code(404, "Nothing is served at this path", "`/admin/openapi.json` lists every path"),
         "session_not_found": Code(
-            404, "There is no such session, or it was deleted", "`GET /admin/sessions` lists those that there are"
+            404, "The session does not exist or was deleted", "`GET /admin/sessions` lists the sessions"
         ),
         "window_not_found": Code(
             404,
-            "There is no such window; or it has expired, then it cannot be used any more",
-            "`GET /admin/windows` lists those that there are; freeze it again",
+            "The window does not exist, or it has expired and can no longer be used",
+            "`GET /admin/windows` lists the windows; an expired one has to be frozen again",
         ),
         "response_not_found": Code(
-            404, "No answer of this id is kept", "Send `store: true`; `responses_kept` says how many are"
+            404, "No response with this id is stored", "Send `store: true`; `responses_kept` sets how many are stored"
         ),
-        "previous_response_not_found": Code(
-            404, "The answer that a request goes on from is not kept", "Send the whole conversation"
+        "previous_response_not_found": Code(404, "The previous response is not stored", "Send the whole conversation"),
+        "method_not_allowed": Code(
+            405, "The path does not support this method", "The header `Allow` lists the supported methods"
         ),
-        "method_not_allowed": Code(405, "The path is served, but not by this method", "The header `Allow` has those"),
         "request_timeout": Code(
-            408, "The body stopped coming", "Send it again; `client_timeout_s` sets how long we wait", retryable=True
+            408,
+            "The body stopped arriving",
+            "Send it again; `client_timeout_s` sets how long the gateway waits",
+            retryable=True,
         ),
         "window_already_exists": Code(
-            409, "The name is in use by a window", "Choose another name, or delete that window"
+            409, "A window with this name exists", "Choose another name, or delete that window"
         ),
-        "session_already_exists": Code(409, "The id is in use by a session", "Choose another id, or give none"),
+        "session_already_exists": Code(409, "A session with this id exists", "Choose another id, or omit it"),
         "session_busy": Code(
-            409, "A turn of the session is going on", "Try again when its reply is complete", retryable=True
+            409, "A turn of the session is in progress", "Try again when its reply is complete", retryable=True
         ),
         "model_mismatch": Code(
             409,
-            "The engine does not serve the model that the window or session was made with, or with other weights",
-            "Serve that model; the text is there (`GET /admin/windows/{name}/messages`), and can be imported `as_text`",
+            "The engine does not serve the model of the window or session, or serves it with other weights",
+            "Serve that model; the text is still there (`GET /admin/windows/{name}/messages`) and can be imported "
+            "`as_text`",
         ),
         "payload_too_large": Code(
-            413, "The body is larger than may be", "`max_body_bytes` and `max_import_bytes` set the limits"
+            413, "The body is too large", "`max_body_bytes` and `max_import_bytes` set the limits"
         ),
         "too_complex": Code(
             413,
-            "A request or a file has more parts than may be: values, messages, parameters, or levels of nesting",
-            "Send less at once; the message says what there is too much of, and which setting bounds it",
+            "A request or a file has too many values, messages, parameters or levels of nesting",
+            "Send less at once; the message says what there is too much of, and which setting limits it",
         ),
         "window_corrupted": Code(
             422,
-            "Text or KV of the window, or of a window's file, is lost or not as its checksum says",
-            "A window: `verify` says what is lost, a thaw computes it anew. A file: fetch or export it again",
+            "Text or KV of the window, or of a window file, is lost or does not match its checksum",
+            "For a window: `verify` says what is lost, and a thaw recomputes it. For a file: copy or export it again",
         ),
         "rate_limited": Code(
             429,
-            "Too much is going on: clients, open files, or finished turns that wait for the store",
-            "Wait a moment; `max_connections`, `turn_queue` and the limit on open files set how much may be",
+            "Too many clients, open files, or finished turns that wait for the store",
+            "Wait a moment; `max_connections`, `turn_queue` and the limit on open files set the maximum",
             retryable=True,
         ),
-        "internal": Code(500, "The gateway failed", "Its log says why; that is a bug, please report it"),
+        "internal": Code(500, "An error in the gateway", "The gateway's log says why; this is a bug, please report it"),
         "engine_unreachable": Code(
             502,
-            "No engine answers, or it answers with an error of its own",
-            "Is vLLM running, and does `engine_urls` have its address? `GET /admin/health` says what is the matter",
+            "No engine answers, or it answers with an error",
+            "Is vLLM running, and does `engine_urls` have its address? `GET /admin/health` says what is wrong",
             retryable=True,
         ),
         "cache_unavailable": Code(
             503,
             "LMCache or a tier is not configured, or does not answer",
-            "Is LMCache running, and does `cache_url` have its address? `GET /admin/cache` says what is the matter",
+            "Is LMCache running, and does `cache_url` have its address? `GET /admin/cache` says what is wrong",
             retryable=True,
         ),
         "engine_timeout": Code(
-            504, "The engine was silent for too long", "`engine_timeout_s` sets how long we wait", retryable=True
+            504,
+            "The engine was silent for too long",
+            "`engine_timeout_s` sets how long the gateway waits",
+            retryable=True,
         ),
         "storage_full": Code(
             507,
-            "A disk or Redis has no room, or less than `disk_reserve_bytes`; a quota or the limit on the size of "
+            "A disk or Redis is full, or has less than `disk_reserve_bytes` free; a quota or the limit on the size of "
             "files is reached; or the tenant's windows would hold more than `tenant_budget_bytes`",
             "Free space, delete windows that are not needed, or raise the limit",
         ),
     }
 )
+
+
+_IN_BACKTICKS = re.compile(r"`([^`]+)`")
+_PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
 class GatewayError(Exception):
@@ -147,6 +161,30 @@ class GatewayError(Exception):
     def retryable(self) -> bool:
         """Whether the same request may succeed later."""
         return CODES[self.code].retryable
+
+
+@dataclass(frozen=True, slots=True)
+class HintWords:
+    """The words in which one API says what hints name in backticks.
+
+    `names` has the text in place of a route (its placeholders written as `{}`) or a field, backticks and all;
+    `by_code` whole hints, for errors whose remedy is another one there.
+    """
+
+    names: Mapping[str, str]
+    by_code: Mapping[str, str] = field(default_factory=dict)
+
+    def translate(self, code: str, hint: str) -> str:
+        """The hint of an error in this API's words. What this API has no name for stays as it is."""
+        return self.by_code.get(code) or _IN_BACKTICKS.sub(self._name, hint)
+
+    def _name(self, quoted: re.Match[str]) -> str:
+        return self.names.get(placeholders_blank(quoted[1]), quoted[0])
+
+
+def placeholders_blank(route: str) -> str:
+    """A route without the names of its placeholders: they differ from API to API."""
+    return _PLACEHOLDER.sub("{}", route)
 
 
 class StartError(Exception):

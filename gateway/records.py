@@ -31,7 +31,7 @@ def check_session_id(value: object, where: str = "session_id") -> str:
         return value
     raise GatewayError(
         "invalid_session_id",
-        f"{where} {shown(value, 200)} is not a session id",
+        f"{where} {shown(value, 200)} is not a valid session id",
         hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 _ . : - and begin with a letter or digit",
         details={"field": where},
     )
@@ -43,7 +43,7 @@ def check_window_name(value: object, where: str = "window_name") -> str:
         return value
     raise GatewayError(
         "invalid_window_name",
-        f"{where} {shown(value, 200)} is not a window name",
+        f"{where} {shown(value, 200)} is not a valid window name",
         hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 _ . - and begin with a letter or digit",
         details={"field": where},
     )
@@ -187,7 +187,7 @@ class Turn:
 class StoredResponse:
     """An answer that a client can retrieve and continue (Responses API).
 
-    `transcript` is the conversation up to this answer and with it, None where it cannot be gone on from; `instructed`:
+    `transcript` is the conversation up to this answer and with it, None where it cannot be continued; `instructed`:
     its first message is the request's own instructions. `asked` is the request's input, as a list in the store.
     """
 

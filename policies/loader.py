@@ -39,7 +39,7 @@ def build(spec: object, strangers: Collection[str] = (), field: str = "policy", 
     if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
         raise PolicyError(field, f'must be an object with "use": the name of a policy, not {abbreviated(spec)}')
     if depth > _DEEPEST:
-        raise PolicyError(field, f"combinations may lie {_DEEPEST} deep, no deeper")
+        raise PolicyError(field, f"combinations may be nested at most {_DEEPEST} deep")
     parameters = {name: value for name, value in spec.items() if name != "use"}
     inner = parameters.get("policies")
     if isinstance(inner, list | tuple):
@@ -52,7 +52,7 @@ def build(spec: object, strangers: Collection[str] = (), field: str = "policy", 
 def _found(name: str, strangers: Collection[str], field: str) -> Any:
     if name not in BUILT_IN and name not in strangers:
         near = difflib.get_close_matches(name, [*BUILT_IN, *strangers], n=1) if len(name) <= _LONGEST_NAME else []
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join([*BUILT_IN, *strangers])}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known policies: {', '.join([*BUILT_IN, *strangers])}"
         raise PolicyError(field, f"unknown policy {abbreviated(name)}: {hint}")
     module, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not (module and colon and attribute):

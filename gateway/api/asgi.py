@@ -67,7 +67,7 @@ async def _pieces(
         if size > limit:
             raise _too_large(limit, setting)
         if more and time.monotonic() - began > body_timeout_s + size / _SLOWEST:
-            raise GatewayError("request_timeout", f"the body did not come within {body_timeout_s:g} s")
+            raise GatewayError("request_timeout", f"the body did not arrive within {body_timeout_s:g} s")
         if piece:
             yield piece
 
@@ -140,7 +140,7 @@ async def _next(receive: Receive, timeout_s: float) -> Message:
         async with asyncio.timeout(timeout_s):
             message = await receive()
     except TimeoutError as error:
-        raise GatewayError("request_timeout", f"no part of the body came for {timeout_s:g} s") from error
+        raise GatewayError("request_timeout", f"nothing of the body arrived for {timeout_s:g} s") from error
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message

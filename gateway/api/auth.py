@@ -31,8 +31,8 @@ def tenant(headers: Collection[tuple[bytes, bytes]], api_key: str, allowed_origi
         if not _is_ours(host):
             raise GatewayError(
                 "forbidden",
-                f"requests to {shown(host.decode('latin-1'), 200)} are served with a key only",
-                hint="set api_key (CWG_API_KEY), or ask by address or as localhost",
+                f"requests to {shown(host.decode('latin-1'), 200)} are served only with a key",
+                hint="set api_key (CWG_API_KEY), or use an IP address or localhost",
             )
         return TENANT
     wanted = api_key.encode()

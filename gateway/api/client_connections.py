@@ -74,7 +74,7 @@ class Connections:
         self._complained = time.monotonic()
         log.warning(
             "%d clients were refused (503): all %d connections are busy; "
-            "max_connections and the limit on open files set how many there may be",
+            "max_connections and the limit on open files set the maximum",
             self._refused, self._most,
         )  # fmt: skip
         self._refused = 0

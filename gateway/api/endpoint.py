@@ -128,7 +128,7 @@ class Endpoint:
             answer = error_answer(error)
         except Exception:
             log.exception("%s %.200r failed", scope["method"], scope["path"])
-            answer = error_answer(GatewayError("internal", "the gateway failed; its log says why"))
+            answer = error_answer(GatewayError("internal", "internal error; see the gateway's log"))
         await answer(scope, receive, send)
 
 
@@ -165,7 +165,7 @@ class _Progressing:
             lines.put_nowait(_error_line(error))
         except Exception:
             log.exception("%s failed", self._operation.verb.__name__)
-            lines.put_nowait(_error_line(GatewayError("internal", "the gateway failed; its log says why")))
+            lines.put_nowait(_error_line(GatewayError("internal", "internal error; see the gateway's log")))
         finally:
             lines.put_nowait(None)
 

@@ -121,7 +121,7 @@ class Health:
     async def _pages(self) -> Check:
         wrong = await asyncio.to_thread(damage, self._services.settings.store_path)
         if not wrong:
-            return Check("store", "ok", "every page of it is whole")
+            return Check("store", "ok", "every page is intact")
         return Check("store", "failed", f"the store is damaged: {'; '.join(wrong)}", RESCUE)
 
     async def _prove(self, member: EngineNode) -> list[Check]:
@@ -191,7 +191,7 @@ class Health:
             try:
                 await self._look()
             except Exception:  # the watch must not end; what it saw last stands until the next look
-                log.exception("could not look at the parts")
+                log.exception("could not check the components")
             await asyncio.sleep(_EVERY_S if self._proofs else _FIRST_S)
 
     async def _look(self) -> None:

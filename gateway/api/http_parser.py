@@ -62,21 +62,21 @@ NO_OTHER_PROTOCOL = _closing(
     GatewayError(
         "invalid_request",
         "the gateway speaks HTTP/1.1 only: no WebSocket, no tunnel",
-        hint='for an answer word by word send "stream": true in an ordinary POST',
+        hint='for a streamed reply send "stream": true in an ordinary POST',
     )
 )
 NO_HTTP = _closing(
     GatewayError(
         "invalid_request",
-        "this is not a request in HTTP/1.1",
-        hint="neither TLS nor HTTP/2 is spoken on this port: the base URL begins with http://",
+        "this is not an HTTP/1.1 request",
+        hint="this port supports neither TLS nor HTTP/2: use a base URL that begins with http://",
     )
 )
 TOO_MANY_CONNECTIONS = _closing(
     GatewayError(
         "rate_limited",
-        "too many clients are being answered",
-        hint="send it again in a moment; max_connections and the limit on open files set how many there may be",
+        "too many clients are connected",
+        hint="try again in a moment; max_connections and the limit on open files set the maximum",
     ),
     b"503 Service Unavailable",
     b"retry-after: 1\r\n",

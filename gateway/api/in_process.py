@@ -29,7 +29,7 @@ class InProcessConnection:
     def write(self, data: bytes, *, hold: bool = False) -> bool:
         """See `ClientConnection.write`."""
         raise NotImplementedError(
-            "what goes past ASGI is for answers in HTTP chunks, and nothing inside is sent in them"
+            "writing past ASGI is for chunked responses, and in-process responses are not chunked"
         )
 
 

@@ -35,7 +35,7 @@ def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
             raise GatewayError(
                 "unknown_parameter",
                 f"unknown parameter {shown(name)}",
-                hint=f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known) or 'none'}",
+                hint=f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known) or 'none'}",
                 details={"field": name[:100]},
             )
 

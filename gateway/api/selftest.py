@@ -67,15 +67,15 @@ async def run(services: Services, engine: HttpEngineClient, land_s: float = _LAN
 async def _aborts(engine: HttpEngineClient) -> list[Check]:
     """Tell whether a client that leaves may end this engine, as far as its metrics let one know."""
     if engine.abort_risk == "mended":
-        return [Check("aborts", "ok", "a client may leave while its KV is being loaded")]
+        return [Check("aborts", "ok", "a client may disconnect while its KV is being loaded")]
     if engine.abort_risk != "exposed":
         return []
     return [
         Check(
             "aborts",
             "warning",
-            "a client that leaves while its KV is being loaded may end this engine "
-            f"(vLLM {await engine.version() or 'of a version not told'}; vllm#46240, LMCache#4938)",
+            "a client that disconnects while its KV is being loaded may crash this engine "
+            f"(vLLM {await engine.version() or 'of an unknown version'}; vllm#46240, LMCache#4938)",
             "start it with kv_connector AbortSafeLMCacheConnector of gateway.stack.connector (docs/own-vllm.md)",
         )
     ]
@@ -133,7 +133,9 @@ async def _salts(
     checks: list[Check] = []
     if again.cached is None:
         flag = "start vLLM with --enable-prompt-tokens-details"
-        return [Check("cached_tokens", "failed", "the engine does not tell cached_tokens: no hit can be proved", flag)]
+        return [
+            Check("cached_tokens", "failed", "the engine does not report cached_tokens: no hit can be proved", flag)
+        ]
     status: Status = "ok" if again.cached else "failed"
     checks.append(
         Check(

@@ -179,7 +179,7 @@ class _Supervisor:
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.heard = time.monotonic()
             else:
-                log.error("worker %d has not responded for %g s and is ended", worker.pid, self._silent_s)
+                log.error("worker %d has not responded for %g s and is being killed", worker.pid, self._silent_s)
                 os.kill(worker.pid, signal.SIGABRT)
                 worker.aborted = True
 

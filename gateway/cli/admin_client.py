@@ -80,7 +80,7 @@ class Admin:
                     on_progress(step["progress"])
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        raise AdminError("the gateway closed the connection before it was done", "look at its log")
+        raise AdminError("the gateway closed the connection before the operation finished", "look at its log")
 
     def download(self, path: str, file: IO[bytes], query: Mapping[str, Any], on_progress: OnProgress) -> None:
         """GET into `file`, all that was promised. Raises AdminError, OSError."""

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from gateway.cli.admin_client import Admin, AdminError, OnProgress
+from gateway.cli.hints import WORDS
 from gateway.cli.output import line, say
 
 _ERR = Console(stderr=True)
@@ -49,7 +50,7 @@ def verb(command: Callable[..., None]) -> click.Command:
         try:
             command(*arguments, **options)
         except (LookupError, TypeError) as error:
-            what = f"the answer is not a gateway's of this version ({type(error).__name__}: {error})"
+            what = f"the answer is not that of a gateway of this version ({type(error).__name__}: {error})"
             raise Failure(f"{what}; is CWG_URL right?") from error
 
     return click.command(command.__name__.rstrip("_"))(option(run))
@@ -91,7 +92,7 @@ def bar() -> Iterator[OnProgress]:
 
 def failure(error: AdminError) -> Failure:
     """The error as it is told: with the nearest name where there is no such window or session."""
-    hint = _nearest(error) or error.hint
+    hint = _nearest(error) or WORDS.translate(error.code, error.hint)
     return Failure(f"{error.message} ({hint})" if hint else error.message)
 
 

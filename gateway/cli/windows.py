@@ -65,7 +65,7 @@ def thaw(
 @click.argument("target")
 @click.option("--description", help="what the clone is for")
 @click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
-@click.option("--isolate", is_flag=True, help="under a salt of its own: neither finds the other's KV")
+@click.option("--isolate", is_flag=True, help="under its own salt: neither finds the other's KV")
 def clone(
     source: str, target: str, description: str | None, tags: tuple[str, ...], isolate: bool, as_json: bool
 ) -> None:

@@ -156,7 +156,7 @@ def model_of(body: Mapping[str, Any]) -> str:
         raise GatewayError(
             "invalid_request",
             f"model has {len(model)} characters; the name of a model has at most {MAX_MODEL}",
-            hint="GET /v1/models lists the models that are served",
+            hint="`GET /v1/models` lists the served models",
             details={"field": "model"},
         )
     return model
@@ -188,7 +188,7 @@ def write_json(body: Mapping[str, Any]) -> bytes:
         try:
             return json.dumps(body).encode()
         except RecursionError as error:
-            raise GatewayError("invalid_request", f"the body cannot be passed on: {error}") from error
+            raise GatewayError("invalid_request", f"the body cannot be forwarded: {error}") from error
 
 
 def with_fields(raw: bytes, body: Mapping[str, Any], added: Mapping[str, Any]) -> bytes:

@@ -211,15 +211,15 @@ def _declared(tool: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(schema, dict) or "type" not in schema:
         raise _unsayable("a tool of the window whose parameters are not a schema with a type", _OWN_TOOLS)
     if tool.get("defer_loading") is not None:
-        raise _unsayable("'defer_loading' beside a tool's function", _OWN_TOOLS)
+        raise _unsayable("'defer_loading' next to a tool's function", _OWN_TOOLS)
     said = {name: value for name, value in function.items() if name in _FUNCTION and value is not None}
     said["input_schema"] = said.pop("parameters")
     return said
 
 
-_OTHER_API = "go on with it through /v1/chat/completions"
+_OTHER_API = "continue it through /v1/chat/completions"
 _OWN_TOOLS = f"send `tools` with the request, or {_OTHER_API}"
 
 
 def _unsayable(what: str, hint: str = _OTHER_API) -> GatewayError:
-    return GatewayError("invalid_request", f"the Messages API has no words for {what}", hint=hint)
+    return GatewayError("invalid_request", f"the Messages API cannot express {what}", hint=hint)

@@ -81,7 +81,7 @@ def _prompt(conversation: Sequence[Message]) -> Any:
     if len(conversation) > 1:
         raise GatewayError(
             "invalid_request",
-            "the window's last reply is known as text only, so token ids alone cannot be put behind it",
+            "the window's last reply is stored as text only, so token ids alone cannot follow it",
             hint="send the whole conversation's token ids; with return_token_ids a turn's reply is kept as ids",
         )
     return conversation[0]["content"]

@@ -144,7 +144,7 @@ class _Assembled:
             self._blocks[index] = block
             self._texts[index] = []
         else:
-            self.error = "the stream begins a block that is none"
+            self.error = "the stream starts an invalid content block"
 
     def _delta(self, index: Any, delta: Any) -> None:
         name = _TEXT_OF.get(str(delta.get("type"))) if isinstance(delta, dict) else ""

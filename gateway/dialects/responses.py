@@ -92,7 +92,7 @@ def instructions_message(instructions: str) -> Message:
 def _storage(body: dict[str, Any], sent: list[Any] | None) -> Storage:
     """Take out of `body` what is the gateway's own to do, and say what it is."""
     if body.get("background"):
-        raise _refused("background", "responses in the background are not served", "leave it out, or use stream")
+        raise _refused("background", "background responses are not supported", "leave it out, or use stream")
     previous, conversation, store = body.get("previous_response_id"), body.get("conversation"), body.get("store")
     if previous is not None and not isinstance(previous, str):
         raise _refused("previous_response_id", "previous_response_id must be a string", "send the id of a response")
@@ -102,7 +102,7 @@ def _storage(body: dict[str, Any], sent: list[Any] | None) -> Storage:
         raise _refused(
             "previous_response_id",
             "previous_response_id and conversation exclude each other",
-            "send the one that the input goes on from",
+            "send the one that the input continues",
         )
     for name, value in (("previous_response_id", previous), ("conversation", conversation), ("store", store)):
         if value:  # what is null or false says to the engine what we want it to hear
@@ -154,7 +154,7 @@ def _with_front(call: Call) -> dict[str, Any]:
     inherited = dict(call.front.frame) if call.front else {}
     unsayable = next((name for name in _CHAT_ONLY if name in inherited), None)
     if unsayable:
-        raise _refused(unsayable, f"the window's {unsayable} cannot be said in the Responses API", "use chat")
+        raise _refused(unsayable, f"the window's {unsayable} cannot be expressed in the Responses API", "use chat")
     if "tools" in inherited:
         inherited["tools"] = response_items.response_tools(inherited["tools"])
     if effort := inherited.pop("reasoning_effort", None):

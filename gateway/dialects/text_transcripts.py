@@ -1,7 +1,7 @@
 """Conversations that are one text, or one row of token ids, that grows: what the completions API has.
 
 In a transcript such a conversation is one message, `{"role": "text", "content": "..."}` or `{"role": "tokens",
-"content": [1, 2]}`, prompts and replies together: nothing in it tells them apart. Only a row of token ids whose last
+"content": [1, 2]}`, prompts and replies together: nothing in it tells them apart. Only a list of token ids whose last
 reply is known as text alone (the client did not ask for its ids) has that text behind it, as a second message.
 """
 
@@ -13,7 +13,7 @@ from gateway.records import Front, Message
 
 TEXT = "text"
 TOKENS = "tokens"
-NAMES = {TEXT: "a text", TOKENS: "a row of token ids"}
+NAMES = {TEXT: "a text", TOKENS: "a list of token ids"}
 _HOW = {
     TEXT: "send a text to /v1/completions",
     TOKENS: "send a list of token ids to /v1/completions",

@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._fail("engine_unreachable", "the engine switched protocols, which was not asked for")
+            self._fail("engine_unreachable", "the engine switched protocols without being asked to")
         except httptools.HttpParserError as error:
             self._fail("engine_unreachable", f"the engine did not speak HTTP: {error}")
         if self._unframed > _MOST_UNFRAMED:

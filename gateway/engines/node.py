@@ -102,7 +102,9 @@ class EngineNode:
         self.breaker.failed(time.monotonic())
         self.last_error = why
         if self.breaker.open and not was_open:
-            log.warning("engine %s rests: %d requests in a row got no answer; %s", self.url, LIMIT, why)
+            log.warning(
+                "engine %s: circuit open after %d requests in a row without an answer; %s", self.url, LIMIT, why
+            )
         self.probe_soon()
 
     def probe_soon(self) -> None:
@@ -136,7 +138,7 @@ class EngineNode:
                 await self._look()
                 looked()
             except Exception:  # the watch must not end; what it saw last stands until the next look
-                log.exception("could not look at engine %s", self.url)
+                log.exception("could not check engine %s", self.url)
             soon = min(_SOON_S, every_s)
             await asyncio.sleep(soon)
             if not self._failed_looks and self._seen:

@@ -25,7 +25,7 @@ def _lock(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StartError(f"the lock {path} cannot be made: {error.strerror}; make data_dir writable") from error
+        raise StartError(f"the lock {path} cannot be created: {error.strerror}; make data_dir writable") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -34,7 +34,7 @@ def _lock(path: Path) -> int:
             f"another gateway (process {who}) serves {path.parent}; stop it, or set data_dir to another directory"
         ) from error
     except OSError as error:
-        log.warning("%s cannot be locked (%s): see to it that no second gateway serves it", path.parent, error.strerror)
+        log.warning("%s cannot be locked (%s): make sure that no second gateway serves it", path.parent, error.strerror)
         return file
     with suppress(OSError):  # a full disk: only the message of a second gateway is the poorer for it
         os.ftruncate(file, 0)

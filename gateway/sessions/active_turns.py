@@ -104,7 +104,7 @@ class ActiveTurns:
             raise GatewayError(
                 "session_busy",
                 f"session {session_id!r} has been in a turn for {wait_s:g} s",
-                hint="freeze it when the reply is complete",
+                hint="try again when its reply is complete",
             ) from error
 
     async def _wait_until_idle(self, tenant: str, session_id: str) -> None:

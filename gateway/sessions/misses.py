@@ -108,7 +108,7 @@ def _verdict(e: TurnCacheStats) -> tuple[Reason, str]:
     if e.before is None:
         return "first-turn", ""
     if e.cached is None:
-        return "unknown", "the engine does not say what it found; vLLM does with --enable-prompt-tokens-details"
+        return "unknown", "the engine does not report what it found; vLLM does with --enable-prompt-tokens-details"
     if not e.expected and not e.cached:
         return "shorter-than-chunk", f"{min(e.before.tokens, e.prompt)} tokens, a chunk has {e.chunk_size}"
     return _of_miss(e, e.before, e.cached) if e.missed else ("none", "")
@@ -118,15 +118,15 @@ def _of_miss(e: TurnCacheStats, before: PreviousTurn, cached: int) -> tuple[Reas
     """The first of these that is so explains it: each makes all that follow it impossible to tell."""
     if _differ(e.salt, before.salt):
         fingerprint = _differ(e.fingerprint, before.fingerprint)
-        return "new-salt", "the model's fingerprint changed" if fingerprint else "the salt is another"
+        return "new-salt", "the model's fingerprint changed" if fingerprint else "the salt changed"
     if before.messages is None:
-        return "unknown", "what came before is not kept any more"
+        return "unknown", "the previous turn is no longer kept"
     change = first_change(before.messages, e.messages)
     fields = frame_changes(before.frame or {}, e.frame or {}) if before.frame is not None else []
     if fields and not (change and change.system) and cached <= _front(before):
         return "frame-changed", f"{', '.join(fields)} {'differs' if len(fields) == 1 else 'differ'}"
     if _differ(e.engine, before.engine) and (change is None or not cached):
-        return "other-engine", "the turn before went to another engine"
+        return "other-engine", "the previous turn went to another engine"
     if change is not None:
         return "message-changed", change.detail
     return _of_same(e, before, before.messages, cached)
@@ -184,7 +184,7 @@ def _of_same(e: TurnCacheStats, before: PreviousTurn, messages: Sequence[Message
         return "reply-rerendered", f"found up to the last reply of {before.tokens - before.prompt} tokens"
     if not shorter and cached and any(m.get("reasoning") or m.get("reasoning_content") for m in messages):
         return "reply-rerendered", "earlier replies have reasoning, which templates drop later on; or it was evicted"
-    return "evicted", f"nothing else explains it; {e.idle_s:.0f} s since the turn before"
+    return "evicted", f"nothing else explains it; {e.idle_s:.0f} s since the previous turn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def _change_of_chat(before: Sequence[Message], now: Sequence[Message], place: in
         return f"the last {len(before) - place} of {len(before)} messages are gone"
     old, new = before[place], now[place]
     if place + 1 < len(now) and transcripts.same(old, now[place + 1]):
-        return f"{_named(place, new)} was put in"
+        return f"{_named(place, new)} was inserted"
     if place + 1 < len(before) and transcripts.same(before[place + 1], new):
         return f"{_named(place, old)} is gone"
     if _role(old) != _role(new):
@@ -245,9 +245,7 @@ def _change_of_text(before: Sequence[Message], now: Sequence[Message]) -> str | 
     place = text_transcripts.shared(one, other)
     if place in (len(one), len(other)):  # it goes on, or its last prompt is sent again
         return None
-    return (
-        f"the text differs from character {place} on" if had == text_transcripts.TEXT else f"token {place} is another"
-    )
+    return f"the text differs from character {place} on" if had == text_transcripts.TEXT else f"token {place} differs"
 
 
 def _how(old: Message, new: Message) -> str:

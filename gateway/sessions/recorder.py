@@ -85,7 +85,7 @@ class TurnRecorder:
             async with asyncio.timeout(_STOP_S):
                 await self._queue.join()
         if self.unrecorded:
-            log.error("%d finished turns were not recorded: the store did not take them", self.unrecorded)
+            log.error("%d finished turns were not recorded: the store did not accept them", self.unrecorded)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -104,7 +104,7 @@ class TurnRecorder:
             raise GatewayError(
                 "rate_limited",
                 f"{self.unrecorded} finished turns wait for the store",
-                hint="send it again in a moment; turn_queue sets how many may wait",
+                hint="try again in a moment; turn_queue sets the maximum",
             )
         self._turns.begin(turn.match)
 
@@ -258,7 +258,7 @@ class TurnRecorder:
         if error is None:
             log.warning("turns are recorded again")
         elif self._trouble is None:
-            log.error("turns cannot be recorded, and no new one begins until they can: %s", error.message)
+            log.error("turns cannot be recorded, and new ones are refused until they can: %s", error.message)
         self._trouble = error
         async with self._progress:
             self._progress.notify_all()

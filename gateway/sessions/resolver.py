@@ -205,6 +205,6 @@ def session_not_found(session_id: str) -> GatewayError:
     return GatewayError(
         "session_not_found",
         f"there is no session {session_id!r}",
-        hint="GET /admin/sessions lists them",
+        hint="`GET /admin/sessions` lists them",
         details={"session_id": session_id},
     )

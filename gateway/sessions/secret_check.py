@@ -26,16 +26,18 @@ async def checked_secret(settings: Settings, store: Store) -> bytes:
     if mark is not None and in_use:
         if not settings.accept_new_secret:
             raise _refusal(settings, "is not the one that the store was used with")
-        log.warning("the secret is another than the store's (accept_new_secret): KV of before is not found again")
+        log.warning(
+            "the secret differs from the store's (accept_new_secret): KV stored under the old one will not be found"
+        )
     try:
         await store.remember_secret(own)
     except StoreUnavailable as error:  # a full disk must not keep the gateway from starting: it is done next time
-        log.warning("the store could not take note of its secret: %s", error.message)
+        log.warning("the store could not record its secret: %s", error.message)
     return secret
 
 
 def _refusal(settings: Settings, what: str) -> StartError:
     return StartError(
         f"secret_file {settings.secret_path} {what}: the KV of {settings.store_path} would not be found again; "
-        "bring the secret back from your backup, or set accept_new_secret=true to start with another one"
+        "restore the secret from a backup, or set accept_new_secret=true to start with another one"
     )

@@ -84,7 +84,7 @@ def _encoding(file: Mapping[str, Any]) -> Encoding:
 
 def _check(model: Mapping[str, Any]) -> None:
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise NoEncoding("it is no byte-level BPE")
+        raise NoEncoding("it is not a byte-level BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise NoEncoding(f"its BPE has a {name}")
@@ -112,7 +112,7 @@ def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 def _split(steps: Sequence[Mapping[str, Any]]) -> _Split:
     if not steps or steps[-1]["type"] != "ByteLevel":
-        raise NoEncoding("it is no byte-level BPE")
+        raise NoEncoding("it is not a byte-level BPE")
     *before, last = steps
     cuts: list[str] = []
     while before and (literal := _literal(before[0])) is not None:
@@ -149,7 +149,7 @@ def _pattern(step: Mapping[str, Any]) -> str:
         return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
     if step["type"] == "Split":
         return str(step["pattern"]["Regex"])
-    raise NoEncoding(f"its pre-tokenizer {step['type']} is not known")
+    raise NoEncoding(f"its pre-tokenizer {step['type']} is not supported")
 
 
 def _is_isolating(step: Mapping[str, Any]) -> bool:

@@ -180,6 +180,6 @@ def redis_tier(url: str) -> RedisTier:
     if parts.scheme != "redis" or not parts.hostname:
         raise StackError("--redis-url: expected redis://[user:password@]host[:port]")
     if parts.path.strip("/") not in {"", "0"} or parts.query:
-        raise StackError("--redis-url: LMCache's Redis tier uses database 0 only; leave number and options away")
+        raise StackError("--redis-url: LMCache's Redis tier uses database 0 only; omit the number and the options")
     env = {"LMCACHE_RESP_USERNAME": parts.username, "LMCACHE_RESP_PASSWORD": parts.password}
     return RedisTier(parts.hostname, parts.port or 6379, {name: unquote(value) for name, value in env.items() if value})

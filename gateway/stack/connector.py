@@ -53,7 +53,7 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
         if found == CHECKED:
             self._transfers = Transfers()
             logger.info(
-                "Aborting a request during its KV load is safe: mended for vLLM %(vllm)s, LMCache %(lmcache)s", found
+                "Aborting a request during its KV load is safe: patched for vLLM %(vllm)s, LMCache %(lmcache)s", found
             )
         else:
             logger.warning(
@@ -145,7 +145,7 @@ class _Metrics(LMCacheMPPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         gauge = self._gauge_cls(
             name=METRIC,
-            documentation="1: a client may leave while its KV is being loaded; 0: that may end the engine.",
+            documentation="1: a client may disconnect while its KV is being loaded; 0: that may end the engine.",
             multiprocess_mode="mostrecent",
             labelnames=labelnames,
         )

@@ -52,7 +52,7 @@ def check_platform(platform: str) -> None:
     """LMCache and vLLM run on Linux."""
     if platform != "linux":
         raise StackError(
-            f"`cwg up` needs Linux, not {platform}; run `cwg serve` here, before a stack that is elsewhere"
+            f"`cwg up` needs Linux, not {platform}; run `cwg serve` here, in front of a stack that runs elsewhere"
         )
 
 
@@ -80,13 +80,15 @@ def warning_of_versions(found: Mapping[str, str]) -> str:
         return ""
     names = ", ".join(f"{name} {number}" for name, number in found.items())
     checked = ", ".join(f"{name} {number}" for name, number in CHECKED.items())
-    return f"{names}: a client that leaves while its KV is loaded may end the engine; that is mended for {checked} only"
+    return (
+        f"{names}: a client that leaves while its KV is loaded may crash the engine; that is patched for {checked} only"
+    )
 
 
 def check_key(host: str, environment: Mapping[str, str]) -> None:
     """The gateway refuses the same, a minute later."""
     if host not in LOOPBACK and not environment.get("CWG_API_KEY"):
-        raise StackError(f"--host {host} lets other machines in; set CWG_API_KEY first, or leave the option away")
+        raise StackError(f"--host {host} lets other machines in; set CWG_API_KEY first, or omit the option")
 
 
 def check_port(host: str, port: int, option: str) -> None:

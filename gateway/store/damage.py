@@ -6,7 +6,7 @@ from pathlib import Path
 from gateway.errors import GatewayError
 
 REMEDY = (
-    "stop the gateway and put a copy of the store back, or rescue what can be read into a new one "
+    "stop the gateway and restore the store from a copy, or rescue what can be read into a new one "
     "(sqlite3 STORE .recover | sqlite3 NEW); then check it with cwg doctor"
 )
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})  # primary result codes

@@ -71,7 +71,7 @@ def _check_there(db: sqlite3.Connection, of: Window) -> None:
 
 
 def _deleted() -> GatewayError:
-    return GatewayError("window_not_found", "the window was deleted just now")
+    return GatewayError("window_not_found", "the window was just deleted")
 
 
 def _objects(db: sqlite3.Connection, of: Window) -> tuple[PinnedObject, ...]:

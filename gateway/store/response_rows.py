@@ -28,7 +28,7 @@ def record(db: sqlite3.Connection, finished: Sequence[TurnRecord], keep: int) ->
     for item, response in kept:
         if _is_of_another_session(db, response):
             log.warning(
-                "an answer of session %s is not kept: its id %.200r is that of another session's answer",
+                "a response of session %s is not stored: its id %.200r is that of another session's response",
                 response.session_id, response.id,
             )  # fmt: skip
             continue

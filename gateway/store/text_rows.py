@@ -40,8 +40,8 @@ def check_there(db: sqlite3.Connection, seen: Window) -> None:
     if now is None or (now.manifest, now.created_at) != (seen.manifest, seen.created_at):
         raise GatewayError(
             "window_not_found",
-            f"window {seen.name!r} was deleted just now",
-            hint="GET /admin/windows lists them",
+            f"window {seen.name!r} was just deleted",
+            hint="`GET /admin/windows` lists them",
             details={"window_name": seen.name},
         )
 
@@ -104,7 +104,7 @@ def _frozen(db: sqlite3.Connection, seen: Session, new: Window, *, wanted: bool)
         session_rows.set_frozen(db, seen, new.created_at)
         return now.window
     if not wanted:
-        raise GatewayError("session_not_found", f"session {seen.id!r} was deleted while it was frozen")
+        raise GatewayError("session_not_found", f"session {seen.id!r} was deleted while it was being frozen")
     # Nobody has let go of what the freeze had the engine compute since the session went.
     salt_rows.mark_orphaned(db, new.salt, new.tenant, new.lineage)
     parent = window_rows.window(db, seen.tenant, seen.window) if seen.window else None
@@ -135,10 +135,10 @@ def succeed(db: sqlite3.Connection, step: Succession, new: Session, *, seen: Ses
         return there
     now = session_rows.session(db, seen.tenant, seen.id)
     if now is None or (now.created_at, now.transcript) != (seen.created_at, seen.transcript):
-        raise _went_on(seen, "it went on, or was deleted, while its successor was made")
+        raise _went_on(seen, "it continued, or was deleted, while its successor was created")
     window = window_rows.window(db, step.tenant, step.window)
     if window is None or window.transcript != seen.transcript:
-        raise _went_on(seen, f"its window {step.window!r} was deleted while its successor was made")
+        raise _went_on(seen, f"its window {step.window!r} was deleted while its successor was created")
     if not session_rows.add_session(db, new):
         raise _went_on(seen, f"another session took the id {new.id!r} of its successor")
     successor_rows.add(db, step)

@@ -156,4 +156,4 @@ def _cut(text: bytes, end: int) -> int:
 
 
 def _too_many(count: int, most: int, what: str) -> TooMany:
-    return TooMany(f"it holds {count} {what} or more; at most {most} are taken")
+    return TooMany(f"it holds {count} {what} or more; at most {most} are allowed")

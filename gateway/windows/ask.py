@@ -82,7 +82,7 @@ def _room(window: Window, model: Model, max_tokens: int | None) -> int:
             "invalid_request",
             f"window {window.name!r} has {window.token_count} of {model.context_limit} tokens: "
             f"no room for a question and {max_tokens or 'any'} tokens of answer",
-            hint=f"max_tokens below {left} leaves room for a question" if left > 1 else "ask one of its ancestors",
+            hint=f"`max_tokens` below {left} leaves room for a question" if left > 1 else "ask one of its ancestors",
             details={"field": "max_tokens"},
         )
     # Half of what is left, where that is little: the question needs some of it too.
@@ -95,8 +95,8 @@ async def conversation(services: Services, window: Window) -> Text:
     if kind := text_transcripts.kind(text.messages):
         raise GatewayError(
             "invalid_request",
-            f"window {window.name!r} holds {text_transcripts.NAMES[kind]}, not a conversation: there is nobody to ask",
-            hint="thaw it, and go on with it at /v1/completions",
+            f"window {window.name!r} holds {text_transcripts.NAMES[kind]}, not a conversation, and cannot be asked",
+            hint="thaw it, and continue it at /v1/completions",
         )
     return text
 

@@ -66,7 +66,7 @@ async def _by_id(services: Services, turn: TurnContext, client_id: ClientSession
         raise GatewayError(
             "invalid_request",
             f"session {match.session.id!r} does not come from window {window.name!r}",
-            hint="send it to /v1, or leave its id away to begin a branch of the window",
+            hint="send it to /v1, or omit its id to begin a branch of the window",
             details={"session_id": match.session.id, "window_name": match.session.window},
         )
     return match

@@ -28,14 +28,15 @@ async def get_usable_window(services: Services, tenant: str, name: str) -> Windo
     raise GatewayError(
         "window_not_found",
         f"window {name!r} expired at {when}",
-        hint="give it more time (PATCH its ttl_seconds), or read its text (its messages), before it is deleted",
+        hint="before it is deleted, extend it (`PATCH /admin/windows/{name}`) or read its text "
+        "(`GET /admin/windows/{name}/messages`)",
         details={"window_name": name, "expired_at": when},
     )
 
 
 def window_not_found(name: str) -> GatewayError:
     """The error for a window that is not there."""
-    hint, details = "GET /admin/windows lists them", {"window_name": name}
+    hint, details = "`GET /admin/windows` lists them", {"window_name": name}
     return GatewayError("window_not_found", f"there is no window {name!r}", hint=hint, details=details)
 
 
@@ -47,7 +48,7 @@ async def served_model(services: Services, window: Window) -> Model:
     raise GatewayError(
         "model_mismatch",
         f"model {window.model!r} is served with other weights or settings than when {window.name!r} was frozen",
-        hint="serve the same weights again; the text is still there: GET /admin/windows/{name}/messages",
+        hint="serve the same weights again; the text is still there: `GET /admin/windows/{name}/messages`",
         details={"frozen": window.fingerprint, "served": model.fingerprint},
     )
 
@@ -92,6 +93,6 @@ def session_exists(session_id: str) -> GatewayError:
     """The error for a session id that is in use."""
     return GatewayError(
         "session_already_exists",
-        f"there is a session {session_id!r} already",
-        hint="choose another new_session_id, or none",
+        f"session {session_id!r} already exists",
+        hint="choose another `new_session_id`, or omit it",
     )

@@ -47,7 +47,7 @@ async def delete(
         names = () if in_use else released.names
         more, _ = await services.pins.remove(names, originals=True)
     if in_use:
-        warnings.append("a session of this lineage is still going on: its cache stays, only the pins were let go")
+        warnings.append("a session of this lineage is still active: its cache stays, only the pins were released")
     warnings += await drop_from_cache(services, [*names, *(() if keep else released.pins)])
     deleted = 0 if keep or in_use else len(released.pins)
     return Deleted(deleted, freed + more, window.chunk_count * window.world_size - deleted, tuple(warnings))

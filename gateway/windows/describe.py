@@ -21,7 +21,9 @@ async def describe(services: Services, tenant: str, name: str, said: Mapping[str
     """
     if not said:
         raise GatewayError(
-            "invalid_request", "nothing to change", hint="give description, tags or ttl_seconds; null clears one"
+            "invalid_request",
+            "nothing to change",
+            hint="give `description`, `tags` or `ttl_seconds`; `null` clears one",
         )
     changes = {field: _CLEARED[field] if said[field] is None else said[field] for field in _CLEARED if field in said}
     if "ttl_seconds" in said:

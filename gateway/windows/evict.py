@@ -64,11 +64,11 @@ async def evict(services: Services, tenant: str, name: str, progress: Progress =
     tiers = {"cpu": Place(dropped + locked, locked)}
     tiers |= {tier: Place(len(before.get(tier, ())), len(have)) for tier, have in after.items()}
     if locked:
-        warnings.append(f"{locked} objects are in use just now and stayed in the cache's memory")
+        warnings.append(f"{locked} objects are in use and stayed in the cache's memory")
     kept = len(names) - len(safe)
     if kept:
         warnings.append(
-            f"{kept} of {len(names)} objects are in no durable tier intact: the cache's memory was left alone"
+            f"{kept} of {len(names)} objects are intact in no durable tier: they stayed in the cache's memory"
         )
     progress("evict", len(safe), len(safe))
     return Evicted(name, len(names), tiers, kept, tuple(warnings), round((time.monotonic() - clock) * 1000, 1))

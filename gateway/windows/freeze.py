@@ -115,7 +115,7 @@ async def release_strays(services: Services) -> int:
     async with services.pins.lock.acquire(alone=True):
         swept, warnings = await services.pins.sweep(await services.store.held_objects())
     for warning in warnings:
-        log.warning("could not look for stray pins: %s", warning)
+        log.warning("could not check for stray pins: %s", warning)
     return swept
 
 
@@ -147,7 +147,7 @@ def taken(name: str) -> GatewayError:
     """The error for a window name that is in use."""
     return GatewayError(
         "window_already_exists",
-        f"there is a window {name!r} already",
+        f"window {name!r} already exists",
         hint="choose another name, or delete that window",
     )
 

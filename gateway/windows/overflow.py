@@ -94,7 +94,7 @@ class Overflow:
             if now is not None and now.successor and (there := await self.onward(replace(match, session=now), call)):
                 return there
             if now is None or now.transcript is None:
-                raise _cannot("its first turn does not fit already", "send less of it")
+                raise _cannot("even its first turn does not fit", "send less of it")
             if model is None or not model.context_limit:
                 raise _cannot("the engine does not say how much fits", "see max_model_len of GET /v1/models")
             system, rest = transcripts.split(call.whole)
@@ -103,7 +103,7 @@ class Overflow:
             for warning in warnings:
                 log.warning("window %s of the full session %s: %s", window.name, session.id, warning)
             if window.transcript != now.transcript:
-                raise _cannot("it went on while it was frozen", "send the turn again")
+                raise _cannot("it continued while it was being frozen", "send the turn again")
             step = Succession(
                 tenant=session.tenant,
                 session_id=session.id,
@@ -118,10 +118,10 @@ class Overflow:
                 created_at=time.time(), last_active_at=time.time(),
             )  # fmt: skip
             step = await self._services.store.succeed(step, successor, seen=now)
-            log.info("session %s is full: frozen as %s, goes on as %s", session.id, step.window, step.successor)
+            log.info("session %s is full: frozen as %s, continues as %s", session.id, step.window, step.successor)
         there = await self.onward(replace(match, session=replace(now, successor=step.successor)), call)
         if there is None:  # another worker was faster, with a history that this is not
-            raise _cannot("it has a successor already, of another history", "go on with that one")
+            raise _cannot("it already has a successor, with another history", "continue that one")
         return there
 
     async def _too_many(
@@ -132,12 +132,12 @@ class Overflow:
         Raises `invalid_request`.
         """
         if text_transcripts.kind(call.whole):
-            raise _cannot("a text or a row of token ids has no turns", "send messages to /v1/chat/completions")
+            raise _cannot("a text or a list of token ids has no turns", "send messages to /v1/chat/completions")
         _, history = transcripts.split(await self._services.store.messages(session.transcript or b""))
         held = transcripts.common(rest, history)  # what the client has changed since is in no window
         starts = [i for i, message in enumerate(rest[: held + 1]) if i and message.get("role") == "user"]
         if not starts:
-            raise _cannot("it begins with no whole turn that the session holds", "send less, or the history as it was")
+            raise _cannot("it does not begin with a whole turn of the session", "send less, or the history as it was")
         most = min(int(model.context_limit * _KEPT), model.context_limit - _room(call) - 1)
         engine = self._services.engines.for_lineage(session.lineage, session.engine)
         for start in starts:

@@ -42,7 +42,7 @@ async def restore(services: Services, window: Window, manifest: Manifest, progre
     receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
     states, receipt.warnings = await put_back(services, window, manifest.objects)
     if damaged := _count(window, manifest.objects, states, receipt):
-        receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were taken away")
+        receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were deleted")
         receipt.warnings += await _drop_from_memory(services, damaged)
     receipt.warnings += missing_kv(window, receipt.chunks_found)
     receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected

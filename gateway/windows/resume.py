@@ -41,7 +41,7 @@ async def resume(services: Services, session: Session) -> None:
         if lost := sum(state in (Restored.MISSING, Restored.CORRUPT) for state in by_key.values()):
             warnings.append(f"{tier} tier: {lost} of {window.chunk_count * window.world_size} objects are lost")
     for warning in warnings:
-        log.warning("session %s goes on without all of its KV: %s", session.id, warning)
+        log.warning("session %s continues without all of its KV: %s", session.id, warning)
     if services.cache is None:
         return
     try:

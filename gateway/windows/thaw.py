@@ -73,7 +73,9 @@ async def _through_engine(
     usage = await services.engines.for_lineage(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
     receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
     if usage.cached is None:
-        receipt.warnings.append("the engine does not tell cached_tokens: start it with --enable-prompt-tokens-details")
+        receipt.warnings.append(
+            "the engine does not report cached_tokens: start it with --enable-prompt-tokens-details"
+        )
     elif usage.cached < min(receipt.chunks_found * window.chunk_size, window.token_count - 1):
         receipt.warnings.append(
             f"the engine found {usage.cached} tokens of the {receipt.chunks_found} chunks in the tiers"

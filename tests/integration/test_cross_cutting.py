@@ -368,7 +368,7 @@ def test_s71_a_failure_of_the_gateway_shows_a_client_nothing_of_itself(engine: F
         ]
         log = gateway.log
     for answer in answers:
-        assert "the gateway failed; its log says why" in answer.text, answer.text
+        assert "internal error; see the gateway's log" in answer.text, answer.text
         assert not re.search(r"Traceback|sqlite|no such table|\.py\b", answer.text), answer.text
     assert [answer.status_code for answer in answers] == [500, 200, 500, 200]
     assert log.count("no such table") >= len(answers)

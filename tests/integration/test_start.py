@@ -80,7 +80,7 @@ def test_another_secret_is_taken_when_that_is_asked_for_and_is_then_the_stores(
     (used.data_dir / "secret").write_text("f" * 64)
     (used.data_dir / "secret").chmod(0o640)
     with gateway_in_front_of(engine.url, tmp_path, accept_new_secret=True) as gateway:
-        assert "KV of before is not found again" in gateway.log
+        assert "KV stored under the old one will not be found" in gateway.log
         assert "can be read by others" in gateway.log
         assert gateway.stop() == 0
     with gateway_in_front_of(engine.url, tmp_path) as gateway:

@@ -68,7 +68,7 @@ _CALLED = re.compile(rb'"tool_calls":\[|function_call_arguments.delta|input_json
 
 
 def record(engine: httpx.Client, name: str) -> bytes:
-    """One stream as the engine sends it, under a salt of its own."""
+    """One stream as the engine sends it, under its own salt."""
     path, body = REQUESTS[name]
     for seed in range(7, 99):
         sampled = {**_SAMPLED, "seed": seed, **body, "stream": True, "cache_salt": f"{name}{seed}"}

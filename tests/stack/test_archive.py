@@ -16,7 +16,7 @@ def test_an_imported_window_hits_every_whole_chunk_and_goes_on_as_before(stack: 
     frozen = own.freeze("travels", "travels")
     chunks = frozen["receipt"]["chunks"]
     assert chunks > 2
-    # As the import will be: whole chunks loaded under a salt of its own, the tail computed in one go. How many tokens
+    # As the import will be: whole chunks loaded under its own salt, the tail computed in one go. How many tokens
     # are computed together decides the last bits, and a near tie between two tokens with them.
     clone = {"target_window": "stays", "isolate": True}
     assert own.http.post("/admin/windows/travels/clone", json=clone).status_code == 201

@@ -67,7 +67,7 @@ def test_tools_that_came_are_named(shared: Gateway) -> None:
 def test_another_salt_of_the_clients_finds_nothing(shared: Gateway) -> None:
     body = {"ignore_eos": True, "cache_salt": "another"}
     salted = follow(shared, "another-salt", LONG, extra_body=body)
-    assert (salted["miss"], salted["cached_tokens"]) == ("new-salt: the salt is another", 0)
+    assert (salted["miss"], salted["cached_tokens"]) == ("new-salt: the salt changed", 0)
 
 
 def test_a_conversation_shorter_than_a_chunk_is_said_to_be(shared: Gateway) -> None:

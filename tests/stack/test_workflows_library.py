@@ -64,7 +64,7 @@ def test_w10_a_name_that_is_taken_is_refused_and_free_again_once_its_window_is_d
     before = mcp(shared, "window_status", window_name="taken")
     again = cwg(shared, "freeze", "twice", "taken", "--description", "the second")
     assert (again.returncode, again.stdout) == (1, "")
-    assert "there is a window 'taken' already" in again.stderr
+    assert "window 'taken' already exists" in again.stderr
     assert mcp_refused(shared, "window_freeze", session_id="twice", window_name="taken")["code"] == (
         "window_already_exists"
     )

@@ -1,4 +1,4 @@
-"""docs/errors.md, made from the table of codes and from the routes: `make docs` writes it."""
+"""docs/errors.md, generated from the table of codes and from the routes: `make docs` writes it."""
 
 from gateway.api.admin.routes import OPERATIONS
 from gateway.errors import CODES, Code
@@ -8,15 +8,15 @@ PAGE = ROOT / "docs" / "errors.md"
 _HEAD = """\
 # Errors
 
-Made from the code by `make docs`. At `/admin`, and as the result of a tool of MCP, an error is
+Generated from the code by `make docs`. In the admin API, and as the result of an MCP tool, an error is
 
 ```json
 {"error": {"code": "...", "message": "...", "hint": "...", "retryable": false, "details": {}}}
 ```
 
-`message` says what is wrong and names the field, `hint` what to do about it. `retryable`: the same request may succeed
-later. At `/v1` errors of the gateway have the same `code`, in the shape of the client's API; errors of the engine pass
-untouched.
+`message` says what is wrong and names the field, `hint` what to do about it, in the words of the API: the admin API
+names routes, MCP its tools, and `cwg` its commands. `retryable`: the same request may succeed later. At `/v1` errors of
+the gateway have the same `code`, in the shape of the client's API; errors of the engine pass untouched.
 
 | code | status | retryable | what it means | what to do | admin routes |
 |---|---:|---|---|---|---|

@@ -1,11 +1,14 @@
 """The table of codes: those that the API promises, each of them used, and none that is not in the table."""
 
 import ast
+import re
 from collections import Counter
 
 import pytest
 
-from gateway.errors import CODES, GatewayError
+from gateway.api.mcp import hints as mcp
+from gateway.cli import hints as cli
+from gateway.errors import CODES, GatewayError, HintWords, placeholders_blank
 from tests.support import generate_error_docs
 from tests.support.gateway_process import ROOT
 
@@ -80,3 +83,38 @@ def test_two_errors_share_no_details() -> None:
     one, other = GatewayError("internal", "x", details=shared), GatewayError("internal", "x")
     one.details["b"] = 2
     assert (shared, other.details) == ({"a": 1}, {})
+
+
+def literals() -> str:
+    """Every string in the gateway's code, f-strings included, as one text."""
+    return "\n".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py") if path.name != "hints.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "hint", "expected"),
+    [
+        (cli.WORDS, "window_not_found", "`GET /admin/windows` lists them", "`cwg list` lists them"),
+        (mcp.WORDS, "window_not_found", "`GET /admin/windows` lists them", "`window_list` lists them"),
+        (cli.WORDS, "session_not_found", "`GET /admin/sessions` lists them", "`cwg sessions` lists them"),
+        (mcp.WORDS, "session_not_found", "`GET /admin/sessions` lists them", "`session_list` lists them"),
+        (cli.WORDS, "x", "see `GET /admin/windows/{name}/messages`", "see `cwg messages NAME`"),
+        (
+            mcp.WORDS,
+            "x",
+            "see `GET /admin/windows/{name}/messages`",
+            "see the resource `cwg://windows/{name}/messages`",
+        ),
+        (mcp.WORDS, "x", "extend it (`PATCH /admin/windows/{name}`)", "extend it (`window_describe`)"),
+        (cli.WORDS, "x", "choose another `new_session_id`", "choose another --session"),
+        (cli.WORDS, "x", "did you mean 'ttl_seconds'?", "did you mean 'ttl_seconds'?"),
+        (cli.WORDS, "unauthorized", "send `x-api-key: KEY`", "set CWG_API_KEY to the gateway's key"),
+        (mcp.WORDS, "x", "start it with `cwg up`", "start it with `cwg up`"),
+    ],
+)
+def test_a_hint_is_told_in_the_words_of_its_api(words: HintWords, code: str, hint: str, expected: str) -> None:
+    assert words.translate(code, hint) == expected
+
+
+def test_the_cli_has_words_only_for_what_hints_name() -> None:
+    named = set(re.findall(r"`([^`\n]+)`", literals()))
+    assert set(cli.WORDS.names) <= {placeholders_blank(name) for name in named}

@@ -54,7 +54,7 @@ def crowding(tokens: int, limit: int | None) -> list[str]:
     if not limit or tokens < limit * _NEARLY_FULL:
         return []
     if tokens >= limit:
-        return [f"the context is full: {tokens} of {limit} tokens; freeze it, and go on in another session"]
+        return [f"the context is full: {tokens} of {limit} tokens; freeze the session and continue in another one"]
     share = tokens * 100 // limit
     return [f"the context is nearly full: {tokens} of {limit} tokens ({share}%); freeze it before it is"]
 

@@ -85,7 +85,7 @@ class Inference:
             return
         except Exception:
             log.exception("%s %.200r failed", scope["method"], scope["path"])
-            failure = GatewayError("internal", "the gateway failed; its log says why")
+            failure = GatewayError("internal", "internal error; see the gateway's log")
             with suppress(RuntimeError):  # the answer had begun: uvicorn closes the connection
                 await send_answer(send, failure.status, error_dialect(scope).error(failure))
 
@@ -150,7 +150,7 @@ class Inference:
         try:
             followed = await self._successors.of(full.match, full.call, full.model)
         except GatewayError as error:
-            log.warning("session %s is full and does not go on: %s", full.match.session.id, error.message)
+            log.warning("session %s is full and cannot continue: %s", full.match.session.id, error.message)
             await send_full(incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
             return
         turn = replace(full, arrived=arrived, result=RelayResult())
@@ -219,7 +219,7 @@ class Inference:
     ) -> prefix_chain.Prompt:
         limit = self._services.settings.max_messages
         if len(call.messages) > limit:
-            message = f"the request holds {len(call.messages)} messages; at most {limit} are taken"
+            message = f"the request holds {len(call.messages)} messages; at most {limit} are allowed"
             raise GatewayError("too_complex", message, hint="max_messages sets the limit")
         key = client_id.id if client_id and client_id.kind == "key" else ""
         prompt = prefix_chain.Prompt(call.messages, prefix_chain.seed(call.body, key, call.client_salt), call.frame)

@@ -26,7 +26,7 @@ async def resolve(services: Services, tenant: str, call: Call, dialect: Dialect)
         await services.recorder.flush()  # it may be of a turn that is not recorded yet
         kept = await services.store.response_items(tenant, named)
     if missing := [one for one in named if one not in kept]:
-        hint = "send the item itself; answers to requests with store: false are not kept"
+        hint = "send the item itself; responses to requests with store: false are not stored"
         raise _refused(f"Item with id '{missing[0]:.100}' not found.", hint)
     items = [kept[item["id"]] if _is_reference(item) else item for item in storage.items]
     whole = dialect.read({**call.body, "input": items}, b"")

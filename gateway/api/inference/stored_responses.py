@@ -55,9 +55,7 @@ async def resume(services: Services, tenant: str, call: Call) -> tuple[Call, Sto
         )
     history = await services.store.messages(before.transcript) if before.transcript else []
     if not history:
-        raise _refused(
-            "previous_response_id", f"response {before.id!r} cannot be gone on from", "send its output again"
-        )
+        raise _refused("previous_response_id", f"response {before.id!r} cannot be continued", "send its output again")
     if not call.messages:
         raise _refused(
             "input", "this input cannot follow a response", "send text, images, tool calls and their outputs"
@@ -112,7 +110,7 @@ async def serve(services: Services, tenant: str, method: str, target: bytes) -> 
 async def _get(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
     parameters.refuse_unknown(query, ("include", "include[]", "include_obfuscation", "starting_after", "stream"))
     if query.get("stream") == "true":
-        raise _refused("stream", "a kept response is not streamed again", "ask for it without stream")
+        raise _refused("stream", "a stored response cannot be streamed", "request it without stream")
     return (await _found(services, tenant, response_id)).answer
 
 
@@ -128,7 +126,7 @@ async def _cancel(services: Services, tenant: str, response_id: str, query: dict
     raise _refused(
         "response_id",
         "Cannot cancel a synchronous response.",
-        "only responses in the background can be cancelled, and these are not served: close the connection",
+        "only background responses can be cancelled, and they are not supported: close the connection",
     )
 
 

@@ -126,7 +126,7 @@ def said(longest: int) -> Maker:
     @reads({**string.schema, "minLength": 1})
     def check(name: str, value: Any) -> str:
         if not string.read(name, value).strip():
-            raise parameters.invalid(name, "not blank", value)
+            raise parameters.invalid(name, "a non-blank string", value)
         return str(value)
 
     return _kind(check)

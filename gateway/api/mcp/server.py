@@ -14,6 +14,7 @@ from mcp.shared.exceptions import MCPError
 
 from gateway import __version__
 from gateway.api.endpoint import error_shape
+from gateway.api.mcp.hints import WORDS
 from gateway.api.mcp.parameters import Ask, Json, Tell
 from gateway.api.mcp.tool import Resource, Tool
 from gateway.api.mcp.tools import RESOURCES, TOOLS, resource_request, tool_named
@@ -134,15 +135,19 @@ def _done(answer: Json) -> types.CallToolResult:
 
 
 def _failed(answer: Json) -> types.CallToolResult:
-    error = answer["error"]
+    error = _translated(answer["error"])
     text = types.TextContent(type="text", text=_in_words(error))
     return types.CallToolResult(content=[text], structured_content={"error": error}, is_error=True)
 
 
 def _protocol_error(answer: Json) -> MCPError:
-    error = answer["error"]
+    error = _translated(answer["error"])
     theirs = error["code"] in ("internal", "gateway_unreachable") or error["retryable"]
     return MCPError(types.INTERNAL_ERROR if theirs else types.INVALID_PARAMS, _in_words(error), error)
+
+
+def _translated(error: Json) -> Json:
+    return {**error, "hint": WORDS.translate(error["code"], error["hint"])}
 
 
 def _in_words(error: Json) -> str:

@@ -42,7 +42,7 @@ _MAKING = (
         ),
         {
             "window_name": params.window(required=True),
-            "new_session_id": params.session("id for the new session; made up if not given"),
+            "new_session_id": params.session("id for the new session; generated if not given"),
             "continuation_prompt": params.said(ask.MAX_QUESTION)("sent at once as the new session's next user turn"),
             "max_tokens": params.whole(1, ask.MAX_TOKENS)(
                 f"most tokens of the answer to continuation_prompt; default {ask.USUAL_TOKENS}"
@@ -104,7 +104,7 @@ _MAKING = (
         {
             "window_name": params.window(required=True),
             "count": params.whole(1, fanout.MOST)("how many sessions", required=True),
-            "prefix": params.session("the sessions are PREFIX-1, PREFIX-2 and so on; made up if not given"),
+            "prefix": params.session("the sessions are PREFIX-1, PREFIX-2 and so on; generated if not given"),
         },
         (models.FannedOut,),
     ),

@@ -83,9 +83,9 @@ class Liveness:
     def _gave_up(self) -> Hung:
         if not self.resting:
             self._until = self._now() + _REST_S
-            log.warning("a server gave no sign of life for %g s: left alone for %g s", self._answer_s, _REST_S)
+            log.warning("a server gave no sign of life for %g s: skipped for %g s", self._answer_s, _REST_S)
         return self._hung()
 
     def _hung(self) -> Hung:
         left = max((self._until or 0.0) - self._now(), 0.0)
-        return Hung(f"it hangs (no sign of life for {self._answer_s:g} s), and is left alone for {left:.0f} s")
+        return Hung(f"it hangs (no sign of life for {self._answer_s:g} s), and is skipped for {left:.0f} s")

@@ -72,7 +72,7 @@ async def _sources(services: Services, window: Window, manifest: Manifest) -> li
     _, unreachable = await services.pins.each(add_good)
     names = list(dict.fromkeys(o.key for o in manifest.objects))
     lost = [name for name in names if name not in good]
-    hint = "export it without its KV: as_text=true, or --as-text"
+    hint = "export it without its KV (`as_text=true`)"
     if lost and unreachable:
         raise GatewayError("cache_unavailable", unreachable[0], hint=hint)
     if lost:
@@ -97,7 +97,7 @@ async def _members(head: bytes, texts: Sequence[bytes], sources: Sequence[Source
     for index, (tier, item) in enumerate(sources):
         value = await tier.read(item)
         if value is None:
-            raise GatewayError("window_corrupted", f"the window was deleted or damaged in mid-export ({item.key})")
+            raise GatewayError("window_corrupted", f"the window was deleted or damaged during the export ({item.key})")
         yield file_format.wrap(file_format.object_name(index), value)
 
 

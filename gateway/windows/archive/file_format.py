@@ -70,7 +70,9 @@ class Reader:
         size = int(block[124:135], 8) if _SIZE.fullmatch(block[124:135]) else 0
         if block != header(MANIFEST, size):
             raise GatewayError(
-                "invalid_request", f"this is no window file: it does not begin with {MANIFEST}", hint="see `cwg export`"
+                "invalid_request",
+                f"this is not a window file: it does not begin with {MANIFEST}",
+                hint="see `cwg export`",
             )
         if size > MAX_MANIFEST:
             raise too_large(MANIFEST, size, MAX_MANIFEST)
@@ -110,7 +112,7 @@ class Reader:
 
     async def _begin(self, name: str, size: int) -> None:
         if await self._take(BLOCK) != header(name, size):
-            raise corrupted(f"{name} with {size} bytes should come next and does not")
+            raise corrupted(f"{name} with {size} bytes should come next but does not")
 
     async def _end(self, name: str, size: int, due: str, digest: str) -> None:
         if digest != due:
@@ -119,7 +121,7 @@ class Reader:
 
     async def _zeros(self, size: int, name: str) -> None:
         if any(await self._take(size)):
-            raise corrupted(f"what fills up {name} is not empty")
+            raise corrupted(f"the padding of {name} is not empty")
 
     async def _take(self, size: int) -> bytearray:
         """Read so many bytes. Memory grows with what has come, not with what was announced."""
@@ -131,7 +133,7 @@ class Reader:
     async def _some(self, most: int) -> memoryview:
         """At least one byte."""
         if not self._rest and not await self._more():
-            raise corrupted("the file ends too early")
+            raise corrupted("the file is truncated")
         size = min(most, PIECE)
         piece, self._rest = self._rest[:size], self._rest[size:]
         await _update(self._whole, piece)
@@ -156,16 +158,16 @@ async def _update(digest: blake3, data: memoryview) -> None:
 
 def corrupted(message: str) -> GatewayError:
     """The error for a file that is not whole."""
-    return GatewayError("window_corrupted", message, hint="copy the file once more, or export the window again")
+    return GatewayError("window_corrupted", message, hint="copy the file again, or export the window again")
 
 
 def too_large(name: str, size: int, most: int) -> GatewayError:
     """The error for a member that is larger than any of its kind may be."""
-    return GatewayError("payload_too_large", f"{name} has {size} bytes; at most {most} are taken")
+    return GatewayError("payload_too_large", f"{name} has {size} bytes; at most {most} are allowed")
 
 
 def too_complex(name: str, problem: object) -> GatewayError:
     """The error for a text with more in it than any of its kind may have."""
     return GatewayError(
-        "too_complex", f"{name}: {problem}", hint="no conversation that was held with a gateway has so many"
+        "too_complex", f"{name}: {problem}", hint="no conversation held through a gateway is that large"
     )

@@ -115,7 +115,7 @@ async def _as_it_is(services: Services, record: Record) -> tuple[_Here, list[str
     )
     if served != (record.chunk_size, record.world_size, "blake3"):
         raise _mismatch(
-            f"the cache here keeps KV in another shape (chunk size, workers, hash: {served})",
+            f"this cache stores KV in another layout (chunk size, workers, hash: {served})",
             {"chunk_size": record.chunk_size, "world_size": record.world_size},
         )
     return here, []
@@ -128,17 +128,17 @@ async def _as_text(services: Services, record: Record) -> tuple[_Here, list[str]
     except GatewayError as error:
         if error.code != "model_mismatch":
             raise
-        return unbound, [f"{error.message}: the text can be read, a thaw waits for that model"]
+        return unbound, [f"{error.message}: the text can be read, but a thaw needs that model"]
     if (model.fingerprint, model.root) == (record.fingerprint, record.model_root):
         return unbound, []
-    rendered = "the model is served with other weights or settings: the text was rendered anew, a thaw computes its KV"
+    rendered = (
+        "the model is served with other weights or settings: the text was rendered again, and a thaw computes its KV"
+    )
     return _Here(model.fingerprint, model.root, keeps_kv=False, model=model), [rendered]
 
 
 def _mismatch(message: str, details: dict[str, Any]) -> GatewayError:
-    return GatewayError(
-        "model_mismatch", message, hint="import it as text: as_text=true, or --as-text", details=details
-    )
+    return GatewayError("model_mismatch", message, hint="import it as text (`as_text=true`)", details=details)
 
 
 async def _read_objects(reader: Reader, contents: Contents, spool: Spool | None, progress: Progress) -> None:
@@ -213,7 +213,7 @@ async def _pin(
         lambda tier: _pin_in(tier, keys, contents, known, spool, progress), raise_full=True
     )
     if not pinned:
-        raise GatewayError("cache_unavailable", warnings[-1], hint="try again, or import it as text: as_text=true")
+        raise GatewayError("cache_unavailable", warnings[-1], hint="try again, or import it as text (`as_text=true`)")
     return tuple(have[index] for index in range(len(keys)) for have in pinned.values()), warnings
 
 

@@ -113,7 +113,7 @@ def _read(data: memoryview) -> Contents:
     parts: dict[bytes, memoryview] = {}
     for name, part in json_scan.members(data, Budget(MAX_DEPTH, 2 * _MAX_MEMBERS, 4 * _MAX_MEMBERS)):
         if name in parts or len(name) > 20:
-            raise corrupted(f"{MANIFEST} names {name!r:.80}, which it cannot, or not twice")
+            raise corrupted(f"{MANIFEST} names {name!r:.80}, which is not allowed, or is repeated")
         parts[name] = part
     _check_version(_small(parts.get(b"format")), _small(parts.get(b"version")))
     record = _record(parts.get(b"window", memoryview(b"null")))
@@ -146,10 +146,10 @@ def _record(part: memoryview) -> Record:
         raise too_large(f"the window in {MANIFEST}", len(part), _MAX_RECORD)
     value = orjson.loads(part)
     if not isinstance(value, dict) or set(value) != {f.name for f in fields(Record)}:
-        raise corrupted(f"the window in {MANIFEST} does not have the fields that it must have")
+        raise corrupted(f"the window in {MANIFEST} does not have the required fields")
     wrong = next((name for name, fits in _FITS.items() if not fits(value[name])), None)
     if wrong is not None:
-        raise corrupted(f"{wrong} in {MANIFEST} is {value[wrong]!r:.80}, which it cannot be")
+        raise corrupted(f"{wrong} in {MANIFEST} is {value[wrong]!r:.80}, which is not valid")
     record = Record(**value)
     if record.chunk_count * record.chunk_size > record.token_count or (record.chunk_count and not record.chunk_size):
         raise corrupted(f"{record.chunk_count} chunks are more than the window's {record.token_count} tokens")
@@ -173,7 +173,7 @@ def _members(part: memoryview | None, count: int, largest: tuple[int, ...]) -> I
 def _member(part: memoryview, largest: int) -> Member:
     value = orjson.loads(part)
     if not isinstance(value, dict) or set(value) != {"size", "blake3"} or not _whole(value["size"], 2**62):
-        raise corrupted(f"{MANIFEST} names a member {value!r:.80}, which it cannot have")
+        raise corrupted(f"{MANIFEST} names a member {value!r:.80}, which is not allowed")
     if not isinstance(value["blake3"], str) or not _HEX.fullmatch(value["blake3"]):
         raise corrupted(f"{MANIFEST} names a member without a checksum")
     if value["size"] > largest:

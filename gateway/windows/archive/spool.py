@@ -73,5 +73,5 @@ class Spool:
 
 
 def _full(why: str) -> GatewayError:
-    hint = "free space, or import it without its KV: as_text=true, or --as-text"
+    hint = "free space, or import it without its KV (`as_text=true`)"
     return GatewayError("storage_full", f"no room to read the file into: {why}", hint=hint)

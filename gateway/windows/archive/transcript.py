@@ -24,7 +24,7 @@ from gateway.windows.archive.manifest import Member
 
 _MAX_MESSAGES = 100_000
 _MAX_MESSAGE = 32 * 2**20  # bytes: the parser holds the interpreter for a tenth of a second
-# Of a transcript. Containers cost the parser most; a row of token ids is nearly all commas.
+# Of a transcript. Containers cost the parser most; a list of token ids is nearly all commas.
 _MAX_CONTAINERS = 200_000
 _MAX_COMMAS = 2**20
 
@@ -110,7 +110,7 @@ def _frame(data: memoryview) -> dict[str, Any]:
     value = json_limits.parse_bounded(bytes(data))
     strange = next((name for name in value if name not in RENDER_FIELDS), None) if isinstance(value, dict) else "?"
     if strange is not None:
-        raise corrupted(f"{TEXTS[1]} has {strange!r:.80}, which is no field that a prompt is rendered from")
+        raise corrupted(f"{TEXTS[1]} has {strange!r:.80}, which is not a field that prompts are rendered from")
     return dict(value)
 
 

@@ -67,7 +67,7 @@ class PolicyRunner:
         waiting = asyncio.wrap_future(done)
         finished, _ = await asyncio.wait({waiting}, timeout=_PATIENCE_S)
         if not finished:
-            log.error("the policies have not decided within %g s: until they do, nothing is frozen", _PATIENCE_S)
+            log.error("the policies have not decided within %g s: nothing is frozen until they do", _PATIENCE_S)
             return None
         return waiting.result()
 

@@ -98,7 +98,7 @@ def made(rules: Rules, strangers: Collection[str]) -> list[tuple[str, Policy]]:
     try:
         return [(field, build(spec, strangers, field)) for field, spec in rules.specs()]
     except PolicyError as error:
-        hint = 'one of your own has to be named in the setting "auto_freeze_policies"'
+        hint = 'a custom policy must be listed in the setting "auto_freeze_policies"'
         raise GatewayError("invalid_request", str(error), hint=hint, details={"field": error.field}) from error
 
 
@@ -174,12 +174,12 @@ def _pattern(name: str, value: object) -> str:
     try:
         parts = list(string.Formatter().parse(value))
     except ValueError as error:
-        raise _refused(name, f"a pattern with whole braces ({error})", value) from error
+        raise _refused(name, f"a pattern with balanced braces ({error})", value) from error
     used = [field for _, field, _, _ in parts if field is not None]
     if any(field not in _NAMES or spec or how for _, field, spec, how in parts if field is not None):
         raise _refused(name, "a pattern with no other fields than {session_id}, {timestamp} and {turns}", value)
     if used.count("session_id") != 1 or used.count("timestamp") != 1:
-        raise _refused(name, "a pattern with {session_id} and {timestamp}, each once: names have to differ", value)
+        raise _refused(name, "a pattern with {session_id} and {timestamp}, each once: names must differ", value)
     if not WINDOW_NAME.fullmatch(window_name(value, "s", 1, 0.0)):
         raise _refused(name, "a pattern that makes window names: A-Z a-z 0-9 _ . - after a letter or digit", value)
     return value

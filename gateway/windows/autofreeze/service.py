@@ -87,7 +87,7 @@ class AutofreezeService:
             async with asyncio.timeout(within):
                 await self._finish()
         except TimeoutError:
-            log.warning("not all was frozen that should be at the end: shutdown_freeze_s (%g s) was over", within)
+            log.warning("not every session was frozen at shutdown: shutdown_freeze_s (%g s) ran out", within)
         await _stop(freezers)
 
     async def _finish(self) -> None:
@@ -177,7 +177,7 @@ class AutofreezeService:
         if one.session.transcript is None:
             return "it has no finished turn yet"
         if one.session.state != "active":
-            return f"it is {one.session.state} and has not gone on since"
+            return f"it is {one.session.state} and has not continued since"
         if self._is_held(one, now):
             why = f"its last freeze failed, {one.failures} in a row" if one.failures else "cool-down"
             return f"{why}: not for {one.not_before - now:.0f} s"

@@ -70,7 +70,7 @@ async def _take(services: Services, tier: Tier, salt: str, keys: Sequence[Object
             free = not_held(keys[start : start + _AT_ONCE], await services.store.held_under(salt))
             freed += await tier.remove(free)
         for warning in await drop_from_cache(services, free, [tier]):
-            log.warning("the cache still has in memory what a budget took: %s", warning)
+            log.warning("the cache still has in memory what was deleted for a budget: %s", warning)
     if freed:
-        log.info("took %d bytes of idle sessions from the %s tier: it was over its budget", freed, tier.name)
+        log.info("deleted %d bytes of idle sessions from the %s tier: it was over its budget", freed, tier.name)
     return freed

@@ -226,7 +226,7 @@ def test_a_lineage_in_a_turn_of_another_worker_keeps_its_cache(
     with two_workers(gateway) as (one, other):
         begin_stream(one, session)
         warnings = ask(other, "DELETE", f"/admin/windows/{name}").json()["warnings"]
-        assert any("still going on" in warning for warning in warnings)
+        assert any("still active" in warning for warning in warnings)
         held.go_on.set()
         one.chunks()
 

@@ -135,7 +135,7 @@ def test_ids_cannot_be_put_behind_a_reply_that_is_known_as_text_only() -> None:
     made = Call(
         **{name: getattr(made, name) for name in Call.__slots__} | {"front": Front(None, [*row(1), *text("x")])}
     )
-    with pytest.raises(GatewayError, match="known as text only") as refused:
+    with pytest.raises(GatewayError, match="stored as text only") as refused:
         DIALECT.write(made, SALT)
     assert refused.value.code == "invalid_request"
     assert "return_token_ids" in refused.value.hint

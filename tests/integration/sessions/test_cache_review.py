@@ -53,7 +53,7 @@ def test_a_conversation_that_goes_on_misses_nothing(gateway: Gateway, session: s
     [
         ([{**SYSTEM, "content": "be kind"}, *LONG[1:], REPLY, u("?")], {}, "message-changed: message 0 (system)"),
         ([LONG[0], u("ask me " * 90), REPLY, u("?")], {}, "message-changed: message 1 (user): differs (content"),
-        ([LONG[0], u("?"), *LONG[1:], REPLY, u("?")], {}, "message-changed: message 1 (user) was put in"),
+        ([LONG[0], u("?"), *LONG[1:], REPLY, u("?")], {}, "message-changed: message 1 (user) was inserted"),
         ([*LONG, REPLY, u("?")], {"cache_salt": "another"}, "new-salt"),
     ],
 )

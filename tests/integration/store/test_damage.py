@@ -59,7 +59,7 @@ async def test_a_gateway_does_not_start_on_a_damaged_store_and_says_what_to_do(t
         pass
     garbled(tmp_path / "gateway.db", table)
     ended = serve(port=free_port(), engine_urls=DEAD, data_dir=tmp_path)
-    assert_one_clear_line(ended, "malformed", "put a copy of the store back", ".recover", "cwg doctor")
+    assert_one_clear_line(ended, "malformed", "restore the store from a copy", ".recover", "cwg doctor")
 
 
 @pytest.mark.anyio

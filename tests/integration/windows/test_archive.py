@@ -436,7 +436,7 @@ async def test_another_model_is_imported_as_text_only(harness: GatewayHarness) -
     await refused(harness, data, "model_mismatch")
     imported, warnings = await import_window(harness.services, "default", stream(data), name="text", as_text=True)
     assert (imported.kv, imported.size_bytes) == ("absent", 0)
-    assert "rendered anew" in warnings[0]
+    assert "rendered again" in warnings[0]
     session, _, receipt = await thaw(harness.services, "default", "text", new_session_id=None, warm="none")
     assert (session.token_count, receipt.chunks_found) == (len(IDS), 0)
     # As text too, a damaged object is a damaged file.

@@ -73,7 +73,7 @@ def test_w5_a_session_left_alone_is_a_window_and_is_frozen_once(engine: FakeEngi
         assert [w["name"] for w in windows(gateway)] == [window["name"]]
         gateway.chat("user:7", "more")
         assert wait_for(gateway, 2)[0]["token_count"] > window["token_count"]
-        frozen = "it is frozen and has not gone on since"
+        frozen = "it is frozen and has not continued since"
         eventually(lambda: check(gateway, "user:7")["held_back"] == frozen, frozen)
 
 

@@ -216,7 +216,7 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
     loop = asyncio.get_running_loop()
     deletion = deleted(harness)
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
-    with pytest.raises(GatewayError, match="deleted while it was frozen") as caught:
+    with pytest.raises(GatewayError, match="deleted while it was being frozen") as caught:
         await freeze_by_itself(harness.services, TENANT, "s", Naming("auto"))
     assert caught.value.code == "session_not_found"
     assert (await harness.services.store.window(TENANT, "auto"), harness.pinned) == (None, set())
@@ -242,7 +242,7 @@ async def test_a_source_that_is_another_window_by_now_is_not_cloned(harness: Cac
     first = await harness.window()
     await delete(harness.services, TENANT, "w")
     for _ in range(2):
-        with pytest.raises(GatewayError, match="deleted just now") as caught:
+        with pytest.raises(GatewayError, match="just deleted") as caught:
             await add(harness.services, copied(first, Naming("copy")), first, None)
         assert caught.value.code == "window_not_found"
         assert await harness.services.store.window(TENANT, "copy") is None

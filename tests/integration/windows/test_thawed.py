@@ -154,7 +154,7 @@ async def test_nothing_of_a_window_that_was_deleted_is_put_back(harness: Cached)
     session, _, _ = await thawed(harness)
     await delete(harness.services, TENANT, "w")
     assert all((harness.cache.folder / key.file_name).exists() for key in harness.keys(window)), "the session's cache"
-    with pytest.raises(GatewayError, match="deleted just now"):
+    with pytest.raises(GatewayError, match="just deleted"):
         await restore(harness.services, window, manifest, lambda *_: None)
     await resume(harness.services, session)
     assert harness.pinned == set()
@@ -165,7 +165,7 @@ async def test_another_window_of_the_name_is_not_thawed_for_the_one_that_was_rea
     assert window is not None
     await delete(harness.services, TENANT, "w")
     await harness.window()
-    with pytest.raises(GatewayError, match="deleted just now") as caught:
+    with pytest.raises(GatewayError, match="just deleted") as caught:
         await thaw(harness.services, TENANT, "w", new_session_id="t", warm="none", seen=window)
     assert caught.value.code == "window_not_found"
     assert await harness.services.store.session(TENANT, "t") is None
@@ -175,7 +175,7 @@ async def test_a_window_that_is_deleted_while_it_warms_leaves_no_session(engine:
     loop = asyncio.get_running_loop()
     deletion = delete(harness.services, TENANT, "w")
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
-    with pytest.raises(GatewayError, match="deleted just now"):
+    with pytest.raises(GatewayError, match="just deleted"):
         await thaw(harness.services, TENANT, "w", new_session_id="t", warm="gpu")
     assert (await harness.services.store.session(TENANT, "t"), harness.pinned) == (None, set())
 

@@ -115,7 +115,7 @@ def test_a_table_reads_each_field_leaves_out_null_and_refuses_what_it_does_not_k
     assert (unknown.value.code, unknown.value.hint) == ("unknown_parameter", "did you mean 'tags'?")
     with pytest.raises(GatewayError) as unknown:
         parameters.read({"x" * 9999: 1}, known)
-    assert unknown.value.hint == "known are: n, tags"
+    assert unknown.value.hint == "known names: n, tags"
     assert len(unknown.value.message) < 200
     for given in ({}, {"n": None}):
         with pytest.raises(GatewayError, match="n is missing") as missing:

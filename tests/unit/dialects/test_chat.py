@@ -364,7 +364,7 @@ def test_a_body_too_deep_to_write_is_refused_in_words() -> None:
     for _ in range(3000):
         deep = {"a": deep}
     made = CHAT.read({"messages": HI, "metadata": deep, "priority": 1}, b"")
-    with pytest.raises(GatewayError, match="cannot be passed on") as refused:
+    with pytest.raises(GatewayError, match="cannot be forwarded") as refused:
         CHAT.write(made, SALT)
     assert refused.value.code == "invalid_request"
 

@@ -91,7 +91,7 @@ def test_a_private_field_is_taken_out(name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "field", "says"),
     [
-        ({"background": True}, "background", "in the background are not served"),
+        ({"background": True}, "background", "background responses are not supported"),
         ({"previous_response_id": 7}, "previous_response_id", "must be a string"),
         ({"store": "yes"}, "store", "must be true or false"),
         ({"previous_response_id": "a", "conversation": "b"}, "previous_response_id", "exclude each other"),

@@ -66,10 +66,10 @@ def test_rows_of_ids_go_on_as_texts_do() -> None:
     [
         (text("x"), CHAT, "from a text, which a chat cannot follow"),
         (CHAT, text("x"), "from a chat, which a text cannot follow"),
-        (row(1), text("x"), "from a row of token ids, which a text cannot follow"),
-        (text("x"), row(1), "from a text, which a row of token ids cannot follow"),
-        (row(1), CHAT, "from a row of token ids, which a chat cannot follow"),
-        (CHAT, row(1), "from a chat, which a row of token ids cannot follow"),
+        (row(1), text("x"), "from a list of token ids, which a text cannot follow"),
+        (text("x"), row(1), "from a text, which a list of token ids cannot follow"),
+        (row(1), CHAT, "from a list of token ids, which a chat cannot follow"),
+        (CHAT, row(1), "from a chat, which a list of token ids cannot follow"),
     ],
 )
 def test_one_kind_cannot_follow_another_and_the_refusal_says_where_to_go(window: Any, sent: Any, says: str) -> None:

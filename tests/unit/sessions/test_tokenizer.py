@@ -199,10 +199,10 @@ def _changed(demo: Path, folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"type": "Unigram"}, "no byte-level BPE"),
-        ({"byte_fallback": True}, "no byte-level BPE"),
-        ({"pre_tokenizer": None}, "no byte-level BPE"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "no byte-level BPE"),
+        ({"type": "Unigram"}, "not a byte-level BPE"),
+        ({"byte_fallback": True}, "not a byte-level BPE"),
+        ({"pre_tokenizer": None}, "not a byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "not a byte-level BPE"),
         ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
         ({"vocab": {"a": 0}}, "lacks 255 of the 256 bytes"),
         ({"merges": 7}, "is not a tokenizer.json"),

@@ -86,7 +86,7 @@ async def test_a_window_that_nobody_asked_for_is_not_made_of_a_session_that_was_
     assert seen is not None
     await store.delete_session(TENANT, "s")
     await store.record([finished("s", says("1", "a"), at=77.0)])
-    with pytest.raises(GatewayError, match="'s' was deleted while it was frozen") as caught:
+    with pytest.raises(GatewayError, match="'s' was deleted while it was being frozen") as caught:
         await store.add_window(window("w"), manifest("w", [key(1)]), seen[1], seen=seen[0], wanted=False)
     assert caught.value.code == "session_not_found"
     assert (await store.window(TENANT, "w"), await store.held_objects()) == (None, set())
@@ -147,7 +147,7 @@ async def test_nothing_begins_with_a_window_that_is_another_by_now(store: Store)
             store.copy_window(replace(made, name="copy"), made, None),
             store.add_session(Session(TENANT, "t", "s", transcript=made.transcript), source=made),
         ):
-            with pytest.raises(GatewayError, match="'w' was deleted just now") as caught:
+            with pytest.raises(GatewayError, match="'w' was just deleted") as caught:
                 await attempt
             assert caught.value.code == "window_not_found"
     assert (await store.session(TENANT, "t"), await store.window(TENANT, "copy")) == (None, None)
@@ -209,7 +209,7 @@ async def test_a_successor_is_given_only_to_the_session_that_was_seen(store: Sto
         await store.succeed(step, new, seen=seen)
     await store.delete_session(TENANT, "s.2")
     await store.record([finished("s", says("1", "b"))])
-    with pytest.raises(GatewayError, match="it went on, or was deleted") as caught:
+    with pytest.raises(GatewayError, match="it continued, or was deleted") as caught:
         await store.succeed(step, new, seen=seen)
     assert caught.value.code == "session_busy"
     assert await store.successions(TENANT, "s") == []

@@ -11,8 +11,8 @@ from gateway.records import KvState
 
 Number = Annotated[int | float, WithJsonSchema({"type": "number"})]  # an int stays one
 Moment = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
-Warnings = Annotated[list[str], Field(description="what did not go as it should")]
-Kv = Annotated[KvState, Field(description="how much of its KV is pinned; `absent`: a thaw computes it anew")]
+Warnings = Annotated[list[str], Field(description="what went wrong or is missing")]
+Kv = Annotated[KvState, Field(description="how much of its KV is pinned; `absent`: a thaw recomputes it")]
 Json = dict[str, Any]
 
 

@@ -20,7 +20,7 @@ class Rules(Answer):
 
 
 class Policies(Rules):
-    set_at_run_time: list[str] = Field(description="rules that were set here; the others are the settings'")
+    set_at_run_time: list[str] = Field(description="rules set here; the others come from the settings")
     available: list[str] = Field(description="what `policies` may use")
 
 

@@ -23,7 +23,7 @@ def question(name: str, value: object) -> str:
     """What somebody asks: a text that is not blank."""
     asked = _LINE.read(name, value)
     if not asked.strip():
-        raise parameters.invalid(name, "a question, not blank", value)
+        raise parameters.invalid(name, "a non-blank string", value)
     return asked
 
 
@@ -100,9 +100,9 @@ class FreezeRequest(Body):
 
 
 class ThawRequest(Body):
-    new_session_id: SessionId | None = Field(None, description="made up if not given")
+    new_session_id: SessionId | None = Field(None, description="generated if not given")
     warm: Annotated[Warm, Reads(parameters.one_of("none", "cpu", "gpu"))] = "none"
-    continuation_prompt: Question | None = Field(None, description="sent at once as the new session's next turn")
+    continuation_prompt: Question | None = Field(None, description="sent immediately as the new session's next turn")
     max_tokens: MaxTokens | None = Field(None, description="of the answer to continuation_prompt")
 
 
@@ -110,7 +110,7 @@ class CloneRequest(Body):
     target_window: WindowName
     description: Description | None = None
     tags: Tags | None = None
-    isolate: Boolean = Field(False, description="under a salt of its own")
+    isolate: Boolean = Field(False, description="under its own salt")
 
 
 class DescribeRequest(Changes):

@@ -25,7 +25,7 @@ class SessionLine(Answer):
 
 
 class Estimates(Answer):
-    """how its model's tokens are estimated, and how wrong that was"""
+    """how its model's tokens are estimated, and how far off that was"""
 
     source: str
     exact: bool

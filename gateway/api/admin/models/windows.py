@@ -114,7 +114,7 @@ class ThawReceipt(Restored):
 
 
 class Continuation(Answer):
-    """the turn that `continuation_prompt` was; `error` in its place where it failed, which undoes no thaw"""
+    """the turn made of `continuation_prompt`, or `error` if it failed; the thaw is not undone"""
 
     message: Json | None
     finish_reason: str | None
@@ -192,7 +192,7 @@ class Difference(Answer):
 
 
 class Replay(Answer):
-    """what the engine said on the KV of one tier, against what it said without any"""
+    """what the engine generated from the KV of one tier, compared with what it generated without any"""
 
     tier: str
     equal: bool

@@ -39,7 +39,7 @@ async def test_a_failure_is_told_in_few_words_and_the_log_has_the_rest(
         )
     body = b"".join(message.get("body", b"") for message in sent)
     assert orjson.loads(body)["error"] == {
-        "code": "internal", "message": "the gateway failed; its log says why", "hint": "", "retryable": False,
+        "code": "internal", "message": "internal error; see the gateway's log", "hint": "", "retryable": False,
         "details": {},
     }  # fmt: skip
     assert SECRET in caplog.text

@@ -511,7 +511,7 @@ def test_the_openai_client_reads_what_is_kept(engine: FakeEngine, gateway: Gatew
         assert item.content[0].text == "two"  # type: ignore[union-attr]
         with pytest.raises(openai.BadRequestError, match="Cannot cancel"):
             client.responses.cancel(second.id)
-        with pytest.raises(openai.BadRequestError, match="not streamed again"):
+        with pytest.raises(openai.BadRequestError, match="cannot be streamed"):
             list(client.responses.retrieve(second.id, stream=True))
         client.responses.delete(second.id)
         with pytest.raises(openai.NotFoundError, match=second.id):

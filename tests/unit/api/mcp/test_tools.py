@@ -195,7 +195,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("window_fanout", {**WINDOW, "count": 101}, "invalid_request", "count must be a whole number from 1 to 100"),
     ("window_fanout", WINDOW, "invalid_request", "count is missing"),
     ("window_tree", {"limit": 0}, "invalid_request", "limit must be"),
-    ("window_ask", {**WINDOW, "question": " \n"}, "invalid_request", "question must be not blank"),
+    ("window_ask", {**WINDOW, "question": " \n"}, "invalid_request", "question must be a non-blank string"),
     ("window_ask", {**WINDOW, "question": "x" * 10_001}, "invalid_request", "question must be a string of at most"),
     ("window_ask", {**WINDOW, "question": "?", "max_tokens": 10**30}, "invalid_request", "max_tokens must be"),
     ("window_freeze", {**SESSION, **WINDOW, "prompt_prefix": "x"}, "unknown_parameter", "'prompt_prefix'"),
