@@ -26,8 +26,9 @@ from gateway.engines.connection_pool import Upstream
 from gateway.engines.node import EngineNode
 from gateway.engines.pool import EnginePool
 from gateway.errors import StartError
+from gateway.kv.file_lock import FileLock
 from gateway.kv.lmcache import LMCache
-from gateway.kv.pins import FileLock, Pins
+from gateway.kv.pins import Pins
 from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from gateway.metrics import Metrics, Shared, clear, forget

@@ -16,8 +16,8 @@ from gateway import __version__
 from gateway.api.selftest import Check, run
 from gateway.engines.node import EngineNode
 from gateway.errors import GatewayError
+from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
-from gateway.kv.pins import FileLock
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import is_ours
 from gateway.store.damage import REMEDY as RESCUE
@@ -127,7 +127,7 @@ class Health:
     async def _prove(self, member: EngineNode) -> list[Check]:
         """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""
         life = member.generation
-        async with self._one_by_one.acquire(alone=True):
+        async with self._one_by_one.acquire(exclusive=True):
             checks = await run(self._services, member.engine)
         if len(self._services.engines.members) > 1:
             checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]

@@ -12,8 +12,8 @@ from typing import Literal
 
 from gateway.engines.client import HttpEngineClient, Model
 from gateway.errors import GatewayError
+from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
-from gateway.kv.pins import FileLock
 from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
 from gateway.windows.context import Services
 from gateway.windows.materialize import Plan, plan
@@ -181,7 +181,7 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: FileLock, land_
             leak = f"the {tier.name} tier has objects of one salt under another: sessions are NOT isolated"
             return [Check(f"{_ISOLATION} in the {name}", "failed", leak, "use LMCacheMPConnector")]
         checks = [Check(name, "ok", f"{seen} objects were found under their salt, none under another")]
-        async with lock.acquire(alone=False):  # another worker that starts sweeps what no window holds
+        async with lock.acquire(exclusive=False):  # another worker that starts sweeps what no window holds
             return [*checks, await _pinning(tier, mine)]
     except TierUnavailable as error:
         return [Check(name, "failed", str(error), where[tier.name])]
@@ -215,7 +215,7 @@ async def _landed(tier: Tier, keys: list[ObjectKey], land_s: float) -> int:
 
 
 async def _clean_up(services: Services, keys: list[ObjectKey]) -> None:
-    async with services.pins.lock.acquire(alone=True):
+    async with services.pins.lock.acquire(exclusive=True):
         await services.pins.remove(keys, originals=True)
     if services.cache is not None:
         await services.cache.delete(keys, tier="l1")

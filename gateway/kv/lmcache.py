@@ -13,8 +13,8 @@ from zlib import crc32
 import httpx
 
 from gateway.errors import GatewayError
+from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
-from gateway.kv.pins import FileLock
 from gateway.runtime.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
@@ -136,7 +136,7 @@ class LMCache:
             async with (
                 asyncio.timeout(timeout_s),
                 self._turns.setdefault(salt, asyncio.Lock()),
-                lock.acquire(alone=True),
+                lock.acquire(exclusive=True),
             ):
                 last = self._last.get(salt)
                 if last is None or last.what != what or last.at < asked:

@@ -6,48 +6,16 @@ not know the pin yet, and between the commit of a deletion and the unpinning it 
 two apart, over all processes of this machine that share the store: freezes hold it shared, deletions and sweeps alone.
 """
 
-import asyncio
-import fcntl
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
+from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Restored, Tier, TierFull, TierUnavailable
 from gateway.records import PinnedObject, Sizes
 
 T = TypeVar("T")
-_POLL_S = 0.005
-
-
-class FileLock:
-    """A shared or exclusive lock on a file, let go by the kernel when its process dies."""
-
-    def __init__(self, path: Path, poll_s: float = _POLL_S) -> None:
-        self._path = path
-        self._poll_s = poll_s
-
-    @asynccontextmanager
-    async def acquire(self, *, alone: bool) -> AsyncIterator[None]:
-        """Wait for the lock and hold it for the block."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            while not _try(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):  # noqa: ASYNC110 - the kernel wakes no task
-                await asyncio.sleep(self._poll_s)
-            yield
-        finally:
-            os.close(fd)
-
-
-def _try(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ async def delete(
     """
     await get_window(services, tenant, name)
     await services.recorder.flush()
-    async with services.pins.lock.acquire(alone=True):
+    async with services.pins.lock.acquire(exclusive=True):
         released = await services.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
         if released is None or released.window is None:  # somebody was faster, or has given it more time
             raise window_not_found(name)

@@ -112,7 +112,7 @@ async def check_budget(services: Services, tenant: str, objects: Sequence[Pinned
 
 async def release_strays(services: Services) -> int:
     """Unpin what no window holds; return how many objects that were."""
-    async with services.pins.lock.acquire(alone=True):
+    async with services.pins.lock.acquire(exclusive=True):
         swept, warnings = await services.pins.sweep(await services.store.held_objects())
     for warning in warnings:
         log.warning("could not check for stray pins: %s", warning)
@@ -206,7 +206,7 @@ async def _keep(freezing: _Freezing, planned: Plan | None, naming: Naming, warni
         usage, unreachable = await ensure_stored(parts, engine, planned, again=again, progress=progress)
         progress("pin", 0, len(planned.keys))
         # From the first pin to the commit nobody may unpin.
-        async with parts.pins.lock.acquire(alone=False):
+        async with parts.pins.lock.acquire(exclusive=False):
             chunks, objects, _ = await pin(parts, planned)
             if chunks < planned.chunks and not again:
                 continue

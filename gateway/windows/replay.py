@@ -129,7 +129,7 @@ async def _restored(
         salt, window.tenant, window.lineage
     )  # if we die, a sweep takes away what is left
     # A sweep must not take it away while the engine loads it, nor a deletion the pins.
-    async with services.pins.lock.acquire(alone=False):
+    async with services.pins.lock.acquire(exclusive=False):
         try:
             await tier.expose_pin(lent)
             return _read(await engine.complete(model.id, ids, salt, max_tokens=TOKENS, **_ASKED))

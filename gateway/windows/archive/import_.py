@@ -184,7 +184,7 @@ async def _keep(
     clock: float, progress: Progress,
 ) -> tuple[Window, list[str]]:  # fmt: skip
     # One salt for the whole tenant: a freeze may be pinning the very keys that we write.
-    async with all_or_nothing(services), services.pins.lock.acquire(alone=services.salts.per_tenant):
+    async with all_or_nothing(services), services.pins.lock.acquire(exclusive=services.salts.per_tenant):
         objects, warnings = await _pin(services, window, contents, text.ids, spool, progress)
         done = with_receipt(window, window.chunk_count, objects, clock, _origin(record))
         progress("commit", 0, 0)

@@ -118,7 +118,7 @@ async def _forget(services: Services, gone: OrphanedSalt, keys: Sequence[ObjectK
 
 
 async def _remove(services: Services, salt: str, keys: Sequence[ObjectKey]) -> Forgotten:
-    async with services.pins.lock.acquire(alone=True):
+    async with services.pins.lock.acquire(exclusive=True):
         if await services.store.salt_in_use(salt):
             return Forgotten(kept=1)
         free = not_held(keys, await services.store.held_under(salt))

@@ -66,7 +66,7 @@ async def _take(services: Services, tier: Tier, salt: str, keys: Sequence[Object
     freed = 0
     for start in range(0, len(keys), _AT_ONCE):
         # No freeze is between its pins and its commit now, so what no window holds is not about to be held.
-        async with services.pins.lock.acquire(alone=True):
+        async with services.pins.lock.acquire(exclusive=True):
             free = not_held(keys[start : start + _AT_ONCE], await services.store.held_under(salt))
             freed += await tier.remove(free)
         for warning in await drop_from_cache(services, free, [tier]):

@@ -5,7 +5,7 @@ import logging
 import time
 
 from gateway.errors import GatewayError
-from gateway.kv.pins import FileLock
+from gateway.kv.file_lock import FileLock
 from gateway.records import Window
 from gateway.runtime.clock import Clock
 from gateway.windows.context import Services
@@ -22,7 +22,7 @@ async def run_sweeper(services: Services) -> None:
     """Sweep every `sweep_every_s`, for ever."""
     every = services.settings.sweep_every_s
     # Held for life: a worker that dies lets go of it, and another takes over.
-    async with FileLock(services.settings.data_path / "sweep.lock", poll_s=every).acquire(alone=True):
+    async with FileLock(services.settings.data_path / "sweep.lock", poll_s=every).acquire(exclusive=True):
         clock, doubt = Clock(services.settings.clock_hold_s), ""
         clock.started_after(await services.store.newest())
         while True:

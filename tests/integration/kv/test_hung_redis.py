@@ -77,7 +77,7 @@ async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: G
 
 
 async def _hold(services: Services) -> None:
-    async with services.pins.lock.acquire(alone=False):
+    async with services.pins.lock.acquire(exclusive=False):
         pass
 
 

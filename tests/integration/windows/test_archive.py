@@ -413,7 +413,7 @@ async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
         if stage == "read" and done == total:
             read.set()
 
-    async with parts.pins.lock.acquire(alone=alone):
+    async with parts.pins.lock.acquire(exclusive=alone):
         going = asyncio.create_task(import_window(parts, "default", stream(data), name="x", progress=tell))
         await read.wait()
         done, _ = await asyncio.wait({going}, timeout=0.3)

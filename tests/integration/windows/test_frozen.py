@@ -229,7 +229,7 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
 
 async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(harness: Cached) -> None:
     await harness.window()
-    async with harness.services.pins.lock.acquire(alone=False):
+    async with harness.services.pins.lock.acquire(exclusive=False):
         deletion = asyncio.create_task(delete(harness.services, TENANT, "w"))
         for _ in range(5):  # writes are done in their order: had it not waited, its own would be done by now
             await harness.services.store.describe_window(TENANT, "other", {})

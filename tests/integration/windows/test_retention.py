@@ -64,7 +64,7 @@ class House:
 
     async def window(self, name: str, keys: list[ObjectKey], *, expires_at: float | None = None) -> None:
         """A window that holds objects."""
-        async with self.parts.pins.lock.acquire(alone=False):
+        async with self.parts.pins.lock.acquire(exclusive=False):
             by_tier, _ = await self.parts.pins.pin(keys, [])
             objects = tuple(one for tier in by_tier.values() for one in tier.values())
             window = Window(
@@ -177,7 +177,7 @@ async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_k
     def waits() -> bool:
         return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()].count(lock) > 1
 
-    async with harness.parts.pins.lock.acquire(alone=False):
+    async with harness.parts.pins.lock.acquire(exclusive=False):
         going = asyncio.create_task(orphans.forget_loose(harness.parts))
         await asyncio.to_thread(eventually, waits, "it has looked, and waits for the lock")
         await harness.session("b", "salt-a", lineage="l")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.kv.pins import FileLock, Pins
+from gateway.kv.file_lock import FileLock
+from gateway.kv.pins import Pins
 from gateway.kv.tiers.base import Restored, TierFull
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.anyio
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from gateway.kv.pins import FileLock
+from gateway.kv.file_lock import FileLock
 async def hold():
-    async with FileLock(Path(sys.argv[1])).acquire(alone=sys.argv[2] == "alone"):
+    async with FileLock(Path(sys.argv[1])).acquire(exclusive=sys.argv[2] == "alone"):
         print("held", flush=True)
         await asyncio.to_thread(sys.stdin.read)
 asyncio.run(hold())
@@ -212,7 +213,7 @@ def open_files() -> int:
 async def taken(path: Path, *, alone: bool, within: float) -> bool:
     """Whether this process gets the lock in so many seconds."""
     try:
-        async with asyncio.timeout(within), FileLock(path).acquire(alone=alone):
+        async with asyncio.timeout(within), FileLock(path).acquire(exclusive=alone):
             return True
     except TimeoutError:
         return False
@@ -262,7 +263,7 @@ async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Pat
 
     async def work(alone: bool) -> None:
         nonlocal inside, most
-        async with lock.acquire(alone=alone):
+        async with lock.acquire(exclusive=alone):
             inside += 1
             most = max(most, inside)
             assert inside == 1 or not alone
@@ -279,7 +280,7 @@ async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Pat
 
 async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "lock")
-    async with lock.acquire(alone=True):
+    async with lock.acquire(exclusive=True):
         before = open_files()
         for _ in range(5):
             assert not await taken(tmp_path / "lock", alone=False, within=0.01)
@@ -290,11 +291,11 @@ async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_
 @pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
 async def test_a_failure_inside_lets_the_lock_go(tmp_path: Path, end: Callable[[], BaseException]) -> None:
     with pytest.raises((ValueError, asyncio.CancelledError)):
-        async with FileLock(tmp_path / "lock").acquire(alone=True):
+        async with FileLock(tmp_path / "lock").acquire(exclusive=True):
             raise end()
     assert await taken(tmp_path / "lock", alone=True, within=5)
 
 
 async def test_the_lock_file_is_for_its_owner_only(tmp_path: Path) -> None:
-    async with FileLock(tmp_path / "lock").acquire(alone=True):
+    async with FileLock(tmp_path / "lock").acquire(exclusive=True):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
