@@ -19,7 +19,7 @@ from gateway.errors import GatewayError
 from gateway.settings import load
 from gateway.stack import commands
 from gateway.windows.freeze import check_budget
-from tests.integration.api.admin.test_admin import error_of
+from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
 from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 from tests.support.harness import GatewayHarness, window

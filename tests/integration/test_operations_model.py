@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.support import operations_model
+from tests.support.fakes.delays import Delays
 from tests.support.fakes.engine import FakeEngine
 from tests.support.fakes.lmcache import FakeLMCache
 from tests.support.gateway_process import gateway_in_front_of
@@ -34,7 +35,7 @@ async def test_what_is_acknowledged_holds_whatever_happens_at_once(
     }  # fmt: skip
     try:
         with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
-            operations_model.Delays(engine, seed)
+            Delays(engine, seed)
             async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
                 world = operations_model.World(
                     http, gateway.data_dir, cache.folder, cache, random.Random(seed), forgets

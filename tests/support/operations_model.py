@@ -14,7 +14,6 @@ does not. So nothing here expects an order. After each round everything is quiet
 import asyncio
 import random
 import sqlite3
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
@@ -25,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
+from tests.support.fakes.engine import MODEL
 from tests.support.fakes.lmcache import FakeLMCache
 
 REPLY = {"role": "assistant", "content": "Hello there!"}
@@ -289,25 +288,6 @@ WEIGHTS: Mapping[Operation, int] = {
     Client.thaw: 8, Client.fan_out: 2, Client.question: 3, Client.look: 3, Client.verify: 3, Client.move: 3,
     Client.describe: 2, Client.copy_by_file: 4, Client.delete_window: 9, Client.delete_session: 6, Client.lose: 3,
 }  # fmt: skip
-
-
-class Delays:
-    """Keeps an engine from answering at once, for moments that come from a seed."""
-
-    def __init__(self, engine: FakeEngine, seed: int) -> None:
-        self._random, self._guard = random.Random(seed), threading.Lock()
-        engine.on_chat = self._late(engine.answer_chat, 0.3)
-        engine.on_completion = self._late(engine.answer_completion, 0.6)
-        engine.on_tokenize = self._late(engine._tokens, 0.6)
-
-    def _late(self, answer: Callable[[Exchange], None], often: float) -> Callable[[Exchange], None]:
-        def late(exchange: Exchange) -> None:
-            with self._guard:
-                held = self._random.expovariate(40) if self._random.random() < often else 0.0
-            time.sleep(min(held, 0.15))
-            answer(exchange)
-
-        return late
 
 
 async def run(world: World, steps: int) -> None:

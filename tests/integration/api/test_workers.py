@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from gateway.api import server, workers
-from tests.integration.api.admin.test_admin import error_of
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
+from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient

@@ -17,9 +17,9 @@ from gateway.store.failures import write_failure
 from gateway.store.types import StoreUnavailable
 from gateway.store.writer import Writer
 from gateway.windows.archive.spool import Spool
-from tests.integration.api.admin.test_admin import error_of
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.integration.test_metrics import numbers, value
+from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, eventually, free_port, gateway_in_front_of
 

@@ -12,7 +12,7 @@ import pytest
 from gateway.records import Session
 from gateway.store.types import Unfrozen
 from gateway.windows.autofreeze.service import AutofreezeService, retry_after
-from tests.integration.api.admin.test_admin import error_of
+from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
 from tests.support.harness import GatewayHarness

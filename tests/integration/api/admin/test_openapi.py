@@ -8,8 +8,8 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from gateway.api.admin.routes import OPERATIONS
 from gateway.errors import CODES
-from tests.integration.api.admin.test_admin import error_of
 from tests.support import openapi_check
+from tests.support.admin_requests import error_of
 from tests.support.gateway_process import Gateway
 
 EVERY = [pytest.param(one, id=f"{one.method} {one.path}") for one in OPERATIONS]

@@ -1,0 +1,23 @@
+"""Messages, and where a conversation stands after them."""
+
+from typing import Any
+
+from gateway.records import Session
+from gateway.sessions import prefix_chain
+
+SYSTEM = {"role": "system", "content": "You are terse."}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s", start: bytes = b"") -> Session:
+    """A session whose last turn is `messages`; the last of them is the reply if it was answered."""
+    asked = messages[:-1] if answered else messages
+    trace = prefix_chain.trace(start, asked, messages[-1] if answered else None)
+    return Session("t", name, name, asked=trace.asked, tip=trace.tip, answered=answered)
