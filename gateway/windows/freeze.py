@@ -207,7 +207,7 @@ async def _keep(freezing: _Freezing, planned: Plan | None, naming: Naming, warni
         progress("pin", 0, len(planned.keys))
         # From the first pin to the commit nobody may unpin.
         async with parts.pins.lock.acquire(exclusive=False):
-            chunks, objects, _ = await pin(parts, planned)
+            chunks, objects = await pin(parts, planned)
             if chunks < planned.chunks and not again:
                 continue
             warnings += unreachable

@@ -111,14 +111,14 @@ async def _wait_until_stored(services: Services, wanted: Plan, progress: Progres
         await asyncio.sleep(_POLL_S)
 
 
-async def pin(services: Services, wanted: Plan) -> tuple[int, tuple[PinnedObject, ...], list[str]]:
-    """Pin the plan's objects; return the leading chunks that are whole, their objects, and warnings.
+async def pin(services: Services, wanted: Plan) -> tuple[int, tuple[PinnedObject, ...]]:
+    """Pin the plan's objects; return how many leading chunks are whole, and their objects.
 
     Raises TierFull. Call it under the shared lock.
     """
     known = await services.store.objects(wanted.keys)
-    by_tier, warnings = await services.pins.pin(wanted.keys, known)
+    by_tier, _ = await services.pins.pin(wanted.keys, known)
     chunks = wanted.covered({key for have in by_tier.values() for key in have})
     names = wanted.names[: chunks * wanted.world_size]
     objects = tuple(have[name] for name in names for have in by_tier.values() if name in have)
-    return chunks, objects, warnings
+    return chunks, objects

@@ -211,7 +211,7 @@ def test_what_no_window_holds_is_never_left_out(full: Gateway, session: str, edi
     found = full.http.get("/admin/windows", params={"session_id": session}).json()["windows"]
     if edited == 1:
         assert (answer.status_code, answer.json(), found) == (400, REFUSAL, [])
-        assert "holds" in answer.headers["x-context-hint"]
+        assert "whole turn" in answer.headers["x-context-hint"]
         return
     assert answer.headers["x-context-dropped-messages"] == "2"  # of three turns that would have gone, the unchanged one
     window = full.http.get(f"/admin/windows/{answer.headers['x-context-ancestor']}/messages").json()
