@@ -1,4 +1,4 @@
-"""The only place that makes the parts and opens them, and the list of what is served where."""
+"""The composition root: create and open every service, and list which paths are served by what."""
 
 import asyncio
 import gc

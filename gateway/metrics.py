@@ -1,4 +1,4 @@
-"""Every metric, once: its name, what it counts, and by what.
+"""Every metric, defined once: its name, what it counts, and its labels.
 
 Numbers are counted where a turn is recorded and where a verb ends, never on the way of a request. With several workers
 they live in files that all of them read, so that whichever worker is asked answers for all; a worker that takes a dead

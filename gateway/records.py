@@ -1,4 +1,4 @@
-"""What the gateway remembers, as frozen records. Times are seconds since the epoch, UTC."""
+"""The records that the gateway stores, as frozen dataclasses. Times are seconds since the epoch, UTC."""
 
 import re
 from collections.abc import Mapping, Sequence

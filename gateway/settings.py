@@ -1,4 +1,4 @@
-"""Every setting of the gateway, once: name, default, what it means. A test compares docs/settings.md with it.
+"""Every setting of the gateway, once: name, default and meaning. A test compares docs/settings.md with it.
 
 Order of precedence: command line, environment (`CWG_` + the name in capitals), TOML file, default. An unknown key stops
 the start and names the nearest right one.

@@ -1,4 +1,4 @@
-"""Freeze when one of several policies says so."""
+"""Freeze when one of several policies decides so."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Freeze what is not frozen when the gateway ends."""
+"""Freeze unfrozen sessions when the gateway shuts down."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a policy is: one method that takes one observation and answers with a decision, or with None.
+"""The interface of a policy: one method that takes an observation and returns a decision or None.
 
 A policy of one's own needs this file alone:
 

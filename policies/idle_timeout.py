@@ -1,4 +1,4 @@
-"""Freeze a conversation that has been left alone."""
+"""Freeze a conversation that has been idle."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How a policy is found and made. A built-in comes in as a stranger does: its name stands for an import string."""
+"""Load policies: a built-in one as a custom one, from an import string."""
 
 import difflib
 import importlib

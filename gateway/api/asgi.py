@@ -1,4 +1,4 @@
-"""What the doors share of ASGI: reading a body within its limits, and sending a small answer."""
+"""ASGI helpers: read a body within its limits, and send a small response."""
 
 import asyncio
 import time

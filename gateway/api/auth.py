@@ -1,4 +1,4 @@
-"""Who is asking. One key guards every door; tenants come from it, and for now there is one."""
+"""Authentication: one key guards every API. The tenant comes from it, and for now there is one."""
 
 import hmac
 import ipaddress

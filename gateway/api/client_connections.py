@@ -1,4 +1,4 @@
-"""Connections of clients: how many there may be, and what is done about clients that went away without a word."""
+"""Client connections: how many there may be, and how dead ones are detected."""
 
 import logging
 import socket

@@ -1,4 +1,4 @@
-"""The connection to a client, as far as ASGI has no words for it.
+"""The connection to a client, for what ASGI does not cover.
 
 Through `receive` and `send`, a second task has to wait for `http.disconnect`, and each chunk of a stream is a message
 of its own. Both are most of what the relay would cost, so the server puts this beside them, in the scope's extensions.

@@ -1,4 +1,4 @@
-"""What every admin request goes through: key, parameters, progress, and one shape for every error."""
+"""Serve an admin operation: check key and parameters, report progress, and render errors in one shape."""
 
 import asyncio
 import logging

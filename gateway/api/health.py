@@ -1,4 +1,4 @@
-"""Is it alive, is it ready, and if not, what is the matter.
+"""Liveness, readiness, and the health of every component.
 
 The parts are watched in the background, so that asking is cheap.
 """

@@ -1,4 +1,4 @@
-"""Requests that would rather speak another protocol; HTTP/1.1 is what is spoken here.
+"""Refuse protocols other than HTTP/1.1 with an explanation.
 
 A server may ignore such a wish (RFC 9110, 7.8), and for `h2c` it has to: Java's HTTP client sends it along with its
 first request. A WebSocket has no ordinary answer, so it is refused in words; what it sent is no GET that anybody meant.

@@ -1,4 +1,4 @@
-"""Requests that come from this process itself, through the same doors as everybody's."""
+"""Send requests to the gateway's own APIs from within this process."""
 
 import asyncio
 from collections.abc import Callable

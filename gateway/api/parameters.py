@@ -1,4 +1,4 @@
-"""Reading parameters: each field by name, with what it must be. What is not known is refused, never ignored."""
+"""Read parameters: each field by name, validated. An unknown one is refused, never ignored."""
 
 import difflib
 import math

@@ -1,4 +1,4 @@
-"""The self-test: does this stack keep salts apart, does it store where we look, does it tell what it cached?
+"""The self-test: does this stack isolate salts, store where the gateway looks, and report cached tokens?
 
 It runs on the live stack with throw-away prompts of random token ids, at start and in `cwg doctor`. Nothing here trusts
 configuration: LMCacheConnectorV1, for one, takes a salt and ignores it (LMCache#2878).

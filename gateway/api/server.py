@@ -1,4 +1,4 @@
-"""uvicorn as the gateway runs it: no headers of its own, no log line per request, and bounds on slow clients."""
+"""uvicorn as the gateway runs it: no headers of its own, no log line per request, and limits on slow clients."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""`cwg`: the local stack, the gateway, and the verbs as a client of the admin API.
+"""`cwg`: the local stack, the gateway, and the window operations as a client of the admin API.
 
 Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 """

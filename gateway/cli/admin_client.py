@@ -1,4 +1,4 @@
-"""The admin API from outside: what the CLI speaks to a running gateway."""
+"""The CLI's client of a running gateway's admin API."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping

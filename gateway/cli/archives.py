@@ -1,4 +1,4 @@
-"""Windows as files."""
+"""Commands that export and import windows as files."""
 
 import os
 import tempfile

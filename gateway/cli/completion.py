@@ -1,4 +1,4 @@
-"""`cwg completion`: what a shell has to read once, so that it completes commands, options and names of windows."""
+"""`cwg completion`: print the script with which a shell completes commands, options and window names."""
 
 import click
 from click.shell_completion import get_completion_class

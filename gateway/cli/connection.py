@@ -1,4 +1,4 @@
-"""What the verbs ask of a running gateway (CWG_URL, CWG_API_KEY), and how a failure is told."""
+"""How commands call a running gateway (CWG_URL, CWG_API_KEY) and report a failure."""
 
 import difflib
 import functools

@@ -1,4 +1,4 @@
-"""Lineage drawn in a terminal: who came from whom, as the admin API tells it."""
+"""Draw lineage as a tree in a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Verbs that tell what is there."""
+"""Commands that list windows, sessions and the cache."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How answers are shown: as lines and tables, or with `--json` as they came."""
+"""Print answers as lines and tables, or unchanged with `--json`."""
 
 import json
 import re

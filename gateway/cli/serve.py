@@ -1,4 +1,4 @@
-"""Commands that serve: the whole stack, the gateway alone, MCP."""
+"""Commands that run servers: the whole stack, the gateway alone, MCP."""
 
 import asyncio
 import logging

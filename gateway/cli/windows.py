@@ -1,4 +1,4 @@
-"""Verbs that make a window, or do something with one."""
+"""Commands that create windows or use them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,1 +1,1 @@
-"""One file for each client API. A dialect reads a request, writes it for the engine, and reads the reply."""
+"""Client APIs, one file each. A dialect reads a request, writes it for the engine, and reads the reply."""

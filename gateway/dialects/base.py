@@ -1,4 +1,4 @@
-"""What a dialect must answer."""
+"""The interface of a dialect, and what dialects share."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The chat dialect's words in those of the Messages API, so that the engine makes the same prompt of them again.
+"""Convert chat messages to the Messages API, so that the engine renders the same prompt from them.
 
 `gateway.dialects.messages_to_chat` is the way back, and what it would not make the same of raises `invalid_request`:
 a prompt that differs is another conversation, and its KV is not found.

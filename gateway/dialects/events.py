@@ -1,4 +1,4 @@
-"""JSON objects from the data of events."""
+"""Parse the data of server-sent events as JSON objects."""
 
 from typing import Any
 

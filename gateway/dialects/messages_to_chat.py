@@ -1,4 +1,4 @@
-"""What the Messages API says, in the words of the chat dialect: exactly as vLLM converts it before it renders a prompt.
+"""Convert Messages requests to chat, exactly as vLLM does before it renders a prompt.
 
 vllm 0.32, entrypoints/anthropic/serving.py: blocks of the top-level `system` become one system message, tool results
 come before whatever else their message says, billing headers of Claude Code and redacted thinking are dropped.

@@ -1,4 +1,4 @@
-"""Volatile lines that agents put in front of the prompt, kept out of what the engine sees.
+"""Remove volatile lines that agents put in front of the prompt.
 
 A prefix cache holds nothing for a prompt whose first line is another one in every request. A rule takes such a line out
 only if it means nothing to the model, and only from the very front of the leading system or developer messages. What a

@@ -1,4 +1,4 @@
-"""Items of the Responses API and canonical chat messages, both ways.
+"""Convert items of the Responses API to canonical chat messages and back.
 
 `read` puts items together into the chat messages from which vLLM (0.32, openai/responses) renders the prompt: what
 belongs to one assistant message (reasoning, text, tool calls) comes as several items. `write` says messages as items

@@ -1,4 +1,4 @@
-"""Conversations that are one text, or one row of token ids, that grows: what the completions API has.
+"""Transcripts of the completions API: one growing text, or one growing list of token ids.
 
 In a transcript such a conversation is one message, `{"role": "text", "content": "..."}` or `{"role": "tokens",
 "content": [1, 2]}`, prompts and replies together: nothing in it tells them apart. Only a list of token ids whose last

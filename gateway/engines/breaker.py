@@ -1,4 +1,4 @@
-"""When an engine that does not answer is left alone, and for how long. Time comes in as an argument."""
+"""A circuit breaker: when an engine that does not answer is skipped, and for how long. Time is an argument."""
 
 LIMIT = 3  # failures in a row
 _FIRST_REST_S = 1.0

@@ -1,4 +1,4 @@
-"""vLLM, as the gateway itself asks it things: which models, which token ids, compute this prefix.
+"""The gateway's own requests to vLLM: list models, render token ids, compute a prefix.
 
 Requests of clients do not come through here; the relay streams them over `gateway.engines.connection_pool`.
 """

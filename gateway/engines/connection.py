@@ -1,4 +1,4 @@
-"""One connection to the engine, and the HTTP/1.1 exchange that is on it."""
+"""One connection to the engine, and the HTTP/1.1 exchange on it."""
 
 import asyncio
 from collections import deque

@@ -1,4 +1,4 @@
-"""The relay's side of HTTP/1.1 to the engine: one exchange at a time on a kept connection, chunk for chunk.
+"""The relay's connections to the engine: one exchange at a time on a kept-alive connection, chunk by chunk.
 
 Why not a general client: this is the path of every token, and what a proxy needs of HTTP is little. It parses with
 httptools (the parser of uvicorn), hands each body chunk on as it was framed, stops reading when the client does not

@@ -1,4 +1,4 @@
-"""One engine of several: the two clients that we have of it, and what we think of it."""
+"""One engine of several: its two clients and its health."""
 
 import asyncio
 import hashlib

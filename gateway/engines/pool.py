@@ -1,4 +1,4 @@
-"""All the engines: which of them a request goes to, and to which one next when it does not answer.
+"""All engines: which of them gets a request, and which is next if that does not answer.
 
 A session goes to the engine that has its KV: the one that served it last, else the one that its lineage is drawn to
 (highest random weight: when an engine goes, only its own lineages move). Another finds the KV in the shared tiers.

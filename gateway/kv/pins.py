@@ -1,4 +1,4 @@
-"""Pins across tiers: what holds a window's KV objects, however many windows share them.
+"""Pins across tiers: they hold a window's KV objects, however many windows share them.
 
 An object is pinned once, not once per window; which windows hold it is written in the store. So a clone costs no file
 and a delete has to ask the store what nobody else holds. Between pinning and the commit of the manifest the store does

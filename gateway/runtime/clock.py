@@ -1,4 +1,4 @@
-"""Whether the wall clock may be believed where something is deleted for its age, which cannot be taken back.
+"""Whether the wall clock can be trusted where something is deleted for its age, which cannot be undone.
 
 Two things speak against it. It has moved against the clock that counts seconds since the machine was booted: then
 somebody set it, or something broke. Or the newest record lies far behind at the start: then the machine was off for

@@ -1,4 +1,4 @@
-"""How long work tells what it is doing: a stage, and how much of it is done."""
+"""How long operations report progress: a stage, and how much of it is done."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""One gateway at a time serves a data directory: two would not know of each other's turns."""
+"""A lock that lets only one gateway serve a data directory: two would not see each other's turns."""
 
 import fcntl
 import logging

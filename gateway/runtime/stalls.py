@@ -1,4 +1,4 @@
-"""When this process itself did not run: its event loop was held up, or all of it was stopped.
+"""Detect when this process did not run: its event loop was blocked, or all of it was stopped.
 
 A timeout that expires meanwhile says nothing about whoever was waited for: the answer may lie in the socket, unread.
 Whoever is about to blame a neighbour asks here first.

@@ -1,4 +1,4 @@
-"""Turns that are in flight: from their beginning until they are recorded, by session, lineage and question.
+"""Turns in flight: from their beginning until they are recorded, by session, lineage and question.
 
 Turns of other workers are known by the locks that they hold (`gateway.sessions.in_flight`).
 """

@@ -1,4 +1,4 @@
-"""Which session a request continues that holds a reply known by its aliases alone (see `reply_aliases`)."""
+"""Match a request to a session by reply aliases alone (see `reply_aliases`)."""
 
 from collections.abc import Sequence
 

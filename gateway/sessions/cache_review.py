@@ -1,4 +1,4 @@
-"""What is to be learned from a finished turn, before it is recorded: was its prompt estimated well, and did it hit?
+"""Review a finished turn before it is recorded: how good was the estimate, and did the prompt hit the cache?
 
 Runs in the turns task. What came before is read from the store only if fewer tokens were found than expected.
 """

@@ -1,4 +1,4 @@
-"""A turn that is over: what its reply says, and what the store is to keep of it."""
+"""A finished turn: what its reply says, and the record that the store keeps of it."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Turns that are going on, told to the other workers on this machine by locks on single bytes of a few files.
+"""Show turns in flight to the other workers on this machine, by locks on single bytes of a few files.
 
 A worker holds a shared lock for each session and each lineage that is in a turn, and for what else tells its turn from
 another (`LockKey`), from the turn's beginning until it is recorded; whoever wants to know asks the kernel. Which byte

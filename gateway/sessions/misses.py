@@ -1,4 +1,4 @@
-"""Why did it miss? What a turn should have found in the cache, what it found, and the reason for the difference.
+"""Explain cache misses: what a turn should have found in the cache, what it found, and why they differ.
 
 Expected are all whole chunks of what the turn before has computed - its prompt and its reply, but for the last token,
 which no engine computes - as far as this prompt reaches, whose own last token is always computed. A chunk is the unit

@@ -1,4 +1,4 @@
-"""Which conversation a request belongs to: by an id that it brings, else by its own beginning.
+"""Which conversation a request belongs to: by an id sent with it, or else by its own beginning.
 
 Agents name their sessions in headers and body fields of their own (`read_client_session_id`). Who names nothing is
 recognised by the prefix chain: a hash for each message over all before it, so that equal hashes mean equal beginnings.

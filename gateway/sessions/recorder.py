@@ -1,4 +1,4 @@
-"""Finished turns, off the request path: one bounded queue, one task, one transaction for whatever waits.
+"""Record finished turns off the request path: one bounded queue, one task, one transaction per batch.
 
 A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens
 here too: on the path its bytes were only kept.

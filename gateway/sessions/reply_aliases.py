@@ -1,4 +1,4 @@
-"""Further names of a reply, by which its session is found when the client has changed something before the reply.
+"""Aliases of a reply, by which its session is found when the client has changed something before the reply.
 
 The prefix chain (`prefix_chain`) finds a conversation only while every message before the last reply stays the same.
 Many clients change some of them on purpose: a system prompt tells the time, a reminder or retrieved passages are part

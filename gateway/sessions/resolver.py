@@ -1,4 +1,4 @@
-"""Which session a request belongs to, and under which salt its KV lies."""
+"""Resolve which session a request belongs to, and the salt of its KV."""
 
 import secrets
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Notes in the store of salts that KV is being made under, before anything else there knows of them.
+"""Register temporary salts up front, so that a crash leaves their KV to the sweeper.
 
 A turn is recorded when it is over, and what merely passes through never is. Were the gateway killed meanwhile, nobody
 would know whose KV the engine has made, and nobody would ever remove it. So such a salt is noted when the work begins:

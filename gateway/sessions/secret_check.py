@@ -1,4 +1,4 @@
-"""Is it the secret that the store's salts were made with? With another one no KV of before is found, without a word."""
+"""Check that the secret is the store's: with another one no earlier KV is found, silently."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""How many tokens a prompt will have, before the engine has counted them.
+"""Estimate how many tokens a prompt will have, before the engine has counted them.
 
 What a session has had so far is known exactly (`Session.token_count`); only what is new is estimated: its text with the
 served model's own encoding where that can be had on this machine, else by bytes per token, and what a template puts

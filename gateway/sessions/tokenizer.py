@@ -1,4 +1,4 @@
-"""The encoding of a served model, made for tiktoken from the model's own tokenizer.json. Nothing is ever downloaded.
+"""Build a tiktoken encoding from the served model's own tokenizer.json. Nothing is ever downloaded.
 
 Only byte-level BPE can be had so (GPT-2, Llama 3, Qwen, ...: merges over bytes). tiktoken has ranks of byte strings
 where the file has merges of pairs. The two agree on every text if a token's rank is that of the merge which completes

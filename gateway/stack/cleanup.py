@@ -1,4 +1,4 @@
-"""What the processes of a part leave behind, and how to take it away even after kill -9.
+"""Clean up what the processes of the stack leave behind, even after kill -9.
 
 Two things make this necessary. When vLLM's API server is killed, its engine and worker processes go on for ever. And
 the KV of a CPU engine lies in POSIX shared memory, which outlives the processes: a gigabyte until the next boot, even

@@ -1,4 +1,4 @@
-"""LMCache's connector for vLLM, made safe for clients that leave while their KV is being loaded.
+"""LMCache's connector for vLLM, made safe for clients that disconnect while their KV is being loaded.
 
 vLLM imports this by name (`--kv-transfer-config`, `kv_connector_module_path`), in its own processes. Nothing of the
 gateway is imported with it but `gateway.stack.transfers`, so it needs none of the gateway's dependencies.

@@ -1,4 +1,4 @@
-"""The one error of the local stack; `cwg` prints its text as a single line and exits with 1."""
+"""The local stack's one exception; `cwg` prints its text as a single line and exits with 1."""
 
 
 class StackError(Exception):

@@ -1,4 +1,4 @@
-"""Which model is this? LMCache's keys hold its path only, so the salt has to hold what the weights are."""
+"""Fingerprint a model's weights: LMCache's keys hold only its path, so the salt has to identify the weights."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The parts of the stack on this machine: what the options mean, and the parts themselves for tests and `up`."""
+"""The processes of the stack on this machine, and what the options of `cwg up` mean for them."""
 
 import random
 import socket

@@ -1,4 +1,4 @@
-"""One stack per data directory: two would write the same files and each take the other's processes for leftovers."""
+"""A lock that lets only one stack use a data directory: two would write the same files."""
 
 import fcntl
 import os

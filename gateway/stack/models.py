@@ -1,4 +1,4 @@
-"""From what the user names as `--model` to a directory and a name that stays the same for the cache's keys."""
+"""Resolve `--model` to a directory, and to a name that stays the same for the cache's keys."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What would make the start fail after a minute, asked in a second; each answer is one line with a remedy."""
+"""Check in a second what would make the start fail after a minute; each failure is one line with a remedy."""
 
 import errno
 import os

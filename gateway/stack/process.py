@@ -1,4 +1,4 @@
-"""One process of the stack, with everything that hangs on it: its log, its readiness, its end."""
+"""One process of the stack: its log, its readiness, its end."""
 
 import os
 import re

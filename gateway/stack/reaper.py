@@ -1,4 +1,4 @@
-"""A process that outlives the supervisor by a second: when the supervisor is killed, it ends what that had started.
+"""Outlive a killed supervisor by a second, to end what it had started.
 
 It reads a pipe whose other end only the supervisor holds. The kernel closes that end whichever way the supervisor dies.
 PR_SET_PDEATHSIG would reach the direct children only, and vLLM's engine survives the death of its API server.

@@ -1,4 +1,4 @@
-"""The supervisor behind `cwg up`: starts the parts, brings back the one that dies, and stops all of them."""
+"""The supervisor behind `cwg up`: starts the processes, restarts one that dies, and stops all of them."""
 
 import signal
 import sys

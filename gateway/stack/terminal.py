@@ -1,4 +1,4 @@
-"""What `cwg up` says while it works: a spinner where somebody watches, plain lines where a file does. All on stderr."""
+"""Progress output of `cwg up`: a spinner on a terminal, plain lines in a file. All on stderr."""
 
 from rich.console import Console
 from rich.status import Status

@@ -1,4 +1,4 @@
-"""Which of a request's KV transfers are still under way, so that the scheduler is told of its end exactly once."""
+"""Track a request's KV transfers, so that the scheduler is notified of its end exactly once."""
 
 from collections.abc import Iterable, Mapping
 

@@ -1,4 +1,4 @@
-"""The SQL of automatic freezing: who freezes which session, what is covered, and which windows were made so."""
+"""The SQL of automatic freezing: claims on sessions, what is covered, and which windows were made automatically."""
 
 import math
 import sqlite3

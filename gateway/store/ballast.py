@@ -1,4 +1,4 @@
-"""Disk space that is set aside beside the database, and given up when the disk is full.
+"""Disk space set aside next to the database, and released when the disk is full.
 
 On a full disk two things must still work: recording the turns whose replies clients already have, and deleting, which
 is what makes room. So the reserve has two parts: turns may use up the first only.

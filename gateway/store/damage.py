@@ -1,4 +1,4 @@
-"""Whether the pages of a store are as SQLite wrote them: a damaged one is noticed else only by whoever reads it."""
+"""Check the store's pages for damage, which otherwise only their reader would notice."""
 
 import sqlite3
 from pathlib import Path

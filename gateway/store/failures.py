@@ -1,4 +1,4 @@
-"""What whoever asked the store is told when SQLite fails: which file it is, and what is the matter with it."""
+"""Turn SQLite's failures into errors that name the file and the cause."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The SQL of manifests: token ids and the objects that windows have pinned. Whoever calls owns the transaction."""
+"""The SQL of manifests: token ids and pinned objects of windows. The caller owns the transaction."""
 
 import sqlite3
 from array import array

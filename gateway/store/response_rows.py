@@ -1,4 +1,4 @@
-"""The SQL of kept answers (Responses API). Whoever calls owns the transaction."""
+"""The SQL of stored responses (Responses API). The caller owns the transaction."""
 
 import logging
 import sqlite3

@@ -1,4 +1,4 @@
-"""The SQL of salts: whose turns ran under one, and which were let go of. Whoever calls owns the transaction."""
+"""The SQL of salts: whose turns ran under one, and which were released. The caller owns the transaction."""
 
 import sqlite3
 import time

@@ -1,4 +1,4 @@
-"""The schema of the SQLite store, as numbered steps. A step that has landed is never changed; the next one mends it.
+"""The schema of the SQLite store, as numbered migrations. A migration that has landed is never changed.
 
 Transcripts are Merkle lists: a link is named by the hash of the link before it and of its message, so sessions, forks
 and windows that share a beginning share its rows, and a transcript is named by its last link.

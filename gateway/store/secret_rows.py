@@ -1,4 +1,4 @@
-"""By what the store knows the secret of its salts again."""
+"""The mark by which the store recognises the secret of its salts."""
 
 import sqlite3
 

@@ -1,4 +1,4 @@
-"""The SQL of sessions and their turns: plain functions that take a connection. Whoever calls owns the transaction."""
+"""The SQL of sessions and their turns: plain functions that take a connection. The caller owns the transaction."""
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The SQL of successors: which session goes on in which, and what was left out. Whoever calls owns the transaction."""
+"""The SQL of successors after a context overflow, and what was left out. The caller owns the transaction."""
 
 import sqlite3
 

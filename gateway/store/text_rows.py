@@ -1,4 +1,4 @@
-"""The SQL of what holds a text: sessions and windows, added only with it. Whoever calls owns the transaction.
+"""The SQL of what has a transcript: sessions and windows, added only with it. The caller owns the transaction.
 
 What an operation has read may have changed when it writes. So each of these functions is told what was read, and looks
 whether it still holds, in the transaction that writes.

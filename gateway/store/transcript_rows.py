@@ -1,4 +1,4 @@
-"""The SQL of transcripts: contents by hash, and Merkle lists of them. Whoever calls owns the transaction."""
+"""The SQL of transcripts: contents by hash, and Merkle lists of them. The caller owns the transaction."""
 
 import sqlite3
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The SQL of windows: plain functions that take a connection. Whoever calls owns the transaction."""
+"""The SQL of windows: plain functions that take a connection. The caller owns the transaction."""
 
 import re
 import sqlite3

@@ -1,1 +1,1 @@
-"""Bounds and formats of what others send."""
+"""Limits and formats of input."""

@@ -1,4 +1,4 @@
-"""Bounds on JSON that others send: how many values it holds, and how deeply they nest.
+"""Limits on JSON input: how many values it holds, and how deeply they nest.
 
 A parser turns two bytes into an object of fifty, and holds Python's global lock while it does: a body within its size
 limit could stop every stream for minutes and take gigabytes. So large texts are counted before they are parsed, and

@@ -1,1 +1,1 @@
-"""The product: windows. Each verb is one file and reads from top to bottom."""
+"""Window operations. Each is one file that reads from top to bottom."""

@@ -1,4 +1,4 @@
-"""Ask: a question answered inside a frozen window, on its own KV, and nothing of it stays.
+"""Ask: answer a question inside a frozen window, on its own KV, and keep nothing.
 
 The question follows the window's transcript under the window's salt, so the engine computes only the tail and the
 question. It is no turn: there is no session, the window does not change, and the cache is told to keep nothing.

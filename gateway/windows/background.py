@@ -1,4 +1,4 @@
-"""Work that nobody waits for: started on the way, ended with the gateway."""
+"""Background tasks that nobody waits for; they end with the gateway."""
 
 import asyncio
 import logging

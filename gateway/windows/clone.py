@@ -1,4 +1,4 @@
-"""Clone: another name for the same pins. No KV byte is copied, no file is made."""
+"""Clone: another name for the same pins. No KV byte is copied, no file is created."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The parts of a running gateway, as the verbs and the doors need them. `gateway.app` makes and opens them."""
+"""The services of a running gateway, as operations and APIs need them. `gateway.app` creates and opens them."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Delete: the name goes, and with it every KV object that nobody else holds, from every tier."""
+"""Delete a window, and every KV object that nothing else holds, from every tier."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

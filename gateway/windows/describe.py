@@ -1,4 +1,4 @@
-"""Describe: what people say of a window - description, tags, how long it is kept. What it holds never changes."""
+"""Describe: change a window's description, tags and time to live. Its content never changes."""
 
 import time
 from collections.abc import Mapping

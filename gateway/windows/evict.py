@@ -1,4 +1,4 @@
-"""Evict: a window's KV goes down a tier, out of the cache's memory; the next that needs it loads it from below.
+"""Evict: move a window's KV out of the cache's memory; its next use loads it from the tiers.
 
 1. Check every byte in the durable tiers, and put back there what eviction took.
 2. Drop from LMCache's memory what a durable tier has for certain. What none has stays: it may be the last copy.

@@ -1,4 +1,4 @@
-"""Freeze: a session becomes a window, and "frozen" is what was seen, not what was hoped.
+"""Freeze a session into a window. "Frozen" means what was verified in a tier, not what was expected.
 
 1. Snapshot the session at its last finished turn.
 2. Ask the engine for the token ids with which the next turn will begin.

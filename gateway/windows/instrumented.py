@@ -1,4 +1,4 @@
-"""How often a verb was done, how it ended and how long it took: for whoever did it, through whichever door."""
+"""Count each operation, its result and its duration, through whichever API it was called."""
 
 import functools
 from collections.abc import Callable, Coroutine

@@ -1,4 +1,4 @@
-"""Isolate: a clone under its own salt, so that nobody in the source's lineage can find its KV, nor it theirs.
+"""Isolate: a clone under its own salt, so that neither lineage can find the other's KV.
 
 KV bytes do not depend on the salt: only the names do under which LMCache finds them. So the clone shares its source's
 pins, as every clone does, and nothing is made; a thaw then gives LMCache the objects under the clone's own names, on

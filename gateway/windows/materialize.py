@@ -1,4 +1,4 @@
-"""KV on its way into the tiers: what a window needs, what is there, and waiting until the rest has landed."""
+"""Get a window's KV into the tiers: plan what it needs, compute what is missing, wait until it is stored."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Windows that an older version left without their text: the store adds none today, but it cannot bring theirs back."""
+"""Windows that an older version left without their text: none are added today, but theirs cannot be restored."""
 
 from gateway.windows.context import Services
 

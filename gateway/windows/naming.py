@@ -1,4 +1,4 @@
-"""A freeze that nobody chose a name for: under the first name that is free."""
+"""Freeze under the first generated name that is free."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""When the context is full (`on_full = successor`): the session is frozen, and its conversation goes on in a successor.
+"""Context overflow (`on_full = successor`): freeze the session, and continue its conversation in a successor.
 
 The engine says that a prompt does not fit, before it computes anything. Then:
 

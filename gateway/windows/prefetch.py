@@ -1,4 +1,4 @@
-"""Prefetch: a window's KV goes up a tier, into LMCache's memory, before anybody asks for it."""
+"""Prefetch: load a window's KV into LMCache's memory before it is needed."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Finish: what a window says of the KV that was pinned for it, whether it was frozen here or came out of a file."""
+"""A window with the receipt of its pinned KV, whether it was frozen here or imported."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Deep verify: the stored KV is used, and what the engine says on it is compared with what it says without it.
+"""Deep verify: generate from the stored KV, and compare with what the engine generates without it.
 
 Checksums prove that the bytes are those that were pinned; this proves that they are the right ones. Nothing has to be
 recorded for it: a continuation kept at the freeze would make every freeze dearer, and one kept at the first deep verify

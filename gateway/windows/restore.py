@@ -1,4 +1,4 @@
-"""Bring a window's KV back to where LMCache finds it: what eviction took from the tiers, and into its memory."""
+"""Restore a window's KV: put back what was evicted from the tiers, and load it into LMCache's memory."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager

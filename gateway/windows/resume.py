@@ -1,4 +1,4 @@
-"""A frozen session goes on, or a thawed one begins: its KV is put back where LMCache looks, and loaded, by itself."""
+"""Before a frozen session's next turn or a thawed one's first: restore its KV and load it."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Thaw: a new session goes on from a window, and "thawed" comes with what was measured.
+"""Thaw a window into a new session, with a receipt of what was measured.
 
 1. The model must be the one that was frozen: same name, same fingerprint.
 2. Put back what eviction took from LMCache's tiers, from the pins, checking every byte.

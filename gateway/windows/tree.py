@@ -1,4 +1,4 @@
-"""Tree: where every window and session of a tenant came from, as one list of nodes. Nothing is asked but the store."""
+"""Tree: where every window and session of a tenant came from, as one list of nodes, from the store alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

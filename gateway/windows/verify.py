@@ -1,4 +1,4 @@
-"""Verify: every KV object of a window is looked at where it is pinned, and every byte of it. Nothing is changed."""
+"""Verify: check every byte of every pinned KV object of a window. Nothing is changed."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence

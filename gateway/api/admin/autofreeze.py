@@ -1,4 +1,4 @@
-"""The admin door to automatic freezing: its rules, and what they say of a session."""
+"""The admin API's operations for automatic freezing: read, set, reset and check the rules."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GET /admin/cache: what the cache says of itself, what lies in its tiers, and whether it pays."""
+"""GET /admin/cache: the cache's state, the objects in its tiers, and the hit rate."""
 
 from dataclasses import asdict
 from typing import Any

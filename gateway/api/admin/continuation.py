@@ -1,4 +1,4 @@
-"""A thaw that goes on at once: its prompt is a turn of the new session, through the same door as everybody's turns."""
+"""Continue a thawed session at once: the prompt is sent as its next turn through the inference API."""
 
 from typing import Any
 

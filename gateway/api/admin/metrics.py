@@ -1,4 +1,4 @@
-"""The numbers, for Prometheus and as JSON. Whichever worker is asked answers for all."""
+"""Metrics for Prometheus and as JSON. Any worker answers for all of them."""
 
 from starlette.responses import Response
 

@@ -1,4 +1,4 @@
-"""The admin door: the verbs over HTTP, as JSON, and the probes. `gateway.api.endpoint` is what they share."""
+"""The admin API's table of routes: the operations as JSON, and the probes. `gateway.api.endpoint` serves them."""
 
 from dataclasses import asdict
 from typing import Any

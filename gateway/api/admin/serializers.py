@@ -1,4 +1,4 @@
-"""Records as JSON: one word for a thing wherever it is shown."""
+"""Convert records to JSON, with the same field names wherever a thing is shown."""
 
 import time
 from collections.abc import Mapping, Sequence

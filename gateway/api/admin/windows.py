@@ -1,4 +1,4 @@
-"""The admin door, second half: what one does with a window that is there already."""
+"""The admin API's operations on existing windows."""
 
 from gateway.api.admin import models, serializers
 from gateway.api.admin.models import requests

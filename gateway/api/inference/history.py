@@ -1,4 +1,4 @@
-"""What a client need not send: the beginning of its conversation that a window or the store has, put in front."""
+"""Prepend the history that a client need not send: that of a window or of a session."""
 
 from collections.abc import Sequence
 from dataclasses import replace

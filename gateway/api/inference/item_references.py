@@ -1,4 +1,4 @@
-"""Items that a request of the Responses API names by their ids alone (`item_reference`).
+"""Resolve items that a Responses request names by their ids only (`item_reference`).
 
 Vercel's AI SDK does so with whatever it was answered, unless it is told `store: false`. The engine keeps no answers and
 refuses such items; we keep them.

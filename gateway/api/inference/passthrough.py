@@ -1,4 +1,4 @@
-"""What is no turn of a session passes through: without what a client may not send, with a salt where KV comes of it."""
+"""Pass through requests that are not session turns: strip private fields, and add a salt where KV is stored."""
 
 import secrets
 from collections.abc import Callable, Iterator

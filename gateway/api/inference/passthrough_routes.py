@@ -1,4 +1,4 @@
-"""What of the engine's API passes through: an allow-list. What a newer engine adds is closed until it is named.
+"""The allow-list of engine paths that pass through. What a newer engine adds is closed until it is listed.
 
 The paths are those of vLLM 0.32 (vllm/entrypoints, the routers) that serve clients. Left out are those that steer the
 engine: LoRA adapters, sleep, profiling, weights. A setting (`extra_paths`) names more.

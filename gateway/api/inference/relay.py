@@ -1,4 +1,4 @@
-"""The way of bytes: the engine's answer to the client, chunk for chunk, and a copy for after the request.
+"""Relay the engine's response to the client chunk by chunk, and keep a copy for after the request.
 
 Nothing in here waits for anything but the engine and the client. A client that leaves, before the first byte or after
 it, closes the engine's connection, which aborts its work; where that could end the engine, only once its reply has

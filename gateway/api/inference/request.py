@@ -1,4 +1,4 @@
-"""A request at the inference door: its base URL, whose it is, and how to answer it in words that its client reads."""
+"""A request to the inference API: its base URL, its session headers, and the dialect to answer errors in."""
 
 from dataclasses import dataclass
 from urllib.parse import unquote

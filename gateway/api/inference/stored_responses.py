@@ -1,4 +1,4 @@
-"""Answers that the gateway keeps for the Responses API: a request that goes on from one, and asking for them by id.
+"""Responses that the gateway stores for the Responses API: continue one, or get and delete it by id.
 
 An id that another tenant has is an id that nobody has.
 """

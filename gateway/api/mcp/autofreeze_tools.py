@@ -1,4 +1,4 @@
-"""The tools of MCP for automatic windows. Rules are checked as PUT /admin/policies does, under any of their names."""
+"""The MCP tools for automatic windows. Rules are validated as PUT /admin/policies does, under any of their names."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Parameters of tools: what a model is told of each, and what it must be to be sent to the admin API at all."""
+"""Parameters of MCP tools: how each is described to a model, and validated before the admin API is called."""
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace

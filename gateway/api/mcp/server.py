@@ -1,4 +1,4 @@
-"""The one server of MCP behind both transports: it reads the table of tools and asks the admin API."""
+"""The MCP server behind both transports: it reads the table of tools and calls the admin API."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a tool of MCP is, and a resource: what a model reads of it, and how a call of it becomes an admin request."""
+"""MCP tools and resources: what a model reads about them, and how a call becomes an admin request."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The verbs as tools of MCP, and what can be read: a table over the admin API, where every rule about a verb is.
+"""The window operations as MCP tools, and the resources: a table over the admin API, which has all the rules.
 
 What a tool declares, it takes: a placeholder of the route goes into the path, the rest into the query or the body.
 """

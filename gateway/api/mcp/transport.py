@@ -1,4 +1,4 @@
-"""MCP over HTTP, at /mcp: the key and the bounds of every door, and tools that ask the admin API in this process."""
+"""MCP over HTTP, at /mcp: the key and limits of every API, and tools that call the admin API in this process."""
 
 import asyncio
 from collections.abc import Callable

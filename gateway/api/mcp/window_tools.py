@@ -1,4 +1,4 @@
-"""The tools of MCP that make, use and change windows: a table over the admin API, where every rule about a verb is."""
+"""The MCP tools that create, use and change windows: a table over the admin API, which has all the rules."""
 
 from gateway.api.admin import models
 from gateway.api.mcp import answers

@@ -1,4 +1,4 @@
-"""What the gateway asks of a durable tier. Two real implementations: `disk` and `redis`."""
+"""The interface of a durable tier. Two implementations: `disk` and `redis`."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

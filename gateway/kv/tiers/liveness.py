@@ -1,4 +1,4 @@
-"""Finds out within seconds that a server hangs, however long its calls may take, and then leaves it alone for a while.
+"""Detect within seconds that a server hangs, however long its calls may take, and skip it for a while.
 
 A server that is down refuses connections, and costs nothing. One that hangs (stopped, swapping, cut off without a word)
 takes every call to its timeout, and those are as long as the largest object needs. So while a call goes on, the server

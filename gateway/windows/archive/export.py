@@ -1,4 +1,4 @@
-"""Export: a window whole, as one file (`gateway.windows.archive.file_format`), one KV object in memory at a time."""
+"""Export a complete window as one file (`gateway.windows.archive.file_format`), one KV object in memory at a time."""
 
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Import: a window out of its file, read as a stream; it is there only when every byte of the file was checked.
+"""Import a window from a file, read as a stream; the window exists only once every byte was checked.
 
 1. Read the manifest, and refuse what cannot be used here before anything large is read.
 2. Read every member into a file without a name, which the kernel takes away if we die.

@@ -1,4 +1,4 @@
-"""The manifest of a window's file: what the window is, and size and blake3 of every member that follows.
+"""The manifest of a window file: the window, and size and blake3 of every member that follows.
 
 It comes from outside, so it is taken apart before it is parsed: the window first, which says how many members there may
 be, and then no more members than that.

@@ -1,4 +1,4 @@
-"""A file without a name, which holds what comes in until all of it was checked; the kernel takes it away if we die."""
+"""An unnamed file that holds an import until all of it was checked; the kernel deletes it if the process dies."""
 
 import asyncio
 import errno

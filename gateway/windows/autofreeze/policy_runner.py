@@ -1,4 +1,4 @@
-"""Asking policies: in a thread beside the requests, so that one that fails, hangs or lies hurts nobody."""
+"""Run policies in a thread of their own, so that one that fails or hangs delays no request."""
 
 import asyncio
 import logging

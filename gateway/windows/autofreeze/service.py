@@ -1,4 +1,4 @@
-"""Freezing by itself: recorded turns and a sweep -> observations -> policies -> windows.freeze, beside the requests.
+"""Automatic freezing: recorded turns and a sweep -> observations -> policies -> windows.freeze, in the background.
 
 Every worker looks at every session; a claim in the store has only one of them freeze it. What is to be frozen waits in
 a short queue: the sweep waits for room in it, a turn does not, and what it leaves out the sweep finds later.

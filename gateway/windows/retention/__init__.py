@@ -1,1 +1,1 @@
-"""What is deleted and when: expired windows, KV that nobody needs, and the bytes in each tier."""
+"""What is deleted and when: expired windows, unneeded KV, and KV over a budget."""

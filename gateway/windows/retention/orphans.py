@@ -1,4 +1,4 @@
-"""Forget: KV that no session and no window needs any more leaves every tier.
+"""Delete KV that no session and no window needs any more from every tier.
 
 What LMCache stored for a session lies under its salt, which thaws and forks of one lineage share. When a session (or a
 window) goes, the store notes its salts as loose, in the same transaction. Under a loose salt that no other session

@@ -1,4 +1,4 @@
-"""Budgets: a tier that holds too much loses the KV of the sessions that were idle longest. Windows lose nothing.
+"""Budgets: a tier that is over its budget loses the KV of the longest idle sessions, never that of windows.
 
 So does the disk tier, with or without a budget, when less than `disk_reserve_bytes` are free on its disk: the store may
 lie on the same one.

@@ -1,4 +1,4 @@
-"""Garbage: what nobody asks for any more goes by itself, in rounds; of several workers one does them."""
+"""Delete what is no longer needed in periodic sweeps; one of several workers runs them."""
 
 import asyncio
 import logging

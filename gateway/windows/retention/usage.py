@@ -1,4 +1,4 @@
-"""What lies in the tiers, and for whom: the numbers add up to what the disk and Redis themselves would say."""
+"""How many objects and bytes are in each tier, and whose; the sums are what disk and Redis would report."""
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What the models have in common: they are closed, and have no fields but those that are named.
+"""What the models share: they are closed, and have no fields but those that are declared.
 
 A field that is `absent()` may be left out of an answer; every other one is always there.
 """

@@ -1,4 +1,4 @@
-"""What the admin API takes: the body or the query of each operation."""
+"""Requests of the admin API: the body or the query of each operation."""
 
 from typing import Annotated, Any, get_args
 

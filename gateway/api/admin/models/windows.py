@@ -1,4 +1,4 @@
-"""Windows, and what comes of an operation on one."""
+"""Windows, and the results of operations on them."""
 
 from typing import Annotated, Literal
 
