@@ -12,7 +12,10 @@ from gateway.cli import archives, autofreeze, completion, lists, serve, windows
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="cwg")
 def main() -> None:
-    """Context Window Gateway: durable, nameable, lossless KV caches for conversations on vLLM."""
+    """Context Window Gateway: durable, nameable, lossless KV caches for conversations on vLLM.
+
+    Commands reach the gateway at CWG_URL (http://127.0.0.1:8700 by default), with the key in CWG_API_KEY.
+    """
 
 
 for _module in (serve, windows, archives, lists, autofreeze, completion):

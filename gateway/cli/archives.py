@@ -18,10 +18,13 @@ from gateway.cli.output import flat, show
 @verb
 @window
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--as-text", is_flag=True, help="leave the KV out")
+@click.option("--as-text", is_flag=True, help="omit the KV")
 @click.option("--force", is_flag=True, help="overwrite FILE where it exists")
 def export(name: str, file: Path, as_text: bool, force: bool, as_json: bool) -> None:
-    """Write the window NAME into FILE, whole; FILE is there only when all of it is, and for you alone to read."""
+    """Export the window NAME to FILE.
+
+    FILE appears once it is complete, and only you can read it.
+    """
     query = {"as_text": "true" if as_text else None}
     if not force and file.exists():
         raise _exists(file)
@@ -57,17 +60,17 @@ def _whole_or_not(file: Path, *, force: bool) -> Iterator[IO[bytes]]:
 
 
 def _exists(file: Path) -> Failure:
-    return Failure(f"{file} exists already (--force overwrites it)")
+    return Failure(f"{file} already exists (--force overwrites it)")
 
 
 @verb
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--name", help="the window's name here; without it, the one that it was exported under")
+@click.option("--name", help="name of the window; default: the name it was exported under")
 @click.option(
-    "--as-text", is_flag=True, help="take text and ids and leave the KV: for a model that is served otherwise"
+    "--as-text", is_flag=True, help="import text and ids without KV, for a model that is served with other settings"
 )
 def import_(file: Path, name: str | None, as_text: bool, as_json: bool) -> None:
-    """Make the window in FILE a window of this gateway."""
+    """Import the window in FILE."""
     query = {"window_name": name, "as_text": "true" if as_text else None}
     try:
         with file.open("rb") as content, connection.bar() as on_progress:

@@ -13,18 +13,18 @@ from gateway.cli.output import show
 
 @verb
 @click.option(
-    "--set", "given", metavar="RULE=VALUE", multiple=True, help="set a rule; null puts it out; may be repeated"
+    "--set", "given", metavar="RULE=VALUE", multiple=True, help="set a rule; null turns it off; may be repeated"
 )
-@click.option("--reset", is_flag=True, help="forget what was set: the settings hold again")
+@click.option("--reset", is_flag=True, help="drop rules set at run time and return to the settings")
 @click.option(
     "--check",
     "session",
     metavar="SESSION",
     shell_complete=completing("session"),
-    help="what the rules say of SESSION now",
+    help="show what the rules decide for SESSION now",
 )
 def policy(given: tuple[str, ...], reset: bool, session: str | None, as_json: bool) -> None:
-    """Show the rules by which sessions are frozen by themselves, or set them."""
+    """Show or set the rules of automatic freezing."""
     if sum((bool(given), reset, session is not None)) > 1:
         raise click.UsageError("--set, --reset and --check exclude each other")
     if session is not None:

@@ -16,7 +16,7 @@ _HOW = {
 @click.argument("shell", type=Word([*_HOW]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print what makes SHELL complete commands, options, and names of windows and sessions."""
+    """Print the completion script for SHELL."""
     made = get_completion_class(shell)
     if made is None:
         raise Failure(f"click cannot complete for {shell}")

@@ -11,8 +11,8 @@ from gateway.cli.output import OUT, line, print_json, say, show, table
 
 
 @verb
-@click.option("--tag", "tags", multiple=True, help="only with this tag; all of them if given more than once")
-@click.option("--search", help="only with this text in name or description")
+@click.option("--tag", "tags", multiple=True, help="only windows with this tag; with all of them if repeated")
+@click.option("--search", help="only windows with this text in name or description")
 @click.option("--limit", type=int, default=20, show_default=True)
 @click.option("--offset", type=int, default=0)
 def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as_json: bool) -> None:
@@ -28,9 +28,9 @@ def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as
 
 
 @verb
-@click.option("--limit", type=int, default=1000, show_default=True, help="windows, and sessions, at most")
+@click.option("--limit", type=int, default=1000, show_default=True, help="maximum number of windows, and of sessions")
 def tree(limit: int, as_json: bool) -> None:
-    """Draw which window and which session came from which."""
+    """Draw the lineage of windows and sessions."""
     answer = connection.call("GET", "/admin/tree", query={"limit": limit})
     if as_json:
         print_json(answer)
@@ -60,7 +60,7 @@ def sessions(state: str | None, limit: int, offset: int, as_json: bool) -> None:
 
 @verb
 def doctor(as_json: bool) -> None:
-    """Prove on the running stack that sessions are isolated and that freezing can hold its word."""
+    """Check that sessions are isolated and freezing works."""
     answer = connection.call("POST", "/admin/doctor", body={})
     if as_json:
         print_json(answer)
@@ -79,7 +79,7 @@ def _verdict(status: str) -> Text:
 
 @verb
 def cache(as_json: bool) -> None:
-    """Tell what lies in each tier and for whom, and how much of the prompts was cached."""
+    """Show the content of each tier, and the cache hit rate."""
     answer = connection.call("GET", "/admin/cache")
     tiers = {
         name: f"{tier['objects']} objects, {tier['bytes']} bytes; {tier['windows']['bytes']} of windows, "

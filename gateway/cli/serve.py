@@ -31,7 +31,7 @@ from gateway.settings import Settings, SettingsError, load
 @click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
 @click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier; 2 GiB, or 1 for the built-in model")
 def up(**options: Any) -> None:
-    """Start the whole local stack: LMCache, vLLM and the gateway, under one supervisor."""
+    """Start the whole local stack: LMCache, vLLM and the gateway."""
     from gateway.stack.errors import StackError  # noqa: PLC0415 - see `serve`
     from gateway.stack.local import LocalStack  # noqa: PLC0415
     from gateway.stack.supervisor import up as run  # noqa: PLC0415
@@ -48,7 +48,7 @@ def up(**options: Any) -> None:
 @click.option("--port", type=int, help="port to listen on")
 @click.option("--workers", type=int, help="processes that serve the port")
 def serve(config: Path | None, **options: Any) -> None:
-    """Run the gateway alone, before an engine and a cache that run elsewhere."""
+    """Run the gateway alone, for a stack that runs elsewhere."""
     from gateway import app  # noqa: PLC0415 - a verb of the CLI should not pay for the server's imports
 
     try:
@@ -61,7 +61,7 @@ def serve(config: Path | None, **options: Any) -> None:
 
 @click.command()
 def mcp() -> None:
-    """Serve MCP over stdin and stdout, before a running gateway (CWG_URL, CWG_API_KEY)."""
+    """Serve MCP on stdio for a running gateway (CWG_URL, CWG_API_KEY)."""
     from gateway.api.mcp.server import over_stdio  # noqa: PLC0415 - see `serve`
 
     try:
@@ -79,7 +79,7 @@ def _look(admin: Admin) -> None:
     try:
         admin.call("GET", "/admin/sessions", query={"limit": 1})
     except AdminError as error:
-        say(f"cwg mcp: {connection.failure(error)}; every call tries again", err=True)
+        say(f"cwg mcp: {connection.failure(error)}; every call retries", err=True)
 
 
 def _log_to_stderr(settings: Settings) -> None:

@@ -35,9 +35,15 @@ def freeze(
 @verb
 @window
 @click.option("--session", "new_session_id", help="id of the new session")
-@click.option("--warm", type=Word(["none", "cpu", "gpu"]), default="gpu", show_default=True, help="how far up to load")
-@click.option("--continue", "prompt", help="what to say at once, as the new session's next turn")
-@click.option("--max-tokens", type=int, help="length of the answer to that, at most")
+@click.option(
+    "--warm",
+    type=Word(["none", "cpu", "gpu"]),
+    default="gpu",
+    show_default=True,
+    help="where to load the KV: nowhere yet, LMCache's memory, or the engine",
+)
+@click.option("--continue", "prompt", help="prompt to send immediately as the new session's next turn")
+@click.option("--max-tokens", type=int, help="maximum length of the answer to it, in tokens")
 def thaw(
     name: str, new_session_id: str | None, warm: str, prompt: str | None, max_tokens: int | None, as_json: bool
 ) -> None:
@@ -54,7 +60,7 @@ def thaw(
     if said is None:
         return
     if said["error"] is not None:
-        say(f"error: thawed, but not gone on: {said['error'].get('message')}", err=True)
+        say(f"error: thawed, but the continuation failed: {said['error'].get('message')}", err=True)
         raise SystemExit(1)
     if not as_json:
         say(said["message"]["content"] or "")
@@ -65,11 +71,11 @@ def thaw(
 @click.argument("target")
 @click.option("--description", help="what the clone is for")
 @click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
-@click.option("--isolate", is_flag=True, help="under its own salt: neither finds the other's KV")
+@click.option("--isolate", is_flag=True, help="use a salt of its own: neither finds the other's KV")
 def clone(
     source: str, target: str, description: str | None, tags: tuple[str, ...], isolate: bool, as_json: bool
 ) -> None:
-    """Give the window SOURCE a second name, TARGET; no KV byte is copied."""
+    """Clone the window SOURCE as TARGET; no KV is copied."""
     body = {"target_window": target, "description": description, "tags": list(tags) or None, "isolate": isolate or None}
     answer = connection.call("POST", f"/admin/windows/{connection.part(source)}/clone", body=body)
     shown = ("source_window", "target_window", "shared_blocks", "isolated", "kv")
@@ -78,11 +84,11 @@ def clone(
 
 @verb
 @window
-@click.option("--description", help="what the window is; empty clears it")
-@click.option("--tag", "tags", multiple=True, help="the tags it has from now on; may be given more than once")
-@click.option("--no-tags", is_flag=True, help="take all tags away")
+@click.option("--description", help="new description; empty clears it")
+@click.option("--tag", "tags", multiple=True, help="new tags; may be given more than once")
+@click.option("--no-tags", is_flag=True, help="remove all tags")
 @click.option("--ttl", "ttl_seconds", type=float, help="seconds from now until the window expires")
-@click.option("--no-ttl", is_flag=True, help="keep it for good")
+@click.option("--no-ttl", is_flag=True, help="never expire")
 def describe(
     name: str,
     description: str | None,
@@ -92,7 +98,7 @@ def describe(
     no_ttl: bool,
     as_json: bool,
 ) -> None:
-    """Change what is said of the window NAME: description, tags, time to live."""
+    """Change description, tags or expiry of the window NAME."""
     if (tags and no_tags) or (ttl_seconds is not None and no_ttl):
         raise click.UsageError("--tag and --no-tags, --ttl and --no-ttl exclude each other")
     given = {"description": description, "tags": list(tags) or None, "ttl_seconds": ttl_seconds}
@@ -105,9 +111,9 @@ def describe(
 @verb
 @window
 @click.argument("question")
-@click.option("--max-tokens", type=int, help="length of the answer, at most")
+@click.option("--max-tokens", type=int, help="maximum length of the answer, in tokens")
 def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None:
-    """Ask the window NAME a QUESTION; the window does not change, and nothing is kept of it."""
+    """Ask the window NAME a QUESTION; nothing is changed or kept."""
     answer = connection.watched(
         f"/admin/windows/{connection.part(name)}/ask", {"question": question, "max_tokens": max_tokens}
     )
@@ -128,9 +134,9 @@ def ask(name: str, question: str, max_tokens: int | None, as_json: bool) -> None
 @verb
 @window
 @click.argument("count", type=int)
-@click.option("--prefix", help="what the new sessions are named after: PREFIX-1, PREFIX-2 and so on")
+@click.option("--prefix", help="names of the new sessions: PREFIX-1, PREFIX-2 and so on")
 def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
-    """Thaw the window NAME into COUNT sessions at once; they share its KV, no byte is copied."""
+    """Thaw the window NAME into COUNT sessions; no KV is copied."""
     body = {"count": count, "prefix": prefix}
     answer = connection.call("POST", f"/admin/windows/{connection.part(name)}/fanout", body=body)
     if as_json:
@@ -144,7 +150,7 @@ def fanout(name: str, count: int, prefix: str | None, as_json: bool) -> None:
 @verb
 @window
 def prefetch(name: str, as_json: bool) -> None:
-    """Load the KV of the window NAME into the cache's memory, before anybody asks for it."""
+    """Load the KV of the window NAME into the cache's memory."""
     answer = connection.watched(f"/admin/windows/{connection.part(name)}/prefetch", {})
     show(answer, as_json, {"window": answer["window_name"], **flat(answer["receipt"])})
 
@@ -152,7 +158,7 @@ def prefetch(name: str, as_json: bool) -> None:
 @verb
 @window
 def evict(name: str, as_json: bool) -> None:
-    """Move the KV of the window NAME out of the cache's memory, down to disk and Redis."""
+    """Move the KV of the window NAME from memory to disk and Redis."""
     answer = connection.watched(f"/admin/windows/{connection.part(name)}/evict", {})
     tiers = {tier: f"{at['before']} before, {at['after']} now" for tier, at in answer["tiers"].items()}
     shown = {k: answer[k] for k in ("objects", "kept")}
@@ -161,9 +167,9 @@ def evict(name: str, as_json: bool) -> None:
 
 @verb
 @window
-@click.option("--deep", is_flag=True, help="have the engine use the KV too, and compare; computes the window once")
+@click.option("--deep", is_flag=True, help="also generate from the KV and compare; computes the window once")
 def verify(name: str, deep: bool, as_json: bool) -> None:
-    """Check every KV object of the window NAME, byte for byte; exit code 1 where one is missing or damaged."""
+    """Check all KV of the window NAME; exit code 1 if damaged."""
     answer = connection.watched(f"/admin/windows/{connection.part(name)}/verify", {"deep": deep})
     tiers = {
         tier: f"{t['intact']} of {t['objects']} intact, {t['damaged']} damaged, {t['missing']} missing"
@@ -194,7 +200,7 @@ def _replayed(one: Mapping[str, Any]) -> str:
 @verb
 @window
 def delete(name: str, as_json: bool) -> None:
-    """Delete the window NAME, and every KV object that nobody else holds."""
+    """Delete the window NAME, and KV that nothing else holds."""
     answer = connection.call("DELETE", f"/admin/windows/{connection.part(name)}")
     show(answer, as_json, {k: v for k, v in answer.items() if k != "warnings"})
 
@@ -203,7 +209,7 @@ def delete(name: str, as_json: bool) -> None:
 @window
 @click.option("--blocks", is_flag=True, help="list every KV object")
 def status(name: str, blocks: bool, as_json: bool) -> None:
-    """Tell what the window NAME is and where its bytes are now."""
+    """Show the window NAME and where its KV is."""
     query = {"include_lineage": "true", "include_blocks": "true" if blocks else None}
     answer = connection.call("GET", f"/admin/windows/{connection.part(name)}", query=query)
     cache = answer["kv_cache"]
@@ -227,7 +233,7 @@ def _tiers(cache: Mapping[str, Any]) -> dict[str, str]:
 @verb
 @window
 def messages(name: str, as_json: bool) -> None:
-    """Print the text of the window NAME."""
+    """Print the transcript of the window NAME."""
     answer = connection.call("GET", f"/admin/windows/{connection.part(name)}/messages")
     if as_json:
         print_json(answer)

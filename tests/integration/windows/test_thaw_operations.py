@@ -20,7 +20,8 @@ def test_the_cli_goes_on_at_once(engine: FakeEngine, gateway: Gateway, window: s
     assert engine.seen("/v1/chat/completions")[-1].json["max_tokens"] == 9
     engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
     done = cwg("thaw", window, "--continue", "And then?", url=gateway.url)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: thawed, but not gone on: too long for me")
+    said = "error: thawed, but the continuation failed: too long for me"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
 
 
 def test_a_thaw_with_a_prompt_goes_on_as_a_turn_of_the_new_session(

@@ -62,7 +62,7 @@ def test_stdio_tells_at_once_that_it_cannot_work(guarded: Gateway, key: str, lin
         assert process.stderr is not None
         said = process.stderr.readline().decode()
     assert said.startswith(f"cwg mcp: {line.replace('URL', url)}")
-    assert said.endswith("; every call tries again\n")
+    assert said.endswith("; every call retries\n")
 
 
 def test_a_person_who_starts_it_is_told_what_it_waits_for(gateway: Gateway) -> None:
