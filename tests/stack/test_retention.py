@@ -38,22 +38,21 @@ def _adds_up(stack: Stack, gateway: Gateway, data_dir: Path) -> None:
     with closing(sqlite3.connect(data_dir / "gateway.db")) as db:
         (store,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
 
-    def settled() -> bool:
-        """Ask between two equal counts: LMCache writes the objects of a turn some time after its reply."""
-        nonlocal found, answer, stats
+    def agreed() -> bool:
+        """Ask between two counts: LMCache writes a turn's objects some time after its reply, and others sweep."""
+        nonlocal told
         found = _bytes_in_tiers(stack, store)
         answer, stats = gateway.http.get("/admin/cache").json(), mcp(gateway, "cache_stats")
-        return _bytes_in_tiers(stack, store) == found
+        assert (answer["lmcache"]["status"], answer["warnings"]) == ("healthy", [])
+        told = answer["tiers"]
+        return (
+            (told["disk"]["bytes"], told["redis"]["bytes"]) == found == _bytes_in_tiers(stack, store)
+            and stats["total_bytes"] == sum(tier["bytes"] for tier in told.values())
+            and stats["total_blocks"] == sum(tier["objects"] for tier in told.values())
+        )
 
-    found: tuple[int, int] = (0, 0)
-    answer: dict[str, Any] = {}
-    stats: dict[str, Any] = {}
-    until(settled, "disk and Redis stay as they are while the gateway is asked")
-    assert (answer["lmcache"]["status"], answer["warnings"]) == ("healthy", [])
-    told = answer["tiers"]
-    assert stats["total_bytes"] == sum(tier["bytes"] for tier in told.values())
-    assert stats["total_blocks"] == sum(tier["objects"] for tier in told.values())
-    assert (told["disk"]["bytes"], told["redis"]["bytes"]) == found
+    told: dict[str, Any] = {}
+    until(agreed, "the gateway tells of the bytes that are on disk and in Redis")
     for tier in told.values():
         for unit in ("objects", "bytes"):
             assert sum(tier[owner][unit] for owner in ("windows", "sessions", "forgotten", "unknown")) == tier[unit]
