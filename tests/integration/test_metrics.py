@@ -12,11 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.errors import StartError
 from gateway.metrics import METRICS, Metrics, Stored, clear, forget
 from gateway.records import Turn, Usage
-from tests.integration.api.test_workers import COUNT, ask, chat, crew, pid_of, pids, two_workers, workers_of
 from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta, usage_of, whole_reply
 from tests.support.gateway_process import ROOT, Gateway, eventually, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
+from tests.support.worker_crew import COUNT, ask, chat, crew, pid_of, pids, two_workers, workers_of
 
 Labels = tuple[tuple[str, str], ...]
 Numbers = dict[tuple[str, Labels], float]

@@ -1,13 +1,9 @@
 """Windows as files: the round trip through both tiers, and every file that is not as it must be."""
 
 import asyncio
-import json
-import shutil
 import subprocess
-import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -15,51 +11,18 @@ import pytest
 from blake3 import blake3
 
 from gateway.api.admin import serializers
-from gateway.app import open_services
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
 from gateway.windows.archive import file_format, manifest
-from gateway.windows.archive.export import export, pack
+from gateway.windows.archive.export import export
 from gateway.windows.archive.import_ import import_window
-from gateway.windows.archive.spool import Spool
-from gateway.windows.context import Services
 from gateway.windows.delete import delete
 from gateway.windows.thaw import thaw
-from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import ROOT, Gateway, environment, gateway_in_front_of
+from tests.support.fakes.engine import MODEL
 from tests.support.harness import CHUNK, CHUNKS, FRAME, IDS, MESSAGES, GatewayHarness, value, window
+from tests.support.window_files import Change, _end, file_of, rebuilt, refused, stream
 
 pytestmark = pytest.mark.anyio
-
-
-async def file_of(services: Services, name: str = "w") -> bytes:
-    """The whole file of a window."""
-    done = await export(services, "default", name)
-    data = b"".join([piece async for piece in done.pieces])
-    assert len(data) == done.size
-    return data
-
-
-async def stream(data: bytes, step: int = 777) -> AsyncIterator[bytes]:
-    """A file as a network brings it."""
-    for start in range(0, len(data), step):
-        yield data[start : start + step]
-
-
-async def refused(
-    harness: GatewayHarness, data: bytes, *codes: str, name: str | None = "x", as_text: bool = False
-) -> str:
-    """The import fails with one of `codes`, and nothing is there that was not there before."""
-    before = harness.everything()
-    with pytest.raises(GatewayError) as caught:
-        await import_window(harness.services, "default", stream(data, 50_000), name=name, as_text=as_text)
-    assert caught.value.code in codes, caught.value.message
-    assert harness.everything() == before
-    assert await harness.services.store.window("default", name or "w") is None or name is None
-    return caught.value.message
-
-
-# --- the round trip
 
 
 async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(harness: GatewayHarness) -> None:
@@ -133,9 +96,6 @@ async def test_a_taken_name_is_refused(harness: GatewayHarness) -> None:
     await refused(harness, await file_of(harness.services), "window_already_exists", name=None)
 
 
-# --- files that are not as they must be
-
-
 async def test_a_file_cut_anywhere_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
@@ -163,23 +123,6 @@ async def test_a_wrong_checksum_of_the_whole_leaves_nothing_though_every_member_
     at = len(data) - len(file_format.END) - file_format.BLOCK  # its first digit
     data[at] = ord("0") if data[at] != ord("0") else ord("1")
     assert "whole file" in await refused(harness, bytes(data), "window_corrupted")
-
-
-Change = Callable[[dict[str, object]], object]
-
-
-def rebuilt(data: bytes, change: Change) -> bytes:
-    """The file with another manifest, its own checksum right."""
-    size = int(data[124:135], 8)
-    manifest = orjson.loads(data[file_format.BLOCK : file_format.BLOCK + size])
-    change(manifest)
-    rest = data[file_format.BLOCK + file_format.padded(size) : -len(file_format.END) - 2 * file_format.BLOCK]
-    whole = b"".join(file_format.wrap(file_format.MANIFEST, orjson.dumps(manifest))) + rest
-    return whole + _end(whole)
-
-
-def _end(whole: bytes) -> bytes:
-    return b"".join(file_format.wrap(file_format.CHECKSUM, blake3(whole).hexdigest().encode())) + file_format.END
 
 
 @pytest.mark.parametrize(
@@ -369,179 +312,3 @@ async def test_a_long_transcript_is_in_memory_no_more_than_twice(harness: Gatewa
     finally:
         tracemalloc.stop()
     assert peak < 2 * len(text)
-
-
-async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_its_objects_are_read(
-    harness: GatewayHarness,
-) -> None:
-    await window(harness.services)
-    data = await file_of(harness.services)
-    plain = harness.services
-    harness.services = replace(plain, settings=replace(plain.settings, disk_reserve_bytes=2**62))
-    head = data[: file_format.BLOCK + file_format.padded(int(data[124:135], 8))]
-    assert "disk_reserve_bytes" in await refused(harness, head, "storage_full")
-    imported, _ = await import_window(
-        harness.services, "default", stream(data), name="t", as_text=True
-    )  # needs no room
-    assert imported.kv == "absent"
-
-
-async def test_a_disk_that_fills_up_meanwhile_ends_an_import(tmp_path: Path) -> None:
-    free = (await asyncio.to_thread(shutil.disk_usage, tmp_path)).free
-    async with Spool(tmp_path, 1) as spool:
-        await spool.expect(1)
-        await spool.write(memoryview(bytes(1000)))
-        await spool.rewind()
-        assert await spool.read(2000) == bytes(1000)
-    async with Spool(tmp_path, 2 * free) as spool:
-        with pytest.raises(GatewayError, match="disk_reserve_bytes"):
-            await spool.write(memoryview(b"x"))
-
-
-@pytest.mark.parametrize(("per_tenant", "alone"), [(False, True), (True, True), (True, False)])
-async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
-    harness: GatewayHarness, per_tenant: bool, alone: bool
-) -> None:
-    """A sweep holds them alone. A freeze shares them, and where a tenant has one salt it may be of the very objects."""
-    await window(harness.services)
-    data = await file_of(harness.services)
-    parts = replace(harness.services, salts=replace(harness.services.salts, per_tenant=per_tenant))
-    before = harness.everything()
-    read = asyncio.Event()
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if stage == "read" and done == total:
-            read.set()
-
-    async with parts.pins.lock.acquire(exclusive=alone):
-        going = asyncio.create_task(import_window(parts, "default", stream(data), name="x", progress=tell))
-        await read.wait()
-        done, _ = await asyncio.wait({going}, timeout=0.3)
-        assert not done
-        assert harness.everything() == before
-    assert (await going)[0].kv == "complete"
-
-
-async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(harness: GatewayHarness) -> None:
-    await window(harness.services)
-    data = await file_of(harness.services)
-    services = replace(harness.services, settings=replace(harness.settings, max_import_bytes=9000))
-    small = GatewayHarness(services, harness.kv, harness.redis, harness.settings)
-    assert "9000" in await refused(small, data[:4096], "payload_too_large")
-
-
-async def test_another_model_is_imported_as_text_only(harness: GatewayHarness) -> None:
-    await window(harness.services)
-    data = rebuilt(await file_of(harness.services), lambda m: m["window"].update(fingerprint="other"))  # type: ignore[attr-defined]
-    await refused(harness, data, "model_mismatch")
-    imported, warnings = await import_window(harness.services, "default", stream(data), name="text", as_text=True)
-    assert (imported.kv, imported.size_bytes) == ("absent", 0)
-    assert "rendered again" in warnings[0]
-    session, _, receipt = await thaw(harness.services, "default", "text", new_session_id=None, warm="none")
-    assert (session.token_count, receipt.chunks_found) == (len(IDS), 0)
-    # As text too, a damaged object is a damaged file.
-    await refused(harness, data[:20_000], "window_corrupted", as_text=True)
-
-
-async def test_a_full_tier_leaves_nothing(harness: GatewayHarness) -> None:
-    await window(harness.services)
-    data = await file_of(harness.services)
-    harness.redis.client.config_set("maxmemory", 1)  # the disk, which comes first, has taken all by then
-    try:
-        await refused(harness, data, "storage_full")
-    finally:
-        harness.redis.client.config_set("maxmemory", 0)
-
-
-async def test_past_the_tenants_budget_an_import_leaves_nothing(harness: GatewayHarness) -> None:
-    await window(harness.services)
-    data = await file_of(harness.services)
-    held = await harness.services.store.held_bytes("default", [])
-    plain = harness.services
-    harness.services = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held - 1))
-    assert f"would hold {2 * held} bytes, 1 more than" in await refused(harness, data, "storage_full")
-    harness.services = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held))
-    imported, _ = await import_window(harness.services, "default", stream(data, 50_000), name="x", as_text=False)
-    assert imported.kv == "complete"
-
-
-async def test_pins_that_were_never_committed_go_at_the_next_start(harness: GatewayHarness) -> None:
-    await window(harness.services)
-    before = harness.everything()
-    model = await harness.services.engines.model(MODEL)
-    for key in object_keys(model.root, IDS, CHUNK, 1, "f" * 32):
-        for tier in harness.services.pins.tiers:
-            await tier.put(key, b"half")
-    (next((harness.kv.parent / "kv-pins").iterdir()) / "0123456789abcdef.put").write_bytes(b"half")
-    assert harness.everything() != before
-    async with open_services(harness.settings):
-        assert harness.everything() == before
-
-
-def test_token_ids_are_little_endian() -> None:
-    assert pack([1, 258]) == b"\1\0\0\0\2\1\0\0"
-
-
-# --- over HTTP, and by the CLI
-
-
-def cwg(gateway: Gateway, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gateway", *arguments]
-    given = environment({"CWG_URL": gateway.url})
-    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: Path) -> None:
-    gateway.chat(session)
-    name = f"w-{session}"
-    gateway.freeze(session, name)
-    file = tmp_path / "w.cwg"
-    done = cwg(gateway, "export", name, str(file))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [f.name for f in tmp_path.iterdir()] == ["w.cwg"]
-    taken = cwg(gateway, "import", str(file))
-    assert (taken.returncode, name in taken.stderr) == (1, True)
-    done = cwg(gateway, "import", str(file), "--name", f"{name}-2", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["receipt"]["imported"]["name"] == name
-    assert cwg(gateway, "import", str(file), "--name", f"{name}-3", "--as-text").returncode == 0
-    both = [gateway.http.get(f"/admin/windows/{w}/messages").json()["messages"] for w in (name, f"{name}-2")]
-    assert both[0] == both[1]
-    answer = gateway.http.get(f"/admin/windows/{name}/export")
-    assert answer.content == file.read_bytes()
-    head = gateway.http.head(f"/admin/windows/{name}/export")
-    assert (head.status_code, int(head.headers["content-length"])) == (200, len(answer.content))
-    lines = gateway.http.get(f"/admin/windows/{name}/export", headers={"accept": "application/x-ndjson"})
-    assert lines.json()["error"]["code"] == "invalid_request"
-
-
-def test_an_export_is_for_its_owner_alone_and_overwrites_nothing_unasked(
-    gateway: Gateway, session: str, tmp_path: Path
-) -> None:
-    gateway.chat(session)
-    gateway.freeze(session, session)
-    file = tmp_path / "w.cwg"
-    file.write_bytes(b"mine")
-    refused = cwg(gateway, "export", session, str(file))
-    assert (refused.returncode, "--force" in refused.stderr) == (1, True)
-    assert file.read_bytes() == b"mine"
-    assert cwg(gateway, "export", session, str(file), "--force").returncode == 0
-    assert file.read_bytes() == gateway.http.get(f"/admin/windows/{session}/export").content
-    assert cwg(gateway, "export", session, str(tmp_path / "fresh.cwg")).returncode == 0
-    assert {f.name: f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {"w.cwg": 0o600, "fresh.cwg": 0o600}
-
-
-def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str, tmp_path: Path) -> None:
-    failed = cwg(gateway, "export", f"no-{session}", str(tmp_path / "w.cwg"))
-    assert (failed.returncode, f"no-{session}" in failed.stderr) == (1, True)
-    assert list(tmp_path.iterdir()) == []
-    assert cwg(gateway, "import", str(tmp_path / "none.cwg")).returncode == 1
-
-
-def test_a_body_beyond_the_bound_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
-    with gateway_in_front_of(engine.url, tmp_path, max_import_bytes=4000) as gateway:
-        for content in (bytes(5000), iter([file_format.header(file_format.MANIFEST, 8000), *[b" " * 2000] * 2])):
-            answer = gateway.http.post("/admin/windows/import", content=content)
-            assert answer.status_code == 413
-            assert answer.json()["error"]["hint"] == "max_import_bytes sets the limit"
-        assert gateway.http.post("/admin/windows/import?name=x", content=b"").status_code == 400

@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from gateway.store.schema import MIGRATIONS
-from tests.integration.api.inference.test_stored_responses import TOOL, answer_of, ask, error_of, texts
 from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.fakes.responses import PATH, called, said, serve
 from tests.support.gateway_process import Gateway
+from tests.support.stored_answers import TOOL, answer_of, ask, error_of, texts
 
 USER = {"role": "user", "content": [{"type": "input_text", "text": "one"}]}
 NEXT = {"role": "user", "content": [{"type": "input_text", "text": "two"}]}
