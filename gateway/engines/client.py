@@ -44,7 +44,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ModelReply:
     """An answer of the model to the gateway itself."""
 
     text: str
@@ -130,7 +130,7 @@ class EngineClient(ABC):
 
     async def chat(
         self, model: str, frame: Mapping[str, Any], messages: Sequence[Message], salt: str, *, max_tokens: int
-    ) -> Said:
+    ) -> ModelReply:
         """Answer a conversation, greedily; the cache is asked to keep nothing of it.
 
         Raises `invalid_request` where the engine refuses it, `engine_unreachable`, `engine_timeout`.
@@ -150,7 +150,7 @@ class EngineClient(ABC):
         answer = _checked(response)
         choice = answer["choices"][0]
         message = choice["message"]
-        return Said(
+        return ModelReply(
             message.get("content") or "",
             message.get("reasoning") or message.get("reasoning_content"),
             choice.get("finish_reason"),

@@ -89,7 +89,7 @@ class Upstream:
                 kept.abort()
         return await self._exchange(await self._connect(), method, head, body, grace_s)
 
-    def release(self, connection: Connection) -> None:
+    def release_or_abort(self, connection: Connection) -> None:
         """Keep the connection if its exchange is over and it may be used again, else close it and so abort the work."""
         if connection.reusable() and len(self._idle) < _MAX_IDLE:
             self._idle.append(connection)

@@ -243,7 +243,7 @@ class Route:
             if connection.status == 503:
                 member.unanswered(f"engine at {member.url} answered 503")
                 if self._another_is_well(place):
-                    member.upstream.release(connection)
+                    member.upstream.release_or_abort(connection)
                     continue
             else:
                 member.answered()
@@ -257,7 +257,7 @@ class Route:
             return
         if connection.broken:
             self._member.probe_soon()
-        self._member.upstream.release(connection)
+        self._member.upstream.release_or_abort(connection)
 
     def _another_is_well(self, place: int) -> bool:
         now = time.monotonic()

@@ -52,7 +52,7 @@ class CacheReviewer:
         model, frame = ended.call.model, ended.call.whole_frame
         before = await self._before(ended)
         heavy = ended.heavy
-        ahead = partial(self._estimator.ahead, model, before.tokens, turn.whole, frame)
+        ahead = partial(self._estimator.estimate_next_turn, model, before.tokens, turn.whole, frame)
         estimate = await self._offload.run(True, ahead) if heavy else ahead()
         self._estimator.observe(model, estimate, usage.prompt)
         if before.left is None and ended.match.session.parent:

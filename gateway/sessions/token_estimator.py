@@ -107,7 +107,7 @@ class Estimator:
             state.why = str(error)
             log.info("tokens of %s are estimated by the bytes of a text: %s", model, error)
 
-    def ahead(
+    def estimate_next_turn(
         self,
         model: str,
         counted: int,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from gateway.records import Manifest, Window
 from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import Services
-from gateway.windows.freeze import Naming, taken
+from gateway.windows.freeze import Naming, window_name_taken
 from gateway.windows.instrumented import instrumented
 
 
@@ -41,5 +41,5 @@ async def add(services: Services, copy: Window, original: Window, manifest: Mani
     """
     committed = await services.store.copy_window(copy, original, manifest)
     if committed is None:
-        raise taken(copy.name)
+        raise window_name_taken(copy.name)
     return committed

@@ -85,7 +85,7 @@ async def freeze(
     """
     clock = time.monotonic()
     if await services.store.window(tenant, naming.name):
-        raise taken(naming.name)
+        raise window_name_taken(naming.name)
     progress("snapshot", 0, 0)
     snapshot = await _snapshot(services, tenant, session_id, progress)
     planned, warnings = await _plan(services, snapshot)
@@ -143,7 +143,7 @@ async def _loose_unless_kept(services: Services, snapshot: _Snapshot) -> AsyncIt
         raise
 
 
-def taken(name: str) -> GatewayError:
+def window_name_taken(name: str) -> GatewayError:
     """The error for a window name that is in use."""
     return GatewayError(
         "window_already_exists",
@@ -227,7 +227,7 @@ async def _commit(freezing: _Freezing, window: Window, objects: tuple[PinnedObje
         window, manifest, snapshot.text, seen=snapshot.session, wanted=freezing.wanted
     )
     if committed is None:
-        raise taken(window.name)
+        raise window_name_taken(window.name)
     return committed
 
 

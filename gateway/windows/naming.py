@@ -10,7 +10,7 @@ from gateway.windows.freeze import Naming, freeze
 _TRIED = 100  # sessions may share a shortened name within a second
 
 
-async def freeze_by_itself(
+async def freeze_automatically(
     services: Services, tenant: str, session_id: str, naming: Naming
 ) -> tuple[Window, list[str]]:
     """Freeze a session under `naming.name`, or that name with a number behind it.

@@ -29,7 +29,7 @@ from gateway.sessions.session_match import SessionMatch
 from gateway.windows.autofreeze import rules
 from gateway.windows.context import Services
 from gateway.windows.freeze import Naming
-from gateway.windows.naming import freeze_by_itself
+from gateway.windows.naming import freeze_automatically
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _ROOM_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Followed:
+class SuccessorTurn:
     """Where a turn goes on: its session, what the engine gets of it, and what was left out on the way."""
 
     match: SessionMatch
@@ -58,7 +58,7 @@ class Overflow:
         self._services = services
         self._locks: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
 
-    async def onward(self, match: SessionMatch, call: Call) -> Followed | None:
+    async def successor_turn_for(self, match: SessionMatch, call: Call) -> SuccessorTurn | None:
         """Where a turn of a session that has a successor, or is one, goes on; None if it stays as it is."""
         session = match.session
         if session.successor is None and session.source != SOURCE:
@@ -72,7 +72,7 @@ class Overflow:
         if last is None:
             return None
         successor = await self._services.sessions.open(session.tenant, last.successor)
-        return Followed(_moved(match, successor), _cut(call, system, rest), last.window, dropped)
+        return SuccessorTurn(_moved(match, successor), _cut(call, system, rest), last.window, dropped)
 
     async def newest(self, match: SessionMatch) -> SessionMatch:
         """The match of the last of a session's successors, for a client that leaves its history to us."""
@@ -82,7 +82,7 @@ class Overflow:
         chain = await self._services.store.successions(session.tenant, session.id)
         return _moved(match, await self._services.sessions.open(session.tenant, chain[-1].successor))
 
-    async def of(self, match: SessionMatch, call: Call, model: Model | None) -> Followed:
+    async def continue_in_successor(self, match: SessionMatch, call: Call, model: Model | None) -> SuccessorTurn:
         """Freeze a full session and begin its successor, or go on in the one that it has.
 
         `call` is what did not fit. Raises what a freeze raises, and `invalid_request` where nothing can be left out.
@@ -91,7 +91,11 @@ class Overflow:
         async with self._alone(session.tenant, session.id):
             await self._services.recorder.flush()  # the turn before may not be recorded yet
             now = await self._services.store.session(session.tenant, session.id)
-            if now is not None and now.successor and (there := await self.onward(replace(match, session=now), call)):
+            if (
+                now is not None
+                and now.successor
+                and (there := await self.successor_turn_for(replace(match, session=now), call))
+            ):
                 return there
             if now is None or now.transcript is None:
                 raise _cannot("even its first turn does not fit", "send less of it")
@@ -99,7 +103,7 @@ class Overflow:
                 raise _cannot("the engine does not say how much fits", "see max_model_len of GET /v1/models")
             system, rest = transcripts.split(call.whole)
             count = await self._too_many(now, call, model, system, rest)
-            window, warnings = await freeze_by_itself(self._services, session.tenant, session.id, _naming(now))
+            window, warnings = await freeze_automatically(self._services, session.tenant, session.id, _naming(now))
             for warning in warnings:
                 log.warning("window %s of the full session %s: %s", window.name, session.id, warning)
             if window.transcript != now.transcript:
@@ -119,7 +123,7 @@ class Overflow:
             )  # fmt: skip
             step = await self._services.store.succeed(step, successor, seen=now)
             log.info("session %s is full: frozen as %s, continues as %s", session.id, step.window, step.successor)
-        there = await self.onward(replace(match, session=replace(now, successor=step.successor)), call)
+        there = await self.successor_turn_for(replace(match, session=replace(now, successor=step.successor)), call)
         if there is None:  # another worker was faster, with a history that this is not
             raise _cannot("it already has a successor, with another history", "continue that one")
         return there

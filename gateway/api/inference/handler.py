@@ -37,7 +37,7 @@ from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.windows import branch
 from gateway.windows.context import Services
-from gateway.windows.overflow import Followed, Overflow
+from gateway.windows.overflow import Overflow, SuccessorTurn
 from gateway.windows.resume import resume
 
 log = logging.getLogger(__name__)
@@ -140,15 +140,17 @@ class Inference:
         if turn.match.session.successor and history.leaves_history(turn.call):
             turn.match = await self._successors.newest(turn.match)
             turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
-        if followed := await self._successors.onward(turn.match, turn.call):
+        if followed := await self._successors.successor_turn_for(turn.match, turn.call):
             _follow(turn, followed)
         await self._relayed(incoming, turn)
 
-    async def _go_on(self, incoming: InferenceRequest, full: TurnContext, held: tuple[Headers, bytes]) -> None:
+    async def _retry_in_successor(
+        self, incoming: InferenceRequest, full: TurnContext, held: tuple[Headers, bytes]
+    ) -> None:
         """A full session goes on in its successor; where it cannot, the client gets the engine's answer."""
         arrived = time.monotonic()
         try:
-            followed = await self._successors.of(full.match, full.call, full.model)
+            followed = await self._successors.continue_in_successor(full.match, full.call, full.model)
         except GatewayError as error:
             log.warning("session %s is full and cannot continue: %s", full.match.session.id, error.message)
             await send_full(incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
@@ -193,7 +195,7 @@ class Inference:
                 turn.call = replace(call, raw=b"", body={})
             services.recorder.enqueue(turn)
         if turn.result.held is not None and options.hold_full:
-            await self._go_on(incoming, turn, turn.result.held)
+            await self._retry_in_successor(incoming, turn, turn.result.held)
 
     async def _match(self, incoming: InferenceRequest, turn: TurnContext) -> SessionMatch:
         """Say which session the turn belongs to."""
@@ -232,7 +234,7 @@ class Inference:
         return Outgoing(incoming.scope["method"], incoming.target, headers, body, may_load)
 
 
-def _follow(turn: TurnContext, followed: Followed) -> None:
+def _follow(turn: TurnContext, followed: SuccessorTurn) -> None:
     """Move the turn to its session's successor."""
     turn.call, turn.match, turn.ancestor = followed.call, followed.match, followed.window
     turn.dropped += followed.dropped

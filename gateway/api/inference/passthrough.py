@@ -61,7 +61,7 @@ class Passthrough:
             call = await history.prepend_session_history(services, call, session, incoming)
         elif incoming.base.window is not None and call.messages:
             call = await history.prepend_window_history(services, call, incoming.base.window, incoming)
-        if session and (onward := await self._successors.onward(SessionMatch(session, "", b""), call)):
+        if session and (onward := await self._successors.successor_turn_for(SessionMatch(session, "", b""), call)):
             call = onward.call
         await self._relay(incoming, MESSAGES.question(call), session, call.model)
 

@@ -27,14 +27,14 @@ from gateway.windows.archive.manifest import Contents, Record
 from gateway.windows.archive.spool import Spool
 from gateway.windows.archive.transcript import FiledText, read_text
 from gateway.windows.context import Services
-from gateway.windows.freeze import all_or_nothing, check_budget, taken
+from gateway.windows.freeze import all_or_nothing, check_budget, window_name_taken
 from gateway.windows.instrumented import instrumented
 from gateway.windows.next_turn import next_turn_ids
 from gateway.windows.receipt import with_receipt
 
 
 @dataclass(frozen=True, slots=True)
-class _Here:
+class _ImportTarget:
     """What the window will be here. `keeps_kv`: its objects fit this gateway's cache and are placed."""
 
     fingerprint: str
@@ -80,7 +80,7 @@ async def import_window(
 
 async def _refuse_taken(services: Services, tenant: str, name: str) -> None:
     if await services.store.window(tenant, name):
-        raise taken(name)
+        raise window_name_taken(name)
 
 
 async def _refuse_too_large(services: Services, contents: Contents) -> None:
@@ -94,14 +94,14 @@ async def _refuse_too_large(services: Services, contents: Contents) -> None:
         )
 
 
-async def _as_it_is(services: Services, record: Record) -> tuple[_Here, list[str]]:
+async def _as_it_is(services: Services, record: Record) -> tuple[_ImportTarget, list[str]]:
     model = await services.engines.model(record.model)
     if (model.fingerprint, model.root) != (record.fingerprint, record.model_root):
         raise _mismatch(
             f"model {record.model!r} is served with other weights or settings than those of the window",
             {"window": record.fingerprint, "served": model.fingerprint},
         )
-    here = _Here(model.fingerprint, model.root, keeps_kv=bool(record.chunk_count))
+    here = _ImportTarget(model.fingerprint, model.root, keeps_kv=bool(record.chunk_count))
     if not record.chunk_count:
         return here, ["the file has no KV: a thaw computes it"]
     if services.cache is None or not services.pins.tiers:
@@ -121,8 +121,8 @@ async def _as_it_is(services: Services, record: Record) -> tuple[_Here, list[str
     return here, []
 
 
-async def _as_text(services: Services, record: Record) -> tuple[_Here, list[str]]:
-    unbound = _Here(record.fingerprint, record.model_root, keeps_kv=False)
+async def _as_text(services: Services, record: Record) -> tuple[_ImportTarget, list[str]]:
+    unbound = _ImportTarget(record.fingerprint, record.model_root, keeps_kv=False)
     try:
         model = await services.engines.model(record.model)
     except GatewayError as error:
@@ -134,7 +134,7 @@ async def _as_text(services: Services, record: Record) -> tuple[_Here, list[str]
     rendered = (
         "the model is served with other weights or settings: the text was rendered again, and a thaw computes its KV"
     )
-    return _Here(model.fingerprint, model.root, keeps_kv=False, model=model), [rendered]
+    return _ImportTarget(model.fingerprint, model.root, keeps_kv=False, model=model), [rendered]
 
 
 def _mismatch(message: str, details: dict[str, Any]) -> GatewayError:
@@ -151,7 +151,7 @@ async def _read_objects(reader: Reader, contents: Contents, spool: Spool | None,
         progress("read", index + 1, count)
 
 
-def _window(services: Services, tenant: str, name: str, record: Record, here: _Here) -> Window:
+def _window(services: Services, tenant: str, name: str, record: Record, here: _ImportTarget) -> Window:
     lineage = f"import:{uuid4().hex}"
     salt = services.salts.of(tenant, lineage, here.fingerprint)
     return Window(
@@ -192,7 +192,7 @@ async def _keep(
         manifest = Manifest(done.manifest, text.ids, objects)
         committed = await services.store.add_window(done, manifest, Text(text.messages, text.frame))
         if committed is None:
-            raise taken(window.name)
+            raise window_name_taken(window.name)
         _, more = await services.pins.restore(objects)
         return committed, warnings + more
 

@@ -88,12 +88,12 @@ def as_json(rules: Rules) -> dict[str, Any]:
     return {**asdict(rules), "policies": list(rules.policies)}
 
 
-def changed(rules: Rules, given: Mapping[str, Any]) -> Rules:
+def with_changes(rules: Rules, given: Mapping[str, Any]) -> Rules:
     """Return `rules` with what is `given`. Raises `invalid_request`, naming the field."""
     return replace(rules, **{name: READERS[name](name, value) for name, value in given.items()})
 
 
-def made(rules: Rules, strangers: Collection[str]) -> list[tuple[str, Policy]]:
+def build_policies(rules: Rules, strangers: Collection[str]) -> list[tuple[str, Policy]]:
     """Make every policy that is on. Raises `invalid_request`, naming the field."""
     try:
         return [(field, build(spec, strangers, field)) for field, spec in rules.specs()]

@@ -22,7 +22,7 @@ from gateway.windows.autofreeze.rules import Rules
 from gateway.windows.context import Services
 from gateway.windows.delete import delete
 from gateway.windows.freeze import Naming
-from gateway.windows.naming import freeze_by_itself
+from gateway.windows.naming import freeze_automatically
 from policies.contract import Event, Observation
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class AutofreezeService:
         """Set fields of the rules, for all workers and after a restart. Raises `invalid_request`. Returns warnings."""
         _, before = await self.current()
         after = {**before, **given}
-        rules = rules_of.changed(self._configured, after)
-        rules_of.made(rules, self._custom_policies)
+        rules = rules_of.with_changes(self._configured, after)
+        rules_of.build_policies(rules, self._custom_policies)
         limits, warnings = await self._limits()
         rules_of.check_limits(rules, limits)
         await self._services.store.set_auto_freeze(orjson.dumps(after).decode())
@@ -147,13 +147,13 @@ class AutofreezeService:
             return
         self._text = text
         try:
-            self._set(rules_of.changed(self._configured, orjson.loads(text or "{}")))
+            self._set(rules_of.with_changes(self._configured, orjson.loads(text or "{}")))
         except GatewayError as error:  # a policy was there when it was set, and is not any more
             log.warning("the rules of automatic freezing set at run time do not fit: %s; the settings hold", error)
             self._set(self._configured)
 
     def _set(self, rules: Rules) -> None:
-        self._policies: list[Named] = rules_of.made(rules, self._custom_policies)
+        self._policies: list[Named] = rules_of.build_policies(rules, self._custom_policies)
         self._rules = rules
 
     # Looking.
@@ -205,7 +205,7 @@ class AutofreezeService:
         if not self._rules.enabled:
             return
         rows = await self._services.store.unfrozen_sessions(touched)
-        async for one, reason in self._decided([row for row in rows if _goes_on(row)], "turn"):
+        async for one, reason in self._sessions_to_freeze([row for row in rows if _goes_on(row)], "turn"):
             if not self._due.full():
                 self._put(one, reason)
 
@@ -220,7 +220,7 @@ class AutofreezeService:
         """Put every session in the queue that the policies would freeze; return how long it waited for room."""
         since, before, waited = time.time() - _HORIZON_S, None, 0.0
         while page := await self._services.store.unfrozen(since, before, _PAGE):
-            async for one, reason in self._decided(page, event):
+            async for one, reason in self._sessions_to_freeze(page, event):
                 waited += await self._room()
                 self._put(one, reason)
             last = page[-1].session
@@ -237,7 +237,7 @@ class AutofreezeService:
         self._waiting.add(_key(one))
         self._due.put_nowait((one, reason))
 
-    async def _decided(self, rows: Sequence[Unfrozen], event: Event) -> AsyncIterator[tuple[Unfrozen, str]]:
+    async def _sessions_to_freeze(self, rows: Sequence[Unfrozen], event: Event) -> AsyncIterator[tuple[Unfrozen, str]]:
         now = time.time()
         for row in rows:
             if row.session.token_count < row.covered_tokens:
@@ -286,7 +286,7 @@ class AutofreezeService:
         if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=not self._ending):
             return
         try:
-            window, _ = await freeze_by_itself(
+            window, _ = await freeze_automatically(
                 self._services, session.tenant, session.id, self._naming(session, reason)
             )
         except GatewayError as error:

@@ -276,7 +276,7 @@ async def test_policies_are_not_asked_about_a_session_that_has_to_wait(harness: 
         asked = [
             name
             for name, not_before in waits.items()
-            if [one async for one in autofreeze._decided([Unfrozen(session, 0, not_before, 0)], "turn")]
+            if [one async for one in autofreeze._sessions_to_freeze([Unfrozen(session, 0, not_before, 0)], "turn")]
         ]
     assert asked == ["over", "a wrong clock's"]
 

@@ -15,7 +15,7 @@ from gateway.windows.delete import Deleted, delete
 from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming, freeze
 from gateway.windows.isolate import isolate
-from gateway.windows.naming import freeze_by_itself
+from gateway.windows.naming import freeze_automatically
 from gateway.windows.retention import orphans, sweeper
 from gateway.windows.thaw import thaw
 from gateway.windows.verify import verify
@@ -217,7 +217,7 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
     deletion = deleted(harness)
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
     with pytest.raises(GatewayError, match="deleted while it was being frozen") as caught:
-        await freeze_by_itself(harness.services, TENANT, "s", Naming("auto"))
+        await freeze_automatically(harness.services, TENANT, "s", Naming("auto"))
     assert caught.value.code == "session_not_found"
     assert (await harness.services.store.window(TENANT, "auto"), harness.pinned) == (None, set())
     await orphans.forget_loose(harness.services)

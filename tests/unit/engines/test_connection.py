@@ -91,7 +91,7 @@ async def test_an_engine_is_not_silent_while_the_client_does_not_read() -> None:
         connection.resume()
         taken.extend(await asyncio.wait_for(pouring, WITHIN))
         assert b"".join(taken) == b"onetwo"
-        upstream.release(connection)
+        upstream.release_or_abort(connection)
 
 
 async def test_reading_stops_while_a_quarter_of_a_megabyte_waits_for_the_client() -> None:
@@ -117,7 +117,7 @@ async def test_reading_stops_while_a_quarter_of_a_megabyte_waits_for_the_client(
         async with asyncio.timeout(WITHIN):
             while stalled and sent == before:
                 await connection.read()
-        upstream.release(connection)
+        upstream.release_or_abort(connection)
     assert stalled, f"{sent} bytes were read for a client that reads nothing"
 
 
@@ -139,7 +139,7 @@ async def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch
             now = time.monotonic() + seconds
             connection = await upstream.send("GET", b"/", [], b"")
             assert await connection.read() == b"ok"
-            upstream.release(connection)
+            upstream.release_or_abort(connection)
             assert connections == expected, f"at {seconds} s"
 
 
@@ -185,7 +185,7 @@ async def test_headers_without_end_are_an_error_and_the_connection_is_closed(beg
             try:
                 await connection.stream_to(lambda chunks: True)
             finally:
-                upstream.release(connection)
+                upstream.release_or_abort(connection)
 
         with pytest.raises(UpstreamError, match="256 KiB of headers") as raised:
             await exchange()
@@ -204,7 +204,7 @@ async def test_an_answer_may_have_any_number_of_chunks() -> None:
     async with served(peer) as upstream:
         connection = await upstream.send("GET", b"/", [], b"")
         taken.extend(await connection.stream_to(lambda chunks: not taken.extend(chunks)))
-        upstream.release(connection)
+        upstream.release_or_abort(connection)
     assert len(taken) == many
 
 
@@ -233,6 +233,6 @@ async def test_an_engine_that_sends_much_at_once_lets_others_have_their_turn(any
         counting = asyncio.create_task(count_turns())
         taken[-1] = sum(map(len, await connection.stream_to(take)))
         counting.cancel()
-        upstream.release(connection)
+        upstream.release_or_abort(connection)
     assert sum(taken.values()) == MUCH
     assert max(taken.values()) <= 2**19

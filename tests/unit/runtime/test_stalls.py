@@ -83,7 +83,7 @@ async def test_the_time_for_which_we_stood_still_is_no_silence_of_the_engine(
     async with upstream_of(engine, stalls) as upstream:
         connection = await late.answers_after_we_stood_still(lambda: upstream.send("GET", b"/x", (), b""))
         assert connection.status == 200
-        upstream.release(connection)
+        upstream.release_or_abort(connection)
 
 
 @pytest.mark.anyio
@@ -92,7 +92,7 @@ async def test_a_connection_that_came_about_while_we_stood_still_is_one(engine: 
         sending = asyncio.ensure_future(upstream.send("GET", b"/x", (), b""))
         await asyncio.sleep(0)
         time.sleep(STILL_S)  # noqa: ASYNC251 - that is what is tested
-        upstream.release(await sending)
+        upstream.release_or_abort(await sending)
 
 
 @pytest.mark.anyio

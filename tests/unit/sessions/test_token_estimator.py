@@ -44,11 +44,11 @@ def estimator(demo: Path) -> Estimator:
 def test_only_what_is_behind_the_last_reply_is_estimated(estimator: Estimator) -> None:
     history = [u(TEXT), a(TEXT)]
     assert unseen([*history, u("x"), u("y")]) == [u("x"), u("y")]
-    ahead = estimator.ahead(MODEL, 5000, [*history, u("And then?")], {"tools": [TOOL]})
+    ahead = estimator.estimate_next_turn(MODEL, 5000, [*history, u("And then?")], {"tools": [TOOL]})
     assert (ahead.known, ahead.messages, ahead.framed) == (5000, 1, False)
     assert ahead.tokens == 5000 + ahead.new < 5020
     for counted, messages in ((0, [*history, u("x")]), (5000, [u("x")])):
-        first = estimator.ahead(MODEL, counted, messages, {"tools": [TOOL]})
+        first = estimator.estimate_next_turn(MODEL, counted, messages, {"tools": [TOOL]})
         assert (first.known, first.messages, first.framed) == (0, len(messages), True)
 
 
@@ -71,8 +71,10 @@ def test_the_text_of_every_kind_of_message_counts_and_reasoning_does_not(demo: P
 
 def test_a_text_has_nothing_around_it_and_token_ids_are_counted(demo: Path, estimator: Estimator) -> None:
     count = read(demo / "tokenizer.json").count
-    assert estimator.ahead(MODEL, 9, [{"role": "text", "content": TEXT[:999]}], {}).tokens == count(TEXT[:999])
-    assert estimator.ahead(MODEL, 9, [{"role": "tokens", "content": [1, 2, 3]}], {}).tokens == 3
+    assert estimator.estimate_next_turn(MODEL, 9, [{"role": "text", "content": TEXT[:999]}], {}).tokens == count(
+        TEXT[:999]
+    )
+    assert estimator.estimate_next_turn(MODEL, 9, [{"role": "tokens", "content": [1, 2, 3]}], {}).tokens == 3
     assert estimator.estimate(MODEL, [{"role": ["odd"], "content": 7}], {}).text == 0
 
 

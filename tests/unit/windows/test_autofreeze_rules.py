@@ -142,7 +142,7 @@ def test_combinations_have_an_end() -> None:
 )  # fmt: skip
 def test_x17_a_rule_that_does_not_fit_is_refused_and_named(field: str, value: Any) -> None:
     with pytest.raises(GatewayError, match=field) as refused:
-        rules.changed(Rules(), {field: value})
+        rules.with_changes(Rules(), {field: value})
     assert (refused.value.code, refused.value.details) == ("invalid_request", {"field": field})
 
 
