@@ -142,7 +142,7 @@ def test_an_engine_that_forgot_or_says_nothing_is_told_apart(
     assert last(gateway, session, 2)["miss"].startswith("evicted: nothing else explains it")
     engine.on_chat = silent
     gateway.chat(session, messages=[*LONG, REPLY, u("?"), REPLY, u("?")])
-    assert last(gateway, session, 3)["miss"].startswith("unknown: the engine does not say")
+    assert last(gateway, session, 3)["miss"].startswith("unknown: the engine does not report")
 
 
 def test_a_turn_that_follows_at_once_is_compared_with_the_one_just_before(gateway: Gateway, session: str) -> None:

@@ -133,10 +133,10 @@ async def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch
 
     async with served(peer) as upstream:
         loop = asyncio.get_running_loop()
-        now = time.monotonic()
+        now = start = time.monotonic()
         monkeypatch.setattr(loop, "time", lambda: now)
         for seconds, expected in ((0.0, 1), (3.9, 1), (8.0, 2), (11.9, 2), (15.9, 3)):
-            now = time.monotonic() + seconds
+            now = start + seconds
             connection = await upstream.send("GET", b"/", [], b"")
             assert await connection.read() == b"ok"
             upstream.release_or_abort(connection)
