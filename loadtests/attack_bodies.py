@@ -1,4 +1,4 @@
-"""Bodies that cost more than they weigh: each a few lines that are repeated up to a size."""
+"""Request bodies that are expensive for their size: each is a small unit repeated up to a size."""
 
 import json
 import random
@@ -13,18 +13,18 @@ _MESSAGES = b'"messages":[' + _USER + b"]"
 Shape = Callable[[int], bytes]
 
 
-def repeated(before: bytes, unit: bytes, after: bytes, joint: bytes = b",") -> Shape:
-    """`unit` as often as it takes for about so many bytes."""
+def repeated(before: bytes, unit: bytes, after: bytes, separator: bytes = b",") -> Shape:
+    """A shape that repeats `unit` until the body has about the requested size in bytes."""
 
     def build(size: int) -> bytes:
-        count = max(1, (size - len(before) - len(after)) // (len(unit) + len(joint)))
-        return before + joint.join([unit] * count) + after
+        count = max(1, (size - len(before) - len(after)) // (len(unit) + len(separator)))
+        return before + separator.join([unit] * count) + after
 
     return build
 
 
 def numbered(before: bytes, unit: bytes, after: bytes) -> Shape:
-    """The same with a number in each unit, where `%d` is."""
+    """The same with a running number in each unit, in place of `%d`."""
 
     def build(size: int) -> bytes:
         count = max(1, size // (len(unit) + 5))
@@ -33,12 +33,12 @@ def numbered(before: bytes, unit: bytes, after: bytes) -> Shape:
     return build
 
 
-def nested(before: bytes, opening: bytes, middle: bytes, closing: bytes, after: bytes, deepest: int = 0) -> Shape:
-    """Brackets in brackets; `deepest`: at most so many."""
+def nested(before: bytes, opening: bytes, middle: bytes, closing: bytes, after: bytes, max_depth: int = 0) -> Shape:
+    """A shape of nested brackets; `max_depth` 0: as deep as the size allows."""
 
     def build(size: int) -> bytes:
         depth = max(1, (size - len(before) - len(after)) // (len(opening) + len(closing)))
-        depth = min(depth, deepest) if deepest else depth
+        depth = min(depth, max_depth) if max_depth else depth
         return before + opening * depth + middle + closing * depth + after
 
     return build
@@ -48,7 +48,7 @@ def _messages(unit: bytes) -> Shape:
     return repeated(_HEAD + b'"messages":[', unit, b"]}")
 
 
-def _beside(field: bytes, before: bytes, unit: bytes, after: bytes) -> Shape:
+def _with_field(field: bytes, before: bytes, unit: bytes, after: bytes) -> Shape:
     return repeated(_HEAD + _MESSAGES + b"," + field + b":" + before, unit, after + b"}")
 
 
@@ -84,19 +84,19 @@ CHAT_SHAPES: Mapping[str, Shape] = {
     "arguments nested": nested(_HEAD + _CALL_FROM + b'"', b"[", b"1", b"]", b'"' + _CALL_TO),
     "arguments one key": repeated(_HEAD + _CALL_FROM + b'"{\\"', b"k", b'\\":1}"' + _CALL_TO, b""),
     "arguments not text": repeated(_HEAD + _CALL_FROM + b"[", b"1", b"]" + _CALL_TO),
-    "tools": _beside(b'"tools"', b"[", b'{"type":"function","function":{"name":"f","parameters":{}}}', b"]"),
-    "tools of nulls": _beside(b'"tools"', b"[", b"null", b"]"),
-    "tool with enums": _beside(
+    "tools": _with_field(b'"tools"', b"[", b'{"type":"function","function":{"name":"f","parameters":{}}}', b"]"),
+    "tools of nulls": _with_field(b'"tools"', b"[", b"null", b"]"),
+    "tool with enums": _with_field(
         b'"tools"', b'[{"type":"function","function":{"name":"f","parameters":{"enum":[', b'"e"', b"]}}}]"
     ),
-    "stop strings": _beside(b'"stop"', b"[", b'"s"', b"]"),
+    "stop strings": _with_field(b'"stop"', b"[", b'"s"', b"]"),
     "many strings": numbered(_HEAD + _MESSAGES + b',"stop":[', b'"string %d"', b"]}"),
     "metadata": numbered(_HEAD + _MESSAGES + b',"metadata":{', b'"k%d":"v"', b"}}"),
-    "same key": _beside(b'"metadata"', b"{", b'"k":1', b"}"),
+    "same key": _with_field(b'"metadata"', b"{", b'"k":1', b"}"),
     "many fields": numbered(_HEAD + _MESSAGES + b",", b'"f%d":1', b"}"),
     "logit_bias": numbered(_HEAD + _MESSAGES + b',"logit_bias":{', b'"%d":1', b"}}"),
     "template arguments": numbered(_HEAD + _MESSAGES + b',"chat_template_kwargs":{', b'"k%d":[]', b"}}"),
-    "client salt": _beside(b'"cache_salt"', b"[", b"1", b"]"),
+    "client salt": _with_field(b'"cache_salt"', b"[", b"1", b"]"),
     "client salt of text": repeated(_HEAD + _MESSAGES + b',"cache_salt":"', b"s", b'"}', b""),
     "user of text": repeated(_HEAD + _MESSAGES + b',"user":"', b"u", b'"}', b""),
     "prompt_cache_key": repeated(_HEAD + _MESSAGES + b',"prompt_cache_key":"', b"u", b'"}', b""),
@@ -106,7 +106,7 @@ CHAT_SHAPES: Mapping[str, Shape] = {
     "nested content": nested(_HEAD + b'"messages":[{"role":"user","content":', b"[", b"", b"]", b"}]}", 1000),
     "number of digits": repeated(_HEAD + _MESSAGES + b',"seed":', b"7", b"}", b""),
     "number after a point": repeated(_HEAD + _MESSAGES + b',"temperature":0.', b"7", b"}", b""),
-    "exponents": _beside(b'"x"', b"[", b"1e308", b"]"),
+    "exponents": _with_field(b'"x"', b"[", b"1e308", b"]"),
     "model of text": repeated(b'{"model":"', b"m", b'",' + _MESSAGES + b"}", b""),
     "one key": repeated(_HEAD + _MESSAGES + b',"', b"k", b'":1}', b""),
     "one text": repeated(_HEAD + b'"messages":[{"role":"user","content":"', b"hello there ", b'"}]}', b""),
@@ -126,7 +126,7 @@ CHAT_SHAPES: Mapping[str, Shape] = {
     "open brackets": repeated(b"", b"[", b"", b""),
     "open objects": repeated(b"", b'{"a":', b"", b""),
 }
-"""Bodies of a chat turn."""
+"""Bodies of chat completions."""
 
 OTHER_SHAPES: Mapping[str, tuple[str, Shape]] = {
     "completions of token ids": ("/v1/completions", repeated(_HEAD + b'"prompt":[', b"1", b"]}")),
@@ -208,33 +208,33 @@ OTHER_SHAPES: Mapping[str, tuple[str, Shape]] = {
     "import of nothing": ("/admin/windows/import", repeated(b"", b"\0", b"", b"")),
     "doctor": ("/admin/doctor", repeated(b'{"', b"k", b'":1}', b"")),
 }
-"""Bodies of everything else: method and path (POST where none is named), and the shape."""
+"""Bodies for all other endpoints: method (POST if omitted) and path, and the shape."""
 
 
-def drawn(chance: random.Random, budget: int) -> bytes:
-    """A chat-like body that no list has: random JSON of about so many bytes under fields that mean something."""
+def random_body(rng: random.Random, budget: int) -> bytes:
+    """Return a chat-like body of about so many bytes: random JSON in fields that the gateway interprets."""
     fields = ["messages", "tools", "metadata", "input", "prompt", "system", "instructions", "stop", "x", "content"]
     parts = [b'"model":"' + _MODEL + b'"']
     left = budget
     while left > 0:
-        size = max(8, int(left * chance.random())) if chance.random() < 0.7 else left
-        parts.append(json.dumps(chance.choice(fields)).encode() + b":" + _value(chance, size, 0))
+        size = max(8, int(left * rng.random())) if rng.random() < 0.7 else left
+        parts.append(json.dumps(rng.choice(fields)).encode() + b":" + _random_value(rng, size, 0))
         left -= size + 16
     return b"{" + b",".join(parts) + b"}"
 
 
-def _value(chance: random.Random, size: int, depth: int) -> bytes:
-    kind = chance.choice(("list", "object", "text", "digits", "flat")) if depth < 40 else "text"
+def _random_value(rng: random.Random, size: int, depth: int) -> bytes:
+    kind = rng.choice(("list", "object", "text", "digits", "flat")) if depth < 40 else "text"
     if kind == "text" or size < 16:
-        return b'"' + chance.choice((b"a", b"\\u00e9", "ü".encode(), b"\\n", b"0")) * (size // 4) + b'"'
+        return b'"' + rng.choice((b"a", b"\\u00e9", "ü".encode(), b"\\n", b"0")) * (size // 4) + b'"'
     if kind == "digits":
-        return b"1" * min(size, 4000) if chance.random() < 0.5 else b"0." + b"1" * size
+        return b"1" * min(size, 4000) if rng.random() < 0.5 else b"0." + b"1" * size
     if kind == "flat":
-        unit = chance.choice((b"1", b"{}", b"[]", b'""', _USER, b'{"type":"text","text":"t"}', b"null", b"-1.5e3"))
+        unit = rng.choice((b"1", b"{}", b"[]", b'""', _USER, b'{"type":"text","text":"t"}', b"null", b"-1.5e3"))
         return b"[" + b",".join([unit] * max(1, size // (len(unit) + 1))) + b"]"
-    count = chance.randint(1, 6)
-    inner = [_value(chance, size // count, depth + 1) for _ in range(count)]
+    count = rng.randint(1, 6)
+    inner = [_random_value(rng, size // count, depth + 1) for _ in range(count)]
     if kind == "list":
         return b"[" + b",".join(inner) + b"]"
-    names = chance.sample(("role", "content", "type", "text", "function", "arguments", "id", "name"), count)
+    names = rng.sample(("role", "content", "type", "text", "function", "arguments", "id", "name"), count)
     return b"{" + b",".join(b'"' + name.encode() + b'":' + each for name, each in zip(names, inner, strict=True)) + b"}"

@@ -1,4 +1,4 @@
-"""Slow clients, clients that vanish, and many of them."""
+"""Slow clients, clients that disappear, and large numbers of them."""
 
 import json
 import socket
@@ -8,25 +8,25 @@ import time
 from pathlib import Path
 
 from loadtests.attack_bodies import CHAT
-from loadtests.attack_http import Endless
-from loadtests.attack_rig import (
+from loadtests.attack_harness import (
     Gateway,
-    Ground,
+    Testbed,
     Trials,
     Verdict,
-    first_false,
+    check_all,
     head,
-    many,
+    open_connections,
     read_reply,
-    together,
+    run_concurrently,
     verdict,
     wait_for,
 )
+from loadtests.attack_http import EndlessReply
 from tests.support.fakes.engine import MODEL, Exchange, delta
 
 TRIALS = Trials()
-_AT_ONCE = struct.pack("ii", 1, 0)
-_PIECE = delta(content="x" * 60_000)
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_LARGE_CHUNK = delta(content="x" * 60_000)
 _MCP = {"accept": "application/json, text/event-stream"}
 
 
@@ -35,70 +35,70 @@ def _body(**more: object) -> bytes:
 
 
 def _stream(gateway: Gateway, session: str, *, receive_buffer: int = 0) -> socket.socket:
-    """A streamed turn of which nothing has been read."""
-    sock = gateway.wire(receive_buffer=receive_buffer)
+    """Send a streamed turn, and read nothing of its response."""
+    sock = gateway.connect(receive_buffer=receive_buffer)
     body = _body(stream=True)
     sock.sendall(head("POST", CHAT, f"x-session-id: {session}", length=len(body)) + body)
     return sock
 
 
-class Fast:
-    """A reply of megabytes for sessions that stream, an ordinary one for the others."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        exchange.begin()
-        for _ in range(400):
-            exchange.chunk(_PIECE)
-        exchange.end()
+def _stream_megabytes(exchange: Exchange) -> None:
+    exchange.begin()
+    for _ in range(400):
+        exchange.chunk(_LARGE_CHUNK)
+    exchange.end()
 
 
 @TRIALS.add
-def readers_that_stall(ground: Ground) -> Verdict:
-    """As many clients that read nothing as turns may wait for the store: others are answered, and it ends"""
-    engine = ground.engine()
+def stalled_readers(testbed: Testbed) -> Verdict:
+    """With the whole turn queue held by clients that do not read, others are answered, and it drains"""
+    engine = testbed.engine()
     ordinary = engine.answer_chat
-    engine.on_chat = lambda e: Fast(e) and None if e.request.json.get("stream") else ordinary(e)
-    gateway = ground.gateway(engine.url, turn_queue=20, client_timeout_s=3, busy_wait_s=1)
-    with many(22, lambda n: _stream(gateway, f"stalled-{n}", receive_buffer=4096)):
+    engine.on_chat = lambda e: _stream_megabytes(e) if e.request.json.get("stream") else ordinary(e)
+    gateway = testbed.gateway(engine.url, turn_queue=20, client_timeout_s=3, busy_wait_s=1)
+    with open_connections(22, lambda n: _stream(gateway, f"stalled-{n}", receive_buffer=4096)):
         time.sleep(1)
         other = gateway.chat("other", "x", timeout=5)
         freed = wait_for(lambda: gateway.delete("/admin/sessions/stalled-0").status in (200, 404), 20)
-    return first_false(
-        {f"another turn is answered, not {other.status}": other.status == 200, "their sessions come free": freed}
+    return check_all(
+        {
+            f"another turn is answered, not {other.status}": other.status == 200,
+            "the stalled sessions can be deleted": freed,
+        }
     )
 
 
 @TRIALS.add
-def engine_that_is_silent(ground: Ground) -> Verdict:
-    """As many turns at an engine that says nothing as turns may wait for the store: others are answered"""
-    engine = ground.engine()
-    over = threading.Event()
+def silent_engine(testbed: Testbed) -> Verdict:
+    """With the whole turn queue held by turns at a silent engine, others are answered"""
+    engine = testbed.engine()
+    finished = threading.Event()
     ordinary = engine.answer_chat
-    engine.on_chat = lambda e: over.wait(30) and None if e.request.json.get("stream") else ordinary(e)
-    gateway = ground.gateway(engine.url, turn_queue=20)
-    with many(22, lambda n: _stream(gateway, f"waiting-{n}")):
+    engine.on_chat = lambda e: finished.wait(30) and None if e.request.json.get("stream") else ordinary(e)
+    gateway = testbed.gateway(engine.url, turn_queue=20)
+    with open_connections(22, lambda n: _stream(gateway, f"waiting-{n}")):
         time.sleep(1)
         other = gateway.chat("other", "x", timeout=5)
-        over.set()
+        finished.set()
     return verdict(other.status == 200, f"another turn: {other.status}")
 
 
 @TRIALS.add
-def slow_heads(ground: Ground) -> Verdict:
-    """500 half heads are closed in time, and others are served meanwhile"""
-    gateway = ground.gateway(ground.engine().url, client_timeout_s=2)
+def slow_headers(testbed: Testbed) -> Verdict:
+    """500 incomplete request heads are closed in time, and others are served meanwhile"""
+    gateway = testbed.gateway(testbed.engine().url, client_timeout_s=2)
 
     def half(_: int) -> socket.socket:
-        sock = gateway.wire()
+        sock = gateway.connect()
         sock.sendall(b"GET /healthz HTTP/1.1\r\nhos")
         return sock
 
-    with many(500, half) as socks:
+    with open_connections(500, half) as socks:
         began = time.monotonic()
         served = gateway.chat("a", "x", timeout=5).status
         for _ in range(5):  # one byte each second does not keep it open
             time.sleep(1)
-            _drip(socks[0], b"t")
+            _sends(socks[0], b"t")
         closed = sum(_closed(sock) for sock in socks)
     return verdict(
         closed == 500 and served == 200,
@@ -107,19 +107,19 @@ def slow_heads(ground: Ground) -> Verdict:
 
 
 @TRIALS.add
-def slow_bodies(ground: Ground) -> Verdict:
-    """A body that comes byte by byte has an end"""
-    engine = ground.engine()
+def slow_bodies(testbed: Testbed) -> Verdict:
+    """A body that arrives byte by byte is cut off in the end"""
+    engine = testbed.engine()
     try:
-        gateway = ground.gateway(engine.url, client_timeout_s=1, body_timeout_s=5)
-    except RuntimeError:  # a gateway that knows no such setting
-        gateway = ground.gateway(engine.url, client_timeout_s=1)
+        gateway = testbed.gateway(engine.url, client_timeout_s=1, body_timeout_s=5)
+    except RuntimeError:  # an older gateway without body_timeout_s
+        gateway = testbed.gateway(engine.url, client_timeout_s=1)
     began, closed = time.monotonic(), 0.0
-    with gateway.wire() as sock:
+    with gateway.connect() as sock:
         sock.sendall(head("POST", CHAT, length=100_000) + b'{"')
         while time.monotonic() - began < 25 and not closed:
             time.sleep(0.4)
-            if not _drip(sock, b"a") or _closed(sock, quick=True):
+            if not _sends(sock, b"a") or _closed(sock, quick=True):
                 closed = time.monotonic() - began
     return verdict(
         bool(closed),
@@ -127,7 +127,7 @@ def slow_bodies(ground: Ground) -> Verdict:
     )
 
 
-def _drip(sock: socket.socket, data: bytes) -> bool:
+def _sends(sock: socket.socket, data: bytes) -> bool:
     try:
         sock.sendall(data)
     except OSError:
@@ -146,12 +146,12 @@ def _closed(sock: socket.socket, *, quick: bool = False) -> bool:
 
 
 @TRIALS.add
-def keep_alive_of_sockets(ground: Ground) -> Verdict:
-    """The kernel looks whether a silent client is still there (SO_KEEPALIVE)"""
-    engine = ground.engine()
+def socket_keepalive(testbed: Testbed) -> Verdict:
+    """The kernel checks whether a silent client is still there (SO_KEEPALIVE)"""
+    engine = testbed.engine()
     endless = threading.Event()
     engine.on_chat = lambda exchange: (exchange.begin(), exchange.chunk(delta(content="x")), endless.wait(5))[0]
-    gateway = ground.gateway(engine.url)
+    gateway = testbed.gateway(engine.url)
     with _stream(gateway, "a") as sock:
         time.sleep(1)
         timer = _timer(gateway.port, sock.getsockname()[1])
@@ -160,7 +160,7 @@ def keep_alive_of_sockets(ground: Ground) -> Verdict:
 
 
 def _timer(port: int, client: int) -> str:
-    """The timer of the server's end of a connection."""
+    """Return the kernel's timer of the server side of a connection, or ""."""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         if int(fields[1].split(":")[1], 16) == port and int(fields[2].split(":")[1], 16) == client:
@@ -169,24 +169,24 @@ def _timer(port: int, client: int) -> str:
 
 
 @TRIALS.add
-def soft_limit_1024(ground: Ground) -> Verdict:
-    """With ulimit -n 1024 560 streams at once are served: the gateway raises its limit"""
-    return _streams(ground, 1024, 560)
+def soft_limit_1024(testbed: Testbed) -> Verdict:
+    """With a soft limit of 1,024 files, 560 concurrent streams are served: the gateway raises the limit"""
+    return _streams(testbed, 1024, 560)
 
 
-def _streams(ground: Ground, limit: int, count: int) -> Verdict:
-    engine = ground.engine()
-    endless = Endless(engine)
-    gateway = ground.gateway(engine.url, {"nofile": f"{limit}:"})
-    with many(count, lambda n: _stream(gateway, f"s{n}")) as socks:
+def _streams(testbed: Testbed, limit: int, count: int) -> Verdict:
+    engine = testbed.engine()
+    endless = EndlessReply(engine)
+    gateway = testbed.gateway(engine.url, {"nofile": f"{limit}:"})
+    with open_connections(count, lambda n: _stream(gateway, f"s{n}")) as socks:
         statuses = [_status(sock) for sock in socks]
         idle = gateway.get("/healthz", timeout=5).status
-        endless.over.set()
+        endless.finished.set()
     after = gateway.chat("after", "x", timeout=10).status
-    good = statuses.count(200)
+    served = statuses.count(200)
     return verdict(
-        good == count and idle == after == 200,
-        f"{good} of {count} streams, healthz beside them {idle}, a turn after {after}",
+        served == count and idle == after == 200,
+        f"{served} of {count} streams, healthz meanwhile {idle}, a turn after {after}",
     )
 
 
@@ -200,114 +200,116 @@ def _status(sock: socket.socket) -> int:
 
 
 @TRIALS.add
-def hard_limit_300(ground: Ground) -> Verdict:
-    """Where there are no more descriptors, that is said in the log and in a 503, and is no engine's fault"""
-    engine = ground.engine()
-    endless = Endless(engine)
-    gateway = ground.gateway(engine.url, {"nofile": "300:300"})
+def hard_limit_300(testbed: Testbed) -> Verdict:
+    """Out of file descriptors, the gateway says so in the log and in a 503, and blames no engine"""
+    engine = testbed.engine()
+    endless = EndlessReply(engine)
+    gateway = testbed.gateway(engine.url, {"nofile": "300:300"})
     socks = [_stream(gateway, f"s{n}") for n in range(200)]
     statuses = [_status(sock) for sock in socks]
     time.sleep(3)
     later = [gateway.get("/admin/sessions", timeout=3).status for _ in range(5)]
     probed = gateway.get("/healthz", timeout=3).status
-    endless.over.set()
+    endless.finished.set()
     for sock in socks:
         sock.close()
     back = wait_for(lambda: gateway.chat("after", "x", timeout=5).status == 200, 10)
     log = gateway.log.lower()
-    good, refused, closed = (statuses.count(status) for status in (200, 503, 0))
+    served, refused, closed = (statuses.count(status) for status in (200, 503, 0))
     checks = {
-        f"in a burst each is served or refused in words, not {sorted(set(statuses))}": good + refused == 200,
+        f"in a burst each is served or gets a 503, not {sorted(set(statuses))}": served + refused == 200,
         "a probe is answered while all are busy": probed == 200,
-        f"one by one each is refused in words, not {later}": all(status in (200, 503) for status in later),
+        f"later ones are served or get a 503, not {later}": all(status in (200, 503) for status in later),
         "the log says so": any(word in log for word in ("files may be open", "open files", "emfile", "connections")),
         "a turn works afterwards": back,
     }
-    return first_false(checks, f"of 200 {good} served, {refused} refused, {closed} closed, later ones {later}")
+    return check_all(checks, f"of 200 {served} served, {refused} refused, {closed} closed, later ones {later}")
 
 
 @TRIALS.add
-def idle_connections(ground: Ground) -> Verdict:
-    """3,000 idle connections keep nobody out, and take little"""
-    gateway = ground.gateway(ground.engine().url)
+def idle_connections(testbed: Testbed) -> Verdict:
+    """3,000 idle connections do not keep others out, and take little memory"""
+    gateway = testbed.gateway(testbed.engine().url)
     before = gateway.memory()
-    with many(3000, lambda _: gateway.wire()):
+    with open_connections(3000, lambda _: gateway.connect()):
         served = gateway.chat("a", "x", timeout=5).status
-        grown = gateway.memory() - before
-    return verdict(served == 200 and grown < 64 * 2**20, f"a turn beside them {served}, +{grown >> 20} MB")
-
-
-@TRIALS.add
-def resets(ground: Ground) -> Verdict:
-    """300 streams that are reset at once leave no turn in flight, no descriptor and no error in the log"""
-    engine = ground.engine()
-    endless = Endless(engine)
-    gateway = ground.gateway(engine.url, busy_wait_s=1)
-    with _stream(gateway, "warm") as sock:
-        _status(sock)
-    before = gateway.fds()
-    with many(300, lambda n: _stream(gateway, f"s{n}")) as socks:
-        good = [_status(sock) for sock in socks].count(200)
-        for sock in socks:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
-    back = wait_for(lambda: gateway.fds() <= before + 40, 15)
-    free = wait_for(lambda: gateway.delete("/admin/sessions/s7").status == 200, 10)
-    endless.over.set()
-    errors = gateway.log.count(" ERROR ")
-    return first_false(
-        {"descriptors are back": back, "sessions are free": free, "no errors": not errors},
-        f"{good} streams, {gateway.fds() - before:+} descriptors",
+        memory_growth = gateway.memory() - before
+    return verdict(
+        served == 200 and memory_growth < 64 * 2**20, f"a turn meanwhile {served}, +{memory_growth >> 20} MB"
     )
 
 
 @TRIALS.add
-def leaving_at_every_byte(ground: Ground) -> Verdict:
-    """A client that leaves after any number of bytes of its request leaves nothing behind"""
-    engine = ground.engine()
-    gateway = ground.gateway(engine.url)
+def connection_resets(testbed: Testbed) -> Verdict:
+    """300 streams reset at once leave no turn in flight, no descriptor and no error in the log"""
+    engine = testbed.engine()
+    endless = EndlessReply(engine)
+    gateway = testbed.gateway(engine.url, busy_wait_s=1)
+    with _stream(gateway, "warm") as sock:
+        _status(sock)
+    before = gateway.open_files()
+    with open_connections(300, lambda n: _stream(gateway, f"s{n}")) as socks:
+        served = [_status(sock) for sock in socks].count(200)
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    back = wait_for(lambda: gateway.open_files() <= before + 40, 15)
+    free = wait_for(lambda: gateway.delete("/admin/sessions/s7").status == 200, 10)
+    endless.finished.set()
+    errors = gateway.log.count(" ERROR ")
+    return check_all(
+        {"descriptors are back": back, "sessions are free": free, "no errors": not errors},
+        f"{served} streams, {gateway.open_files() - before:+} descriptors",
+    )
+
+
+@TRIALS.add
+def disconnect_at_every_byte(testbed: Testbed) -> Verdict:
+    """A client that disconnects after any number of bytes of its request leaves nothing behind"""
+    engine = testbed.engine()
+    gateway = testbed.gateway(engine.url)
     gateway.chat("warm")
-    before = gateway.fds()
+    before = gateway.open_files()
     body = _body(stream=True)
-    whole = head("POST", CHAT, "x-session-id: leaver", length=len(body)) + body
-    for at in range(1, len(whole) + 1, 3):
-        with gateway.wire() as sock:
-            sock.sendall(whole[:at])
+    request = head("POST", CHAT, "x-session-id: leaver", length=len(body)) + body
+    for at in range(1, len(request) + 1, 3):
+        with gateway.connect() as sock:
+            sock.sendall(request[:at])
             if at % 2:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
-    back = wait_for(lambda: gateway.fds() <= before + 12, 10)
-    return first_false(
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    back = wait_for(lambda: gateway.open_files() <= before + 12, 10)
+    return check_all(
         {
             "descriptors are back": back,
             "no errors": " ERROR " not in gateway.log,
             "alive": gateway.chat("x").status == 200,
         },
-        f"{len(whole) // 3} clients",
+        f"{len(request) // 3} clients",
     )
 
 
 @TRIALS.add
-def mcp_calls_aborted(ground: Ground) -> Verdict:
-    """400 aborted MCP calls leave no memory, no descriptor and no error"""
-    gateway = ground.gateway(ground.engine().url)
+def aborted_mcp_calls(testbed: Testbed) -> Verdict:
+    """400 aborted MCP calls leak no memory, no descriptor and no error"""
+    gateway = testbed.gateway(testbed.engine().url)
     call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "session_list", "arguments": {}}}
     gateway.post("/mcp", call, _MCP)
     raw = json.dumps(call).encode()
     request = head("POST", "/mcp", "accept: application/json, text/event-stream", length=len(raw)) + raw
-    before, fds = gateway.memory(), gateway.fds()
+    before, fds = gateway.memory(), gateway.open_files()
     for number in range(400):
-        with gateway.wire() as sock:
+        with gateway.connect() as sock:
             sock.sendall(request)
             if number % 3:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             if number % 3 == 2:
                 time.sleep(0.002)
-    back = wait_for(lambda: gateway.fds() <= fds + 12, 10)
-    grown = gateway.memory() - before
+    back = wait_for(lambda: gateway.open_files() <= fds + 12, 10)
+    memory_growth = gateway.memory() - before
     works = gateway.post("/mcp", call, _MCP)
-    return first_false(
+    return check_all(
         {
             "descriptors are back": back,
-            f"memory +{grown >> 20} MB": grown < 48 * 2**20,
+            f"memory +{memory_growth >> 20} MB": memory_growth < 48 * 2**20,
             "it works": works.status == 200,
             "no errors": " ERROR " not in gateway.log,
         }
@@ -315,26 +317,26 @@ def mcp_calls_aborted(ground: Ground) -> Verdict:
 
 
 @TRIALS.add
-def new_sessions(ground: Ground) -> Verdict:
+def new_sessions(testbed: Testbed) -> Verdict:
     """3,000 new sessions leave little memory behind"""
-    gateway = ground.gateway(ground.engine().url)
+    gateway = testbed.gateway(testbed.engine().url)
     body = _body()
 
-    def some(first: int) -> int:
-        done = 0
-        with gateway.wire() as sock:
+    def send_turns(first: int) -> int:
+        succeeded = 0
+        with gateway.connect() as sock:
             for number in range(first, first + 750):
                 sock.sendall(head("POST", CHAT, f"x-session-id: n{number}", length=len(body)) + body)
-                done += read_reply(sock).status == 200
-        return done
+                succeeded += read_reply(sock).status == 200
+        return succeeded
 
-    some(0)
+    send_turns(0)
     before = gateway.memory()
     began = time.monotonic()
-    done: list[int] = together(*(lambda n=n: some(1000 * n) for n in range(1, 5)), within=60)  # type: ignore[misc]
+    succeeded: list[int] = run_concurrently(*(lambda n=n: send_turns(1000 * n) for n in range(1, 5)), within=60)  # type: ignore[misc]
     took = time.monotonic() - began
-    grown = gateway.memory() - before
+    memory_growth = gateway.memory() - before
     return verdict(
-        sum(filter(None, done)) == 3000 and grown < 32 * 2**20,
-        f"{sum(filter(None, done))} turns in {took:.0f} s, +{grown >> 20} MB",
+        sum(filter(None, succeeded)) == 3000 and memory_growth < 32 * 2**20,
+        f"{sum(filter(None, succeeded))} turns in {took:.0f} s, +{memory_growth >> 20} MB",
     )

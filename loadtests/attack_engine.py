@@ -1,4 +1,4 @@
-"""An engine for the attack: its answers can be held back or be late, and it stores KV as LMCache would."""
+"""An engine for the attack: its responses can be held back or delayed, and it stores KV as LMCache would."""
 
 import random
 import threading
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.kv.keys import object_keys
-from loadtests.attack_rig import Engine, Gateway, Ground
+from loadtests.attack_harness import Engine, Gateway, Testbed
 from tests.support.fakes.engine import Exchange, render
 from tests.support.harness import CHUNK, cache_server
 
@@ -17,34 +17,34 @@ _HELD_S = 8.0
 
 
 class StoringEngine(Engine):
-    """Writes an object for each chunk that it is asked for, as LMCache does; answers when it is let."""
+    """Writes an object for each chunk it computes, as LMCache does; responses can be held back."""
 
     def __init__(self, kv: Path | None = None) -> None:
         self._kv_dir = kv
         self._held: dict[str, threading.Event] = {}
-        self._came: dict[str, threading.Event] = {}
+        self._arrived: dict[str, threading.Event] = {}
         self.object_size = 0  # bytes of an object; 0: a few hundred
-        self.late: tuple[random.Random, float] | None = None  # by chance, at most so many seconds
+        self.random_delay: tuple[random.Random, float] | None = None  # at most so many seconds
         super().__init__()
 
     @contextmanager
-    def holding(self, path: str) -> Iterator[threading.Event]:
+    def hold_requests(self, path: str) -> Iterator[threading.Event]:
         """Let requests for a path wait until the block ends; the event says that one has come."""
-        let_go, came = threading.Event(), threading.Event()
-        self._came[path], self._held[path] = came, let_go
+        released, arrived = threading.Event(), threading.Event()
+        self._arrived[path], self._held[path] = arrived, released
         try:
-            yield came
+            yield arrived
         finally:
             del self._held[path]
-            let_go.set()
+            released.set()
 
-    def keep(self, body: Mapping[str, Any]) -> None:
+    def store_prompt(self, body: Mapping[str, Any]) -> None:
         """Store the KV of a chat's prompt."""
         self._store(render(body["messages"], generation_prompt=True), body.get("cache_salt"))
 
     def answer_chat(self, exchange: Exchange) -> None:
         """See FakeEngine."""
-        self.keep(exchange.request.json)
+        self.store_prompt(exchange.request.json)
         super().answer_chat(exchange)
 
     def answer_completion(self, exchange: Exchange) -> None:
@@ -57,10 +57,10 @@ class StoringEngine(Engine):
     def _answer(self, exchange: Exchange) -> None:
         path = exchange.request.path
         if held := self._held.get(path):
-            self._came[path].set()
+            self._arrived[path].set()
             held.wait(_HELD_S)
-        elif self.late and exchange.request.method == "POST":
-            threading.Event().wait(self.late[0].uniform(0, self.late[1]))
+        elif self.random_delay and exchange.request.method == "POST":
+            threading.Event().wait(self.random_delay[0].uniform(0, self.random_delay[1]))
         super()._answer(exchange)
 
     def _store(self, ids: list[int], salt: str | None) -> None:
@@ -78,18 +78,18 @@ class StoringEngine(Engine):
                     fresh.replace(file)
 
 
-def harness(ground: Ground, **settings: object) -> tuple[StoringEngine, Gateway]:
-    """An engine that stores, as much of LMCache as a gateway asks, and a gateway before both."""
-    kv = ground.folder / "kv"
+def start_storing_stack(testbed: Testbed, **settings: object) -> tuple[StoringEngine, Gateway]:
+    """Start an engine that stores KV, a fake of LMCache's API, and a gateway in front of both."""
+    kv = testbed.folder / "kv"
     kv.mkdir()
     engine = StoringEngine(kv)
-    ground.engine(engine)
-    cache = ground.enter(cache_server())
-    given = {"cache_url": cache, "kv_dir": kv, "busy_wait_s": 1, "sweep_every_s": 2, **settings}
-    return engine, ground.gateway(engine.url, **given)
+    testbed.engine(engine)
+    cache = testbed.enter_context(cache_server())
+    options = {"cache_url": cache, "kv_dir": kv, "busy_wait_s": 1, "sweep_every_s": 2, **settings}
+    return engine, testbed.gateway(engine.url, **options)
 
 
-def pinned(ground: Ground) -> set[str]:
-    """The hashes of the chunks that are pinned on disk."""
-    folder = ground.folder / "kv-pins"
+def pinned(testbed: Testbed) -> set[str]:
+    """Return the hashes of the chunks that are pinned on disk."""
+    folder = testbed.folder / "kv-pins"
     return {file.name.split("@")[3] for file in folder.rglob("*.data")} if folder.exists() else set()

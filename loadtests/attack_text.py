@@ -1,10 +1,10 @@
-"""What comes from outside and is shown: on a terminal, in the log, in errors; and names that are too much."""
+"""Untrusted text in output: on the terminal, in the log, in errors and headers; and names that are too long."""
 
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
 
-from loadtests.attack_rig import KEY, Engine, Gateway, Ground, Trials, Verdict, effect, first_false, head, verdict
+from loadtests.attack_harness import KEY, Engine, Gateway, Testbed, Trials, Verdict, check_all, head, measure, verdict
 from tests.support.fakes.engine import MODEL, Exchange, usage_of, whole_reply
 
 TRIALS = Trials()
@@ -13,11 +13,11 @@ _BAD = ("\x1b", "\x07", "\x9b", "\x08", "\x7f")
 _CHAT = "/v1/chat/completions"
 
 
-def _speaking(ground: Ground) -> Gateway:
-    """A gateway whose engine answers with escapes, and a window of such a conversation."""
-    engine = ground.engine()
+def _gateway_with_escapes(testbed: Testbed) -> Gateway:
+    """Start a gateway whose engine answers with escape sequences, and freeze such a conversation."""
+    engine = testbed.engine()
     engine.on_chat = lambda exchange: exchange.json(whole_reply(f"reply {_ESCAPES}", usage_of(10, 3)))
-    gateway = ground.gateway(engine.url)
+    gateway = testbed.gateway(engine.url)
     gateway.chat("s", f"hello {_ESCAPES}")
     gateway.post("/admin/windows", {"session_id": "s", "window_name": "w", "description": f"about {_ESCAPES}"})
     gateway.chat("m", "x", model=f"model {_ESCAPES}")
@@ -26,29 +26,28 @@ def _speaking(ground: Ground) -> Gateway:
 
 
 @TRIALS.add
-def terminal(ground: Ground) -> Verdict:
-    """No command of cwg writes an escape of somebody else to the terminal, or fails over one"""
-    gateway = _speaking(ground)
+def terminal_escapes(testbed: Testbed) -> Verdict:
+    """No cwg command writes foreign escape sequences to the terminal, or fails because of one"""
+    gateway = _gateway_with_escapes(testbed)
     commands = (
         ("messages", "w"), ("status", "w"), ("list",), ("sessions",), ("ask", "w", "what?"), ("tree",), ("verify", "w"),
         ("thaw", "w"), ("clone", "w", "v"), ("policy",), ("delete", "v"),
     )  # fmt: skip
-    wrong = []
+    failures = []
     for command in commands:
-        done = gateway.cli(*command)
-        shown = (done.stdout + done.stderr).decode(errors="replace")
-        found = [repr(letter) for letter in _BAD if letter in shown]
-        if found or done.returncode or "Traceback" in shown:
-            wrong.append(
-                f"cwg {command[0]}: {done.returncode} {' '.join(found)} {'Traceback' * ('Traceback' in shown)}"
-            )
-    return verdict(not wrong, *(f"NOT {each}" for each in wrong), f"{len(commands)} commands")
+        process = gateway.run_cli(*command)
+        output = (process.stdout + process.stderr).decode(errors="replace")
+        escapes = [repr(letter) for letter in _BAD if letter in output]
+        if escapes or process.returncode or "Traceback" in output:
+            traceback = "Traceback" * ("Traceback" in output)
+            failures.append(f"cwg {command[0]}: {process.returncode} {' '.join(escapes)} {traceback}")
+    return verdict(not failures, *(f"NOT {failure}" for failure in failures), f"{len(commands)} commands")
 
 
 @TRIALS.add
-def log_lines(ground: Ground) -> Verdict:
-    """Nothing that a client sends writes a line of its own, or an escape, into the log"""
-    gateway = ground.gateway(ground.engine().url)
+def log_injection(testbed: Testbed) -> Verdict:
+    """Nothing a client sends forges a log line or writes an escape sequence to the log"""
+    gateway = testbed.gateway(testbed.engine().url)
     deep = (
         b'{"model":"demo","messages":[{"role":"user","content":"x"}],"cache_salt":' + b"[" * 1000 + b"]" * 1000 + b"}"
     )
@@ -62,9 +61,9 @@ def log_lines(ground: Ground) -> Verdict:
         f"/admin/windows/%0a{forged}/thaw",
     ]
     for path in paths:
-        gateway.raw(head("POST", path, "connection: close", length=len(deep)) + deep)
+        gateway.send_raw(head("POST", path, "connection: close", length=len(deep)) + deep)
     hint = "a\rb\x1b[2J"
-    gateway.raw(
+    gateway.send_raw(
         head("POST", _CHAT, f"x-context-hint: {hint}", "x-session-id: \x1b[2J", "connection: close", length=len(deep))
         + deep
     )
@@ -72,65 +71,67 @@ def log_lines(ground: Ground) -> Verdict:
     gateway.post(_CHAT, {"model": MODEL, "messages": [{"role": "\x1b\nforged", "content": "x"}]})
     time.sleep(0.5)
     lines = gateway.log.splitlines()
-    wrong = [
+    failures = [
         line[:120]
         for line in lines
         if line.startswith(("2026-01-01", "forged")) or any(bad in line for bad in _BAD) or "\r" in line
     ]
-    return verdict(not wrong, *(f"NOT {line!r}" for line in wrong[:4]), f"{len(lines)} lines")
+    return verdict(not failures, *(f"NOT {line!r}" for line in failures[:4]), f"{len(lines)} lines")
 
 
 @TRIALS.add
-def hints_in_streams(ground: Ground) -> Verdict:
-    """A header that an engine's error or a client's hint goes into holds no line break"""
-    engine = ground.engine()
+def header_injection(testbed: Testbed) -> Verdict:
+    """A header built from an engine's error or a client's hint contains no line break"""
+    engine = testbed.engine()
     engine.on_chat = lambda e: e.json(
         {"error": {"message": "a\r\nx-evil: 1\r\n\r\nb\x1b", "type": "BadRequestError"}}, 400
     )
-    gateway = ground.gateway(engine.url, on_full="successor")
+    gateway = testbed.gateway(engine.url, on_full="successor")
     answer = gateway.chat("a", "x")
     return verdict(answer.status == 400 and "x-evil" not in answer.headers, answer.status)
 
 
-_ODD: list[object] = [
+_INVALID_VALUES: list[object] = [
     True, 1, "x", None, [], {}, [1], [None], [[]], [{}], {"a": 1}, 1e308, -1, "\ud7ff", [True],
 ]  # fmt: skip
 _FIELDS = (
     "tools", "tool_choice", "stream_options", "metadata", "chat_template_kwargs", "user", "stop", "response_format",
     "prompt_cache_key", "reasoning", "stream", "n", "logit_bias", "max_tokens",
 )  # fmt: skip
-_OF_A_MESSAGE = (
+_MESSAGE_FIELDS = (
     "content", "tool_calls", "role", "name", "tool_call_id", "reasoning", "function_call", "audio", "refusal",
 )  # fmt: skip
-_ELSEWHERE = (
+_OTHER_FIELDS = (
     ("/v1/responses", "input"), ("/v1/messages", "messages"), ("/v1/messages", "system"), ("/v1/completions", "prompt"),
     ("/v1/messages", "metadata"), ("/v1/responses", "conversation"), ("/v1/responses", "previous_response_id"),
 )  # fmt: skip
 
 
 @TRIALS.add
-def tracebacks(ground: Ground) -> Verdict:
-    """Odd values where a list or an object is due write no traceback, and give no 5xx"""
-    gateway = ground.gateway(ground.engine().url)
+def tracebacks(testbed: Testbed) -> Verdict:
+    """Values of the wrong type cause no traceback and no 5xx"""
+    gateway = testbed.gateway(testbed.engine().url)
     user = {"role": "user", "content": "x"}
-    seen: dict[str, int] = {}
-    for value in _ODD:
+    statuses: dict[str, int] = {}
+    for value in _INVALID_VALUES:
         for name in _FIELDS:
-            seen[f"{name}={value!r}"] = gateway.post(_CHAT, {"model": MODEL, "messages": [user], name: value}).status
-        for name in _OF_A_MESSAGE:
-            said = [user, {"role": "assistant", "content": "x", name: value}, user]
-            seen[f"message {name}={value!r}"] = gateway.post(_CHAT, {"model": MODEL, "messages": said}).status
-        for path, name in _ELSEWHERE:
+            statuses[f"{name}={value!r}"] = gateway.post(
+                _CHAT, {"model": MODEL, "messages": [user], name: value}
+            ).status
+        for name in _MESSAGE_FIELDS:
+            messages = [user, {"role": "assistant", "content": "x", name: value}, user]
+            statuses[f"message {name}={value!r}"] = gateway.post(_CHAT, {"model": MODEL, "messages": messages}).status
+        for path, name in _OTHER_FIELDS:
             base = {"model": MODEL, "max_tokens": 5, "messages": [user], "input": "x", "prompt": "x"}
-            seen[f"{path} {name}={value!r}"] = gateway.post(path, base | {name: value}).status
+            statuses[f"{path} {name}={value!r}"] = gateway.post(path, base | {name: value}).status
     time.sleep(0.5)
-    wrong = [f"{name}: {status}" for name, status in seen.items() if status >= 500 or not status]
+    failures = [f"{name}: {status}" for name, status in statuses.items() if status >= 500 or not status]
     traces = gateway.log.count("Traceback")
     return verdict(
-        not wrong and not traces,
-        *(f"NOT {each}" for each in wrong[:6]),
+        not failures and not traces,
+        *(f"NOT {failure}" for failure in failures[:6]),
         f"{traces} tracebacks",
-        f"{len(seen)} odd values",
+        f"{len(statuses)} invalid values",
     )
 
 
@@ -162,10 +163,10 @@ _NESTED: Mapping[str, tuple[str, Sequence[str]]] = {
 
 
 @TRIALS.add
-def nested(ground: Ground) -> Verdict:
-    """No depth of nesting, at any field of any door, is a 500"""
-    gateway = ground.gateway(ground.engine().url)
-    wrong, tried = [], 0
+def nested_bodies(testbed: Testbed) -> Verdict:
+    """No nesting depth, in any field of any endpoint, causes a 500"""
+    gateway = testbed.gateway(testbed.engine().url)
+    failures, tried = [], 0
     for path, (template, names) in _NESTED.items():
         for name in names:
             for depth in (90, 250, 500, 990, 1000, 1010, 1020, 1023, 1024, 1025, 3000):
@@ -175,7 +176,7 @@ def nested(ground: Ground) -> Verdict:
                     tried += 1
                     answer = gateway.post(path, body, {"accept": "application/json, text/event-stream"})
                     if answer.status >= 500 or not answer.status:
-                        wrong.append(f"{path} {name} {depth} deep: {answer.status}")
+                        failures.append(f"{path} {name} {depth} deep: {answer.status}")
     for depth in (200, 251, 252, 253, 400, 1000):
         value = "[" * depth + "]" * depth
         tools = f'{{"model":"demo","messages":[{{"role":"user","content":"x"}}],"tools":{value}}}'
@@ -187,34 +188,34 @@ def nested(ground: Ground) -> Verdict:
             frozen = gateway.freeze(name, name).status
             read = gateway.get(f"/admin/windows/{name}/messages").status
             if max(shown, frozen, read) >= 500 and frozen != 502:
-                wrong.append(f"{name}: session {shown}, freeze {frozen}, messages {read}")
-    return verdict(not wrong, *(f"NOT {each}" for each in wrong[:8]), f"{tried} bodies")
+                failures.append(f"{name}: session {shown}, freeze {frozen}, messages {read}")
+    return verdict(not failures, *(f"NOT {failure}" for failure in failures[:8]), f"{tried} bodies")
 
 
 @TRIALS.add
-def names_of_models(ground: Ground) -> Verdict:
-    """A model's name of 20 MB is not kept, and one of 501 characters that nobody serves is not either"""
-    engine = ground.engine(_Refusing())
-    gateway = ground.gateway(engine.url)
+def model_names(testbed: Testbed) -> Verdict:
+    """A 20 MB model name is not stored, nor are long names that no engine serves"""
+    engine = testbed.engine(_EngineOfOneModel())
+    gateway = testbed.gateway(engine.url)
     store = gateway.data / "gateway.db-wal"
     before = sum(file.stat().st_size for file in gateway.data.glob("gateway.db*"))
-    seen = effect(gateway, lambda: gateway.chat("big", "x", model="m" * (20 * 2**20)).status, 20 * 2**20)
+    impact = measure(gateway, lambda: gateway.chat("big", "x", model="m" * (20 * 2**20)).status, 20 * 2**20)
     for number in range(20):
         gateway.chat(f"long-{number}", "x", model=f"{number}" + "m" * 100_000)
     listed = gateway.get("/admin/sessions")
     with contextlib.suppress(OSError):
         store.stat()
-    grown = sum(file.stat().st_size for file in gateway.data.glob("gateway.db*")) - before
+    store_growth = sum(file.stat().st_size for file in gateway.data.glob("gateway.db*")) - before
     return verdict(
-        seen.in_bounds and len(listed.body) < 2**17 and grown < 2**20,
-        seen,
-        f"store +{grown >> 10} KB",
+        impact.within_limits and len(listed.body) < 2**17 and store_growth < 2**20,
+        impact,
+        f"store +{store_growth >> 10} KB",
         f"list {len(listed.body) >> 10} KB",
     )
 
 
-class _Refusing(Engine):
-    """vLLM's 404 for a model that it does not serve."""
+class _EngineOfOneModel(Engine):
+    """Answers 404 for a model it does not serve, as vLLM does."""
 
     def answer_chat(self, exchange: Exchange) -> None:
         """See FakeEngine."""
@@ -225,11 +226,11 @@ class _Refusing(Engine):
 
 
 @TRIALS.add
-def passwords_of_engines(ground: Ground) -> Verdict:
-    """A password in engine_urls is refused, or shown to nobody"""
-    engine = ground.engine()
+def engine_passwords(testbed: Testbed) -> Verdict:
+    """A password in engine_urls is refused, or never shown"""
+    engine = testbed.engine()
     url = engine.url.replace("http://", "http://user:hunter2@")
-    gateway = ground.idle(url)
+    gateway = testbed.unstarted_gateway(url)
     try:
         gateway.start("/healthz", within=15)
     except RuntimeError:
@@ -241,26 +242,25 @@ def passwords_of_engines(ground: Ground) -> Verdict:
         gateway.get("/admin/sessions/a").body,
         gateway.log.encode(),
     ]
-    where = [name for name, text in zip(("502", "health", "session", "log"), shown, strict=True) if b"hunter2" in text]
-    return verdict(not where, "shown in " + ", ".join(where) if where else "not shown")
+    places = [name for name, text in zip(("502", "health", "session", "log"), shown, strict=True) if b"hunter2" in text]
+    return verdict(not places, "shown in " + ", ".join(places) if places else "not shown")
 
 
 def _respond(exchange: Exchange) -> None:
-    """An answer of /v1/responses that repeats what was asked, under the id that was asked for."""
-    asked = exchange.request.json
-    text = {"type": "output_text", "text": str(asked.get("input")), "annotations": []}
-    said = {"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": [text]}
+    """Answer /v1/responses with the input as output, always under the same id."""
+    text = {"type": "output_text", "text": str(exchange.request.json.get("input")), "annotations": []}
+    message = {"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": [text]}
     usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
-    answer = {"id": "resp_fixed", "object": "response", "model": MODEL, "status": "completed", "output": [said]}
+    answer = {"id": "resp_fixed", "object": "response", "model": MODEL, "status": "completed", "output": [message]}
     exchange.json({**answer, "usage": usage})
 
 
 @TRIALS.add
-def ids_of_others(ground: Ground) -> Verdict:
-    """A client that names its answer like that of another session does not replace it"""
-    engine = ground.engine()
+def foreign_response_ids(testbed: Testbed) -> Verdict:
+    """A client that reuses another session's response id does not replace that response"""
+    engine = testbed.engine()
     engine.on_other = _respond
-    gateway = ground.gateway(engine.url)
+    gateway = testbed.gateway(engine.url)
     for session, text in (("victim", "secret"), ("thief", "evil")):
         gateway.post(
             "/v1/responses",
@@ -269,17 +269,17 @@ def ids_of_others(ground: Ground) -> Verdict:
         )
         gateway.get(f"/admin/sessions/{session}")
     kept = gateway.get("/v1/responses/resp_fixed")
-    return first_false({"the first one stays, or the second is not taken": b"evil" not in kept.body}, f"{kept.status}")
+    return check_all({"the first response stays, or the second is refused": b"evil" not in kept.body}, f"{kept.status}")
 
 
 @TRIALS.add
-def keys_in_output(ground: Ground) -> Verdict:
-    """The key is in neither the log nor the process list, and the engine does not get it"""
-    engine = ground.engine()
-    gateway = ground.before(engine, api_key=KEY, log_level="debug")
+def keys_in_output(testbed: Testbed) -> Verdict:
+    """The API key appears in no log, and the engine does not get it"""
+    engine = testbed.engine()
+    gateway = testbed.gateway_in_front_of(engine, api_key=KEY, log_level="debug")
     gateway.chat("a", "x")
     gateway.get("/admin/windows/none")
-    gateway.raw(head("GET", f"/admin/x?key={KEY}", f"authorization: Bearer {KEY}", "connection: close"))
+    gateway.send_raw(head("GET", f"/admin/x?key={KEY}", f"authorization: Bearer {KEY}", "connection: close"))
     sent = any(KEY in value for request in engine.asked for _, value in request.headers)
     shown = KEY in gateway.log.replace(f"key={KEY}", "")
-    return first_false({"not in the log": not shown, "not at the engine": not sent}, f"{len(engine.asked)} requests")
+    return check_all({"not in the log": not shown, "not at the engine": not sent}, f"{len(engine.asked)} requests")

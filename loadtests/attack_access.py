@@ -1,17 +1,17 @@
-"""Who is let in and what gets through: keys, pages of other sites, paths, fields that no client may send, salts."""
+"""Access control: keys, cross-site requests, path spellings, reserved fields and salts."""
 
 import json
 from posixpath import normpath
 
 from loadtests.attack_bodies import CHAT
-from loadtests.attack_rig import KEY, Ground, Trials, Verdict, first_false, head, verdict
+from loadtests.attack_harness import KEY, Testbed, Trials, Verdict, check_all, head, verdict
 from tests.support.fakes.engine import MODEL
 
 TRIALS = Trials()
 _BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
 
 
-_DOORS = (
+_ENDPOINTS = (
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/responses"), ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"), ("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("POST", "/tokenize"),
     ("POST", "/detokenize"), ("GET", "/v1/responses/x"), ("POST", "/s/a/v1/chat/completions"), ("GET", "/metrics"),
@@ -28,46 +28,41 @@ _DOORS = (
 
 
 @TRIALS.add
-def keys(ground: Ground) -> Verdict:
-    """Without the right key no door does anything, however the key is sent"""
-    engine = ground.engine()
-    gateway = ground.before(engine, api_key=KEY)
-    wrong = [
+def api_keys(testbed: Testbed) -> Verdict:
+    """Without the right key no endpoint does anything, however the key is sent"""
+    engine = testbed.engine()
+    gateway = testbed.gateway_in_front_of(engine, api_key=KEY)
+    wrong_headers = [
         "x-api-key: ", "x-api-key: attack", f"x-api-key: {KEY}x", f"x-api-key: x{KEY}", "authorization: Bearer",
         f"authorization: Basic {KEY}", f"authorization: Token {KEY}", f"proxy-authorization: Bearer {KEY}",
         f"cookie: x-api-key={KEY}", f"x-api-keys: {KEY}", f"x_api_key: {KEY}", f"authorization: Bearer {KEY.upper()}",
         f"x-api-key: {KEY},{KEY}", f"authorization: Bearer Bearer {KEY}", "x-api-key: \xff", "accept: */*",
     ]  # fmt: skip
-    through: dict[str, bool] = {}
-    for method, path in _DOORS:
-        for header in wrong if path in (CHAT, "/admin/sessions", "/mcp") else wrong[-1:]:
-            answer = gateway.raw(head(method, path, header, "connection: close", length=2) + b"{}")
-            through[f"{method} {path} {header!r} is refused, not {answer.status}"] = answer.status in (
-                0,
-                400,
-                401,
-                404,
-                405,
-            )
+    checks: dict[str, bool] = {}
+    for method, path in _ENDPOINTS:
+        for header in wrong_headers if path in (CHAT, "/admin/sessions", "/mcp") else wrong_headers[-1:]:
+            answer = gateway.send_raw(head(method, path, header, "connection: close", length=2) + b"{}")
+            refused = answer.status in (0, 400, 401, 404, 405)
+            checks[f"{method} {path} {header!r} is refused, not {answer.status}"] = refused
     for path in (
         f"/admin/sessions?api_key={KEY}",
         f"/admin/sessions?x-api-key={KEY}",
         f"//{KEY}@127.0.0.1/admin/sessions",
     ):
-        answer = gateway.raw(head("GET", path, "connection: close"))
-        through[f"{path} is refused, not {answer.status}"] = answer.status in (400, 401, 404)
-    right = gateway.raw(head("GET", "/admin/sessions", f"authorization: bearer  {KEY}", "connection: close"))
-    through[f"the right key is let in, not {right.status}"] = right.status == 200
-    through["the engine was asked nothing"] = not engine.asked
-    through["the key is in no log"] = KEY not in gateway.log
-    return first_false(through)
+        answer = gateway.send_raw(head("GET", path, "connection: close"))
+        checks[f"{path} is refused, not {answer.status}"] = answer.status in (400, 401, 404)
+    right = gateway.send_raw(head("GET", "/admin/sessions", f"authorization: bearer  {KEY}", "connection: close"))
+    checks[f"the right key is accepted, not {right.status}"] = right.status == 200
+    checks["the engine got no request"] = not engine.asked
+    checks["the key is in no log"] = KEY not in gateway.log
+    return check_all(checks)
 
 
 @TRIALS.add
-def pages_of_other_sites(ground: Ground) -> Verdict:
-    """Without a key, no page of another site gets anything done: /admin, /mcp, and /v1 too"""
-    engine = ground.engine()
-    gateway = ground.before(engine)
+def cross_site_requests(testbed: Testbed) -> Verdict:
+    """Without a key, no page of another site can act on /admin, /mcp or /v1"""
+    engine = testbed.engine()
+    gateway = testbed.gateway_in_front_of(engine)
     gateway.chat("mine")
     engine.requests.clear()
     foreign = {
@@ -78,32 +73,32 @@ def pages_of_other_sites(ground: Ground) -> Verdict:
         "cross-site": ["sec-fetch-site: cross-site"],
         "same-site": ["sec-fetch-site: same-site"],
     }
-    wanted = {}
-    for method, path in _DOORS:
+    checks = {}
+    for method, path in _ENDPOINTS:
         body = _BODY if path.startswith(("/v1", "/s/", "/w/")) and method == "POST" else b"{}"
         for name, headers in foreign.items():
-            answer = gateway.raw(head(method, path, *headers, "connection: close", length=len(body)) + body)
-            wanted[f"{name}: {method} {path} is refused, not {answer.status}"] = answer.status in (403, 405, 415)
+            answer = gateway.send_raw(head(method, path, *headers, "connection: close", length=len(body)) + body)
+            checks[f"{name}: {method} {path} is refused, not {answer.status}"] = answer.status in (403, 405, 415)
     for name in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example"):
         raw = f"GET /admin/sessions HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\n\r\n".encode()
-        wanted[f"host {name} is refused"] = gateway.raw(raw).status == 403
-    preflight = gateway.raw(
+        checks[f"host {name} is refused"] = gateway.send_raw(raw).status == 403
+    preflight = gateway.send_raw(
         head("OPTIONS", CHAT, *foreign["foreign origin"], "access-control-request-method: POST", "connection: close")
     )
-    wanted["no preflight is granted"] = "access-control-allow-origin" not in preflight.headers
-    wanted[f"the engine was asked nothing, not {len(engine.asked)} times"] = not engine.asked
-    wanted["mine is still there"] = gateway.get("/admin/sessions/mine").status == 200
-    return first_false(wanted)
+    checks["no preflight is granted"] = "access-control-allow-origin" not in preflight.headers
+    checks[f"the engine got no request, not {len(engine.asked)}"] = not engine.asked
+    checks["the session is still there"] = gateway.get("/admin/sessions/mine").status == 200
+    return check_all(checks)
 
 
 @TRIALS.add
-def permissions_of_an_engine(ground: Ground) -> Verdict:
-    """An engine that lets every page read it does not make us readable where no key is set"""
-    engine = ground.engine()
-    open_ = ("access-control-allow-origin: *", "access-control-allow-credentials: true")
-    engine.on_other = lambda exchange: exchange.json({}, headers=open_)
-    engine.on_chat = lambda exchange: exchange.json({"choices": []}, headers=open_)
-    gateway = ground.before(engine)
+def engine_cors_headers(testbed: Testbed) -> Verdict:
+    """An engine's permissive CORS headers do not open a gateway that has no key"""
+    engine = testbed.engine()
+    cors_headers = ("access-control-allow-origin: *", "access-control-allow-credentials: true")
+    engine.on_other = lambda exchange: exchange.json({}, headers=cors_headers)
+    engine.on_chat = lambda exchange: exchange.json({"choices": []}, headers=cors_headers)
+    gateway = testbed.gateway_in_front_of(engine)
     answers = [gateway.chat("a"), gateway.post("/v1/embeddings", {"model": MODEL, "input": "a"})]
     return verdict(
         all("access-control-allow-origin" not in answer.headers for answer in answers),
@@ -111,7 +106,7 @@ def permissions_of_an_engine(ground: Ground) -> Verdict:
     )
 
 
-_SPELLINGS = (
+_OUTSIDE_V1 = (
     "/metrics", "/reset_prefix_cache", "/sleep", "/v1/../reset_prefix_cache", "/v1/%2e%2e/sleep",
     "/v1/..%2fsleep", "/v1/%2e%2e%2fsleep", "/v1/%252e%252e/sleep", "/v1//../sleep", "/v1/./../sleep", "/v1/..;/sleep",
     "/v1\\..\\sleep", "/v1/..%5csleep", "/s/a/v1/../sleep", "/s/a/../sleep", "/w/a/../sleep", "/s/a/s/b/sleep",
@@ -126,41 +121,41 @@ _NOT_LISTED = (
 
 
 @TRIALS.add
-def paths(ground: Ground) -> Verdict:
-    """No spelling of a path reaches a door of the engine beside /v1, and no completion gets past its salt"""
-    engine = ground.engine()
-    gateway = ground.before(engine)
-    for path in _SPELLINGS:
+def path_spellings(testbed: Testbed) -> Verdict:
+    """No path spelling reaches an engine endpoint outside /v1, and no completion avoids its salt"""
+    engine = testbed.engine()
+    gateway = testbed.gateway_in_front_of(engine)
+    for path in _OUTSIDE_V1:
         for method in ("GET", "POST"):
-            gateway.raw(head(method, path, "connection: close", length=2) + b"{}")
-    wrong = [f"NOT {r.method} {r.target}" for r in engine.asked if not normpath(r.path).startswith(("/v1/", "/tok"))]
+            gateway.send_raw(head(method, path, "connection: close", length=2) + b"{}")
+    failures = [f"NOT {r.method} {r.target}" for r in engine.asked if not normpath(r.path).startswith(("/v1/", "/tok"))]
     engine.requests.clear()
     spelled = ("/v1/chat/completions/", "/v1/%63hat/completions", "/v1/chat%2fcompletions", "/v1/chat/completions?x=1")
     for path in (*spelled, "/v1//chat/completions", "/v1/chat//completions", "/v1/CHAT/completions"):
-        gateway.raw(head("POST", path, "connection: close", length=len(_BODY)) + _BODY)
-    wrong += [f"NOT salted: {r.target}" for r in engine.asked if r.path == CHAT and not r.json.get("cache_salt")]
-    return verdict(not wrong, *wrong, f"{len(_SPELLINGS) * 2} spellings, {len(engine.asked)} turns salted")
+        gateway.send_raw(head("POST", path, "connection: close", length=len(_BODY)) + _BODY)
+    failures += [f"NOT salted: {r.target}" for r in engine.asked if r.path == CHAT and not r.json.get("cache_salt")]
+    return verdict(not failures, *failures, f"{len(_OUTSIDE_V1) * 2} spellings, {len(engine.asked)} turns salted")
 
 
 @TRIALS.add
-def allow_list(ground: Ground) -> Verdict:
-    """What is not listed under /v1 does not pass, by any method"""
-    engine = ground.engine()
+def allow_list(testbed: Testbed) -> Verdict:
+    """What is not on the allow list under /v1 is not forwarded, by any method"""
+    engine = testbed.engine()
     engine.on_other = lambda exchange: exchange.json({})
-    gateway = ground.before(engine)
+    gateway = testbed.gateway_in_front_of(engine)
     for path in _NOT_LISTED:
         for method in ("GET", "POST", "DELETE", "PUT"):
-            gateway.raw(head(method, path, "connection: close", length=2) + b"{}")
+            gateway.send_raw(head(method, path, "connection: close", length=2) + b"{}")
     passed = sorted({f"{r.method} {r.target}" for r in engine.asked})
     return verdict(not passed, f"{len(passed)} of {len(_NOT_LISTED) * 4} passed", *passed[:4])
 
 
 @TRIALS.add
-def private_fields(ground: Ground) -> Verdict:
-    """What a client may not say does not get to the engine: salts, transfers, ranks, request ids"""
-    engine = ground.engine()
+def private_fields(testbed: Testbed) -> Verdict:
+    """Fields reserved to the gateway never reach the engine: salts, transfers, ranks, request ids"""
+    engine = testbed.engine()
     engine.on_other = lambda exchange: exchange.json({})
-    gateway = ground.before(engine)
+    gateway = testbed.gateway_in_front_of(engine)
     body = (
         b'{"model":"demo","messages":[{"role":"user","content":"hi"}],"input":"a","cache_salt":"mine","cache\\u005fsalt":"mine",'
         b'"kv_transfer_params":{"do_remote_decode":true},"ec_transfer_params":{"a":"mine"},"request_id":"mine","priority":-9,'
@@ -168,25 +163,25 @@ def private_fields(ground: Ground) -> Verdict:
     )
     headers = ["x-data-parallel-rank: 1", "x-session-id: a", "connection: close"]
     for path in (CHAT, "/v1/embeddings", "/v1/chat/completions/batch"):
-        gateway.raw(head("POST", path, *headers, length=len(body)) + body)
-    wrong: set[str] = set()
+        gateway.send_raw(head("POST", path, *headers, length=len(body)) + body)
+    failures: set[str] = set()
     for request in engine.asked:
         sent = request.json
-        wrong |= {f"NOT {request.path}: {name}" for name in _PRIVATE if name in sent}
-        wrong |= {f"NOT {request.path}: its salt" for _ in [0] if sent.get("cache_salt") == "mine"}
-        wrong |= {f"NOT {request.path}: {name}" for name in ("x-data-parallel-rank",) if request.header(name)}
-    return verdict(not wrong and bool(engine.asked), *sorted(wrong), f"{len(engine.asked)} requests seen")
+        failures |= {f"NOT {request.path}: {name}" for name in _PRIVATE if name in sent}
+        failures |= {f"NOT {request.path}: the client's salt" for _ in [0] if sent.get("cache_salt") == "mine"}
+        failures |= {f"NOT {request.path}: {name}" for name in ("x-data-parallel-rank",) if request.header(name)}
+    return verdict(not failures and bool(engine.asked), *sorted(failures), f"{len(engine.asked)} requests")
 
 
 _PRIVATE = ("kv_transfer_params", "ec_transfer_params", "request_id", "priority")
 
 
 @TRIALS.add
-def anonymous_salts(ground: Ground) -> Verdict:
-    """Two anonymous clients share no salt at the endpoints that pass through"""
-    engine = ground.engine()
+def anonymous_salts(testbed: Testbed) -> Verdict:
+    """Two anonymous clients share no salt at the pass-through endpoints"""
+    engine = testbed.engine()
     engine.on_other = lambda exchange: exchange.json({})
-    gateway = ground.before(engine)
+    gateway = testbed.gateway_in_front_of(engine)
     for user in ("a", "b"):
         for path in ("/v1/chat/completions/batch", "/v1/embeddings"):
             gateway.post(

@@ -1,4 +1,4 @@
-"""A window's file, written here byte by byte, so that it can lie and still be whole by its own account."""
+"""Window files built byte by byte, so that they can be inconsistent while their own checksums match."""
 
 import json
 import tarfile
@@ -25,7 +25,7 @@ def window_file(
     fingerprint: str, transcript: bytes = _TALK, frame: bytes = b"{}", ids: bytes = b"\1\0\0\0" * 4,
     manifest: Callable[[bytes], bytes] = bytes, **record: Any,
 ) -> bytes:  # fmt: skip
-    """The file of a window; `manifest` changes the manifest's bytes, `record` what it says of the window."""
+    """Build a window file; `manifest` rewrites the manifest's bytes, `record` overrides fields of the window record."""
     texts = (transcript, frame, ids)
     members = [{"size": len(text), "blake3": blake3(text).hexdigest()} for text in texts]
     window = {**_RECORD, "fingerprint": fingerprint, "token_count": len(ids) // 4, **record}
@@ -36,27 +36,27 @@ def window_file(
 
 
 def header(name: str, size: int) -> bytes:
-    """The tar header of a member."""
+    """Return the tar header of a member."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
 def member(name: str, data: bytes) -> bytes:
-    """A member, padded to whole blocks."""
+    """Return a tar member, padded to full blocks."""
     return header(name, len(data)) + data + bytes(-len(data) % BLOCK)
 
 
 def with_object(manifest: bytes, size: int, chunk_size: int) -> bytes:
-    """A manifest that promises one KV object of so many bytes."""
-    whole = json.loads(manifest)
-    whole["objects"] = [{"size": size, "blake3": "0" * 64}]
-    whole["window"] |= {"chunk_count": 1, "chunk_size": chunk_size}
-    return json.dumps(whole).encode()
+    """Return the manifest with one KV object of so many bytes announced."""
+    value = json.loads(manifest)
+    value["objects"] = [{"size": size, "blake3": "0" * 64}]
+    value["window"] |= {"chunk_count": 1, "chunk_size": chunk_size}
+    return json.dumps(value).encode()
 
 
 def fingerprint(gateway: Gateway) -> str:
-    """What a gateway takes a model's weights for, read from an export of its own."""
+    """Return the gateway's fingerprint of its model, read from a window it exported."""
     gateway.chat("own", "hi")
     gateway.freeze("own", "own")
     file = gateway.get("/admin/windows/own/export").body
