@@ -1,4 +1,4 @@
-"""Agents as people install them, and how each is pointed at a base URL and told to do something without a terminal."""
+"""Agents as users install them: how each is pointed at a base URL and run without a terminal."""
 
 import json
 import os
@@ -9,97 +9,97 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = "demo"
-TOOLS = "context-windows"  # what the gateway's tools are called in an agent's configuration
-_WITHIN_S = 120.0
+TOOLS = "context-windows"  # name of the gateway's MCP server in an agent's configuration
+_TIMEOUT_S = 120.0
 _SCRIPT = Path(__file__).with_name("openai_agent.py")
 _ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
-class Doing:
-    """One run of an agent: a prompt, how it goes on from the run before, and what must be in what it prints."""
+class AgentRun:
+    """One run of an agent: its prompt, how it resumes the run before, and a text that its output must contain."""
 
     prompt: str
-    goes_on: str = ""  # "", "continue" or "fork"
+    resume: str = ""  # "", "continue" or "fork"
     expect: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolServer:
-    """The gateway's tools as an agent is told of them: by address, or as the command that serves stdio."""
+    """The gateway's MCP server as configured in an agent: by URL, or as the command that serves stdio."""
 
     url: str
     stdio: bool
 
     @property
     def command(self) -> list[str]:
-        """What to start for stdio."""
+        """The command that serves MCP over stdio."""
         return [sys.executable, "-m", "gateway", "mcp"]
 
     @property
     def environment(self) -> dict[str, str]:
-        """With what in its environment."""
+        """The environment variables of that command."""
         return {"CWG_URL": self.url, "PYTHONPATH": str(_ROOT)}
 
     @property
     def endpoint(self) -> str:
-        """Where it is over HTTP."""
+        """The URL of the MCP server over HTTP."""
         return f"{self.url}/mcp"
 
 
 class Agent:
-    """An agent with a home directory of its own, so that nobody's settings or credentials are seen by it."""
+    """An agent with its own home directory, so that it sees no settings or credentials of the user."""
 
     name = ""
     executable = ""
     api = ""  # the dialect it speaks
-    named = ""  # what it puts before the name of one of the gateway's tools
+    tool_prefix = ""  # which it puts in front of the names of the gateway's tools
     tools: ToolServer | None = None
 
-    def __init__(self, found: Path, folder: Path, base_url: str) -> None:
-        self.found = found
+    def __init__(self, path: Path, folder: Path, base_url: str) -> None:
+        self.path = path
         self.base_url = base_url
         self.home, self.work = folder / "home", folder / "work"
-        for made in (self.home, self.work):
-            made.mkdir(parents=True, exist_ok=True)
+        for directory in (self.home, self.work):
+            directory.mkdir(parents=True, exist_ok=True)
         self.prepare()
 
     def prepare(self) -> None:
-        """Write the configuration that it needs."""
+        """Write the agent's configuration."""
 
-    def offer(self, tools: ToolServer) -> None:
-        """Tell it of the gateway's tools."""
+    def configure_tools(self, tools: ToolServer) -> None:
+        """Add the gateway's MCP server to the agent's configuration."""
         self.tools = tools
 
     def environment(self) -> Mapping[str, str]:
-        """Variables of its own."""
+        """Environment variables that the agent needs."""
         return {}
 
-    def command(self, doing: Doing) -> tuple[Sequence[str], str]:
-        """The command line, and what goes to its standard input."""
+    def command(self, run: AgentRun) -> tuple[Sequence[str], str]:
+        """The command line, and the text for its standard input."""
         raise NotImplementedError
 
     def version(self) -> str:
-        """What it says that it is."""
-        return self._run([str(self.found), "--version"], "").stdout.strip().split("\n")[-1]
+        """The version that the agent reports."""
+        return self._execute([str(self.path), "--version"], "").stdout.strip().split("\n")[-1]
 
-    def do(self, doing: Doing) -> str:
-        """Run it once and return what it printed. Raises RuntimeError."""
-        argv, given = self.command(doing)
-        done = self._run(argv, given)
-        if done.returncode or doing.expect not in done.stdout:
+    def run(self, run: AgentRun) -> str:
+        """Run the agent once and return its output. Raises RuntimeError if it fails or lacks the expected text."""
+        argv, stdin = self.command(run)
+        process = self._execute(argv, stdin)
+        if process.returncode or run.expect not in process.stdout:
             raise RuntimeError(
-                f"{self.name} ended with {done.returncode}; expected {doing.expect!r} in:\n{done.stdout[-2000:]}"
-                f"\nand it wrote to stderr:\n{done.stderr[-2000:]}"
+                f"{self.name} exited with {process.returncode}; expected {run.expect!r} in:\n{process.stdout[-2000:]}"
+                f"\nand it wrote to stderr:\n{process.stderr[-2000:]}"
             )
-        return done.stdout
+        return process.stdout
 
-    def _run(self, argv: Sequence[str], given: str) -> "subprocess.CompletedProcess[str]":
-        base = {"PATH": f"{self.found.parent}:{os.environ['PATH']}", "HOME": str(self.home), "TERM": "dumb",
+    def _execute(self, argv: Sequence[str], stdin: str) -> "subprocess.CompletedProcess[str]":
+        base = {"PATH": f"{self.path.parent}:{os.environ['PATH']}", "HOME": str(self.home), "TERM": "dumb",
                 "LANG": "C.UTF-8", "NO_PROXY": "127.0.0.1"}  # fmt: skip
         return subprocess.run(
-            argv, cwd=self.work, env={**base, **self.environment()}, input=given, capture_output=True, text=True,
-            timeout=_WITHIN_S, check=False,
+            argv, cwd=self.work, env={**base, **self.environment()}, input=stdin, capture_output=True, text=True,
+            timeout=_TIMEOUT_S, check=False,
         )  # fmt: skip
 
 
@@ -109,11 +109,11 @@ class ClaudeCode(Agent):
     name = "claude-code"
     executable = "claude"
     api = "messages"
-    named = f"mcp__{TOOLS}__"
+    tool_prefix = f"mcp__{TOOLS}__"
     bare = False  # the short system prompt
 
-    def offer(self, tools: ToolServer) -> None:
-        super().offer(tools)
+    def configure_tools(self, tools: ToolServer) -> None:
+        super().configure_tools(tools)
         stdio = {"command": tools.command[0], "args": tools.command[1:], "env": tools.environment}
         server = stdio if tools.stdio else {"type": "http", "url": tools.endpoint}
         self._servers.write_text(json.dumps({"mcpServers": {TOOLS: server}}))
@@ -134,16 +134,16 @@ class ClaudeCode(Agent):
             "DISABLE_AUTOUPDATER": "1",
             "DISABLE_ERROR_REPORTING": "1",
             "IS_SANDBOX": "1",
-            # Or else the first request goes out before the tools are there, and a model has to look for them.
+            # Otherwise the first request is sent before the tools are loaded, and the model has to search for them.
             "ENABLE_TOOL_SEARCH": "false",
             "MCP_CONNECTION_NONBLOCKING": "0",
             "MCP_CONNECT_TIMEOUT_MS": "60000",
         }
 
-    def command(self, doing: Doing) -> tuple[Sequence[str], str]:
-        goes_on = {"": [], "continue": ["--continue"], "fork": ["--continue", "--fork-session"]}[doing.goes_on]
+    def command(self, run: AgentRun) -> tuple[Sequence[str], str]:
+        flags = {"": [], "continue": ["--continue"], "fork": ["--continue", "--fork-session"]}[run.resume]
         bare = ["--bare"] if self.bare else []
-        argv = [str(self.found), "-p", doing.prompt, "--output-format", "json", *bare, *goes_on]
+        argv = [str(self.path), "-p", run.prompt, "--output-format", "json", *bare, *flags]
         if self.tools:
             argv += ["--mcp-config", str(self._servers), "--strict-mcp-config"]
         return [*argv, "--allowedTools", "Bash", "Agent", f"mcp__{TOOLS}"], ""
@@ -155,7 +155,7 @@ class Codex(Agent):
     name = "codex"
     executable = "codex"
     api = "responses"
-    named = f"mcp__{TOOLS.replace('-', '_')}__"
+    tool_prefix = f"mcp__{TOOLS.replace('-', '_')}__"
 
     def prepare(self) -> None:
         lines = [
@@ -172,13 +172,13 @@ class Codex(Agent):
         ]
         self._config.write_text("\n".join(lines) + "\n")
 
-    def offer(self, tools: ToolServer) -> None:
-        super().offer(tools)
+    def configure_tools(self, tools: ToolServer) -> None:
+        super().configure_tools(tools)
         variables = [f"{name} = {json.dumps(value)}" for name, value in tools.environment.items()]
         stdio = [f"command = {json.dumps(tools.command[0])}", f"args = {json.dumps(tools.command[1:])}",
                  f"[mcp_servers.{TOOLS}.env]", *variables]  # fmt: skip
-        waiting = "required = true"  # or else the first request goes out before the tools are there
-        lines = [f"[mcp_servers.{TOOLS}]", waiting, *(stdio if tools.stdio else [f'url = "{tools.endpoint}"'])]
+        wait_for_tools = "required = true"  # otherwise the first request is sent before the tools are loaded
+        lines = [f"[mcp_servers.{TOOLS}]", wait_for_tools, *(stdio if tools.stdio else [f'url = "{tools.endpoint}"'])]
         with self._config.open("a") as config:
             config.write("\n".join(lines) + "\n")
 
@@ -189,10 +189,14 @@ class Codex(Agent):
     def environment(self) -> Mapping[str, str]:
         return {"CODEX_HOME": str(self.home), "OPENAI_API_KEY": "x"}
 
-    def command(self, doing: Doing) -> tuple[Sequence[str], str]:
-        goes_on = {"": [], "continue": ["resume", "--last"], "fork": ["fork", self._last() if doing.goes_on else ""]}
-        flags = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
-        return [str(self.found), "exec", *goes_on[doing.goes_on], *flags, doing.prompt], ""
+    def command(self, run: AgentRun) -> tuple[Sequence[str], str]:
+        flags = {
+            "": [],
+            "continue": ["resume", "--last"],
+            "fork": ["fork", self._last() if run.resume else ""],
+        }
+        options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+        return [str(self.path), "exec", *flags[run.resume], *options, run.prompt], ""
 
     def _last(self) -> str:
         """The id of the newest session: the name of its file ends with it."""
@@ -206,7 +210,7 @@ class OpenCode(Agent):
     name = "opencode"
     executable = "opencode"
     api = "chat"
-    named = f"{TOOLS}_"
+    tool_prefix = f"{TOOLS}_"
 
     def prepare(self) -> None:
         options = {"baseURL": f"{self.base_url}/v1", "apiKey": "x"}
@@ -219,8 +223,8 @@ class OpenCode(Agent):
         self._config.parent.mkdir(parents=True, exist_ok=True)
         self._config.write_text(json.dumps(config))
 
-    def offer(self, tools: ToolServer) -> None:
-        super().offer(tools)
+    def configure_tools(self, tools: ToolServer) -> None:
+        super().configure_tools(tools)
         stdio = {"type": "local", "command": tools.command, "environment": tools.environment}
         server = stdio if tools.stdio else {"type": "remote", "url": tools.endpoint}
         self._config.write_text(json.dumps({**json.loads(self._config.read_text()), "mcp": {TOOLS: server}}))
@@ -232,14 +236,14 @@ class OpenCode(Agent):
     def environment(self) -> Mapping[str, str]:
         return {"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"}
 
-    def command(self, doing: Doing) -> tuple[Sequence[str], str]:
-        goes_on = {"": [], "continue": ["--continue"], "fork": ["--continue", "--fork"]}[doing.goes_on]
-        # A prompt on the command line would be put in quotation marks.
-        return [str(self.found), "run", *goes_on], doing.prompt
+    def command(self, run: AgentRun) -> tuple[Sequence[str], str]:
+        flags = {"": [], "continue": ["--continue"], "fork": ["--continue", "--fork"]}[run.resume]
+        # A prompt on the command line would be wrapped in quotation marks.
+        return [str(self.path), "run", *flags], run.prompt
 
 
 class AgentsSDK(Agent):
-    """The OpenAI Agents SDK; the prompts of a conversation are the lines of its input."""
+    """The OpenAI Agents SDK; each line of its input is the next prompt of one conversation."""
 
     name = "openai-agents"
     executable = "python"
@@ -248,10 +252,10 @@ class AgentsSDK(Agent):
 
     def version(self) -> str:
         ask = "from importlib.metadata import version; print(version('openai-agents'))"
-        return self._run([str(self.found), "-c", ask], "").stdout.strip()
+        return self._execute([str(self.path), "-c", ask], "").stdout.strip()
 
-    def command(self, doing: Doing) -> tuple[Sequence[str], str]:
-        return [str(self.found), str(_SCRIPT), f"{self.base_url}/v1", MODEL, *self.flags], doing.prompt
+    def command(self, run: AgentRun) -> tuple[Sequence[str], str]:
+        return [str(self.path), str(_SCRIPT), f"{self.base_url}/v1", MODEL, *self.flags], run.prompt
 
     def environment(self) -> Mapping[str, str]:
         if self.tools is None:

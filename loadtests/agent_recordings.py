@@ -1,7 +1,7 @@
-"""What agents sent, made small and free of the machine it was made on: the fixture of the tests of identity.
+"""Requests of real agents, shortened and anonymised: the fixture of the tests of session identity.
 
-Texts are cut, with their length and a hash in place of the rest: what was equal stays equal, what differed differs.
-Ids, keys of devices and times stay as they were sent, folders do not.
+Texts are cut, with their length and a hash in place of the rest, so equal texts stay equal and different ones stay
+different. Ids, device keys and times are kept as they were sent; directory names are replaced.
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 96  # characters of a text
-_ASKED = 1000  # characters of a question with tool calls
+_QUESTION = 1000  # characters of a question with tool calls
 _SCHEMAS = ("parameters", "input_schema")
-# They speak of the connection or of the client's machine.
+# These describe the connection or the client's machine.
 _DROPPED = frozenset(
     {"host", "connection", "accept-encoding", "content-length", "accept", "authorization", "x-api-key"}
 )
@@ -24,7 +24,7 @@ _HARDWARE = ("x-stainless-arch", "x-stainless-os", "x-stainless-runtime-version"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One scenario of an agent, as the engine wrote its requests down."""
+    """One scenario of an agent, as the engine recorded its requests."""
 
     agent: str
     version: str
@@ -37,8 +37,8 @@ def write(file: Path, recordings: Sequence[Recording], folder: Path) -> None:
     cleaned = [_cleaned(recording, folder) for recording in recordings]
     about = (
         "Requests of real agents to an engine (python -m loadtests.agents_tour --record). `conversation` is the "
-        "true one, told by what the agent was asked to do. Texts are cut: '...[characters, hash]'. Schemas of "
-        "tools are left out."
+        "true one, known from what the agent was asked to do. Texts are cut: '...[characters, hash]'. Tool schemas "
+        "are left out."
     )
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"about": about, "recordings": cleaned}, indent=1, ensure_ascii=False) + "\n")
@@ -46,10 +46,10 @@ def write(file: Path, recordings: Sequence[Recording], folder: Path) -> None:
 
 def _cleaned(recording: Recording, folder: Path) -> dict[str, Any]:
     requests = [json.loads(line.replace(str(folder), "/home/user")) for line in recording.lines]
-    asked = [_request(r) for r in requests if r["method"] == "POST"]
+    posts = [_request(r) for r in requests if r["method"] == "POST"]
     probes = sorted({f"{r['method']} {r['target']}" for r in requests if r["method"] != "POST"})
     return {"agent": recording.agent, "version": recording.version, "scenario": recording.scenario, "probes": probes,
-            "requests": asked}  # fmt: skip
+            "requests": posts}  # fmt: skip
 
 
 def _request(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _request(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conversation(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
-    """Which conversation a request truly belongs to, from what the scenarios are known to do."""
+    """Which conversation a request truly belongs to, known from what the scenarios do."""
     text = json.dumps(body)
     if "You are a title generator" in text:
         return "title"
@@ -74,16 +74,16 @@ def _conversation(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
         return "compacting"
     if "Another way." in text:
         return "fork"
-    users = [m for m in body.get("messages", body.get("input")) if _said_by_user(m)]
+    users = [m for m in body.get("messages", body.get("input")) if _is_user_message(m)]
     return "sub" if any("You are the sub." in _opening(m) for m in users) else "main"
 
 
-def _said_by_user(message: object) -> bool:
+def _is_user_message(message: object) -> bool:
     return isinstance(message, dict) and message.get("role") == "user"
 
 
 def _opening(message: Mapping[str, Any]) -> str:
-    """What a message says before any tool call that it asks for."""
+    """The text of a message in front of any tool calls that it asks for."""
     content = message["content"]
     texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     return "\n".join(re.split(r"\[\[", text, maxsplit=1)[0] for text in texts)
@@ -91,8 +91,8 @@ def _opening(message: Mapping[str, Any]) -> str:
 
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
-        # A question with tool calls in it must still be understood by the engine that made it.
-        return value if value.startswith("{") or ("[[" in value and len(value) < _ASKED) else _short(value)
+        # The scripted engine must still find the tool calls in a question.
+        return value if value.startswith("{") or ("[[" in value and len(value) < _QUESTION) else _short(value)
     if isinstance(value, list):
         return [_cut(item) for item in value]
     if isinstance(value, dict):

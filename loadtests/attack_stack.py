@@ -99,7 +99,7 @@ def _stack_processes(parts: local.Parts) -> list[machine.Process]:
 
 
 def _all_running(parts: local.Parts, processes: list[machine.Process]) -> bool:
-    return len(machine.still_there(processes)) == len(processes) and parts.engine.pid > 0
+    return len(machine.still_running(processes)) == len(processes) and parts.engine.pid > 0
 
 
 @TRIALS.add

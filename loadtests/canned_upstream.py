@@ -1,10 +1,10 @@
-"""An engine that costs almost nothing: it answers with a canned completion, so that what a proxy adds is what is seen.
+"""An engine that costs almost nothing: it sends a canned completion, so that a measurement shows what a proxy adds.
 
-`python -m loadtests.canned_upstream --port 9000`. The model's name says how it answers:
+`python -m loadtests.canned_upstream --port 9000`. The model's name selects the kind of response:
 
-canned        a JSON answer at once; a stream as fast as the reader takes it, each event its own HTTP chunk and write
-canned-5ms    the same stream with 5 ms (any whole number) between chunks, each of them holding the time it was sent
-canned-ragged the same stream cut anywhere, in the middle of lines too
+canned        JSON at once; a stream as fast as the reader takes it, each event in its own HTTP chunk and write
+canned-5ms    the same stream with 5 ms (or 100 ms) between chunks, each carrying the time it was sent
+canned-ragged the same stream split at arbitrary points, also within lines
 """
 
 import argparse
@@ -30,7 +30,7 @@ _USAGE = {
     "completion_tokens": 62,
     "prompt_tokens_details": {"cached_tokens": 96},
 }
-_STAMP = "vllm-0.32.0-tp1-4f2b6c1d"
+_FINGERPRINT = "vllm-0.32.0-tp1-4f2b6c1d"
 _DONE = b"data: [DONE]\n\n"
 _RAGGED_SIZES = (7, 190, 33, 401, 2, 64)
 
@@ -39,15 +39,15 @@ _MODEL = re.compile(rb'"model":\s*"([^"]*)"')
 _STREAM = re.compile(rb'"stream":\s*true')
 _WITH_USAGE = re.compile(rb'"include_usage":\s*true')
 _PACE = re.compile(r"-(\d+)ms$")
-# Everything that decides an answer stands before or after the messages; the messages may be half a megabyte.
-_EDGE = 2048
+# The fields that select a response are in front of the messages or after them; the messages may be half a megabyte.
+_EDGE_BYTES = 2048
 
 
 def events(model: str, *, usage: bool) -> list[bytes]:
-    """The events of a streamed reply as vLLM writes them."""
+    """Return the events of a streamed reply as vLLM writes them."""
     finish = _chunk(model, [_choice({}, "stop")])
     last = [finish, {**_chunk(model, []), "usage": _USAGE}] if usage else [finish]
-    last[-1]["system_fingerprint"] = _STAMP  # vLLM stamps the last event of an answer, whichever that is
+    last[-1]["system_fingerprint"] = _FINGERPRINT  # vLLM adds it to the last event, whichever that is
     return [
         _event(_chunk(model, [_choice({"role": "assistant", "content": ""}, None)])),
         *(token(model, f" token{i}") for i in range(EVENTS - 2)),
@@ -57,7 +57,7 @@ def events(model: str, *, usage: bool) -> list[bytes]:
 
 
 def token(model: str, text: str) -> bytes:
-    """One event in the middle of a reply."""
+    """Return one event in the middle of a reply."""
     return _event(_chunk(model, [_choice({"content": text}, None)]))
 
 
@@ -66,7 +66,7 @@ def _event(body: dict[str, Any]) -> bytes:
 
 
 def ragged(model: str, *, usage: bool) -> list[bytes]:
-    """The same bytes, cut without regard to events and lines."""
+    """Return the same bytes, split without regard to events and lines."""
     whole, cuts, at = b"".join(events(model, usage=usage)), [], 0
     for size in itertools.cycle(_RAGGED_SIZES):
         cuts.append(whole[at : at + size])
@@ -109,7 +109,7 @@ _STREAM_END = b"0\r\n\r\n"
 
 
 def _written(chunks: Sequence[bytes]) -> list[bytes]:
-    """What goes to the socket, one write each; the end of the body goes with the last chunk, as uvicorn sends it."""
+    """Return the socket writes; the end of the body is sent with the last chunk, as uvicorn does."""
     return [*map(_framed, chunks[:-1]), _framed(chunks[-1]) + _STREAM_END]
 
 
@@ -117,31 +117,31 @@ _ANSWERS = {name.encode(): _whole(name) for name in MODELS}
 _EVENTS = {(name.encode(), usage): events(name, usage=usage) for name in MODELS for usage in (False, True)}
 _STREAMS = {key: _written(chunks) for key, chunks in _EVENTS.items()}
 _STREAMS |= {(b"canned-ragged", usage): _written(ragged("canned-ragged", usage=usage)) for usage in (False, True)}
-_PACES = {name.encode(): int(found[1]) / 1000 for name in MODELS if (found := _PACE.search(name))}
+_PACES = {name.encode(): int(match[1]) / 1000 for name in MODELS if (match := _PACE.search(name))}
 
 
-class Answering(asyncio.Protocol):
-    """One connection. Requests come one after the other; nobody here pipelines."""
+class CannedProtocol(asyncio.Protocol):
+    """One connection. Requests arrive one after the other; pipelining is not supported."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, seen: set[object]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, computed: set[object]) -> None:
         self._loop = loop
-        self._seen = seen
+        self._computed = computed
         self._transport: asyncio.Transport
         self._parts: list[bytes] = []
         self._size = self._wanted = 0
         self._next: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The loop's call."""
+        """Keep the transport."""
         self._transport = transport  # type: ignore[assignment]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The loop's call; a reader that leaves ends its stream."""
+        """End the stream of a client that has disconnected."""
         if self._next is not None:
             self._next.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """The loop's call."""
+        """Collect data until a request is complete, then answer it."""
         if self._parts:
             self._parts.append(data)
             self._size += len(data)
@@ -161,14 +161,14 @@ class Answering(asyncio.Protocol):
         if path == b"/v1/chat/completions":
             self._chat(body)
         elif method == b"POST":
-            self._transport.write(self._asked(path, orjson.loads(body or b"{}")))
+            self._transport.write(self._control(path, orjson.loads(body or b"{}")))
         else:
-            self._transport.write(_shown(path))
+            self._transport.write(_get(path))
 
     def _chat(self, body: bytes) -> None:
-        edges = body if len(body) <= 2 * _EDGE else body[:_EDGE] + body[-_EDGE:]
-        found = _MODEL.search(edges)
-        model = found[1] if found else b"canned"
+        edges = body if len(body) <= 2 * _EDGE_BYTES else body[:_EDGE_BYTES] + body[-_EDGE_BYTES:]
+        model_match = _MODEL.search(edges)
+        model = model_match[1] if model_match else b"canned"
         if model not in _ANSWERS:
             self._transport.write(_json(404, {"error": {"message": "no such model", "code": 404}}))
         elif not _STREAM.search(edges):
@@ -182,13 +182,13 @@ class Answering(asyncio.Protocol):
                 self._stream(_STREAMS[model, usage], 0)
 
     def _stream(self, writes: Sequence[bytes], at: int) -> None:
-        """One chunk for each turn of the loop: uvloop would make one write of all that is written in one turn."""
+        """Send one chunk per iteration of the event loop: uvloop merges all writes of one iteration."""
         self._transport.write(writes[at])
         if at + 1 < len(writes):
             self._next = self._loop.call_soon(self._stream, writes, at + 1)
 
     def _paced(self, model: bytes, chunks: Sequence[bytes], began: float, at: int) -> None:
-        """One chunk when its time has come; the text of a token is the time at which it is written."""
+        """Send each chunk when it is due; the text of a token is the time at which it is written."""
         timed = 0 < at < EVENTS - 1
         chunk = token(model.decode(), f"@{time.monotonic_ns()}") if timed else chunks[at]
         last = at + 1 == len(chunks)
@@ -197,8 +197,8 @@ class Answering(asyncio.Protocol):
             due = began + (at + 1) * _PACES[model]
             self._next = self._loop.call_at(due, self._paced, model, chunks, began, at + 1)
 
-    def _asked(self, path: bytes, body: dict[str, Any]) -> bytes:
-        """What a gateway asks on its own account: token ids, and a prefix computed under a salt."""
+    def _control(self, path: bytes, body: dict[str, Any]) -> bytes:
+        """Answer the gateway's own requests: token ids, and a prefix computed under a salt."""
         if path == b"/tokenize":
             tokens = list(str(body.get("prompt", "")).encode())
             return _json(200, {"tokens": tokens, "count": len(tokens), "max_model_len": CONTEXT_LIMIT})
@@ -209,8 +209,8 @@ class Answering(asyncio.Protocol):
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt, salt = body.get("prompt", ""), body.get("cache_salt")
         key = (salt, str(prompt))
-        cached = len(prompt) - 1 if key in self._seen else 0
-        self._seen.add(key)
+        cached = len(prompt) - 1 if key in self._computed else 0
+        self._computed.add(key)
         usage = {
             "prompt_tokens": len(prompt),
             "total_tokens": len(prompt) + 1,
@@ -222,7 +222,7 @@ class Answering(asyncio.Protocol):
                 "choices": [choice], "usage": usage}  # fmt: skip
 
 
-def _shown(path: bytes) -> bytes:
+def _get(path: bytes) -> bytes:
     if path == b"/v1/models":
         cards = [
             {"id": name, "object": "model", "created": _CREATED, "owned_by": "vllm", "root": name, "parent": None,
@@ -239,8 +239,8 @@ def _shown(path: bytes) -> bytes:
 
 async def _serve(port: int) -> None:
     loop = asyncio.get_running_loop()
-    seen: set[object] = set()
-    server = await loop.create_server(lambda: Answering(loop, seen), "127.0.0.1", port, backlog=BACKLOG)
+    computed: set[object] = set()
+    server = await loop.create_server(lambda: CannedProtocol(loop, computed), "127.0.0.1", port, backlog=BACKLOG)
     await server.serve_forever()
 
 

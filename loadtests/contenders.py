@@ -1,4 +1,4 @@
-"""Who is measured, how each is started, and that none of them outlives the measurement."""
+"""The servers under measurement: how each is started, and stopped with everything it has started."""
 
 import http.client
 import json
@@ -27,7 +27,7 @@ _ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A server to start: its command line, what it needs in its environment, and where it says that it is ready."""
+    """A server to start: its command line, the path of its readiness check, and its environment variables."""
 
     command: Sequence[str]
     ready: str
@@ -36,7 +36,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A server that runs and is measured."""
+    """A running server under measurement."""
 
     name: str
     version: str
@@ -44,18 +44,18 @@ class Contender:
     pid: int
 
     def url(self, path: str) -> str:
-        """The address of something that it serves."""
+        """Return the URL of a path on this server."""
         return f"http://127.0.0.1:{self.port}{path}"
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another proxy: its executable, how it is started before an upstream, and how one gets it."""
+    """Another proxy: its executable, how to install it, and how to start it in front of an upstream."""
 
     name: str
     executable: str
     distribution: str
-    get_it: str
+    how_to_install: str
     launch: Callable[[Path, int, str, Path], Launch]
 
 
@@ -91,32 +91,32 @@ def _litellm(executable: Path, port: int, upstream: str, work: Path) -> Launch:
 PEERS = (
     Peer("vllm-router", "vllm-router", "vllm-router", "pip install 'vllm-router>=0.1.17,<0.2'", _vllm_router),
     Peer("agentic-api", "agentic-api", "agentic-api", "pip install agentic-api", _agentic_api),
-    Peer("litellm", "litellm", "litellm", "pip install 'litellm[proxy]', best in an environment of its own", _litellm),
+    Peer("litellm", "litellm", "litellm", "pip install 'litellm[proxy]', best in a separate environment", _litellm),
 )
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
 
 
-def find(peer: Peer, named: str | None) -> Path | None:
-    """The executable of a peer: the one that was named, or one beside this Python, or one on PATH."""
+def find(peer: Peer, path: str | None) -> Path | None:
+    """Return the executable of a peer: `path` if given, else from this Python's directory or PATH; None if missing."""
     here = str(Path(sys.executable).parent)
-    found = shutil.which(named or peer.executable, path=None if named else f"{here}{os.pathsep}{os.environ['PATH']}")
-    return Path(found).absolute() if found else None
+    file = shutil.which(path or peer.executable, path=None if path else f"{here}{os.pathsep}{os.environ['PATH']}")
+    return Path(file).absolute() if file else None
 
 
-class DoesNotStart(Exception):
-    """A contender ended or did not get ready; the message has the end of its log."""
+class StartError(Exception):
+    """A contender exited or did not get ready; the message contains the end of its log."""
 
 
 @contextmanager
 def upstream(work: Path, module: str = "loadtests.canned_upstream") -> Iterator[Contender]:
-    """Run the canned engine, or another of its kind."""
+    """Run the canned engine, or the engine of another module."""
     port = free_port()
     launch = Launch([sys.executable, "-m", module, "--port", str(port)], "/health")
     with _running(UPSTREAM, "", port, launch, work) as running:
@@ -125,7 +125,7 @@ def upstream(work: Path, module: str = "loadtests.canned_upstream") -> Iterator[
 
 @contextmanager
 def gateway(work: Path, engine: Contender) -> Iterator[Contender]:
-    """Run this gateway as `cwg serve` does, with its own defaults and a data directory of its own."""
+    """Run this gateway as `cwg serve` does, with its default settings and a new data directory."""
     port = free_port()
     launch = Launch(
         [sys.executable, "-m", "gateway", "serve"],
@@ -139,10 +139,10 @@ def gateway(work: Path, engine: Contender) -> Iterator[Contender]:
 
 @contextmanager
 def peer(kind: Peer, executable: Path, work: Path, engine: Contender) -> Iterator[Contender]:
-    """Run a peer."""
+    """Run a peer in front of an engine."""
     port = free_port()
     launch = kind.launch(executable, port, engine.url(""), work)
-    with _running(kind.name, _version_beside(executable, kind.distribution), port, launch, work) as running:
+    with _running(kind.name, _version_of(executable, kind.distribution), port, launch, work) as running:
         yield running
 
 
@@ -168,8 +168,8 @@ def _wait_ready(name: str, process: "subprocess.Popen[bytes]", port: int, path: 
         if _answers(port, path):
             return
         time.sleep(0.1)
-    what = f"ended with {process.returncode}" if process.returncode is not None else f"not ready in {_READY_S:g} s"
-    raise DoesNotStart(f"{name}: {what}\n{log.read_text(errors='replace')[-2000:]}")
+    reason = f"exited with {process.returncode}" if process.returncode is not None else f"not ready in {_READY_S:g} s"
+    raise StartError(f"{name}: {reason}\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def _answers(port: int, path: str) -> bool:
@@ -184,36 +184,35 @@ def _answers(port: int, path: str) -> bool:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and whatever it started itself: some are launchers."""
-    family = machine.tree(process.pid)
+    """Stop a server and its descendants: some servers are launchers."""
+    processes = machine.tree(process.pid)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_S)
-    for left in machine.still_there(family):
+    for survivor in machine.still_running(processes):
         with suppress(ProcessLookupError):
-            os.kill(left.pid, signal.SIGKILL)
+            os.kill(survivor.pid, signal.SIGKILL)
     process.wait()
 
 
 def metadata_version(distribution: str) -> str:
-    """The installed version of a distribution, or ""."""
+    """Return the installed version of a distribution, or ""."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def _version_beside(executable: Path, distribution: str) -> str:
-    """The version that the Python beside an executable knows: peers may live in environments of their own."""
+def _version_of(executable: Path, distribution: str) -> str:
+    """Return the version in the environment of an executable: peers may be installed in separate environments."""
     python = executable.parent / "python"
     if not python.exists():
         return ""
-    ask = f"from importlib.metadata import version; print(version({distribution!r}))"
-    done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    code = f"from importlib.metadata import version; print(version({distribution!r}))"
+    process = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return process.stdout.strip()
 
 
 def _commit() -> str:
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,4 +1,4 @@
-"""The machine that a measurement was made on, and what its processes use, read from /proc."""
+"""Facts about the machine of a measurement, and the resource usage of its processes, read from /proc."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _IDLE_WINDOW_S = 0.1
-_IDLE_SHARE = 0.15  # of one core; the threads of an idle server wake up now and then
+_IDLE_SHARE = 0.15  # of one core; threads of an idle server wake up occasionally
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One line of /proc: who, whose child, since when, and the seconds of processor time it has used."""
+    """One process: its id, its parent, its start time in ticks, and the CPU seconds that it has used."""
 
     pid: int
     parent: int
@@ -23,7 +23,7 @@ class Process:
 
 
 def describe() -> dict[str, str]:
-    """Facts about this machine, for the head of a report."""
+    """Return facts about this machine for the head of a report."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
@@ -35,48 +35,48 @@ def describe() -> dict[str, str]:
 
 
 def tree(pid: int) -> list[Process]:
-    """A process and its descendants, the root first; empty when it is gone."""
+    """Return a process and its descendants, the root first; empty if it has ended."""
     by_pid = {process.pid: process for process in _processes()}
     if pid not in by_pid:
         return []
-    found, at = [by_pid[pid]], 0
-    while at < len(found):
-        found += [process for process in by_pid.values() if process.parent == found[at].pid]
+    processes, at = [by_pid[pid]], 0
+    while at < len(processes):
+        processes += [process for process in by_pid.values() if process.parent == processes[at].pid]
         at += 1
-    return found
+    return processes
 
 
-def still_there(family: Iterable[Process]) -> list[Process]:
-    """Those that have not ended; a number that was given to another process since does not count."""
-    known = {(process.pid, process.started) for process in family}
-    return [process for process in _processes() if (process.pid, process.started) in known]
+def still_running(processes: Iterable[Process]) -> list[Process]:
+    """Return those that have not ended; a reused process id does not count."""
+    ids = {(process.pid, process.started) for process in processes}
+    return [process for process in _processes() if (process.pid, process.started) in ids]
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time used so far by a process and its descendants."""
+    """Return the CPU time used so far by a process and its descendants."""
     return sum(process.cpu_s for process in tree(pid))
 
 
 def own_cpu_s() -> float:
-    """Processor time of this process and of those of its children that it has waited for."""
+    """Return the CPU time of this process and of the children that it has waited for."""
     return sum(os.times()[:4])
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process and its descendants hold."""
-    held = (_field(f"/proc/{process.pid}/status", "VmRSS") for process in tree(pid))
-    return sum(int(line.split()[0]) * 1024 for line in held if line)
+    """Return the resident memory of a process and its descendants."""
+    lines = (_field(f"/proc/{process.pid}/status", "VmRSS") for process in tree(pid))
+    return sum(int(line.split()[0]) * 1024 for line in lines if line)
 
 
 def busy_s() -> float:
-    """Seconds that all cores together have been busy since boot, with what the hypervisor took away."""
+    """Return the seconds that all cores together have been busy since boot, including time stolen by the hypervisor."""
     fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
-    user, nice, system, _, _, irq, softirq, steal = map(int, fields)  # `_`: idle, and waiting for a disk
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields)  # `_`: idle and iowait
     return (user + nice + system + irq + softirq + steal) * _TICK_S
 
 
 def wait_idle(pid: int, at_most_s: float) -> float:
-    """Wait until a process has nothing left to do; return how many seconds that took, 0 if it was idle already."""
+    """Wait until a process is idle; return how many seconds that took, 0 if it was idle already."""
     start = time.monotonic()
     while (began := time.monotonic()) - start < at_most_s:
         used = cpu_s(pid)
@@ -87,17 +87,17 @@ def wait_idle(pid: int, at_most_s: float) -> float:
 
 
 def _processes() -> list[Process]:
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 text = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
                 continue
             fields = text.rpartition(")")[2].split()
             cpu = (int(fields[11]) + int(fields[12])) * _TICK_S
-            found.append(Process(int(entry.name), int(fields[1]), int(fields[19]), cpu))
-    return found
+            processes.append(Process(int(entry.name), int(fields[1]), int(fields[19]), cpu))
+    return processes
 
 
 def _field(file: str, name: str) -> str:

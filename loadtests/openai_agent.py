@@ -1,7 +1,7 @@
-"""A conversation of the OpenAI Agents SDK: each line of the input is a question. Runs in an environment that has it.
+"""A conversation of the OpenAI Agents SDK: each line of stdin is a question. Runs in an environment that has the SDK.
 
-`python openai_agent.py BASE_URL MODEL chat|responses stream|whole [previous]`. TOOLS in its environment tells of
-a server of MCP, as JSON.
+`python openai_agent.py BASE_URL MODEL chat|responses stream|whole [previous]`. The environment variable TOOLS can
+configure an MCP server, as JSON.
 """
 
 import asyncio
@@ -32,43 +32,45 @@ def get_weather(city: str) -> str:
 
 
 def tool_servers() -> list[MCPServer]:
-    """The server of MCP that the environment tells of, if it does."""
-    given = json.loads(os.environ.get("TOOLS", "null"))
-    if given is None:
+    """The MCP server configured in the environment, if any."""
+    config = json.loads(os.environ.get("TOOLS", "null"))
+    if config is None:
         return []
     return [
-        MCPServerStreamableHttp(given) if "url" in given else MCPServerStdio(given, client_session_timeout_seconds=60)
+        MCPServerStreamableHttp(config)
+        if "url" in config
+        else MCPServerStdio(config, client_session_timeout_seconds=60)
     ]
 
 
 async def converse(stack: AsyncExitStack, base_url: str, model: str, kind: str, how: str, previous: str = "") -> None:
-    """Ask every question and print what the agent says at last."""
+    """Ask every question and print each final answer."""
     client = AsyncOpenAI(base_url=base_url, api_key="x", max_retries=0)
-    made = OpenAIChatCompletionsModel if kind == "chat" else OpenAIResponsesModel
-    servers = [await stack.enter_async_context(one) for one in tool_servers()]
+    model_class = OpenAIChatCompletionsModel if kind == "chat" else OpenAIResponsesModel
+    servers = [await stack.enter_async_context(server) for server in tool_servers()]
     agent = Agent(
         name="Terse",
         instructions="Be terse.",
-        model=made(model, client),
+        model=model_class(model, client),
         tools=[get_weather],
         mcp_servers=servers,
     )
-    # The history is sent each time, or the id of the answer before.
+    # Each request carries either the history or the id of the previous response.
     kept = {} if previous else {"session": SQLiteSession("conversation")}
     for question in sys.stdin.read().splitlines():
         if how == "stream":
-            done = Runner.run_streamed(agent, question, max_turns=_TURNS, **kept)
-            async for _ in done.stream_events():
+            result = Runner.run_streamed(agent, question, max_turns=_TURNS, **kept)
+            async for _ in result.stream_events():
                 pass
         else:
-            done = await Runner.run(agent, question, max_turns=_TURNS, **kept)
+            result = await Runner.run(agent, question, max_turns=_TURNS, **kept)
         if previous:
-            kept = {"previous_response_id": done.last_response_id, "auto_previous_response_id": True}
-        print(done.final_output)
+            kept = {"previous_response_id": result.last_response_id, "auto_previous_response_id": True}
+        print(result.final_output)
 
 
 async def main() -> None:
-    """Converse, and leave no server behind."""
+    """Hold the conversation, then close the MCP servers."""
     async with AsyncExitStack() as stack:
         await converse(stack, *sys.argv[1:])
 

@@ -1,9 +1,9 @@
-"""What a change costs on the request path: two checkouts of the gateway in front of one canned engine, interleaved.
+"""The cost of a change on the request path: two checkouts of the gateway in front of one canned engine, interleaved.
 
-`python -m loadtests.relay_compare OTHER_CHECKOUT [--rounds 30]` compares this tree with another one. Every round asks
-each gateway the same requests, in turns, and takes the processor time of its threads (from /proc), which a busy
-machine changes far less than latency. A second gateway of the other checkout shows what difference is
-noise. Prints the median of the rounds' ratios, with the middle half of them.
+`python -m loadtests.relay_compare OTHER_CHECKOUT [--rounds 30]` compares this tree with another one. Each round sends
+the same requests to every gateway, alternating, and measures the CPU time of its threads (from /proc), which other
+load on the machine affects far less than latency. A second gateway of the other checkout shows the noise. Prints the
+median of the ratios over the rounds, with their quartiles.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PER_ROUND = {"json": 100, "stream": 50, "500 KB": 30, "session": 100}
 
 
 def body(kind: str, number: int) -> bytes:
-    """A request of that kind; every one begins another conversation, but those of the kind `session`."""
+    """Return a request of that kind; each starts a new conversation, except those of the kind `session`."""
     texts = (
         [f"Tell me about window {number}."]
         if kind != "500 KB"
@@ -40,7 +40,7 @@ def body(kind: str, number: int) -> bytes:
 
 
 class Gateway:
-    """A gateway of one checkout, and a connection to it."""
+    """A running gateway of one checkout, and a connection to it."""
 
     def __init__(self, source: Path, engine: str, folder: Path) -> None:
         self.port = free_port()
@@ -62,10 +62,10 @@ class Gateway:
             except OSError:
                 self.http.close()
                 time.sleep(0.1)
-        raise SystemExit(f"the gateway on port {self.port} does not come up")
+        raise SystemExit(f"the gateway on port {self.port} does not get ready")
 
-    def spend(self, kind: str, payloads: list[bytes]) -> float:
-        """Send a round of requests; return the seconds of processor time that each took."""
+    def cpu_s_per_request(self, kind: str, payloads: list[bytes]) -> float:
+        """Send a round of requests; return the CPU seconds per request."""
         path = "/s/one/v1/chat/completions" if kind == "session" else "/v1/chat/completions"
         before = self._cpu_s()
         for payload in payloads:
@@ -73,7 +73,7 @@ class Gateway:
             answer = self.http.getresponse()
             assert answer.status == 200, answer.read()
             answer.read()
-        time.sleep(0.1)  # the turns are recorded after their answers
+        time.sleep(0.1)  # turns are recorded after the response
         return (self._cpu_s() - before) / len(payloads)
 
     def _cpu_s(self) -> float:
@@ -81,14 +81,14 @@ class Gateway:
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
     def stop(self) -> None:
-        """End it."""
+        """Stop it."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 
 
 @contextmanager
 def gateways(sources: dict[str, Path]) -> Iterator[dict[str, Gateway]]:
-    """A gateway of each checkout, in front of one engine."""
+    """Run a gateway of each checkout, in front of one engine."""
     port = free_port()
     engine = subprocess.Popen([sys.executable, "-m", "loadtests.canned_upstream", "--port", str(port)], cwd=HERE)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def main() -> None:
             for kind, count in PER_ROUND.items():
                 payloads = [body(kind, number * count + i) for i in range(count)]
                 for name in names:
-                    took = running[name].spend(kind, payloads)
+                    took = running[name].cpu_s_per_request(kind, payloads)
                     if number:  # the first round warms up
                         spent.setdefault((name, kind), []).append(took)
     print(f"| request | other, ms | this / other | other / other |\n|---|---:|---:|---:|\n{_rows(spent)}")
@@ -132,8 +132,8 @@ def _rows(spent: dict[tuple[str, str], list[float]]) -> str:
     return "\n".join(rows)
 
 
-def _ratio(one: list[float], other: list[float]) -> str:
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
+def _ratio(values: list[float], other: list[float]) -> str:
+    ratios = [a / b for a, b in zip(values, other, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 

@@ -1,4 +1,4 @@
-"""What one run of `relay_overhead` has seen: plain records, written as JSON and read by the report."""
+"""The samples of one run of `relay_overhead`: plain records, written as JSON and read by the report."""
 
 import statistics
 from collections.abc import Callable
@@ -8,8 +8,8 @@ JSON, SSE, HISTORY = "json", "sse", "history"
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """wrk against one contender for a few seconds. The gateway's `per_s` and every `cpu_us` include work put off."""
+class LoadSample:
+    """One wrk run against one contender. The gateway's `per_s` and every `cpu_us` include deferred work."""
 
     scenario: str
     contender: str
@@ -24,8 +24,8 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Gaps:
-    """Paced streams: what their way added to the pauses between chunks."""
+class GapSample:
+    """Paced streams: how much the path added to the gaps between chunks; `seen` is the number of gaps."""
 
     contender: str
     round: int
@@ -36,8 +36,8 @@ class Gaps:
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
-    """Whether HTTP chunks came through as they were: without usage, with it, and cut anywhere."""
+class Chunking:
+    """Whether HTTP chunks arrived unchanged: without usage, with it, and split at arbitrary points."""
 
     contender: str
     plain: bool
@@ -46,12 +46,12 @@ class Cuts:
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
-    """Many streams at once: how many ran together, how many failed, memory before and after each time."""
+class CrowdSample:
+    """Many concurrent streams: how many overlapped, how many failed, and the memory before and after each wave."""
 
     contender: str
     streams: int
-    together: int
+    concurrent: int
     failed: int
     errors: list[str]
     before_bytes: int
@@ -60,7 +60,7 @@ class Crowd:
 
 @dataclass(slots=True)
 class Run:
-    """Everything."""
+    """All samples of a run, and its circumstances."""
 
     machine: dict[str, str]
     versions: dict[str, str]
@@ -69,19 +69,19 @@ class Run:
     rounds: int = 0
     took_s: float = 0.0
     others_share: float = 0.0
-    loaded: list[Loaded] = field(default_factory=list)
-    gaps: list[Gaps] = field(default_factory=list)
-    cuts: list[Cuts] = field(default_factory=list)
-    crowds: list[Crowd] = field(default_factory=list)
+    loads: list[LoadSample] = field(default_factory=list)
+    gaps: list[GapSample] = field(default_factory=list)
+    chunking: list[Chunking] = field(default_factory=list)
+    crowds: list[CrowdSample] = field(default_factory=list)
 
-    def values(self, scenario: str, contender: str, of: Callable[[Loaded], float]) -> list[float]:
-        """One number of each round, in order."""
-        return [of(sample) for sample in self.loaded if (sample.scenario, sample.contender) == (scenario, contender)]
+    def values(self, scenario: str, contender: str, metric: Callable[[LoadSample], float]) -> list[float]:
+        """Return one value per round, in order."""
+        return [metric(sample) for sample in self.loads if (sample.scenario, sample.contender) == (scenario, contender)]
 
-    def median(self, scenario: str, contender: str, of: Callable[[Loaded], float]) -> float:
-        """The median over the rounds."""
-        return statistics.median(self.values(scenario, contender, of))
+    def median(self, scenario: str, contender: str, metric: Callable[[LoadSample], float]) -> float:
+        """Return the median over the rounds."""
+        return statistics.median(self.values(scenario, contender, metric))
 
     def gap(self, contender: str, streams: int) -> list[float]:
-        """The added gap's p99 of each round."""
+        """Return the p99 of the added gap, per round."""
         return [sample.p99_ms for sample in self.gaps if (sample.contender, sample.streams) == (contender, streams)]

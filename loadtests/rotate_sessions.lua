@@ -1,4 +1,4 @@
--- wrk has no ids of its own: this posts one body under as many session ids as it is told, in turn.
+-- Posts one body under SESSIONS session ids in rotation.
 -- wrk -s rotate_sessions.lua URL -- BODY_FILE SESSIONS PREFIX
 
 local requests = {}
@@ -19,7 +19,7 @@ function request()
   return requests[last]
 end
 
--- One line that a program can read; wrk's own text rounds. Times are microseconds.
+-- Prints one machine-readable line, as wrk's own output is rounded. Times are in microseconds.
 function done(summary, latency, _)
   local e = summary.errors
   io.write(string.format(

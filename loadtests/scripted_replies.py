@@ -1,7 +1,7 @@
-"""What the scripted engine says: the steps written in a question, in vLLM's shapes for chat, Responses and Messages.
+"""Replies of the scripted engine, in vLLM's formats for chat, Responses and Messages.
 
-A question says which tools shall be called: `[[NAME {"argument": 1}]]`, several with `&` between them at once. Each
-request answers the next step, by how many have been answered since the question; after the last comes a plain text.
+A question names the tools to call, step by step: `[[NAME {"argument": 1}]]`, with `&` between calls of one step. Each
+request gets the next step, by the number of steps since the question; after the last one comes a plain text.
 """
 
 import itertools
@@ -12,15 +12,15 @@ from hashlib import sha256
 from typing import Any
 
 CREATED = 1_760_000_000
-_REMINDER = "<system-reminder>"  # Claude Code puts texts of its own beside the user's
-_IN = "__"  # between a namespace and a tool in it, as vLLM shows them to the model
+_REMINDER = "<system-reminder>"  # marks texts that Claude Code adds to the user's
+_SEPARATOR = "__"  # between a namespace and its tool, as vLLM shows them to the model
 _QUOTED = 80  # characters of a result
 _IDS = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function that the model wants called."""
+    """One call of a function by the model."""
 
     id: str
     name: str
@@ -28,71 +28,71 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One answer: a text, and tool calls beside it or none."""
+class Reply:
+    """One reply: a text and its tool calls."""
 
     text: str
     calls: tuple[ToolCall, ...]
     prompt_tokens: int
-    results: int  # of tools, new in the request
+    results: int  # tool results that are new in the request
 
     @property
     def pieces(self) -> list[str]:
-        """The text as it is streamed."""
+        """The text, split as it is streamed."""
         return [word if at == 0 else f" {word}" for at, word in enumerate(self.text.split(" "))] if self.text else []
 
 
 def steps(question: str) -> list[list[tuple[str, dict[str, Any]]]]:
-    """The tool calls that a question asks for, step by step."""
-    found: list[list[tuple[str, dict[str, Any]]]] = []
+    """Return the tool calls that a question names, step by step."""
+    plan: list[list[tuple[str, dict[str, Any]]]] = []
     at, joined = 0, False
     while (at := question.find("[[", at)) >= 0:
         name, _, rest = question[at + 2 :].partition(" ")
-        if not rest.startswith("{"):  # brackets of somebody else
+        if not rest.startswith("{"):  # other brackets
             at += 2
             continue
         try:
             arguments, end = json.JSONDecoder().raw_decode(rest)
-        except json.JSONDecodeError:  # the question in quotation marks, as a title is asked for
+        except json.JSONDecodeError:  # the question quoted in a request for a title
             at += 2
             continue
         at += 2 + len(name) + 1 + end + 2
         if joined:
-            found[-1].append((name, arguments))
+            plan[-1].append((name, arguments))
         else:
-            found.append([(name, arguments)])
+            plan.append([(name, arguments)])
         joined = question[at : at + 1] == "&"
-    return found
+    return plan
 
 
-def answer(question: str, answered: int, offered: Sequence[str], results: Sequence[str], new: int, size: int) -> Said:
-    """The next answer to a question after `answered` steps. A tool that is not offered is not called."""
+def answer(question: str, answered: int, offered: Sequence[str], results: Sequence[str], new: int, size: int) -> Reply:
+    """Return the reply to a question after `answered` steps. A tool that is not offered is not called."""
     plan = steps(question)
     wanted = [call for call in plan[answered] if call[0] in offered] if answered < len(plan) else []
     if wanted:
         calls = [ToolCall(_id(question, answered, at), name, json.dumps(a)) for at, (name, a) in enumerate(wanted)]
-        return Said("I will look.", tuple(calls), size, new)
-    said = " | ".join(result[:_QUOTED] for result in results)
-    return Said(f"That is all after {answered} steps.{f' The tool said: {said}' if said else ''}", (), size, new)
+        return Reply("I will look.", tuple(calls), size, new)
+    quoted = " | ".join(result[:_QUOTED] for result in results)
+    return Reply(f"That is all after {answered} steps.{f' The tool said: {quoted}' if quoted else ''}", (), size, new)
 
 
-def _id(*what: object) -> str:
-    """The same for the same: a recording that is played again gets the replies that it was made with."""
-    return f"call_{sha256(repr(what).encode()).hexdigest()[:12]}"
+def _id(*parts: object) -> str:
+    """Return an id that is always the same for the same call, so that a replayed recording gets its own replies."""
+    return f"call_{sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
-# Reading: what was asked, how many steps are behind it, which tools there are.
+# Reading a request: the question, the steps since, and the tools on offer.
 
 
-def read_chat(body: Mapping[str, Any]) -> Said:
-    """A chat completion's next answer."""
+def read_chat(body: Mapping[str, Any]) -> Reply:
+    """Return the next reply to a chat completion."""
     turns = [(m["role"], text_of(m.get("content")), bool(m.get("tool_calls"))) for m in body["messages"]]
     offered = [tool["function"]["name"] for tool in body.get("tools") or () if "function" in tool]
     return _next(turns, offered, body)
 
 
-def read_messages(body: Mapping[str, Any]) -> Said:
-    """A Messages request's next answer."""
+def read_messages(body: Mapping[str, Any]) -> Reply:
+    """Return the next reply to a Messages request."""
     turns: list[tuple[str, str, bool]] = []
     for message in body["messages"]:
         content = message["content"]
@@ -106,17 +106,17 @@ def read_messages(body: Mapping[str, Any]) -> Said:
     return _next(turns, [tool["name"] for tool in body.get("tools") or ()], body)
 
 
-def read_responses(body: Mapping[str, Any]) -> Said:
-    """A Responses request's next answer."""
-    given = body["input"]
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+def read_responses(body: Mapping[str, Any]) -> Reply:
+    """Return the next reply to a Responses request."""
+    content = body["input"]
+    items = [{"role": "user", "content": content}] if isinstance(content, str) else content
     turns: list[tuple[str, str, bool]] = []
     for item in items:
         kind = item.get("type", "message")
         if kind == "message":
             turns.append((item["role"], text_of(item["content"]), False))
         elif kind == "function_call" and (not turns or turns[-1][0] != "call"):
-            turns.append(("call", "", True))  # calls side by side are one step
+            turns.append(("call", "", True))  # parallel calls are one step
         elif kind == "function_call_output":
             turns.append(("tool", text_of(item["output"]), False))
     return _next(turns, list(_response_tools(body)), body)
@@ -125,50 +125,51 @@ def read_responses(body: Mapping[str, Any]) -> Said:
 def _response_tools(body: Mapping[str, Any]) -> Iterator[str]:
     for tool in body.get("tools") or ():
         inner = tool.get("tools") or () if tool["type"] == "namespace" else ()
-        yield from (f"{tool['name']}{_IN}{named['name']}" for named in inner)
+        yield from (f"{tool['name']}{_SEPARATOR}{inner_tool['name']}" for inner_tool in inner)
         yield tool.get("name", "")
 
 
 def text_of(content: object) -> str:
-    """The text of a message's content, whatever parts it is in."""
+    """Return the text of a message's content, which may be in parts."""
     if isinstance(content, str) or not isinstance(content, list):
         return str(content or "")
     return "\n".join(str(part.get("text", "")) for part in content)
 
 
-def _next(turns: Sequence[tuple[str, str, bool]], offered: Sequence[str], body: Mapping[str, Any]) -> Said:
-    asked = max((at for at, (role, _, _) in enumerate(turns) if role == "user"), default=0)
-    since = turns[asked:]
+def _next(turns: Sequence[tuple[str, str, bool]], offered: Sequence[str], body: Mapping[str, Any]) -> Reply:
+    question_at = max((at for at, (role, _, _) in enumerate(turns) if role == "user"), default=0)
+    since = turns[question_at:]
     answered = sum(1 for _, _, called in since if called)
     results = [text for role, text, _ in since if role == "tool"]
-    said = [role for role, _, _ in turns if role != "system"]  # Claude Code ends with words of its own
-    new = sum(1 for _ in itertools.takewhile(lambda role: role == "tool", reversed(said)))
-    return answer(turns[asked][1] if turns else "", answered, offered, results, new, len(json.dumps(body)) // 4)
+    roles = [role for role, _, _ in turns if role != "system"]  # Claude Code may end with a system message
+    new = sum(1 for _ in itertools.takewhile(lambda role: role == "tool", reversed(roles)))
+    return answer(turns[question_at][1] if turns else "", answered, offered, results, new, len(json.dumps(body)) // 4)
 
 
-# Writing, as vLLM 0.32 does.
+# Writing a response, as vLLM 0.32 does.
 
 Event = tuple[str, Mapping[str, Any]]
 
 
-def _chat_usage(said: Said) -> dict[str, Any]:
-    done = 8
+def _chat_usage(reply: Reply) -> dict[str, Any]:
+    completion = 8
     details = {"cached_tokens": 0}
-    return {"prompt_tokens": said.prompt_tokens, "total_tokens": said.prompt_tokens + done, "completion_tokens": done,
+    return {"prompt_tokens": reply.prompt_tokens, "total_tokens": reply.prompt_tokens + completion,
+            "completion_tokens": completion,
             "prompt_tokens_details": details}  # fmt: skip
 
 
-def chat_whole(said: Said, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat completion in one piece."""
-    calls = [_chat_call(call) for call in said.calls]
-    message = {"role": "assistant", "content": said.text or None, "refusal": None, "tool_calls": calls}
+def chat_complete(reply: Reply, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a chat completion that is not streamed."""
+    calls = [_chat_call(call) for call in reply.calls]
+    message = {"role": "assistant", "content": reply.text or None, "refusal": None, "tool_calls": calls}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls" if calls else "stop"}
     return {"id": f"chatcmpl-{next(_IDS)}", "object": "chat.completion", "created": CREATED, "model": body["model"],
-            "choices": [choice], "usage": _chat_usage(said)}  # fmt: skip
+            "choices": [choice], "usage": _chat_usage(reply)}  # fmt: skip
 
 
-def chat_events(said: Said, body: Mapping[str, Any]) -> Iterator[bytes]:
-    """A chat completion as a stream."""
+def chat_events(reply: Reply, body: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the events of a streamed chat completion."""
     head = {"id": f"chatcmpl-{next(_IDS)}", "object": "chat.completion.chunk", "created": CREATED,
             "model": body["model"]}  # fmt: skip
 
@@ -177,62 +178,63 @@ def chat_events(said: Said, body: Mapping[str, Any]) -> Iterator[bytes]:
         return _data({**head, "choices": [choice]})
 
     yield event({"role": "assistant", "content": ""})
-    for piece in said.pieces:
+    for piece in reply.pieces:
         yield event({"content": piece})
-    for at, call in enumerate(said.calls):
-        named = {"index": at, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
-        yield event({"tool_calls": [named]})
+    for at, call in enumerate(reply.calls):
+        opening = {"index": at, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+        yield event({"tool_calls": [opening]})
         for part in _halves(call.arguments):
             yield event({"tool_calls": [{"index": at, "function": {"arguments": part}}]})
-    yield event({}, "tool_calls" if said.calls else "stop")
+    yield event({}, "tool_calls" if reply.calls else "stop")
     if (body.get("stream_options") or {}).get("include_usage"):
-        yield _data({**head, "choices": [], "usage": _chat_usage(said)})
+        yield _data({**head, "choices": [], "usage": _chat_usage(reply)})
     yield b"data: [DONE]\n\n"
 
 
-def messages_whole(said: Said, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A Messages answer in one piece."""
-    blocks: list[dict[str, Any]] = [{"type": "text", "text": said.text}] if said.text else []
+def messages_complete(reply: Reply, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a Messages response that is not streamed."""
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": reply.text}] if reply.text else []
     blocks += [
         {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
-        for call in said.calls
+        for call in reply.calls
     ]
-    usage = {"input_tokens": said.prompt_tokens, "output_tokens": 8}
+    usage = {"input_tokens": reply.prompt_tokens, "output_tokens": 8}
     return {"id": f"msg_{next(_IDS)}", "type": "message", "role": "assistant", "content": blocks,
-            "model": body["model"], "stop_reason": _stop(said), "stop_sequence": None, "usage": usage}  # fmt: skip
+            "model": body["model"], "stop_reason": _stop(reply), "stop_sequence": None, "usage": usage}  # fmt: skip
 
 
-def messages_events(said: Said, body: Mapping[str, Any]) -> Iterator[bytes]:
-    """A Messages answer as a stream."""
-    start = {**messages_whole(said, body), "content": [], "stop_reason": None}
-    start["usage"] = {"input_tokens": said.prompt_tokens, "output_tokens": 0}
+def messages_events(reply: Reply, body: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the events of a streamed Messages response."""
+    start = {**messages_complete(reply, body), "content": [], "stop_reason": None}
+    start["usage"] = {"input_tokens": reply.prompt_tokens, "output_tokens": 0}
     yield _named("message_start", {"message": start})
-    for at, (block, deltas) in enumerate(_blocks(said)):
+    for at, (block, deltas) in enumerate(_blocks(reply)):
         yield _named("content_block_start", {"index": at, "content_block": block})
         for delta in deltas:
             yield _named("content_block_delta", {"index": at, "delta": delta})
         yield _named("content_block_stop", {"index": at})
-    end = {"stop_reason": _stop(said), "stop_sequence": None}
-    yield _named("message_delta", {"delta": end, "usage": {"input_tokens": said.prompt_tokens, "output_tokens": 8}})
+    end = {"stop_reason": _stop(reply), "stop_sequence": None}
+    yield _named("message_delta", {"delta": end, "usage": {"input_tokens": reply.prompt_tokens, "output_tokens": 8}})
     yield _named("message_stop", {})
 
 
-def _blocks(said: Said) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    if said.text:
-        yield {"type": "text", "text": ""}, [{"type": "text_delta", "text": piece} for piece in said.pieces]
-    for call in said.calls:
+def _blocks(reply: Reply) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    if reply.text:
+        yield {"type": "text", "text": ""}, [{"type": "text_delta", "text": piece} for piece in reply.pieces]
+    for call in reply.calls:
         block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
         yield block, [{"type": "input_json_delta", "partial_json": part} for part in _halves(call.arguments)]
 
 
-def responses_whole(said: Said, body: Mapping[str, Any], status: str = "completed") -> dict[str, Any]:
-    """A Responses answer in one piece, or its frame while it is in progress."""
-    done = status == "completed"
-    usage = {"input_tokens": said.prompt_tokens, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 8,
-             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": said.prompt_tokens + 8}  # fmt: skip
+def responses_complete(reply: Reply, body: Mapping[str, Any], status: str = "completed") -> dict[str, Any]:
+    """Return a Responses response that is not streamed, or its frame while it is in progress."""
+    completed = status == "completed"
+    usage = {"input_tokens": reply.prompt_tokens, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 8,
+             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": reply.prompt_tokens + 8}  # fmt: skip
     return {
         "id": f"resp_{next(_IDS)}", "object": "response", "created_at": CREATED, "model": body["model"],
-        "status": status, "output": _items(said) if done else [], "usage": usage if done else None, "error": None,
+        "status": status, "output": _items(reply) if completed else [], "error": None,
+        "usage": usage if completed else None,
         "incomplete_details": None, "instructions": body.get("instructions"), "metadata": body.get("metadata"),
         "parallel_tool_calls": True, "previous_response_id": None, "temperature": 1.0, "top_p": 1.0,
         "tool_choice": body.get("tool_choice", "auto"), "tools": body.get("tools") or [], "background": False,
@@ -240,50 +242,50 @@ def responses_whole(said: Said, body: Mapping[str, Any], status: str = "complete
     }  # fmt: skip
 
 
-def responses_events(said: Said, body: Mapping[str, Any]) -> Iterator[bytes]:
-    """A Responses answer as a stream."""
-    last = responses_whole(said, body)
-    first = {**responses_whole(said, body, "in_progress"), "id": last["id"]}
-    items = _items(said)
+def responses_events(reply: Reply, body: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the events of a streamed Responses response."""
+    last = responses_complete(reply, body)
+    first = {**responses_complete(reply, body, "in_progress"), "id": last["id"]}
+    items = _items(reply)
     events: list[Event] = [("response.created", {"response": first}), ("response.in_progress", {"response": first})]
     for at, item in enumerate(items):
-        events += _item_events(at, item, said)
-    # The ids of the items are those that were streamed.
+        events += _item_events(at, item, reply)
+    # The final response carries the items with the ids that were streamed.
     events.append(("response.completed", {"response": {**last, "output": items}}))
     for number, (kind, fields) in enumerate(events):
         yield _named(kind, {**fields, "sequence_number": number})
 
 
-def _items(said: Said) -> list[dict[str, Any]]:
-    part = {"type": "output_text", "text": said.text, "annotations": [], "logprobs": None}
+def _items(reply: Reply) -> list[dict[str, Any]]:
+    part = {"type": "output_text", "text": reply.text, "annotations": [], "logprobs": None}
     message = {"type": "message", "id": f"msg_{next(_IDS)}", "role": "assistant", "status": "completed",
                "content": [part]}  # fmt: skip
-    calls = [_function_call(call) for call in said.calls]
-    return [message, *calls] if said.text else calls
+    calls = [_function_call(call) for call in reply.calls]
+    return [message, *calls] if reply.text else calls
 
 
 def _function_call(call: ToolCall) -> dict[str, Any]:
-    namespace, _, name = call.name.rpartition(_IN)
+    namespace, _, name = call.name.rpartition(_SEPARATOR)
     item = {"type": "function_call", "id": f"fc_{next(_IDS)}", "call_id": call.id, "name": name,
             "arguments": call.arguments, "status": "completed"}  # fmt: skip
     return {**item, "namespace": namespace} if namespace else item
 
 
-def _item_events(at: int, item: Mapping[str, Any], said: Said) -> list[Event]:
+def _item_events(at: int, item: Mapping[str, Any], reply: Reply) -> list[Event]:
     where = {"item_id": item["id"], "output_index": at}
     if item["type"] == "function_call":
-        begun = {**item, "arguments": "", "status": "in_progress"}
+        started = {**item, "arguments": "", "status": "in_progress"}
         deltas = [("response.function_call_arguments.delta", {**where, "delta": d}) for d in _halves(item["arguments"])]
         done = {**where, "name": item["name"], "arguments": item["arguments"]}
-        return [_added(at, begun), *deltas, ("response.function_call_arguments.done", done), _done(at, item)]
+        return [_added(at, started), *deltas, ("response.function_call_arguments.done", done), _done(at, item)]
     where |= {"content_index": 0}
     (part,) = item["content"]
-    text = [("response.output_text.delta", {**where, "delta": piece, "logprobs": []}) for piece in said.pieces]
+    text = [("response.output_text.delta", {**where, "delta": piece, "logprobs": []}) for piece in reply.pieces]
     return [
         _added(at, {**item, "content": [], "status": "in_progress"}),
         ("response.content_part.added", {**where, "part": {**part, "text": ""}}),
         *text,
-        ("response.output_text.done", {**where, "text": said.text, "logprobs": []}),
+        ("response.output_text.done", {**where, "text": reply.text, "logprobs": []}),
         ("response.content_part.done", {**where, "part": part}),
         _done(at, item),
     ]
@@ -301,8 +303,8 @@ def _chat_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _stop(said: Said) -> str:
-    return "tool_use" if said.calls else "end_turn"
+def _stop(reply: Reply) -> str:
+    return "tool_use" if reply.calls else "end_turn"
 
 
 def _halves(text: str) -> list[str]:

@@ -1,8 +1,7 @@
-"""An engine whose every reply is known beforehand: it says what the request's `seed` stands for.
+"""An engine whose every reply is known beforehand: it depends on the request's `seed` alone.
 
-`python -m loadtests.scripted_upstream --port 9000`. With an engine, a seed and a prompt decide the reply; here the seed
-alone does, so that whoever writes a trace knows what each turn will be answered. Everything else is as in
-`canned_upstream`.
+`python -m loadtests.scripted_upstream --port 9000`. With a real engine the reply depends on the seed and the prompt;
+here the author of a trace knows the reply to each turn. Everything else is as in `canned_upstream`.
 """
 
 import argparse
@@ -16,8 +15,7 @@ from typing import Any
 import orjson
 import uvloop
 
-from loadtests import canned_upstream
-from loadtests.canned_upstream import Answering
+from loadtests.canned_upstream import CannedProtocol
 
 Message = dict[str, Any]
 
@@ -36,7 +34,7 @@ _WITH_USAGE = re.compile(rb'"include_usage":\s*true')
 
 
 class Kind(IntEnum):
-    """What becomes of a request; the part of a seed that is not chance."""
+    """The outcome of a request, encoded in its seed."""
 
     TEXT = 0
     TOOL = 1
@@ -44,23 +42,23 @@ class Kind(IntEnum):
     THINKING = 3
     THINKING_TOOL = 4
     FAILS = 5  # 503
-    CUT = 6  # half of a stream, and nothing after it until the client leaves
-    STALLS = 7  # nothing at all until the client leaves
-    EMPTY = 8  # a reply that says nothing
+    CUT = 6  # half of a stream, then nothing until the client disconnects
+    STALLS = 7  # nothing at all until the client disconnects
+    EMPTY = 8  # an empty reply
 
 
-def seed_of(kind: Kind, luck: int) -> int:
-    """The seed that makes the engine answer in this way; `luck` is what a sampler would throw."""
-    return luck * len(Kind) + kind
+def seed_of(kind: Kind, sample: int) -> int:
+    """Return the seed of a reply of this kind; `sample` stands for the sampler's random choice."""
+    return sample * len(Kind) + kind
 
 
 def kind_of(seed: int) -> Kind:
-    """What the engine will do with a seed."""
+    """Return the kind of reply that a seed produces."""
     return Kind(seed % len(Kind))
 
 
 def reply(seed: int) -> Message:
-    """The message that a seed stands for: of a cut one what the client gets to see."""
+    """Return the message that a seed produces; of a cut one, the part that the client receives."""
     rng, kind = random.Random(seed), kind_of(seed)
     message: Message = {"role": "assistant", "content": _text(rng, 5, 60)}
     if kind in (Kind.THINKING, Kind.THINKING_TOOL):
@@ -77,7 +75,7 @@ def reply(seed: int) -> Message:
 
 def _text(rng: random.Random, least: int, most: int) -> str:
     words = " ".join(rng.choices(_WORDS, k=rng.randint(least, most)))
-    return words + rng.choice(("", "", ".", "\n", ".\n\n"))  # models do end with blank lines
+    return words + rng.choice(("", "", ".", "\n", ".\n\n"))  # models do end replies with blank lines
 
 
 def _call(rng: random.Random) -> dict[str, Any]:
@@ -152,18 +150,18 @@ _STREAM_HEAD = (
 
 
 def answer(body: bytes) -> bytes:
-    """The whole answer to a chat completion, b"" where there will be none."""
-    found = _SEED.search(body)
-    if found is None:
-        return _json(400, b'{"error":{"message":"seed: the script needs one","code":400}}')
-    seed = int(found[1])
+    """Return the complete response to a chat completion; b"" if the engine never answers."""
+    match = _SEED.search(body)
+    if match is None:
+        return _json(400, b'{"error":{"message":"seed: required","code":400}}')
+    seed = int(match[1])
     kind = kind_of(seed)
     if kind is Kind.FAILS:
         return _json(503, b'{"error":{"message":"overloaded","code":503}}')
-    return b"" if kind is Kind.STALLS else _answered(body, reply(seed), kind)
+    return b"" if kind is Kind.STALLS else _respond(body, reply(seed), kind)
 
 
-def _answered(body: bytes, message: Message, kind: Kind) -> bytes:
+def _respond(body: bytes, message: Message, kind: Kind) -> bytes:
     prompt = len(body) // 4
     usage = {"prompt_tokens": prompt, "completion_tokens": 20, "total_tokens": prompt + 20}
     if not _STREAM.search(body):
@@ -178,7 +176,7 @@ def _answered(body: bytes, message: Message, kind: Kind) -> bytes:
     return _STREAM_HEAD + b"".join(map(_chunk, [*events, b"data: [DONE]\n\n"])) + b"0\r\n\r\n"
 
 
-class Scripted(Answering):
+class ScriptedProtocol(CannedProtocol):
     """One connection to the engine."""
 
     def _chat(self, body: bytes) -> None:
@@ -187,8 +185,8 @@ class Scripted(Answering):
 
 async def _serve(port: int) -> None:
     loop = asyncio.get_running_loop()
-    seen: set[object] = set()
-    server = await loop.create_server(lambda: Scripted(loop, seen), "127.0.0.1", port, backlog=canned_upstream.BACKLOG)
+    computed: set[object] = set()
+    server = await loop.create_server(lambda: ScriptedProtocol(loop, computed), "127.0.0.1", port, backlog=BACKLOG)
     await server.serve_forever()
 
 

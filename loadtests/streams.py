@@ -1,4 +1,4 @@
-"""A client of streamed replies that remembers when each HTTP chunk came and where it was cut."""
+"""A client of streamed replies that records when each HTTP chunk arrived and where it was split."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ PATH = b"/v1/chat/completions"
 
 @dataclass(slots=True)
 class Stream:
-    """One reply: its HTTP chunks, the time each was complete (monotonic, ns), and what went wrong."""
+    """One reply: its HTTP chunks, the time at which each was complete (monotonic, ns), and an error."""
 
     status: int = 0
     chunks: list[bytes] = field(default_factory=list)
@@ -25,13 +25,13 @@ class Stream:
 
 
 def question(model: str, *, usage: bool = False) -> bytes:
-    """The body of a small streamed request."""
+    """Return the body of a small streamed request."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "Count."}], "stream": True}
     return orjson.dumps({**body, "stream_options": {"include_usage": True}} if usage else body)
 
 
-async def ask(port: int, body: bytes, session: str, timeout_s: float) -> Stream:
-    """Post a request on a connection of its own and read the whole reply. Never raises for what the server does."""
+async def request(port: int, body: bytes, session: str, timeout_s: float) -> Stream:
+    """POST a request on a new connection and read the reply. Server failures are recorded in it, never raised."""
     loop = asyncio.get_running_loop()
     reader = _Reader(loop)
     transport: asyncio.Transport | None = None
@@ -40,9 +40,9 @@ async def ask(port: int, body: bytes, session: str, timeout_s: float) -> Stream:
         async with asyncio.timeout(timeout_s):
             transport, _ = await loop.create_connection(lambda: reader, "127.0.0.1", port)
             transport.write(_head(port, session, len(body)) + body)
-            await reader.done
+            await reader.finished
     except TimeoutError:
-        reader.stream.error = f"not over after {timeout_s:g} s"
+        reader.stream.error = f"not finished after {timeout_s:g} s"
     except OSError as error:
         reader.stream.error = str(error)
     finally:
@@ -52,10 +52,11 @@ async def ask(port: int, body: bytes, session: str, timeout_s: float) -> Stream:
     return reader.stream
 
 
-async def ask_at_once(port: int, bodies: Sequence[bytes], prefix: str, timeout_s: float) -> list[Stream]:
-    """Post every body at the same time, each under a session of its own."""
-    asked = (ask(port, body, f"{prefix}{i}", timeout_s) for i, body in enumerate(bodies))
-    return list(await asyncio.gather(*asked))
+async def request_concurrently(port: int, bodies: Sequence[bytes], prefix: str, timeout_s: float) -> list[Stream]:
+    """POST all bodies concurrently, each under its own session id."""
+    return list(
+        await asyncio.gather(*(request(port, body, f"{prefix}{i}", timeout_s) for i, body in enumerate(bodies)))
+    )
 
 
 def _head(port: int, session: str, length: int) -> bytes:
@@ -68,7 +69,7 @@ def _head(port: int, session: str, length: int) -> bytes:
 class _Reader(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.stream = Stream()
-        self.done: asyncio.Future[None] = loop.create_future()
+        self.finished: asyncio.Future[None] = loop.create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._part: list[bytes] = []
 
@@ -81,7 +82,7 @@ class _Reader(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(f"the connection was closed {exc or ''}")
 
-    # The parser's calls.
+    # Callbacks of the parser.
 
     def on_headers_complete(self) -> None:
         self.stream.status = self._parser.get_status_code()
@@ -99,6 +100,6 @@ class _Reader(asyncio.Protocol):
         self._end("")
 
     def _end(self, error: str) -> None:
-        if not self.done.done():
+        if not self.finished.done():
             self.stream.error = error
-            self.done.set_result(None)
+            self.finished.set_result(None)

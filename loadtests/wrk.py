@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SCRIPT = Path(__file__).with_name("rotate_sessions.lua")
-_LATE_S = 20  # a peer that queues 32 requests may need seconds for one; that is a result, not a failure
+_TIMEOUT_S = 20  # a peer that queues 32 requests may need seconds for one; that is a result, not a failure
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent: a body, how often at once, and under how many session ids."""
+    """What to send: a body, over how many connections, and under how many session ids."""
 
     body: Path
     connections: int
@@ -21,8 +21,8 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What came back. `failed` counts broken connections, time-outs and answers of 400 and above."""
+class LoadResult:
+    """The result of one run. `failed` counts broken connections, time-outs and statuses of 400 and above."""
 
     requests: int
     duration_us: int
@@ -32,21 +32,21 @@ class Seen:
 
 
 def version() -> str:
-    """The version of wrk. Exits with one line when it is not installed."""
+    """Return the version of wrk. Exits with a message if it is not installed."""
     if shutil.which("wrk") is None:
         raise SystemExit("error: wrk is not installed (Debian, Ubuntu: apt install wrk; macOS: brew install wrk)")
-    said = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout
-    return " ".join(said.split()[1:2])
+    output = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout
+    return " ".join(output.split()[1:2])
 
 
-def run(url: str, load: Load, seconds: float) -> Seen:
-    """Post `load` to `url` for some seconds."""
+def run(url: str, load: Load, seconds: float) -> LoadResult:
+    """POST `load` to `url` for so many seconds."""
     command = [
-        "wrk", "-t1", f"-c{load.connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_LATE_S}s",
+        "wrk", "-t1", f"-c{load.connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_TIMEOUT_S}s",
         "-s", str(_SCRIPT), url, "--", str(load.body), str(load.sessions), load.prefix,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + 3 * _LATE_S)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), "")
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + 3 * _TIMEOUT_S)
+    line = next((line for line in process.stdout.splitlines() if line.startswith("RESULT ")), "")
     if not line:
-        raise RuntimeError(f"wrk said nothing that can be read: {done.stdout}{done.stderr}")
-    return Seen(**json.loads(line.removeprefix("RESULT ")))
+        raise RuntimeError(f"wrk printed no result: {process.stdout}{process.stderr}")
+    return LoadResult(**json.loads(line.removeprefix("RESULT ")))

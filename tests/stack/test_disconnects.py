@@ -1,11 +1,11 @@
-"""A client that leaves frees the engine: seen in the engine's own metrics. `make bench-disconnects` tells how soon."""
+"""A client that disconnects frees the engine, as its own metrics show. `make bench-disconnects` measures how soon."""
 
 import re
 from collections.abc import Iterator
 
 import pytest
 
-from loadtests.leaving import REPLY_TOKENS, WAYS, Gauge, Way, leave
+from loadtests.disconnect_probe import REPLY_TOKENS, WAYS, Gauge, Way, disconnect
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway
 
@@ -29,11 +29,11 @@ def generated(stack: Stack) -> float:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_client_that_leaves_frees_the_engine(stack: Stack, shared: Gateway, gauge: Gauge, way: Way) -> None:
+def test_a_client_that_disconnects_frees_the_engine(stack: Stack, shared: Gateway, gauge: Gauge, way: Way) -> None:
     names = [f"left-{WAYS.index(way)}-{time}" for time in range(_TIMES)]
     before = generated(stack)
     for name in names:
-        leave(shared.url, name, way, gauge)  # returns when the engine works on nothing
+        disconnect(shared.url, name, way, gauge)  # returns when the engine is idle
     assert 0 <= generated(stack) - before < REPLY_TOKENS, "not one reply was written to its end"
     for name in names:
         (turn,) = shared.http.get(f"/admin/sessions/{name}").json()["turns"]

@@ -17,7 +17,7 @@ from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
 
-Events = Callable[[replies.Said, Mapping[str, Any]], Iterator[bytes]]
+Events = Callable[[replies.Reply, Mapping[str, Any]], Iterator[bytes]]
 _CLIENTS, _AT_ONCE = 60, 8
 _AT_ONCE_CLOSED = struct.pack("ii", 1, 0)
 
@@ -35,7 +35,7 @@ def test_a_reset_in_mid_stream_is_a_client_that_left_and_no_error(engine: FakeEn
     assert outcomes == {"client_gone"}
 
 
-_SAID = replies.Said("Hello there!", (), prompt_tokens=10, results=0)
+_REPLY = replies.Reply("Hello there!", (), prompt_tokens=10, results=0)
 _ASKED = [{"role": "user", "content": "hi"}]
 _APIS = {
     "/v1/chat/completions": (replies.chat_events, {"messages": _ASKED}, b"data: [DONE]"),
@@ -83,8 +83,8 @@ def test_a_client_that_leaves_before_the_last_event_has_not(
 def _stream_without_end(exchange: Exchange, events: Events, leave_out: int = 0) -> None:
     """Send the events of a stream, but neither the last of them nor the end of the body."""
     exchange.begin()
-    said = list(events(_SAID, exchange.request.json))
-    for event in said[: len(said) - leave_out]:
+    stream = list(events(_REPLY, exchange.request.json))
+    for event in stream[: len(stream) - leave_out]:
         exchange.chunk(event)
     assert exchange.gone()
 

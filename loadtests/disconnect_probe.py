@@ -1,6 +1,6 @@
-"""Clients that leave before they have their answer, and how soon the engine has stopped working for them.
+"""Clients that disconnect before their response is complete, and the time until the engine stops working for them.
 
-What the engine does is read from its own metrics, past the gateway.
+The engine's activity is read from its own metrics, not through the gateway.
 """
 
 import itertools
@@ -18,39 +18,39 @@ import httpx
 _GAUGES = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _BEGINS_WITHIN_S = 30.0
 _STOPS_WITHIN_S = 30.0
-# Words of a prompt that takes the engine a while, and of one that does not. vLLM stops between two steps and not within
-# one, and a step may be a whole prompt: with a much longer one it is the length of a step that is measured.
+# Words of a prompt that takes the engine a while, and of one that does not. vLLM aborts a request between two steps,
+# and one step may compute a whole prompt: a much longer prompt would measure the duration of a step.
 _LONG, _SHORT = 250, 1
-REPLY_TOKENS = 1500  # of the whole reply: many seconds of work
+REPLY_TOKENS = 1500  # of a complete reply: many seconds of work
 _TRIES = 5
 _CHUNKS_READ = 5
-_DECODING_S = 0.2  # after a short prompt has begun, the engine is writing
+_DECODING_S = 0.2  # after which the engine has computed a short prompt and is generating
 _NOW = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a client leaves: what it asked for, when it goes, and whether its socket says good-bye."""
+    """How a client disconnects: the kind of request, the moment, and whether the connection is reset or closed."""
 
     streamed: bool
-    early: bool  # while the prompt is computed; else while the reply is written
+    early: bool  # while the prompt is computed; otherwise while the reply is generated
     reset: bool
 
     def __str__(self) -> str:
-        asked = "stream" if self.streamed else "whole reply"
-        when = "before the first token" if self.early else "while it is written"
-        return f"{asked}, {when}, {'reset' if self.reset else 'closed'}"
+        kind = "stream" if self.streamed else "whole reply"
+        when = "before the first token" if self.early else "during generation"
+        return f"{kind}, {when}, {'reset' if self.reset else 'closed'}"
 
 
 WAYS = tuple(Way(*each) for each in itertools.product((True, False), (True, False), (False, True)))
 
 
 class TooLate(Exception):
-    """The engine was done before the client could leave: nothing was seen."""
+    """The engine finished before the client could disconnect: nothing was measured."""
 
 
 class Gauge:
-    """The requests that an engine says it is working on."""
+    """Reads how many requests an engine is working on."""
 
     def __init__(self, engine_url: str) -> None:
         self._http = httpx.Client(base_url=engine_url, timeout=10)
@@ -62,14 +62,14 @@ class Gauge:
         self._http.close()
 
     def read(self) -> float:
-        """Running and waiting requests."""
-        found = _GAUGES.findall(self._http.get("/metrics").raise_for_status().text)
-        if not found:
+        """Return the number of running and waiting requests."""
+        values = _GAUGES.findall(self._http.get("/metrics").raise_for_status().text)
+        if not values:
             raise RuntimeError("the engine's metrics have no vllm:num_requests_running")
-        return sum(map(float, found))
+        return sum(map(float, values))
 
     def wait(self, *, busy: bool, within_s: float) -> float:
-        """Wait until it works, or until it does not; return how many seconds that took."""
+        """Wait until the engine is busy, or idle; return how many seconds that took."""
         began = time.monotonic()
         while (self.read() > 0) is not busy:
             if time.monotonic() - began > within_s:
@@ -77,19 +77,19 @@ class Gauge:
         return time.monotonic() - began
 
 
-def leave(url: str, session: str, way: Way, gauge: Gauge) -> float:
-    """Ask, leave, and return the seconds until the engine works on nothing; again if it was done before that."""
-    for again in range(_TRIES):
+def disconnect(url: str, session: str, way: Way, gauge: Gauge) -> float:
+    """Send a request, disconnect, and return the seconds until the engine is idle; retry if it finished too early."""
+    for attempt in range(_TRIES):
         try:
-            return _leave(url, session if not again else f"{session}.{again}", way, gauge)
+            return _disconnect(url, f"{session}.{attempt}" if attempt else session, way, gauge)
         except TooLate as error:
-            late = error
-    raise late
+            too_late = error
+    raise too_late
 
 
-def _leave(url: str, session: str, way: Way, gauge: Gauge) -> float:
+def _disconnect(url: str, session: str, way: Way, gauge: Gauge) -> float:
     gauge.wait(busy=False, within_s=_STOPS_WITHIN_S)
-    sock = _ask(url, session, way)
+    sock = _send(url, session, way)
     try:
         if way.streamed and not way.early:
             _read_some(sock)
@@ -99,7 +99,7 @@ def _leave(url: str, session: str, way: Way, gauge: Gauge) -> float:
                 time.sleep(_DECODING_S)
             _check_unanswered(sock, way)
         if gauge.read() == 0:
-            raise TooLate(f"{way}: the engine was done")
+            raise TooLate(f"{way}: the engine had finished")
         if way.reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NOW)
     finally:
@@ -107,7 +107,7 @@ def _leave(url: str, session: str, way: Way, gauge: Gauge) -> float:
     return gauge.wait(busy=False, within_s=_STOPS_WITHIN_S)
 
 
-def _ask(url: str, session: str, way: Way) -> socket.socket:
+def _send(url: str, session: str, way: Way) -> socket.socket:
     address = urlsplit(url)
     body = json.dumps(question(session, way)).encode()
     head = (
@@ -120,8 +120,8 @@ def _ask(url: str, session: str, way: Way) -> socket.socket:
 
 
 def question(session: str, way: Way) -> dict[str, Any]:
-    """The body of a request."""
-    # The session's name comes first, so that no two prompts have a beginning in common that the engine could keep.
+    """Return the body of a request."""
+    # The session's name comes first, so that no two prompts share a prefix that the engine could have cached.
     words = " ".join(f"{session} {n}" if n % 50 == 0 else "and then" for n in range(_LONG if way.early else _SHORT))
     return {
         "model": "demo",
@@ -133,26 +133,26 @@ def question(session: str, way: Way) -> dict[str, Any]:
 
 
 def _read_some(sock: socket.socket) -> None:
-    seen = b""
-    while seen.count(b"data: ") < _CHUNKS_READ:
+    received = b""
+    while received.count(b"data: ") < _CHUNKS_READ:
         data = sock.recv(65536)
         if not data:
-            raise RuntimeError(f"the stream ended early: {seen[-500:]!r}")
-        seen += data
-    if b"data: [DONE]" in seen:
-        raise TooLate("the stream was over")
-    if not seen.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(f"the answer was {seen[:500]!r}")
+            raise RuntimeError(f"the stream ended early: {received[-500:]!r}")
+        received += data
+    if b"data: [DONE]" in received:
+        raise TooLate("the stream had ended")
+    if not received.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"the response was {received[:500]!r}")
 
 
 def _check_unanswered(sock: socket.socket, way: Way) -> None:
-    """Whoever has a token of the answer does not leave before the first; the head of a stream comes before it."""
+    """Raise TooLate if a token has arrived already; the head of a stream may have."""
     sock.setblocking(False)
     try:
-        seen = sock.recv(65536)
+        received = sock.recv(65536)
     except BlockingIOError:
         return
-    if not seen.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(f"the answer was {seen[:500]!r}")
-    if not way.streamed or b"data: " in seen:
-        raise TooLate(f"{way}: the answer had begun")
+    if not received.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"the response was {received[:500]!r}")
+    if not way.streamed or b"data: " in received:
+        raise TooLate(f"{way}: the response had begun")
