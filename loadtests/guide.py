@@ -1,10 +1,10 @@
-"""Runs every command of docs/guide.md before the real stack, and writes under each what it really printed.
+"""Runs every command of docs/guide.md against the real stack, and writes its actual output into the page.
 
     python -m loadtests.guide
 
-A `console` block holds commands for a shell, each behind a `$`; of these `cwg up` starts the stack, or starts it again.
-An `mcp` block holds calls of tools, each a name and its arguments, and behind `->` the fields of the answer that are
-shown. All other lines of these blocks are replaced.
+A `console` block contains shell commands, each after a `$`; `cwg up` starts or restarts the stack. An `mcp` block
+contains tool calls, each a name and its arguments, and after `->` the fields of the result to show. All other lines of
+these blocks are replaced.
 """
 
 import asyncio
@@ -30,24 +30,29 @@ from loadtests.machine import describe
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "guide.md"
 _BLOCK = re.compile(r"(?<=^```)(console|mcp)\n(.*?)(?=^```)", re.MULTILINE | re.DOTALL)
-_PORT = "8700"  # what the page says
-_WIDEST = 130
+_PORT = "8700"  # as shown on the page
+_MAX_WIDTH = 130
 
 
 class Stack:
-    """`cwg up` in a directory of its own, and what a user types beside it."""
+    """`cwg up` in a temporary directory, and a shell and an MCP client to use it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         (self._port,) = (str(port) for port in local.free_ports(1))
         binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        own = {"PATH": binaries, "CWG_URL": f"http://127.0.0.1:{self._port}", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        variables = {
+            "PATH": binaries,
+            "CWG_URL": f"http://127.0.0.1:{self._port}",
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "120",
+        }
         clean = {name: value for name, value in os.environ.items() if not name.startswith("CWG_")}
-        self._environment = clean | own
+        self._environment = clean | variables
         self._up: subprocess.Popen[str] | None = None
 
     def up(self) -> str:
-        """Start it, or stop it and start it again; what it says when it is ready."""
+        """Start or restart it; return the line that it prints when it is ready."""
         self.down()
         argv = [sys.executable, "-m", "gateway", "up", "--port", self._port, "--data-dir", str(self._folder / "data")]
         with (self._folder / "up.log").open("ab") as log:
@@ -58,28 +63,27 @@ class Stack:
         return self._up.stdout.readline().replace(self._port, _PORT)
 
     def down(self) -> None:
-        """End it, as Ctrl-C does, and wait until everything has gone."""
+        """Stop it, as Ctrl-C does, and wait until all its processes have ended."""
         if self._up is not None:
             self._up.send_signal(signal.SIGTERM)
             self._up.wait(60)
 
     def shell(self, command: str) -> str:
-        """What a command prints."""
-        given = command.replace(f":{_PORT}", f":{self._port}")
-        script = f'talk() {{ python -m loadtests.talk "$@"; }}\n{given}'
-        ended = subprocess.run(
+        """Run a shell command and return its output."""
+        script = f'talk() {{ python -m loadtests.talk "$@"; }}\n{command.replace(f":{_PORT}", f":{self._port}")}'
+        process = subprocess.run(
             ["bash", "-c", script], env=self._environment, cwd=self._folder, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, check=False, timeout=300,
         )  # fmt: skip
-        printed = ended.stdout.replace(self._port, _PORT)
-        return printed + (f"(exit code {ended.returncode})\n" if ended.returncode else "")
+        output = process.stdout.replace(self._port, _PORT)
+        return output + (f"(exit code {process.returncode})\n" if process.returncode else "")
 
     def tool(self, call: str) -> str:
-        """What a tool answers: the fields behind `->`, or all of it."""
-        said, _, wanted = call.partition(" -> ")
-        name, _, arguments = said.partition(" ")
+        """Call a tool and return the fields of its result that are named after `->`, or all fields."""
+        request, _, shown = call.partition(" -> ")
+        name, _, arguments = request.partition(" ")
         answer = asyncio.run(self._call(name, json.loads(arguments or "{}")))
-        fields = wanted.split(", ") if wanted else list(answer)
+        fields = shown.split(", ") if shown else list(answer)
         if missing := set(fields) - set(answer):
             raise RuntimeError(f"{call}: no {missing} in {answer}")
         return "".join(f"  {field}: {json.dumps(answer[field], ensure_ascii=False)}\n" for field in fields)
@@ -102,7 +106,7 @@ def _stack() -> Iterator[Stack]:
 
 
 def commands(kind: str, block: str) -> list[str]:
-    """The commands of a block, without what was printed under them."""
+    """Return the commands of a block, without their output."""
     if kind == "console":
         return [line[2:] for line in block.splitlines() if line.startswith("$ ")]
     return [line for line in block.splitlines() if re.match(r"[a-z]+_[a-z_]+( \{.*)?$", line)]
@@ -114,26 +118,26 @@ def _filled(stack: Stack, match: re.Match[str]) -> str:
     for command in commands(kind, block):
         print(command, file=sys.stderr, flush=True)
         if kind == "mcp":
-            lines += [command, *_narrow(stack.tool(command))]
+            lines += [command, *_truncated(stack.tool(command))]
         else:
-            printed = stack.up() if command == "cwg up" else stack.shell(command)
-            lines += [f"$ {command}", *_narrow(printed)]
+            output = stack.up() if command == "cwg up" else stack.shell(command)
+            lines += [f"$ {command}", *_truncated(output)]
     return "\n".join([kind, *lines, ""])
 
 
-def _narrow(printed: str) -> list[str]:
-    lines = [line.rstrip() for line in printed.splitlines()]
-    return [line if len(line) <= _WIDEST else f"{line[: _WIDEST - 2]} …" for line in lines]
+def _truncated(output: str) -> list[str]:
+    lines = [line.rstrip() for line in output.splitlines()]
+    return [line if len(line) <= _MAX_WIDTH else f"{line[: _MAX_WIDTH - 2]} …" for line in lines]
 
 
 def main() -> None:
-    """Fill the page in, and say on what."""
+    """Fill in the page, and name the machine."""
     page = PAGE.read_text()
     with _stack() as stack:
         page = _BLOCK.sub(lambda match: _filled(stack, match), page)
-    on = describe()
-    said = f"<!-- machine -->{on['date'][:10]}, {on['cpu']}, {on['cores']} cores, no GPU<!-- /machine -->"
-    PAGE.write_text(re.sub(r"<!-- machine -->.*?<!-- /machine -->", lambda _: said, page, flags=re.DOTALL))
+    facts = describe()
+    machine = f"<!-- machine -->{facts['date'][:10]}, {facts['cpu']}, {facts['cores']} cores, no GPU<!-- /machine -->"
+    PAGE.write_text(re.sub(r"<!-- machine -->.*?<!-- /machine -->", lambda _: machine, page, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

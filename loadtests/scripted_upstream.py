@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import uvloop
 
-from loadtests.canned_upstream import CannedProtocol
+from loadtests.canned_upstream import BACKLOG, CannedProtocol
 
 Message = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Mixed traffic: conversations by id and without, tool loops, every verb, clients that leave, and what is not right."""
+"""Mixed traffic: conversations with and without ids, tool loops, every operation, disconnects and invalid requests."""
 
 import asyncio
 import itertools
@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
-_MAX_SESSIONS, _MAX_WINDOWS, _MAX_TURNS, _MAX_STRAYS = 60, 24, 8, 100
+_MAX_SESSIONS, _MAX_WINDOWS, _MAX_TURNS, _MAX_IDLE_SESSIONS = 60, 24, 8, 100
 _FAILURES_KEPT = 40
-_OURS = "soak-"
+_PREFIX = "soak-"
 _TOOLS = [
     {
         "type": "function",
@@ -32,8 +32,8 @@ Message = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Talk:
-    """A conversation by id; nobody else has it while a turn of it goes on."""
+class Conversation:
+    """A conversation with an id; one action uses it at a time."""
 
     name: str
     messages: list[Message] = field(default_factory=list)
@@ -42,59 +42,59 @@ class Talk:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How much is asked for. `words` of a question, `tokens` of an answer."""
+    """The intensity of the traffic. `words` of a question, `tokens` of a reply."""
 
     per_s: float
-    at_once: int
+    concurrency: int
     words: int
     tokens: int
 
 
 class Unexpected(Exception):
-    """An answer that nothing explains."""
+    """A response that the traffic does not allow for."""
 
 
 class Traffic:
-    """Asks at an even rate until it is told to stop; remembers what went wrong."""
+    """Sends requests at an even rate; records failures."""
 
     def __init__(self, url: str, model: str, pace: Pace, dialects: Collection[str], *, strict: bool) -> None:
-        """`strict`: the engine refuses what is wrong."""
+        """`strict`: the engine refuses invalid requests."""
         self._url, self._model, self._pace = url, model, pace
         self._refusals = (400, 404, 405, 422) if strict else (200, 400, 404, 405, 422)
         self._random = random.Random(1)
         self._number = itertools.count()
-        self._http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=pace.at_once))
-        self._talks: list[Talk] = []
-        self._strays: dict[str, None] = {}  # sessions that nobody goes on with, oldest first
+        self._http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=pace.concurrency))
+        self._conversations: list[Conversation] = []
+        self._idle_sessions: dict[str, None] = {}  # sessions that are no longer used, oldest first
         self._windows: list[str] = []
-        self.done: Counter[str] = Counter()
+        self.actions: Counter[str] = Counter()
         self.answers: Counter[tuple[str, int]] = Counter()
         self.failures: list[str] = []
         self.failed = 0
-        self._weights = {**_ALWAYS, **{_DIALECTS[path]: 8 for path in dialects}}
+        self._weights = {**_WEIGHTS, **{_DIALECTS[path]: 8 for path in dialects}}
 
     @property
     def requests(self) -> int:
-        """Actions that are over."""
-        return self.done.total()
+        """The number of finished actions."""
+        return self.actions.total()
 
     async def run(self, seconds: float) -> None:
-        """Ask for so many seconds, and return when every answer has come."""
-        room = asyncio.Semaphore(self._pace.at_once)
+        """Send requests for so many seconds, and return once every response has arrived."""
+        slots = asyncio.Semaphore(self._pace.concurrency)
         end, due = time.monotonic() + seconds, time.monotonic()
         async with asyncio.TaskGroup() as group:
             while time.monotonic() < end:
-                await room.acquire()
+                await slots.acquire()
                 action = self._random.choices(list(self._weights), list(self._weights.values()))[0]
-                group.create_task(self._act(action, room))
+                group.create_task(self._act(action, slots))
                 due = max(due + 1 / self._pace.per_s, time.monotonic() - 1)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._http.aclose()
 
-    async def _act(self, action: Callable[["Traffic"], Awaitable[None]], room: asyncio.Semaphore) -> None:
+    async def _act(self, action: Callable[["Traffic"], Awaitable[None]], slots: asyncio.Semaphore) -> None:
         name = action.__name__
         try:
             await action(self)
@@ -103,18 +103,18 @@ class Traffic:
             if len(self.failures) < _FAILURES_KEPT:
                 self.failures.append(f"{name}: {type(error).__name__}: {error}"[:400])
         finally:
-            self.done[name] += 1
-            room.release()
+            self.actions[name] += 1
+            slots.release()
 
-    async def ask(
+    async def request(
         self, method: str, path: str, expected: Sequence[int], *, headers: dict[str, str] | None = None, **more: Any
     ) -> httpx.Response:
-        """Send a request and insist on one of the expected answers."""
+        """Send a request. Raises Unexpected for a status other than the expected ones."""
         answer = await self._http.request(method, path, headers=headers, **more)
         self.answers[_route(method, path), answer.status_code] += 1
-        named = answer.headers.get("x-session-id", "")
-        if named and not named.startswith(_OURS):
-            self._strays[named] = None
+        session = answer.headers.get("x-session-id", "")
+        if session and not session.startswith(_PREFIX):
+            self._idle_sessions[session] = None
         if answer.status_code not in expected:
             raise Unexpected(f"{method} {path} was answered {answer.status_code}: {answer.text[:200]}")
         return answer
@@ -133,70 +133,70 @@ class Traffic:
         """A conversation of two turns without an id."""
         messages = [self._question()]
         for _ in range(2):
-            reply = await self._say(CHAT, self._body(messages, stream=False), None)
+            reply = await self._complete(CHAT, self._body(messages, stream=False), None)
             messages += [reply, self._question()]
 
     async def tool_loop(self) -> None:
         """A turn whose history has two calls of a tool and their results, by an id."""
-        async with _Taken(self) as talk:
+        async with _Checkout(self) as conversation:
             call = f"call_{next(self._number)}"
             calls = [{"id": call, "type": "function", "function": {"name": "now", "arguments": "{}"}}]
-            talk.messages += [
+            conversation.messages += [
                 self._question(),
                 {"role": "assistant", "content": None, "tool_calls": calls},
                 {"role": "tool", "tool_call_id": call, "content": time.ctime()},
             ]
-            body = {**self._body(talk.messages, stream=True), "tools": _TOOLS}
-            talk.messages.append(await self._say(CHAT, body, talk.name))
+            body = {**self._body(conversation.messages, stream=True), "tools": _TOOLS}
+            conversation.messages.append(await self._complete(CHAT, body, conversation.name))
 
     async def completion(self) -> None:
         """A completion of a text."""
         body = {"model": self._model, "prompt": self._question()["content"], "max_tokens": self._pace.tokens}
-        await self.ask("POST", COMPLETIONS, (200,), json=body)
+        await self.request("POST", COMPLETIONS, (200,), json=body)
 
     async def responses(self) -> None:
         """A Responses request, streamed or not."""
         body = {"model": self._model, "input": self._question()["content"], "max_output_tokens": self._pace.tokens}
-        await self.ask("POST", RESPONSES, (200,), json={**body, "stream": self._random.random() < 0.5})
+        await self.request("POST", RESPONSES, (200,), json={**body, "stream": self._random.random() < 0.5})
 
     async def messages(self) -> None:
         """A Messages request, streamed or not."""
         body = {"model": self._model, "messages": [self._question()], "max_tokens": self._pace.tokens}
-        await self.ask("POST", MESSAGES, (200,), json={**body, "stream": self._random.random() < 0.5})
+        await self.request("POST", MESSAGES, (200,), json={**body, "stream": self._random.random() < 0.5})
 
     async def _turn(self, *, stream: bool) -> None:
-        async with _Taken(self) as talk:
-            talk.messages.append(self._question())
+        async with _Checkout(self) as conversation:
+            conversation.messages.append(self._question())
             # A session is named by a header or by the base URL.
             by_url = self._random.random() < 0.3
-            path = f"/s/{talk.name}{CHAT}" if by_url else CHAT
-            body = self._body(talk.messages, stream=stream)
-            talk.messages.append(await self._say(path, body, None if by_url else talk.name))
+            path = f"/s/{conversation.name}{CHAT}" if by_url else CHAT
+            body = self._body(conversation.messages, stream=stream)
+            conversation.messages.append(await self._complete(path, body, None if by_url else conversation.name))
 
-    async def _say(self, path: str, body: dict[str, Any], session: str | None) -> Message:
+    async def _complete(self, path: str, body: dict[str, Any], session: str | None) -> Message:
         headers = {"x-session-id": session} if session else {}
-        answer = await self.ask("POST", path, (200,), json=body, headers=headers)
+        answer = await self.request("POST", path, (200,), json=body, headers=headers)
         text = _streamed_text(answer.text) if body["stream"] else answer.json()["choices"][0]["message"]["content"]
         return {"role": "assistant", "content": text or "..."}
 
-    # Clients that leave, and those that are wrong.
+    # Disconnects and invalid requests.
 
     async def leave_early(self) -> None:
-        """Leave before the first byte."""
+        """Disconnect before the first byte."""
         await self._leave(reads=False)
 
     async def leave_midway(self) -> None:
-        """Leave in the middle of the stream."""
+        """Disconnect in the middle of the stream."""
         await self._leave(reads=True)
 
     async def bad_input(self) -> None:
-        """A body that nobody can use, or an id that is none."""
+        """Send an invalid body or session id."""
         headers = {"x-session-id": "no good/"} if self._random.random() < 0.2 else {}
         path = self._random.choice(
             (CHAT, CHAT, "/admin/windows", "/v1/nothing", "/w/no-such-window/v1/chat/completions")
         )
         content = self._random.choice(_BAD_BODIES)
-        await self.ask("POST", path, self._refusals, content=content, headers=headers)
+        await self.request("POST", path, self._refusals, content=content, headers=headers)
 
     async def _leave(self, *, reads: bool) -> None:
         address = urlsplit(self._url)
@@ -217,47 +217,47 @@ class Traffic:
                 await asyncio.wait_for(reader.readuntil(b"data: "), 60)
         finally:
             writer.transport.abort()
-        self._strays[name] = None
+        self._idle_sessions[name] = None
 
-    # Verbs and lists.
+    # Window operations and lists.
 
     async def freeze(self) -> None:
-        """Freeze a conversation, if there is room for a window."""
+        """Freeze a conversation, unless there are enough windows."""
         if len(self._windows) >= _MAX_WINDOWS:
             await self.delete_window()
             return
-        async with _Taken(self, old=True) as talk:
-            if not talk.turns:
+        async with _Checkout(self, old=True) as conversation:
+            if not conversation.turns:
                 return
             name = f"w-{next(self._number)}"
-            body = {"session_id": talk.name, "window_name": name, "tags": ["soak"]}
-            await self.ask("POST", "/admin/windows", (201,), json=body)
+            body = {"session_id": conversation.name, "window_name": name, "tags": ["soak"]}
+            await self.request("POST", "/admin/windows", (201,), json=body)
             self._windows.append(name)
 
     async def thaw(self) -> None:
-        """Thaw a window, and go on in the session that it gives."""
+        """Thaw a window, and continue in the new session."""
         if not self._windows:
             return
         name = self._random.choice(self._windows)
         warm = self._random.choice(("none", "cpu", "gpu"))
-        answer = await self.ask("POST", f"/admin/windows/{name}/thaw", (200, 404), json={"warm": warm})
-        if answer.status_code == 200:  # else it was deleted meanwhile
+        answer = await self.request("POST", f"/admin/windows/{name}/thaw", (200, 404), json={"warm": warm})
+        if answer.status_code == 200:  # otherwise it has just been deleted
             session = answer.json()["session_id"]
-            await self._say(CHAT, self._body([self._question()], stream=False), session)
+            await self._complete(CHAT, self._body([self._question()], stream=False), session)
 
     async def branch(self) -> None:
-        """Begin a conversation from a window by its base URL."""
+        """Start a conversation from a window by its base URL."""
         if self._windows:
             name = self._random.choice(self._windows)
             body = self._body([self._question()], stream=False)
-            await self.ask("POST", f"/w/{name}{CHAT}", (200, 404), json=body)
+            await self.request("POST", f"/w/{name}{CHAT}", (200, 404), json=body)
 
     async def clone(self) -> None:
         """Clone a window."""
         if self._windows and len(self._windows) < _MAX_WINDOWS:
             source, target = self._random.choice(self._windows), f"c-{next(self._number)}"
             body = {"target_window": target}
-            answer = await self.ask("POST", f"/admin/windows/{source}/clone", (201, 404), json=body)
+            answer = await self.request("POST", f"/admin/windows/{source}/clone", (201, 404), json=body)
             if answer.status_code == 201:
                 self._windows.append(target)
 
@@ -265,44 +265,44 @@ class Traffic:
         """Delete a window."""
         if self._windows:
             name = self._windows.pop(self._random.randrange(len(self._windows)))
-            await self.ask("DELETE", f"/admin/windows/{name}", (200,))
+            await self.request("DELETE", f"/admin/windows/{name}", (200,))
 
     async def delete_session(self) -> None:
-        """Delete sessions that nobody uses any more, so that there are never more than so many."""
-        while len(self._strays) > _MAX_STRAYS:
-            name = next(iter(self._strays))
-            del self._strays[name]
-            # A client may have left before its session began, or its turn goes on yet.
-            await self.ask("DELETE", f"/admin/sessions/{name}", (200, 404, 409))
-        if len(self._talks) > _MAX_SESSIONS // 2:
-            await self.ask("DELETE", f"/admin/sessions/{self._talks.pop(0).name}", (200, 404))
+        """Delete sessions that are no longer used, to limit their number."""
+        while len(self._idle_sessions) > _MAX_IDLE_SESSIONS:
+            name = next(iter(self._idle_sessions))
+            del self._idle_sessions[name]
+            # A client may have disconnected before its session began, or its turn may still be in flight.
+            await self.request("DELETE", f"/admin/sessions/{name}", (200, 404, 409))
+        if len(self._conversations) > _MAX_SESSIONS // 2:
+            await self.request("DELETE", f"/admin/sessions/{self._conversations.pop(0).name}", (200, 404))
 
     async def lists(self) -> None:
-        """What an operator looks at."""
+        """Read what an operator looks at."""
         path = self._random.choice(
             ("/admin/sessions?limit=20", "/admin/windows?sort_by=size", "/admin/windows?tags=soak", "/admin/health",
              "/v1/models", "/healthz", "/readyz", "/admin/sessions?state=frozen")
         )  # fmt: skip
-        await self.ask("GET", path, (200,))
+        await self.request("GET", path, (200,))
         if self._windows:
             name = self._random.choice(self._windows)
-            await self.ask("GET", f"/admin/windows/{name}?include_blocks=true&include_lineage=true", (200, 404))
+            await self.request("GET", f"/admin/windows/{name}?include_blocks=true&include_lineage=true", (200, 404))
 
-    # What they share.
+    # Shared helpers.
 
-    def take(self, *, old: bool) -> Talk:
-        """A conversation to go on with: a new one now and then, none that is in use or has become long."""
-        if self._talks and (old or len(self._talks) >= _MAX_SESSIONS or self._random.random() < 0.8):
-            return self._talks.pop(self._random.randrange(len(self._talks)))
-        return Talk(f"{_OURS}{next(self._number)}")
+    def take(self, *, old: bool) -> Conversation:
+        """Return a conversation to continue, or now and then a new one; never one that is in use or has become long."""
+        if self._conversations and (old or len(self._conversations) >= _MAX_SESSIONS or self._random.random() < 0.8):
+            return self._conversations.pop(self._random.randrange(len(self._conversations)))
+        return Conversation(f"{_PREFIX}{next(self._number)}")
 
-    def give_back(self, talk: Talk) -> None:
-        """The turn is over."""
-        talk.turns += 1
-        if talk.turns >= _MAX_TURNS:
-            self._strays[talk.name] = None
+    def give_back(self, conversation: Conversation) -> None:
+        """Return a conversation after a turn."""
+        conversation.turns += 1
+        if conversation.turns >= _MAX_TURNS:
+            self._idle_sessions[conversation.name] = None
         else:
-            self._talks.append(talk)
+            self._conversations.append(conversation)
 
     def _question(self) -> Message:
         words = (f"{self._random.randrange(10**6)}" for _ in range(self._random.randint(3, self._pace.words)))
@@ -312,14 +312,14 @@ class Traffic:
         return {"model": self._model, "messages": list(messages), "stream": stream, "max_tokens": self._pace.tokens}
 
 
-class _Taken:
-    """A conversation that is this action's alone."""
+class _Checkout:
+    """A conversation that one action uses exclusively."""
 
     def __init__(self, traffic: Traffic, *, old: bool = False) -> None:
         self._traffic = traffic
         self._old = old
 
-    async def __aenter__(self) -> Talk:
+    async def __aenter__(self) -> Conversation:
         self._talk = self._traffic.take(old=self._old)
         return self._talk
 
@@ -328,7 +328,7 @@ class _Taken:
             self._traffic.give_back(self._talk)
 
 
-_ALWAYS: dict[Callable[[Traffic], Awaitable[None]], int] = {
+_WEIGHTS: dict[Callable[[Traffic], Awaitable[None]], int] = {
     Traffic.chat: 16,
     Traffic.stream: 22,
     Traffic.anonymous: 8,
@@ -349,10 +349,10 @@ _DIALECTS = {RESPONSES: Traffic.responses, MESSAGES: Traffic.messages}
 
 
 def _route(method: str, path: str) -> str:
-    """A path without names."""
+    """Return the method and the path, with `*` for a name."""
     parts = path.partition("?")[0].split("/")
-    named = {"s": 2, "w": 2, "admin": 3}.get(parts[1], 99)
-    return f"{method} {'/'.join('*' if at == named else part for at, part in enumerate(parts))}"
+    name_at = {"s": 2, "w": 2, "admin": 3}.get(parts[1], 99)
+    return f"{method} {'/'.join('*' if at == name_at else part for at, part in enumerate(parts))}"
 
 
 def _streamed_text(text: str) -> str:

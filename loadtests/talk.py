@@ -1,9 +1,9 @@
-"""A chat program as anybody would write it: it keeps the history, and knows nothing of windows.
+"""A minimal chat program: it keeps the history, and knows nothing about windows.
 
     python -m loadtests.talk SESSION TEXT...
 
-Each TEXT is a turn. The history is in SESSION.json where it runs; `-n` forgets it and sends what is new alone,
-as a client may that goes on from a thawed window. The address is CWG_URL.
+Each TEXT is a turn. The history is kept in SESSION.json in the current directory; `-n` ignores it and sends only the
+new messages, as a client may that continues from a thawed window. The gateway's URL is CWG_URL.
 """
 
 import json
@@ -15,7 +15,7 @@ from openai import OpenAI
 
 
 def main(session: str, texts: list[str], *, forget: bool) -> None:
-    """Hold the turns, and print of each what the engine counted."""
+    """Send the turns, and print the token counts of each."""
     url = os.environ.get("CWG_URL", "http://127.0.0.1:8700")
     history = Path(f"{session}.json")
     messages = json.loads(history.read_text()) if history.exists() and not forget else []
@@ -32,5 +32,5 @@ def main(session: str, texts: list[str], *, forget: bool) -> None:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if word != "-n"]
-    main(given[0], given[1:], forget="-n" in sys.argv)
+    session, *texts = [word for word in sys.argv[1:] if word != "-n"]
+    main(session, texts, forget="-n" in sys.argv)

@@ -11,8 +11,8 @@ def test_no_request_that_the_document_makes_up_is_answered_otherwise_than_it_say
     engine: FakeEngine, tmp_path: Path
 ) -> None:
     with gateway_in_front_of(engine.url, tmp_path, busy_wait_s=0.5) as gateway:
-        found = fuzz(gateway.url, MODEL, 400, each=15, cache=False)
-        assert found.wrong == {}
-        assert found.requests >= 400
-        assert len({answer.rsplit(" ", 1)[0] for answer in found.answers}) > 20  # operations
+        result = fuzz(gateway.url, MODEL, 400, per_round=15, cache=False)
+        assert result.failures == {}
+        assert result.requests >= 400
+        assert len({answer.rsplit(" ", 1)[0] for answer in result.answers}) > 20  # operations
         assert " ERROR " not in gateway.log

@@ -1,4 +1,4 @@
-"""What a gateway holds at a moment: memory, file descriptors, connections, tasks, rows, files, keys."""
+"""Samples of what a gateway holds: memory, file descriptors, connections, tasks, rows, files and keys."""
 
 import json
 import os
@@ -15,16 +15,16 @@ import redis
 from loadtests import machine
 
 _ESTABLISHED = "01"
-# SQLite keeps these for itself; `meta` names the store.
-_NOT_OURS = ("sqlite_", "meta")
+# Tables of SQLite itself, and the one that identifies the store.
+_IGNORED_TABLES = ("sqlite_", "meta")
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """Where everything of a running gateway is."""
+class GatewayUnderTest:
+    """The process, ports and files of a running gateway."""
 
     pid: int
-    eye_port: int
+    inspector_port: int
     port: int
     engine_port: int
     store: Path
@@ -34,7 +34,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was there. `upstream` and `clients` are connections, and so are among `fds`."""
+    """One sample. `upstream` and `clients` are connections, which count in `fds` as well."""
 
     at_s: float
     rss: int
@@ -59,21 +59,21 @@ class Sample:
 
     @property
     def own_fds(self) -> int:
-        """Descriptors that are no connection to the engine or a client."""
+        """File descriptors that are not connections to the engine or to clients."""
         return self.fds - self.upstream - self.clients
 
 
 @dataclass(slots=True)
-class Watch:
+class Sampler:
     """Takes samples of one gateway."""
 
-    watched: Watched
+    gateway: GatewayUnderTest
     began: float = field(default_factory=time.monotonic)
 
     def sample(self, requests: int = 0, failures: int = 0, note: str = "") -> Sample:
-        """Look at everything once."""
-        w = self.watched
-        inside = _eye(w.eye_port)
+        """Take one sample."""
+        w = self.gateway
+        inside = _inspect(w.inspector_port)
         metrics = _metrics(w.port)
         upstream, clients = _connections(w.pid, w.engine_port, w.port)
         kv_files, kv_bytes = _usage(w.kv_dir) if w.kv_dir else (0, 0)
@@ -103,20 +103,20 @@ class Watch:
 
 
 def rows(store: Path) -> dict[str, int]:
-    """Rows of each table of the store."""
+    """Return the number of rows in each table of the store."""
     with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=30)) as db:
         names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        ours = [name for name in names if not name.startswith(_NOT_OURS)]
-        return {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in ours}
+        names = [name for name in names if not name.startswith(_IGNORED_TABLES)]
+        return {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
 
 
-def _eye(port: int) -> dict[str, Any]:
+def _inspect(port: int) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
         return dict(json.load(answer))
 
 
 def _metrics(port: int) -> dict[str, int]:
-    """The gateway's own numbers that have no labels."""
+    """Return the gateway's own metrics that have no labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     pairs = (line.split() for line in lines if line.startswith("cwg_") and "{" not in line)
@@ -128,7 +128,7 @@ def _count(pid: int, folder: str) -> int:
 
 
 def _connections(pid: int, engine_port: int, port: int) -> tuple[int, int]:
-    """Open connections of a process: to the engine, and from clients."""
+    """Count the open connections of a process: to the engine, and from clients."""
     links = (_target(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
     inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
     upstream = clients = 0
@@ -143,12 +143,12 @@ def _connections(pid: int, engine_port: int, port: int) -> tuple[int, int]:
 def _target(entry: Path) -> str:
     try:
         return str(entry.readlink())
-    except FileNotFoundError:  # it was closed while we looked
+    except FileNotFoundError:  # it has just been closed
         return ""
 
 
 def _usage(folder: Path) -> tuple[int, int]:
-    """How many files lie in a directory, and their bytes; some go while we look."""
+    """Return the number of files in a directory, and their bytes; files may disappear meanwhile."""
     sizes: list[int] = []
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):
