@@ -1,11 +1,11 @@
-"""What a prefix cache would have found of each prompt, with the gateway's salts and without a gateway.
+"""How much of each prompt a prefix cache would hit, with the gateway's salts and without a gateway.
 
-A model of vLLM's prefix cache: blocks of 32 tokens, unlimited, a block found if it and all before it were computed
-under the same salt; prompts and replies both stay. Four characters are a token.
+A model of vLLM's prefix cache: unlimited blocks of 32 tokens; a block is a hit if it and all blocks before it were
+computed under the same salt; prompts and replies are both kept. Four characters count as a token.
 
 - *Through the gateway* the salt is that of the session's lineage, and the prompt has no lines that `normalise` removes.
-- *The engine alone* has no salt. But what strangers share is kept apart by the gateway on purpose, so each conversation
-  is compared with an engine that it has to itself, with its forks and side conversations: the same one that left it.
+- *The engine alone* has no salt. As the gateway deliberately isolates unrelated clients, each conversation is compared
+  with an engine of its own, shared only with its forks and side conversations.
 """
 
 from collections import defaultdict
@@ -16,8 +16,8 @@ import orjson
 from blake3 import blake3
 
 from gateway.dialects import prompt_filters
-from loadtests.identity_score import Seen
-from loadtests.identity_talk import Request
+from loadtests.identity_conversation import Request
+from loadtests.identity_score import Observation
 from loadtests.scripted_upstream import Kind, Message, reply
 
 BLOCK = 32
@@ -26,41 +26,41 @@ _RULES = frozenset(prompt_filters.RULES)
 
 
 @dataclass(slots=True)
-class Found:
-    """Tokens of some prompts, and how many of them would have been found; `behind` counts prompts of which the gateway
-    would have found less than the engine alone."""
+class CacheHits:
+    """Tokens of some prompts, and how many of them would be hits; `below` counts prompts with fewer hits through the
+    gateway than with the engine alone."""
 
     tokens: int = 0
     alone: int = 0
     gateway: int = 0
     turns: int = 0
-    behind: int = 0
+    below: int = 0
 
 
-def by_trace(seen: Sequence[Seen], lineages: Mapping[str, str]) -> dict[str, Found]:
-    """What would have been found, by kind of conversation, in the order in which requests were sent."""
+def by_trace(observations: Sequence[Observation], lineages: Mapping[str, str]) -> dict[str, CacheHits]:
+    """Replay the requests in the order of sending, and return the hits by kind of conversation."""
     alone, through = _Cache(), _Cache()
     owners: dict[str, str] = {}
-    found: defaultdict[str, Found] = defaultdict(Found)
-    for one in seen:
-        request = one.request
-        owner = owners.setdefault(request.conversation, owners.get(request.of, request.conversation))
-        if not one.session:
+    hits: defaultdict[str, CacheHits] = defaultdict(CacheHits)
+    for observed in observations:
+        request = observed.request
+        owner = owners.setdefault(request.conversation, owners.get(request.forked_from, request.conversation))
+        if not observed.session:
             continue
         prompt = _prompt(request, request.messages)
-        had = alone.turn(owner, prompt, request)
+        alone_hits = alone.turn(owner, prompt, request)
         normal, _ = prompt_filters.apply(request.messages, _RULES)
-        has = through.turn(lineages[one.session], _prompt(request, normal), request)
-        _add(found[request.trace], len(prompt) // 4, had, has)
-    return dict(sorted(found.items()))
+        gateway_hits = through.turn(lineages[observed.session], _prompt(request, normal), request)
+        _add(hits[request.trace], len(prompt) // 4, alone_hits, gateway_hits)
+    return dict(sorted(hits.items()))
 
 
-def _add(total: Found, tokens: int, alone: int, gateway: int) -> None:
+def _add(total: CacheHits, tokens: int, alone: int, gateway: int) -> None:
     total.tokens += tokens
     total.alone += alone
     total.gateway += gateway
     total.turns += 1
-    total.behind += gateway < alone
+    total.below += gateway < alone
 
 
 class _Cache:
@@ -68,17 +68,17 @@ class _Cache:
         self._blocks: defaultdict[str, set[bytes]] = defaultdict(set)
 
     def turn(self, salt: str, prompt: str, request: Request) -> int:
-        """Compute a turn; return how many tokens of its prompt were found."""
+        """Compute a turn; return how many tokens of its prompt were hits."""
         if request.kind is Kind.FAILS:
             return 0
-        known = self._blocks[salt]
-        found = 0
+        cached = self._blocks[salt]
+        hits = 0
         for block in _blocks(prompt):
-            if block not in known:
+            if block not in cached:
                 break
-            found += BLOCK
-        known.update(_blocks(prompt + _message(reply(request.seed))))
-        return found
+            hits += BLOCK
+        cached.update(_blocks(prompt + _message(reply(request.seed))))
+        return hits
 
 
 def _blocks(text: str) -> Iterator[bytes]:
@@ -89,7 +89,7 @@ def _blocks(text: str) -> Iterator[bytes]:
 
 
 def _prompt(request: Request, messages: Iterable[Message]) -> str:
-    """The prompt as a template would write it: the first system message, the tools, the other messages."""
+    """Render the prompt as a chat template would: the first system message, the tools, the other messages."""
     first, *rest = [_message(message) for message in messages]
     tools = f"<tools>{','.join(request.tools)}{'.' * 400}</tools>" if request.tools else ""
     return f"{first}{tools}{''.join(rest)}" if first.startswith("<system>") else f"{tools}{first}{''.join(rest)}"

@@ -9,15 +9,15 @@ import pytest
 
 from gateway.dialects.chat import ChatDialect
 from loadtests import contenders, identity_cache, identity_report, identity_score, identity_traces, scripted_upstream
-from loadtests.identity_client import replay
-from loadtests.identity_clients import CLIENTS, Client
-from loadtests.identity_replay import sessions
-from loadtests.identity_score import Score, Seen, Verdict
-from loadtests.identity_talk import Request
+from loadtests.identity_client_styles import CLIENTS, Client
+from loadtests.identity_conversation import Request
+from loadtests.identity_replay import fetch_sessions
+from loadtests.identity_score import Observation, Score, Verdict
+from loadtests.identity_sender import replay
 from loadtests.scripted_upstream import Kind
 
 TURNS = 600
-_UNKNOWABLE = ("compaction", "strangers, same first reply")  # see the notes in the report
+_UNKNOWABLE = ("compaction", "unrelated clients, same first reply")  # see the notes in the report
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +25,19 @@ def trace() -> list[Request]:
     return identity_traces.generate(7, TURNS, pause_s=0.2)
 
 
-def judged(trace: Sequence[Request], session: Callable[[Request], str]) -> list[Verdict]:
+def judged(trace: Sequence[Request], session_of: Callable[[Request], str]) -> list[Verdict]:
     """The verdicts on a gateway that names sessions like this; a name is `lineage/...`."""
-    seen = [Seen(request, session(request)) for request in trace]
-    return identity_score.judge(seen, {one.session: one.session.split("/")[0] for one in seen})
+    observations = [Observation(request, session_of(request)) for request in trace]
+    return identity_score.judge(
+        observations, {observed.session: observed.session.split("/")[0] for observed in observations}
+    )
 
 
 def true_sessions(trace: Sequence[Request]) -> dict[str, str]:
     """The true conversations, each under the lineage that it belongs to."""
     found: dict[str, str] = {}
     for request in trace:
-        lineage = found[request.of].split("/")[0] if request.of else request.conversation
+        lineage = found[request.forked_from].split("/")[0] if request.forked_from else request.conversation
         found.setdefault(request.conversation, f"{lineage}/{request.conversation}")
     return found
 
@@ -44,61 +46,63 @@ def true_sessions(trace: Sequence[Request]) -> dict[str, str]:
 
 
 def test_who_knows_everything_scores_in_full(trace: list[Request]) -> None:
-    named = true_sessions(trace)
-    verdicts = judged(trace, lambda request: named[request.conversation])
+    sessions = true_sessions(trace)
+    verdicts = judged(trace, lambda request: sessions[request.conversation])
     score = Score.of(verdicts)
     assert (score.precision, score.recall) == (1.0, 1.0)
-    assert score.goes_on > TURNS / 2
-    assert score.forks_known == score.forks > 0
-    assert score.apart == score.new > 0
-    assert identity_score.pairs(verdicts) == (1.0, 1.0)
+    assert score.continuing > TURNS / 2
+    assert score.forks_recognised == score.forks > 0
+    assert score.separate == score.new > 0
+    assert identity_score.pair_scores(verdicts) == (1.0, 1.0)
     assert not identity_score.misses(verdicts)
-    assert not identity_score.spoilt(verdicts)
+    assert not identity_score.contaminated(verdicts)
 
 
 def test_who_recognises_nothing_has_no_recall_and_does_no_harm(trace: list[Request]) -> None:
     verdicts = judged(trace, lambda request: str(request.number))
     score = Score.of(verdicts)
-    assert (score.precision, score.recall, score.forks_known) == (1.0, 0.0, 0)
-    assert score.apart == score.new
-    assert identity_score.pairs(verdicts) == (1.0, 0.0)
+    assert (score.precision, score.recall, score.forks_recognised) == (1.0, 0.0, 0)
+    assert score.separate == score.new
+    assert identity_score.pair_scores(verdicts) == (1.0, 0.0)
 
 
 def test_who_takes_all_for_one_conversation_has_no_precision(trace: list[Request]) -> None:
     verdicts = judged(trace, lambda _: "one")
     score = Score.of(verdicts)
-    assert (score.recall, score.forks_known) == (1.0, 0)
+    assert (score.recall, score.forks_recognised) == (1.0, 0)
     assert score.precision < 0.05
-    assert score.apart <= 1
-    assert identity_score.pairs(verdicts)[0] < 0.1
+    assert score.separate <= 1
+    assert identity_score.pair_scores(verdicts)[0] < 0.1
 
 
 def test_who_forgets_forks_is_told_so(trace: list[Request]) -> None:
     origin: dict[str, str] = {}
     for request in trace:
-        origin.setdefault(request.conversation, origin.get(request.of, request.conversation))
+        origin.setdefault(request.conversation, origin.get(request.forked_from, request.conversation))
     score = Score.of(judged(trace, lambda request: origin[request.conversation]))
-    assert score.forks_known == 0
+    assert score.forks_recognised == 0
     assert score.precision < 1.0
 
 
 def test_one_turn_in_a_strangers_session_spoils_it_for_all_that_follow() -> None:
     def turn(conversation: str, number: int) -> Request:
-        truth = "same" if number else "new"
+        relation = "same" if number else "new"
         return Request(
-            number, conversation, "chat", "", truth, [], seed=0, stream=False, tools=False, client="", at=0.0
+            number, conversation, "chat", "", relation, [], seed=0, stream=False, tools=False, client="", at=0.0
         )  # fmt: skip
 
     turns = [(turn("a", 0), "s"), (turn("b", 0), "t"), (turn("b", 1), "s"), (turn("a", 1), "s"), (turn("b", 2), "s")]
-    verdicts = identity_score.judge([Seen(*one) for one in turns], {"s": "s", "t": "t"})
-    assert [v.right for v in verdicts] == [None, None, False, False, False]
-    assert [v.hit for v in verdicts] == [True, True, False, True, True]
-    assert verdicts[2].wrong == "a session of another conversation"
+    verdicts = identity_score.judge([Observation(*turn) for turn in turns], {"s": "s", "t": "t"})
+    assert [v.correct for v in verdicts] == [None, None, False, False, False]
+    assert [v.matched for v in verdicts] == [True, True, False, True, True]
+    assert verdicts[2].fault == "a session of another conversation"
 
 
 def test_a_turn_whose_session_nobody_saw_is_not_judged(trace: list[Request]) -> None:
-    seen = [Seen(request, "" if request.kind is Kind.STALLS else "s") for request in trace]
-    assert len(identity_score.judge(seen, {"s": "s"})) == sum(request.kind is not Kind.STALLS for request in trace)
+    observations = [Observation(request, "" if request.kind is Kind.STALLS else "s") for request in trace]
+    assert len(identity_score.judge(observations, {"s": "s"})) == sum(
+        request.kind is not Kind.STALLS for request in trace
+    )
 
 
 # --- the traces
@@ -116,7 +120,7 @@ def test_every_kind_of_conversation_is_in_a_large_trace_and_no_request_names_its
     assert len(trace) >= 4_000
     steps, kinds = {request.step for request in trace}, {request.trace for request in trace}
     assert steps >= {*identity_report.SUMMARISED, *identity_report.FIRST_AGAIN, "an edited message"}
-    assert kinds >= {"strangers, same first reply", "sub-agents, same first message", "clock", "billing line"}
+    assert kinds >= {"unrelated clients, same first reply", "sub-agents, same first message", "clock", "billing line"}
     assert kinds >= {"Qwen Code", "Qwen Code, memory", "aider", "LangGraph, trimmed", "smolagents", "pi", "LlamaIndex"}
     assert kinds >= {"Vercel AI SDK", "Open WebUI", "Cline", "goose", "Continue", "Claude Code, no headers", "Zed"}
     assert {request.client for request in trace} == {client.name for client in CLIENTS}
@@ -126,14 +130,14 @@ def test_every_kind_of_conversation_is_in_a_large_trace_and_no_request_names_its
 def test_a_request_comes_after_what_it_goes_on_from(trace: list[Request]) -> None:
     place = {request.number: at for at, request in enumerate(trace)}
     assert all(place[before.number] < place[request.number] for request in trace for before in request.after)
-    going_on = [request for request in trace if request.truth != "new"]
-    assert all(request.after for request in going_on)
+    continuing = [request for request in trace if request.relation != "new"]
+    assert all(request.after for request in continuing)
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
 def test_clients_send_back_what_they_got_in_their_own_words(client: Client) -> None:
     got = scripted_upstream.reply(scripted_upstream.seed_of(Kind.TOOLS, 3))
-    (sent,) = client.dress([client.back(got)])
+    (sent,) = client.prepare([client.store(got)])
     assert sent["role"] == "assistant"
     assert [call["id"] for call in sent["tool_calls"]] == [call["id"] for call in got["tool_calls"]]
 
@@ -158,17 +162,21 @@ def test_conversations_without_ids_are_recognised(trace: list[Request], tmp_path
         contenders.upstream(tmp_path, "loadtests.scripted_upstream") as engine,
         contenders.gateway(tmp_path, engine) as ours,
     ):
-        seen = asyncio.run(replay(ours.port, trace))
-        shown = sessions(ours.port, seen)
-    verdicts = identity_score.judge(seen.seen, {name: one["lineage"] for name, one in shown.items()})
+        replayed = asyncio.run(replay(ours.port, trace))
+        fetched = fetch_sessions(ours.port, replayed)
+    verdicts = identity_score.judge(
+        replayed.observations, {name: session["lineage"] for name, session in fetched.items()}
+    )
     # In so few turns one that nobody can know would decide.
     score = Score.of([v for v in verdicts if v.request.trace not in _UNKNOWABLE])
     missed = identity_score.misses(verdicts)
     assert len(verdicts) > 0.95 * TURNS
     assert score.precision >= identity_report.PRECISION, missed
     assert score.recall >= identity_report.RECALL, missed
-    assert score.forks_known == score.forks, missed
-    assert score.apart == score.new, missed
-    found = identity_cache.by_trace(seen.seen, {name: one["lineage"] for name, one in shown.items()})
-    below = {trace: one for trace, one in found.items() if one.gateway < one.alone and trace not in _UNKNOWABLE}
+    assert score.forks_recognised == score.forks, missed
+    assert score.separate == score.new, missed
+    hits = identity_cache.by_trace(
+        replayed.observations, {name: session["lineage"] for name, session in fetched.items()}
+    )
+    below = {trace: h for trace, h in hits.items() if h.gateway < h.alone and trace not in _UNKNOWABLE}
     assert not below

@@ -1,4 +1,4 @@
-"""How clients send a conversation back: never quite as they received it."""
+"""How clients send a conversation back: rarely exactly as they received it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,42 +6,42 @@ from dataclasses import dataclass
 
 from loadtests.scripted_upstream import Message
 
-Back = Callable[[Message], Message]
-Dress = Callable[[Sequence[Message]], list[Message]]
+StoreReply = Callable[[Message], Message]
+PrepareMessages = Callable[[Sequence[Message]], list[Message]]
 
 
-def _as_it_is(messages: Sequence[Message]) -> list[Message]:
+def _unchanged(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """`back` is what it keeps of a reply, `dress` what it does to the whole list each time it sends it."""
+    """`store` turns a reply into the message that it keeps, `prepare` the history into the messages that it sends."""
 
     name: str
-    back: Back
-    dress: Dress = _as_it_is
+    store: StoreReply
+    prepare: PrepareMessages = _unchanged
 
 
 def _bare(reply: Message) -> Message:
-    """Role, text and tool calls, without the reasoning."""
+    """Keep role, text and tool calls, but not the reasoning."""
     return {name: value for name, value in reply.items() if name != "reasoning"}
 
 
 def _dumped(reply: Message) -> Message:
-    """The openai client's `message.model_dump()`: every field there is, null or not, the engine's own too."""
+    """Keep what the openai client's `message.model_dump()` returns: all fields, null or not, the engine's included."""
     empty = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None,
              "reasoning": None}  # fmt: skip
     return {**empty, **reply}
 
 
 def _dropping(reply: Message) -> Message:
-    """No field that is null."""
+    """Drop fields that are null."""
     return {name: value for name, value in _bare(reply).items() if value is not None}
 
 
 def _assembled(reply: Message) -> Message:
-    """A stream put together: tool calls keep their index, and a text that never came is empty."""
+    """Keep an assembled stream: tool calls keep their index, and a missing text is empty."""
     kept = {**_bare(reply), "content": reply["content"] or ""}
     if "tool_calls" in reply:
         kept["tool_calls"] = [{"index": i, **call} for i, call in enumerate(reply["tool_calls"])]
@@ -55,26 +55,26 @@ def _trimmed(reply: Message) -> Message:
     return kept
 
 
-def _respelt(reply: Message, separators: tuple[str, str], *, whole: bool) -> Message:
-    """Tool arguments parsed and written again; `whole`: 1.0 as 1, as JavaScript has it."""
+def _rewritten(reply: Message, separators: tuple[str, str], *, integers: bool) -> Message:
+    """Parse tool arguments and write them again; `integers`: 1.0 becomes 1, as in JavaScript."""
     kept = _bare(reply)
     if "tool_calls" in kept:
-        kept["tool_calls"] = [_call_respelt(call, separators, whole) for call in kept["tool_calls"]]
+        kept["tool_calls"] = [_call_rewritten(call, separators, integers) for call in kept["tool_calls"]]
     return kept
 
 
-def _call_respelt(call: Message, separators: tuple[str, str], whole: bool) -> Message:
+def _call_rewritten(call: Message, separators: tuple[str, str], integers: bool) -> Message:
     def number(text: str) -> float | int:
         value = float(text)
-        return int(value) if whole and value.is_integer() else value
+        return int(value) if integers and value.is_integer() else value
 
     value = json.loads(call["function"]["arguments"], parse_float=number)
-    spelt = json.dumps(value, separators=separators, ensure_ascii=not whole)
-    return {"type": call["type"], "id": call["id"], "function": {"arguments": spelt, "name": call["function"]["name"]}}
+    text = json.dumps(value, separators=separators, ensure_ascii=not integers)
+    return {"type": call["type"], "id": call["id"], "function": {"arguments": text, "name": call["function"]["name"]}}
 
 
 def _thinking_in_text(reply: Message) -> Message:
-    """The reasoning is put in front of the text."""
+    """Put the reasoning in front of the text."""
     kept = _bare(reply)
     if reply.get("reasoning"):
         kept["content"] = f"<think>\n{reply['reasoning']}\n</think>\n\n{reply['content'] or ''}"
@@ -92,7 +92,7 @@ def _parts(message: Message, **more: object) -> Message:
 
 
 def _marked(messages: Sequence[Message]) -> list[Message]:
-    """A cache breakpoint on the last message, which is a string again in the next request."""
+    """Put a cache breakpoint on the last message, whose content is a string again in the next request."""
     return [*messages[:-1], _parts(messages[-1], cache_control={"type": "ephemeral"})]
 
 
@@ -102,8 +102,8 @@ CLIENTS = (
     Client("drops null fields", _dropping),
     Client("keeps stream indexes", _assembled),
     Client("trims text", _trimmed),
-    Client("respells arguments, Python", lambda reply: _respelt(reply, (", ", ": "), whole=False)),
-    Client("respells arguments, JavaScript", lambda reply: _respelt(reply, (",", ":"), whole=True)),
+    Client("respells arguments, Python", lambda reply: _rewritten(reply, (", ", ": "), integers=False)),
+    Client("respells arguments, JavaScript", lambda reply: _rewritten(reply, (",", ":"), integers=True)),
     Client("content in parts", _dropping, _in_parts),
     Client("moving cache marks", _bare, _marked),
     Client("thinking in the text", _thinking_in_text),
