@@ -1,153 +1,228 @@
-"""Every setting of the gateway, once: name, default and meaning. A test compares docs/settings.md with it.
+"""Every setting of the gateway, once: name, type, default and meaning. A test compares docs/settings.md with it.
 
 Order of precedence: command line, environment (`CWG_` + the name in capitals), TOML file, default. An unknown key stops
-the start and names the nearest right one.
+the start and names the nearest known one.
 """
 
 import difflib
+import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_origin
 from urllib.parse import urlsplit
 
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict
+from pydantic_settings import PydanticBaseSettingsSource as Source
+
 from gateway.dialects import prompt_filters
+from gateway.validation.shown import shown
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
 # Variables of ours that are not settings of the server: the client side of the CLI.
 CLIENT_VARIABLES = frozenset({"CWG_URL"})
-_TRUE = frozenset({"1", "true", "yes", "on"})
-_FALSE = frozenset({"0", "false", "no", "off"})
-_NONE_IS_0 = frozenset(
-    {
-        "abort_grace_s",
-        "disk_budget_bytes",
-        "expiry_grace_s",
-        "redis_budget_bytes",
-        "session_ttl_s",
-        "tenant_budget_bytes",
-    }
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_FROM_TEXT: Mapping[Any, Callable[[str], Any]] = MappingProxyType(
+    {int: int, float: float, bool: lambda text: _WORDS[text.lower()]}
 )
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used; the message names it and the remedy."""
+    """Settings that cannot be used; the message names each of them, where it came from, and the remedy."""
+
+
+def _check(fits: Callable[[str], object], problem: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not fits(value):
+            raise ValueError(problem.format(value))
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_url(url: str, schemes: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in schemes.split() and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _check_filter(name: str) -> str:
+    if name not in prompt_filters.RULES:
+        near = difflib.get_close_matches(name, prompt_filters.RULES, n=1, cutoff=0)
+        raise ValueError(f"has the unknown rule {name!r}; did you mean {near[0]!r}?")
+    return name
+
+
+def _check_engines(urls: tuple[str, ...]) -> tuple[str, ...]:
+    if not urls or not all(urls):
+        raise ValueError("needs the base URL of each engine")
+    split = map(urlsplit, urls)
+    times = Counter(url._replace(netloc=url.netloc.lower(), path=url.path.rstrip("/")).geturl() for url in split)
+    if len(times) < len(urls):
+        raise ValueError(f"has {times.most_common(1)[0][0]} more than once; give each engine once")
+    return urls
+
+
+Secret = Annotated[str, Field(repr=False)]  # nor is its value shown in an error
+Port = Annotated[int, Field(ge=0, le=65535)]
+Workers = Annotated[int, Field(ge=1, le=256)]
+Count = Annotated[int, Field(gt=0)]
+Limit = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+SecondsOrNone = Annotated[float, Field(ge=0)]
+HttpUrl = Annotated[
+    str,
+    _check(  # addresses are shown in errors, health, turns and logs
+        lambda url: "@" not in url.partition("://")[2].partition("/")[0],
+        "has a user name or password in a URL; take it out (a key for the engine is engine_api_key)",
+    ),
+    _check(lambda url: not url or _is_url(url, "http https"), "{!r} is not an http(s) URL"),
+]
+EngineUrls = Annotated[tuple[HttpUrl, ...], AfterValidator(_check_engines)]
+RedisUrl = Annotated[Secret, _check(lambda url: not url or _is_url(url, "redis rediss"), "is not a redis URL")]
+StoreUrl = Annotated[str, _check(re.compile(r"sqlite:///|\Z").match, "{!r} is not sqlite:///PATH")]
+PromptFilter = Annotated[str, AfterValidator(_check_filter)]
+ExtraPath = Annotated[
+    str,
+    _check(re.compile(r"(\*|[A-Z]+) /v1/").match, "{!r} is not a method and a path below /v1/, as in 'POST /v1/x'"),
+]
+Origin = Annotated[
+    str, _check(re.compile(r"\*|.+?://[^/]+").fullmatch, "{!r} is not an origin, as in 'https://app.example'")
+]
 
 
 def setting(default: Any, text: str) -> Any:
     """Declare one row of the table."""
-    return field(default=default, metadata={"help": text})
+    return Field(default, description=text)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(BaseSettings):
     """The settings table."""
 
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, strict=True, case_sensitive=True, hide_input_in_errors=True
+    )
+
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with `api_key`")
-    port: int = setting(8700, "port to listen on; 0 takes a free one")
-    workers: int = setting(1, "processes that serve the port, over one store; each has its own connections")
-    worker_timeout_s: float = setting(
+    port: Port = setting(8700, "port to listen on; 0 takes a free one")
+    workers: Workers = setting(1, "processes that serve the port, over one store; each has its own connections")
+    worker_timeout_s: Seconds = setting(
         30.0, "seconds for which one of several workers may not respond before it is killed and replaced"
     )
-    api_key: str = setting(
+    api_key: Secret = setting(
         "",
         "one key for every API (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
     )
-    allowed_origins: tuple[str, ...] = setting(
+    allowed_origins: tuple[Origin, ...] = setting(
         (), "origins, as `https://app.example`, whose pages may call the gateway; `*`: all. No CORS headers are sent"
     )
-    extra_paths: tuple[str, ...] = setting(
+    extra_paths: tuple[ExtraPath, ...] = setting(
         (), "additional engine paths to pass through: `POST /v1/x`, `GET /v1/y/*`, `* /v1/z`; others are closed"
     )
-    engine_urls: tuple[str, ...] = setting(
+    engine_urls: EngineUrls = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
     )
-    engine_api_key: str = setting("", "key sent to the engine in place of the client's")
-    engine_check_s: float = setting(5.0, "seconds between two checks of an engine's health")
-    cache_url: str = setting("", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only")
+    engine_api_key: Secret = setting("", "key sent to the engine in place of the client's")
+    engine_check_s: Seconds = setting(5.0, "seconds between two checks of an engine's health")
+    cache_url: HttpUrl = setting(
+        "", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only"
+    )
     kv_dir: str = setting("", "directory of LMCache's `fs` tier, as this machine sees it; empty: no disk tier")
-    kv_redis_url: str = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
+    kv_redis_url: RedisUrl = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
     pins_dir: str = setting("", "where pinned objects are linked; same file system as `kv_dir`; empty: `<kv_dir>-pins`")
-    chunk_size: int = setting(0, "tokens per chunk; 0 asks the cache")
+    chunk_size: Limit = setting(0, "tokens per chunk; 0 asks the cache")
     data_dir: str = setting("data", "the gateway's own data directory")
-    store_url: str = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
+    store_url: StoreUrl = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
     secret_file: str = setting("", "secret of the salts, created on first use; empty: `<data_dir>/secret`")
     accept_new_secret: bool = setting(
         False,
         "start with a secret other than the store's, once: KV stored under the old one is not found again",
     )
-    isolation: str = setting("session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant")
-    identify: str = setting(
+    isolation: Literal["session", "tenant"] = setting(
+        "session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant"
+    )
+    identify: Literal["prefix", "by_id"] = setting(
         "prefix",
         "how a request without an id is matched: `prefix`: by its conversation; `by_id`: it begins a new session",
     )
     model_fingerprint: str = setting("", "distinguishes the served weights from others of the same name")
-    normalise: tuple[str, ...] = setting(
+    normalise: tuple[PromptFilter, ...] = setting(
         prompt_filters.RULES, "rules that remove volatile lines from the front of the prompt; empty: none"
     )
     tokenizer_file: str = setting(
         "", "the served model's tokenizer.json; empty: searched in its directory and in Hugging Face's cache"
     )
-    connect_timeout_s: float = setting(5.0, "seconds to connect to the engine, the cache or Redis")
-    engine_timeout_s: float = setting(600.0, "seconds the engine may be silent, before its first byte or between two")
-    abort_grace_s: float = setting(
+    connect_timeout_s: Seconds = setting(5.0, "seconds to connect to the engine, the cache or Redis")
+    engine_timeout_s: Seconds = setting(600.0, "seconds the engine may be silent, before its first byte or between two")
+    abort_grace_s: SecondsOrNone = setting(
         10.0,
         "seconds that an engine which an abort may crash has to begin its reply after a disconnect; 0: none",
     )
-    client_timeout_s: float = setting(
+    client_timeout_s: Seconds = setting(
         30.0, "seconds a client may take for its headers, between two parts of a body, and to read some of its response"
     )
-    max_connections: int = setting(
+    max_connections: Count = setting(
         10_000,
         "clients at once; for one more an idle connection is closed, or else it is refused (503) unless it is a probe "
         "(`/healthz`, `/readyz`)",
     )
-    max_body_bytes: int = setting(64 * 2**20, "largest request body")
-    max_json_values: int = setting(
+    max_body_bytes: Count = setting(64 * 2**20, "largest request body")
+    max_json_values: Count = setting(
         1_100_000, "maximum number of members of all arrays and objects of a JSON body together"
     )
-    max_messages: int = setting(10_000, "maximum number of messages, or input items, in a request")
-    body_timeout_s: float = setting(120.0, "seconds that a whole body may take, and one more for each 64 KiB received")
-    max_import_bytes: int = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
-    max_reply_bytes: int = setting(
+    max_messages: Count = setting(10_000, "maximum number of messages, or input items, in a request")
+    body_timeout_s: Seconds = setting(
+        120.0, "seconds that a whole body may take, and one more for each 64 KiB received"
+    )
+    max_import_bytes: Count = setting(64 * 2**30, "largest window file that can be imported; it is read as a stream")
+    max_reply_bytes: Count = setting(
         64 * 2**20, "largest reply that is kept for the transcript; a larger one passes through only"
     )
-    turn_queue: int = setting(4096, "finished turns that may wait for the store; past it new turns are `rate_limited`")
-    turns_kept: int = setting(200, "turns remembered per session; the transcript is kept complete")
-    sessions_kept: int = setting(100_000, "sessions remembered; beyond that the longest idle ones are deleted")
-    expiry_grace_s: float = setting(60.0, "seconds for which the text of an expired window can still be read")
-    session_ttl_s: float = setting(
+    turn_queue: Count = setting(
+        4096, "finished turns that may wait for the store; past it new turns are `rate_limited`"
+    )
+    turns_kept: Count = setting(200, "turns remembered per session; the transcript is kept complete")
+    sessions_kept: Count = setting(100_000, "sessions remembered; beyond that the longest idle ones are deleted")
+    expiry_grace_s: SecondsOrNone = setting(60.0, "seconds for which the text of an expired window can still be read")
+    session_ttl_s: SecondsOrNone = setting(
         0.0, "seconds after which an idle session is `expired`, and the next sweep deletes it with its KV; 0: never"
     )
-    disk_budget_bytes: int = setting(
+    disk_budget_bytes: Limit = setting(
         0, "bytes for the disk tier; past it, KV of the longest idle sessions is deleted first; 0: no limit"
     )
-    redis_budget_bytes: int = setting(0, "the same for the Redis tier")
-    tenant_budget_bytes: int = setting(
+    redis_budget_bytes: Limit = setting(0, "the same for the Redis tier")
+    tenant_budget_bytes: Limit = setting(
         0, "bytes that a tenant's windows may hold, all tiers together; a freeze past it is `storage_full`; 0: no limit"
     )
-    disk_reserve_bytes: int = setting(
+    disk_reserve_bytes: Count = setting(
         256 * 2**20,
         "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`; a sweep then "
         "deletes KV of idle sessions",
     )
-    sweep_every_s: float = setting(60.0, "seconds between two sweeps for what has expired and what is no longer needed")
-    clock_hold_s: float = setting(
+    sweep_every_s: Seconds = setting(
+        60.0, "seconds between two sweeps for what has expired and what is no longer needed"
+    )
+    clock_hold_s: Seconds = setting(
         3600.0, "seconds for which nothing expires after the clock has jumped, or after a long time without a gateway"
     )
-    responses_kept: int = setting(
+    responses_kept: Count = setting(
         10_000, "responses of `/v1/responses` stored for each tenant; the oldest are deleted first"
     )
-    busy_wait_s: float = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
-    on_full: str = setting(
+    busy_wait_s: Seconds = setting(5.0, "seconds a freeze waits for a turn in flight before `session_busy`")
+    on_full: Literal["error", "successor"] = setting(
         "error",
         "when a prompt exceeds the context limit: `error`; `successor`: freeze, and continue in another session",
     )
-    freeze_timeout_s: float = setting(60.0, "seconds a freeze waits for the cache's objects to appear in a tier")
-    thaw_timeout_s: float = setting(120.0, "seconds a thaw waits for a prefetch")
+    freeze_timeout_s: Seconds = setting(60.0, "seconds a freeze waits for the cache's objects to appear in a tier")
+    thaw_timeout_s: Seconds = setting(120.0, "seconds a thaw waits for a prefetch")
     auto_freeze: bool = setting(True, "whether sessions are frozen automatically (Automatic windows)")
     auto_freeze_idle_minutes: float = setting(15.0, "freeze a session without a turn for this long; 0: off")
     auto_freeze_tokens: int = setting(0, "freeze a session that passes this many tokens; 0: off")
@@ -159,15 +234,40 @@ class Settings:
     auto_freeze_name: str = setting(
         "auto-{session_id}-{timestamp}", "names of automatic windows; may also contain `{turns}`"
     )
-    auto_freeze_cooldown_s: float = setting(60.0, "seconds between two automatic freezes of a session")
+    auto_freeze_cooldown_s: Seconds = setting(60.0, "seconds between two automatic freezes of a session")
     auto_freeze_keep: int = setting(3, "automatic windows kept of each session; older ones are deleted")
     auto_freeze_ttl_days: float = setting(30.0, "days until an automatic window expires; 0: never")
-    auto_freeze_every_s: float = setting(5.0, "seconds between two checks for idle sessions")
-    shutdown_freeze_s: float = setting(8.0, "seconds that freezing at shutdown may take; what is left is not frozen")
-    log_level: str = setting("info", "`debug`, `info`, `warning` or `error`")
+    auto_freeze_every_s: Seconds = setting(5.0, "seconds between two checks for idle sessions")
+    shutdown_freeze_s: Seconds = setting(8.0, "seconds that freezing at shutdown may take; what is left is not frozen")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "`debug`, `info`, `warning` or `error`")
 
-    def __post_init__(self) -> None:
-        _check(self)
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Source, *_: Source, **__: Source
+    ) -> tuple[Source, ...]:
+        """Only what a constructor is given: `load` reads the file and the environment."""
+        return (init_settings,)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _parse(cls, value: Any, info: ValidationInfo) -> Any:
+        """Convert text, which is all that the environment has; pydantic refuses what cannot be converted."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if get_origin(kind) is tuple:
+            if isinstance(value, str):
+                value = value.split(",") if value.strip() else []
+            is_list = isinstance(value, list)
+            return tuple(part.strip() if isinstance(part, str) else part for part in value) if is_list else value
+        if isinstance(value, str) and kind in _FROM_TEXT:
+            with suppress(KeyError, ValueError):
+                return _FROM_TEXT[kind](value)
+        return value
+
+    @model_validator(mode="after")
+    def _require_key_beyond_loopback(self) -> "Settings":
+        if self.host not in LOOPBACK and not self.api_key:
+            raise ValueError(f"host {self.host!r} is beyond loopback: set api_key (CWG_API_KEY) first")
+        return self
 
     @property
     def data_path(self) -> Path:
@@ -188,7 +288,7 @@ class Settings:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """File of the tokenizer, where one is named."""
+        """File of the tokenizer, if it is set."""
         return Path(self.tokenizer_file).expanduser().absolute() if self.tokenizer_file else None
 
     @property
@@ -207,152 +307,56 @@ class Settings:
 def load(
     *, file: Path | None = None, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Read the settings. Raises `SettingsError` for an unknown key or a value that does not fit."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        values |= _from_file(file)
-    values |= _from_environment(environment)
-    values |= {k: v for k, v in (overrides or {}).items() if v is not None}
-    return Settings(**values)
+    """Read the settings. Raises `SettingsError` for an unknown key or a value that does not fit.
 
-
-def _from_file(file: Path) -> dict[str, Any]:
+    The sources are filled here: pydantic-settings' own ignore a file that is missing or a pipe, and unknown variables.
+    """
+    options = {name: value for name, value in (overrides or {}).items() if value is not None}
+    variables = {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name not in CLIENT_VARIABLES
+    }
+    table = _read(file) if file else {}
+    origins = (
+        dict.fromkeys(table, str(file))
+        | {name: f"environment variable {PREFIX}{name.upper()}" for name in variables}
+        | {name: f"option --{name.replace('_', '-')}" for name in options}
+    )
+    sources = tuple(InitSettingsSource(Settings, values) for values in (options, variables, table))
     try:
-        table = tomllib.loads(file.read_text())
+        return Settings(_build_sources=(sources, {}))  # type: ignore[call-arg] # mypy sees the fields only
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(e, origins) for e in error.errors())) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
     except OSError as error:
         raise SettingsError(f"cannot read {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} is not TOML: {error}") from error
-    return {name: _convert(name, value, str(file)) for name, value in table.items()}
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    ours = {k: v for k, v in environment.items() if k.startswith(PREFIX) and k not in CLIENT_VARIABLES}
-    return {
-        name: _convert(name, value, f"environment variable {PREFIX}{name.upper()}")
-        for name, value in ((k.removeprefix(PREFIX).lower(), v) for k, v in ours.items())
-    }
-
-
-def _convert(name: str, value: Any, where: str) -> Any:
-    kind = get_type_hints(Settings).get(name)
-    if kind is None:
-        near = difflib.get_close_matches(name, [f.name for f in fields(Settings)], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SettingsError(f"{where}: unknown setting {name!r}{hint}")
-    try:
-        return _as(kind, value)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"{where}: setting {name!r} must be {_name_of(kind)}, not {value!r}") from error
-
-
-def _as(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is tuple:
-        if isinstance(value, str):
-            value = value.split(",") if value.strip() else ()
-        return tuple(str(p).strip() for p in value)
-    if kind is bool and isinstance(value, str):
-        if value.lower() in _TRUE | _FALSE:
-            return value.lower() in _TRUE
-        raise ValueError(value)
-    if kind is bool and not isinstance(value, bool):
-        raise TypeError(value)
-    if kind in (int, float) and isinstance(value, bool):
-        raise TypeError(value)
-    if kind is int and isinstance(value, float):
-        raise TypeError(value)
-    if kind is str and not isinstance(value, str):
-        raise TypeError(value)
-    return kind(value)
-
-
-def _name_of(kind: Any) -> str:
-    return (
-        "a list of strings"
-        if get_args(kind)
-        else {"int": "a whole number", "str": "a string", "bool": "true or false"}.get(kind.__name__, "a number")
-    )
-
-
-def _check(s: Settings) -> None:
-    _require(
-        s.host in LOOPBACK or bool(s.api_key), f"host {s.host!r} is beyond loopback: set api_key (CWG_API_KEY) first"
-    )
-    _require(0 <= s.port <= 65535, f"port {s.port} is not between 0 and 65535")
-    _require(bool(s.engine_urls), "engine_urls is empty; give the base URL of each engine")
-    for name, url in [*(("engine_urls", url) for url in s.engine_urls), ("cache_url", s.cache_url)]:
-        empty = not url and name == "cache_url"
-        # Addresses are shown in errors, health, turns and logs.
-        _require(
-            "@" not in url.partition("://")[2].partition("/")[0],
-            f"{name} has a user name or password in a URL; take it out (a key for the engine is engine_api_key)",
-        )
-        _require(empty or _is_url(url, ("http", "https")), f"{name} {url!r} is not an http(s) URL")
-    twice = [url for url, times in Counter(map(_bare, s.engine_urls)).items() if times > 1]
-    _require(not twice, f"engine_urls has {', '.join(twice)} more than once; give each engine once")
-    _require(
-        not s.kv_redis_url or _is_url(s.kv_redis_url, ("redis", "rediss")),
-        f"kv_redis_url {s.kv_redis_url!r} is not a redis URL",
-    )
-    _require(
-        not s.store_url or s.store_url.startswith("sqlite:///"), f"store_url {s.store_url!r} must be sqlite:///PATH"
-    )
-    _require(s.isolation in ("session", "tenant"), f"isolation {s.isolation!r} is neither 'session' nor 'tenant'")
-    _require(s.identify in ("prefix", "by_id"), f"identify {s.identify!r} is neither 'prefix' nor 'by_id'")
-    _require(s.on_full in ("error", "successor"), f"on_full {s.on_full!r} is neither 'error' nor 'successor'")
-    _require(
-        s.log_level in ("debug", "info", "warning", "error"),
-        f"log_level {s.log_level!r} is not one of debug, info, warning, error",
-    )
-    _require(1 <= s.workers <= 256, f"workers {s.workers} is not between 1 and 256")
-    for name in s.normalise:
-        near = difflib.get_close_matches(name, prompt_filters.RULES, n=1, cutoff=0)
-        _require(name in prompt_filters.RULES, f"normalise: unknown rule {name!r}; did you mean {near[0]!r}?")
-    for one in s.extra_paths:
-        method, _, path = one.partition(" ")
-        shaped = path.startswith("/v1/") and (method == "*" or (method.isalpha() and method.isupper()))
-        _require(shaped, f"extra_paths: {one!r} is not a method and a path below /v1/, as in 'POST /v1/x'")
-    for one in s.allowed_origins:
-        _require(
-            one == "*" or _is_origin(one), f"allowed_origins: {one!r} is not an origin, as in 'https://app.example'"
-        )
-    _require(s.chunk_size >= 0, f"chunk_size {s.chunk_size} is negative")
-    for f in fields(s):
-        value = getattr(s, f.name)
-        counts = ("turn_queue", "max_connections", "max_messages", "max_json_values")
-        if f.name.endswith(("_s", "_bytes", "_kept")) or f.name in counts:
-            fits = value > 0 or (value == 0 and f.name in _NONE_IS_0)
-            _require(fits, f"{f.name} must be more than 0, not {value}")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise SettingsError(message)
-
-
-def _bare(url: str) -> str:
-    """A URL without what makes no difference."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.lower(), path=parts.path.rstrip("/")).geturl()
-
-
-def _is_origin(text: str) -> bool:
-    scheme, separator, host = text.partition("://")
-    return bool(scheme and separator and host) and "/" not in host
-
-
-def _is_url(url: str, schemes: tuple[str, ...]) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
+def _explain(error: ErrorDetails, origins: Mapping[str, str]) -> str:
+    if not error["loc"]:  # about several settings
+        return str(error["ctx"]["error"])
+    name = str(error["loc"][0])
+    origin = f"{origins[name]}: " if name in origins else ""
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        return f"{origin}unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if error["type"] == "value_error":
+        return f"{origin}{name} {error['ctx']['error']}"
+    must = error["msg"].replace("Input should", "must").replace("tuple", "list of strings")
+    value = f", not {shown(error['input'])}" if Settings.model_fields[name].repr else ""
+    return f"{origin}{name} {must}{value}"
 
 
 def table() -> list[tuple[str, str, str]]:
     """Return (name, default, help) of every setting, in order."""
-
-    def default(f: "Field[Any]") -> str:
-        return ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
-
-    return [(f.name, default(f), f.metadata["help"]) for f in fields(Settings)]
+    return [
+        (name, ",".join(f.default) if isinstance(f.default, tuple) else str(f.default), f.description or "")
+        for name, f in Settings.model_fields.items()
+    ]

@@ -16,7 +16,6 @@ from gateway.cli.connection import Failure
 from gateway.cli.output import say
 from gateway.errors import StartError
 from gateway.runtime.logs import SafeFormatter
-from gateway.settings import Settings, SettingsError, load
 
 
 @click.command()
@@ -49,11 +48,13 @@ def up(**options: Any) -> None:
 @click.option("--workers", type=int, help="processes that serve the port")
 def serve(config: Path | None, **options: Any) -> None:
     """Run the gateway alone, for a stack that runs elsewhere."""
-    from gateway import app  # noqa: PLC0415 - a verb of the CLI should not pay for the server's imports
+    # Other commands should not pay for the server's imports.
+    from gateway import app  # noqa: PLC0415
+    from gateway.settings import SettingsError, load  # noqa: PLC0415
 
     try:
         settings = load(file=config, environment=os.environ, overrides=options)
-        _log_to_stderr(settings)
+        _log_to_stderr(settings.log_level, with_pid=settings.workers > 1)
         app.main(settings)
     except (SettingsError, StartError) as error:
         raise Failure(str(error)) from error
@@ -82,12 +83,12 @@ def _look(admin: Admin) -> None:
         say(f"cwg mcp: {connection.failure(error)}; every call retries", err=True)
 
 
-def _log_to_stderr(settings: Settings) -> None:
-    who = "%(process)d " if settings.workers > 1 else ""
-    line = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
+def _log_to_stderr(level: str, *, with_pid: bool) -> None:
+    process = "%(process)d " if with_pid else ""
+    line = f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SafeFormatter(line))
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     for library in ("httpx", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
 

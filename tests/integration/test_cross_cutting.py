@@ -192,7 +192,7 @@ async def test_ec020b_objects_that_fill_the_budget_to_the_last_byte_are_kept_and
     held = await harness.services.store.held_bytes("default", objects)
     assert held > 0
     for budget, fits in ((held, True), (held - 1, False)):
-        parts = replace(harness.services, settings=replace(harness.settings, tenant_budget_bytes=budget))
+        parts = replace(harness.services, settings=harness.settings.model_copy(update={"tenant_budget_bytes": budget}))
         if fits:
             await check_budget(parts, "default", objects)
         else:

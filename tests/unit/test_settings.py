@@ -1,6 +1,5 @@
 """Settings: every row from every source, precedence, what is refused and how, and the table in docs/settings.md."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "shutdown_freeze_s": ("2", "2", 2.0),
     "log_level": ("debug", '"debug"', "debug"),
 }
-NAMES = [f.name for f in fields(Settings)]
+NAMES = list(Settings.model_fields)
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -139,6 +138,28 @@ def test_an_unknown_rule_of_the_normaliser_stops_the_start_and_names_the_nearest
     with pytest.raises(SettingsError, match="unknown rule 'claude-billing'; did you mean 'claude-billing-header'"):
         load(environment={"CWG_NORMALISE": "timestamp-line,claude-billing"})
     assert load(environment={"CWG_NORMALISE": ""}).normalise == ()
+
+
+def test_each_mistake_is_named_with_its_source_at_once(tmp_path: Path) -> None:
+    file = toml(tmp_path, "port = 1.5\nworkers = 0\nchunk_size = 'x'")
+    with pytest.raises(SettingsError) as refused:
+        load(file=file, environment={"CWG_PORT": "x", "CWG_PROT": "1"}, overrides={"workers": 257})
+    assert str(refused.value).split("; ") == [
+        "environment variable CWG_PORT: port must be a valid integer, not 'x'",
+        "option --workers: workers must be less than or equal to 256, not 257",
+        f"{file}: chunk_size must be a valid integer, not 'x'",
+        "environment variable CWG_PROT: unknown setting 'prot'",
+        "did you mean 'port'?",
+    ]
+
+
+@pytest.mark.parametrize("line", ["api_key = 53137", "engine_api_key = [53137]", "kv_redis_url = 'redis://:53137@'"])
+def test_a_secret_is_not_repeated(tmp_path: Path, line: str) -> None:
+    with pytest.raises(SettingsError, match=line.partition(" ")[0]) as refused:
+        load(environment={}, file=toml(tmp_path, line))
+    assert "53137" not in str(refused.value)
+    assert "53137" not in str(refused.value.__cause__)
+    assert "53137" not in repr(Settings(api_key="53137", engine_api_key="53137", kv_redis_url="redis://:53137@x"))
 
 
 @pytest.mark.parametrize("name", ["engine_urls", "cache_url"])

@@ -32,7 +32,7 @@ async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_
     await window(harness.services)
     data = await file_of(harness.services)
     plain = harness.services
-    harness.services = replace(plain, settings=replace(plain.settings, disk_reserve_bytes=2**62))
+    harness.services = replace(plain, settings=plain.settings.model_copy(update={"disk_reserve_bytes": 2**62}))
     head = data[: file_format.BLOCK + file_format.padded(int(data[124:135], 8))]
     assert "disk_reserve_bytes" in await refused(harness, head, "storage_full")
     imported, _ = await import_window(
@@ -80,7 +80,7 @@ async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
 async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
-    services = replace(harness.services, settings=replace(harness.settings, max_import_bytes=9000))
+    services = replace(harness.services, settings=harness.settings.model_copy(update={"max_import_bytes": 9000}))
     small = GatewayHarness(services, harness.kv, harness.redis, harness.settings)
     assert "9000" in await refused(small, data[:4096], "payload_too_large")
 
@@ -113,9 +113,9 @@ async def test_past_the_tenants_budget_an_import_leaves_nothing(harness: Gateway
     data = await file_of(harness.services)
     held = await harness.services.store.held_bytes("default", [])
     plain = harness.services
-    harness.services = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held - 1))
+    harness.services = replace(plain, settings=plain.settings.model_copy(update={"tenant_budget_bytes": 2 * held - 1}))
     assert f"would hold {2 * held} bytes, 1 more than" in await refused(harness, data, "storage_full")
-    harness.services = replace(plain, settings=replace(plain.settings, tenant_budget_bytes=2 * held))
+    harness.services = replace(plain, settings=plain.settings.model_copy(update={"tenant_budget_bytes": 2 * held}))
     imported, _ = await import_window(harness.services, "default", stream(data, 50_000), name="x", as_text=False)
     assert imported.kv == "complete"
 

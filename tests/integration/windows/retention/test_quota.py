@@ -117,7 +117,7 @@ async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_
     await harness.window("w", under("salt-idle", 2))
     await sweeper.sweep(harness.parts)
     assert harness.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
-    more_than_any_disk_has = replace(harness.parts.settings, disk_reserve_bytes=2**60)
+    more_than_any_disk_has = harness.parts.settings.model_copy(update={"disk_reserve_bytes": 2**60})
     await sweeper.sweep(replace(harness.parts, settings=more_than_any_disk_has))
     assert harness.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
 
