@@ -1,5 +1,4 @@
-"""Policies decide when to freeze: each takes one observation of a session. How to freeze is the gateway's business.
+"""Policies decide when to freeze a session; the gateway does the freezing.
 
-`contract.py` says what a policy is, `loader.py` how one is found by its name. This package imports nothing
-of `gateway`.
+`contract.py` defines what a policy is, `loader.py` finds one by its name. This package imports nothing of `gateway`.
 """

@@ -15,11 +15,10 @@ class AllOf:
     def __post_init__(self) -> None:
         check_policies(self.policies)
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        """See `Policy.decide`."""
+    def decide(self, observation: Observation, /) -> Freeze | None:
         reasons = []
         for policy in self.policies:
-            decision = policy.decide(seen)
+            decision = policy.decide(observation)
             if decision is None:
                 return None
             reasons.append(decision.reason)

@@ -15,6 +15,5 @@ class AnyOf:
     def __post_init__(self) -> None:
         check_policies(self.policies)
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        """See `Policy.decide`."""
-        return next((decision for policy in self.policies if (decision := policy.decide(seen))), None)
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        return next((decision for policy in self.policies if (decision := policy.decide(observation))), None)

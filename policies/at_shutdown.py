@@ -16,7 +16,6 @@ class AtShutdown:
     def __post_init__(self) -> None:
         check_number("minutes", self.minutes, most=_A_WEEK)
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        """See `Policy.decide`."""
-        ending = seen.event == "shutdown" and seen.idle_s <= self.minutes * 60
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        ending = observation.event == "shutdown" and observation.idle_s <= self.minutes * 60
         return Freeze("the gateway was stopped") if ending else None

@@ -1,12 +1,12 @@
 """The interface of a policy: one method that takes an observation and returns a decision or None.
 
-A policy of one's own needs this file alone:
+A custom policy needs this file alone:
 
     class Nightly:
-        def decide(self, seen: Observation, /) -> Freeze | None:
-            return Freeze("it is late") if seen.idle_s > 60 and time.localtime().tm_hour == 3 else None
+        def decide(self, observation: Observation, /) -> Freeze | None:
+            return Freeze("it is late") if observation.idle_s > 60 and time.localtime().tm_hour == 3 else None
 
-It is asked in a thread beside the requests, again and again, from one thread at a time.
+It is called again and again, off the event loop, by one thread at a time.
 """
 
 import math
@@ -20,11 +20,11 @@ Event = Literal["turn", "sweep", "shutdown"]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A session that has gone on since it was last frozen.
+    """A session that has had turns since it was last frozen.
 
-    `event` is why it is looked at: a turn of it was just recorded, time has passed, or the gateway is about to end.
-    `covered_tokens` is how many tokens it had when it was last frozen automatically, or fewer where it has shrunk
-    since; 0 if it never was. `context_limit` is None where the model is not known.
+    `event` is the occasion: one of its turns was just recorded, time has passed, or the gateway is shutting down.
+    `covered_tokens` is how many tokens it had when it was last frozen automatically, or fewer if it has shrunk since;
+    0 if it never was. `context_limit` is None if the model is unknown.
     """
 
     event: Event
@@ -37,6 +37,10 @@ class Observation:
     idle_s: float
     age_s: float
 
+    def passes(self, tokens: float) -> bool:
+        """Whether the session has reached this many tokens since it was last frozen."""
+        return self.covered_tokens < tokens <= self.token_count
+
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
@@ -48,15 +52,15 @@ class Freeze:
 class Policy(Protocol):
     """Decides when to freeze, never how."""
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        """Say whether to freeze now, and why."""
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        """Return `Freeze` to freeze the session now, else None."""
         ...
 
 
 def abbreviated(value: object) -> str:
-    """What an error says of a wrong value: a text or a number itself, anything larger by its type.
+    """Return a wrong value for an error message: text and numbers as they are, anything larger as its type.
 
-    Values come from a request; to write out all of a large or deeply nested one would take minutes, or fail.
+    Values come from a request; the `repr` of a large or deeply nested one would take minutes, or fail.
     """
     if isinstance(value, str):
         return repr(value[:_LONGEST_TEXT])
@@ -69,7 +73,7 @@ def check_number(name: str, value: object, *, most: float, whole: bool = False) 
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not 0 < value <= most:
         kind = "whole number" if whole else "number"
-        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:g}, not {abbreviated(value)}")
+        raise ValueError(f"{name} must be a {kind}, more than 0 and at most {most:.10g}, not {abbreviated(value)}")
 
 
 def check_policies(value: object) -> None:

@@ -16,8 +16,7 @@ class IdleTimeout:
     def __post_init__(self) -> None:
         check_number("minutes", self.minutes, most=MOST_MINUTES)
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        """See `Policy.decide`."""
-        if seen.idle_s < self.minutes * 60:
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        if observation.idle_s < self.minutes * 60:
             return None
-        return Freeze(f"idle for {seen.idle_s / 60:.1f} minutes (idle timeout {self.minutes:g})")
+        return Freeze(f"idle for {observation.idle_s / 60:.1f} minutes (idle timeout {self.minutes:g})")

@@ -1,4 +1,4 @@
-"""Load policies: a built-in one as a custom one, from an import string."""
+"""Load policies, built-in and custom ones, from an import string."""
 
 import difflib
 import importlib
@@ -19,22 +19,22 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "all_of": "policies.all_of:AllOf",
     }
 )
-_LONGEST_NAME = 200  # of a policy that somebody has misspelt
-_DEEPEST = 8  # combinations of combinations; nobody means more
+_LONGEST_NAME = 200  # for which the nearest known name is looked up
+_DEEPEST = 8  # nesting of combinations
 
 
 class PolicyError(Exception):
-    """A policy that cannot be made: `field` is where it is named."""
+    """A policy that cannot be created; `field` is the one that asks for it."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
 
 
-def build(spec: object, strangers: Collection[str] = (), field: str = "policy", depth: int = 0) -> Policy:
-    """Make the policy that `spec` describes: `{"use": NAME, parameter: value, ...}`. Raises PolicyError.
+def build(spec: object, custom: Collection[str] = (), field: str = "policy", depth: int = 0) -> Policy:
+    """Create the policy that `spec` describes: `{"use": NAME, parameter: value, ...}`. Raises PolicyError.
 
-    NAME is a built-in's, or one of `strangers`, "package.module:Class". A list under `policies` is made first.
+    NAME is a built-in's, or one of `custom`, "package.module:Class". A list under `policies` is created first.
     """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
         raise PolicyError(field, f'must be an object with "use": the name of a policy, not {abbreviated(spec)}')
@@ -44,38 +44,39 @@ def build(spec: object, strangers: Collection[str] = (), field: str = "policy", 
     inner = parameters.get("policies")
     if isinstance(inner, list | tuple):
         parameters["policies"] = tuple(
-            build(one, strangers, f"{field}.policies[{i}]", depth + 1) for i, one in enumerate(inner)
+            build(one, custom, f"{field}.policies[{i}]", depth + 1) for i, one in enumerate(inner)
         )
-    return _made(_found(spec["use"], strangers, field), parameters, field)
+    return _create(_load(spec["use"], custom, field), parameters, field)
 
 
-def _found(name: str, strangers: Collection[str], field: str) -> Any:
-    if name not in BUILT_IN and name not in strangers:
-        near = difflib.get_close_matches(name, [*BUILT_IN, *strangers], n=1) if len(name) <= _LONGEST_NAME else []
-        hint = f"did you mean {near[0]!r}?" if near else f"known policies: {', '.join([*BUILT_IN, *strangers])}"
+def _load(name: str, custom: Collection[str], field: str) -> Any:
+    known = [*BUILT_IN, *custom]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1) if len(name) <= _LONGEST_NAME else []
+        hint = f"did you mean {near[0]!r}?" if near else f"known policies: {', '.join(known)}"
         raise PolicyError(field, f"unknown policy {abbreviated(name)}: {hint}")
     module, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not (module and colon and attribute):
         raise PolicyError(field, f'{abbreviated(name)} must be "package.module:Class"')
     try:
-        loaded = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise PolicyError(field, f"cannot import {module!r}: {type(error).__name__}: {error}") from error
-    if not hasattr(loaded, attribute):
+    if not hasattr(imported, attribute):
         raise PolicyError(field, f"module {module!r} has no {attribute!r}")
-    return getattr(loaded, attribute)
+    return getattr(imported, attribute)
 
 
-def _made(kind: Any, parameters: Mapping[str, Any], field: str) -> Policy:
+def _create(kind: Any, parameters: Mapping[str, Any], field: str) -> Policy:
     try:
         signature = inspect.signature(kind)
-    except (TypeError, ValueError) as error:  # no class or function, or one that does not tell what it takes
+    except (TypeError, ValueError) as error:  # not callable, or without a signature
         raise PolicyError(field, f"these parameters do not fit: {error}") from error
     try:
         signature.bind(**parameters)
     except TypeError as error:
-        known = ", ".join(signature.parameters) or "none"
-        raise PolicyError(field, f"these parameters do not fit: {error}; it takes {known}") from error
+        names = ", ".join(signature.parameters) or "none"
+        raise PolicyError(field, f"these parameters do not fit: {error}; it takes {names}") from error
     try:
         policy: Policy = kind(**parameters)
     except (Exception, SystemExit) as error:

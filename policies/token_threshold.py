@@ -16,8 +16,7 @@ class TokenThreshold:
     def __post_init__(self) -> None:
         check_number("tokens", self.tokens, most=MOST_TOKENS, whole=True)
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        """See `Policy.decide`."""
-        if not seen.covered_tokens < self.tokens <= seen.token_count:
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        if not observation.passes(self.tokens):
             return None
-        return Freeze(f"{seen.token_count} tokens (threshold {self.tokens})")
+        return Freeze(f"{observation.token_count} tokens (threshold {self.tokens})")

@@ -1,4 +1,4 @@
-"""The rules of automatic freezing: what may be set, what each value must be, and how windows are named."""
+"""The rules of automatic freezing: their values and bounds, and the names of the windows."""
 
 import math
 import string
@@ -31,7 +31,7 @@ _SPEC = {"type": "object", "properties": {"use": {"type": "string"}}, "required"
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """When sessions are frozen by themselves, and what becomes of the windows. None: that rule is off."""
+    """When sessions are frozen automatically, and how their windows are named and kept. None: that rule is off."""
 
     enabled: bool = True
     idle_timeout_minutes: float | None = 15.0
@@ -45,21 +45,19 @@ class Rules:
     ttl_seconds: float | None = 30 * _DAY
 
     def specs(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Every policy that is on, described, under the field that says so."""
-        short: list[tuple[str, Mapping[str, Any]]] = []
-        if self.idle_timeout_minutes is not None:
-            short.append(("idle_timeout_minutes", {"use": "idle_timeout", "minutes": self.idle_timeout_minutes}))
-        if self.token_threshold is not None:
-            short.append(("token_threshold", {"use": "token_threshold", "tokens": self.token_threshold}))
-        if self.context_share is not None:
-            short.append(("context_share", {"use": "context_share", "share": self.context_share}))
-        if self.at_shutdown:
-            short.append(("at_shutdown", {"use": "at_shutdown"}))
-        return [*short, *((f"policies[{i}]", spec) for i, spec in enumerate(self.policies))]
+        """The specs of all policies that are on, each with the field that asks for it."""
+        built_in: dict[str, Mapping[str, Any]] = {
+            "idle_timeout_minutes": {"use": "idle_timeout", "minutes": self.idle_timeout_minutes},
+            "token_threshold": {"use": "token_threshold", "tokens": self.token_threshold},
+            "context_share": {"use": "context_share", "share": self.context_share},
+            "at_shutdown": {"use": "at_shutdown"},
+        }
+        on = [(field, spec) for field, spec in built_in.items() if getattr(self, field)]
+        return [*on, *((f"policies[{i}]", spec) for i, spec in enumerate(self.policies))]
 
 
 _SETTINGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    # the rule that each setting stands for, and how its value is read as one
+    # setting: the rule, and the conversion of its value
     "auto_freeze": ("enabled", lambda value: value),
     "auto_freeze_idle_minutes": ("idle_timeout_minutes", lambda value: value or None),
     "auto_freeze_tokens": ("token_threshold", lambda value: value or None),
@@ -68,7 +66,7 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "auto_freeze_name": ("naming_pattern", lambda value: value),
     "auto_freeze_cooldown_s": ("cooldown_seconds", lambda value: value),
     "auto_freeze_keep": ("keep", lambda value: value),
-    "auto_freeze_ttl_days": ("ttl_seconds", lambda value: value * 86400 or None),
+    "auto_freeze_ttl_days": ("ttl_seconds", lambda value: value * _DAY or None),
 }
 
 
@@ -76,27 +74,27 @@ def from_settings(settings: Settings) -> Rules:
     """Return the rules that the settings ask for. Raises SettingsError."""
     values: dict[str, Any] = {}
     try:
-        for name, (rule, read) in _SETTINGS.items():
-            values[rule] = READERS[rule](name, read(getattr(settings, name)))
+        for name, (rule, convert) in _SETTINGS.items():
+            values[rule] = READERS[rule](name, convert(getattr(settings, name)))
     except GatewayError as error:
         raise SettingsError(error.message) from error
     return Rules(policies=tuple({"use": name} for name in settings.auto_freeze_policies), **values)
 
 
 def as_json(rules: Rules) -> dict[str, Any]:
-    """The rules as they are shown."""
+    """The rules as the admin API shows them."""
     return {**asdict(rules), "policies": list(rules.policies)}
 
 
-def with_changes(rules: Rules, given: Mapping[str, Any]) -> Rules:
-    """Return `rules` with what is `given`. Raises `invalid_request`, naming the field."""
-    return replace(rules, **{name: READERS[name](name, value) for name, value in given.items()})
+def with_changes(rules: Rules, changes: Mapping[str, Any]) -> Rules:
+    """Return `rules` with the fields in `changes`. Raises `invalid_request`, naming the field."""
+    return replace(rules, **{name: READERS[name](name, value) for name, value in changes.items()})
 
 
-def build_policies(rules: Rules, strangers: Collection[str]) -> list[tuple[str, Policy]]:
-    """Make every policy that is on. Raises `invalid_request`, naming the field."""
+def build_policies(rules: Rules, custom: Collection[str]) -> list[tuple[str, Policy]]:
+    """Create every policy that is on. Raises `invalid_request`, naming the field."""
     try:
-        return [(field, build(spec, strangers, field)) for field, spec in rules.specs()]
+        return [(field, build(spec, custom, field)) for field, spec in rules.specs()]
     except PolicyError as error:
         hint = 'a custom policy must be listed in the setting "auto_freeze_policies"'
         raise GatewayError("invalid_request", str(error), hint=hint, details={"field": error.field}) from error
@@ -112,18 +110,18 @@ def check_limits(rules: Rules, limits: Mapping[str, int]) -> None:
 
 
 def _thresholds(specs: list[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, int]]:
-    found = []
+    thresholds = []
     for field, spec in specs:
         if spec["use"] == "token_threshold":
-            found.append((field, spec["tokens"]))
+            thresholds.append((field, spec["tokens"]))
         inner = spec.get("policies")
-        if isinstance(inner, list | tuple):  # of a combination; a stranger may have something else there
-            found += _thresholds([(f"{field}.policies[{i}]", one) for i, one in enumerate(inner)])
-    return found
+        if isinstance(inner, list | tuple):  # a combination; a custom policy may have another type here
+            thresholds += _thresholds([(f"{field}.policies[{i}]", one) for i, one in enumerate(inner)])
+    return thresholds
 
 
 def window_name(pattern: str, session_id: str, turns: int, at: float) -> str:
-    """A window's name after `pattern`; room for a suffix is left."""
+    """Return a window's name from `pattern`, short enough for a suffix."""
     stamp = datetime.fromtimestamp(at, UTC).strftime("%Y%m%d-%H%M%S")
     plain = session_id.replace(":", "-")
     values = {"timestamp": stamp, "turns": str(turns), "session_id": ""}
@@ -134,7 +132,7 @@ def window_name(pattern: str, session_id: str, turns: int, at: float) -> str:
 
 
 def description(reason: str) -> str:
-    """What an automatic window says of itself."""
+    """Return the description of an automatic window."""
     return f"Frozen automatically: {reason}"[:MAX_DESCRIPTION].replace("\0", "")
 
 

@@ -1,7 +1,7 @@
 """Automatic freezing: recorded turns and a sweep -> observations -> policies -> windows.freeze, in the background.
 
-Every worker looks at every session; a claim in the store has only one of them freeze it. What is to be frozen waits in
-a short queue: the sweep waits for room in it, a turn does not, and what it leaves out the sweep finds later.
+Every worker checks every session; a claim in the store lets only one of them freeze it. Sessions to freeze wait in a
+short queue: the sweep waits for a free place, a turn does not, and what it leaves out the sweep finds later.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import orjson
 from gateway.errors import GatewayError, StartError
 from gateway.records import AUTO_TAG, Session
 from gateway.store.types import Unfrozen
-from gateway.windows.autofreeze import rules as rules_of
-from gateway.windows.autofreeze.policy_runner import Named, Opinion, PolicyRunner
+from gateway.windows.autofreeze import rules
+from gateway.windows.autofreeze.policy_runner import NamedPolicy, Opinion, PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
 from gateway.windows.context import Services
 from gateway.windows.delete import delete
@@ -28,21 +28,21 @@ from policies.contract import Event, Observation
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 2  # freezes of this process: each has the engine compute a tail, and requests come first
-_ROOM = 256  # decisions that wait for them
-_TOUCHED = 4096  # sessions whose turns were recorded and that nobody has looked at yet
+_MAX_DUE = 256  # sessions that wait for them
+_MAX_TOUCHED = 4096  # sessions whose turns were recorded and that were not checked yet
 _GATHER_S = 0.1
 _PAGE = 256
-_HORIZON_S = 7 * 86400.0  # what is older was looked at when it was young; its KV is not worth a prefill now
+_HORIZON_S = 7 * 86400.0  # older sessions were checked before; their KV is not worth a prefill now
 _CLAIM_S = 300.0  # more than a freeze takes; a claim outlives only a worker that was killed
 _FIRST_RETRY_S, _LAST_RETRY_S = 30.0, 3600.0
-_REST_SHARE = 20  # a sweep that took a second is followed by so many of rest
+_PAUSE_FACTOR = 20  # seconds of pause after a sweep that took one
 
 Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What the policies say of a session now, and what would come of it."""
+    """What the policies decide about a session now, and the window that would result."""
 
     seen: Observation
     opinions: Sequence[Opinion]
@@ -51,43 +51,43 @@ class Check:
 
 
 class AutofreezeService:
-    """Opened last and closed first: at its end the other parts still work."""
+    """Opened last and closed first: while it closes, all other services still work."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._deciding = PolicyRunner()
-        self._text: str | None = None  # as the store has it
-        self._configured = rules_of.from_settings(services.settings)
+        self._runner = PolicyRunner()
+        self._stored: str | None = None  # rules set at run time
+        self._configured = rules.from_settings(services.settings)
         self._touched: set[Key] = set()
-        self._news = asyncio.Event()
-        self._due: asyncio.Queue[tuple[Unfrozen, str]] = asyncio.Queue(_ROOM)
-        self._waiting: set[Key] = set()  # sessions in that queue, or being frozen
+        self._has_touched = asyncio.Event()
+        self._due: asyncio.Queue[tuple[Unfrozen, str]] = asyncio.Queue(_MAX_DUE)
+        self._pending: set[Key] = set()  # in that queue, or being frozen
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
 
     async def __aenter__(self) -> "AutofreezeService":
-        """Raises StartError where a policy of the settings cannot be made."""
+        """Raises StartError if a policy in the settings cannot be created."""
         try:
             self._set(self._configured)
         except GatewayError as error:
             raise StartError(f"setting auto_freeze_policies: {error.message}") from error
         await self._reload()
         self._services.recorder.watch(self._touch)
-        work = [self._sweep, self._look_at_touched, *[self._freeze_due] * _AT_ONCE]
-        self._tasks = [asyncio.create_task(self._for_ever(one), name="autofreeze") for one in work]
+        jobs = [self._sweep, self._check_touched, *[self._freeze_due] * _AT_ONCE]
+        self._tasks = [asyncio.create_task(self._repeat(job), name="autofreeze") for job in jobs]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Freeze what the policies say at the end, within `shutdown_freeze_s`."""
+        """Freeze what the policies decide at shutdown, within `shutdown_freeze_s`."""
         self._ending = True
         sweep, touched, *freezers = self._tasks
         await _stop([sweep, touched])
-        within = self._services.settings.shutdown_freeze_s
+        timeout_s = self._services.settings.shutdown_freeze_s
         try:
-            async with asyncio.timeout(within):
+            async with asyncio.timeout(timeout_s):
                 await self._finish()
         except TimeoutError:
-            log.warning("not every session was frozen at shutdown: shutdown_freeze_s (%g s) ran out", within)
+            log.warning("not every session was frozen at shutdown: shutdown_freeze_s (%g s) ran out", timeout_s)
         await _stop(freezers)
 
     async def _finish(self) -> None:
@@ -96,36 +96,35 @@ class AutofreezeService:
             await self._freeze_all("shutdown")
         await self._due.join()
 
-    async def _for_ever(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do one round after the other; a store that fails must not end it."""
+    async def _repeat(self, job: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                await work()
-            except Exception:
+                await job()
+            except Exception:  # of the store, for example
                 log.exception("automatic freezing failed")
                 await asyncio.sleep(self._services.settings.auto_freeze_every_s)
 
     # The rules.
 
     async def current(self) -> tuple[Rules, Mapping[str, Any]]:
-        """The rules, and those of their fields that were set at run time."""
+        """The rules, and the fields that were set at run time."""
         await self._reload()
-        return self._rules, orjson.loads(self._text or "{}")
+        return self._rules, orjson.loads(self._stored or "{}")
 
-    async def change(self, given: Mapping[str, Any]) -> list[str]:
+    async def change(self, changes: Mapping[str, Any]) -> list[str]:
         """Set fields of the rules, for all workers and after a restart. Raises `invalid_request`. Returns warnings."""
         _, before = await self.current()
-        after = {**before, **given}
-        rules = rules_of.with_changes(self._configured, after)
-        rules_of.build_policies(rules, self._custom_policies)
+        after = {**before, **changes}
+        changed = rules.with_changes(self._configured, after)
+        rules.build_policies(changed, self._custom_policies)
         limits, warnings = await self._limits()
-        rules_of.check_limits(rules, limits)
+        rules.check_limits(changed, limits)
         await self._services.store.set_auto_freeze(orjson.dumps(after).decode())
         await self._reload()
         return warnings
 
     async def reset(self) -> None:
-        """Forget what was set at run time: the settings hold again."""
+        """Discard the rules set at run time: the settings apply again."""
         await self._services.store.set_auto_freeze(None)
         await self._reload()
 
@@ -141,116 +140,116 @@ class AutofreezeService:
         return {name: model.context_limit for name, model in models.items() if model.context_limit}, []
 
     async def _reload(self) -> None:
-        """Take over what any worker has set."""
+        """Apply the rules that any worker has set."""
         text = await self._services.store.auto_freeze()
-        if text == self._text:
+        if text == self._stored:
             return
-        self._text = text
+        self._stored = text
         try:
-            self._set(rules_of.with_changes(self._configured, orjson.loads(text or "{}")))
-        except GatewayError as error:  # a policy was there when it was set, and is not any more
-            log.warning("the rules of automatic freezing set at run time do not fit: %s; the settings hold", error)
+            self._set(rules.with_changes(self._configured, orjson.loads(text or "{}")))
+        except GatewayError as error:  # a custom policy is not listed any more
+            log.warning("the rules of automatic freezing set at run time are invalid: %s; the settings apply", error)
             self._set(self._configured)
 
-    def _set(self, rules: Rules) -> None:
-        self._policies: list[Named] = rules_of.build_policies(rules, self._custom_policies)
-        self._rules = rules
+    def _set(self, new: Rules) -> None:
+        self._policies: list[NamedPolicy] = rules.build_policies(new, self._custom_policies)
+        self._rules = new
 
-    # Looking.
+    # Checking.
 
     async def check(self, tenant: str, session_id: str) -> Check | None:
-        """Ask the policies about a session, and change nothing. None: there is no such session."""
+        """Evaluate the policies for a session, and change nothing. None: there is no such session."""
         await self._reload()
         await self._services.recorder.flush()
-        found = await self._services.store.unfrozen_sessions([(tenant, session_id)])
-        if not found:
+        rows = await self._services.store.unfrozen_sessions([(tenant, session_id)])
+        if not rows:
             return None
-        (one,) = found
         now = time.time()
-        seen = self._observation(one, "sweep", now)
-        name = rules_of.window_name(self._rules.naming_pattern, session_id, one.session.turn_count, now)
-        return Check(seen, await self._deciding.opinions(self._policies, seen), name, self._held_back(one, now))
+        observation = self._observation(rows[0], "sweep", now)
+        opinions = await self._runner.opinions(self._policies, observation)
+        return Check(observation, opinions, self._window_name(rows[0].session), self._held_back(rows[0], now))
 
-    def _held_back(self, one: Unfrozen, now: float) -> str:
+    def _held_back(self, row: Unfrozen, now: float) -> str:
         if not self._rules.enabled:
             return "automatic freezing is off"
-        if one.session.transcript is None:
+        if row.session.transcript is None:
             return "it has no finished turn yet"
-        if one.session.state != "active":
-            return f"it is {one.session.state} and has not continued since"
-        if self._is_held(one, now):
-            why = f"its last freeze failed, {one.failures} in a row" if one.failures else "cool-down"
-            return f"{why}: not for {one.not_before - now:.0f} s"
+        if row.session.state != "active":
+            return f"it is {row.session.state} and has not continued since"
+        if self._must_wait(row, now):
+            reason = f"its last freeze failed, {row.failures} in a row" if row.failures else "cool-down"
+            return f"{reason}: not for {row.not_before - now:.0f} s"
         return ""
 
-    def _is_held(self, one: Unfrozen, now: float) -> bool:
-        """Whether a cool-down, or the wait after a failure, is going on; one that ends too late to be true is over."""
-        return now < one.not_before <= self._latest(now)
+    def _must_wait(self, row: Unfrozen, now: float) -> bool:
+        """Whether a cool-down, or a wait after a failure, is in progress; one that would end too late is ignored."""
+        return now < row.not_before <= self._latest(now)
 
     def _latest(self, now: float) -> float:
-        """When any wait that begins now is over: what ends later was set while the clock was wrong."""
+        """The latest end of a wait that begins now: a later one was set while the clock was wrong."""
         return now + max(self._rules.cooldown_seconds, _LAST_RETRY_S)
 
     def _touch(self, tenant: str, session_id: str) -> None:
-        if len(self._touched) < _TOUCHED:
+        if len(self._touched) < _MAX_TOUCHED:
             self._touched.add((tenant, session_id))
-            self._news.set()
+            self._has_touched.set()
 
-    async def _look_at_touched(self) -> None:
-        await self._news.wait()
+    async def _check_touched(self) -> None:
+        await self._has_touched.wait()
         await asyncio.sleep(_GATHER_S)
-        self._news.clear()
+        self._has_touched.clear()
         touched, self._touched = self._touched, set()
         await self._reload()
         if not self._rules.enabled:
             return
         rows = await self._services.store.unfrozen_sessions(touched)
-        async for one, reason in self._sessions_to_freeze([row for row in rows if _goes_on(row)], "turn"):
+        active = [row for row in rows if row.session.state == "active" and row.session.transcript is not None]
+        async for row, reason in self._sessions_to_freeze(active, "turn"):
             if not self._due.full():
-                self._put(one, reason)
+                self._put(row, reason)
 
     async def _sweep(self) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         await self._reload()
         waited = await self._freeze_all("sweep") if self._rules.enabled else 0.0
-        work = time.monotonic() - began - waited
-        await asyncio.sleep(max(self._services.settings.auto_freeze_every_s, work * _REST_SHARE))
+        work = time.monotonic() - started - waited
+        await asyncio.sleep(max(self._services.settings.auto_freeze_every_s, work * _PAUSE_FACTOR))
 
     async def _freeze_all(self, event: Event) -> float:
-        """Put every session in the queue that the policies would freeze; return how long it waited for room."""
+        """Queue every session that the policies would freeze; return the seconds spent waiting for the queue."""
         since, before, waited = time.time() - _HORIZON_S, None, 0.0
         while page := await self._services.store.unfrozen(since, before, _PAGE):
-            async for one, reason in self._sessions_to_freeze(page, event):
-                waited += await self._room()
-                self._put(one, reason)
+            async for row, reason in self._sessions_to_freeze(page, event):
+                waited += await self._wait_for_queue()
+                self._put(row, reason)
             last = page[-1].session
             before = last.last_active_at, last.tenant, last.id
         return waited
 
-    async def _room(self) -> float:
-        began = time.monotonic()
-        while self._due.full():  # noqa: ASYNC110 - a queue tells of its room only to one who puts
+    async def _wait_for_queue(self) -> float:
+        started = time.monotonic()
+        while self._due.full():  # noqa: ASYNC110 - a queue can only be waited for by putting
             await asyncio.sleep(_GATHER_S)
-        return time.monotonic() - began
+        return time.monotonic() - started
 
-    def _put(self, one: Unfrozen, reason: str) -> None:
-        self._waiting.add(_key(one))
-        self._due.put_nowait((one, reason))
+    def _put(self, row: Unfrozen, reason: str) -> None:
+        self._pending.add(_key(row))
+        self._due.put_nowait((row, reason))
 
     async def _sessions_to_freeze(self, rows: Sequence[Unfrozen], event: Event) -> AsyncIterator[tuple[Unfrozen, str]]:
         now = time.time()
         for row in rows:
             if row.session.token_count < row.covered_tokens:
                 await self._services.store.uncover(row.session)
-        ripe = [row for row in rows if _key(row) not in self._waiting and (self._ending or not self._is_held(row, now))]
-        seen = [self._observation(row, event, now) for row in ripe]
-        decisions = await self._deciding.evaluate(self._policies, seen) if ripe else []
-        for one, decision in zip(ripe, decisions, strict=False):
+        ready = [r for r in rows if _key(r) not in self._pending and (self._ending or not self._must_wait(r, now))]
+        observations = [self._observation(row, event, now) for row in ready]
+        decisions = await self._runner.evaluate(self._policies, observations) if ready else []
+        for row, decision in zip(ready, decisions, strict=False):
             if decision is not None:
-                yield one, decision.reason
+                yield row, decision.reason
 
-    def _observation(self, one: Unfrozen, event: Event, now: float) -> Observation:
-        session = one.session
+    def _observation(self, row: Unfrozen, event: Event, now: float) -> Observation:
+        session = row.session
         model = self._services.engines.known(session.model)
         return Observation(
             event=event,
@@ -258,9 +257,9 @@ class AutofreezeService:
             model=session.model,
             turn_count=session.turn_count,
             token_count=session.token_count,
-            covered_tokens=min(one.covered_tokens, session.token_count),
+            covered_tokens=min(row.covered_tokens, session.token_count),
             context_limit=model.context_limit if model else None,
-            # A turn of the future was recorded while the clock was wrong, and would not be idle until that time comes.
+            # A turn in the future was recorded while the clock was wrong; the session would not be idle until then.
             idle_s=abs(now - session.last_active_at),
             age_s=max(0.0, now - session.created_at),
         )
@@ -268,49 +267,46 @@ class AutofreezeService:
     # Freezing.
 
     async def _freeze_due(self) -> None:
-        one, reason = await self._due.get()
+        row, reason = await self._due.get()
         try:
-            await self._freeze(one, reason)
+            await self._freeze(row, reason)
         except Exception:
-            log.exception("session %s could not be frozen automatically", one.session.id)
+            log.exception("session %s could not be frozen automatically", row.session.id)
         finally:
-            self._waiting.discard(_key(one))
+            self._pending.discard(_key(row))
             self._due.task_done()
 
-    async def _freeze(self, one: Unfrozen, reason: str) -> None:
-        session, store = one.session, self._services.store
+    async def _freeze(self, row: Unfrozen, reason: str) -> None:
+        session, store = row.session, self._services.store
         if self._services.turns.has_turn_in_flight(session.tenant, session.id):
-            return  # it is looked at again when that is recorded
+            return  # it is checked again when that is recorded
         now = time.time()
         until, latest = now + _CLAIM_S, self._latest(now)
         if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=not self._ending):
             return
         try:
-            window, _ = await freeze_automatically(
-                self._services, session.tenant, session.id, self._naming(session, reason)
-            )
+            naming = Naming(self._window_name(session), rules.description(reason), (AUTO_TAG,), self._rules.ttl_seconds)
+            window, _ = await freeze_automatically(self._services, session.tenant, session.id, naming)
         except GatewayError as error:
-            wait = await self._report_failure(one)
-            why = f"{error.message}; not again for {wait:g} s"
-            log.warning("session %s could not be frozen automatically: %s", session.id, why)
+            wait = await self._report_failure(row)
+            problem = f"{error.message}; not again for {wait:g} s"
+            log.warning("session %s could not be frozen automatically: %s", session.id, problem)
             return
         except Exception:
-            await self._report_failure(one)
+            await self._report_failure(row)
             raise
-        cool = time.time() + self._rules.cooldown_seconds
-        await store.report_freeze(session, window=window.name, not_before=cool)
+        await store.report_freeze(session, window=window.name, not_before=time.time() + self._rules.cooldown_seconds)
         log.info("session %s was frozen as %s: %s", session.id, window.name, reason)
         await self._supersede(session.tenant, session.id)
 
-    async def _report_failure(self, one: Unfrozen) -> float:
-        """Give the claim back; return the seconds until the session is tried again."""
-        wait = retry_after(one.failures)
-        await self._services.store.report_freeze(one.session, window=None, not_before=time.time() + wait)
+    async def _report_failure(self, row: Unfrozen) -> float:
+        """Release the claim; return the seconds until the session is tried again."""
+        wait = retry_after(row.failures)
+        await self._services.store.report_freeze(row.session, window=None, not_before=time.time() + wait)
         return wait
 
-    def _naming(self, session: Session, reason: str) -> Naming:
-        name = rules_of.window_name(self._rules.naming_pattern, session.id, session.turn_count, time.time())
-        return Naming(name, rules_of.description(reason), (AUTO_TAG,), self._rules.ttl_seconds)
+    def _window_name(self, session: Session) -> str:
+        return rules.window_name(self._rules.naming_pattern, session.id, session.turn_count, time.time())
 
     async def _supersede(self, tenant: str, session_id: str) -> None:
         """Delete the automatic windows of a session beyond the last `keep`."""
@@ -318,23 +314,19 @@ class AutofreezeService:
         for name in names[self._rules.keep :]:
             try:
                 await delete(self._services, tenant, name, automatic_of=session_id)
-            except GatewayError as error:  # somebody was faster, or a tier is away: the next freeze tries again
+            except GatewayError as error:  # deleted by someone else, or a tier is down: the next freeze tries again
                 log.warning("the superseded window %s was not deleted: %s", name, error.message)
             else:
                 log.info("the superseded window %s was deleted", name)
 
 
 def retry_after(failures: int) -> float:
-    """Seconds until a session is tried again after so many failures before this one."""
+    """Seconds until a session is tried again, by the number of failures before this one."""
     return min(_FIRST_RETRY_S * 2.0 ** min(failures, 16), _LAST_RETRY_S)
 
 
-def _key(one: Unfrozen) -> Key:
-    return one.session.tenant, one.session.id
-
-
-def _goes_on(one: Unfrozen) -> bool:
-    return one.session.state == "active" and one.session.transcript is not None
+def _key(row: Unfrozen) -> Key:
+    return row.session.tenant, row.session.id
 
 
 async def _stop(tasks: Sequence["asyncio.Task[None]"]) -> None:

@@ -1,4 +1,4 @@
-"""Policies as strangers bring them: good, failing, lying, slow."""
+"""Custom policies: good, failing, lying, slow."""
 
 import time
 
@@ -11,28 +11,28 @@ class Turns:
     def __init__(self, turns: int = 2) -> None:
         self._turns = turns
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        return Freeze(f"{seen.turn_count} turns") if seen.turn_count >= self._turns else None
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        return Freeze(f"{observation.turn_count} turns") if observation.turn_count >= self._turns else None
 
 
 class Failing:
-    """Fails whenever it is asked."""
+    """Always fails."""
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
-        raise RuntimeError(f"no idea what to do with {seen.session_id}")
+    def decide(self, observation: Observation, /) -> Freeze | None:
+        raise RuntimeError(f"no idea what to do with {observation.session_id}")
 
 
 class Exiting:
-    """Ends the process, as it thinks."""
+    """Raises SystemExit."""
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
+    def decide(self, observation: Observation, /) -> Freeze | None:
         raise SystemExit(3)
 
 
 class Lying:
-    """Answers something else than a decision."""
+    """Returns something other than a decision."""
 
-    def decide(self, seen: Observation, /) -> bool:
+    def decide(self, observation: Observation, /) -> bool:
         return True
 
 
@@ -47,16 +47,16 @@ class Unprintable:
         def __str__(self) -> str:
             raise RuntimeError("not to be shown")
 
-    def decide(self, seen: Observation, /) -> object:
-        if seen.turn_count:
+    def decide(self, observation: Observation, /) -> object:
+        if observation.turn_count:
             return self._Answer()
         raise self._Error
 
 
 class Slow:
-    """Thinks long, and blocks its thread meanwhile."""
+    """Blocks its thread for a second."""
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
+    def decide(self, observation: Observation, /) -> Freeze | None:
         time.sleep(1)
 
 
@@ -65,10 +65,10 @@ class NotOne:
 
 
 class SlowToMake:
-    """Takes its time before it can be asked."""
+    """Takes `seconds` to create."""
 
     def __init__(self, seconds: float = 0) -> None:
         time.sleep(seconds)
 
-    def decide(self, seen: Observation, /) -> Freeze | None:
+    def decide(self, observation: Observation, /) -> Freeze | None:
         return None

@@ -102,14 +102,14 @@ def test_a_built_in_can_be_had_by_its_import_string_too(name: str) -> None:
     ],
 )
 def test_what_is_no_policy_is_refused_and_says_where(spec: Any, says: str) -> None:
-    strangers = [
+    custom = [
         "no_such_module:X",
         "nonsense",
         "tests.support.fakes.policies:Nobody",
         "tests.support.fakes.policies:NotOne",
     ]
     with pytest.raises(PolicyError) as refused:
-        build(spec, strangers)
+        build(spec, custom)
     assert says in str(refused.value)
 
 
