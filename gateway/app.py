@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -55,13 +54,13 @@ from gateway.windows.retention.sweeper import run_sweeper
 
 log = logging.getLogger(__name__)
 
-_SIGNS_OF_LIFE = 10  # of a worker in the time after which it is given up
+_REPORTS_PER_TIMEOUT = 10  # of a worker that is alive, in `worker_timeout_s`
 _INFERENCE = ("/v1/", "/s/", "/w/")
-_BESIDE = frozenset(path.decode() for path in TOKENIZER_PATHS)
+_TOKENIZER = frozenset(path.decode() for path in TOKENIZER_PATHS)
 
 
 class Gateway:
-    """The ASGI application: inference first, because that is the path that counts; everything else is Starlette's."""
+    """The ASGI application. The inference API, which has to be fast, has no router; Starlette routes the admin API."""
 
     def __init__(self, services: Services, health: Health, autofreeze: AutofreezeService) -> None:
         self._inference = Inference(services)
@@ -81,7 +80,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["path"].startswith(_INFERENCE) or scope["path"] in _BESIDE:
+        if scope["path"].startswith(_INFERENCE) or scope["path"] in _TOKENIZER:
             await self._inference(scope, receive, send)
         elif scope["path"] == PATH:
             await self._mcp(scope, receive, send)
@@ -95,7 +94,7 @@ class Gateway:
 
 @asynccontextmanager
 async def open_services(settings: Settings, shared: Shared | None = None) -> AsyncIterator[Services]:
-    """Make every part and open it; leaving closes them in reverse. Sweeps what a killed gateway left behind."""
+    """Create and open every service; leaving closes them in reverse. Removes what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
         stalls = await stack.enter_async_context(Stalls())
         store = await stack.enter_async_context(
@@ -108,12 +107,12 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         turns = ActiveTurns(store, locks)
         cache: LMCache | None = None
         if settings.cache_url:
-            own = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")
-            cache = await stack.enter_async_context(own)
+            cache = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")
+            await stack.enter_async_context(cache)
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
         reviews = CacheReviewer(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
-        engines = [_member(url, settings, stalls.lost_since) for url in settings.engine_urls]
+        engines = [_node(url, settings, stalls.lost_since) for url in settings.engine_urls]
         pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
         tiers = await _tiers(stack, settings, store.store_id)
         recorder = await stack.enter_async_context(
@@ -135,36 +134,36 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
             estimator=estimator,
             stalls=stalls,
         )
-        for member in services.engines.members:
-            telemetry.watch_engine(member.url, partial(getattr, member, "up"))
+        for node in engines:
+            _watch(node, telemetry)
         telemetry.register_gauge("cwg_turns_in_flight", lambda: turns.in_flight)
         telemetry.register_gauge("cwg_turns_unrecorded", lambda: recorder.unrecorded)
         services.background.spawn(run_sweeper(services), "sweeping")
-        swept = await release_strays(services)
-        if swept:
-            log.warning("unpinned %d objects left by a freeze that was never committed", swept)
-        if lost := await textless(services):
-            log.error("%s; %s", lost, REMEDY)
+        if released := await release_strays(services):
+            log.warning("unpinned %d objects left by a freeze that was never committed", released)
+        if problem := await textless(services):
+            log.error("%s; %s", problem, REMEDY)
         yield services
 
 
-def _member(url: str, settings: Settings, lost_since: LostSince) -> EngineNode:
+def _node(url: str, settings: Settings, lost_since: LostSince) -> EngineNode:
     connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
-    key, fingerprint = settings.engine_api_key, settings.model_fingerprint
-    return EngineNode(
-        Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence, lost_since=lost_since),
-        HttpEngineClient(
-            url,
-            api_key=key,
-            fingerprint=fingerprint,
-            connect_timeout_s=connect,
-            timeout_s=silence,
-            lost_since=lost_since,
-            abort_grace_s=settings.abort_grace_s,
-            has_cache=bool(settings.cache_url),
-        ),
-        lost_since,
+    upstream = Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence, lost_since=lost_since)
+    client = HttpEngineClient(
+        url,
+        api_key=settings.engine_api_key,
+        fingerprint=settings.model_fingerprint,
+        connect_timeout_s=connect,
+        timeout_s=silence,
+        lost_since=lost_since,
+        abort_grace_s=settings.abort_grace_s,
+        has_cache=bool(settings.cache_url),
     )
+    return EngineNode(upstream, client, lost_since)
+
+
+def _watch(node: EngineNode, telemetry: Metrics) -> None:
+    telemetry.watch_engine(node.url, lambda: node.up)
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:
@@ -175,7 +174,7 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
         except TierUnavailable as error:
             raise StartError(f"{error}: make pins_dir writable") from error
     if settings.kv_redis_url:
-        # A third of all that a start has to import, and most gateways have no Redis.
+        # It is a third of all imports at startup, and most gateways have no Redis.
         from gateway.kv.tiers.redis import RedisTier  # noqa: PLC0415
 
         tier = RedisTier(settings.kv_redis_url, store_id, settings.connect_timeout_s)
@@ -184,7 +183,7 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
 
 
 async def run(settings: Settings, sock: socket.socket, report: Report | None, shared: Shared | None = None) -> None:
-    """Serve `sock` until a signal; one of several workers reports that it serves, and that it is alive.
+    """Serve `sock` until a signal. One of several workers reports when it serves, and that it is alive.
 
     Raises StartError.
     """
@@ -194,31 +193,34 @@ async def run(settings: Settings, sock: socket.socket, report: Report | None, sh
         AutofreezeService(services) as autofreeze,
         Gateway(services, health, autofreeze) as gateway,
     ):
-        # What lives as long as the process need not be looked at again at each collection: a twelfth of the time
-        # (loadtests/). How often is left alone: closed connections are cycles, and memory grew when they waited longer.
+        # Objects that live as long as the process need no collection: that saves a twelfth of the time (loadtests/).
+        # The thresholds stay: closed connections are cycles, and memory grew when they waited longer.
         gc.collect()
         gc.freeze()
         log.info("listening on http://%s:%d", *sock.getsockname()[:2])
         if report is not None:
             report.ready()
-            services.background.spawn(_show_life(report, settings.worker_timeout_s / _SIGNS_OF_LIFE), "reporting")
+            services.background.spawn(
+                _report_alive(report, settings.worker_timeout_s / _REPORTS_PER_TIMEOUT), "reporting"
+            )
         await server.serve(gateway, settings, sock, services.stalls.lost_since)
 
 
-async def _show_life(report: Report, every_s: float) -> None:
+async def _report_alive(report: Report, every_s: float) -> None:
     while True:
         report.alive()
         await asyncio.sleep(every_s)
 
 
 def main(settings: Settings) -> None:
-    """Serve until a signal, in this process or in several. Raises StartError where what is needed cannot be had,
-    SettingsError for settings that automatic freezing cannot have.
+    """Serve until a signal, in this process or in several.
+
+    Raises StartError, and SettingsError for settings that are no valid rules of automatic freezing.
     """
-    rules.from_settings(settings)  # a value that no rule can have stops the start
+    rules.from_settings(settings)
     open_files.raise_open_files()
     sock = server.listen(settings)
-    with suppress(OSError):  # whoever writes there first says what is wrong with it
+    with suppress(OSError):  # the first writer reports what is wrong with it
         settings.data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     locked = serve_lock.lock(_locks(settings))
     try:
@@ -229,7 +231,7 @@ def main(settings: Settings) -> None:
 
 
 def _locks(settings: Settings) -> list[Path]:
-    """What no other gateway may have: the data directory, and the store where that lies elsewhere."""
+    """Locks of what no other gateway may use: the data directory, and the store if it is elsewhere."""
     store = settings.store_path
     own = settings.data_path / "serve.lock"
     return [own] if store.parent == settings.data_path else [own, store.with_name(f"{store.name}.lock")]
@@ -245,7 +247,7 @@ def _serve(settings: Settings, sock: socket.socket) -> None:
     def serve(slot: int, sock: socket.socket, report: Report) -> None:
         _run(run(settings, sock, report, Shared(folder, slot)))
 
-    gc.freeze()  # what is there by now stays shared between the workers, as far as nobody writes to it
+    gc.freeze()  # objects that exist now stay shared between the workers
     patience = Patience(settings.shutdown_freeze_s, settings.worker_timeout_s)
     workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot), patience)
 
@@ -254,5 +256,5 @@ def _run(work: Coroutine[None, None, None]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(work)
-        except StoreDamaged as error:  # once it serves, whoever asks is told; so this was its start
+        except StoreDamaged as error:  # at startup; later the request that needs the store gets it
             raise StartError(f"{error.message}; {error.hint}") from error
