@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 import httpx
@@ -10,26 +11,18 @@ import orjson
 from gateway.api.mcp.parameters import AdminRequest, Json, Tell
 
 OnProgress = Callable[[Mapping[str, Any]], None]
-_PIECE = 2**18
+_CHUNK_BYTES = 2**18
 
 
+@dataclass(eq=False)
 class AdminError(Exception):
-    """What the gateway answered instead, or that it did not answer."""
+    """An error answer of the gateway, or none at all."""
 
-    def __init__(
-        self,
-        message: str,
-        hint: str = "",
-        code: str = "gateway_unreachable",
-        retryable: bool = True,
-        details: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.code = code
-        self.retryable = retryable
-        self.details = dict(details or {})
+    message: str
+    hint: str = ""
+    code: str = "gateway_unreachable"
+    retryable: bool = True
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Admin:
@@ -37,8 +30,10 @@ class Admin:
 
     def __init__(self, url: str, api_key: str, timeout_s: float = 600) -> None:
         self.url = url
+        if not url.startswith(("http://", "https://")):
+            raise AdminError(f"CWG_URL {url!r} must start with http:// or https://")
         if not api_key.isascii() or not api_key.isprintable():
-            raise AdminError("CWG_API_KEY holds characters that a header cannot carry")
+            raise AdminError("CWG_API_KEY has characters that a header cannot carry")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         try:
             self._http = httpx.Client(
@@ -56,16 +51,18 @@ class Admin:
         body: Mapping[str, Any] | None = None,
         nulls: bool = False,
     ) -> dict[str, Any]:
-        """Send one request and return its answer. With `nulls`, what is None in the body is sent. Raises AdminError."""
+        """Send one request and return its answer. With `nulls`, None in the body is sent as null. Raises AdminError."""
         try:
-            response = self._http.request(method, path, params=_given(query), json=body if nulls else _given(body))
+            response = self._http.request(
+                method, path, params=_without_none(query), json=body if nulls else _without_none(body)
+            )
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         return _checked(response.status_code, _json(response.content))
 
     def watch(self, path: str, body: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-        """POST, and tell `on_progress` each step until the answer is there. Raises AdminError."""
-        return self._follow(on_progress, path, headers={}, json=_given(body))
+        """POST, and report each step to `on_progress` until the answer arrives. Raises AdminError."""
+        return self._follow(on_progress, path, headers={}, json=_without_none(body))
 
     def _follow(
         self, on_progress: OnProgress, path: str, *, headers: Mapping[str, str], **request: Any
@@ -83,16 +80,16 @@ class Admin:
         raise AdminError("the gateway closed the connection before the operation finished", "look at its log")
 
     def download(self, path: str, file: IO[bytes], query: Mapping[str, Any], on_progress: OnProgress) -> None:
-        """GET into `file`, all that was promised. Raises AdminError, OSError."""
+        """GET the complete response into `file`. Raises AdminError, OSError."""
         try:
-            with self._http.stream("GET", path, params=_given(query)) as response:
+            with self._http.stream("GET", path, params=_without_none(query)) as response:
                 if response.status_code >= 400:
                     _checked(response.status_code, _json(response.read()))
-                total, done = int(response.headers.get("content-length", 0)), 0
-                for piece in response.iter_raw():
-                    file.write(piece)
-                    done += len(piece)
-                    on_progress({"stage": "receive", "done": done, "total": total})
+                total, received = int(response.headers.get("content-length", 0)), 0
+                for chunk in response.iter_raw():
+                    file.write(chunk)
+                    received += len(chunk)
+                    on_progress({"stage": "receive", "done": received, "total": total})
         except httpx.RemoteProtocolError as error:
             raise AdminError("the gateway cut the export short", "its log says why") from error
         except httpx.HTTPError as error:
@@ -101,20 +98,20 @@ class Admin:
     def upload(
         self, path: str, file: IO[bytes], size: int, query: Mapping[str, Any], on_progress: OnProgress
     ) -> dict[str, Any]:
-        """POST `size` bytes of `file`, and tell `on_progress` each step. Raises AdminError, OSError."""
+        """POST `size` bytes of `file`, and report each step to `on_progress`. Raises AdminError, OSError."""
 
-        def pieces() -> Iterator[bytes]:
-            done = 0
-            while piece := file.read(_PIECE):
-                done += len(piece)
-                on_progress({"stage": "send", "done": done, "total": size})
-                yield piece
+        def chunks() -> Iterator[bytes]:
+            sent = 0
+            while chunk := file.read(_CHUNK_BYTES):
+                sent += len(chunk)
+                on_progress({"stage": "send", "done": sent, "total": size})
+                yield chunk
 
         headers = {"content-type": "application/x-tar", "content-length": str(size)}
-        return self._follow(on_progress, path, headers=headers, params=_given(query), content=pieces())
+        return self._follow(on_progress, path, headers=headers, params=_without_none(query), content=chunks())
 
     async def ask(self, request: AdminRequest, tell: Tell) -> Json:
-        """Send one request from an event loop; what it answers has `error` in it where it failed."""
+        """Send one request from an event loop; the answer to a failed one has `error` in it."""
         loop = asyncio.get_running_loop()
 
         def step(progress: Mapping[str, Any]) -> None:
@@ -126,15 +123,14 @@ class Admin:
             query, body = request.query, request.body
             return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body, nulls=True)
         except AdminError as error:
-            names = ("code", "message", "hint", "retryable", "details")
-            return {"error": {name: getattr(error, name) for name in names}}
+            return {"error": asdict(error)}
 
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
         hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
         return AdminError(f"no gateway answers at {self.url}: {error or type(error).__name__}", hint)
 
 
-def _given(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in values.items() if v is not None} if values is not None else None
 
 
@@ -153,11 +149,11 @@ def _checked(status: int, answer: dict[str, Any]) -> dict[str, Any]:
         return answer
     error = answer.get("error")
     if not isinstance(error, dict):
-        raise AdminError(f"HTTP {status}: {answer!r:.200}", "is CWG_URL a gateway's address?")
+        raise AdminError(f"HTTP {status}: {orjson.dumps(answer).decode():.200}", "is CWG_URL a gateway's address?")
     raise AdminError(
         str(error.get("message", f"HTTP {status}")),
         str(error.get("hint", "")),
         str(error.get("code", "")),
         bool(error.get("retryable")),
-        error.get("details"),
+        dict(error.get("details") or {}),
     )

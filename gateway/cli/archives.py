@@ -9,18 +9,16 @@ from typing import IO
 
 import click
 
-from gateway.cli import connection
-from gateway.cli.admin_client import AdminError
-from gateway.cli.connection import Failure, verb, window
-from gateway.cli.output import flat, show
+from gateway.cli.connection import Failure, admin, failures, operation, progress_bar, window, window_path
+from gateway.cli.output import Result, flat
 
 
-@verb
+@operation
 @window
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--as-text", is_flag=True, help="omit the KV")
 @click.option("--force", is_flag=True, help="overwrite FILE where it exists")
-def export(name: str, file: Path, as_text: bool, force: bool, as_json: bool) -> None:
+def export(name: str, file: Path, as_text: bool, force: bool) -> Result:
     """Export the window NAME to FILE.
 
     FILE appears once it is complete, and only you can read it.
@@ -29,21 +27,19 @@ def export(name: str, file: Path, as_text: bool, force: bool, as_json: bool) -> 
     if not force and file.exists():
         raise _exists(file)
     try:
-        with _whole_or_not(file, force=force) as out, connection.bar() as on_progress:
-            connection.admin().download(f"/admin/windows/{connection.part(name)}/export", out, query, on_progress)
-    except AdminError as error:
-        raise connection.failure(error) from error
+        with failures(), _atomic_file(file, force=force) as out, progress_bar() as on_progress:
+            admin().download(window_path(name, "export"), out, query, on_progress)
     except FileExistsError as error:
         raise _exists(file) from error
     except OSError as error:
         raise Failure(f"cannot write {file}: {error.strerror}") from error
     answer = {"window": name, "file": str(file), "bytes": file.stat().st_size}
-    show(answer, as_json, answer)
+    return Result(answer, answer)
 
 
 @contextmanager
-def _whole_or_not(file: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """A file that gets its name when the block is done. Raises FileExistsError where the name is taken by then."""
+def _atomic_file(file: Path, *, force: bool) -> Iterator[IO[bytes]]:
+    """A file that gets its name at the end of the block. Raises FileExistsError if the name is taken by then."""
     fd, path = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".part", dir=file.parent)  # mode 0600
     part = Path(path)
     try:
@@ -54,7 +50,7 @@ def _whole_or_not(file: Path, *, force: bool) -> Iterator[IO[bytes]]:
         if force:
             part.replace(file)
         else:
-            file.hardlink_to(part)  # unlike a rename, it leaves a file that came meanwhile
+            file.hardlink_to(part)  # unlike a rename, it never replaces a file
     finally:
         part.unlink(missing_ok=True)
 
@@ -63,25 +59,23 @@ def _exists(file: Path) -> Failure:
     return Failure(f"{file} already exists (--force overwrites it)")
 
 
-@verb
+@operation
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--name", help="name of the window; default: the name it was exported under")
 @click.option(
     "--as-text", is_flag=True, help="import text and ids without KV, for a model that is served with other settings"
 )
-def import_(file: Path, name: str | None, as_text: bool, as_json: bool) -> None:
+def import_(file: Path, name: str | None, as_text: bool) -> Result:
     """Import the window in FILE."""
     query = {"window_name": name, "as_text": "true" if as_text else None}
     try:
-        with file.open("rb") as content, connection.bar() as on_progress:
+        with failures(), file.open("rb") as content, progress_bar() as on_progress:
             size = file.stat().st_size
-            answer = connection.admin().upload("/admin/windows/import", content, size, query, on_progress)
-    except AdminError as error:
-        raise connection.failure(error) from error
+            answer = admin().upload("/admin/windows/import", content, size, query, on_progress)
     except OSError as error:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
     receipt = {k: v for k, v in answer["receipt"].items() if k != "imported"}
-    show(answer, as_json, {"window": answer["name"], "kv": answer["kv"], **flat(receipt)})
+    return Result(answer, {"window": answer["name"], "kv": answer["kv"], **flat(receipt)})
 
 
 COMMANDS = (export, import_)

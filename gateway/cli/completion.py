@@ -17,10 +17,10 @@ _HOW = {
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print the completion script for SHELL."""
-    made = get_completion_class(shell)
-    if made is None:
+    complete = get_completion_class(shell)
+    if complete is None:
         raise Failure(f"click cannot complete for {shell}")
-    script = made(context.find_root().command, {}, "cwg", "_CWG_COMPLETE")
+    script = complete(context.find_root().command, {}, "cwg", "_CWG_COMPLETE")
     click.echo(script.source_template % script.source_vars())
 
 

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from gateway.cli.admin_client import Admin, AdminError, OnProgress
 from gateway.cli.hints import WORDS
-from gateway.cli.output import line, say
+from gateway.cli.output import Result, line, say
 
 _ERR = Console(stderr=True)
-_NAMES = 1000  # windows, and sessions, that a mistyped name is compared with
-_SOON_S = 2.0  # for what is only a help: nearest names, completion
-# What a 404 is about: the detail that has the name, and what such nodes are called in the tree.
+_MAX_NAMES = 1000  # windows, and sessions, with which a mistyped name is compared
+_LOOKUP_TIMEOUT_S = 2.0  # for nearest names and completion
+# Code of a 404: the detail with the missing name, and the kind of its nodes in the tree.
 _MISSING = {"window_not_found": ("window_name", "window"), "session_not_found": ("session_id", "session")}
 
 
@@ -32,81 +32,80 @@ class Failure(click.ClickException):
 
 
 class Word(click.Choice[str]):
-    """One of some words; a mistyped one is answered with the nearest."""
+    """A choice of words; the error for a mistyped one suggests the nearest."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """See `click.Choice`."""
         near = difflib.get_close_matches(str(value), self.choices, n=1)
-        said = super().get_invalid_choice_message(value, ctx)
-        return f"{said} Did you mean {near[0]!r}?" if near else said
+        message = super().get_invalid_choice_message(value, ctx)
+        return f"{message} Did you mean {near[0]!r}?" if near else message
 
 
-def verb(command: Callable[..., None]) -> click.Command:
-    """A verb: a command of `cwg`, named after its function, with the option that every verb has."""
-    option = click.option("--json", "as_json", is_flag=True, help="print the answer as JSON")
+def operation(command: Callable[..., Result]) -> click.Command:
+    """Make a command of `cwg`, named after its function, that prints the result, as JSON with `--json`."""
 
     @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
+    def run(*arguments: Any, as_json: bool, **options: Any) -> None:
         try:
-            command(*arguments, **options)
+            command(*arguments, **options).show(as_json=as_json)
         except (LookupError, TypeError) as error:
-            what = f"the answer is not that of a gateway of this version ({type(error).__name__}: {error})"
-            raise Failure(f"{what}; is CWG_URL right?") from error
+            problem = f"the answer is not that of a gateway of this version ({type(error).__name__}: {error})"
+            raise Failure(f"{problem}; is CWG_URL right?") from error
 
+    option = click.option("--json", "as_json", is_flag=True, help="print the answer as JSON")
     return click.command(command.__name__.rstrip("_"))(option(run))
 
 
 def admin(timeout_s: float = 600) -> Admin:
-    """The gateway's admin API. Raises AdminError where it cannot be spoken to."""
+    """The gateway's admin API. Raises AdminError for an invalid address or key."""
     url = os.environ.get("CWG_URL", "http://127.0.0.1:8700").rstrip("/")
     return Admin(url, os.environ.get("CWG_API_KEY", ""), timeout_s)
 
 
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn AdminError into Failure, in the words of `cwg`, and suggest the nearest name for a missing one."""
+    try:
+        yield
+    except AdminError as error:
+        hint = _nearest(error) or WORDS.translate(error.code, error.hint)
+        raise Failure(f"{error.message} ({hint})" if hint else error.message) from error
+
+
 def call(method: str, path: str, **arguments: Any) -> dict[str, Any]:
     """Send one request, and return its answer. Raises Failure."""
-    try:
+    with failures():
         return admin().call(method, path, **arguments)
-    except AdminError as error:
-        raise failure(error) from error
 
 
 def watched(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST, and show progress until the answer is there. Raises Failure."""
-    with bar() as on_progress:
-        try:
-            return admin().watch(path, body, on_progress)
-        except AdminError as error:
-            raise failure(error) from error
+    """POST, and show progress until the answer arrives. Raises Failure."""
+    with failures(), progress_bar() as on_progress:
+        return admin().watch(path, body, on_progress)
 
 
 @contextmanager
-def bar() -> Iterator[OnProgress]:
-    """A bar of progress, on a terminal."""
+def progress_bar() -> Iterator[OnProgress]:
+    """A progress bar, on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=_ERR, transient=True, disable=not _ERR.is_terminal) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda step: shown.update(
+    with Progress(*columns, console=_ERR, transient=True, disable=not _ERR.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda step: bar.update(
             task, description=line(step["stage"]), completed=step["done"], total=step["total"] or None
         )
 
 
-def failure(error: AdminError) -> Failure:
-    """The error as it is told: with the nearest name where there is no such window or session."""
-    hint = _nearest(error) or WORDS.translate(error.code, error.hint)
-    return Failure(f"{error.message} ({hint})" if hint else error.message)
-
-
 def names(kind: str) -> list[str]:
-    """The names of windows, or of sessions; none where the gateway cannot be asked."""
+    """The names of windows, or of sessions; none if the gateway does not answer."""
     try:
-        nodes = admin(_SOON_S).call("GET", "/admin/tree", query={"limit": _NAMES})["nodes"]
+        nodes = admin(_LOOKUP_TIMEOUT_S).call("GET", "/admin/tree", query={"limit": _MAX_NAMES})["nodes"]
         return [line(node["name"]) for node in nodes if node["kind"] == kind]
     except (AdminError, LookupError, TypeError):
         return []
 
 
 def completing(kind: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """For the completion of a shell: the names that begin with what was typed."""
+    """Shell completion: the names that start with what was typed."""
     return lambda _context, _parameter, typed: [name for name in names(kind) if name.startswith(typed)]
 
 
@@ -120,6 +119,6 @@ def _nearest(error: AdminError) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def part(name: str) -> str:
-    """A name as a part of a path."""
-    return quote(name, safe="")
+def window_path(name: str, operation: str = "") -> str:
+    """The path of a window, or of an operation on it."""
+    return f"/admin/windows/{quote(name, safe='')}" + (f"/{operation}" if operation else "")

@@ -1,44 +1,49 @@
 """Commands that list windows, sessions and the cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 from rich.text import Text
 
-from gateway.cli import connection, drawing
-from gateway.cli.connection import Word, verb
-from gateway.cli.output import OUT, line, print_json, say, show, table
+from gateway.cli.connection import Word, call, operation
+from gateway.cli.drawing import trees
+from gateway.cli.output import OUT, Result, line, page, say
+
+_STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-@verb
+def _paged(command: Callable[..., Result]) -> Callable[..., Result]:
+    limit = click.option("--limit", type=int, default=20, show_default=True, help="maximum number of rows")
+    offset = click.option("--offset", type=int, default=0, help="number of rows to skip")
+    return limit(offset(command))
+
+
+@operation
 @click.option("--tag", "tags", multiple=True, help="only windows with this tag; with all of them if repeated")
 @click.option("--search", help="only windows with this text in name or description")
-@click.option("--limit", type=int, default=20, show_default=True)
-@click.option("--offset", type=int, default=0)
-def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int, as_json: bool) -> None:
+@_paged
+def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int) -> Result:
     """List windows, newest first."""
     query = {"tags": ",".join(tags) or None, "search": search, "limit": limit, "offset": offset}
-    answer = connection.call("GET", "/admin/windows", query=query)
-    table(
-        answer,
-        as_json,
-        answer["windows"],
-        ("name", "session_id", "model", "token_count", "size_bytes", "kv", "created_at"),
-    )
+    answer = call("GET", "/admin/windows", query=query)
+    columns = ("name", "session_id", "model", "token_count", "size_bytes", "kv", "created_at")
+    return page(answer, answer["windows"], *columns)
 
 
-@verb
+@operation
 @click.option("--limit", type=int, default=1000, show_default=True, help="maximum number of windows, and of sessions")
-def tree(limit: int, as_json: bool) -> None:
+def tree(limit: int) -> Result:
     """Draw the lineage of windows and sessions."""
-    answer = connection.call("GET", "/admin/tree", query={"limit": limit})
-    if as_json:
-        print_json(answer)
-        return
-    for root in drawing.trees([_printable(node) for node in answer["nodes"]]):
-        OUT.print(root, highlight=False)
-    if answer["truncated"]:
-        say(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
+    answer = call("GET", "/admin/tree", query={"limit": limit})
+
+    def draw() -> None:
+        for root in trees([_printable(node) for node in answer["nodes"]]):
+            OUT.print(root, highlight=False)
+        if answer["truncated"]:
+            say(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
+
+    return Result(answer, then=draw)
 
 
 def _printable(value: Any) -> Any:
@@ -47,47 +52,42 @@ def _printable(value: Any) -> Any:
     return line(value) if isinstance(value, str) else value
 
 
-@verb
-@click.option("--state", type=Word(["active", "frozen", "thawed", "expired"]))
-@click.option("--limit", type=int, default=20, show_default=True)
-@click.option("--offset", type=int, default=0)
-def sessions(state: str | None, limit: int, offset: int, as_json: bool) -> None:
+@operation
+@click.option("--state", type=Word(["active", "frozen", "thawed", "expired"]), help="only sessions in this state")
+@_paged
+def sessions(state: str | None, limit: int, offset: int) -> Result:
     """List sessions, last active first."""
-    answer = connection.call("GET", "/admin/sessions", query={"state": state, "limit": limit, "offset": offset})
+    answer = call("GET", "/admin/sessions", query={"state": state, "limit": limit, "offset": offset})
     columns = ("id", "state", "model", "token_count", "turn_count", "window", "last_active_at")
-    table(answer, as_json, answer["sessions"], columns)
+    return page(answer, answer["sessions"], *columns)
 
 
-@verb
-def doctor(as_json: bool) -> None:
+@operation
+def doctor() -> Result:
     """Check that sessions are isolated and freezing works."""
-    answer = connection.call("POST", "/admin/doctor", body={})
-    if as_json:
-        print_json(answer)
-    else:
+    answer = call("POST", "/admin/doctor", body={})
+
+    def show() -> None:
         for check in answer["checks"]:
-            OUT.print(_verdict(check["status"]), Text(line(f"{check['name']}: {check['message']}")))
-            if check["status"] != "ok" and check["remedy"]:
+            status = check["status"]
+            OUT.print(Text(f"{status:<8}", _STYLE[status]), Text(line(f"{check['name']}: {check['message']}")))
+            if status != "ok" and check["remedy"]:
                 OUT.print(Text(line(f"{'':<8} {check['remedy']}")))
-    if not answer["ok"]:
-        raise SystemExit(1)
+
+    return Result(answer, then=show, ok=answer["ok"])
 
 
-def _verdict(status: str) -> Text:
-    return Text(f"{status:<8}", {"ok": "green", "warning": "yellow", "failed": "red"}[status])
-
-
-@verb
-def cache(as_json: bool) -> None:
+@operation
+def cache() -> Result:
     """Show the content of each tier, and the cache hit rate."""
-    answer = connection.call("GET", "/admin/cache")
+    answer = call("GET", "/admin/cache")
+    totals = {k: answer[k] for k in ("windows", "chunk_size", "prompt_tokens", "cached_tokens", "hit_rate")}
     tiers = {
         name: f"{tier['objects']} objects, {tier['bytes']} bytes; {tier['windows']['bytes']} of windows, "
         f"{tier['sessions']['bytes']} of sessions"
         for name, tier in answer["tiers"].items()
     }
-    shown = {k: answer[k] for k in ("windows", "chunk_size", "prompt_tokens", "cached_tokens", "hit_rate")}
-    show(answer, as_json, {"lmcache": answer["lmcache"]["status"], **shown, **tiers})
+    return Result(answer, {"lmcache": answer["lmcache"]["status"], **totals, **tiers})
 
 
 COMMANDS = (list_, tree, sessions, cache, doctor)

@@ -1,9 +1,10 @@
-"""Print answers as lines and tables, or unchanged with `--json`."""
+"""Print results as lines and tables, or as JSON."""
 
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -12,17 +13,51 @@ from rich.table import Table
 from rich.text import Text
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# A pipe has no width: a name that is cut is of no use to the next program.
+# A pipe has no width: a truncated name is of no use to the next program.
 OUT = Console() if sys.stdout.isatty() else Console(width=10_000)
 
 
-def printable(text: str) -> str:
-    """The text with its control characters spelled out, but for tabs and ends of lines.
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A command's result: the admin API's answer, and what is printed of it unless `--json` is given.
 
-    What is shown was said by models and clients, and a terminal obeys such characters: they clear it, rename it, fill
-    the clipboard.
+    `lines` are names and values, `then` prints what follows them. The exit code is 1 unless `ok`, or with an `error`.
     """
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
+
+    answer: Mapping[str, Any]
+    lines: Mapping[str, Any] = field(default_factory=dict)
+    then: Callable[[], None] | None = None
+    ok: bool = True
+    error: str = ""
+
+    def show(self, *, as_json: bool) -> None:
+        """Print it. Raises SystemExit if it is an error."""
+        if as_json:  # JSON in ASCII escapes all control characters but one
+            click.echo(json.dumps(self.answer, indent=2).replace("\x7f", "\\u007f"))
+        else:
+            self._show_text()
+        if self.error:
+            say(f"error: {self.error}", err=True)
+        if self.error or not self.ok:
+            raise SystemExit(1)
+
+    def _show_text(self) -> None:
+        width = max(map(len, self.lines), default=0)
+        for name, value in self.lines.items():
+            click.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
+        if self.then:
+            self.then()
+        for warning in self.answer.get("warnings", ()):
+            say(f"warning: {warning}", err=True)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped, except tabs and line feeds.
+
+    Models and clients write what is printed, and a terminal obeys such characters: they clear it, rename it, fill the
+    clipboard.
+    """
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text.replace("\r\n", "\n"))
 
 
 def line(value: object) -> str:
@@ -35,43 +70,22 @@ def say(text: object, *, err: bool = False) -> None:
     click.echo(printable(str(text)), err=err)
 
 
-def print_json(answer: Mapping[str, Any]) -> None:
-    """The answer as it came. JSON in ASCII spells control characters out, all but one."""
-    click.echo(json.dumps(answer, indent=2).replace("\x7f", "\\u007f"))
-
-
-def warn(answer: Mapping[str, Any]) -> None:
-    """What did not go as it should, on stderr."""
-    for warning in answer.get("warnings", ()):
-        say(f"warning: {warning}", err=True)
-
-
-def show(answer: Mapping[str, Any], as_json: bool, shown: Mapping[str, Any]) -> None:
-    """A line for each value of `shown`, and the warnings."""
-    if as_json:
-        print_json(answer)
-        return
-    width = max(len(name) for name in shown)
-    for name, value in shown.items():
-        click.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
-    warn(answer)
-
-
-def table(answer: Mapping[str, Any], as_json: bool, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+def page(answer: Mapping[str, Any], rows: list[dict[str, Any]], *columns: str) -> Result:
     """A table of `rows`, which are a page of the answer."""
-    if as_json:
-        print_json(answer)
-        return
-    drawn = Table(*(column.replace("_", " ") for column in columns), box=None)
-    for row in rows:
-        drawn.add_row(*(Text(_cell(row[column])) for column in columns))  # a string would be read as markup
-    OUT.print(drawn)
-    if answer["has_more"]:
-        click.echo(f"{len(rows)} of {answer['total']}; --offset {answer['offset'] + len(rows)} shows more", err=True)
+
+    def show() -> None:
+        table = Table(*(column.replace("_", " ") for column in columns), box=None)
+        for row in rows:
+            table.add_row(*(Text(_cell(row[column])) for column in columns))  # a string would be read as markup
+        OUT.print(table)
+        if answer["has_more"]:
+            say(f"{len(rows)} of {answer['total']}; --offset {answer['offset'] + len(rows)} shows more", err=True)
+
+    return Result(answer, then=show)
 
 
 def flat(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """A receipt without what is nested in it but the tiers."""
+    """A receipt's plain values, and a summary of each tier."""
     plain = {k: v for k, v in receipt.items() if not isinstance(v, dict) and k != "kv"}
     return plain | {tier: f"{t['objects']} objects, {t['bytes']} bytes" for tier, t in receipt.get("tiers", {}).items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gateway.cli import connection
-from gateway.cli.admin_client import Admin, AdminError
+from gateway.cli.admin_client import Admin
 from gateway.cli.connection import Failure
 from gateway.cli.output import say
 from gateway.errors import StartError
@@ -65,22 +65,21 @@ def mcp() -> None:
     """Serve MCP on stdio for a running gateway (CWG_URL, CWG_API_KEY)."""
     from gateway.api.mcp.server import over_stdio  # noqa: PLC0415 - see `serve`
 
-    try:
+    with connection.failures():
         admin = connection.admin()
-    except AdminError as error:
-        raise connection.failure(error) from error
     if sys.stdin.isatty():
         say("cwg mcp: waiting for MCP on stdin; a client should start this, not a person", err=True)
-    threading.Thread(target=_look, args=[admin], daemon=True).start()
+    threading.Thread(target=_check_reachable, args=[admin], daemon=True).start()
     asyncio.run(over_stdio(admin.ask))
 
 
-def _look(admin: Admin) -> None:
-    """Say at once that there is no gateway, where a client's log has it, and not only with the first call."""
+def _check_reachable(admin: Admin) -> None:
+    """Report an unreachable gateway at once in the client's log, not only with the first call."""
     try:
-        admin.call("GET", "/admin/sessions", query={"limit": 1})
-    except AdminError as error:
-        say(f"cwg mcp: {connection.failure(error)}; every call retries", err=True)
+        with connection.failures():
+            admin.call("GET", "/admin/sessions", query={"limit": 1})
+    except Failure as failure:
+        say(f"cwg mcp: {failure}; every call retries", err=True)
 
 
 def _log_to_stderr(level: str, *, with_pid: bool) -> None:
