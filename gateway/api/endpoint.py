@@ -3,8 +3,8 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api import auth, requests
 from gateway.api.asgi import ClientGone, Headers, bounded_query, not_found, parse_object, read_body, stream_body
 from gateway.api.health import Health
-from gateway.api.operation import JSON, NDJSON, Operation
+from gateway.api.operation import JSON, NDJSON, Json, Operation
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent
@@ -25,6 +25,7 @@ from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.context import Services
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_JSON_BYTES = 2**20
 """Largest JSON body of the admin API and of MCP: names, a description, a question."""
@@ -46,10 +47,10 @@ class Call:
 
     async def serve(self, operation: Operation) -> Any:
         """Read what the operation takes, and nothing else, and run it."""
-        query = requests.read(operation.query, self._query())
+        query = requests.read_query(operation.query, self._query())
         body = await self._body(operation) if operation.takes == JSON else None
         taken = {"query": query} if operation.query.model_fields else {}
-        return await operation.verb(self, **taken, **({"body": body} if operation.body.model_fields else {}))
+        return await operation.handler(self, **taken, **({"body": body} if operation.body.model_fields else {}))
 
     def _query(self) -> dict[str, Any]:
         """The query, checked no further. A parameter that comes twice is refused; tags are one list."""
@@ -106,68 +107,73 @@ class Call:
 
 
 class Endpoint:
-    """One method of one route as an ASGI application: key, call, answer; errors in one shape."""
+    """One method of one route as an ASGI application."""
 
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        request = Request(scope, receive)
-        operation = self._operation
+        name = f"{scope['method']} {scope['path']!r:.200}"
         try:
-            call = Call(request, auth.TENANT if operation.probe else _tenant(request))
-            if request.headers.get("accept") == NDJSON:
-                answer: ASGIApp = _Progressing(operation, call)
-            else:
-                value = await call.serve(operation)
-                answer = value if callable(value) else json_answer(operation.status, value)  # a stream answers itself
+            answer = await _or_error(self._answer(Request(scope, receive)), name)
         except (ClientGone, ClientDisconnect):
             return
-        except GatewayError as error:
-            answer = error_answer(error)
-        except Exception:
-            log.exception("%s %.200r failed", scope["method"], scope["path"])
-            answer = error_answer(GatewayError("internal", "internal error; see the gateway's log"))
-        await answer(scope, receive, send)
+        response = error_answer(answer) if isinstance(answer, GatewayError) else answer
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> ASGIApp:
+        operation = self._operation
+        call = Call(request, auth.TENANT if operation.probe else _tenant(request))
+        if request.headers.get("accept") == NDJSON:
+            return _ProgressResponse(operation, call)
+        result = await call.serve(operation)
+        return result if callable(result) else json_answer(operation.status, result)  # a stream is an application
 
 
-class _Progressing:
-    """An answer that tells progress: a line of JSON for each step, the last one with the result or the error."""
+class _ProgressResponse:
+    """Lines of JSON: one for each step, the last one with the result or the error."""
 
     def __init__(self, operation: Operation, call: Call) -> None:
         self._operation = operation
         self._call = call
+        self._lines: asyncio.Queue[Json | None] = asyncio.Queue()
+        call.progress = self._report
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        self._lines.put_nowait({"progress": {"stage": stage, "done": done, "total": total}})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        lines: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-        def tell(stage: str, done: int, total: int) -> None:
-            lines.put_nowait(orjson.dumps({"progress": {"stage": stage, "done": done, "total": total}}) + b"\n")
-
-        self._call.progress = tell
-        # A client that stops watching does not undo the work: it goes on as it would without progress.
-        task = asyncio.create_task(self._finish(lines))
+        # A client that stops watching does not undo the work.
+        task = asyncio.create_task(self._run())
         headers = [(b"content-type", NDJSON.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        while (line := await lines.get()) is not None:
-            await send({"type": "http.response.body", "body": line, "more_body": True})
+        while (line := await self._lines.get()) is not None:
+            await send({"type": "http.response.body", "body": _json(line) + b"\n", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
         await task
 
-    async def _finish(self, lines: "asyncio.Queue[bytes | None]") -> None:
+    async def _run(self) -> None:
         try:
-            result = await self._call.serve(self._operation)
-            lines.put_nowait(_result_line(self._operation.status, result))
+            result = await _or_error(self._call.serve(self._operation), self._operation.handler.__name__)
+            self._lines.put_nowait(_last_line(self._operation.status, result))
         except ClientGone:
             pass
-        except GatewayError as error:
-            lines.put_nowait(_error_line(error))
-        except Exception:
-            log.exception("%s failed", self._operation.verb.__name__)
-            lines.put_nowait(_error_line(GatewayError("internal", "internal error; see the gateway's log")))
         finally:
-            lines.put_nowait(None)
+            self._lines.put_nowait(None)
+
+
+async def _or_error(work: Awaitable[T], name: str) -> T | GatewayError:
+    """The result, or the error for the client; an unexpected exception is logged. Raises ClientGone."""
+    try:
+        return await work
+    except (ClientGone, ClientDisconnect):
+        raise
+    except GatewayError as error:
+        return error
+    except Exception:
+        log.exception("%s failed", name)
+        return GatewayError("internal", "internal error; see the gateway's log")
 
 
 class Methods:
@@ -209,17 +215,15 @@ def error_answer(error: GatewayError) -> Response:
     return json_answer(error.status, error_shape(error))
 
 
-def _result_line(status: int, result: Any) -> bytes:
+def _last_line(status: int, result: Any) -> Json:
     if callable(result):
-        return _error_line(GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {NDJSON}"))
-    return _json({"status": status, "result": result}) + b"\n"
+        result = GatewayError("invalid_request", "the answer is a file", hint=f"do not ask for {NDJSON}")
+    if isinstance(result, GatewayError):
+        return {"status": result.status, **error_shape(result)}
+    return {"status": status, "result": result}
 
 
-def _error_line(error: GatewayError) -> bytes:
-    return orjson.dumps({"status": error.status, **error_shape(error)}) + b"\n"
-
-
-def error_shape(error: GatewayError) -> dict[str, Any]:
+def error_shape(error: GatewayError) -> Json:
     """An error as every admin answer has it."""
     return {
         "error": {
@@ -241,7 +245,7 @@ def _json(value: Any) -> bytes:
     return orjson.dumps(value, default=_fields)
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _fields(value: Any) -> Json:
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     raise TypeError(f"{type(value).__name__} is no JSON")

@@ -1,30 +1,28 @@
-"""One definition of each admin route: what it takes, what it answers, and which errors. `Endpoint` serves it, and
+"""The definition of an admin operation: what it takes, what it answers, and its errors. `Endpoint` serves it, and
 `gateway.api.admin.openapi` documents it.
 """
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
-from gateway.api import parameters, requests
+from gateway.api import requests
+from gateway.validation import fields
 from gateway.validation.fields import Field
 
-if TYPE_CHECKING:
-    pass
-
 Json = dict[str, Any]
-Verb = Callable[..., Awaitable[Any]]  # of a Call, and of what is taken
+Handler = Callable[..., Awaitable[Any]]  # takes a Call, and the query or the body
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 
-# What may stand in a path, and the error where there is no such thing.
+# The placeholders of paths, and the error for a name that does not exist.
 PLACEHOLDERS: Mapping[str, tuple[Field[str], str]] = {
-    "name": (parameters.window_name, "window_not_found"),
-    "session_id": (parameters.session_id, "session_not_found"),
+    "name": (fields.window_name, "window_not_found"),
+    "session_id": (fields.session_id, "session_not_found"),
 }
-# What a verb may raise that needs the engine.
+# Errors of operations that need the engine.
 ENGINE = ("model_mismatch", "engine_unreachable", "engine_timeout")
 _ALWAYS = ("invalid_request", "unknown_parameter", "request_timeout", "payload_too_large", "too_complex", "internal")
 _GUARDED = ("unauthorized", "forbidden")
@@ -33,14 +31,14 @@ _IN_A_PATH = ("not_found", "method_not_allowed")  # a name with a slash in it is
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A method of a path. The verb's docstring is its summary; what it returns, an `answer`, is sent under `status`.
+    """A method of a path. The handler's docstring is its summary; its result, an `answer`, is sent with `status`.
 
-    `errors`: the codes that the verb itself raises. `also`: answers under another status. A `probe` asks for no key.
+    `errors`: the codes that the handler itself raises. `also`: answers with another status. A `probe` needs no key.
     """
 
     method: str
     path: str
-    verb: Verb
+    handler: Handler
     answer: Any
     status: int = 200
     query: type[requests.Query] = requests.Query
@@ -53,7 +51,7 @@ class Operation:
 
     @property
     def answers(self) -> dict[int, Any]:
-        """The type of its JSON answers, by status."""
+        """The types of its JSON answers, by status."""
         if self.gives != JSON:
             return {}
         return {self.status: self.answer, **self.also}
@@ -65,23 +63,24 @@ class Operation:
 
     @property
     def codes(self) -> list[str]:
-        """Every code that its error answers may have."""
+        """Every code that its errors may have."""
         found = [*_ALWAYS, *(() if self.probe else _GUARDED), *self.errors]
-        for known, missing in (PLACEHOLDERS[name] for name in self.placeholders):
-            found += [known.code, missing, *_IN_A_PATH]
+        for name_field, missing in (PLACEHOLDERS[name] for name in self.placeholders):
+            found += [name_field.code, missing, *_IN_A_PATH]
         found += [*requests.codes(self.query), *requests.codes(self.body)]
         found += ["storage_full"] if self.method != "GET" else []  # each of them writes to the store
         return sorted(set(found))
 
 
-def operation(method: str, path: str, *, answer: Any = None, **options: Any) -> Callable[[Verb], Operation]:
-    """Make an Operation of a function. The type of its argument `query` or `body` is what it takes; its return type is
-    the type of the answer, unless another is given.
+def operation(method: str, path: str, *, answer: Any = None, **options: Any) -> Callable[[Handler], Operation]:
+    """Make an Operation of a function, whose annotations of `query`, `body` and the result are its models.
+
+    `answer` overrides the result's.
     """
 
-    def define(verb: Verb) -> Operation:
-        types = get_type_hints(verb, include_extras=True)
+    def define(handler: Handler) -> Operation:
+        types = get_type_hints(handler, include_extras=True)
         takes = {name: types[name] for name in ("query", "body") if name in types}
-        return Operation(method, path, verb, answer or types["return"], **takes, **options)
+        return Operation(method, path, handler, answer or types["return"], **takes, **options)
 
     return define

@@ -1,29 +1,32 @@
-"""What an operation takes, as pydantic models: each field is read by a `Field`, so its errors and its schema are that
-one's, wherever else it is used.
+"""What an operation takes, as pydantic models: each field is read by a `Field`, so its errors and its schema are the
+same wherever it is used.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AliasChoices, BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from gateway.api import parameters
 from gateway.errors import GatewayError
+from gateway.validation import fields
 from gateway.validation.fields import Field
 
 Json = dict[str, Any]
+_WHOLE = re.compile(r"-?[0-9]{1,12}")
 
 
 class Reads:
-    """Marks the type of a field with the `Field` that reads it."""
+    """Marks the type of a model's field with the `Field` that reads it."""
 
     def __init__(self, field: Field[Any]) -> None:
         self.field = field
 
     def __get_pydantic_core_schema__(self, _: Any, __: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(
-            lambda value, info: self.field.read(info.field_name or "", value)
+            lambda value, info: self.field.read(info.context[info.field_name], value)
         )
 
     def __get_pydantic_json_schema__(self, _: CoreSchema, __: GetJsonSchemaHandler) -> Json:
@@ -31,9 +34,13 @@ class Reads:
 
 
 class Request(BaseModel):
-    """The query or the body of a request. Where `nulls` is not set, a null is as good as an absent field."""
+    """What is sent to an operation. Unless `nulls` is set, null is the same as absent."""
 
     nulls: ClassVar[bool] = False
+
+    def given(self) -> Json:
+        """The fields that were sent."""
+        return self.model_dump(exclude_unset=True)
 
 
 class Query(Request):
@@ -45,7 +52,7 @@ class Body(Request):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
-        """The schema, closed, and with null wherever that is as good as absent."""
+        """The schema, closed, and with null wherever that is the same as absent."""
         found = handler.resolve_ref_schema(handler(schema))
         found["additionalProperties"] = False
         for name, inner in found["properties"].items():
@@ -55,33 +62,61 @@ class Body(Request):
 
 
 class Changes(Body):
-    """A body in which null is a value, and a field that is absent stays as it was."""
+    """A body in which null is a value, and a field that is absent keeps its value."""
 
     nulls: ClassVar[bool] = True
 
-    def given(self) -> Json:
-        """The fields that were sent."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-
 
 class Nothing(Body):
-    """Where nothing is taken."""
+    """For operations without a body."""
 
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
 def read(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
-    """Check what was sent. Raises `unknown_parameter`, and `invalid_request` and its kin, naming the field."""
-    parameters.refuse_unknown(given.keys(), model.model_fields)
+    """Validate what was sent. Raises `unknown_parameter`, and `invalid_request` and its kin, naming the field."""
+    names = {alias: name for name, field in model.model_fields.items() for alias in _aliases(name, field)}
+    fields.refuse_unknown(given, names)
+    used: dict[str, str] = {}
+    for alias in given:
+        if given[alias] is not None or model.nulls:
+            if names[alias] in used:
+                raise given_twice(used[names[alias]], alias)
+            used[names[alias]] = alias
     for name, field in model.model_fields.items():
-        if field.is_required() and given.get(name) is None:
+        if field.is_required() and name not in used:
             raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
-    return model.model_validate({name: value for name, value in given.items() if model.nulls or value is not None})
+    return model.model_validate({alias: given[alias] for alias in used.values()}, context=used)
+
+
+def _aliases(name: str, field: FieldInfo) -> Iterable[Any]:
+    """The names under which a field may be sent."""
+    choices = field.validation_alias
+    return choices.choices if isinstance(choices, AliasChoices) else (name,)
+
+
+def given_twice(name: str, other: str) -> GatewayError:
+    """The error for a field that is sent under two names."""
+    message = f"{name} and {other} are one parameter, and both are given"
+    return GatewayError("invalid_request", message, hint="give one of them", details={"field": other})
+
+
+def read_query(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
+    """Validate a query, whose numbers and booleans are text. Raises as `read` does."""
+    return read(model, {name: _from_text(model, name, value) for name, value in given.items()})
+
+
+def _from_text(model: type[Request], name: str, value: Any) -> Any:
+    """The number or boolean that a text stands for. Any other text is left to the field, to refuse or to read."""
+    kind = model.model_fields[name].annotation if name in model.model_fields else None
+    if kind is bool:
+        return {"true": True, "false": False}.get(value, value)
+    return int(value) if kind is int and _WHOLE.fullmatch(value) else value
 
 
 def codes(model: type[Request]) -> set[str]:
-    """The codes of the errors for values that are not what they must be."""
+    """The codes of the errors for invalid values."""
     return {code for field in model.model_fields.values() for code in _codes(field.annotation, field.metadata)}
 
 

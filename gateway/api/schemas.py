@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 Json = dict[str, Any]
@@ -16,6 +16,20 @@ def of_types(
     inputs = [(number, mode, TypeAdapter(one)) for number, one in enumerate(types)]
     schemas, shared = TypeAdapter.json_schemas(inputs, ref_template=ref_template)
     return [_untitled(schemas[number, mode]) for number, _, _ in inputs], _untitled(shared.get("$defs", {}))
+
+
+def of_request(model: type[BaseModel]) -> Json:
+    """The schema of an object that is received."""
+    (schema,), definitions = of_types([model], mode="validation")
+    found: Json = definitions.get(model.__name__, schema)
+    return found
+
+
+def without_null(schema: Json) -> Json:
+    """The schema of a value that may be null, where null is the same as absent and need not be documented."""
+    if "anyOf" not in schema:
+        return schema
+    return {**schema["anyOf"][0], **{name: inner for name, inner in schema.items() if name != "anyOf"}}
 
 
 def _untitled(schema: Any) -> Any:

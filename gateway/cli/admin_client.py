@@ -8,7 +8,7 @@ from typing import IO, Any
 import httpx
 import orjson
 
-from gateway.api.mcp.parameters import AdminRequest, Json, Tell
+from gateway.api.mcp.admin_request import AdminRequest, Json, ReportProgress
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 _CHUNK_BYTES = 2**18
@@ -110,12 +110,12 @@ class Admin:
         headers = {"content-type": "application/x-tar", "content-length": str(size)}
         return self._follow(on_progress, path, headers=headers, params=_without_none(query), content=chunks())
 
-    async def ask(self, request: AdminRequest, tell: Tell) -> Json:
+    async def ask(self, request: AdminRequest, report: ReportProgress) -> Json:
         """Send one request from an event loop; the answer to a failed one has `error` in it."""
         loop = asyncio.get_running_loop()
 
         def step(progress: Mapping[str, Any]) -> None:
-            asyncio.run_coroutine_threadsafe(tell(progress), loop).result()
+            asyncio.run_coroutine_threadsafe(report(progress), loop).result()
 
         try:
             if request.method == "POST":

@@ -1,4 +1,4 @@
-"""The admin API as an OpenAPI 3.1 document, made from the very definitions that serve it."""
+"""The admin API as an OpenAPI 3.1 document, made from the definitions that serve it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -13,10 +13,10 @@ from gateway.errors import CODES
 
 PATH = "/admin/openapi.json"
 _ABOUT = """\
-Windows and sessions of a Context Window Gateway. An error has one of the codes that its status lists here; `retryable`
-says whether the same request may succeed later. Parameters that are not named here are refused. A request that sends
-`Accept: application/x-ndjson` is told of progress: it is answered 200 with lines of JSON, `{"progress": {...}}`, and
-last `{"status": ..., "result": ...}` or `{"status": ..., "error": ...}`."""
+Windows and sessions of a Context Window Gateway. Errors have one of the codes that their status lists here; `retryable`
+tells whether the same request may succeed later. Parameters that are not listed here are refused. A request that sends
+`Accept: application/x-ndjson` gets progress: status 200 with lines of JSON, `{"progress": {...}}`, and as the last
+`{"status": ..., "result": ...}` or `{"status": ..., "error": ...}`."""
 _KEYS = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -54,8 +54,8 @@ def document(operations: Iterable[Operation]) -> Json:
 
 def _described(operation: Operation, answers: Iterator[Json]) -> Json:
     about: Json = {
-        "operationId": operation.verb.__name__,
-        "summary": (operation.verb.__doc__ or "").rstrip("."),
+        "operationId": operation.handler.__name__,
+        "summary": (operation.handler.__doc__ or "").rstrip("."),
         "security": [{}] if operation.probe else [{}, *({name: []} for name in _KEYS)],
         "parameters": [*_parameters(operation)],
         "responses": _answers(operation, answers) | _errors(operation.codes),
@@ -70,23 +70,14 @@ def _described(operation: Operation, answers: Iterator[Json]) -> Json:
 def _parameters(operation: Operation) -> Iterable[Json]:
     for name in operation.placeholders:
         yield {"name": name, "in": "path", "required": True, "schema": PLACEHOLDERS[name][0].schema}
-    (_,), definitions = schemas.of_types([operation.query], mode="validation")
-    for name, schema in definitions.get(operation.query.__name__, {}).get("properties", {}).items():
-        known = _without_null(schema)
-        written = {"style": "form", "explode": False} if known.get("type") == "array" else {}
-        yield {"name": name, "in": "query", "schema": known, **written}
-
-
-def _without_null(schema: Json) -> Json:
-    """A query has no null: what may be null may be absent."""
-    if "anyOf" not in schema:
-        return schema
-    return {**schema["anyOf"][0], **{name: inner for name, inner in schema.items() if name != "anyOf"}}
+    for name, schema in schemas.of_request(operation.query).get("properties", {}).items():
+        kind = schemas.without_null(schema)
+        style = {"style": "form", "explode": False} if kind.get("type") == "array" else {}
+        yield {"name": name, "in": "query", "schema": kind, **style}
 
 
 def _body(operation: Operation) -> Json:
-    (_,), definitions = schemas.of_types([operation.body], mode="validation")
-    schema = definitions[operation.body.__name__]
+    schema = schemas.of_request(operation.body)
     return {"required": "required" in schema, "content": {JSON: {"schema": schema}}}
 
 
@@ -96,7 +87,7 @@ def _answers(operation: Operation, schemas: Iterator[Json]) -> Json:
         return {str(operation.status): {"description": "done", "content": {operation.gives: schema}}}
     return {
         str(status): {
-            "description": "done" if status == operation.status else "not so",
+            "description": "done" if status == operation.status else "not ready",
             "content": {JSON: {"schema": next(schemas)}},
         }
         for status in operation.answers

@@ -1,13 +1,11 @@
 """The admin API's table of routes: the operations as JSON, and the probes. `gateway.api.endpoint` serves them."""
 
 from dataclasses import asdict
-from typing import Any
 
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.api import parameters
 from gateway.api.admin import (
     archives,
     autofreeze,
@@ -24,12 +22,8 @@ from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import WindowQuery
-from gateway.validation.fields import Field
 from gateway.windows import catalog, clone, delete, freeze, isolate, thaw
 from gateway.windows.retention import orphans
-
-_PAGE = {"limit": parameters.whole(1, 100).default(50), "offset": parameters.whole(0, 2**31).default(0)}
-_NAMING: dict[str, Field[Any]] = {"description": parameters.description, "tags": parameters.tags}
 
 
 @operation("GET", "/admin/sessions")

@@ -5,24 +5,25 @@ An id that another tenant has is an id that nobody has.
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote
 
 import orjson
 
-from gateway.api import parameters
+from gateway.api import requests
 from gateway.api.asgi import bounded_query
+from gateway.api.requests import Reads
 from gateway.dialects import transcripts
 from gateway.dialects.base import Call
 from gateway.errors import GatewayError
 from gateway.records import Front, Message, StoredResponse
-from gateway.validation.fields import Field
+from gateway.validation import fields
 from gateway.windows.context import Services
 
 Verb = Callable[[Services, str, str, dict[str, str]], Awaitable[Any]]
 
 _DOOR = b"/v1/responses/"
-_ANY: Field[Any] = Field({}, lambda _, value: value)
+_INCLUDE = ("include", "include[]")  # accepted and ignored: an answer has everything that there is
 _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -108,14 +109,14 @@ async def serve(services: Services, tenant: str, method: str, target: bytes) -> 
 
 
 async def _get(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
-    parameters.refuse_unknown(query, ("include", "include[]", "include_obfuscation", "starting_after", "stream"))
+    fields.refuse_unknown(query, (*_INCLUDE, "include_obfuscation", "starting_after", "stream"))
     if query.get("stream") == "true":
         raise _refused("stream", "a stored response cannot be streamed", "request it without stream")
     return (await _found(services, tenant, response_id)).answer
 
 
 async def _delete(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
-    parameters.refuse_unknown(query, ())
+    fields.refuse_unknown(query, ())
     await _found(services, tenant, response_id)
     await services.store.delete_response(tenant, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
@@ -130,21 +131,18 @@ async def _cancel(services: Services, tenant: str, response_id: str, query: dict
     )
 
 
+class _InputItemsQuery(requests.Query):
+    limit: Annotated[int, Reads(fields.whole(1, 100))] = 20
+    order: Annotated[str, Reads(fields.one_of("asc", "desc"))] = "desc"
+    after: Annotated[str, Reads(fields.text(200))] | None = None
+
+
 async def _input_items(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
-    given = parameters.read(
-        query,
-        {
-            "limit": parameters.whole(1, 100),
-            "order": parameters.one_of("asc", "desc"),
-            "after": parameters.line(200),
-            "include": _ANY,
-            "include[]": _ANY,
-        },
-    )
+    asked = requests.read_query(_InputItemsQuery, {name: query[name] for name in query if name not in _INCLUDE})
     found = await _found(services, tenant, response_id)
     items = await services.store.messages(found.asked) if found.asked else []
     named = [_named(item, found.id, number) for number, item in enumerate(items)]
-    return _page(named if given.get("order") == "asc" else named[::-1], given.get("after"), given.get("limit", 20))
+    return _page(named if asked.order == "asc" else named[::-1], asked.after, asked.limit)
 
 
 def _page(items: list[dict[str, Any]], after: str | None, limit: int) -> Mapping[str, Any]:

@@ -1,8 +1,7 @@
-"""What the tools answer, as JSON schemas made from the admin API's models.
+"""The answers of the tools, as JSON schemas made from the admin API's models.
 
-A schema is shorter than the admin API's own, because an agent pays for it in each conversation: it says what is always
-there and leaves open what else may be, has no references, and of what lies deeper than one level only that it is an
-object.
+These are shorter than the admin API's own, because an agent pays for them in each conversation: they allow additional
+properties, have no references, and stop at the second level of objects.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,7 +12,7 @@ from pydantic import BaseModel
 
 from gateway.api import schemas
 from gateway.api.admin import models
-from gateway.api.mcp.parameters import Json
+from gateway.api.mcp.admin_request import Json
 
 _DEPTH = 2
 
@@ -39,30 +38,26 @@ class PolicyConfig(models.Answer):
 
 
 def typed(answer: Json) -> Json:
-    """A status says of what it is."""
+    """A status with the type of thing that it describes."""
     return {"type": "window" if "kv_cache" in answer else "session", **answer}
 
 
 def cache_stats(answer: Json) -> Json:
-    """What GET /admin/cache says, and the sum of its tiers."""
+    """The answer of GET /admin/cache, and the totals of its tiers."""
     tiers = answer["tiers"].values()
-    total = {
-        "total_blocks": sum(tier["objects"] for tier in tiers),
-        "total_bytes": sum(tier["bytes"] for tier in tiers),
-    }
-    return {**total, **answer}
+    blocks, size = (sum(tier[name] for tier in tiers) for name in ("objects", "bytes"))
+    return {"total_blocks": blocks, "total_bytes": size, **answer}
 
 
 def policy(answer: Json) -> Json:
-    """The rules apart from what is said of them."""
-    about: Json = {name: answer[name] for name in ("set_at_run_time", "available", "warnings") if name in answer}
-    rules = {name: value for name, value in answer.items() if name not in about}
-    return {"policy": rules, "warnings": [], **about}
+    """The answer of /admin/policies, with the rules in an object of their own."""
+    about = {name: answer[name] for name in answer if name not in models.Rules.model_fields}
+    return {"policy": {name: answer[name] for name in answer if name not in about}, "warnings": [], **about}
 
 
 @cache
 def schema_of(kinds: tuple[type[BaseModel], ...], brief: Collection[str] = ()) -> Json:
-    """The schema of an answer that is one of `kinds`. Fields in `brief` are shown without what is in them."""
+    """The schema of an answer that is one of `kinds`, without the content of the fields in `brief`."""
     found, definitions = schemas.of_types(kinds)
     shapes: list[Json] = [_simple(schema, definitions, _DEPTH) for schema in found]
     first, *others = shapes
@@ -75,7 +70,7 @@ def schema_of(kinds: tuple[type[BaseModel], ...], brief: Collection[str] = ()) -
 
 
 def _simple(schema: Any, definitions: Mapping[str, Json], depth: int) -> Any:
-    """A schema of at most so many objects one in the other."""
+    """The schema with at most `depth` levels of objects."""
     if isinstance(schema, list):
         return [_simple(inner, definitions, depth) for inner in schema]
     if not isinstance(schema, dict):
@@ -93,7 +88,7 @@ def _simple(schema: Any, definitions: Mapping[str, Json], depth: int) -> Any:
 
 
 def _with_null(schema: Json) -> Json:
-    """`type: [x, null]` for what may be an x or null: that is shorter than `anyOf`."""
+    """The schema with `type: [x, null]` in place of `anyOf` with x and null, which is longer."""
     kinds = schema.get("anyOf", [])
     if len(kinds) != 2 or kinds[1] != {"type": "null"} or "type" not in kinds[0] or "enum" in kinds[0]:
         return schema
@@ -102,18 +97,18 @@ def _with_null(schema: Json) -> Json:
 
 
 def _either(some: Json, others: Json) -> Json:
-    """The properties of two objects of which an answer is one."""
-    both = {name: _one_of(some[name], others[name]) for name in some.keys() & others.keys()}
-    return {name: both.get(name, schema) for name, schema in {**some, **others}.items()}
+    """The properties of an answer that is one of two objects."""
+    both = {name: _one_of(some[name], others[name]) for name in some if name in others}
+    return {**some, **others, **both}
 
 
 def _one_of(one: Json, other: Json) -> Json:
     if one == other:
         return one
-    words = [word for schema in (one, other) for word in _words(schema)]
-    return {"type": "string", "enum": [*dict.fromkeys(words)]} if words else {"anyOf": [one, other]}
+    values = [value for schema in (one, other) for value in _enum(schema)]
+    return {"type": "string", "enum": [*dict.fromkeys(values)]} if values else {"anyOf": [one, other]}
 
 
-def _words(schema: Json) -> list[str]:
-    """The words that a string may be, if only a few."""
+def _enum(schema: Json) -> list[str]:
+    """The values of an enumeration."""
     return [schema["const"]] if "const" in schema else schema.get("enum", [])

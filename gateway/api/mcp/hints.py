@@ -5,10 +5,10 @@ from gateway.errors import HintWords, placeholders_blank
 
 
 def _names() -> dict[str, str]:
-    resources = {placeholders_blank(f"GET {one.route}"): f"the resource `{one.uri}`" for one in RESOURCES}
+    resources = {placeholders_blank(f"GET {r.route}"): f"the resource `{r.uri}`" for r in RESOURCES}
     tools = {placeholders_blank(route): f"`{tool.name}`" for tool in TOOLS for route in tool.routes}
     return {**resources, **tools, "null": "an empty value (0 seconds)"}
 
 
-# Only `cwg mcp` can be refused for its key: over HTTP no tool is called without one.
+# Only `cwg mcp` gets this error from the admin API: over HTTP, no tool is called without the key.
 WORDS = HintWords(_names(), {"unauthorized": "set CWG_API_KEY to the gateway's key where `cwg mcp` is started"})

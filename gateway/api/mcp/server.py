@@ -1,5 +1,6 @@
 """The MCP server behind both transports: it reads the table of tools and calls the admin API."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from mcp.shared.exceptions import MCPError
 
 from gateway import __version__
 from gateway.api.endpoint import error_shape
+from gateway.api.mcp.admin_request import Ask, Json, ReportProgress
 from gateway.api.mcp.hints import WORDS
-from gateway.api.mcp.parameters import Ask, Json, Tell
 from gateway.api.mcp.tool import Resource, Tool
 from gateway.api.mcp.tools import RESOURCES, TOOLS, resource_request, tool_named
 from gateway.errors import GatewayError
@@ -24,27 +25,26 @@ Context = ServerRequestContext[Any, Any]
 AskOf = Callable[[Context], Ask]
 
 INSTRUCTIONS = (
-    "This gateway stands between clients and a vLLM engine, and keeps conversations. A session is a conversation that "
-    "goes on; a window is a frozen, named copy of one, with its KV cache. Find your session with session_list, freeze "
-    "it with window_freeze before you risk or lose its context, find windows with window_list, and go on from one with "
-    "window_thaw: what thaws is the very same context, not a summary. Every answer tells what was measured; read its "
-    "warnings."
+    "This gateway is between clients and a vLLM engine, and stores conversations. A session is a live conversation; a "
+    "window is a frozen, named copy of one, with its KV cache. Find your session with session_list, freeze it with "
+    "window_freeze before you risk or exhaust its context, find windows with window_list, and continue from one with "
+    "window_thaw: you get the very same context, not a summary. Every answer has what was measured; read its warnings."
 )
 
 
 def server(ask_of: AskOf) -> Server[Any]:
-    """A server that asks the admin API by what `ask_of` makes of a request."""
+    """A server that calls the admin API; `ask_of` makes the client for a request."""
 
     async def list_tools(_: Context, __: types.PaginatedRequestParams | None) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[_tool(tool) for tool in TOOLS])
 
     async def call_tool(ctx: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
-        tool = _known(params.name)
+        tool = _tool_named(params.name)
         try:
             request = tool.request(params.arguments or {})
         except GatewayError as error:
             return _failed(error_shape(error))
-        answer = await ask_of(ctx)(request, _teller(ctx))
+        answer = await ask_of(ctx)(request, _report_to(ctx))
         return _failed(answer) if "error" in answer else _done(tool.shape(answer))
 
     async def list_resources(_: Context, __: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
@@ -58,7 +58,7 @@ def server(ask_of: AskOf) -> Server[Any]:
             request, resource = resource_request(params.uri)
         except GatewayError as error:
             raise _protocol_error(error_shape(error)) from error
-        answer = await ask_of(ctx)(request, _teller(ctx))
+        answer = await ask_of(ctx)(request, _report_to(ctx))
         if "error" in answer:
             raise _protocol_error(answer)
         text = orjson.dumps(resource.shape(answer)).decode()
@@ -80,13 +80,13 @@ def server(ask_of: AskOf) -> Server[Any]:
 
 
 def over_http(ask_of: AskOf, max_body_bytes: int) -> StreamableHTTPSessionManager:
-    """The server for requests that the gateway's door has let in: key, origin and size were looked at there.
+    """The server for HTTP requests, whose key, origin and size `McpTransport` has checked.
 
-    It keeps nothing between requests, so any worker can serve any of them.
+    It keeps no state between requests, so any worker can serve any of them.
     """
-    let_in = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     return StreamableHTTPSessionManager(
-        server(ask_of), stateless=True, security_settings=let_in, max_request_body_size=max_body_bytes
+        server(ask_of), stateless=True, security_settings=checked, max_request_body_size=max_body_bytes
     )
 
 
@@ -98,7 +98,7 @@ async def over_stdio(ask: Ask) -> None:
 
 
 def _tool(tool: Tool) -> types.Tool:
-    hints = types.ToolAnnotations(
+    annotations = types.ToolAnnotations(
         read_only_hint=tool.reads_only, destructive_hint=tool.destroys, idempotent_hint=False, open_world_hint=False
     )
     return types.Tool(
@@ -106,7 +106,7 @@ def _tool(tool: Tool) -> types.Tool:
         description=str(tool.about),
         input_schema=tool.input_schema,
         output_schema=tool.output_schema,
-        annotations=hints,
+        annotations=annotations,
     )
 
 
@@ -122,7 +122,7 @@ def _template(resource: Resource) -> types.ResourceTemplate:
     )
 
 
-def _known(name: str) -> Tool:
+def _tool_named(name: str) -> Tool:
     try:
         return tool_named(name)
     except GatewayError as error:
@@ -136,33 +136,31 @@ def _done(answer: Json) -> types.CallToolResult:
 
 def _failed(answer: Json) -> types.CallToolResult:
     error = _translated(answer["error"])
-    text = types.TextContent(type="text", text=_in_words(error))
+    text = types.TextContent(type="text", text=_as_text(error))
     return types.CallToolResult(content=[text], structured_content={"error": error}, is_error=True)
 
 
 def _protocol_error(answer: Json) -> MCPError:
     error = _translated(answer["error"])
-    theirs = error["code"] in ("internal", "gateway_unreachable") or error["retryable"]
-    return MCPError(types.INTERNAL_ERROR if theirs else types.INVALID_PARAMS, _in_words(error), error)
+    ours = error["code"] in ("internal", "gateway_unreachable") or error["retryable"]
+    return MCPError(types.INTERNAL_ERROR if ours else types.INVALID_PARAMS, _as_text(error), error)
 
 
 def _translated(error: Json) -> Json:
     return {**error, "hint": WORDS.translate(error["code"], error["hint"])}
 
 
-def _in_words(error: Json) -> str:
+def _as_text(error: Json) -> str:
     hint = f" ({error['hint']})" if error["hint"] else ""
     return f"{error['code']}: {error['message']}{hint}"
 
 
-def _teller(ctx: Context) -> Tell:
-    """Progress as MCP has it: a number that only grows, so the steps are counted, and what is done is in words."""
-    told = 0
+def _report_to(ctx: Context) -> ReportProgress:
+    """Report progress as MCP defines it: a number that only grows, here of steps, and a message."""
+    steps = itertools.count(1)
 
-    async def tell(step: Any) -> None:
-        nonlocal told
-        told += 1
-        of = f" {step['done']}/{step['total']}" if step["total"] else ""
-        await ctx.session.report_progress(told, None, f"{step['stage']}{of}")
+    async def report(step: Any) -> None:
+        of_total = f" {step['done']}/{step['total']}" if step["total"] else ""
+        await ctx.session.report_progress(next(steps), None, f"{step['stage']}{of_total}")
 
-    return tell
+    return report

@@ -1,26 +1,32 @@
-"""MCP tools and resources: what a model reads about them, and how a call becomes an admin request."""
+"""MCP tools and resources: what an agent reads about them, and how a call becomes a request to the admin API."""
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
 from pydantic import BaseModel
 
 from gateway.api.mcp import answers
-from gateway.api.mcp import parameters as params
-from gateway.api.mcp.parameters import AdminRequest, Json, Param
+from gateway.api.mcp.admin_request import AdminRequest, Json
+from gateway.api.mcp.arguments import schema_of
+from gateway.api.requests import Request, read
 from gateway.errors import GatewayError
 from gateway.records import check_window_name
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _ERROR: Json = {"type": "object", "required": ["code", "message", "hint", "retryable", "details"]}
+_READS = (  # routes that change nothing, but for those with GET
+    "POST /admin/policies/check",
+    "POST /admin/windows/{window_name}/ask",
+    "POST /admin/windows/{window_name}/verify",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a model has to know before it calls a tool: what that does, when to use it, its cost, what it returns."""
+    """What an agent has to know before it calls a tool: what that does, when to use it, its cost, what it returns."""
 
     does: str
     use: str
@@ -33,22 +39,23 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool: which admin routes it stands for (the one whose placeholders are given), and what it answers: one of
-    `kinds`, of which a client is told without what is in the fields `brief`.
+    """A tool, the admin routes that it calls, and the `kinds` of answers that it gives.
 
-    `asks` makes the request where the placeholders do not say which route it is.
+    Of several routes, a call takes the one whose placeholders are given; `request_of` makes the request where that
+    does not decide it. Clients are not told what is in the fields `brief` of an answer. Of the arguments, those that
+    are given are sent, and the defaults of the fields `always`, which differ from the admin API's.
     """
 
     name: str
     routes: tuple[str, ...]
     about: About
-    params: Mapping[str, Param]
+    arguments: type[Request]
     kinds: tuple[type[BaseModel], ...]
     brief: tuple[str, ...] = ()
     shape: Callable[[Json], Json] = lambda answer: answer
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    always: frozenset[str] = frozenset()
     destroys: bool = False
-    asks: Callable[[Json], AdminRequest] | None = None
+    request_of: Callable[[Json], AdminRequest] | None = None
 
     @property
     def reads_only(self) -> bool:
@@ -57,17 +64,17 @@ class Tool:
 
     @property
     def input_schema(self) -> Json:
-        """What a client may send, as JSON schema. The words of the replaced system are taken too, and not shown."""
-        return params.schema_of(self.params)
+        """The arguments, as JSON schema. The names of the replaced system are accepted too, and not documented."""
+        return schema_of(self.arguments)
 
     @property
     def answer(self) -> Json:
-        """What it answers where nothing goes wrong, as JSON schema."""
+        """The answer to a call that succeeds, as JSON schema."""
         return answers.schema_of(self.kinds, self.brief)
 
     @property
     def output_schema(self) -> Json:
-        """What it answers, or an error: some clients hold errors against the schema too, and hide what does not fit."""
+        """The answer, or an error: some clients validate errors against the schema too, and hide what does not fit."""
         schema = {name: value for name, value in self.answer.items() if name != "required"}
         properties = {**self.answer["properties"], "error": _ERROR}
         either = [{"required": self.answer["required"]}, {"required": ["error"]}]
@@ -75,21 +82,16 @@ class Tool:
 
     def request(self, arguments: Mapping[str, Any]) -> AdminRequest:
         """Turn a call into a request to the admin API. Raises `invalid_request` and its kin, naming the parameter."""
-        given = {**self.defaults, **params.checked(self.params, arguments)}
-        if self.asks is not None:
-            return self.asks(given)
+        valid = read(self.arguments, arguments)
+        given = valid.model_dump(include=valid.model_fields_set | self.always)
+        if self.request_of is not None:
+            return self.request_of(given)
         method, path = self._route(given).split(" ")
-        in_path = set(_PLACEHOLDER.findall(path))
-        for name in in_path:
-            path = path.replace(f"{{{name}}}", quote(given[name], safe=""))
-        sent = {
-            (name if param.wire is None else param.wire): given[name]
-            for name, param in self.params.items()
-            if name in given and name not in in_path and param.wire != ""
-        }
+        for name in _PLACEHOLDER.findall(path):
+            path = path.replace(f"{{{name}}}", quote(given.pop(name), safe=""))
         if method in ("POST", "PUT", "PATCH"):
-            return AdminRequest(method, path, body=sent)
-        return AdminRequest(method, path, {name: params.as_query(value) for name, value in sent.items()})
+            return AdminRequest(method, path, body=given)
+        return AdminRequest(method, path, {name: _as_query(value) for name, value in given.items()})
 
     def _route(self, given: Json) -> str:
         fit = [route for route in self.routes if given.keys() >= set(_PLACEHOLDER.findall(route))]
@@ -99,9 +101,15 @@ class Tool:
         raise GatewayError("invalid_request", f"give exactly one of {names}", details={"field": names})
 
 
+def _as_query(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """Something to read: `uri` may have one placeholder, which the route has too. `also`: other names of it."""
+    """Something to read. `uri` may have one placeholder, which the route has too. `also`: other names of it."""
 
     uri: str
     name: str
@@ -111,20 +119,12 @@ class Resource:
     also: tuple[str, ...] = ()
 
     def path(self, uri: str) -> str | None:
-        """The path that answers for `uri`, or None if that is another resource. Raises `invalid_window_name`."""
+        """The admin API's path for `uri`, or None if that is another resource. Raises `invalid_window_name`."""
         if uri in self.also:
             return self.route
         pattern = _PLACEHOLDER.sub("([^/]*)", re.escape(self.uri).replace(r"\{", "{").replace(r"\}", "}"))
-        found = re.fullmatch(pattern, uri)
-        if found is None:
+        match = re.fullmatch(pattern, uri)
+        if match is None:
             return None
-        names = [check_window_name(unquote(part), "window name in the URI") for part in found.groups()]
+        names = [check_window_name(unquote(part), "window name in the URI") for part in match.groups()]
         return self.route.format(name=quote(names[0], safe="")) if names else self.route
-
-
-# Routes that are no GET and yet change nothing.
-_READS = (
-    "POST /admin/policies/check",
-    "POST /admin/windows/{window_name}/ask",
-    "POST /admin/windows/{window_name}/verify",
-)

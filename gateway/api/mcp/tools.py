@@ -1,6 +1,6 @@
 """The window operations as MCP tools, and the resources: a table over the admin API, which has all the rules.
 
-What a tool declares, it takes: a placeholder of the route goes into the path, the rest into the query or the body.
+Arguments that the route has a placeholder for go into the path, the others into the query or the body.
 """
 
 import re
@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from gateway.api.admin import models
-from gateway.api.health import COMPONENTS
-from gateway.api.mcp import answers
+from gateway.api.admin.models import requests
+from gateway.api.mcp import answers, arguments
 from gateway.api.mcp import autofreeze_tools as autofreeze
-from gateway.api.mcp import parameters as params
 from gateway.api.mcp import window_tools as windows
-from gateway.api.mcp.parameters import AdminRequest
+from gateway.api.mcp.admin_request import AdminRequest
 from gateway.api.mcp.tool import About, Resource, Tool
+from gateway.api.requests import Request
 from gateway.errors import GatewayError
 
 _SESSIONS = (
@@ -22,19 +22,12 @@ _SESSIONS = (
         "session_list",
         ("GET /admin/sessions",),
         About(
-            "List conversations that the gateway knows, last active first",
+            "List the gateway's conversations, last active first",
             "to find the session to freeze; your own is likely the first",
             "cheap; some 150 tokens for each session in the answer, so set `limit`",
             "`sessions` with id, `state`, model and tokens of each, and `has_more` where `offset` would show more",
         ),
-        {
-            "state_filter": params.one_of("active", "frozen", "thawed", "expired")(
-                "only in this state", wire="state", also=("state",)
-            ),
-            "model": params.text(500)("only of this model"),
-            "limit": params.limit("how many to answer with"),
-            "offset": params.offset("how many to leave out first"),
-        },
+        arguments.SessionList,
         (models.Sessions,),
     ),
     Tool(
@@ -43,27 +36,27 @@ _SESSIONS = (
         About(
             "Forget a session: its turns, its text and the KV that no window holds. Its windows stay",
             "for branches that led nowhere; it cannot be undone",
-            "next to nothing; a conversation that goes on begins anew and is computed anew",
-            "`deleted`, and `space_freed_bytes` as really freed",
+            "next to nothing; a conversation that continues starts over and is computed again",
+            "`deleted`, and `space_freed_bytes` as actually freed",
         ),
-        {"session_id": params.session(required=True)},
+        arguments.Session,
         (models.SessionDeleted,),
         destroys=True,
     ),
 )
 
-_SEEING = (
+_MONITORING = (
     Tool(
         "cache_stats",
         ("GET /admin/cache",),
         About(
-            "Tell how much KV lies in each tier, for whom, and how much of the prompts came from the cache",
+            "Show how much KV is in each tier, for whom, and how much of the prompts came from the cache",
             "to see whether caching pays, and how much room windows and sessions take",
-            "looks at every object on disk and in Redis: up to a second, no tokens",
+            "lists every object on disk and in Redis: up to a second, no tokens",
             "`total_blocks` and `total_bytes`, the same by `tiers`, and `hit_rate`: the share of prompt tokens that "
             "the engine did not have to compute since the gateway started; null before the first",
         ),
-        {},
+        Request,
         (answers.CacheStats,),
         brief=("tiers",),
         shape=answers.cache_stats,
@@ -72,31 +65,31 @@ _SEEING = (
         "health_check",
         ("GET /admin/health",),
         About(
-            "Tell whether engine, cache, tiers, store and the isolation of sessions are well",
+            "Check the engine, the cache, its tiers, the store and the isolation of sessions",
             "when something fails, or before something that must not",
             "cheap",
-            "`status`, and `components`, each with its status and, where it is not well, a message",
+            "`status`, and `components`, each with its status and a message",
         ),
-        {"component": params.one_of(*COMPONENTS, kv_store="cache", vllm="engine", registry="store")("only this one")},
+        arguments.HealthCheck,
         (models.Health,),
     ),
     Tool(
         "get_metrics_data",
         ("GET /admin/metrics",),
         About(
-            "All counters of the gateway since it started: turns, tokens, cache hits, verbs, windows",
+            "All counters of the gateway since it started: turns, tokens, cache hits, operations, windows",
             "to measure something; for a summary of the cache use cache_stats",
             "cheap to make and long to read: 5,000 tokens and more",
             "`metrics`, or with `format` `prometheus` the text for Prometheus in `content`",
         ),
-        {"format": params.one_of("json", "prometheus")("default json")},
+        requests.MetricsQuery,
         (models.JsonMetrics, models.PrometheusMetrics),
     ),
 )
 
-TOOLS: tuple[Tool, ...] = (*windows.TOOLS, *_SESSIONS, *_SEEING, *autofreeze.TOOLS)
+TOOLS: tuple[Tool, ...] = (*windows.TOOLS, *_SESSIONS, *_MONITORING, *autofreeze.TOOLS)
 
-# `also`: as the replaced system's code had it. Its documents had the same names as we have, under `cwm:`.
+# `also`: as in the replaced system's code. Its documents had our names, under `cwm:`.
 RESOURCES: tuple[Resource, ...] = (
     Resource(
         "cwg://windows", "windows", "The 100 newest windows.", "/admin/windows?limit=100", also=("windows://list",)
@@ -111,7 +104,7 @@ RESOURCES: tuple[Resource, ...] = (
     Resource(
         "cwg://stats",
         "stats",
-        "What lies in the cache, and how much it was hit: as cache_stats says.",
+        "What is in the cache, and its hit rate, as cache_stats returns them.",
         "/admin/cache",
         answers.cache_stats,
         also=("stats://cache",),
@@ -124,7 +117,7 @@ TOOLS_BY_NAME: Mapping[str, Tool] = MappingProxyType({tool.name: tool for tool i
 
 
 def tool_named(name: str) -> Tool:
-    """The tool of that name. Raises `not_found`, naming those that there are."""
+    """The tool of that name. Raises `not_found`, naming all tools."""
     tool = TOOLS_BY_NAME.get(name)
     if tool is None:
         known = ", ".join(TOOLS_BY_NAME)
@@ -133,7 +126,7 @@ def tool_named(name: str) -> Tool:
 
 
 def resource_request(uri: str) -> tuple[AdminRequest, Resource]:
-    """What answers for a resource, and which that is. Raises `not_found`."""
+    """The request for a resource, and the resource. Raises `not_found`."""
     ours = re.sub("^cwm://", "cwg://", uri)
     for resource in RESOURCES:
         path = resource.path(ours)

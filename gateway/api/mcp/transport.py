@@ -1,4 +1,4 @@
-"""MCP over HTTP, at /mcp: the key and limits of every API, and tools that call the admin API in this process."""
+"""MCP over HTTP, at /mcp, with the key and the limits of every API. Tools call the admin API in this process."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.api import auth, in_process
 from gateway.api.asgi import ClientGone, read_body
 from gateway.api.endpoint import MAX_JSON_BYTES, error_answer
-from gateway.api.mcp.parameters import AdminRequest, Ask, Json, Tell
+from gateway.api.mcp.admin_request import AdminRequest, Ask, Json, ReportProgress
 from gateway.api.operation import NDJSON
 from gateway.errors import GatewayError
 from gateway.settings import Settings
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 OverHttp = Callable[[Callable[[Any], Ask], int], "StreamableHTTPSessionManager"]
 
 PATH = "/mcp"
-# What a client may send in vain. MCP's own client gives up its connection, and every other call on it, when the answer
-# comes while it still sends and the socket is closed on it.
-_MOST_IN_VAIN = 2**24
-_VAIN_S = 10.0
+# Bounds on reading a refused body. MCP's own client gives up its connection, and every other call on it, if it is
+# still sending when the answer comes and the socket is closed.
+_MAX_DRAINED = 2**24
+_DRAIN_S = 10.0
 
 
 class McpTransport:
-    """Serves MCP. Its library costs 30 MB and most of a second, so it is loaded when the first client comes."""
+    """Serves MCP. Its library takes 30 MB and most of a second, so the first client loads it."""
 
     def __init__(self, admin: ASGIApp, settings: Settings) -> None:
         self._admin = admin
@@ -54,13 +54,13 @@ class McpTransport:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            body = await self._let_in(scope, receive)
+            body = await self._read(scope, receive)
         except ClientGone:
             return
         except GatewayError as error:
             if error.code == "payload_too_large":
                 await _drain(receive)
-                error.hint = "no tool takes so much"
+                error = GatewayError(error.code, error.message, hint="no tool takes so much")
             answer = error_answer(error)
             if error.code == "unauthorized":
                 answer.headers["www-authenticate"] = "Bearer"
@@ -69,13 +69,13 @@ class McpTransport:
             await answer(scope, receive, send)
             return
         manager = await self._open()
-        await manager.handle_request(scope, _again(body, receive), send)
+        await manager.handle_request(scope, _replay(body, receive), send)
 
-    async def _let_in(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
         auth.refuse_foreign(scope["headers"], self._settings.allowed_origins)
         auth.tenant(scope["headers"], self._settings.api_key, self._settings.allowed_origins)
         if scope["method"] != "POST":
-            why = "there are no streams of the server's own, and no sessions to end"
+            why = "the server starts no streams, and has no sessions to end"
             raise GatewayError("method_not_allowed", f"{scope['method']} is not served here: {why}", hint="use POST")
         body = await read_body(
             scope,
@@ -84,7 +84,7 @@ class McpTransport:
             timeout_s=self._settings.client_timeout_s,
             body_timeout_s=self._settings.body_timeout_s,
         )
-        with suppress(orjson.JSONDecodeError):  # MCP has its own words for that
+        with suppress(orjson.JSONDecodeError):  # MCP has its own error for that
             json_limits.parse(body, self._settings.max_json_values)
         return body
 
@@ -106,30 +106,22 @@ class McpTransport:
     def _ask_of(self, ctx: Any) -> Ask:
         keys = [(name, value) for name, value in ctx.request.scope["headers"] if name in auth.KEY_HEADERS]
 
-        async def ask(request: AdminRequest, tell: Tell) -> Json:
-            answer = _Answer(tell)
-            await self._admin(_scope(request, keys), in_process.nothing_more, answer.take)
-            return answer.whole
+        async def ask(request: AdminRequest, report: ReportProgress) -> Json:
+            answer: Json = {}
+
+            async def receive_line(message: Message) -> None:
+                """One JSON object in each message that has a body: progress, and at last the result or the error."""
+                nonlocal answer
+                line = orjson.loads(message.get("body") or b"{}")
+                if "progress" in line:
+                    await report(line["progress"])
+                elif line:
+                    answer = line.get("result", line)
+
+            await self._admin(_scope(request, keys), in_process.nothing_more, receive_line)
+            return answer
 
         return ask
-
-
-class _Answer:
-    """What the admin API sends to a request that watches progress: one JSON object in each message that has a body."""
-
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
-        self.whole: Json = {}
-
-    async def take(self, message: Message) -> None:
-        """Take the next message."""
-        if not message.get("body"):
-            return
-        line = orjson.loads(message["body"])
-        if "progress" in line:
-            await self._tell(line["progress"])
-        else:
-            self.whole = line.get("result", line)
 
 
 def _scope(request: AdminRequest, keys: list[tuple[bytes, bytes]]) -> Scope:
@@ -139,10 +131,10 @@ def _scope(request: AdminRequest, keys: list[tuple[bytes, bytes]]) -> Scope:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read what is left of a body that nobody wants, within bounds."""
-    left = _MOST_IN_VAIN
+    """Read and discard the rest of a body, within bounds."""
+    left = _MAX_DRAINED
     with suppress(TimeoutError):
-        async with asyncio.timeout(_VAIN_S):
+        async with asyncio.timeout(_DRAIN_S):
             more = True
             while more and left > 0:
                 message = await receive()
@@ -150,19 +142,19 @@ async def _drain(receive: Receive) -> None:
                 left -= len(message.get("body", b""))
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
+def _replay(body: bytes, receive: Receive) -> Receive:
     """Receive a body that was read already, and then what comes after it."""
     left = [body]
 
-    async def once_more() -> Message:
+    async def receive_again() -> Message:
         if left:
             return {"type": "http.request", "body": left.pop(), "more_body": False}
         return await receive()
 
-    return once_more
+    return receive_again
 
 
 def _load() -> OverHttp:
-    from gateway.api.mcp.server import over_http  # noqa: PLC0415 - see McpDoor
+    from gateway.api.mcp.server import over_http  # noqa: PLC0415 - see McpTransport
 
     return over_http

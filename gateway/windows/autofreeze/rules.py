@@ -1,6 +1,5 @@
 """The rules of automatic freezing: their values and bounds, and the names of the windows."""
 
-import math
 import string
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,8 +10,8 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.records import MAX_DESCRIPTION, MAX_NAME, WINDOW_NAME
 from gateway.settings import Settings, SettingsError
+from gateway.validation import fields
 from gateway.validation.fields import Field, or_null, reads
-from gateway.validation.shown import shown
 from policies.contract import Policy
 from policies.idle_timeout import MOST_MINUTES
 from policies.loader import PolicyError, build
@@ -136,71 +135,56 @@ def description(reason: str) -> str:
     return f"Frozen automatically: {reason}"[:MAX_DESCRIPTION].replace("\0", "")
 
 
-def _refused(name: str, must: str, value: object) -> GatewayError:
-    return GatewayError("invalid_request", f"{name} must be {must}, not {shown(value)}", details={"field": name})
-
-
-@reads({"type": "boolean"})
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _refused(name, "true or false", value)
-    return value
-
-
-def _number(low: float, most: float, *, whole: bool = False) -> Field[Any]:
-    """A number from `low` (0: more than 0) to `most`."""
-    kind, bound = "integer" if whole else "number", "minimum" if low else "exclusiveMinimum"
-
-    @reads({"type": kind, bound: low, "maximum": most})
-    def read(name: str, value: object) -> float:
-        kinds = (int,) if whole else (int, float)
-        least = f"at least {low:g}" if low else "more than 0"
-        must = f"a {'whole number' if whole else 'number'}, {least} and at most {most:.10g}"
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-            raise _refused(name, must, value)
-        if not low <= value <= most or value <= 0:
-            raise _refused(name, must, value)
-        return value
-
-    return read
-
-
-@reads({"type": "string", "maxLength": LONGEST_PATTERN, "description": "of {session_id}, {timestamp} and {turns}"})
+@reads(
+    {
+        "type": "string",
+        "maxLength": LONGEST_PATTERN,
+        "description": "names of the windows, with {session_id} and {timestamp}, and {turns} if you like",
+    }
+)
 def _pattern(name: str, value: object) -> str:
-    if not isinstance(value, str) or len(value) > LONGEST_PATTERN:
-        raise _refused(name, f"a string of at most {LONGEST_PATTERN} characters", value)
+    pattern = fields.text(LONGEST_PATTERN).read(name, value)
     try:
-        parts = list(string.Formatter().parse(value))
+        parts = list(string.Formatter().parse(pattern))
     except ValueError as error:
-        raise _refused(name, f"a pattern with balanced braces ({error})", value) from error
+        raise fields.invalid(name, f"a pattern with balanced braces ({error})", value) from error
     used = [field for _, field, _, _ in parts if field is not None]
     if any(field not in _NAMES or spec or how for _, field, spec, how in parts if field is not None):
-        raise _refused(name, "a pattern with no other fields than {session_id}, {timestamp} and {turns}", value)
+        raise fields.invalid(name, "a pattern with no other fields than {session_id}, {timestamp} and {turns}", value)
     if used.count("session_id") != 1 or used.count("timestamp") != 1:
-        raise _refused(name, "a pattern with {session_id} and {timestamp}, each once: names must differ", value)
-    if not WINDOW_NAME.fullmatch(window_name(value, "s", 1, 0.0)):
-        raise _refused(name, "a pattern that makes window names: A-Z a-z 0-9 _ . - after a letter or digit", value)
-    return value
+        raise fields.invalid(name, "a pattern with {session_id} and {timestamp}, each once: names must differ", value)
+    if not WINDOW_NAME.fullmatch(window_name(pattern, "s", 1, 0.0)):
+        raise fields.invalid(
+            name, "a pattern that makes window names: a letter or digit, then A-Z a-z 0-9 _ . -", value
+        )
+    return pattern
 
 
-@reads({"type": "array", "items": _SPEC, "maxItems": MOST_POLICIES, "description": "more policies, by name"})
+@reads(
+    {
+        "type": "array",
+        "items": _SPEC,
+        "maxItems": MOST_POLICIES,
+        "description": 'further policies, such as {"use": "token_threshold", "tokens": 8000}',
+    }
+)
 def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list | tuple) or len(value) > MOST_POLICIES:
-        raise _refused(name, f"a list of at most {MOST_POLICIES} policies", value)
+        raise fields.invalid(name, f"a list of at most {MOST_POLICIES} policies", value)
     return tuple(value)
 
 
 READERS: Mapping[str, Field[Any]] = MappingProxyType(
     {
-        "enabled": _flag,
-        "idle_timeout_minutes": or_null(_number(0, MOST_MINUTES)),
-        "token_threshold": or_null(_number(1, MOST_TOKENS, whole=True)),
-        "context_share": or_null(_number(0, 1)),
-        "at_shutdown": _flag,
+        "enabled": fields.boolean.about("whether sessions are frozen automatically"),
+        "idle_timeout_minutes": or_null(fields.number(MOST_MINUTES)).about("freeze after this idle time; null: off"),
+        "token_threshold": or_null(fields.whole(1, MOST_TOKENS)).about("freeze at this many tokens; null: off"),
+        "context_share": or_null(fields.number(1)).about("freeze at this share of the context limit; null: off"),
+        "at_shutdown": fields.boolean.about("freeze every session when the gateway stops"),
         "policies": _specs,
         "naming_pattern": _pattern,
-        "cooldown_seconds": _number(0, MOST_COOLDOWN_S),
-        "keep": _number(1, MOST_KEPT, whole=True),
-        "ttl_seconds": or_null(_number(0, MOST_TTL_S)),
+        "cooldown_seconds": fields.number(MOST_COOLDOWN_S).about("least time between two windows of a session"),
+        "keep": fields.whole(1, MOST_KEPT).about("how many automatic windows of a session are kept"),
+        "ttl_seconds": or_null(fields.number(MOST_TTL_S)).about("how long an automatic window is kept; null: for ever"),
     }
 )

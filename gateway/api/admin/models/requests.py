@@ -4,68 +4,62 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from gateway.api import parameters
 from gateway.api.admin.models.base import absent
 from gateway.api.health import COMPONENTS
 from gateway.api.requests import Body, Changes, Query, Reads
-from gateway.records import SessionState
+from gateway.records import MAX_MODEL, SessionState
 from gateway.store.types import SORT_KEYS
-from gateway.validation.fields import or_null, reads
+from gateway.validation import fields
+from gateway.validation.fields import or_null
 from gateway.windows import ask, fanout, tree
 from gateway.windows.autofreeze import rules
 from gateway.windows.thaw import Warm
 
-_LINE = parameters.line(ask.MAX_QUESTION)
-
-
-@reads({**_LINE.schema, "minLength": 1})
-def question(name: str, value: object) -> str:
-    """What somebody asks: a text that is not blank."""
-    asked = _LINE.read(name, value)
-    if not asked.strip():
-        raise parameters.invalid(name, "a non-blank string", value)
-    return asked
-
-
-SessionId = Annotated[str, Reads(parameters.session_id)]
-WindowName = Annotated[str, Reads(parameters.window_name)]
-Description = Annotated[str, Reads(parameters.description)]
-Tags = Annotated[tuple[str, ...], Reads(parameters.tags)]
-Seconds = Annotated[float, Reads(parameters.seconds)]
-ModelName = Annotated[str, Reads(parameters.line(500))]
-Moment = Annotated[float, Reads(parameters.when)]
-Boolean = Annotated[bool, Reads(parameters.boolean)]  # in a body
-Flag = Annotated[bool, Reads(parameters.flag)]  # in a query
-MaxTokens = Annotated[int, Reads(parameters.count(1, ask.MAX_TOKENS))]
-Question = Annotated[str, Reads(question)]
+SessionId = Annotated[str, Reads(fields.session_id)]
+WindowName = Annotated[str, Reads(fields.window_name)]
+Description = Annotated[str, Reads(fields.description)]
+Tags = Annotated[tuple[str, ...], Reads(fields.tags)]
+Seconds = Annotated[float, Reads(fields.seconds)]
+ModelName = Annotated[str, Reads(fields.text(MAX_MODEL).about("only of this model"))]
+Moment = Annotated[float, Reads(fields.moment)]
+State = Annotated[SessionState, Reads(fields.one_of(*get_args(SessionState)).about("only in this state"))]
+Flag = Annotated[bool, Reads(fields.boolean)]
+NodeCount = Annotated[int, Reads(fields.whole(1, tree.MOST).about("at most so many windows, and so many sessions"))]
+MaxTokens = Annotated[
+    int, Reads(fields.whole(1, ask.MAX_TOKENS).about(f"most tokens of the answer; default {ask.USUAL_TOKENS}"))
+]
+Question = Annotated[str, Reads(fields.non_blank(ask.MAX_QUESTION))]
 
 
 class _Page(Query):
-    limit: Annotated[int, Reads(parameters.whole(1, 100))] = 50
-    offset: Annotated[int, Reads(parameters.whole(0, 2**31))] = 0
+    limit: Annotated[int, Reads(fields.whole(1, 100))] = Field(50, description="how many to return")
+    offset: Annotated[int, Reads(fields.whole(0, 2**31))] = Field(0, description="how many to skip")
 
 
 class SessionsQuery(_Page):
-    state: Annotated[SessionState, Reads(parameters.one_of(*get_args(SessionState)))] | None = None
+    state: State | None = None
     model: ModelName | None = None
 
 
-class WindowsQuery(_Page):
+class WindowFilters(_Page):
     tags: Tags | None = Field(None, description="only with all of these tags")
     model: ModelName | None = None
-    session_id: SessionId | None = None
-    search: Annotated[str, Reads(parameters.line(200))] | None = Field(
+    session_id: SessionId | None = Field(None, description="only frozen from this session")
+    search: Annotated[str, Reads(fields.text(200))] | None = Field(
         None, description="only with this text in name or description"
     )
+    sort_order: Annotated[str, Reads(fields.one_of("asc", "desc"))] = Field("desc", description="direction")
+
+
+class WindowsQuery(WindowFilters):
     created_after: Moment | None = None
     created_before: Moment | None = None
-    sort_by: Annotated[str, Reads(parameters.one_of(*SORT_KEYS))] = "created_at"
-    sort_order: Annotated[str, Reads(parameters.one_of("asc", "desc"))] = "desc"
+    sort_by: Annotated[str, Reads(fields.one_of(*SORT_KEYS))] = "created_at"
 
 
 class StatusQuery(Query):
-    include_blocks: Flag = False
-    include_lineage: Flag = False
+    include_blocks: Flag = Field(False, description="list every KV object")
+    include_lineage: Flag = Field(False, description="parent, ancestors and clones")
 
 
 class ExportQuery(Query):
@@ -78,17 +72,15 @@ class ImportQuery(Query):
 
 
 class TreeQuery(Query):
-    limit: Annotated[int, Reads(parameters.whole(1, tree.MOST))] = Field(
-        1000, description="windows, and sessions, at most"
-    )
+    limit: NodeCount = 1000
 
 
 class HealthQuery(Query):
-    component: Annotated[str, Reads(parameters.one_of(*COMPONENTS))] | None = None
+    component: Annotated[str, Reads(fields.one_of(*COMPONENTS))] | None = None
 
 
 class MetricsQuery(Query):
-    format: Annotated[str, Reads(parameters.one_of("json", "prometheus"))] = "json"
+    format: Annotated[str, Reads(fields.one_of("json", "prometheus"))] = Field("json", description="of the answer")
 
 
 class FreezeRequest(Body):
@@ -96,41 +88,41 @@ class FreezeRequest(Body):
     window_name: WindowName
     description: Description | None = None
     tags: Tags | None = None
-    ttl_seconds: Seconds | None = None
+    ttl_seconds: Seconds | None = Field(None, description="seconds it is kept for; for ever if not given")
 
 
 class ThawRequest(Body):
     new_session_id: SessionId | None = Field(None, description="generated if not given")
-    warm: Annotated[Warm, Reads(parameters.one_of("none", "cpu", "gpu"))] = "none"
-    continuation_prompt: Question | None = Field(None, description="sent immediately as the new session's next turn")
+    warm: Annotated[Warm, Reads(fields.one_of("none", "cpu", "gpu"))] = "none"
+    continuation_prompt: Question | None = Field(None, description="sent at once as the new session's next user turn")
     max_tokens: MaxTokens | None = Field(None, description="of the answer to continuation_prompt")
 
 
 class CloneRequest(Body):
-    target_window: WindowName
+    target_window: WindowName = Field(description="name of the clone")
     description: Description | None = None
-    tags: Tags | None = None
-    isolate: Boolean = Field(False, description="under its own salt")
+    tags: Tags | None = Field(None, description="tags of the clone; those of the source if not given")
+    isolate: Flag = Field(False, description="under a cache salt of its own")
 
 
 class DescribeRequest(Changes):
-    description: Annotated[str | None, Reads(or_null(parameters.description))] = absent()
-    tags: Annotated[tuple[str, ...] | None, Reads(or_null(parameters.tags))] = absent()
-    ttl_seconds: Annotated[float | None, Reads(or_null(parameters.seconds))] = absent()
+    description: Annotated[str | None, Reads(or_null(fields.description))] = absent()
+    tags: Annotated[tuple[str, ...] | None, Reads(or_null(fields.tags))] = absent()
+    ttl_seconds: Annotated[float | None, Reads(or_null(fields.seconds))] = absent()
 
 
 class VerifyRequest(Body):
-    deep: Boolean = Field(False, description="have the engine use the KV, and compare")
+    deep: Flag = Field(False, description="have the engine use the KV of each tier, and compare what it generates")
 
 
 class AskRequest(Body):
-    question: Question
+    question: Question = Field(description="what to ask; the window knows nothing later")
     max_tokens: MaxTokens | None = None
 
 
 class FanoutRequest(Body):
-    count: Annotated[int, Reads(parameters.count(1, fanout.MOST))]
-    prefix: SessionId | None = Field(None, description="the new sessions are named PREFIX-1, PREFIX-2 and so on")
+    count: Annotated[int, Reads(fields.whole(1, fanout.MOST))] = Field(description="how many sessions")
+    prefix: SessionId | None = Field(None, description="sessions are named PREFIX-1, PREFIX-2 ...")
 
 
 class PolicyChanges(Changes):

@@ -41,14 +41,19 @@ def test_every_operation_says_what_it_does_and_which_errors_it_may_answer(operat
     assert operation.probe or {"unauthorized", "forbidden"} <= codes
 
 
+def without_text(schema: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name != "description"}
+
+
 def test_bounds_patterns_and_defaults_are_those_that_are_checked() -> None:
-    parameters = {p["name"]: p["schema"] for p in described("GET", "/admin/windows")["parameters"]}
+    parameters = {p["name"]: without_text(p["schema"]) for p in described("GET", "/admin/windows")["parameters"]}
     assert parameters["limit"] == {"type": "integer", "minimum": 1, "maximum": 100, "default": 50}
     assert parameters["sort_order"] == {"type": "string", "enum": ["asc", "desc"], "default": "desc"}
     body = described("POST", "/admin/windows")["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["session_id", "window_name"]
     assert body["additionalProperties"] is False
-    assert body["properties"]["window_name"] == {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"}
+    window_name = without_text(body["properties"]["window_name"])
+    assert window_name == {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"}
     assert {"type": "null"} in body["properties"]["tags"]["anyOf"]  # as good as absent
     (name,) = described("POST", "/admin/windows/{name}/thaw")["parameters"]
     assert (name["in"], name["required"]) == ("path", True)

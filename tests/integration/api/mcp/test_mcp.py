@@ -268,7 +268,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "window_delete",
         {"window_name": "w", "delete_blocks": False},
         "invalid_request",
-        "delete_blocks must be one of true",
+        "delete_blocks must be true",
     ),
     ("session_list", {"state_filter": "asleep"}, "invalid_request", "state_filter must be one of active"),
     ("cache_stats", {"x": 1}, "unknown_parameter", "'x'"),

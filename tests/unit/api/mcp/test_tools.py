@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from gateway.api.mcp.parameters import AdminRequest
+from gateway.api.mcp.admin_request import AdminRequest
 from gateway.api.mcp.tool import Tool
 from gateway.api.mcp.tools import RESOURCES, TOOLS, tool_named
 from gateway.errors import CODES, GatewayError
@@ -186,7 +186,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("auto_freeze_config", {"policy": {"token_threshold": True}}, "invalid_request", "token_threshold must be"),
     ("auto_freeze_config", {"token_threshold": 0}, "invalid_request", "token_threshold must be"),
     ("auto_freeze_config", {"token_threshold": 1.5}, "invalid_request", "token_threshold must be"),
-    ("auto_freeze_config", {"include_prompt": False}, "invalid_request", "include_prompt must be one of true"),
+    ("auto_freeze_config", {"include_prompt": False}, "invalid_request", "include_prompt must be true"),
     ("auto_freeze_config", {"window_name_pattern": "x"}, "invalid_request", "window_name_pattern must be"),
     ("auto_freeze_config", {"reset": True, "keep": 3}, "invalid_request", "reset leaves nothing to set"),
     ("auto_freeze_config", {"reset": True, "policy": {}}, "invalid_request", "reset leaves nothing to set"),

@@ -1,0 +1,190 @@
+"""Arguments of the MCP tools: the admin API's requests, and where a tool takes more than the admin API does."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AliasChoices, GetJsonSchemaHandler
+from pydantic import Field as Default
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import CoreSchema
+
+from gateway.api import schemas
+from gateway.api.admin.models import requests
+from gateway.api.admin.models.requests import Flag, SessionId, WindowName
+from gateway.api.health import COMPONENTS
+from gateway.api.mcp.admin_request import Json
+from gateway.api.requests import Reads, Request, read
+from gateway.store.types import SORT_KEYS
+from gateway.validation import fields
+from gateway.validation.fields import Field, or_null, reads
+from gateway.windows.autofreeze import rules
+from gateway.windows.thaw import Warm
+from policies.token_threshold import MOST_TOKENS
+
+
+def schema_of(model: type[Request]) -> Json:
+    """The JSON schema of arguments. Null is accepted for absent ones too, which no agent needs to know."""
+    schema = schemas.of_request(model)
+    properties = {name: schemas.without_null(inner) for name, inner in schema.get("properties", {}).items()}
+    required = schema.get("required", [])
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _one_of(*choices: str, **synonyms: str) -> Field[str]:
+    """One of some words, or of others that mean one of them."""
+    inner = fields.one_of(*choices)
+
+    @reads({"type": "string", "enum": [*choices, *synonyms]})
+    def read(name: str, value: object) -> str:
+        return inner.read(name, synonyms.get(value, value) if isinstance(value, str) else value)
+
+    return read
+
+
+@reads({"type": ["boolean", "string"], "enum": [True, False, "gpu", "cpu", "none"]})
+def _warm(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "gpu" if value else "none"
+    return fields.one_of("gpu", "cpu", "none").read(name, value)
+
+
+@reads({"type": "number", "minimum": 0, "exclusiveMaximum": fields.seconds.schema["exclusiveMaximum"]})
+def _seconds_or_zero(name: str, value: object) -> float | None:
+    return None if type(value) in (int, float) and value == 0 else fields.seconds.read(name, value)
+
+
+@reads({"type": "boolean", "enum": [True]})
+def _true(name: str, value: object) -> bool:
+    if value is not True:
+        raise fields.invalid(name, "true", value)
+    return True
+
+
+def is_share(value: object) -> bool:
+    """Whether a threshold is a share of the context limit, not a number of tokens."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= 1
+
+
+@reads(or_null(fields.number(MOST_TOKENS)).schema)
+def _tokens_or_share(name: str, value: object) -> Any:
+    return value if is_share(value) else rules.READERS["token_threshold"].read(name, value)
+
+
+@reads({})
+def _tokens_or_zero(name: str, value: object) -> Any:
+    return None if type(value) is int and value == 0 else rules.READERS["token_threshold"].read(name, value)
+
+
+class Window(Request):
+    window_name: WindowName
+
+
+class Session(Request):
+    session_id: SessionId
+
+
+class Thaw(requests.ThawRequest, Window):
+    warm: Annotated[Warm, Reads(_warm)] = Default(
+        "gpu",
+        validation_alias=AliasChoices("warm_cache", "warm"),
+        description="how far up to load now: true or `gpu`: into the engine, and measured; `cpu`: into memory; false "
+        "or `none`: with the first request",
+    )
+
+
+class Ask(requests.AskRequest, Window):
+    pass
+
+
+class Clone(requests.CloneRequest):
+    source_window: WindowName
+    target_window: WindowName = Default(
+        validation_alias=AliasChoices("target_window", "new_window_name"), description="name of the clone"
+    )
+
+
+class FanOut(requests.FanoutRequest, Window):
+    pass
+
+
+class WindowList(requests.WindowFilters):
+    created_after: Annotated[str, Reads(fields.text(64))] | None = Default(None, description="ISO 8601 date or time")
+    created_before: Annotated[str, Reads(fields.text(64))] | None = Default(None, description="ISO 8601 date or time")
+    sort_by: Annotated[str, Reads(_one_of(*SORT_KEYS, total_size_bytes="size"))] = Default(
+        "created_at", description="what to sort by"
+    )
+
+
+class Status(requests.StatusQuery):
+    window_name: WindowName | None = None
+    session_id: SessionId | None = None
+    include_cache_stats: Flag = Default(False, exclude=True, description="accepted; a window's cache is always told")
+
+
+class Tree(requests.TreeQuery):
+    limit: requests.NodeCount = 100
+
+
+class Verify(requests.VerifyRequest, Window):
+    pass
+
+
+class Describe(Window):
+    description: requests.Description | None = Default(None, description="the new one; empty to clear it")
+    tags: requests.Tags | None = Default(None, description="the new ones, all of them; empty to clear them")
+    ttl_seconds: Annotated[float, Reads(_seconds_or_zero)] | None = Default(
+        None, description="seconds it is kept for from now on; 0: for ever"
+    )
+
+
+class Delete(Window):
+    delete_blocks: Annotated[bool, Reads(_true)] = Default(
+        True, exclude=True, description="KV that nobody else holds always goes with it"
+    )
+    force: Flag = Default(False, exclude=True, description="accepted; nothing asks for confirmation")
+
+
+class SessionList(requests.SessionsQuery):
+    state: requests.State | None = Default(None, validation_alias=AliasChoices("state_filter", "state"))
+
+
+class HealthCheck(requests.HealthQuery):
+    component: Annotated[str, Reads(_one_of(*COMPONENTS, kv_store="cache", vllm="engine", registry="store"))] | None = (
+        Default(None, description="only this one")
+    )
+
+
+class AutoFreezeCheck(requests.PolicyCheckRequest):
+    token_count: SkipJsonSchema[Annotated[int, Reads(fields.whole(0, MOST_TOKENS))]] = Default(0, exclude=True)
+
+
+class RuleChanges(requests.PolicyChanges):
+    """The rules, some of them also under the names and with the values that the replaced system had."""
+
+    token_threshold: Annotated[Any, Reads(_tokens_or_share)] = Default(
+        None, description="freeze at this many tokens; a number up to 1 means context_share; null: off"
+    )
+    naming_pattern: Annotated[Any, Reads(rules.READERS["naming_pattern"])] = Default(
+        None, validation_alias=AliasChoices("naming_pattern", "window_name_pattern")
+    )
+    token_count_threshold: SkipJsonSchema[Annotated[Any, Reads(_tokens_or_zero)]] = None
+    include_prompt: SkipJsonSchema[Annotated[bool, Reads(_true)]] = Default(True, exclude=True)
+
+
+@reads(schema_of(RuleChanges))
+def _policy(name: str, value: object) -> Json:
+    if not isinstance(value, dict):
+        raise fields.invalid(name, "an object", value)
+    return read(RuleChanges, value).given()
+
+
+class AutoFreezeConfig(RuleChanges):
+    """Rules are also accepted without `policy` around them, which is not documented."""
+
+    nulls: ClassVar[bool] = False
+    policy: Annotated[Json, Reads(_policy)] | None = Default(None, description="the rules to change")
+    reset: Flag = Default(False, description="back to the settings that the gateway was started with")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        return {**found, "properties": {name: found["properties"][name] for name in ("policy", "reset")}}
