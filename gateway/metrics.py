@@ -214,8 +214,20 @@ class Metrics:
             for sample in family.samples
         ]
 
+    def token_totals(self) -> tuple[int, int]:
+        """The prompt tokens of all workers since the gateway started, and those of them that were cached."""
+        samples = [sample for family in self._counted() for sample in family.samples]
+        prompt, cached = (
+            sum(sample.value for sample in samples if sample.name == name)
+            for name in ("cwg_prompt_tokens_total", "cwg_cached_tokens_total")
+        )
+        return int(prompt), int(cached)
+
     def _families(self, stored: Stored) -> list[Any]:
         self._refresh()
+        return self._counted() + _stored_families(stored)
+
+    def _counted(self) -> list[Any]:
         source = self._registry
         if self._shared is not None:
             source = CollectorRegistry()
@@ -223,7 +235,7 @@ class Metrics:
         counted = sorted(source.collect(), key=lambda family: family.name)
         for family in counted:
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
-        return [family for family in counted if family.samples] + _stored_families(stored)
+        return [family for family in counted if family.samples]
 
     def _refresh(self) -> None:
         for gauge, value in self._watched:

@@ -16,30 +16,28 @@ from gateway.validation.shown import shown
 Headers = list[tuple[bytes, bytes]]
 
 MAX_PARAMETERS = 50
-"""Of a query; no route knows half as many, and tags may come one by one."""
+"""Of a query; no route has half as many, even with each tag as a parameter."""
 
 
 class ClientGone(Exception):
     """The client closed the connection."""
 
 
-_SLOWEST = 64 * 1024  # bytes per second, on an average, once a body has had its time
+_MIN_RATE = 64 * 1024  # bytes per second on average, after `body_timeout_s`
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: float, body_timeout_s: float) -> bytes:
     """Read the whole request body. Raises `payload_too_large`, `request_timeout`, ClientGone.
 
-    `timeout_s` is how long no part of it may come, `body_timeout_s` how long all of it may take: 1 s more for each
-    64 KiB that have come.
+    `timeout_s` bounds the time without data, `body_timeout_s` the time for all of it, plus 1 s for each 64 KiB
+    received.
     """
-    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    if int(declared) > limit:  # httptools has checked that it is a number
-        raise _too_large(limit)
-    whole = client_of(scope).body()
-    if whole is not None:
-        if len(whole) > limit:
-            raise _too_large(limit)
-        return whole
+    _check_length(scope, limit, "max_body_bytes")
+    body = client_of(scope).body()
+    if body is not None:
+        if len(body) > limit:
+            raise _too_large(limit, "max_body_bytes")
+        return body
     pieces = [piece async for piece in _pieces(receive, limit, "max_body_bytes", timeout_s, body_timeout_s)]
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -48,16 +46,21 @@ async def stream_body(
     scope: Scope, receive: Receive, *, limit: int, timeout_s: float, body_timeout_s: float
 ) -> AsyncIterator[bytes]:
     """Read the request body piece by piece. Raises as `read_body` does."""
-    if int(next((v for k, v in scope["headers"] if k == b"content-length"), b"0")) > limit:
-        raise _too_large(limit, "max_import_bytes")
+    _check_length(scope, limit, "max_import_bytes")
     async for piece in _pieces(receive, limit, "max_import_bytes", timeout_s, body_timeout_s):
         yield piece
+
+
+def _check_length(scope: Scope, limit: int, setting: str) -> None:
+    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    if int(declared) > limit:  # httptools has checked that it is a number
+        raise _too_large(limit, setting)
 
 
 async def _pieces(
     receive: Receive, limit: int, setting: str, timeout_s: float, body_timeout_s: float
 ) -> AsyncIterator[bytes]:
-    """The parts of a body as they come, but for empty ones."""
+    """The non-empty parts of a body as they arrive."""
     size, more = 0, True
     began = time.monotonic()
     while more:
@@ -66,7 +69,7 @@ async def _pieces(
         size += len(piece)
         if size > limit:
             raise _too_large(limit, setting)
-        if more and time.monotonic() - began > body_timeout_s + size / _SLOWEST:
+        if more and time.monotonic() - began > body_timeout_s + size / _MIN_RATE:
             raise GatewayError("request_timeout", f"the body did not arrive within {body_timeout_s:g} s")
         if piece:
             yield piece
@@ -103,9 +106,9 @@ async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tu
 
 
 class ClientWatch:
-    """Cancels the block when the client leaves, and raises ClientGone in its place.
+    """Cancels the block when the client disconnects, and raises ClientGone instead.
 
-    The cancellation is told apart from anybody else's the way `asyncio.timeout` does it.
+    Other cancellations are recognised the way `asyncio.timeout` does it.
     """
 
     def __init__(self, client: ClientConnection) -> None:
@@ -146,12 +149,12 @@ async def _next(receive: Receive, timeout_s: float) -> Message:
     return message
 
 
-def _too_large(limit: int, setting: str = "max_body_bytes") -> GatewayError:
+def _too_large(limit: int, setting: str) -> GatewayError:
     return GatewayError("payload_too_large", f"the body is larger than {limit} bytes", hint=f"{setting} sets the limit")
 
 
 def not_found(path: str) -> GatewayError:
-    """The error for a path that no door has."""
+    """The error for a path that no API serves."""
     return GatewayError(
         "not_found",
         f"nothing is served at {shown(path, 200)}",
@@ -160,6 +163,6 @@ def not_found(path: str) -> GatewayError:
 
 
 def bounded_query(query: bytes) -> None:
-    """Raise `too_complex` for a query with more parameters than anybody sends, before it is parsed."""
+    """Raise `too_complex` for a query with too many parameters, before it is parsed."""
     if query.count(b"&") >= MAX_PARAMETERS:
         raise GatewayError("too_complex", f"the query has more than {MAX_PARAMETERS} parameters", hint="send fewer")

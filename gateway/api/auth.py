@@ -1,4 +1,4 @@
-"""Authentication: one key guards every API. The tenant comes from it, and for now there is one."""
+"""Authentication: one key for every API. It decides the tenant, of which there is one for now."""
 
 import hmac
 import ipaddress
@@ -11,24 +11,24 @@ from gateway.validation.shown import shown
 
 TENANT = "default"
 KEY_HEADERS = (b"authorization", b"x-api-key")
-_FROM_PAGES = frozenset({b"origin", b"sec-fetch-site"})
-_BROWSER_HEADERS = _FROM_PAGES | {b"host"}
+_PAGE_HEADERS = frozenset({b"origin", b"sec-fetch-site"})
+_BROWSER_HEADERS = _PAGE_HEADERS | {b"host"}
 _OWN_SITE = (b"same-origin", b"none")
-# Names that nobody can register and show to the world: RFC 6761, 6762 and 8375, and ICANN's resolution on .internal.
+# Names that nobody can register in public: RFC 6761, 6762 and 8375, and ICANN's resolution on .internal.
 _RESERVED = (".localhost", ".local", ".internal", ".test", ".home.arpa")
 
 
 def tenant(headers: Collection[tuple[bytes, bytes]], api_key: str, allowed_origins: Collection[str] = ()) -> str:
     """Return the tenant of a request.
 
-    Raises `unauthorized` when a key is set and the request does not carry it. Where none is set, raises `forbidden`
-    for what a page of another site makes a browser send, and for a request to a name that may be anybody's: a page can
-    make its own name mean this machine (DNS rebinding), and its browser believes then that we are its own site.
+    Raises `unauthorized` if a key is set and the request does not carry it. If none is set, raises `forbidden` for a
+    request that a page of another site made a browser send, and for one to a public name: a page can make its own name
+    resolve to this machine (DNS rebinding), and the browser then takes the gateway for the page's own site.
     """
     if not api_key:
         refuse_foreign(headers, allowed_origins)
         host = _header(headers, b"host")
-        if not _is_ours(host):
+        if not _is_private(host):
             raise GatewayError(
                 "forbidden",
                 f"requests to {shown(host.decode('latin-1'), 200)} are served only with a key",
@@ -49,18 +49,18 @@ def tenant(headers: Collection[tuple[bytes, bytes]], api_key: str, allowed_origi
 def refuse_foreign(headers: Iterable[tuple[bytes, bytes]], allowed_origins: Collection[str] = ()) -> None:
     """Raise `forbidden` for a request that a page of another site made a browser send.
 
-    A browser adds `Origin` to every POST, but not to what an image or a link makes it GET: it adds `Sec-Fetch-Site`
-    there, unless the page's own address is plain http and not local (W3C Fetch Metadata, 2.3).
+    A browser adds `Origin` to every POST. To a GET for an image or a link it adds `Sec-Fetch-Site` instead, unless the
+    page's own address is plain http and not local (W3C Fetch Metadata, 2.3).
     """
     found = {name: value for name, value in headers if name in _BROWSER_HEADERS}
-    if not found.keys() & _FROM_PAGES:  # no browser: agents and SDKs
+    if not found.keys() & _PAGE_HEADERS:  # no browser: agents and SDKs
         return
     origin = found.get(b"origin")
     if origin is not None:
-        known = origin.partition(b"://")[2] == found.get(b"host", b"") or origin.decode("latin-1") in allowed_origins
+        allowed = origin.partition(b"://")[2] == found.get(b"host", b"") or origin.decode("latin-1") in allowed_origins
     else:
-        known = found.get(b"sec-fetch-site", b"none").strip().lower() in _OWN_SITE
-    if not known and "*" not in allowed_origins:
+        allowed = found.get(b"sec-fetch-site", b"none").strip().lower() in _OWN_SITE
+    if not allowed and "*" not in allowed_origins:
         raise GatewayError(
             "forbidden",
             f"requests from {shown((origin or b'another site').decode('latin-1'), 200)} are not served here",
@@ -78,10 +78,10 @@ def _bare(value: bytes) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _is_ours(host: bytes) -> bool:
-    """Whether a Host header cannot be a name that somebody on the internet has pointed here.
+def _is_private(host: bytes) -> bool:
+    """Whether a Host header is an address or a name that cannot be registered in public.
 
-    It is an address, or a name without a public owner; who answers for such names on this network is trusted.
+    Whoever resolves such names on this network is trusted.
     """
     try:
         name = (urlsplit(f"//{host.decode('latin-1')}").hostname or "").rstrip(".")

@@ -1,8 +1,8 @@
-"""Serve an admin operation: check key and parameters, report progress, and render errors in one shape."""
+"""Serve an admin operation: check the key and the parameters, report progress, and render errors in one shape."""
 
 import asyncio
 import logging
-from collections import Counter
+import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ _LONGEST_FIELD = 100
 
 
 class Call:
-    """One admin request: who asks, with what, and where progress goes."""
+    """One admin request: its tenant, the services, and where to report progress."""
 
     def __init__(self, request: Request, tenant: str) -> None:
         self.tenant = tenant
@@ -42,32 +42,33 @@ class Call:
         self.autofreeze: AutofreezeService = request.state.autofreeze
         self.inference: ASGIApp = request.state.inference
         self.progress: Progress = silent
+        self.now = time.time()
         self.path: dict[str, str] = request.path_params
         self._request = request
 
     async def serve(self, operation: Operation) -> Any:
-        """Read what the operation takes, and nothing else, and run it."""
+        """Read what the operation takes, and run it."""
         query = requests.read_query(operation.query, self._query())
         body = await self._body(operation) if operation.takes == JSON else None
         taken = {"query": query} if operation.query.model_fields else {}
         return await operation.handler(self, **taken, **({"body": body} if operation.body.model_fields else {}))
 
     def _query(self) -> dict[str, Any]:
-        """The query, checked no further. A parameter that comes twice is refused; tags are one list."""
+        """The query. A parameter that is given twice is refused; tags are one list."""
         bounded_query(self._request.scope["query_string"])
-        items = self._request.query_params.multi_items()
-        times = Counter(name for name, _ in items)
-        twice = next((name for name, count in times.items() if count > 1 and name != "tags"), None)
-        if twice is not None:
-            message = f"{shown(twice)} is given more than once"
-            raise GatewayError("invalid_request", message, details={"field": twice[:_LONGEST_FIELD]})
-        given: dict[str, Any] = dict(items)
-        if "tags" in given:
-            given["tags"] = [tag for name, value in items if name == "tags" for tag in value.split(",")]
+        given: dict[str, Any] = {}
+        for name, value in self._request.query_params.multi_items():
+            if name == "tags":
+                given.setdefault("tags", []).extend(value.split(","))
+            elif name in given:
+                message = f"{shown(name)} is given more than once"
+                raise GatewayError("invalid_request", message, details={"field": name[:_LONGEST_FIELD]})
+            else:
+                given[name] = value
         return given
 
     async def _body(self, operation: Operation) -> requests.Body:
-        """The JSON body; none is an empty object."""
+        """The JSON body; without one, an empty object."""
         limits, request = self.services.settings, self._request
         raw = await read_body(
             request.scope,
@@ -80,7 +81,7 @@ class Call:
         return requests.read(operation.body, given)
 
     def stream(self) -> AsyncIterator[bytes]:
-        """The body of a request that is too large to be read whole."""
+        """The body of a request, piece by piece, where it may be too large for memory."""
         limits, request = self.services.settings, self._request
         return stream_body(
             request.scope,
@@ -92,7 +93,7 @@ class Call:
 
     @property
     def keys(self) -> Headers:
-        """The headers by which the caller was let in."""
+        """The headers with the caller's key."""
         return [(name, value) for name, value in self._request.scope["headers"] if name in auth.KEY_HEADERS]
 
     @property
@@ -224,7 +225,7 @@ def _last_line(status: int, result: Any) -> Json:
 
 
 def error_shape(error: GatewayError) -> Json:
-    """An error as every admin answer has it."""
+    """An error as it is in every answer of the admin API."""
     return {
         "error": {
             "code": error.code,

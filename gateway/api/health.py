@@ -1,7 +1,4 @@
-"""Liveness, readiness, and the health of every component.
-
-The parts are watched in the background, so that asking is cheap.
-"""
+"""Liveness, readiness, and the health of every component, most of which is checked in the background."""
 
 import asyncio
 import logging
@@ -28,21 +25,20 @@ from gateway.windows.missing_text import REMEDY, textless
 log = logging.getLogger(__name__)
 
 COMPONENTS = ("engine", "cache", "tiers", "store", "isolation")
-_NOBODYS = str(ObjectKey("health", 0, 0, "0" * 64, "0" * 32))
-_ALL_WHOLE = Check("windows", "ok", "every window has its text")
-_EVERY_S = 0.5  # it costs no request: the engines watch themselves
-_WRITE_EVERY_S = 10.0  # between two looks whether the store can be written: each is a commit
-_WRITE_AGAIN_S = 1.0  # the same while it cannot, or when somebody asks
-_FIRST_S = 0.05  # until an engine was seen for the first time: readiness waits for it
-_TRY_AGAIN_S = 15.0  # between self-tests that failed: the engine may only have been restarting
+_UNUSED_KEY = str(ObjectKey("health", 0, 0, "0" * 64, "0" * 32))
+_INTERVAL_S = 0.5  # needs no request: the engines are probed by their pool
+_WRITE_INTERVAL_S = 10.0  # between checks whether the store can be written: each is a commit
+_WRITE_RETRY_S = 1.0  # the same while it cannot, or on demand
+_FIRST_INTERVAL_S = 0.05  # until an engine is up for the first time: readiness waits for it
+_RETRY_S = 15.0  # between self-tests that failed: the engine may only have been restarting
 
 
 @dataclass(frozen=True, slots=True)
-class _Proof:
-    """What the self-test said of an engine, in which of its lives, and when."""
+class _TestResult:
+    """The result of a self-test of one generation of an engine, and when it was run."""
 
     checks: list[Check]
-    life: int
+    generation: int
     at: float
 
     @property
@@ -50,19 +46,19 @@ class _Proof:
         return any(check.leaks for check in self.checks)
 
     def outdated(self, now: float) -> bool:
-        return self.leaks and now - self.at > _TRY_AGAIN_S
+        return self.leaks and now - self.at > _RETRY_S
 
 
 class Health:
-    """What was seen when the parts were last looked at, and what the self-test said."""
+    """The state of each component when it was last checked, and the results of the self-tests."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self._started = time.monotonic()
-        self._proofs: dict[str, _Proof] = {}  # by engine
+        self._results: dict[str, _TestResult] = {}  # by engine
         self._store_trouble = ""
-        self._wrote_at = -_WRITE_EVERY_S
-        self._one_by_one = FileLock(services.settings.data_path / "proof.lock")
+        self._wrote_at = -_WRITE_INTERVAL_S
+        self._one_at_a_time = FileLock(services.settings.data_path / "proof.lock")
 
     async def __aenter__(self) -> "Health":
         self._task = asyncio.create_task(self._watch(), name="health")
@@ -75,13 +71,14 @@ class Health:
 
     @property
     def checks(self) -> list[Check] | None:
-        """What the self-test said of the engines that are up; None if it has not run yet."""
-        return [check for proof in self._standing for check in proof.checks] or None
+        """The self-test's checks of the engines that are up; None if it has not run yet."""
+        return [check for result in self._valid for check in result.checks] or None
 
     @property
-    def _standing(self) -> list[_Proof]:
-        found = ((member, self._proofs.get(member.url)) for member in self._services.engines.up)
-        return [proof for member, proof in found if proof and proof.life == member.generation]
+    def _valid(self) -> list[_TestResult]:
+        """The results for engines that are up and have not restarted since."""
+        found = ((member, self._results.get(member.url)) for member in self._services.engines.up)
+        return [result for member, result in found if result and result.generation == member.generation]
 
     @property
     def engine_up(self) -> bool:
@@ -95,70 +92,67 @@ class Health:
 
     @property
     def waiting_for(self) -> tuple[str, str] | None:
-        """Which part requests would fail for, and why: the self-test must have run on an engine and found no leak."""
+        """The component that makes requests fail, and why: the self-test must have run and found no leak."""
         if self.leaking:
             return "isolation", "one salt's KV was found under another"
         if not self.engine_up:
             return "engine", self._services.engines.trouble()
-        if not self._standing:
+        if not self._valid:
             return "self-test", "it has not run yet"
         trouble = self._services.recorder.trouble or self._store_trouble
         return ("store", trouble) if trouble else None
 
     @property
     def leaking(self) -> bool:
-        """Whether the self-test saw one salt's KV under another."""
-        return any(proof.leaks for proof in self._standing)
+        """Whether the self-test found one salt's KV under another."""
+        return any(result.leaks for result in self._valid)
 
     async def test(self) -> list[Check]:
-        """Run the self-test now, on every engine, and look for damage in the store and windows without their text."""
-        members = self._services.engines.members
-        checks = [check for member in members for check in await self._prove(member)]
-        checks.append(await self._pages())
-        lost = await textless(self._services)
-        return [*checks, Check("windows", "warning", lost, REMEDY) if lost else _ALL_WHOLE]
+        """Run the self-test on every engine now, and check the store for damage and the windows for missing text."""
+        checks = [check for member in self._services.engines.members for check in await self._test(member)]
+        return [*checks, await self._test_store(), await self._test_windows()]
 
-    async def _pages(self) -> Check:
-        wrong = await asyncio.to_thread(damage, self._services.settings.store_path)
-        if not wrong:
+    async def _test_store(self) -> Check:
+        errors = await asyncio.to_thread(damage, self._services.settings.store_path)
+        if not errors:
             return Check("store", "ok", "every page is intact")
-        return Check("store", "failed", f"the store is damaged: {'; '.join(wrong)}", RESCUE)
+        return Check("store", "failed", f"the store is damaged: {'; '.join(errors)}", RESCUE)
 
-    async def _prove(self, member: EngineNode) -> list[Check]:
-        """Test one engine, after the tests of other workers, because it bounds the time that the stack takes."""
-        life = member.generation
-        async with self._one_by_one.acquire(exclusive=True):
+    async def _test_windows(self) -> Check:
+        problem = await textless(self._services)
+        if not problem:
+            return Check("windows", "ok", "every window has its text")
+        return Check("windows", "warning", problem, REMEDY)
+
+    async def _test(self, member: EngineNode) -> list[Check]:
+        """Test one engine, not at the same time as other workers: that would distort the time until objects land."""
+        generation = member.generation
+        async with self._one_at_a_time.acquire(exclusive=True):
             checks = await run(self._services, member.engine)
         if len(self._services.engines.members) > 1:
             checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]
-        if checks[0].status != "failed":  # it was there
-            self._proofs[member.url] = _Proof(checks, life, time.monotonic())
+        if not any(check.is_unreachable for check in checks):
+            self._results[member.url] = _TestResult(checks, generation, time.monotonic())
         for check in checks:
             if check.status != "ok":
                 level = logging.ERROR if check.status == "failed" else logging.WARNING
-                log.log(
-                    level,
-                    "self-test: %s: %s%s",
-                    check.name,
-                    check.message,
-                    f" ({check.remedy})" if check.remedy else "",
-                )
+                remedy = f" ({check.remedy})" if check.remedy else ""
+                log.log(level, "self-test: %s: %s%s", check.name, check.message, remedy)
         return checks
 
     async def components(self, only: str | None = None) -> dict[str, Mapping[str, Any]]:
-        """Look at the parts now; `only` names one of them."""
-        looks = {
+        """Check all components now, or `only` one."""
+        probes = {
             "engine": self._engine,
             "cache": self._cache,
             "tiers": self._tiers,
             "store": self._store,
             "isolation": self._isolation,
         }
-        wanted = {only: looks[only]} if only else looks
         found: dict[str, Mapping[str, Any]] = {}
-        for name, look in wanted.items():
+        for name in (only,) if only else probes:
             clock = time.monotonic()
-            status, message = await look()
+            status, message = await probes[name]()
             found[name] = {
                 "status": status,
                 "message": message,
@@ -174,10 +168,10 @@ class Health:
         return {"engines": [m.report() for m in engines.members], "models_differ": engines.differing}
 
     def summary(self, components: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """All components in one word: the gateway serves without a cache, but not without an engine or isolation."""
-        down = {name for name, seen in components.items() if seen["status"] == "unhealthy"}
-        well = all(seen["status"] == "healthy" for seen in components.values())
-        status = "unhealthy" if down & {"engine", "isolation", "store"} else "healthy" if well else "degraded"
+        """The health of the gateway, which works without a cache, but not without an engine, isolation or store."""
+        unhealthy = {name for name, component in components.items() if component["status"] == "unhealthy"}
+        healthy = all(component["status"] == "healthy" for component in components.values())
+        status = "unhealthy" if unhealthy & {"engine", "isolation", "store"} else "healthy" if healthy else "degraded"
         return {
             "status": status,
             "version": __version__,
@@ -189,17 +183,17 @@ class Health:
     async def _watch(self) -> None:
         while True:
             try:
-                await self._look()
-            except Exception:  # the watch must not end; what it saw last stands until the next look
+                await self._check()
+            except Exception:  # the watch must not end; until the next check the last results count
                 log.exception("could not check the components")
-            await asyncio.sleep(_EVERY_S if self._proofs else _FIRST_S)
+            await asyncio.sleep(_INTERVAL_S if self._results else _FIRST_INTERVAL_S)
 
-    async def _look(self) -> None:
-        await self._write_to_store(_WRITE_AGAIN_S if self._store_trouble else _WRITE_EVERY_S)
+    async def _check(self) -> None:
+        await self._write_to_store(_WRITE_RETRY_S if self._store_trouble else _WRITE_INTERVAL_S)
         for member in self._services.engines.up:
-            proof = self._proofs.get(member.url)
-            if proof is None or proof.life != member.generation or proof.outdated(time.monotonic()):
-                await self._prove(member)
+            result = self._results.get(member.url)
+            if result is None or result.generation != member.generation or result.outdated(time.monotonic()):
+                await self._test(member)
             for model in member.engine.served:
                 if not self._services.estimator.knows(model.id):
                     await asyncio.to_thread(self._services.estimator.learn, model.id, model.root)
@@ -207,41 +201,41 @@ class Health:
     async def _engine(self) -> tuple[str, str]:
         engines = self._services.engines
         await engines.look()
-        well = [member for member in engines.members if member.state == "healthy"]
-        if not well:
+        healthy = [member for member in engines.members if member.state == "healthy"]
+        if not healthy:
             return "unhealthy", engines.trouble()
-        models = dict.fromkeys(str(card["id"]) for member in well for card in member.engine.cards)
+        models = dict.fromkeys(str(card["id"]) for member in healthy for card in member.engine.cards)
         serving = f"serves {', '.join(models)}"
         if len(engines.members) == 1:
             return "healthy", serving
         if engines.differing:
             serving += f"; not the same on all of them: {', '.join(engines.differing)}"
-        whole = len(well) == len(engines.members) and not engines.differing
-        return "healthy" if whole else "degraded", f"{len(well)} of {len(engines.members)} engines; {serving}"
+        complete = len(healthy) == len(engines.members) and not engines.differing
+        return "healthy" if complete else "degraded", f"{len(healthy)} of {len(engines.members)} engines; {serving}"
 
     async def _cache(self) -> tuple[str, str]:
         cache = self._services.cache
         if cache is None:
             return "degraded", "no cache is configured"
         began = time.monotonic()
-        well = await cache.healthy()
-        if not well and is_ours(self._services.stalls.lost_since, began):
-            well = await cache.healthy()
-        return ("healthy", "answers") if well else ("unhealthy", "LMCache does not answer")
+        healthy = await cache.healthy()
+        if not healthy and is_ours(self._services.stalls.lost_since, began):
+            healthy = await cache.healthy()
+        return ("healthy", "answers") if healthy else ("unhealthy", "LMCache does not answer")
 
     async def _tiers(self) -> tuple[str, str]:
         if not self._services.pins.tiers:
             return "degraded", "no tier is configured"
         try:
             for tier in self._services.pins.tiers:
-                await tier.sizes((_NOBODYS,))
+                await tier.sizes((_UNUSED_KEY,))
         except TierUnavailable as error:
             return "degraded", str(error)
         return "healthy", ", ".join(tier.name for tier in self._services.pins.tiers)
 
-    async def _write_to_store(self, every_s: float) -> None:
-        """Find out whether the store can be written, unless that was done less than `every_s` ago."""
-        if time.monotonic() - self._wrote_at < every_s:
+    async def _write_to_store(self, interval_s: float) -> None:
+        """Check whether the store can be written, unless that was done less than `interval_s` ago."""
+        if time.monotonic() - self._wrote_at < interval_s:
             return
         try:
             await self._services.store.check()
@@ -252,12 +246,12 @@ class Health:
         self._wrote_at = time.monotonic()
 
     async def _store(self) -> tuple[str, str]:
-        await self._write_to_store(_WRITE_AGAIN_S)
+        await self._write_to_store(_WRITE_RETRY_S)
         await self._services.store.tier_usage()
         if trouble := self._services.recorder.trouble or self._store_trouble:
             return "unhealthy", trouble
-        lost = await textless(self._services)
-        return ("degraded", f"{lost}; {REMEDY}") if lost else ("healthy", "answers")
+        problem = await textless(self._services)
+        return ("degraded", f"{problem}; {REMEDY}") if problem else ("healthy", "answers")
 
     async def _isolation(self) -> tuple[str, str]:
         if self.checks is None:
@@ -265,4 +259,4 @@ class Health:
         failed = [c for c in self.checks if c.status == "failed"]
         if self.leaking:
             return "unhealthy", "; ".join(c.message for c in failed)
-        return ("degraded", "; ".join(c.message for c in failed)) if failed else ("healthy", "proved at start")
+        return ("degraded", "; ".join(c.message for c in failed)) if failed else ("healthy", "passed the self-test")

@@ -11,7 +11,7 @@ from gateway.api.connection import EXTENSION
 
 
 class InProcessConnection:
-    """The client of a request that comes from this process. See `gateway.api.connection.ClientConnection`."""
+    """The `ClientConnection` of a request from this process."""
 
     gone = False
     is_chunked = False
@@ -20,34 +20,32 @@ class InProcessConnection:
         self._body = body
 
     def body(self) -> bytes:
-        """See `ClientConnection.body`."""
+        """The whole body."""
         return self._body
 
     def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
-        """See `ClientConnection.watch`: it neither leaves nor lags."""
+        """Do nothing: this client neither disconnects nor lags."""
 
     def write(self, data: bytes, *, hold: bool = False) -> bool:
-        """See `ClientConnection.write`."""
-        raise NotImplementedError(
-            "writing past ASGI is for chunked responses, and in-process responses are not chunked"
-        )
+        """Raise NotImplementedError: only chunked responses are written past ASGI, and these are not chunked."""
+        raise NotImplementedError
 
 
 async def call_app(app: ASGIApp, path: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
-    """Send a body to one of our own doors; return the status and the whole answer."""
+    """Send a body to an application of our own; return the status and the whole answer."""
     status, pieces = 500, list[bytes]()
 
-    async def take(message: Message) -> None:
+    async def receive(message: Message) -> None:
         nonlocal status
         status = message.get("status", status)
         pieces.append(message.get("body", b""))
 
-    await app(scope("POST", path, b"", body, headers), nothing_more, take)
+    await app(scope("POST", path, b"", body, headers), nothing_more, receive)
     return status, b"".join(pieces)
 
 
 def scope(method: str, path: str, query: bytes, body: bytes, headers: Headers) -> Scope:
-    """A request of our own; `path` as it is read, not as it is sent."""
+    """A request of our own, with the decoded `path`."""
     return {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -64,5 +62,5 @@ def scope(method: str, path: str, query: bytes, body: bytes, headers: Headers) -
 
 
 async def nothing_more() -> Message:
-    """What comes after the body: nothing, for ever."""
+    """The message after the body, which never comes."""
     return await asyncio.Future()

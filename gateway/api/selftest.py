@@ -19,18 +19,17 @@ from gateway.windows.context import Services
 from gateway.windows.materialize import Plan, plan
 
 Status = Literal["ok", "warning", "failed"]
+_ENGINE = "engine"
+_ISOLATION = "isolation"
 _CHUNKS = 2
 _LAND_S = 3.0
 _POLL_S = 0.05
-_DEFAULT_TOKENS = 513  # where there is no cache to tell its chunk size
-
-
-_ISOLATION = "isolation"
+_DEFAULT_TOKENS = 513  # without a cache, and so without its chunk size
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was tried: what was seen, and the remedy where it is not as it should be."""
+    """The result of one check, and the remedy unless it is ok."""
 
     name: str
     status: Status
@@ -39,22 +38,27 @@ class Check:
 
     @property
     def leaks(self) -> bool:
-        """Whether KV of one salt was seen under another."""
+        """Whether KV of one salt was found under another."""
         return self.status == "failed" and self.name.startswith(_ISOLATION)
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether the engine could not be tested at all."""
+        return self.status == "failed" and self.name == _ENGINE
 
 
 async def run(services: Services, engine: HttpEngineClient, land_s: float = _LAND_S) -> list[Check]:
-    """Try everything that the promises rest on, on one engine. Raises nothing; what fails is in the list.
+    """Test one engine for all that windows depend on. Failures are in the list, not raised.
 
-    An object may take `land_s` seconds to be seen in a tier.
+    An object may take `land_s` seconds to appear in a tier.
     """
     checks: list[Check] = []
     try:
         models = await engine.models()
     except GatewayError as error:
-        return [Check("engine", "failed", error.message, error.hint)]
+        return [Check(_ENGINE, "failed", error.message, error.hint)]
     model = next(iter(models.values()))
-    checks.append(Check("engine", "ok", f"{engine.url} serves {', '.join(models)}"))
+    checks.append(Check(_ENGINE, "ok", f"{engine.url} serves {', '.join(models)}"))
     checks += await _aborts(engine)
     first = await _plan(services, engine, model, checks)
     try:
@@ -65,7 +69,7 @@ async def run(services: Services, engine: HttpEngineClient, land_s: float = _LAN
 
 
 async def _aborts(engine: HttpEngineClient) -> list[Check]:
-    """Tell whether a client that leaves may end this engine, as far as its metrics let one know."""
+    """Check whether a client that disconnects may crash this engine, as far as its metrics tell."""
     if engine.abort_risk == "mended":
         return [Check("aborts", "ok", "a client may disconnect while its KV is being loaded")]
     if engine.abort_risk != "exposed":
@@ -95,7 +99,7 @@ async def _plan(services: Services, engine: HttpEngineClient, model: Model, chec
     checks.append(Check("cache", "ok", f"LMCache answers, chunk size {info.chunk_size}"))
     wanted = services.settings.chunk_size
     if wanted and wanted != info.chunk_size:
-        # With other chunks nothing would be found under its name; looking for it would only take time.
+        # With another chunk size, no object would be found under its name.
         checks.append(
             Check(
                 "chunk size",
@@ -173,22 +177,22 @@ async def _tier(tier: Tier, planned: Plan, a: str, b: str, lock: FileLock, land_
         "redis": "is kv_redis_url LMCache's resp adapter?",
     }
     try:
-        seen = await _landed(tier, mine, land_s)
-        if seen < len(mine):
-            message = f"{seen} of {len(mine)} objects of a prompt were found under their own names within {land_s:g} s"
+        count = await _landed(tier, mine, land_s)
+        if count < len(mine):
+            message = f"{count} of {len(mine)} objects of a prompt were found under their own names within {land_s:g} s"
             return [Check(name, "failed", message, where[tier.name])]
         if any(await tier.sizes([str(key) for key in theirs])):
             leak = f"the {tier.name} tier has objects of one salt under another: sessions are NOT isolated"
             return [Check(f"{_ISOLATION} in the {name}", "failed", leak, "use LMCacheMPConnector")]
-        checks = [Check(name, "ok", f"{seen} objects were found under their salt, none under another")]
-        async with lock.acquire(exclusive=False):  # another worker that starts sweeps what no window holds
+        checks = [Check(name, "ok", f"{count} objects were found under their salt, none under another")]
+        async with lock.acquire(exclusive=False):  # a worker that starts sweeps pins without a window
             return [*checks, await _pinning(tier, mine)]
     except TierUnavailable as error:
         return [Check(name, "failed", str(error), where[tier.name])]
 
 
 async def _pinning(tier: Tier, keys: list[ObjectKey]) -> Check:
-    """Pin, lose the original, put it back: a frozen window's way through an eviction."""
+    """Pin objects, drop the originals, and restore them, as after an eviction."""
     name = f"{tier.name} pins"
     try:
         pinned = await tier.pin(keys, {})
@@ -206,10 +210,10 @@ async def _pinning(tier: Tier, keys: list[ObjectKey]) -> Check:
 
 
 async def _landed(tier: Tier, keys: list[ObjectKey], land_s: float) -> int:
-    """Wait for all of these objects; return how many there are."""
+    """Wait for all of these objects, and return how many there are."""
     names = [str(key) for key in keys]
     end = time.monotonic() + land_s
-    while not all(sizes := await tier.sizes(names)) and time.monotonic() < end:  # noqa: ASYNC110 - nobody tells
+    while not all(sizes := await tier.sizes(names)) and time.monotonic() < end:  # noqa: ASYNC110 - no event to wait for
         await asyncio.sleep(_POLL_S)
     return sum(map(bool, sizes))
 
@@ -226,7 +230,7 @@ def _under(planned: Plan, salt: str) -> list[ObjectKey]:
 
 
 async def _random_ids(engine: HttpEngineClient, model: Model, count: int) -> tuple[int, ...]:
-    """Ids that the model knows and nobody has sent before."""
+    """Token ids that nobody has sent before."""
     ids: list[int] = []
     while len(ids) < count:
         ids += await engine.tokenize(model.id, secrets.token_hex(4 * count))

@@ -1,8 +1,8 @@
 """Limits on JSON input: how many values it holds, and how deeply they nest.
 
-A parser turns two bytes into an object of fifty, and holds Python's global lock while it does: a body within its size
-limit could stop every stream for minutes and take gigabytes. So large texts are counted before they are parsed, and
-whatever was parsed is counted exactly before anything else looks at it.
+A parser turns two bytes into an object of fifty, and holds Python's global lock meanwhile: a body within its size limit
+could stop every stream for minutes and take gigabytes. So large texts are counted before they are parsed, and what was
+parsed is counted exactly before it is used.
 """
 
 import re
@@ -13,40 +13,37 @@ import orjson
 from gateway.errors import GatewayError
 
 MAX_DEPTH = 100
-"""Levels of arrays and objects; what people send has fewer than 20. Writing fails at 254, `repr` at about 1,000.
-
-Of an imported file, too: what is deeper could not be written into every answer.
-"""
+"""Levels of arrays and objects, in imported files too. Real requests have fewer than 20. Writing JSON fails at 254."""
 
 MAX_VALUES = 1_100_000
-"""Members of arrays and objects, all together: a prompt of a million token ids; ordinary chat has 10,000 in a MB."""
+"""Members of all arrays and objects. Enough for a prompt of a million token ids; chat has 10,000 in a MB."""
 
 MAX_CONTAINERS = 100_000
-"""Arrays and objects among them: they cost ten times as much as a number."""
+"""Arrays and objects, which cost ten times as much as a number."""
 
 MAX_NAMES = 100_000
-"""Members of objects among them: a distinct name costs as much as an array."""
+"""Members of objects: a distinct name costs as much as an array."""
 
 COUNTED_BYTES = 512 * 1024
-"""A shorter text is parsed uncounted: even the worst takes less than 20 ms."""
+"""A shorter text is parsed without counting: even the worst takes less than 20 ms."""
 
 MAX_QUOTED = 8_000_000
 """Commas and brackets inside strings as well: a string may hold JSON that is parsed later, as tool calls do."""
 
-_LOOKED_INTO = 64 * 1024  # characters that are not counted first
+_UNCOUNTED_CHARS = 64 * 1024  # of a text inside JSON
 _SHORT_BYTES = 16 * 1024
-_STEP = 1024 * 1024  # bytes counted at a time, so that other threads get their turn
+_STEP = 1024 * 1024  # bytes counted at a time, so that other threads can run
 _BACKSLASH = ord("\\")
 _BACKSLASHES = re.compile(rb"\\*")
-_PLAIN = bytes(set(range(256)) - set(b'"[{,:'))  # what counts nothing
+_PLAIN = bytes(set(range(256)) - set(b'"[{,:'))  # bytes that do not matter for counting
 
 
 class TooDeep(ValueError):
-    """JSON that is nested deeper than may be."""
+    """JSON that is nested too deep."""
 
 
 class TooMany(ValueError):
-    """JSON with more values in it than may be."""
+    """JSON with too many values."""
 
 
 def parse(text: bytes, most: int = MAX_VALUES) -> Any:
@@ -61,11 +58,11 @@ def parse(text: bytes, most: int = MAX_VALUES) -> Any:
 
 
 def parse_bounded(text: bytes, most: int = MAX_VALUES) -> Any:
-    """Parse JSON within the bounds. Raises TooDeep, TooMany, and orjson.JSONDecodeError for what is no JSON."""
+    """Parse JSON within the bounds. Raises TooDeep, TooMany, and orjson.JSONDecodeError for other text."""
     if len(text) > COUNTED_BYTES:
         check_text(text, most)
     value = orjson.loads(text)
-    # A value takes two bytes or more, a level one bracket: what most turns are needs no closer look.
+    # A value takes two bytes or more, a level one bracket: most requests are too small to exceed the bounds.
     if len(text) > min(_SHORT_BYTES, 2 * most) or text.count(b"{") + text.count(b"[") > MAX_DEPTH:
         check_value(value, most)
     return value
@@ -101,11 +98,8 @@ def check_value(value: Any, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> N
 
 
 def parse_text(text: str) -> Any:
-    """Parse JSON that was a string in other JSON. Raises ValueError where it is invalid, too large or nested too deep.
-
-    Whoever asks has to be content with the text as it is.
-    """
-    if len(text) > _LOOKED_INTO and text.count(",") + text.count("[") + text.count("{") > MAX_CONTAINERS:
+    """Parse JSON that is a string in other JSON. Raises ValueError if it is invalid, too large or nested too deep."""
+    if len(text) > _UNCOUNTED_CHARS and text.count(",") + text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise TooMany("it holds too many values")
     value = orjson.loads(text)
     check_value(value)
@@ -113,14 +107,14 @@ def parse_text(text: str) -> Any:
 
 
 def _marks(text: bytes) -> int:
-    """How many commas and opening brackets there are, in strings too."""
+    """The number of commas and opening brackets, including those in strings."""
     return sum(
         text.count(mark, start, start + _STEP) for start in range(0, len(text), _STEP) for mark in (b",", b"{", b"[")
     )
 
 
 def _check_counts(values: int, containers: int, names: int, most: int) -> None:
-    """Raise TooMany where there are more of these than may be."""
+    """Raise TooMany if one of these exceeds its bound."""
     if values > most:
         raise _too_many(values, most, "values")
     if containers > MAX_CONTAINERS:
@@ -130,7 +124,7 @@ def _check_counts(values: int, containers: int, names: int, most: int) -> None:
 
 
 def _outside_strings(text: bytes, most: int) -> tuple[int, int, int]:
-    """Values, containers and members of objects, counted outside strings; counting ends soon after a bound."""
+    """Values, containers and members of objects, outside strings. Counting stops soon after a bound is exceeded."""
     values = containers = names = start = 0
     inside = False
     while start < len(text) and values <= most and containers <= MAX_CONTAINERS and names <= MAX_NAMES:
@@ -148,7 +142,7 @@ def _outside_strings(text: bytes, most: int) -> tuple[int, int, int]:
 
 
 def _cut(text: bytes, end: int) -> int:
-    """The next place at or behind `end` that is not within an escape: a whole run of backslashes stays together."""
+    """The next position at or after `end` that does not split an escape: a run of backslashes is kept whole."""
     if end < len(text) and text[end - 1] == _BACKSLASH:
         run = _BACKSLASHES.match(text, end)
         end = (run.end() if run else end) + 1

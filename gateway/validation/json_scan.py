@@ -1,8 +1,8 @@
-"""Where the parts of a JSON text begin and end, found without parsing it: for texts too large to be parsed whole.
+"""Split a JSON text into its parts without parsing it, for texts that are too large to be parsed at once.
 
 A parser makes an object of every node, tens of times the size of the text, and holds the interpreter until it is done.
-So whoever gets a large text from outside takes it apart here first, part by part, and refuses what has too many nodes.
-Nothing is validated but the brackets and quotes between parts: each part still has to go through the parser.
+Here a large text is split part by part instead, and refused if it has too many nodes. Only the brackets and quotes
+between parts are validated: each part still has to be parsed.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gateway.validation.json_limits import TooDeep, TooMany
 
-_PIECE = 2**20  # scanned in one call into C, which no other thread can interrupt
+_PIECE = 2**20  # bytes scanned in one call into C, which no other thread can interrupt
 _MARK = re.compile(rb'["\[\]{},]')
 _INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _BLANK = re.compile(rb"[ \t\r\n]*+")
@@ -20,19 +20,19 @@ _OPENING = frozenset(b"[{")
 
 
 class BadJson(ValueError):
-    """The text is no JSON array or object."""
+    """The text is not a JSON array or object."""
 
 
 @dataclass(slots=True)
 class Budget:
-    """What a text may still have: `depth` at any place, and the numbers of containers and of commas in all."""
+    """What a text may still have: levels at any place, and containers and commas in total."""
 
     depth: int
     containers: int
     commas: int
 
     def open(self, depth: int) -> None:
-        """Count a container that is so deep. Raises TooDeep, TooMany."""
+        """Count a container at a depth. Raises TooDeep, TooMany."""
         if depth > self.depth:
             raise TooDeep(f"it is nested deeper than {self.depth} levels")
         self.containers -= 1
@@ -47,12 +47,12 @@ class Budget:
 
 
 def elements(data: memoryview, budget: Budget) -> Iterator[memoryview]:
-    """Yield each element of the array that `data` is. Raises BadJson, TooDeep, TooMany."""
+    """Yield each element of the array `data`. Raises BadJson, TooDeep, TooMany."""
     return _parts(data, b"[]", budget)
 
 
 def members(data: memoryview, budget: Budget) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield name, as it is written, and value of each member of the object that `data` is. Raises as `elements`."""
+    """Yield the name, as written, and the value of each member of the object `data`. Raises as `elements` does."""
     for part in _parts(data, b"{}", budget):
         begin = _skip_blank(part, 0)
         if begin == len(part) or part[begin] != _QUOTE:
@@ -89,10 +89,7 @@ def _parts(data: memoryview, brackets: bytes, budget: Budget) -> Iterator[memory
 
 
 def _value_end(data: memoryview, at: int, budget: Budget) -> int:
-    """Where the comma or closing bracket stands that ends the value beginning at `at`; the length where none does.
-
-    The value is nested in another one.
-    """
+    """The position of the comma or bracket that ends the nested value at `at`, or the length of the data."""
     depth = 0
     while at < len(data):
         mark = _MARK.search(data, at, at + _PIECE)
@@ -115,7 +112,7 @@ def _value_end(data: memoryview, at: int, budget: Budget) -> int:
 
 
 def _string_end(data: memoryview, at: int) -> int:
-    """The place after the quote that ends the string whose first character is at `at`."""
+    """The position after the quote that ends the string whose first character is at `at`."""
     while True:
         inside = _INSIDE.match(data, at, at + _PIECE)
         end = inside.end() if inside else at

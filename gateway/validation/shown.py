@@ -9,7 +9,7 @@ _MOST = 3
 
 
 class _Shown(reprlib.Repr):
-    """`repr` that looks at the first few parts of a value only, however large or deeply nested it is."""
+    """`repr` of only the first few parts of a value, however large or deeply nested it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class _Shown(reprlib.Repr):
 
 
 def shown(value: object, longest: int = _LONGEST) -> str:
-    """Return the beginning of a value's `repr`. Takes the same short time for any value, and escapes what is no text.
+    """Return the beginning of a value's `repr`, in the same short time for any value.
 
     A plain f"{value!r:.100}" writes all of it first: minutes for a large value, RecursionError for a deep one.
     """

@@ -4,14 +4,14 @@ import logging
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.admin import models, serializers
-from gateway.api.admin.models import requests
+from gateway.api.admin import serializers
+from gateway.api.admin.models import requests, responses
 from gateway.api.connection import client_of
 from gateway.api.endpoint import Call
 from gateway.api.operation import ENGINE, operation
 from gateway.errors import GatewayError
 from gateway.windows.archive.export import Export, export
-from gateway.windows.archive.import_ import import_window as bring
+from gateway.windows.archive.import_ import import_window as import_file
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ async def export_window(call: Call, query: requests.ExportQuery) -> ASGIApp:
     takes=_TAR,
     errors=("window_already_exists", "window_corrupted", "too_complex", "cache_unavailable", *ENGINE),
 )
-async def import_window(call: Call, query: requests.ImportQuery) -> models.Frozen:
-    """Make the window in a file a window of this gateway."""
-    window, warnings = await bring(
+async def import_window(call: Call, query: requests.ImportQuery) -> responses.Frozen:
+    """Import a window from a file."""
+    window, warnings = await import_file(
         call.services,
         call.tenant,
         call.stream(),
@@ -41,11 +41,11 @@ async def import_window(call: Call, query: requests.ImportQuery) -> models.Froze
         as_text=query.as_text,
         progress=call.progress,
     )
-    return models.Frozen(**serializers.window_fields(window), warnings=warnings)
+    return responses.Frozen(**serializers.window_fields(window, call.now), warnings=warnings)
 
 
 class _File:
-    """The answer that a window's file is."""
+    """The response with a window's file."""
 
     def __init__(self, export: Export) -> None:
         self._export = export
@@ -68,7 +68,7 @@ class _File:
                     return
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         except GatewayError as error:
-            # The length was promised, so a client that counts sees that this is not all.
+            # A client can tell: the body is shorter than its content-length.
             log.warning("the export of %s was cut: %s", self._export.window.name, error.message)
             return
         await send({"type": "http.response.body", "body": b""})

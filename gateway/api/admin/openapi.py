@@ -6,7 +6,7 @@ from typing import Any
 
 from gateway import __version__
 from gateway.api import schemas
-from gateway.api.admin import models
+from gateway.api.admin.models import responses
 from gateway.api.endpoint import Call
 from gateway.api.operation import JSON, PLACEHOLDERS, Json, Operation, operation
 from gateway.errors import CODES
@@ -39,7 +39,7 @@ def document(operations: Iterable[Operation]) -> Json:
     """Describe `operations`."""
     operations = [*operations]
     answers = [answer for one in operations for answer in one.answers.values()]
-    found, definitions = schemas.of_types([models.Error, *answers], "#/components/schemas/{model}")
+    found, definitions = schemas.of_types([responses.Error, *answers], "#/components/schemas/{model}")
     shapes = iter(found[1:])
     paths: dict[str, Json] = {}
     for one in operations:

@@ -1,4 +1,4 @@
-"""The admin API's table of routes: the operations as JSON, and the probes. `gateway.api.endpoint` serves them."""
+"""The admin API's operations and its table of routes. `gateway.api.endpoint` serves them."""
 
 from dataclasses import asdict
 
@@ -12,12 +12,11 @@ from gateway.api.admin import (
     cache,
     continuation,
     metrics,
-    models,
     openapi,
     serializers,
     windows,
 )
-from gateway.api.admin.models import requests
+from gateway.api.admin.models import requests, responses, status
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation
 from gateway.sessions.resolver import session_not_found
@@ -27,21 +26,18 @@ from gateway.windows.retention import orphans
 
 
 @operation("GET", "/admin/sessions")
-async def list_sessions(call: Call, query: requests.SessionsQuery) -> models.Sessions:
+async def list_sessions(call: Call, query: requests.SessionsQuery) -> responses.Sessions:
     """List sessions, last active first."""
-    limit, offset = query.limit, query.offset
     await call.services.recorder.flush()
-    by = orphans.expired_by(call.services.settings)
-    page, total = await call.services.store.list_sessions(
-        call.tenant, state=query.state, model=query.model, limit=limit, offset=offset, expired_by=by
-    )
-    shown = [models.SessionLine(**serializers.session_fields(s, by)) for s in page]
-    return models.Sessions(sessions=shown, **serializers.paging(len(page), total, limit, offset))
+    expired_by = orphans.expired_by(call.services.settings)
+    page, total = await call.services.store.list_sessions(call.tenant, expired_by=expired_by, **query.model_dump())
+    lines = [responses.SessionLine(**serializers.session_fields(s, expired_by)) for s in page]
+    return responses.Sessions(sessions=lines, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
 @operation("GET", "/admin/sessions/{session_id}")
-async def get_session(call: Call) -> models.Session:
-    """Tell all about a session, its last turns too."""
+async def get_session(call: Call) -> responses.Session:
+    """Describe a session, with its last turns."""
     await call.services.recorder.flush()
     session = await call.services.store.session(call.tenant, call.session_id)
     if session is None:
@@ -49,7 +45,7 @@ async def get_session(call: Call) -> models.Session:
     turns = await call.services.store.turns(call.tenant, session.id, limit=20)
     windows, _ = await call.services.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
     model = call.services.engines.known(session.model)
-    return models.Session(
+    return responses.Session(
         **serializers.session_fields(session, orphans.expired_by(call.services.settings)),
         context_limit=model.context_limit if model else None,
         estimates=serializers.estimates(call.services.estimator.report().get(session.model)),
@@ -60,64 +56,63 @@ async def get_session(call: Call) -> models.Session:
 
 
 @operation("DELETE", "/admin/sessions/{session_id}", errors=("session_busy",))
-async def delete_session(call: Call) -> models.SessionDeleted:
+async def delete_session(call: Call) -> responses.SessionDeleted:
     """Delete a session, and the KV that only it needed."""
-    done = await orphans.delete_session(call.services, call.tenant, call.session_id)
-    return models.SessionDeleted(
+    result = await orphans.delete_session(call.services, call.tenant, call.session_id)
+    return responses.SessionDeleted(
         session_id=call.session_id,
         deleted=True,
-        blocks_deleted=done.blocks_deleted,
-        space_freed_bytes=done.space_freed_bytes,
-        warnings=list(done.warnings),
+        blocks_deleted=result.blocks_deleted,
+        space_freed_bytes=result.space_freed_bytes,
+        warnings=list(result.warnings),
     )
 
 
 @operation(
     "POST", "/admin/windows", status=201, errors=("session_not_found", "session_busy", "window_already_exists", *ENGINE)
 )
-async def freeze_session(call: Call, body: requests.FreezeRequest) -> models.Frozen:
+async def freeze_session(call: Call, body: requests.FreezeRequest) -> responses.Frozen:
     """Freeze a session into a window."""
-    naming = freeze.Naming(
-        body.window_name, body.description or "", body.tags or (), body.ttl_seconds
-    )  # fmt: skip
+    naming = freeze.Naming(body.window_name, body.description or "", body.tags or (), body.ttl_seconds)
     window, warnings = await freeze.freeze(call.services, call.tenant, body.session_id, naming, call.progress)
-    return models.Frozen(**serializers.window_fields(window), warnings=warnings)
+    return responses.Frozen(**serializers.window_fields(window, call.now), warnings=warnings)
 
 
 @operation("GET", "/admin/windows")
-async def list_windows(call: Call, query: requests.WindowsQuery) -> models.Windows:
+async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Windows:
     """List windows, newest first unless sorted otherwise."""
     filters = query.model_dump(exclude_none=True, exclude={"sort_order"})
     wanted = WindowQuery(**filters, descending=query.sort_order == "desc")
     page, total = await call.services.store.list_windows(call.tenant, wanted)
-    shown = [models.WindowLine(**serializers.window_line_fields(w)) for w in page]
-    return models.Windows(windows=shown, **serializers.paging(len(page), total, query.limit, query.offset))
+    lines = [responses.WindowLine(**serializers.window_line_fields(w, call.now)) for w in page]
+    return responses.Windows(windows=lines, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
 @operation("GET", "/admin/windows/{name}")
-async def window_status(call: Call, query: requests.StatusQuery) -> models.WindowStatus:
-    """Tell all about a window, and where its bytes are now."""
+async def window_status(call: Call, query: requests.StatusQuery) -> responses.WindowStatus:
+    """Describe a window, and where its bytes are now."""
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
-    held = await call.services.store.sizes(window)
-    present, warnings = await call.services.pins.present([*{key: None for have in held.values() for key in have}])
-    status = serializers.window_status_fields(window, held, present)
+    pinned = await call.services.store.sizes(window)
+    keys = dict.fromkeys(key for sizes in pinned.values() for key in sizes)
+    present, warnings = await call.services.pins.present([*keys])
+    fields = serializers.window_status_fields(window, call.now, pinned, present)
     if query.include_blocks:
-        status["blocks"] = serializers.blocks(await call.services.store.pinned(window), present)
+        fields["blocks"] = serializers.blocks(await call.services.store.pinned(window), present)
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
-        status["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
-    return models.WindowStatus(**status, warnings=warnings)
+        fields["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
+    return responses.WindowStatus(**fields, warnings=warnings)
 
 
 @operation("DELETE", "/admin/windows/{name}")
-async def delete_window(call: Call) -> models.WindowDeleted:
-    """Delete a window for good, and the KV that no other holds."""
-    done = await delete.delete(call.services, call.tenant, call.window_name)
-    return models.WindowDeleted(window_name=call.window_name, **asdict(done))
+async def delete_window(call: Call) -> responses.WindowDeleted:
+    """Delete a window permanently, and the KV that no other window uses."""
+    result = await delete.delete(call.services, call.tenant, call.window_name)
+    return responses.WindowDeleted(window_name=call.window_name, **asdict(result))
 
 
 @operation("POST", "/admin/windows/{name}/thaw", errors=("session_already_exists", "window_corrupted", *ENGINE))
-async def thaw_window(call: Call, body: requests.ThawRequest) -> models.Thawed:
+async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawed:
     """Thaw a window into a new session."""
     prompt, max_tokens = body.continuation_prompt, body.max_tokens
     await continuation.check(call, prompt, max_tokens)
@@ -129,15 +124,15 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> models.Thawed:
         warm=body.warm,
         progress=call.progress,
     )
-    return models.Thawed(
+    return responses.Thawed(
         session_id=session.id,
         window_name=window.name,
         model=window.model,
         token_count=window.token_count,
         cache_salt=window.salt,
-        receipt=models.ThawReceipt.model_validate(receipt),
+        receipt=responses.ThawReceipt.model_validate(receipt),
         warnings=receipt.warnings,
-        continuation=await continuation.go_on(call, session, prompt, max_tokens) if prompt else None,
+        continuation=await continuation.send_prompt(call, session, prompt, max_tokens) if prompt else None,
     )
 
 
@@ -147,61 +142,60 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> models.Thawed:
     status=201,
     errors=("window_already_exists", "window_corrupted", "cache_unavailable"),
 )
-async def clone_window(call: Call, body: requests.CloneRequest) -> models.Cloned:
+async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Cloned:
     """Give a window a second name; no KV byte is copied."""
     naming = freeze.Naming(body.target_window, body.description or "", body.tags or ())
-    isolated = body.isolate
     warnings: list[str] = []
-    if isolated:
+    if body.isolate:
         copy, warnings = await isolate.isolate(call.services, call.tenant, call.window_name, naming)
     else:
         copy = await clone.clone(call.services, call.tenant, call.window_name, naming)
-    return models.Cloned(
+    return responses.Cloned(
         source_window=call.window_name,
         target_window=copy.name,
         shared_blocks=copy.chunk_count * copy.world_size,
-        isolated=isolated,
-        **serializers.window_fields(copy),
+        isolated=body.isolate,
+        **serializers.window_fields(copy, call.now),
         warnings=warnings,
     )
 
 
 @operation("GET", "/admin/windows/{name}/messages", errors=("window_corrupted",))
-async def window_messages(call: Call) -> models.Messages:
+async def window_messages(call: Call) -> responses.Messages:
     """The text of a window."""
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     text = await call.services.store.text(window)
-    return models.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
+    return responses.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
 
 
 @operation("GET", "/admin/health")
-async def health(call: Call, query: requests.HealthQuery) -> models.Health:
-    """Look at every component, or at one, now."""
-    return models.Health.model_validate(call.health.summary(await call.health.components(query.component)))
+async def health(call: Call, query: requests.HealthQuery) -> status.Health:
+    """Check every component now, or one of them."""
+    return status.Health.model_validate(call.health.summary(await call.health.components(query.component)))
 
 
 @operation("POST", "/admin/doctor")
-async def doctor(call: Call) -> models.Doctor:
+async def doctor(call: Call) -> status.Doctor:
     """Run the self-test now."""
     checks = await call.health.test()
-    shown = [models.Check.model_validate(check) for check in checks]
-    return models.Doctor(ok=all(check.status != "failed" for check in checks), checks=shown)
+    shown = [status.Check.model_validate(check) for check in checks]
+    return status.Doctor(ok=all(check.status != "failed" for check in checks), checks=shown)
 
 
 @operation("GET", "/healthz", probe=True)
-async def healthz(_: Call) -> models.Alive:
-    """Tell that this process answers."""
-    return models.Alive(status="ok")
+async def healthz(_: Call) -> status.Alive:
+    """Whether this process answers."""
+    return status.Alive(status="ok")
 
 
-@operation("GET", "/readyz", answer=models.Ready, probe=True, also={503: models.NotReady})
-async def readyz(call: Call) -> models.Ready | Response:
-    """Tell whether requests will succeed."""
-    waits = call.health.waiting_for
-    if waits is None:
-        return models.Ready(status="ready")
-    part, why = waits
-    return json_answer(503, models.NotReady(status="not ready", waiting_for=part, reason=why))
+@operation("GET", "/readyz", answer=status.Ready, probe=True, also={503: status.NotReady})
+async def readyz(call: Call) -> status.Ready | Response:
+    """Whether requests will succeed."""
+    waiting_for = call.health.waiting_for
+    if waiting_for is None:
+        return status.Ready(status="ready")
+    component, reason = waiting_for
+    return json_answer(503, status.NotReady(status="not ready", waiting_for=component, reason=reason))
 
 
 OPERATIONS = (
@@ -229,7 +223,7 @@ OPERATIONS = (
 
 
 def routes() -> list[BaseRoute]:
-    """Every route of the admin door and of health, and the document that describes them."""
+    """Every route of the admin API, and the document that describes them."""
     by_path: dict[str, dict[str, ASGIApp]] = {}
     for one in (*OPERATIONS, openapi.documented(OPERATIONS)):
         by_path.setdefault(one.path, {})[one.method] = Endpoint(one)

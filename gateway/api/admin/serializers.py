@@ -1,15 +1,14 @@
-"""Convert records to JSON, with the same field names wherever a thing is shown."""
+"""Convert records to JSON, with the same field names in every answer."""
 
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from gateway.api.admin import models
+from gateway.api.admin.models import responses
 from gateway.kv.keys import ObjectKey
 from gateway.records import PinnedObject, Session, Sizes, Turn, Window
 
-Present = Mapping[str, set[str]]  # of the window's objects, which ones LMCache finds in each tier
+Present = Mapping[str, set[str]]  # the objects that LMCache finds in each tier
 _NEARLY_FULL = 0.95  # of the context limit
 
 
@@ -19,17 +18,17 @@ def moment(seconds: float) -> str:
 
 
 def moment_or_null(seconds: float | None) -> str | None:
-    """The same, or None where there is none."""
+    """The same, or None for None."""
     return None if seconds is None else moment(seconds)
 
 
 def paging(count: int, total: int, limit: int, offset: int) -> dict[str, Any]:
-    """Where a page lies in the whole."""
+    """The position of a page of a list."""
     return {"total": total, "has_more": offset + count < total, "limit": limit, "offset": offset}
 
 
 def session_fields(s: Session, expired_by: float) -> dict[str, Any]:
-    """A session; `expired` where it was last active before `expired_by`."""
+    """A session; `expired` if it was last active before `expired_by`."""
     return {
         "id": s.id,
         "state": "expired" if s.last_active_at < expired_by else s.state,
@@ -50,7 +49,7 @@ def session_fields(s: Session, expired_by: float) -> dict[str, Any]:
 
 
 def crowding(tokens: int, limit: int | None) -> list[str]:
-    """A warning where a context has come near its limit, or to it."""
+    """A warning if a context is near its limit, or full."""
     if not limit or tokens < limit * _NEARLY_FULL:
         return []
     if tokens >= limit:
@@ -59,14 +58,14 @@ def crowding(tokens: int, limit: int | None) -> list[str]:
     return [f"the context is nearly full: {tokens} of {limit} tokens ({share}%); freeze it before it is"]
 
 
-def estimates(report: Mapping[str, Any] | None) -> models.Estimates | None:
-    """How a model's tokens are estimated; None where none were so far."""
-    return models.Estimates(**report) if report else None
+def estimates(report: Mapping[str, Any] | None) -> responses.Estimates | None:
+    """How a model's tokens are estimated; None if none were so far."""
+    return responses.Estimates(**report) if report else None
 
 
-def turn(t: Turn) -> models.Turn:
+def turn(t: Turn) -> responses.Turn:
     """A turn."""
-    return models.Turn(
+    return responses.Turn(
         started_at=moment(t.started_at),
         duration_ms=round(t.duration_ms, 1),
         model=t.model,
@@ -84,7 +83,7 @@ def turn(t: Turn) -> models.Turn:
     )
 
 
-def window_line_fields(w: Window) -> dict[str, Any]:
+def window_line_fields(w: Window, now: float) -> dict[str, Any]:
     """A window in a list."""
     return {
         "name": w.name,
@@ -96,34 +95,34 @@ def window_line_fields(w: Window) -> dict[str, Any]:
         "size_bytes": w.size_bytes,
         "kv": w.kv,
         "parent_window": w.parent,
-        "state": "expired" if w.has_expired(time.time()) else "frozen",
+        "state": "expired" if w.has_expired(now) else "frozen",
         "created_at": moment(w.created_at),
         "expires_at": moment_or_null(w.expires_at),
     }
 
 
-def window_fields(w: Window) -> dict[str, Any]:
-    """A window with its receipt, as freeze and clone answer it."""
+def window_fields(w: Window, now: float) -> dict[str, Any]:
+    """A window with its receipt."""
     return {
-        **window_line_fields(w),
+        **window_line_fields(w, now),
         "block_count": w.chunk_count * w.world_size,
         "receipt": dict(w.receipt),
     }
 
 
-def window_status_fields(w: Window, held: Sizes, present: Present) -> dict[str, Any]:
-    """A window, and where its bytes are now: pinned, and where LMCache itself finds them."""
+def window_status_fields(w: Window, now: float, pinned: Sizes, present: Present) -> dict[str, Any]:
+    """A window, and where its bytes are now: in pins, and in the tiers where LMCache finds them."""
     tiers = {
         name: {
-            "pinned": len(held.get(name, {})),
-            "pinned_bytes": sum(held.get(name, {}).values()),
+            "pinned": len(pinned.get(name, {})),
+            "pinned_bytes": sum(pinned.get(name, {}).values()),
             "present": len(present.get(name, set())),
         }
-        for name in dict.fromkeys([*held, *present])
+        for name in dict.fromkeys([*pinned, *present])
     }
     first = next((name for name, tier in tiers.items() if tier["present"]), None)
     return {
-        **window_fields(w),
+        **window_fields(w, now),
         "kv_cache": {
             "block_count": w.chunk_count * w.world_size,
             "total_size_bytes": w.size_bytes,

@@ -11,27 +11,27 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from gateway.api import schemas
-from gateway.api.admin import models
+from gateway.api.admin.models import responses, status
 from gateway.api.mcp.admin_request import Json
 
 _DEPTH = 2
 
 
-class WindowStatus(models.WindowStatus):
+class WindowStatus(responses.WindowStatus):
     type: Literal["window"]
 
 
-class SessionStatus(models.Session):
+class SessionStatus(responses.Session):
     type: Literal["session"]
 
 
-class CacheStats(models.Cache):
+class CacheStats(status.Cache):
     total_blocks: int
     total_bytes: int
 
 
-class PolicyConfig(models.Answer):
-    policy: models.Rules
+class PolicyConfig(responses.Answer):
+    policy: responses.Rules
     set_at_run_time: list[str]
     available: list[str]
     warnings: list[str]
@@ -51,7 +51,7 @@ def cache_stats(answer: Json) -> Json:
 
 def policy(answer: Json) -> Json:
     """The answer of /admin/policies, with the rules in an object of their own."""
-    about = {name: answer[name] for name in answer if name not in models.Rules.model_fields}
+    about = {name: answer[name] for name in answer if name not in responses.Rules.model_fields}
     return {"policy": {name: answer[name] for name in answer if name not in about}, "warnings": [], **about}
 
 

@@ -117,7 +117,7 @@ class WindowList(requests.WindowFilters):
 class Status(requests.StatusQuery):
     window_name: WindowName | None = None
     session_id: SessionId | None = None
-    include_cache_stats: Flag = Default(False, exclude=True, description="accepted; a window's cache is always told")
+    include_cache_stats: Flag = Default(False, exclude=True, description="accepted; the answer always has the cache")
 
 
 class Tree(requests.TreeQuery):

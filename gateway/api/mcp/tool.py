@@ -41,9 +41,9 @@ class About:
 class Tool:
     """A tool, the admin routes that it calls, and the `kinds` of answers that it gives.
 
-    Of several routes, a call takes the one whose placeholders are given; `request_of` makes the request where that
-    does not decide it. Clients are not told what is in the fields `brief` of an answer. Of the arguments, those that
-    are given are sent, and the defaults of the fields `always`, which differ from the admin API's.
+    Of several routes, a call uses the one whose placeholders are given; `request_of` makes the request where that does
+    not decide it. The output schema omits the content of the fields `brief`. Of the arguments, those that are given are
+    sent, and the defaults of the fields `always`, which differ from the admin API's.
     """
 
     name: str

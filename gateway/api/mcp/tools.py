@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gateway.api.admin import models
-from gateway.api.admin.models import requests
+from gateway.api.admin.models import requests, responses, status
 from gateway.api.mcp import answers, arguments
 from gateway.api.mcp import autofreeze_tools as autofreeze
 from gateway.api.mcp import window_tools as windows
@@ -28,7 +27,7 @@ _SESSIONS = (
             "`sessions` with id, `state`, model and tokens of each, and `has_more` where `offset` would show more",
         ),
         arguments.SessionList,
-        (models.Sessions,),
+        (responses.Sessions,),
     ),
     Tool(
         "session_delete",
@@ -40,7 +39,7 @@ _SESSIONS = (
             "`deleted`, and `space_freed_bytes` as actually freed",
         ),
         arguments.Session,
-        (models.SessionDeleted,),
+        (responses.SessionDeleted,),
         destroys=True,
     ),
 )
@@ -71,7 +70,7 @@ _MONITORING = (
             "`status`, and `components`, each with its status and a message",
         ),
         arguments.HealthCheck,
-        (models.Health,),
+        (status.Health,),
     ),
     Tool(
         "get_metrics_data",
@@ -83,7 +82,7 @@ _MONITORING = (
             "`metrics`, or with `format` `prometheus` the text for Prometheus in `content`",
         ),
         requests.MetricsQuery,
-        (models.JsonMetrics, models.PrometheusMetrics),
+        (status.JsonMetrics, status.PrometheusMetrics),
     ),
 )
 
@@ -120,8 +119,8 @@ def tool_named(name: str) -> Tool:
     """The tool of that name. Raises `not_found`, naming all tools."""
     tool = TOOLS_BY_NAME.get(name)
     if tool is None:
-        known = ", ".join(TOOLS_BY_NAME)
-        raise GatewayError("not_found", f"there is no tool {name!r:.100}", hint=f"tools are {known}")
+        hint = f"tools are {', '.join(TOOLS_BY_NAME)}"
+        raise GatewayError("not_found", f"there is no tool {name!r:.100}", hint=hint)
     return tool
 
 

@@ -1,7 +1,6 @@
 """The MCP tools that create, use and change windows: a table over the admin API, which has all the rules."""
 
-from gateway.api.admin import models
-from gateway.api.admin.models import requests
+from gateway.api.admin.models import requests, responses
 from gateway.api.mcp import answers, arguments
 from gateway.api.mcp.tool import About, Tool
 
@@ -19,7 +18,7 @@ _CREATING = (
             "the window, and a `receipt` of what was actually stored; `kv` is `complete` or says what is missing",
         ),
         requests.FreezeRequest,
-        (models.Frozen,),
+        (responses.Frozen,),
     ),
     Tool(
         "window_thaw",
@@ -32,7 +31,7 @@ _CREATING = (
             "`receipt`: `cached_tokens` is what the engine did not have to compute",
         ),
         arguments.Thaw,
-        (models.Thawed,),
+        (responses.Thawed,),
         always=frozenset({"warm"}),
     ),
     Tool(
@@ -46,7 +45,7 @@ _CREATING = (
             "the `answer`, its `finish_reason` (`length`: it was cut), and a `receipt`",
         ),
         arguments.Ask,
-        (models.Answered,),
+        (responses.Answered,),
     ),
     Tool(
         "window_clone",
@@ -58,7 +57,7 @@ _CREATING = (
             "the new window and `shared_blocks`",
         ),
         arguments.Clone,
-        (models.Cloned,),
+        (responses.Cloned,),
     ),
     Tool(
         "window_fanout",
@@ -70,7 +69,7 @@ _CREATING = (
             "the ids of the new `sessions`",
         ),
         arguments.FanOut,
-        (models.FannedOut,),
+        (responses.FannedOut,),
     ),
 )
 
@@ -85,7 +84,7 @@ _READING = (
             "`windows`, one line for each, and `has_more` where `offset` would show more",
         ),
         arguments.WindowList,
-        (models.Windows,),
+        (responses.Windows,),
     ),
     Tool(
         "window_status",
@@ -112,7 +111,7 @@ _READING = (
             "`nodes`, oldest first, each with its `parent` and the `relation` to it; `truncated` where there are more",
         ),
         arguments.Tree,
-        (models.Tree,),
+        (responses.Tree,),
         always=frozenset({"limit"}),
     ),
     Tool(
@@ -126,7 +125,7 @@ _READING = (
             "`ok`, what is `damaged`, and `chunks_usable`: how much from the start a thaw would find intact",
         ),
         arguments.Verify,
-        (models.Verified,),
+        (responses.Verified,),
         brief=("deep", "tiers"),
     ),
     Tool(
@@ -139,7 +138,7 @@ _READING = (
             "a `receipt`: `partial` where something of it could not be loaded",
         ),
         arguments.Window,
-        (models.Prefetched,),
+        (responses.Prefetched,),
     ),
     Tool(
         "window_evict",
@@ -151,7 +150,7 @@ _READING = (
             "`tiers`: how many objects were in each before and after, and how many were `kept` in memory",
         ),
         arguments.Window,
-        (models.Evicted,),
+        (responses.Evicted,),
     ),
 )
 
@@ -166,7 +165,7 @@ _CHANGING = (
             "the window as it is now",
         ),
         arguments.Describe,
-        (models.Window,),
+        (responses.Window,),
     ),
     Tool(
         "window_delete",
@@ -178,7 +177,7 @@ _CHANGING = (
             "`blocks_deleted`, and `space_freed_bytes` as actually freed",
         ),
         arguments.Delete,
-        (models.WindowDeleted,),
+        (responses.WindowDeleted,),
         destroys=True,
     ),
 )

@@ -4,7 +4,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from gateway.api.admin.models.base import absent
+from gateway.api.admin.models.responses import absent
 from gateway.api.health import COMPONENTS
 from gateway.api.requests import Body, Changes, Query, Reads
 from gateway.records import MAX_MODEL, SessionState

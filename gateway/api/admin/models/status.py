@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gateway.api.admin.models.base import Answer, Number, Warnings, absent
+from gateway.api.admin.models.responses import Answer, Number, Warnings, absent
 from gateway.api.selftest import Status
 
 

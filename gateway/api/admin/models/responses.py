@@ -1,11 +1,48 @@
-"""Windows, and the results of operations on them."""
+"""What the admin API answers: a model for each shape, of which OpenAPI and the output schemas of MCP are made.
 
-from typing import Annotated, Literal
+All are closed. A field that is `absent()` may be left out of an answer; every other one is always there.
+"""
 
-from pydantic import Field
+from typing import Annotated, Any, Literal
 
-from gateway.api.admin.models.base import Answer, Json, Kv, Moment, Number, Page, Warnings, absent
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from gateway.records import KvState, Outcome, SessionState
 from gateway.windows.tree import Kind, Relation
+
+Number = Annotated[int | float, WithJsonSchema({"type": "number"})]  # an int stays one
+Moment = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
+Warnings = Annotated[list[str], Field(description="what went wrong or is missing")]
+Kv = Annotated[KvState, Field(description="how much of its KV is pinned; `absent`: a thaw recomputes it")]
+Json = dict[str, Any]
+
+
+def absent() -> Any:
+    """The default of a field that may be left out of an answer. It is neither documented nor sent."""
+    return Field(default_factory=lambda: None)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class ErrorInfo(Answer):
+    code: str
+    message: str
+    hint: str
+    retryable: bool
+    details: Json
+
+
+class Error(Answer):
+    error: ErrorInfo
+
+
+class Page(Answer):
+    total: int
+    has_more: bool
+    limit: int
+    offset: int
 
 
 class WindowLine(Answer):
@@ -25,7 +62,7 @@ class WindowLine(Answer):
 
 class Window(WindowLine):
     block_count: int
-    receipt: Json = Field(description="what was seen when it was frozen or imported")
+    receipt: Json = Field(description="as measured when it was frozen or imported")
 
 
 class Windows(Page):
@@ -256,3 +293,116 @@ class Tree(Answer):
     sessions: int
     truncated: bool
     limit: int
+
+
+class SessionLine(Answer):
+    id: str
+    state: SessionState
+    model: str
+    token_count: int
+    turn_count: int
+    lineage: str
+    recognised_by: str
+    forked_from: str | None
+    successor: str | None
+    window: str | None
+    engine: str | None
+    normalised: list[str]
+    created_at: Moment
+    last_active_at: Moment
+    frozen_at: Moment | None
+
+
+class Estimates(Answer):
+    """how its model's tokens are estimated, and how far off that was"""
+
+    source: str
+    exact: bool
+    why: str
+    bytes_per_token: Number | None
+    tokens_around_a_message: Number
+    prompts: int
+    mean_error: Number | None
+    p95_error: Number | None
+    mean_error_of_new: Number | None
+    p95_error_of_new: Number | None
+
+
+class Turn(Answer):
+    started_at: Moment
+    duration_ms: Number
+    model: str
+    outcome: Outcome
+    status: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    detail: str
+    recognised_by: str
+    engine: str | None
+    estimated_tokens: int | None
+    expected_cached_tokens: int | None
+    miss: str | None
+
+
+class Sessions(Page):
+    sessions: list[SessionLine]
+
+
+class Session(SessionLine):
+    context_limit: int | None
+    estimates: Estimates | None
+    turns: list[Turn] = Field(description="newest first")
+    windows: list[str]
+    warnings: Warnings
+
+
+class SessionDeleted(Answer):
+    session_id: str
+    deleted: bool
+    blocks_deleted: int
+    space_freed_bytes: int
+    warnings: Warnings
+
+
+class Rules(Answer):
+    enabled: bool
+    idle_timeout_minutes: Number | None
+    token_threshold: int | None
+    context_share: Number | None
+    at_shutdown: bool
+    policies: list[Json]
+    naming_pattern: str
+    cooldown_seconds: Number
+    keep: int
+    ttl_seconds: Number | None
+
+
+class Policies(Rules):
+    set_at_run_time: list[str] = Field(description="rules set here; the others come from the settings")
+    available: list[str] = Field(description="what `policies` may use")
+
+
+class PoliciesSet(Policies):
+    warnings: Warnings
+
+
+class Opinion(Answer):
+    policy: str
+    reason: str | None
+    error: str | None
+
+
+class PolicyCheck(Answer):
+    session_id: str
+    triggered: bool
+    reason: str | None
+    held_back: str | None
+    window_name: str
+    token_count: int
+    covered_tokens: int
+    context_limit: int | None
+    threshold_percent: Number | None
+    idle_seconds: Number
+    estimates: Estimates | None
+    policies: list[Opinion] = Field(description="what each says")
