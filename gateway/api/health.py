@@ -81,21 +81,11 @@ class Health:
         return [result for member, result in found if result and result.generation == member.generation]
 
     @property
-    def engine_up(self) -> bool:
-        """Whether an engine is up."""
-        return bool(self._services.engines.up)
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests will succeed."""
-        return self.waiting_for is None
-
-    @property
     def waiting_for(self) -> tuple[str, str] | None:
         """The component that makes requests fail, and why: the self-test must have run and found no leak."""
         if self.leaking:
             return "isolation", "one salt's KV was found under another"
-        if not self.engine_up:
+        if not self._services.engines.up:
             return "engine", self._services.engines.trouble()
         if not self._valid:
             return "self-test", "it has not run yet"

@@ -11,7 +11,6 @@ from gateway.api import requests
 from gateway.validation import fields
 from gateway.validation.fields import Field
 
-Json = dict[str, Any]
 Handler = Callable[..., Awaitable[Any]]  # takes a Call, and the query or the body
 
 JSON = "application/json"

@@ -10,11 +10,11 @@ from pydantic import AliasChoices, BaseModel, GetCoreSchemaHandler, GetJsonSchem
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
+from gateway.api.schemas import Json
 from gateway.errors import GatewayError
 from gateway.validation import fields
 from gateway.validation.fields import Field
 
-Json = dict[str, Any]
 _WHOLE = re.compile(r"-?[0-9]{1,12}")
 
 

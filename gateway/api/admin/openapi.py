@@ -8,7 +8,8 @@ from gateway import __version__
 from gateway.api import schemas
 from gateway.api.admin.models import responses
 from gateway.api.endpoint import Call
-from gateway.api.operation import JSON, PLACEHOLDERS, Json, Operation, operation
+from gateway.api.operation import JSON, PLACEHOLDERS, Operation, operation
+from gateway.api.schemas import Json
 from gateway.errors import CODES
 
 PATH = "/admin/openapi.json"

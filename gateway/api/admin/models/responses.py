@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from gateway.api.schemas import Json
 from gateway.records import KvState, Outcome, SessionState
 from gateway.windows.tree import Kind, Relation
 
@@ -14,7 +15,6 @@ Number = Annotated[int | float, WithJsonSchema({"type": "number"})]  # an int st
 Moment = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
 Warnings = Annotated[list[str], Field(description="what went wrong or is missing")]
 Kv = Annotated[KvState, Field(description="how much of its KV is pinned; `absent`: a thaw recomputes it")]
-Json = dict[str, Any]
 
 
 def absent() -> Any:
