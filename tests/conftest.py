@@ -18,16 +18,17 @@ from tests.support.harness import GatewayHarness, cache_server, open_harness
 from tests.support.tier_harness import RedisServer
 
 
-class OneForTheStack(LoadScopeScheduling):  # type: ignore[misc]
-    """Where tests run in several processes: all that share a vLLM in one of them, the others by files."""
+class StackInOneWorker(LoadScopeScheduling):  # type: ignore[misc]
+    """Run the tests on the real stack in one xdist worker, so that one vLLM runs at a time; the others file by file."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "stack" if nodeid.startswith("tests/stack/") else nodeid.partition("::")[0]
+        return "stack" if nodeid.startswith(_ON_STACK) else nodeid.partition("::")[0]
 
 
 STACK_WITHIN_S = 1200
 """The time limit of a test on the real stack: the first one also waits for vLLM to start, and perhaps to restart."""
 _OPEN_FILES = 8192
+_ON_STACK = ("tests/stack/", "tests/integration/stack/test_up.py")
 
 
 def pytest_configure() -> None:
@@ -40,7 +41,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests on the real stack more time than `timeout` in pyproject.toml; skip what is not installed."""
+    """Give tests on the real stack more time than `timeout` in pyproject.toml; skip what is not installed.
+
+    The stack tests come first: they are half of the run and cannot be divided. The xdist worker that has none of them
+    takes the other files from the front, and both share what is left when the stack tests end.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(_ON_STACK))
     not_installed = pytest.mark.skip(reason="needs vLLM and LMCache: install the extra `local` or `gpu` too")
     installed = all(find_spec(name) for name in ("vllm", "lmcache"))
     for item in items:
@@ -68,9 +74,9 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneForTheStack:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> StackInOneWorker:
     """Not by marks: xdist 3.8 tells of their groups in a field that items of pytest 9.2 no longer have."""
-    return OneForTheStack(config, log)
+    return StackInOneWorker(config, log)
 
 
 @pytest.fixture(scope="session")

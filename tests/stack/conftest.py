@@ -10,13 +10,13 @@ import pytest
 import redis
 
 from gateway.stack import local
-from tests.stack import restart as night_
 from tests.stack.driver import Gateway, redis_server
+from tests.stack.restart import Restarted, run_restart
 
 
 @dataclass
 class Stack:
-    """What is up, and where it keeps things."""
+    """The processes of the stack, and where they keep things."""
 
     plan: local.Plan
     parts: local.Parts
@@ -30,7 +30,7 @@ class Stack:
         return self.plan.kv_dir
 
     def settings(self, data_dir: Path, **more: str) -> dict[str, str]:
-        """Settings of a gateway before this stack."""
+        """Settings of a gateway in front of this stack."""
         return {
             "CWG_ENGINE_URLS": self.plan.engine_url,
             "CWG_CACHE_URL": self.plan.cache_url,
@@ -38,12 +38,12 @@ class Stack:
             "CWG_PINS_DIR": str(self.plan.data_dir / "kv-pins"),
             "CWG_KV_REDIS_URL": f"redis://127.0.0.1:{self.redis.connection_pool.connection_kwargs['port']}",
             "CWG_DATA_DIR": str(data_dir),
-            "CWG_AUTO_FREEZE": "false",  # nothing behind the back of a test that does not ask for it
+            "CWG_AUTO_FREEZE": "false",  # only where a test asks for it
             **more,
         }
 
     def stop(self) -> None:
-        """Stop engine and cache: what was in memory is gone."""
+        """Stop engine and cache, which lose what they have in memory."""
         self.parts.engine.stop()
         self.parts.cache.stop()
 
@@ -68,17 +68,14 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="package")
-def night(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[night_.Night]:
+def restarted(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restarted]:
     """See `tests.stack.restart`."""
-    night = night_.run_restart(stack, tmp_path_factory.mktemp("night"))
-    yield night
-    for gateway, _ in night.values():  # of evenings too whose mornings nobody asked for
-        gateway.close()
+    yield from run_restart(stack, tmp_path_factory.mktemp("restart"))
 
 
 @pytest.fixture(scope="package")
 def shared(stack: Stack) -> Iterator[Gateway]:
-    """A gateway for the tests that need nothing of it but to be there."""
+    """A gateway for all tests that need no settings and no store of their own."""
     gateway = Gateway(stack.settings(stack.root / "shared"), stack.root / "shared.log").start()
     yield gateway
     gateway.close()

@@ -21,7 +21,7 @@ WAIT_S = 30.0
 
 
 class Gateway:
-    """A gateway as a process of its own, before a stack that is up already."""
+    """A gateway as a process of its own, in front of a stack that is already running."""
 
     def __init__(self, settings: Mapping[str, str], log: Path) -> None:
         (self.port,) = local.free_ports(1)
@@ -113,12 +113,17 @@ def same_bytes(ask: Callable[[str], tuple[bytes, bytes]], tries: int = 4) -> Non
     assert one == other
 
 
-def until(holds: Any, what: str, within: float = WAIT_S) -> None:
+def until(holds: Callable[[], Any], what: str, within: float = WAIT_S) -> None:
     """Wait until something holds; fail with what it was if it does not."""
+    assert comes_true(holds, within), f"not within {within:g} s: {what}"
+
+
+def comes_true(holds: Callable[[], Any], within: float = WAIT_S) -> bool:
+    """Wait until something holds, and return whether it did in time."""
     end = time.monotonic() + within
-    while not holds():
-        assert time.monotonic() < end, f"not within {within:g} s: {what}"
+    while not (held := holds()) and time.monotonic() < end:
         time.sleep(0.02)
+    return bool(held)
 
 
 @contextmanager

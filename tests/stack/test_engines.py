@@ -1,10 +1,11 @@
-"""The real engine beside one that is dead, and a conversation that loses its engine."""
+"""The real engine together with a dead one, and a conversation that loses its engine."""
 
 import selectors
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,13 +14,14 @@ import pytest
 
 from gateway.stack import local
 from tests.stack.conftest import Stack
-from tests.stack.driver import Gateway, chat, converse, until
+from tests.stack.driver import Gateway, chat, comes_true, converse, until
+from tests.stack.restart import across_outage
 
 pytestmark = pytest.mark.stack
 
 
-class Door:
-    """Another address of the engine, which can be shut."""
+class Proxy:
+    """Another address of the engine, which can be closed."""
 
     def __init__(self, url: str) -> None:
         address = urlsplit(url)
@@ -32,14 +34,14 @@ class Door:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> "Door":
+    def __enter__(self) -> "Proxy":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._open:
-            self.shut()
+            self.close()
 
-    def shut(self) -> None:
+    def close(self) -> None:
         """Close the port and every connection."""
         self._open = False
         self._thread.join()
@@ -79,7 +81,8 @@ class Door:
 
 
 @contextmanager
-def before(stack: Stack, folder: Path, *urls: str) -> Iterator[Gateway]:
+def gateway_in_front_of(stack: Stack, folder: Path, *urls: str) -> Iterator[Gateway]:
+    """A gateway with these engines."""
     settings = stack.settings(folder / "data", CWG_ENGINE_URLS=",".join(urls), CWG_ENGINE_CHECK_S="0.5")
     gateway = Gateway(settings, folder / "gateway.log").start()
     try:
@@ -93,13 +96,13 @@ def states(gateway: Gateway) -> dict[str, str]:
     return {one["url"]: one["state"] for one in component["engines"]}
 
 
-def test_beside_a_dead_engine_sessions_are_served_frozen_and_thawed(stack: Stack, tmp_path: Path) -> None:
+def test_with_one_engine_dead_sessions_are_served_frozen_and_thawed(stack: Stack, tmp_path: Path) -> None:
     dead = f"http://127.0.0.1:{local.free_ports(1)[0]}"
     real = stack.plan.engine_url
-    with before(stack, tmp_path, dead, real) as gateway:
+    with gateway_in_front_of(stack, tmp_path, dead, real) as gateway:
         until(lambda: states(gateway) == {dead: "ejected", real: "healthy"}, "health tells which is dead")
         for number in range(3):
-            converse(gateway.client(f"s-{number}"), f"beside the dead {number}", turns=2)
+            converse(gateway.client(f"s-{number}"), f"another is dead {number}", turns=2)
             assert gateway.http.get(f"/admin/sessions/s-{number}").json()["engine"] == real
         window = gateway.freeze("s-0", "kept")
         assert window["kv"] == "complete"
@@ -111,31 +114,50 @@ def test_beside_a_dead_engine_sessions_are_served_frozen_and_thawed(stack: Stack
         assert [c["status"] for c in checks if c["name"] == "isolation"] == ["ok"]
 
 
-def test_a_conversation_that_loses_its_engine_goes_on_at_another_with_its_kv(stack: Stack, tmp_path: Path) -> None:
+@dataclass
+class Moved:
+    """A conversation at one of two addresses, of which one is closed since, and the engine at the other restarted."""
+
+    gateway: Gateway
+    messages: list[dict[str, Any]]
+    isolation: list[str]
+    lost: str
+    other: str
+    was_unready: bool = False
+
+
+@across_outage
+def moved(stack: Stack, folder: Path) -> Generator[Moved | None]:
+    """Two engines do not fit on one machine, so both are the same one.
+
+    The restart takes all that it has in memory: what comes back at the other address knows as little of the
+    conversation as a second engine would.
+    """
     with (
-        Door(stack.plan.engine_url) as one,
-        Door(stack.plan.engine_url) as two,
-        before(stack, tmp_path, one.url, two.url) as gateway,
+        Proxy(stack.plan.engine_url) as one,
+        Proxy(stack.plan.engine_url) as two,
+        gateway_in_front_of(stack, folder, one.url, two.url) as gateway,
     ):
-        until(lambda: set(states(gateway).values()) == {"healthy"}, "both are well")
-        isolation = [
-            c for c in gateway.http.post("/admin/doctor", json={}).json()["checks"] if c["name"] == "isolation"
-        ]
-        assert [c["status"] for c in isolation] == ["ok", "ok"]
-        client = gateway.client("moved")
-        messages = converse(client, "moved", turns=2)
+        until(lambda: set(states(gateway).values()) == {"healthy"}, "both are healthy")
+        checks = gateway.http.post("/admin/doctor", json={}).json()["checks"]
+        isolation = [check["status"] for check in checks if check["name"] == "isolation"]
+        messages = converse(gateway.client("moved"), "moved", turns=2)
         home = gateway.http.get("/admin/sessions/moved").json()["engine"]
-        lost, other = sorted((one, two), key=lambda door: door.url != home)
-        lost.shut()
-        # Two engines do not fit on one machine: what answers at the other door is started anew, with nothing in its
-        # memory, as another engine would have nothing of this conversation.
-        stack.parts.engine.stop()
-        until(lambda: gateway.get_status("/readyz") == 503, "both are gone")
-        stack.parts.engine.start()
-        stack.parts.engine.wait_ready(local.ENGINE_WITHIN)
-        until(lambda: gateway.get_status("/readyz") == 200, "one is back")
-        reply = chat(client, [*messages, {"role": "user", "content": "Are you still there?"}])
-        assert reply.usage.prompt_tokens_details.cached_tokens > 64
-        assert gateway.http.get("/admin/sessions/moved").json()["engine"] == other.url
-        until(lambda: states(gateway)[lost.url] == "ejected", "the lost one is ejected")
-        assert gateway.freeze("moved", "moved")["kv"] == "complete"
+        lost, other = sorted((one, two), key=lambda proxy: proxy.url != home)
+        moved = Moved(gateway, messages, isolation, lost.url, other.url)
+        yield moved
+        lost.close()
+        moved.was_unready = comes_true(lambda: gateway.get_status("/readyz") == 503)
+        yield None
+
+
+def test_a_conversation_that_loses_its_engine_continues_on_another_with_its_kv(moved: Moved) -> None:
+    gateway = moved.gateway
+    assert moved.isolation == ["ok", "ok"]
+    assert moved.was_unready
+    until(lambda: gateway.get_status("/readyz") == 200, "one is back")
+    reply = chat(gateway.client("moved"), [*moved.messages, {"role": "user", "content": "Are you still there?"}])
+    assert reply.usage.prompt_tokens_details.cached_tokens > 64
+    assert gateway.http.get("/admin/sessions/moved").json()["engine"] == moved.other
+    until(lambda: states(gateway)[moved.lost] == "ejected", "the lost one is ejected")
+    assert gateway.freeze("moved", "moved")["kv"] == "complete"

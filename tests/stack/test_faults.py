@@ -4,15 +4,18 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.stack import local
 from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
-from tests.stack.driver import Gateway, chat, converse, start_redis, until
+from tests.stack.driver import Gateway, chat, comes_true, converse, start_redis, until
+from tests.stack.restart import across_outage
 
 pytestmark = pytest.mark.stack
 
@@ -183,7 +186,7 @@ def test_a_window_of_another_model_is_refused_and_its_text_is_still_there(
         other.close()
 
 
-# The two that stop parts of the shared stack come last, and bring them back.
+# These two stop the shared cache, and bring it back.
 
 
 @pytest.fixture
@@ -222,25 +225,45 @@ def test_after_the_cache_is_back_the_same_session_freezes_whole(stack: Stack, ow
     until(frozen_whole, "the engine has registered with the new cache", within=60)
 
 
-def test_w12_with_the_engine_down_requests_fail_clearly_and_come_back_with_it(stack: Stack, own: Gateway) -> None:
-    converse(own.client("engine"), "engine", turns=1)
-    window = own.freeze("engine", "engine")
-    os.kill(stack.parts.engine.pid, signal.SIGKILL)
-    stack.parts.engine.clear()
-    body = {"model": "demo", "messages": [{"role": "user", "content": "Hello?"}]}
-    refused = own.http.post("/s/engine/v1/chat/completions", json=body)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (502, "engine_unreachable")
-    for path, sent in (
-        ("/admin/windows", {"session_id": "engine", "window_name": "no"}),
-        ("/admin/windows/engine/thaw", {"warm": "gpu", "new_session_id": "half"}),
-    ):
-        answer = own.http.post(path, json=sent)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_unreachable")
-    assert own.http.get("/admin/sessions/half").status_code == 404
-    until(lambda: own.get_status("/readyz") == 503, "not ready")
-    assert mcp(own, "health_check", component="vllm")["components"]["engine"]["status"] == "unhealthy"
-    stack.parts.engine.start()
-    stack.parts.engine.wait_ready(local.ENGINE_WITHIN)
-    until(lambda: own.get_status("/readyz") == 200, "ready again")
-    receipt = own.thaw("engine", warm="gpu", new_session_id="whole")["receipt"]
-    assert receipt["cached_tokens"] == window["receipt"]["chunks"] * 64
+@dataclass
+class Outage:
+    """A gateway, a window of it, and what it answered while neither engine nor cache was there."""
+
+    gateway: Gateway
+    window: dict[str, Any]
+    refused: list[tuple[int, str]] = field(default_factory=list)
+    half_thawed: int = 0
+    was_unready: bool = False
+    engine_status: str = ""
+
+
+@across_outage
+def outage(stack: Stack, folder: Path) -> Generator[Outage | None]:
+    """Freeze a session, and go on using it when the engine is gone."""
+    gateway = Gateway(stack.settings(folder / "data"), folder / "gateway.log").start()
+    try:
+        converse(gateway.client("engine"), "engine", turns=1)
+        outage = Outage(gateway, gateway.freeze("engine", "engine"))
+        yield outage
+        for path, body in (
+            ("/s/engine/v1/chat/completions", {"model": "demo", "messages": [{"role": "user", "content": "Hello?"}]}),
+            ("/admin/windows", {"session_id": "engine", "window_name": "no"}),
+            ("/admin/windows/engine/thaw", {"warm": "gpu", "new_session_id": "half"}),
+        ):
+            answer = gateway.http.post(path, json=body)
+            outage.refused.append((answer.status_code, answer.json()["error"]["code"]))
+        outage.half_thawed = gateway.get_status("/admin/sessions/half")
+        outage.was_unready = comes_true(lambda: gateway.get_status("/readyz") == 503)
+        outage.engine_status = mcp(gateway, "health_check", component="vllm")["components"]["engine"]["status"]
+        yield None
+    finally:
+        gateway.close()
+
+
+def test_w12_with_the_engine_down_requests_fail_clearly_and_come_back_with_it(outage: Outage) -> None:
+    assert outage.refused == [(502, "engine_unreachable")] * 3
+    assert outage.half_thawed == 404
+    assert (outage.was_unready, outage.engine_status) == (True, "unhealthy")
+    until(lambda: outage.gateway.get_status("/readyz") == 200, "ready again")
+    receipt = outage.gateway.thaw("engine", warm="gpu", new_session_id="whole")["receipt"]
+    assert receipt["cached_tokens"] == outage.window["receipt"]["chunks"] * 64
