@@ -29,7 +29,7 @@ CHAT = "/v1/chat/completions"
 PROGRESS = {"accept": "application/x-ndjson"}
 
 
-def test_a_session_whose_client_sends_a_salt_is_frozen_and_thawed_under_the_salt_of_its_turns(
+def test_a_session_with_a_client_salt_is_frozen_and_thawed_under_it(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     for own in ("alice", "bob"):
@@ -54,7 +54,7 @@ def test_a_session_whose_client_sends_a_salt_is_frozen_and_thawed_under_the_salt
         ("POST", "/admin/doctor"),
     ],
 )
-def test_a_page_of_another_site_does_nothing_at_the_admin_door(
+def test_a_page_of_another_site_cannot_use_the_admin_api(
     gateway: Gateway, session: str, origin: str, method: str, path: str
 ) -> None:
     gateway.chat(session)
@@ -80,7 +80,7 @@ def test_a_window_asked_for_by_header_that_cannot_be_had_is_an_error(
     assert engine.seen(CHAT) == []
 
 
-def test_a_session_in_mid_stream_is_not_deleted_and_can_be_when_its_reply_is_whole(
+def test_a_session_is_not_deleted_until_its_reply_is_complete(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     go_on = threading.Event()
@@ -103,7 +103,7 @@ def test_a_session_in_mid_stream_is_not_deleted_and_can_be_when_its_reply_is_who
     assert error_of(gateway.http.get(f"/admin/sessions/{session}")) == (404, "session_not_found")
 
 
-def test_tool_arguments_written_down_again_with_other_spaces_are_the_same_message(
+def test_tool_arguments_with_other_spacing_are_the_same_message(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def call(arguments: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_tool_arguments_written_down_again_with_other_spaces_are_the_same_messag
     assert engine.seen(CHAT)[-1].json["messages"] == full  # as the client has it, and not behind the window once more
 
 
-def test_a_window_that_is_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
+def test_a_window_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     gateway.chat(session, "remember me")
@@ -159,7 +159,7 @@ def test_a_window_that_is_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
     assert [m["content"] for m in sent] == ["remember me", "Hello there!", "and now?"]
 
 
-def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows_and_change_nothing(
+def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     gateway.chat(session, "freeze me twice")
@@ -184,7 +184,7 @@ def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows_and_chan
 
 
 @pytest.mark.anyio
-async def test_ec020b_objects_that_fill_the_budget_to_the_last_byte_are_kept_and_one_byte_more_is_not(
+async def test_ec020b_objects_are_kept_up_to_the_last_byte_of_the_budget(
     harness: GatewayHarness,
 ) -> None:
     kept = await window(harness.services)
@@ -215,9 +215,7 @@ def test_ec040a_an_engine_that_dies_during_a_freeze_leaves_the_session_usable(
     assert gateway.freeze(session, f"w-{session}").status_code == 201
 
 
-def test_ec041_a_thaw_that_waits_too_long_for_the_engine_is_a_clean_error_and_is_not_tried_twice(
-    engine: FakeEngine, tmp_path: Path
-) -> None:
+def test_ec041_a_thaw_that_times_out_is_a_clean_error_and_is_not_retried(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
         gateway.chat("kept", "remember me")
         assert gateway.freeze("kept", "kept").status_code == 201
@@ -233,9 +231,7 @@ def test_ec041_a_thaw_that_waits_too_long_for_the_engine_is_a_clean_error_and_is
         assert gateway.http.post("/admin/windows/kept/thaw", json=body).status_code == 200
 
 
-def test_ec042_a_clock_that_was_set_back_makes_no_session_idle_for_a_negative_time(
-    gateway: Gateway, session: str
-) -> None:
+def test_ec042_a_clock_set_back_never_makes_an_idle_time_negative(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.turns(session)
     with closing(sqlite3.connect(gateway.data_dir / "gateway.db")) as db, db:
@@ -251,7 +247,7 @@ def test_ec042_a_clock_that_was_set_back_makes_no_session_idle_for_a_negative_ti
 @pytest.mark.parametrize(
     ("tokens", "says"), [(3891, ""), (3892, "nearly full"), (4095, "nearly full"), (4096, "is full"), (5000, "is full")]
 )
-def test_w17_ec011_a_context_of_95_percent_warns_and_one_of_100_says_so(
+def test_w17_ec011_a_context_warns_at_95_percent_and_at_100(
     engine: FakeEngine, gateway: Gateway, session: str, tokens: int, says: str
 ) -> None:
     engine.on_chat = lambda exchange: exchange.json(whole_reply("ok", usage_of(tokens - 10, 10)))
@@ -282,9 +278,7 @@ def test_s12_a_word_of_sql_or_of_storage_is_a_name_like_any_other(gateway: Gatew
 
 
 @pytest.mark.parametrize("name", ["a;b", "a|b", "a`b`", "$(a)", "../a", "a/../b", "\uff41", "a\u0430", "a'--"])
-def test_s14_ec013_what_a_shell_a_path_or_an_eye_could_misread_is_no_name(
-    gateway: Gateway, session: str, name: str
-) -> None:
+def test_s14_ec013_names_a_shell_or_a_path_could_misread_are_refused(gateway: Gateway, session: str, name: str) -> None:
     gateway.chat(session)
     assert error_of(gateway.freeze(session, name)) == (400, "invalid_window_name")
     assert error_of(gateway.freeze(name, "w")) == (400, "invalid_session_id")
@@ -341,7 +335,7 @@ def test_s06_no_secret_is_in_the_code() -> None:
     assert [text for text in literals() if looks.fullmatch(text)] == []
 
 
-def test_s43_no_address_of_anybody_else_is_in_the_code_and_no_part_reports_its_use() -> None:
+def test_s43_the_code_holds_no_foreign_address_and_reports_no_usage() -> None:
     hosts = {host for text in literals() for host in re.findall(r"https?://([\w.-]+)", text)}
     # RFC 2606: names under .example are nobody's.
     assert {host for host in hosts if not host.endswith(".example")} <= {"127.0.0.1", "localhost"}
@@ -385,7 +379,7 @@ def literals() -> list[str]:
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-def test_s27_ids_that_nobody_chose_cannot_be_guessed(gateway: Gateway) -> None:
+def test_s27_generated_ids_cannot_be_guessed(gateway: Gateway) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     ids = [gateway.http.post(CHAT, json=body).headers["x-session-id"] for _ in range(20)]
     assert all(re.fullmatch(r"s-[0-9a-f]{24}", one) for one in ids)
@@ -409,7 +403,7 @@ def test_s07_what_the_gateway_writes_can_be_read_by_its_owner_alone(engine: Fake
     assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
 
 
-def test_x24_no_file_beside_the_gateway_stops_its_start(
+def test_x24_a_file_in_the_working_directory_does_not_stop_the_start(
     engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".env").write_text("OPENAI_API_KEY=k\nCWG_PORT=nonsense\n")

@@ -81,7 +81,7 @@ def test_what_is_spent_on_our_own_work_is_less_than_the_turn(
     assert value(seen, "cwg_overhead_seconds_bucket", dialect="chat", le="+Inf") == 20
 
 
-def test_outcomes_that_are_none_of_the_clients_doing_are_told_apart(
+def test_outcomes_not_caused_by_the_client_are_distinguished(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def cut(exchange: Exchange) -> None:
@@ -117,7 +117,7 @@ def test_a_model_that_is_not_served_makes_no_series_of_its_own(
     assert value(numbers(text), "cwg_turns_total", dialect="chat", model="", outcome="engine_error") == 5
 
 
-def test_verbs_are_counted_by_result_and_windows_told_from_the_store(
+def test_operations_are_counted_by_result_and_windows_from_the_store(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     gateway.chat(session)
@@ -139,7 +139,7 @@ def test_verbs_are_counted_by_result_and_windows_told_from_the_store(
     assert value(seen, "cwg_windows", kv="absent") == 1
 
 
-def test_an_engine_that_is_down_is_told(engine: FakeEngine, gateway: Gateway) -> None:
+def test_an_engine_that_is_down_is_counted(engine: FakeEngine, gateway: Gateway) -> None:
     where = engine.url.removeprefix("http://")
     assert value(scrape(gateway), "cwg_engine_up", engine=where) == 1
     engine.stop()
@@ -149,7 +149,7 @@ def test_an_engine_that_is_down_is_told(engine: FakeEngine, gateway: Gateway) ->
         engine.start()
 
 
-def test_json_says_what_the_text_says(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_json_holds_what_the_text_format_holds(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.freeze(session, "w")
     rows = gateway.http.get("/admin/metrics").json()["metrics"]
@@ -163,7 +163,7 @@ def test_json_says_what_the_text_says(engine: FakeEngine, gateway: Gateway, sess
     assert error_of(gateway.http.get("/admin/metrics?x=1")) == (400, "unknown_parameter")
 
 
-def test_metrics_ask_for_the_key_as_every_door_does(engine: FakeEngine, tmp_path: Path) -> None:
+def test_metrics_require_the_key(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, api_key="k3y") as gateway:
         for path in ("/metrics", "/admin/metrics"):
             assert error_of(httpx.get(gateway.url + path)) == (401, "unauthorized")
@@ -198,7 +198,7 @@ def test_docs_have_every_metric_as_the_code_has_it() -> None:
     assert rows[2:] == [[f"`{m.name}`", m.kind, ", ".join(f"`{x}`" for x in m.labels), m.help] for m in METRICS]
 
 
-def test_every_metric_of_the_table_is_told_with_its_labels_and_no_other() -> None:
+def test_exactly_the_documented_metrics_are_exported_with_their_labels() -> None:
     telemetry = Metrics()
     use_all(telemetry)
     text = telemetry.text(Stored({"complete": 1}, {"disk": (2, 3)})).decode()
@@ -224,7 +224,7 @@ def use_all(telemetry: Metrics) -> None:
         pass
 
 
-def test_no_password_is_told() -> None:
+def test_no_password_is_exported() -> None:
     telemetry = Metrics()
     use_all(telemetry)
     assert 'engine="host:1"' in (text := telemetry.text(Stored({}, {})).decode())
@@ -232,7 +232,7 @@ def test_no_password_is_told() -> None:
 
 
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
-def test_a_verb_that_breaks_is_counted_as_failed_and_raises(raised: type[BaseException]) -> None:
+def test_an_operation_that_raises_is_counted_as_failed(raised: type[BaseException]) -> None:
     telemetry = Metrics()
 
     def breaks() -> None:
@@ -269,9 +269,7 @@ def test_whichever_worker_is_asked_answers_for_all(engine: FakeEngine, tmp_path:
             assert value(seen, "cwg_engine_up", engine=engine.url.removeprefix("http://")) == 1
 
 
-def test_the_numbers_of_a_worker_that_was_killed_stay_and_go_on(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_the_counters_of_a_killed_worker_are_kept(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with crew(engine, tmp_path) as gateway:
         for pid in sorted(workers_of(gateway.process.pid)):
             turns_on(gateway, pid, f"{session}-{pid}")
@@ -309,7 +307,7 @@ def turns_on(gateway: Gateway, pid: int, session: str) -> None:
                 return
 
 
-def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
+def test_an_unusable_metrics_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match="metrics"):
         clear(tmp_path / "file" / "metrics")

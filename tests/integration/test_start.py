@@ -74,7 +74,7 @@ def test_a_store_without_its_secret_stops_the_start(used: Gateway, secret: str |
         used.close()
 
 
-def test_another_secret_is_taken_when_that_is_asked_for_and_is_then_the_stores(
+def test_a_new_secret_is_accepted_on_request_and_becomes_the_stores(
     engine: FakeEngine, tmp_path: Path, used: Gateway
 ) -> None:
     (used.data_dir / "secret").write_text("f" * 64)

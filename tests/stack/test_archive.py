@@ -11,7 +11,7 @@ CHUNK = 64
 QUESTION = {"role": "user", "content": "And then?"}
 
 
-def test_an_imported_window_hits_every_whole_chunk_and_goes_on_as_before(stack: Stack, own: Gateway) -> None:
+def test_an_imported_window_hits_every_whole_chunk_and_continues_as_before(stack: Stack, own: Gateway) -> None:
     messages = converse(own.client("travels"), "A window on its way to another harness")
     frozen = own.freeze("travels", "travels")
     chunks = frozen["receipt"]["chunks"]

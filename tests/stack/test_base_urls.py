@@ -75,7 +75,7 @@ def by_history(stack: Stack, gateway: Gateway) -> Iterator[Frozen]:
     _evict(stack, chunks)
 
 
-def test_a_session_known_by_its_history_alone_is_frozen_and_goes_on_after_a_restart(by_history: Frozen) -> None:
+def test_a_session_matched_by_history_is_frozen_and_continues_after_a_restart(by_history: Frozen) -> None:
     with unnamed(by_history.gateway) as client:
         session, answer = ask(client, [*by_history.messages, {"role": "user", "content": "Go on."}])
     assert session == by_history.session

@@ -37,7 +37,7 @@ def test_a_stream_has_the_bytes_of_the_engines_own_but_for_ids_and_times(stack: 
         same_bytes(ask)
 
 
-def test_an_answer_in_one_piece_has_the_engines_own_bytes_but_for_ids_and_times(stack: Stack, shared: Gateway) -> None:
+def test_an_unstreamed_answer_has_the_engines_bytes_but_for_ids_and_times(stack: Stack, shared: Gateway) -> None:
     direct = stack.engine.post("/v1/chat/completions", json={**_BODY, "cache_salt": "direct"})
     relayed = shared.http.post("/v1/chat/completions", json=_BODY)
     assert _VOLATILE.sub(b"", relayed.content) == _VOLATILE.sub(b"", direct.content)

@@ -142,7 +142,7 @@ def _new(prompt: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["text", "row", "mixed"])
-def test_a_thawed_conversation_hits_and_goes_on_as_one_that_was_never_frozen(shelf: Shelf, name: str) -> None:
+def test_a_thawed_conversation_hits_and_continues_as_if_never_frozen(shelf: Shelf, name: str) -> None:
     told: Told = getattr(shelf, name)
     thawed = shelf.gateway.thaw(name)
     answer = complete(shelf.gateway.client(thawed["session_id"]), _longer(told.prompt), logprobs=3)

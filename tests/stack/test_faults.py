@@ -121,7 +121,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", path], check=True)
 
 
-def test_a_disk_that_fills_up_while_pinning_is_storage_full_and_leaves_no_window(
+def test_a_disk_that_fills_up_while_pinning_is_storage_full_without_a_window(
     stack: Stack, own: Gateway, tiny: Path, tmp_path: Path
 ) -> None:
     converse(own.client("full"), "full", turns=3, words=90)
@@ -201,7 +201,7 @@ def frozen_without_cache(stack: Stack, own: Gateway) -> Iterator[tuple[Gateway, 
     stack.parts.cache.wait_ready(local.CACHE_WITHIN)
 
 
-def test_with_the_cache_down_turns_go_on_and_freeze_and_thaw_say_what_they_lack(
+def test_with_the_cache_down_turns_continue_and_freeze_and_thaw_warn(
     stack: Stack, frozen_without_cache: tuple[Gateway, str]
 ) -> None:
     gateway, name = frozen_without_cache

@@ -129,7 +129,7 @@ def test_a_damaged_object_is_found_reported_and_recomputed(shelf: Shelf, harm: s
     assert again["kv"] == "complete"
 
 
-def test_a_window_whose_every_object_is_lost_still_has_its_text_and_says_so(shelf: Shelf) -> None:
+def test_a_window_without_any_object_left_thaws_its_text_with_a_warning(shelf: Shelf) -> None:
     thawed = shelf.gateway.thaw("gone", warm="gpu")
     assert thawed["receipt"]["chunks_found"] == thawed["receipt"]["cached_tokens"] == 0
     assert thawed["receipt"]["partial"]
@@ -171,7 +171,7 @@ def test_the_same_session_freezes_again_and_again_sharing_its_chunks(stack: Stac
     assert own.http.get("/admin/windows/first/messages").json()["messages"] == messages[:-2]
 
 
-def test_deleting_frees_what_nobody_else_holds_and_counts_real_bytes(stack: Stack, own: Gateway) -> None:
+def test_deleting_frees_what_no_other_window_holds_and_counts_real_bytes(stack: Stack, own: Gateway) -> None:
     converse(own.client("freed"), "freed", turns=2)
     window = own.freeze("freed", "original")
     clone = own.http.post("/admin/windows/original/clone", json={"target_window": "copy"}).json()
@@ -188,7 +188,7 @@ def test_deleting_frees_what_nobody_else_holds_and_counts_real_bytes(stack: Stac
     assert _usage(stack, hashes) == (0, 0)
 
 
-def test_a_window_of_a_session_that_goes_on_lets_go_of_pins_only(stack: Stack, own: Gateway) -> None:
+def test_deleting_a_window_of_an_active_session_frees_its_pins_only(stack: Stack, own: Gateway) -> None:
     client = own.client("going")
     messages = converse(client, "going", turns=1)
     own.freeze("going", "snapshot")
@@ -200,7 +200,7 @@ def test_a_window_of_a_session_that_goes_on_lets_go_of_pins_only(stack: Stack, o
     assert not any(list((stack.plan.data_dir / "kv-pins").glob(f"*/*@{h}@*.data")) for h in hashes)
 
 
-def test_less_than_a_chunk_keeps_the_text_and_says_that_there_is_no_kv(shared: Gateway) -> None:
+def test_less_than_a_chunk_keeps_the_text_and_warns_about_its_kv(shared: Gateway) -> None:
     chat(shared.client("short"), [{"role": "user", "content": "Hi"}], max_tokens=2)
     window = shared.freeze("short", "short-window")
     assert (window["kv"], window["block_count"]) == ("absent", 0)

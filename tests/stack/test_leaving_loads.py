@@ -152,7 +152,7 @@ def frozen(stack: Stack, gateway: Gateway) -> Frozen:
     return Frozen(stack, gateway)
 
 
-def test_clients_that_leave_during_their_loads_harm_neither_the_engine_nor_others(stack: Stack, frozen: Frozen) -> None:
+def test_clients_that_disconnect_during_loads_harm_neither_engine_nor_others(stack: Stack, frozen: Frozen) -> None:
     before, loaded, computed = life(stack), frozen.answer(), frozen.computed()
     assert loaded[0] >= _TOKENS * 0.9, "the answer to compare with was loaded itself"
     for _ in range(_LEAVES):
@@ -176,6 +176,6 @@ def test_gateways_killed_during_loads_harm_neither_the_engine_nor_others(
     assert life(stack) == before
 
 
-def test_the_engine_tells_that_clients_may_leave(gateway: Gateway) -> None:
+def test_the_engine_reports_that_clients_may_disconnect(gateway: Gateway) -> None:
     checks = gateway.http.post("/admin/doctor", json={}).json()["checks"]
     assert [check["status"] for check in checks if check["name"] == "aborts"] == ["ok"]

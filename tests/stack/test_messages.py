@@ -140,9 +140,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_what_is_recorded_of_a_request_renders_to_the_tokens_that_the_engine_made_of_it(
-    stack: Stack, name: str
-) -> None:
+def test_a_recorded_request_renders_to_the_engines_own_tokens(stack: Stack, name: str) -> None:
     body = {**_BODY, **CONVERSATIONS[name]}
     expected = _rendered(stack, "/v1/messages/render", body)
     call = MessagesDialect().read(body, b"")
@@ -173,7 +171,7 @@ def vllm() -> Any:
     return converted
 
 
-def test_whatever_is_said_is_recorded_as_vllm_converts_it(vllm: Any) -> None:
+def test_every_message_is_recorded_as_vllm_converts_it(vllm: Any) -> None:
     @settings(max_examples=300)
     @given(MESSAGES)
     def holds(messages: list[dict[str, Any]]) -> None:
@@ -252,7 +250,7 @@ def test_a_session_counts_the_whole_prompt_and_what_of_it_was_cached(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_is_called_and_its_result_goes_on_from_the_recorded_transcript(
+def test_a_tool_result_continues_the_recorded_transcript(
     stack: Stack, shared: Gateway, client: anthropic.Anthropic, stream: bool
 ) -> None:
     asked = {**_BODY, "tools": _TOOLS, "tool_choice": {"type": "any"}, "temperature": 1.0, "max_tokens": 300}
@@ -295,7 +293,7 @@ def test_parallel_calls_are_recorded_as_the_client_sends_them_back(
 # --- windows, across dialects
 
 
-def test_a_window_begun_in_messages_goes_on_in_chat_and_in_messages_with_its_cache(
+def test_a_messages_window_continues_in_chat_and_in_messages_with_its_cache(
     stack: Stack, shared: Gateway, client: anthropic.Anthropic
 ) -> None:
     _converse(client, "begun in messages")
@@ -304,13 +302,13 @@ def test_a_window_begun_in_messages_goes_on_in_chat_and_in_messages_with_its_cac
     _go_on(stack, shared, "begun-in-messages", window)
 
 
-def test_a_window_begun_in_chat_goes_on_in_messages_and_in_chat_with_its_cache(stack: Stack, shared: Gateway) -> None:
+def test_a_chat_window_continues_in_messages_and_in_chat_with_its_cache(stack: Stack, shared: Gateway) -> None:
     converse(shared.client("begun-in-chat"), "begun in chat")
     window = shared.freeze("begun-in-chat", "begun-in-chat")
     _go_on(stack, shared, "begun-in-chat", window)
 
 
-def test_a_window_of_thoughts_and_tools_goes_on_in_either_dialect(stack: Stack, shared: Gateway) -> None:
+def test_a_window_of_thoughts_and_tools_continues_in_either_api(stack: Stack, shared: Gateway) -> None:
     with _client(shared, "thoughts") as client:
         body = {**_BODY, **CONVERSATIONS["thinking"], "system": "You are terse. " * 20}
         _ask(client, {**body, "tool_choice": {"type": "none"}})

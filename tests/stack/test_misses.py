@@ -39,7 +39,7 @@ def follow(gateway: Gateway, session: str, messages: list[dict[str, Any]], **mor
     return after
 
 
-def test_the_same_request_again_and_the_one_that_goes_on_miss_nothing(shared: Gateway) -> None:
+def test_a_repeated_request_and_the_next_turn_miss_nothing(shared: Gateway) -> None:
     again = follow(shared, "again", LONG)
     assert again["miss"] == "none"
     assert again["cached_tokens"] >= again["expected_cached_tokens"]
@@ -70,7 +70,7 @@ def test_another_salt_of_the_clients_finds_nothing(shared: Gateway) -> None:
     assert (salted["miss"], salted["cached_tokens"]) == ("new-salt: the salt changed", 0)
 
 
-def test_a_conversation_shorter_than_a_chunk_is_said_to_be(shared: Gateway) -> None:
+def test_a_conversation_shorter_than_a_chunk_has_that_reason(shared: Gateway) -> None:
     first = turn(shared, "short", [u("hi")], max_tokens=2)
     assert first["prompt_tokens"] + 2 < CHUNK // 2
     second = turn(shared, "short", [u("hi"), first["reply"], u("?")], max_tokens=2)
@@ -78,7 +78,7 @@ def test_a_conversation_shorter_than_a_chunk_is_said_to_be(shared: Gateway) -> N
     assert (second["expected_cached_tokens"], second["cached_tokens"]) == (0, 0)
 
 
-def test_a_long_reply_that_is_written_otherwise_than_sampled_is_told_from_one_that_was_found(shared: Gateway) -> None:
+def test_a_reply_that_tokenizes_differently_than_sampled_differs_from_a_hit(shared: Gateway) -> None:
     """The demo model's replies rarely tokenise back to what was sampled; the engine's count tells which did."""
     for seed in range(3):
         session = f"reply-{seed}"

@@ -72,7 +72,7 @@ def asked(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, dict[str, A
     yield gateway, *long_window(stack, gateway, "asked")
 
 
-def test_ten_asks_compute_the_question_and_the_tail_and_leave_the_bytes_as_they_were(
+def test_ten_asks_compute_only_question_and_tail_and_change_no_bytes(
     stack: Stack, asked: tuple[Gateway, dict[str, Any], str]
 ) -> None:
     gateway, window, salt = asked
@@ -118,7 +118,7 @@ def test_verify_lists_what_is_damaged_and_what_is_missing_and_changes_nothing(st
     assert (bad["ok"], bad["chunks_usable"], bad["chunks_pinned"]) == (False, 2, chunks)
 
 
-def test_an_evicted_window_is_in_the_tiers_alone_and_a_prefetch_brings_it_back(stack: Stack, gateway: Gateway) -> None:
+def test_an_evicted_window_is_only_in_the_tiers_until_it_is_prefetched(stack: Stack, gateway: Gateway) -> None:
     window, _, salt = frozen(gateway, "evicted")
     chunks = window["receipt"]["chunks"]
     post(gateway, "evicted/prefetch")
@@ -140,9 +140,7 @@ def test_an_evicted_window_is_in_the_tiers_alone_and_a_prefetch_brings_it_back(s
     assert post(gateway, "evicted/prefetch")["receipt"]["chunks_found"] == chunks - 1
 
 
-def test_a_deep_verification_uses_the_bytes_of_each_tier_and_sees_those_that_are_wrong(
-    stack: Stack, gateway: Gateway
-) -> None:
+def test_a_deep_verification_uses_the_bytes_of_each_tier_and_finds_wrong_ones(stack: Stack, gateway: Gateway) -> None:
     window, _, salt = frozen(gateway, "deep", turns=1, words=30)
     whole = window["receipt"]["chunks"] * CHUNK
     files, keys = sorted(p.name for p in stack.kv_dir.iterdir()), stack.redis.dbsize()
@@ -229,9 +227,7 @@ def test_branches_that_all_begin_at_once_later_find_what_was_evicted_since(
         assert min(threads.map(begin, sessions)) >= chunks * CHUNK
 
 
-def test_an_isolated_clone_hits_its_own_copy_that_takes_no_bytes_and_outlives_its_source(
-    stack: Stack, gateway: Gateway
-) -> None:
+def test_an_isolated_clone_hits_its_copy_takes_no_bytes_and_outlives_its_source(stack: Stack, gateway: Gateway) -> None:
     window, messages, salt = frozen(gateway, "source")
     control = _answer(gateway, "s-source", [*messages, NEXT])
     used = _disk_bytes(stack)

@@ -63,7 +63,7 @@ def _cached(dialect: str, answer: httpx.Response) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
-def test_a_full_conversation_goes_on_and_nothing_of_it_is_lost(going_on: Gateway, text: str, dialect: str) -> None:
+def test_a_full_conversation_continues_and_nothing_of_it_is_lost(going_on: Gateway, text: str, dialect: str) -> None:
     path = {"chat": "chat/completions"}.get(dialect, dialect)
     session = f"outgrowing-{dialect}"
 

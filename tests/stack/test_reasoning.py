@@ -211,7 +211,7 @@ def _cut(event: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
-def test_a_thought_is_recorded_and_the_conversation_goes_on_with_and_without_it(
+def test_a_thought_is_recorded_and_the_conversation_continues_with_and_without_it(
     stack: Stack, shared: Gateway, dialect: str, stream: bool
 ) -> None:
     text = f"{dialect} {stream} {TOPIC}"

@@ -152,7 +152,7 @@ def plain_client(gateway: Gateway) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def test_a_chain_goes_on_after_a_restart_and_hits(own: Gateway) -> None:
+def test_a_chain_continues_after_a_restart_and_hits(own: Gateway) -> None:
     with plain_client(own) as client:
         first = ask(client, "The weather is fine. " * 120, instructions="Be terse.")
         second = ask(client, "And tomorrow? " * 30, previous_response_id=first.id, instructions="Be terse.")
@@ -182,7 +182,7 @@ def test_a_chain_goes_on_after_a_restart_and_hits(own: Gateway) -> None:
     assert (chain["turn_count"], fork_["turn_count"]) == (3, 2)
 
 
-def test_what_is_put_in_front_renders_as_if_the_client_had_sent_it_all(stack: Stack, shared: Gateway) -> None:
+def test_a_prepended_history_renders_as_if_the_client_had_sent_it(stack: Stack, shared: Gateway) -> None:
     with plain_client(shared) as client:
         first = ask(client, [USER], tools=[TOOL])
         chained = ask(client, [MORE], previous_response_id=first.id, tools=[TOOL])
@@ -192,7 +192,7 @@ def test_what_is_put_in_front_renders_as_if_the_client_had_sent_it_all(stack: St
     assert chained.usage.input_tokens == len(rendered["token_ids"])
 
 
-def test_tool_calls_and_their_results_go_on_by_id(stack: Stack, shared: Gateway) -> None:
+def test_tool_calls_and_their_results_continue_by_id(stack: Stack, shared: Gateway) -> None:
     with plain_client(shared) as client:
         # The model is random: not every seed ends its arguments before the limit.
         choice = {"type": "function", "name": "weather"}
@@ -217,7 +217,7 @@ def test_tool_calls_and_their_results_go_on_by_id(stack: Stack, shared: Gateway)
     assert after.usage.input_tokens == len(rendered["token_ids"])
 
 
-def test_a_session_of_responses_is_frozen_and_goes_on_in_chat_and_back(shared: Gateway) -> None:
+def test_a_session_of_responses_is_frozen_and_continues_in_chat_and_back(shared: Gateway) -> None:
     client = shared.client("of-responses")
     first = ask(client, "The weather is fine. " * 120, instructions="Be terse.", tools=[TOOL])
     second = ask(client, "And then? " * 30, previous_response_id=first.id, instructions="Be terse.", tools=[TOOL])

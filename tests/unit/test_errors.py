@@ -111,7 +111,7 @@ def literals() -> str:
         (mcp.WORDS, "x", "start it with `cwg up`", "start it with `cwg up`"),
     ],
 )
-def test_a_hint_is_told_in_the_words_of_its_api(words: HintWords, code: str, hint: str, expected: str) -> None:
+def test_a_hint_uses_the_terms_of_its_api(words: HintWords, code: str, hint: str, expected: str) -> None:
     assert words.translate(code, hint) == expected
 
 

@@ -17,7 +17,7 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_what_is_no_name_is_refused_with_its_field_and_without_its_length(value: Any) -> None:
+def test_an_invalid_name_is_refused_with_its_field(value: Any) -> None:
     for check, code in ((check_session_id, "invalid_session_id"), (check_window_name, "invalid_window_name")):
         with pytest.raises(GatewayError) as refused:
             check(value, "the field")

@@ -134,7 +134,7 @@ def test_an_unknown_key_stops_the_start_and_names_the_nearest(tmp_path: Path, na
         assert str(refused.value) == f"environment variable CWG_{name.upper()}: {wanted}"
 
 
-def test_an_unknown_rule_of_the_normaliser_stops_the_start_and_names_the_nearest() -> None:
+def test_an_unknown_normaliser_rule_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(SettingsError, match="unknown rule 'claude-billing'; did you mean 'claude-billing-header'"):
         load(environment={"CWG_NORMALISE": "timestamp-line,claude-billing"})
     assert load(environment={"CWG_NORMALISE": ""}).normalise == ()

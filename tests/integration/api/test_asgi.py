@@ -88,7 +88,7 @@ def test_a_client_that_leaves_within_its_body_reaches_no_engine(engine: FakeEngi
     assert "Traceback" not in strict.log
 
 
-def test_the_admin_door_has_the_same_limit(strict: Gateway) -> None:
+def test_the_admin_api_has_the_same_body_limit(strict: Gateway) -> None:
     response = strict.http.post("/admin/windows", content=b" " * 1001)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
 

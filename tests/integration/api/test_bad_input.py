@@ -60,7 +60,7 @@ def test_malformed_events_pass_as_they_are_and_the_turn_is_recorded(
 
 @apis
 @pytest.mark.parametrize("odd", [MALFORMED[0], MALFORMED[1], MALFORMED[10]])
-def test_a_stream_that_cannot_be_read_is_no_transcript(
+def test_an_unreadable_stream_leaves_no_transcript(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api, odd: bytes
 ) -> None:
     api.answers(engine, streaming(api.word, odd, DONE))
@@ -73,7 +73,7 @@ def test_a_stream_that_cannot_be_read_is_no_transcript(
 @apis
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_a_stream_cut_within_a_character_a_line_end_or_a_name_comes_through_whole(
+def test_a_stream_cut_inside_a_character_or_a_line_end_is_relayed_whole(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api, line_end: bytes, size: int
 ) -> None:
     words = ["Grüße", " 日本", "🎉🎉"]
@@ -94,7 +94,7 @@ def test_a_stream_cut_within_a_character_a_line_end_or_a_name_comes_through_whol
 @apis
 @pytest.mark.parametrize("half", [b"", b'data: {"id":"x","choi', "data: é".encode()[:-1], b"data: x\r"])
 @pytest.mark.parametrize("asks_usage", [False, True])
-def test_an_engine_that_closes_in_mid_stream_ends_it_with_an_error_event(
+def test_an_engine_that_closes_mid_stream_causes_an_error_event(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api, half: bytes, asks_usage: bool
 ) -> None:
     def answer(exchange: Exchange) -> None:
@@ -118,7 +118,7 @@ def test_an_engine_that_closes_in_mid_stream_ends_it_with_an_error_event(
 
 @apis
 @pytest.mark.parametrize("last", [[], [DONE]])
-def test_an_error_event_inside_a_200_is_passed_on_and_is_no_reply(
+def test_an_error_event_inside_a_200_is_relayed_and_not_recorded_as_reply(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api, last: list[bytes]
 ) -> None:
     broken = event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})

@@ -86,7 +86,7 @@ def test_more_messages_than_the_bound_are_refused(engine: FakeEngine, limited: G
 
 
 @pytest.mark.parametrize("path", ["/admin/windows", "/admin/policies/check", "/mcp"])
-def test_json_beyond_the_bounds_is_refused_at_the_other_doors_too(gateway: Gateway, path: str) -> None:
+def test_json_beyond_the_bounds_is_refused_by_the_other_apis_too(gateway: Gateway, path: str) -> None:
     accept = {"accept": "application/json, text/event-stream"}
     deep = b'{"session_id":' + b'{"a":' * 990 + b"1" + b"}" * 990 + b"}"
     assert code_of(post(gateway, path, deep, **accept)) == (413, "too_complex")
@@ -144,7 +144,7 @@ def test_a_head_that_comes_at_once_has_the_same_bounds(gateway: Gateway) -> None
         assert wire.head() == 200
 
 
-def test_a_large_body_behind_a_head_is_no_head(engine: FakeEngine, gateway: Gateway) -> None:
+def test_a_large_body_does_not_count_towards_the_head_limit(engine: FakeEngine, gateway: Gateway) -> None:
     text = "x" * 300_000
     with RawHttpClient(gateway.url) as wire:
         for _ in range(3):
@@ -203,7 +203,7 @@ def test_only_so_many_requests_wait_for_the_answer_before_them(engine: FakeEngin
             wire.chunks()
 
 
-def test_trailers_are_no_headers(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_trailers_are_not_taken_for_headers(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     with RawHttpClient(gateway.url) as wire:
         wire.send(
             HEAD
@@ -264,7 +264,7 @@ def test_a_client_of_http_1_0_gets_no_chunks(engine: FakeEngine, gateway: Gatewa
     ("method", "path"),
     [("POST", CHAT), ("GET", "/v1/models"), ("GET", "/admin/sessions"), ("POST", "/tokenize"), ("POST", "/mcp")],
 )
-def test_without_a_key_no_door_opens_to_a_page_of_another_site(
+def test_without_a_key_pages_of_other_sites_are_refused(
     engine: FakeEngine, gateway: Gateway, headers: dict[str, str], method: str, path: str
 ) -> None:
     sent = (

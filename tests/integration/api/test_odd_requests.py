@@ -24,7 +24,7 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
 
 @apis
 @pytest.mark.parametrize("stream", ["yes", "true", 1, "no", [], {}, None])
-def test_an_odd_stream_is_the_engines_to_understand_and_its_answer_is_read_as_what_it_is(
+def test_an_odd_stream_value_is_left_to_the_engine(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api, stream: Any
 ) -> None:
     taken_for_yes = stream in ("yes", "true", 1)  # vllm 0.32 takes them so
@@ -122,7 +122,7 @@ def test_unknown_roles_are_the_engines_to_refuse_and_are_kept_as_they_are(
     assert (response.status_code, response.json()) == (400, refusal)
 
 
-def test_images_stay_in_the_transcript_and_the_window_says_that_their_kv_is_not_kept(
+def test_images_stay_in_the_transcript_and_freeze_warns_about_their_kv(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}

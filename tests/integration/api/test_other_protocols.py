@@ -60,7 +60,7 @@ def test_a_websocket_or_a_tunnel_is_refused_in_words_and_reaches_no_engine(
         b"hello\r\n\r\n",
     ],
 )
-def test_what_is_no_http_1_is_told_so(engine: FakeEngine, gateway: Gateway, start: bytes) -> None:
+def test_other_http_versions_are_refused_by_name(engine: FakeEngine, gateway: Gateway, start: bytes) -> None:
     with RawHttpClient(gateway.url) as wire:
         wire.send(start)
         assert wire.head() == 400
@@ -70,7 +70,7 @@ def test_what_is_no_http_1_is_told_so(engine: FakeEngine, gateway: Gateway, star
     assert "HTTP/1.1" in error["message"]
 
 
-def test_what_is_no_http_behind_a_stream_does_not_get_into_it(
+def test_garbage_sent_during_a_stream_closes_it_without_an_answer(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_chat = lambda exchange: (exchange.begin(), exchange.chunk(delta(content="Hel")), exchange.gone())[0]
@@ -128,7 +128,7 @@ def test_a_wish_for_h2c_in_a_chunked_body_is_ignored(engine: FakeEngine, gateway
     connection.close()
 
 
-def test_an_upgrade_that_the_connection_does_not_name_is_no_upgrade(gateway: Gateway) -> None:
+def test_an_upgrade_header_without_connection_upgrade_is_ignored(gateway: Gateway) -> None:
     assert gateway.http.get("/v1/models", headers={"upgrade": "websocket"}).status_code == 200
     assert gateway.http.get("/v1/models", headers={"connection": "upgrade"}).status_code == 200
 

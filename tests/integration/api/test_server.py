@@ -75,7 +75,7 @@ def test_a_store_of_a_newer_gateway_is_one_clear_line(tmp_path: Path) -> None:
     assert_one_clear_line(ended, "999", "newer gateway")
 
 
-def test_a_store_that_is_no_database_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_store_that_is_not_a_database_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "gateway.db").write_bytes(b"garbage" * 1000)
     ended = serve(port=free_port(), engine_urls=DEAD, data_dir=tmp_path)
     assert_one_clear_line(ended, "gateway.db")
@@ -89,7 +89,7 @@ def test_a_data_dir_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("secret", [b"", b"short", b"\n" * 40])
-def test_a_secret_that_is_none_is_one_clear_line(tmp_path: Path, secret: bytes) -> None:
+def test_an_unusable_secret_is_one_clear_line(tmp_path: Path, secret: bytes) -> None:
     (tmp_path / "secret").write_bytes(secret)
     ended = serve(port=free_port(), engine_urls=DEAD, data_dir=tmp_path)
     assert_one_clear_line(ended, "secret", "32")
@@ -161,7 +161,7 @@ def test_a_stream_that_ends_within_the_grace_time_is_served_to_its_end(
         assert turn["outcome"] == "completed"
 
 
-def test_a_stream_that_does_not_end_is_closed_after_the_grace_time_and_recorded(
+def test_an_endless_stream_is_closed_after_the_grace_time_and_recorded(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     aborted = threading.Event()

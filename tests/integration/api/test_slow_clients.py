@@ -42,9 +42,7 @@ def deaf(gateway: Gateway, session: str) -> Iterator[RawHttpClient]:
         yield wire
 
 
-def test_clients_that_read_nothing_do_not_count_as_turns_that_wait_for_the_store(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_clients_that_read_nothing_do_not_fill_the_turn_queue(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path, turn_queue=2) as gateway, ExitStack() as stack:
         Endless(engine)
         for number in range(4):
@@ -110,7 +108,7 @@ def hold(engine: FakeEngine) -> threading.Event:
     return go_on
 
 
-def test_a_client_beyond_the_limit_is_told_so_and_served_when_there_is_room(
+def test_a_client_beyond_the_limit_is_refused_and_later_served(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     with gateway_in_front_of(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
@@ -223,7 +221,7 @@ def test_the_limit_on_open_files_is_raised(engine: FakeEngine, tmp_path: Path) -
         assert resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE) == (most, most)
 
 
-def test_with_few_open_files_it_says_so_and_hundreds_of_idle_clients_shut_nobody_out(
+def test_few_open_files_are_logged_and_idle_clients_shut_no_one_out(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     with limited(engine, tmp_path, 200, 200) as gateway, ExitStack() as stack:

@@ -61,7 +61,7 @@ def something_else(answer: bytes) -> Iterator[str]:
             thread.join()
 
 
-def test_the_verbs_do_their_work_and_tell_it(gateway: Gateway, session: str) -> None:
+def test_the_commands_do_their_work_and_report_it(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     name = f"w-{session}"
     frozen = cwg(
@@ -81,7 +81,7 @@ def test_the_verbs_do_their_work_and_tell_it(gateway: Gateway, session: str) -> 
     assert_failed(cwg("delete", name, url=gateway.url), name)
 
 
-def test_every_verb_can_answer_in_json(gateway: Gateway, session: str, tmp_path: Path) -> None:
+def test_every_command_can_answer_in_json(gateway: Gateway, session: str, tmp_path: Path) -> None:
     gateway.chat(session)
     name = f"w-{session}"
     for command in (
@@ -187,7 +187,7 @@ def test_a_mistyped_name_is_answered_with_the_nearest_that_there_is(gateway: Gat
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_is_told_how_to_complete(shell: str) -> None:
+def test_completion_prints_what_the_shell_needs(shell: str) -> None:
     if shell == "bash" and shutil.which("bash") is None:
         pytest.skip("click asks bash for its version")
     ended = cwg("completion", shell)
@@ -251,12 +251,12 @@ def test_no_gateway_is_one_line_that_says_what_to_do() -> None:
 @pytest.mark.parametrize(
     "url", ["nonsense", "ftp://x", "http://", "http://[bad", "http://127.0.0.1:99999", "http://a b", "http://x\n"]
 )
-def test_an_address_that_is_none_is_one_line(url: str) -> None:
+def test_an_invalid_url_is_one_line(url: str) -> None:
     assert_failed(cwg("list", url=url))
 
 
 @pytest.mark.parametrize("key", ["wröng", "a\nb", "wrong"])
-def test_a_key_that_does_not_fit_is_one_line(gateway: Gateway, key: str) -> None:
+def test_an_unusable_key_is_one_line(gateway: Gateway, key: str) -> None:
     ended = cwg("list", url=gateway.url, api_key=key)
     if key == "wrong":  # this gateway asks for none
         assert ended.returncode == 0
@@ -297,7 +297,7 @@ def test_an_answer_of_something_else_is_one_line(answer: bytes, command: list[st
         (b"port = true", "valid integer, not True"),
     ],
 )
-def test_a_settings_file_that_does_not_fit_is_one_line(tmp_path: Path, toml: bytes, says: str) -> None:
+def test_an_invalid_settings_file_is_one_line(tmp_path: Path, toml: bytes, says: str) -> None:
     file = tmp_path / "gateway.toml"
     file.write_bytes(toml)
     assert_failed(cwg("serve", "--config", str(file)), says)
@@ -332,7 +332,9 @@ def test_a_text_is_shown_with_its_control_characters_spelled_out() -> None:
     assert line("a\nb\r\nc\x1bd\x85e") == "a b c\\x1bd e"
 
 
-def test_nothing_that_was_said_reaches_a_terminal_as_it_is(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_control_characters_of_a_transcript_never_reach_the_terminal(
+    engine: FakeEngine, gateway: Gateway, session: str
+) -> None:
     engine.on_chat = lambda exchange: exchange.json(
         {"id": "x", "object": "chat.completion", "model": MODEL, "usage": {"prompt_tokens": 9, "completion_tokens": 1},
          "choices": [{"index": 0, "message": {"role": "assistant", "content": EVIL}, "finish_reason": "stop"}]}
@@ -373,7 +375,7 @@ def test_markup_in_a_name_is_a_name() -> None:
     assert "[/x]\\x1b[2J[bold]y" in ended.stdout
 
 
-def test_a_doctors_words_are_words(engine: FakeEngine) -> None:
+def test_control_characters_of_a_health_check_never_reach_the_terminal(engine: FakeEngine) -> None:
     check = {"name": "engine", "status": "failed", "message": "serves [/x]\x1b[2J", "remedy": "[/y]\x9b"}
     with something_else(answering({"ok": False, "checks": [check]})) as url:
         ended = cwg("doctor", url=url)

@@ -76,7 +76,7 @@ def test_one_prompt_is_a_turn_and_anything_else_goes_through_as_it_is(prompt: An
         {"echo": True, "return_token_ids": "true"},
     ],
 )
-def test_what_does_not_simply_follow_its_prompt_is_no_turn(more: dict[str, Any]) -> None:
+def test_a_reply_that_does_not_follow_its_prompt_is_not_recorded(more: dict[str, Any]) -> None:
     made, raw = read({"model": "demo", "prompt": "Once", **more})
     assert made.messages == []
     assert DIALECT.write(made, SALT).startswith(raw[:-1])
@@ -98,7 +98,7 @@ def test_an_echo_holds_the_prompt_unless_ids_are_returned(body: dict[str, Any], 
     assert made.messages == text("Once")
 
 
-def test_ids_that_are_echoed_as_text_are_no_turn() -> None:
+def test_ids_that_are_echoed_as_text_are_not_recorded() -> None:
     assert read({"prompt": [1, 2], "echo": True})[0].messages == []
     assert read({"prompt": [1, 2], "echo": True, "return_token_ids": True})[0].messages == row(1, 2)
 
@@ -119,7 +119,7 @@ def test_usage_is_asked_for_and_hidden_as_in_chat() -> None:
 
 
 @pytest.mark.parametrize("sent", [" He", [" He"]])
-def test_a_front_is_put_before_the_prompt(sent: Any) -> None:
+def test_a_history_is_prepended_to_the_prompt(sent: Any) -> None:
     made, _ = read({"prompt": sent, "max_tokens": 3, "echo": True, "suffix": None, "n": 2, "logprobs": 1})
     front = Front(None, text("king."), {"add_special_tokens": False})
     made = Call(**{name: getattr(made, name) for name in Call.__slots__} | {"front": front})
@@ -176,7 +176,7 @@ def test_of_several_choices_the_first_is_the_conversation() -> None:
     assert streamed(part(1, "B"), part(0, "A"), part(1, "b"), part(0, "a"), DONE).message == text("Aa")[0]
 
 
-def test_an_error_inside_a_stream_a_cut_and_what_is_no_json_are_no_reply() -> None:
+def test_an_error_event_a_cut_and_invalid_json_give_no_reply() -> None:
     error = event({"error": {"message": "EngineCore died", "code": 500}})
     for events, says in (
         ([*texts_of(["half"])[:1], error, DONE], "EngineCore died"),
@@ -202,7 +202,7 @@ def test_a_whole_reply_is_what_the_stream_of_it_would_have_been(ids: Any) -> Non
     "raw", [b"", b"{", b"[]", b"null", b"{}", b'{"choices": []}', b'{"choices": 7}', b'{"choices": [{}]}',
             b'{"choices": [{"text": null}]}', b'{"error": {"message": "no"}}', b'{"choices": [{"text": 5}]}'],
 )  # fmt: skip
-def test_what_holds_no_text_is_no_reply(raw: bytes) -> None:
+def test_an_answer_without_text_gives_no_reply(raw: bytes) -> None:
     reply = DIALECT.reply([raw], streamed=False)
     assert reply.message is None
     assert reply.error
@@ -284,7 +284,7 @@ def test_an_echo_is_kept_once(engine: FakeEngine, gateway: Gateway, session: str
     assert kept(gateway, f"w-{session}") == text("Once upon")
 
 
-def test_several_prompts_are_answered_salted_and_counted_but_leave_the_transcript_where_it_was(
+def test_several_prompts_are_salted_and_counted_but_not_recorded(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     complete(gateway, session, "Once")
@@ -297,7 +297,7 @@ def test_several_prompts_are_answered_salted_and_counted_but_leave_the_transcrip
     assert kept(gateway, f"w-{session}") == text("Oncex")
 
 
-def test_a_thawed_text_goes_on_from_the_whole_or_from_what_is_new(
+def test_a_thawed_text_continues_from_the_whole_or_from_what_is_new(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     complete(gateway, session, "Once", add_special_tokens=False)
@@ -313,7 +313,7 @@ def test_a_thawed_text_goes_on_from_the_whole_or_from_what_is_new(
     assert kept(gateway, f"v-{session}") == text("Oncex uponx")
 
 
-def test_token_ids_go_on_as_ids_where_the_engine_returned_them(
+def test_token_ids_continue_as_ids_where_the_engine_returned_them(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_completion = lambda exchange: exchange.json({**text_event("xy", token_ids=[8, 9]), "usage": USAGE})
@@ -329,7 +329,7 @@ def test_token_ids_go_on_as_ids_where_the_engine_returned_them(
     assert engine.seen("/tokenize") == []
 
 
-def test_token_ids_with_a_reply_in_text_are_frozen_and_go_on_from_the_whole_only(
+def test_token_ids_with_a_text_reply_freeze_and_continue_from_the_whole(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     complete(gateway, session, [1, 2, 3])

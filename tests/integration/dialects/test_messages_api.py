@@ -81,7 +81,7 @@ def talk(gateway: Gateway, session: str, path: str = PATH, **body: Any) -> Any:
     return gateway.http.post(path, json={**BODY, **body}, headers={"x-session-id": session})
 
 
-def test_a_turn_is_recorded_in_canonical_words(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_a_turn_is_recorded_in_canonical_form(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     engine.on_other = answer
     assert talk(gateway, session, system="Be terse.").json()["content"] == [text("Hello")]
     gateway.turns(session)
@@ -106,7 +106,7 @@ def test_a_stream_passes_byte_for_byte_and_its_reply_is_kept(
     assert kept[-1] == PARALLEL_MESSAGE
 
 
-def test_a_window_begun_in_chat_goes_on_in_messages_and_back_with_the_same_salt(
+def test_a_chat_window_continues_in_messages_and_back_with_the_same_salt(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_other = answer
@@ -127,7 +127,7 @@ def test_a_window_begun_in_chat_goes_on_in_messages_and_back_with_the_same_salt(
     assert [m["content"] for m in last["messages"]] == ["hello", "Hello there!", "hi", "Hello", "and now?"]
 
 
-def test_a_number_beyond_64_bits_in_a_tool_call_goes_on_in_either_api_as_the_model_wrote_it(
+def test_a_number_beyond_64_bits_in_a_tool_call_is_kept_as_written(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_other = answer
@@ -150,9 +150,7 @@ def test_a_number_beyond_64_bits_in_a_tool_call_goes_on_in_either_api_as_the_mod
     assert again["function"]["arguments"] == count["function"]["arguments"]
 
 
-def test_tokens_are_counted_with_what_the_engine_would_get_in_front(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_tokens_are_counted_with_the_prepended_history(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     engine.on_other = answer
     assert talk(gateway, f"{session}-new", COUNT).json() == {"input_tokens": 1}
     assert gateway.http.post(COUNT, content=AS_SENT, headers={"content-type": "application/json"}).json() == {
@@ -169,7 +167,7 @@ def test_tokens_are_counted_with_what_the_engine_would_get_in_front(
     assert gateway.http.get(f"/admin/sessions/{session}-new").status_code == 404
 
 
-def test_tokens_are_counted_as_a_conversation_begun_under_a_window_would_have_them(
+def test_tokens_under_a_window_url_are_counted_with_the_window(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_other = answer
@@ -189,7 +187,7 @@ def test_tokens_are_counted_as_a_conversation_begun_under_a_window_would_have_th
     assert refused.status_code == 200  # that is for the engine to say
 
 
-def test_what_the_messages_api_has_no_words_for_is_refused_before_the_engine_sees_it(
+def test_a_history_the_messages_api_cannot_express_is_refused(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "developer", "content": "y"}, *HI]
@@ -218,9 +216,7 @@ def test_headers_of_the_api_pass_and_the_engines_refusals_come_back_untouched(
     assert (request.header("anthropic-version"), request.header("anthropic-beta")) == (["2023-06-01"], ["x-1"])
 
 
-def test_errors_that_come_before_the_body_is_read_have_the_shape_of_their_path(
-    engine: FakeEngine, tmp_path: Any
-) -> None:
+def test_errors_before_the_body_is_read_have_the_shape_of_their_path(engine: FakeEngine, tmp_path: Any) -> None:
     with gateway_in_front_of(engine.url, tmp_path, api_key="key", max_body_bytes=2000) as gateway:
         large = {**BODY, "system": "x" * 3000}
         for path in (PATH, COUNT, f"/s/a{PATH}", f"/s/a{COUNT}"):
@@ -240,7 +236,7 @@ def _failed(gateway: Gateway, path: str, body: Any, headers: dict[str, str]) -> 
     return response.status_code, told["error"]["type"], told["error"]["code"]
 
 
-def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_the_client_raises(
+def test_an_engine_that_dies_mid_stream_makes_the_client_raise(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def half(exchange: Exchange) -> None:

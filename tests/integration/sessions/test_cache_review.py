@@ -36,7 +36,7 @@ def last(gateway: Gateway, session: str, count: int) -> dict[str, Any]:
     return gateway.turns(session, count)[0]
 
 
-def test_a_conversation_that_goes_on_misses_nothing(gateway: Gateway, session: str) -> None:
+def test_a_continued_conversation_misses_nothing(gateway: Gateway, session: str) -> None:
     messages = [*LONG]
     for count in (1, 2, 3):
         gateway.chat(session, messages=messages)
@@ -57,7 +57,7 @@ def test_a_conversation_that_goes_on_misses_nothing(gateway: Gateway, session: s
         ([*LONG, REPLY, u("?")], {"cache_salt": "another"}, "new-salt"),
     ],
 )
-def test_a_turn_that_missed_says_why(
+def test_a_turn_that_missed_has_a_reason(
     gateway: Gateway, session: str, messages: list[dict[str, Any]], more: dict[str, Any], why: str
 ) -> None:
     gateway.chat(session, messages=LONG)
@@ -80,7 +80,7 @@ def test_a_tool_choice_is_not_in_the_prompt_and_explains_nothing(
     assert last(gateway, session, 2)["miss"].startswith("evicted")
 
 
-def test_a_reply_that_comes_back_without_its_blanks_is_what_a_branch_of_a_window_misses(
+def test_a_reply_sent_back_without_its_blanks_makes_a_branch_miss(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def answer(exchange: Exchange) -> None:
@@ -129,7 +129,7 @@ def test_a_deleted_session_leaves_nothing_to_the_next_of_its_name(
     assert (turn["miss"], turn["expected_cached_tokens"]) == ("first-turn", 0)
 
 
-def test_an_engine_that_forgot_or_says_nothing_is_told_apart(
+def test_an_engine_that_forgot_differs_from_one_that_reports_nothing(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def silent(exchange: Exchange) -> None:
@@ -157,7 +157,7 @@ def test_a_turn_that_follows_at_once_is_compared_with_the_one_just_before(gatewa
 
 
 @pytest.mark.anyio
-async def test_a_turn_is_not_compared_with_one_that_ran_beside_it(tmp_path: Path) -> None:
+async def test_a_turn_is_not_compared_with_a_concurrent_one(tmp_path: Path) -> None:
     def read(asked: str, started_at: float, ended_at: float) -> ParsedTurn:
         call = ChatDialect().read({"model": "demo", "messages": [*LONG, REPLY, u(asked)]}, b"")
         turn = TurnContext("t", ChatDialect(), call, None, Prompt(call.messages, b""), (), False, 0.0, fingerprint="f")

@@ -105,7 +105,7 @@ def coding_agent(
 
 @pytest.mark.parametrize("sub_agent", [False, True])
 @pytest.mark.parametrize("reminder", [False, True])
-def test_an_agent_with_reminders_and_sub_agents_is_one_session_and_loses_no_cache(
+def test_an_agent_with_reminders_and_subagents_is_one_cached_session(
     engine: FakeEngine, gateway: Gateway, session: str, *, reminder: bool, sub_agent: bool
 ) -> None:
     main, beside = coding_agent(Client(gateway.http), session, reminder=reminder, sub_agent=sub_agent)
@@ -131,7 +131,7 @@ def test_a_side_session_is_linked_to_its_parent_and_shares_its_salt(
     assert len({request.json["cache_salt"] for request in engine.seen(CHAT)}) == 1
 
 
-def test_a_side_session_goes_on_by_itself(gateway: Gateway, session: str) -> None:
+def test_a_side_session_continues_by_itself(gateway: Gateway, session: str) -> None:
     client = Client(gateway.http)
     question = user(f"{session} a question")
     main = client.ask([SYSTEM, question], **MAIN)
@@ -141,9 +141,7 @@ def test_a_side_session_goes_on_by_itself(gateway: Gateway, session: str) -> Non
     assert (more.session, more.match) == (side.session, "prefix")
 
 
-def test_a_system_prompt_that_changes_with_the_same_tools_is_the_same_conversation(
-    gateway: Gateway, session: str
-) -> None:
+def test_a_changed_system_prompt_with_the_same_tools_matches(gateway: Gateway, session: str) -> None:
     client, history = Client(gateway.http), [user(f"{session} first")]
     found = set()
     for minute in range(4):
@@ -153,9 +151,7 @@ def test_a_system_prompt_that_changes_with_the_same_tools_is_the_same_conversati
     assert len(found) == 1
 
 
-def test_a_history_that_is_cut_under_a_system_prompt_that_tells_the_time_is_the_same_session(
-    gateway: Gateway, session: str
-) -> None:
+def test_a_truncated_history_under_a_changing_system_prompt_matches(gateway: Gateway, session: str) -> None:
     client, history = Client(gateway.http), []
     found = []
     for number in range(4):
@@ -177,7 +173,7 @@ def test_a_history_that_is_cut_under_a_system_prompt_that_tells_the_time_is_the_
     ],
 )
 @pytest.mark.parametrize("short", [False, True])
-def test_what_is_put_around_the_last_question_and_removed_later_is_looked_through(
+def test_text_added_around_the_last_question_is_ignored_when_matching(
     gateway: Gateway, session: str, dressed: str, *, short: bool
 ) -> None:
     client, history, found = Client(gateway.http), [], []
@@ -223,7 +219,7 @@ def test_exchanges_that_the_client_puts_after_the_last_reply_are_looked_past(
         assert here.cached >= there.cached - 16 > 0
 
 
-def test_of_conversations_with_the_same_preamble_and_reply_the_one_with_the_same_question_goes_on(
+def test_of_conversations_that_begin_alike_the_one_with_the_same_question_matches(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_chat = engine.answer_chat  # "Hello there!" to everybody
@@ -256,7 +252,7 @@ def test_the_same_script_run_again_is_a_conversation_of_its_own_in_every_turn(
     assert runs[0] != runs[1]
 
 
-def test_a_reply_that_is_sent_back_as_an_empty_one_is_followed_by_the_next_turn(gateway: Gateway, session: str) -> None:
+def test_the_turn_after_a_reply_sent_back_empty_matches(gateway: Gateway, session: str) -> None:
     """In the way of smolagents, which keeps no call that it could not run."""
     client, history = Client(gateway.http), [SYSTEM, user(session)]
     found = []
@@ -289,7 +285,7 @@ def test_an_earlier_point_stays_known_when_its_words_have_changed(gateway: Gatew
     assert fork.cached > len(str(SYSTEM["content"]))
 
 
-def test_strangers_with_the_same_reply_to_other_questions_stay_strangers(engine: FakeEngine, gateway: Gateway) -> None:
+def test_clients_with_the_same_reply_to_different_questions_stay_apart(engine: FakeEngine, gateway: Gateway) -> None:
     engine.on_chat = engine.answer_chat  # "Hello there!" to everybody
     client, prompt = Client(gateway.http), system(secrets.token_hex(8))
     one = client.ask([prompt, user("How are you?")])
@@ -298,7 +294,7 @@ def test_strangers_with_the_same_reply_to_other_questions_stay_strangers(engine:
     assert (other.match, other.session == one.session) == ("new", False)
 
 
-def test_a_request_that_several_sessions_could_have_sent_is_said_to_be_ambiguous(
+def test_a_request_that_matches_several_sessions_is_marked_ambiguous(
     gateway: Gateway, engine: FakeEngine, session: str
 ) -> None:
     engine.on_chat = engine.answer_chat
@@ -313,7 +309,7 @@ def test_a_request_that_several_sessions_could_have_sent_is_said_to_be_ambiguous
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_an_empty_reply_is_followed_by_the_next_turn_whether_the_client_keeps_it_or_not(
+def test_the_turn_after_an_empty_reply_matches_with_and_without_it(
     engine: FakeEngine, gateway: Gateway, session: str, *, kept: bool
 ) -> None:
     client, ordinary = Client(gateway.http), engine.on_chat
@@ -327,7 +323,7 @@ def test_an_empty_reply_is_followed_by_the_next_turn_whether_the_client_keeps_it
     assert (third.session, third.match) == (first.session, "prefix")
 
 
-def test_a_first_question_with_an_empty_reply_is_no_conversation_that_two_strangers_share(
+def test_two_clients_with_the_same_question_and_empty_reply_stay_apart(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     client = Client(gateway.http)

@@ -36,7 +36,7 @@ def test_a_conversation_without_ids_is_one_session(gateway: Gateway, session: st
     assert shown(gateway, first)["recognised_by"] == "new"
 
 
-def test_a_fork_is_a_session_of_its_own_in_the_same_lineage_and_under_the_same_salt(
+def test_a_fork_is_a_new_session_with_the_same_lineage_and_salt(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     first = [SYSTEM, user(session)]
@@ -52,7 +52,7 @@ def test_a_fork_is_a_session_of_its_own_in_the_same_lineage_and_under_the_same_s
     assert len(salts) == 1
 
 
-def test_strangers_with_one_system_prompt_and_one_question_are_two_sessions(
+def test_clients_with_the_same_system_prompt_and_question_are_two_sessions(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     messages = [SYSTEM, user(session)]
@@ -74,7 +74,7 @@ def test_a_retry_of_a_failed_first_request_is_the_same_session(
     assert ask(gateway, messages) == failed.headers["x-session-id"]
 
 
-def test_the_last_turn_asked_anew_is_the_same_session_and_its_new_reply_goes_on(
+def test_repeating_the_last_turn_keeps_the_session_and_its_new_reply(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     messages = [SYSTEM, user(session)]
@@ -88,7 +88,7 @@ def test_the_last_turn_asked_anew_is_the_same_session_and_its_new_reply_goes_on(
     assert shown(gateway, fork)["lineage"] == first
 
 
-def test_an_agents_side_conversations_are_sessions_beside_its_own(gateway: Gateway, session: str) -> None:
+def test_an_agents_side_conversations_are_separate_sessions(gateway: Gateway, session: str) -> None:
     named = {"x-claude-code-session-id": session}
     assert ask(gateway, [SYSTEM, user("work")], named) == session
     title = ask(gateway, [{"role": "system", "content": "Make a title."}, user("title of work")], named)
@@ -102,7 +102,7 @@ def test_an_agents_side_conversations_are_sessions_beside_its_own(gateway: Gatew
     assert {shown(gateway, one)["forked_from"] for one in (title, agent)} == {session}
 
 
-def test_a_cache_key_names_its_first_conversation_and_keeps_strangers_apart(gateway: Gateway, session: str) -> None:
+def test_a_cache_key_names_its_first_conversation_and_keeps_others_apart(gateway: Gateway, session: str) -> None:
     first = ask(gateway, [user("hi")], prompt_cache_key=session)
     assert first == session
     assert ask(gateway, [user("hi"), assistant("Hello there!"), user("on")], prompt_cache_key=session) == session
@@ -135,7 +135,7 @@ def test_two_first_requests_at_once_are_two_conversations(engine: FakeEngine, ga
     assert len(set(found)) == 2
 
 
-def test_two_with_the_same_reply_that_go_on_at_once_go_on_in_two_sessions(
+def test_two_clients_with_the_same_reply_continue_in_two_sessions(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     strangers = {ask(gateway, [user(session)]) for _ in range(2)}
@@ -168,7 +168,7 @@ def test_a_request_that_failed_and_comes_again_at_once_is_a_retry(engine: FakeEn
         assert gateway.http.post(CHAT, json=question).headers["x-session-id"] == failed.headers["x-session-id"]
 
 
-def test_a_conversation_goes_on_beside_a_request_of_its_own_that_hangs(
+def test_a_conversation_continues_while_one_of_its_requests_hangs(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     first = ask(gateway, [user(session)])

@@ -65,7 +65,7 @@ def answered(engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize(("path", "body"), PASSING)
-def test_two_requests_of_nobody_never_share_a_salt(
+def test_two_requests_without_a_session_never_share_a_salt(
     engine: FakeEngine, gateway: Gateway, path: str, body: dict[str, Any]
 ) -> None:
     answered(engine)
@@ -138,7 +138,7 @@ def test_kv_of_a_known_session_under_another_salt_goes_with_the_session(
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["no-id", "id"])
-def test_kv_of_a_new_sessions_first_turn_is_known_before_it_is_over_and_goes_after_a_kill(
+def test_the_salt_of_a_first_turn_is_noted_early_and_swept_after_a_kill(
     engine: FakeEngine, kept: Kept, tmp_path: Path, session: str, named: bool
 ) -> None:
     def hang(exchange: Exchange) -> None:

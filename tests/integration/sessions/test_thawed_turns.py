@@ -73,7 +73,7 @@ def test_turns_that_bring_only_what_is_new_follow_each_other(engine: FakeEngine,
     assert [message["content"] for message in kept] == [message["content"] for message in whole]
 
 
-def test_a_client_that_keeps_what_was_said_since_the_window_and_one_that_keeps_all_go_on_as_before(
+def test_a_thawed_client_continues_with_new_messages_or_with_all_of_them(
     engine: FakeEngine, gateway: Gateway, thawed: str
 ) -> None:
     since: list[Message] = []
@@ -86,7 +86,7 @@ def test_a_client_that_keeps_what_was_said_since_the_window_and_one_that_keeps_a
     assert said_of(answer) == (None, None)
 
 
-def test_what_may_be_a_second_try_or_the_same_words_again_is_said(
+def test_a_repeated_message_that_may_be_a_retry_is_marked_ambiguous(
     engine: FakeEngine, gateway: Gateway, thawed: str
 ) -> None:
     ask(gateway, f"/s/{thawed}", [user("go on")])

@@ -63,7 +63,7 @@ def test_an_error_has_the_code_of_its_parameter_and_names_the_field() -> None:
     assert codes(Make) == {"invalid_request", "invalid_window_name"}
 
 
-def test_the_schema_is_closed_and_says_where_null_is_taken() -> None:
+def test_the_schema_is_closed_and_declares_where_null_is_accepted() -> None:
     _, definitions = schemas.of_types([Make, Change], mode="validation")
     made, changed = definitions["Make"], definitions["Change"]
     assert (made["additionalProperties"], made["required"]) == (False, ["name"])

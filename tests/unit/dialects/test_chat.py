@@ -100,7 +100,7 @@ def test_parallel_tool_calls_are_kept_apart_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-def test_reasoning_is_kept_beside_the_content_under_its_own_name(name: str) -> None:
+def test_reasoning_is_kept_under_its_own_name_next_to_the_content(name: str) -> None:
     events = [delta(role="assistant", content=""), delta(**{name: "be"}), delta(**{name: "cause"}), delta(content="so")]
     assert streamed(*events, finish("stop"), DONE).message == {"role": "assistant", "content": "so", name: "because"}
 
@@ -119,7 +119,7 @@ def test_usage_in_every_event_counts_as_its_last() -> None:
     assert streamed(*growing, finish("stop"), DONE).usage == Usage(10, 3, 0)
 
 
-def test_logprobs_pings_and_empty_deltas_are_no_words() -> None:
+def test_logprobs_pings_and_empty_deltas_add_no_text() -> None:
     logprobs = chunk_event(
         [{"index": 0, "delta": {"content": "x"}, "logprobs": {"content": [{"token": "y"}]}, "finish_reason": None}]
     )
@@ -134,7 +134,7 @@ def test_a_reply_without_a_word_is_still_a_reply() -> None:
     }
 
 
-def test_an_error_inside_a_stream_is_no_reply() -> None:
+def test_an_error_event_in_a_stream_gives_no_reply() -> None:
     error = event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
     reply = streamed(*stream_of(["half"], USAGE)[:2], error, DONE)
     assert reply.message is None
@@ -142,7 +142,7 @@ def test_an_error_inside_a_stream_is_no_reply() -> None:
 
 
 @pytest.mark.parametrize("events", [WEATHER, PARALLEL, stream_of(["a", "b"], USAGE)])
-def test_a_stream_that_was_cut_is_never_taken_for_a_reply(events: list[bytes]) -> None:
+def test_a_cut_stream_gives_no_reply(events: list[bytes]) -> None:
     stream = b"".join(events)
     whole = CHAT.reply([stream], streamed=True)
     assert whole.message is not None
@@ -155,7 +155,7 @@ def test_a_stream_that_was_cut_is_never_taken_for_a_reply(events: list[bytes]) -
     assert CHAT.reply([], streamed=True) == Reply(None, None, "the stream ended before [DONE]")
 
 
-def test_an_event_that_is_no_json_object_makes_the_reply_unreadable() -> None:
+def test_an_event_other_than_a_json_object_makes_the_reply_unreadable() -> None:
     for odd in (b"data: [1]\n\n", b"data: {\n\n", b"data: x\n\n", b'data: "x"\n\n', b"data: {},{}\n\n"):
         reply = streamed(*stream_of(["a"])[:2], odd, *stream_of([])[1:])
         assert reply.message is None
@@ -174,7 +174,7 @@ def whole(*messages: Any, usage: Any = USAGE) -> Reply:
     return reply
 
 
-def test_a_whole_reply_loses_its_empty_fields() -> None:
+def test_empty_fields_of_a_reply_are_dropped() -> None:
     empty: dict[str, Any] = {
         "refusal": None,
         "annotations": None,
@@ -204,7 +204,7 @@ def test_of_whole_choices_the_first_is_the_conversation() -> None:
     "raw", [b"", b"{", b"[]", b"null", b"x", b"{}", b'{"choices": []}', b'{"choices": 7}', b'{"choices": [{}]}',
             b'{"choices": [{"message": null}]}', b'{"error": {"message": "no"}}', b'{"choices": [{"message": "x"}]}'],
 )  # fmt: skip
-def test_what_holds_no_message_is_no_reply(raw: bytes) -> None:
+def test_an_answer_without_a_message_gives_no_reply(raw: bytes) -> None:
     reply = CHAT.reply([raw], streamed=False)
     assert reply.message is None
     assert reply.error
@@ -225,7 +225,7 @@ def test_what_holds_no_message_is_no_reply(raw: bytes) -> None:
         ({"prompt_tokens": True}, None),
     ],
 )
-def test_usage_is_what_the_engine_said_and_nothing_is_made_up(usage: Any, read: Usage | None) -> None:
+def test_usage_is_only_what_the_engine_reported(usage: Any, read: Usage | None) -> None:
     assert whole({"role": "assistant", "content": "x"}, usage=usage).usage == read
 
 
@@ -235,7 +235,7 @@ HI = [{"role": "user", "content": "hi"}]
 PLAIN = b'{ "model":"demo",\n"messages" : [{"role":"user","content":"\\u0068i"}], "temperature": 0.10, "seed": 1e2 }\n'
 
 
-def test_a_request_that_needs_no_change_keeps_every_byte_and_gets_the_salt_behind_them() -> None:
+def test_an_unchanged_request_keeps_every_byte_and_gets_the_salt_appended() -> None:
     made, raw = read(PLAIN)
     written = CHAT.write(made, SALT)
     assert written == raw.rstrip()[:-1] + b',"cache_salt":"' + SALT.encode() + b'"}'
@@ -332,7 +332,7 @@ def test_odd_xargs_are_left_for_the_engine_to_refuse(xargs: Any) -> None:
 
 
 @pytest.mark.parametrize("messages", [None, [], "x", 7, {"role": "user"}, [1], [None], ["x"], [[]]])
-def test_messages_that_the_engine_will_refuse_are_no_messages_and_go_through_as_they_are(messages: Any) -> None:
+def test_messages_that_the_engine_will_refuse_are_relayed_unread(messages: Any) -> None:
     made, raw = read({"model": "demo", "messages": messages})
     assert made.messages == []
     assert CHAT.write(made, SALT).startswith(raw[:-1])
@@ -343,7 +343,7 @@ def test_a_model_is_a_text(model: Any, known: str) -> None:
     assert read({"model": model, "messages": HI})[0].model == known
 
 
-def test_the_frame_is_what_a_template_sees_beside_the_messages() -> None:
+def test_the_frame_is_what_a_template_sees_besides_the_messages() -> None:
     frame = {
         "tools": [{"type": "function"}],
         "chat_template_kwargs": {"x": 1},

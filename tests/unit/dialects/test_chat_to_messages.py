@@ -76,7 +76,7 @@ def test_results_one_after_the_other_are_one_message_of_the_user() -> None:
          {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}),
     ],
 )  # fmt: skip
-def test_what_other_clients_write_differently_comes_back_as_the_engine_takes_it(
+def test_variants_of_other_clients_come_back_as_the_engine_accepts_them(
     message: dict[str, Any], comes_back: dict[str, Any] | None
 ) -> None:
     (found,) = back(messages([message]))
@@ -109,7 +109,7 @@ def test_what_other_clients_write_differently_comes_back_as_the_engine_takes_it(
         ({"role": "tool", "tool_call_id": "a", "content": [{"type": "tool_reference", "name": "f"}]}, "names tools"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_said_is_refused_by_name_and_with_a_way_out(message: dict[str, Any], named: str) -> None:
+def test_a_message_the_api_cannot_express_is_refused_with_a_remedy(message: dict[str, Any], named: str) -> None:
     with pytest.raises(GatewayError) as raised:
         messages([message])
     assert raised.value.code == "invalid_request"
@@ -141,7 +141,7 @@ MESSAGES = st.lists(
 
 
 @given(MESSAGES)
-def test_whatever_was_said_in_messages_can_be_said_again(sent: list[dict[str, Any]]) -> None:
+def test_every_conversation_of_messages_can_be_converted_back(sent: list[dict[str, Any]]) -> None:
     once = conversation({"messages": sent})
     if any(m["role"] == "system" and m["content"].startswith("x-anthropic-billing-header") for m in once):
         return  # put together of two blocks, neither of which began like that
@@ -150,7 +150,7 @@ def test_whatever_was_said_in_messages_can_be_said_again(sent: list[dict[str, An
 
 
 @given(MESSAGES, MESSAGES, st.none() | SOME, st.booleans())
-def test_the_front_and_the_clients_own_make_the_conversation_that_the_gateway_records(
+def test_a_prepended_history_and_the_request_make_the_recorded_conversation(
     window: list[dict[str, Any]], sent: list[dict[str, Any]], system: str | None, keep: bool
 ) -> None:
     history = [m for m in conversation({"messages": window}) if m["role"] != "system"]
@@ -165,7 +165,7 @@ def test_the_front_and_the_clients_own_make_the_conversation_that_the_gateway_re
 BODY: dict[str, Any] = {"model": "demo", "max_tokens": 9, "messages": [{"role": "user", "content": "Go on."}]}
 
 
-def test_a_front_takes_the_place_of_the_system_prompt_or_leaves_it() -> None:
+def test_a_history_replaces_the_system_prompt_or_keeps_it() -> None:
     own = {**BODY, "system": [{"type": "text", "text": "Mine", "cache_control": {"type": "ephemeral"}}]}
     kept = in_front(Front(None, CHAT[1:2]), own)
     assert kept == {**own, "messages": [CHAT[1], *BODY["messages"]]}
@@ -191,13 +191,13 @@ def test_a_system_message_that_is_replaced_still_changes_the_tools() -> None:
 
 
 @pytest.mark.parametrize("effort", ["none", "low", "max"])
-def test_how_much_the_window_thought_is_said_and_comes_back_as_it_was(effort: str) -> None:
+def test_the_reasoning_effort_of_a_window_survives_the_round_trip(effort: str) -> None:
     made = in_front(Front(None, [], {"reasoning_effort": effort}), {**BODY, "output_config": {"format": None}})
     assert frame(made) == {"reasoning_effort": effort}
     assert "format" in made["output_config"]
 
 
-def test_a_client_that_says_how_to_think_is_not_overruled_and_an_effort_without_a_word_is_refused() -> None:
+def test_a_clients_own_thinking_wins_and_an_unknown_effort_is_refused() -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
     made = in_front(Front(None, [], {"reasoning_effort": "none"}), {**BODY, "thinking": thinking})
     assert made["thinking"] == thinking
@@ -205,7 +205,7 @@ def test_a_client_that_says_how_to_think_is_not_overruled_and_an_effort_without_
         in_front(Front(None, [], {"reasoning_effort": "minimal"}), BODY)
 
 
-def test_tools_of_the_window_are_said_and_come_back_as_they_were() -> None:
+def test_tools_of_a_window_survive_the_round_trip() -> None:
     tools = [NOW_TOOL, ADD_TOOL]
     made = in_front(Front(None, [], {"tools": tools, "chat_template_kwargs": {"x": 1}, "documents": []}), BODY)
     assert frame(made) == {"tools": tools, "chat_template_kwargs": {"x": 1}}
@@ -224,7 +224,7 @@ def test_tools_of_the_window_are_said_and_come_back_as_they_were() -> None:
         ({"tools": ["x"]}, "parameters"),
     ],
 )
-def test_a_frame_that_cannot_be_said_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+def test_a_frame_that_the_api_cannot_express_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(GatewayError) as raised:
         in_front(Front(None, [], fields), BODY)
     assert (raised.value.code, named in raised.value.message) == ("invalid_request", True)

@@ -86,14 +86,14 @@ def test_a_reply_without_a_word_is_still_a_reply(content: list[Any]) -> None:
     assert streamed(start(), *(words(0) for _ in content), end()).message == {"role": "assistant"}
 
 
-def test_pings_and_events_of_later_versions_are_no_words() -> None:
+def test_pings_and_unknown_events_add_no_text() -> None:
     odd = [event("ping"), b": keep-alive\n\n", event("later", index=0), event("message_delta", delta={})]
     citation = block(0, text("x"), {"type": "citations_delta", "citation": {}}, {"type": "text_delta", "text": "y"})
     assert streamed(start(), *odd, citation, end()).message == {"role": "assistant", "content": "xy"}
 
 
 @pytest.mark.parametrize("recording", [PLAIN, PARALLEL])
-def test_a_stream_that_was_cut_is_never_taken_for_a_reply(recording: list[bytes]) -> None:
+def test_a_cut_stream_gives_no_reply(recording: list[bytes]) -> None:
     stream = b"".join(recording)
     whole = MESSAGES.reply([stream], streamed=True)
     for cut in range(len(stream)):
@@ -104,7 +104,7 @@ def test_a_stream_that_was_cut_is_never_taken_for_a_reply(recording: list[bytes]
             assert reply.error == "the stream ended before message_stop"
 
 
-def test_an_error_inside_a_stream_is_no_reply() -> None:
+def test_an_error_event_in_a_stream_gives_no_reply() -> None:
     error = event("error", error={"type": "internal_error", "message": "EngineCore died"})
     for events in ([start(), error], [*PLAIN, error], [start(), error, words(0, "x"), end()]):
         reply = streamed(*events)
@@ -113,7 +113,7 @@ def test_an_error_inside_a_stream_is_no_reply() -> None:
 
 
 @pytest.mark.parametrize("pieces", [('{"cut": ',), ("6", "33e3"), ("[1]",), ("null",)])
-def test_arguments_that_are_no_object_are_no_reply_to_go_on_with(pieces: tuple[str, ...]) -> None:
+def test_arguments_other_than_an_object_give_no_reply_to_continue(pieces: tuple[str, ...]) -> None:
     reply = streamed(start(), tool(0, "a", "f", *pieces), end("max_tokens"))
     assert reply == Reply(None, Usage(120, 9, 96), "the arguments of a tool call are not a JSON object")
 
@@ -133,7 +133,7 @@ def test_arguments_that_are_no_object_are_no_reply_to_go_on_with(pieces: tuple[s
         block(1, {"type": "later_block"}),
     ],
 )
-def test_a_stream_that_is_none_of_a_message_is_no_reply(odd: bytes) -> None:
+def test_a_stream_without_a_message_gives_no_reply(odd: bytes) -> None:
     reply = streamed(start(), words(0, "x"), odd, end())
     assert reply.message is None
     assert reply.error
@@ -143,7 +143,7 @@ def test_a_stream_that_is_none_of_a_message_is_no_reply(odd: bytes) -> None:
     "raw", [b"", b"{", b"[]", b"null", b"{}", b'{"content": null}', b'{"content": "x"}', b'{"content": [1]}',
             b'{"content": [{"type": "text", "text": 1}]}', b'{"type": "error", "error": {}}'],
 )  # fmt: skip
-def test_what_holds_no_message_is_no_reply(raw: bytes) -> None:
+def test_an_answer_without_a_message_gives_no_reply(raw: bytes) -> None:
     reply = MESSAGES.reply([raw], streamed=False)
     assert reply.message is None
     assert reply.error
@@ -166,11 +166,11 @@ def test_what_holds_no_message_is_no_reply(raw: bytes) -> None:
         ([1], None),
     ],
 )
-def test_usage_is_what_the_engine_said_and_nothing_is_made_up(usage: Any, read: Usage | None) -> None:
+def test_usage_is_only_what_the_engine_reported(usage: Any, read: Usage | None) -> None:
     assert in_one_piece([text("x")], usage).usage == read
 
 
-def test_an_end_that_counts_the_reply_alone_leaves_the_prompt_as_it_was_counted() -> None:
+def test_a_final_usage_of_the_reply_alone_keeps_the_prompts_count() -> None:
     assert streamed(start(50), words(0, "x"), end(usage={"output_tokens": 3})).usage == Usage(50, 3, None)
     assert streamed(start(50), words(0, "x"), end(usage=None)).usage == Usage(50, 0, None)
     assert streamed(words(0, "x"), end(usage={"output_tokens": 3})).usage is None
@@ -185,7 +185,7 @@ def test_a_request_keeps_every_byte_and_gets_the_salt_behind_them() -> None:
     assert not made.hide_usage
 
 
-def test_a_stream_needs_nothing_to_be_asked_for() -> None:
+def test_a_streamed_request_needs_no_usage_option() -> None:
     made, raw = read({**BODY, "stream": True})
     assert MESSAGES.write(made, SALT).startswith(raw[:-1])
     assert not made.hide_usage
@@ -209,7 +209,7 @@ def test_a_private_field_is_taken_out(name: str) -> None:
         {"tools": 7}, {"thinking": "on"}, {"messages": []},
     ],
 )  # fmt: skip
-def test_what_the_engine_will_refuse_is_no_turn_and_goes_through_as_it_is(change: dict[str, Any]) -> None:
+def test_a_request_that_the_engine_will_refuse_is_relayed_unread(change: dict[str, Any]) -> None:
     made, raw = read({**BODY, **change})
     assert (made.messages, made.frame) == ([], {})
     assert MESSAGES.write(made, SALT).startswith(raw[:-1])
@@ -220,7 +220,7 @@ def test_a_model_is_a_text(model: Any, known: str) -> None:
     assert read({**BODY, "model": model})[0].model == known
 
 
-def test_a_front_comes_before_the_clients_own_words_which_stay_as_they_are() -> None:
+def test_a_history_is_prepended_and_the_clients_messages_are_unchanged() -> None:
     made, _ = read(AS_SENT)
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     fronted = replace(made, front=Front(None, history))

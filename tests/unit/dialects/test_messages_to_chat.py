@@ -41,12 +41,12 @@ def said(*messages: Any, **body: Any) -> list[dict[str, Any]]:
         ("x-anthropic-billing-header: a", "x-anthropic-billing-header: a"),
     ],
 )
-def test_the_system_prompt_is_one_message_in_front(system: Any, content: str) -> None:
+def test_the_system_prompt_becomes_the_first_message(system: Any, content: str) -> None:
     assert said(HI, system=system) == [{"role": "system", "content": content}, HI]
 
 
 @pytest.mark.parametrize("system", [None, "", [], [text("")], [text("x-anthropic-billing-header: a")]])
-def test_a_system_prompt_that_says_nothing_is_no_message(system: Any) -> None:
+def test_an_empty_system_prompt_adds_no_message(system: Any) -> None:
     assert said(HI, system=system) == [HI]
 
 
@@ -83,7 +83,7 @@ def test_thinking_is_reasoning_and_what_was_redacted_is_gone() -> None:
     ]
 
 
-def test_parallel_calls_are_one_message_and_their_results_come_before_what_the_user_adds() -> None:
+def test_parallel_calls_are_one_message_and_their_results_precede_user_text() -> None:
     blocks = [text("Let me look."), use("a", "one", {}), use("b", "two", {"x": "ü", "y": [1, 2.5, None]})]
     answers = [text("And?"), result("a", "1"), result("b", [text("2"), text("3")], is_error=True)]
     assert said({"role": "assistant", "content": blocks}, {"role": "user", "content": answers}) == [
@@ -98,7 +98,7 @@ def test_parallel_calls_are_one_message_and_their_results_come_before_what_the_u
     ]
 
 
-def test_results_alone_are_no_message_of_the_user() -> None:
+def test_results_alone_add_no_user_message() -> None:
     assert said({"role": "user", "content": [result("a", None), result("b", "")]}) == [
         {"role": "tool", "tool_call_id": "a", "content": ""},
         {"role": "tool", "tool_call_id": "b", "content": ""},
@@ -224,7 +224,7 @@ def change(kind: str, **tool: Any) -> dict[str, Any]:
     return {"role": "system", "content": [{"type": kind, "tool": tool}]}
 
 
-def test_tools_that_system_messages_add_and_remove_count_at_the_end_of_the_conversation() -> None:
+def test_tools_added_and_removed_by_system_messages_count_at_the_end() -> None:
     removed = change("tool_removal", type="tool_reference", name="now")
     added = change("tool_addition", type="tool_definition", definition=ADD)
     again = change("tool_addition", type="tool_reference", name="now")

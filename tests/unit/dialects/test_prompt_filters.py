@@ -112,7 +112,7 @@ def test_what_the_model_is_meant_to_read_is_left_where_it_is(content: str) -> No
         [system([{"type": ["text"], "text": BILLING}]), USER],
     ],
 )
-def test_only_the_front_of_leading_system_messages_is_looked_at(messages: list[Any]) -> None:
+def test_only_the_beginning_of_leading_system_messages_is_filtered(messages: list[Any]) -> None:
     assert apply(messages, ALL)[0] is messages
 
 
@@ -150,7 +150,9 @@ def test_a_rule_that_is_off_takes_nothing(rule: str) -> None:
         ),
     ],
 )
-def test_the_front_of_every_dialect_is_known(path: bytes, before: dict[str, Any], after: dict[str, Any]) -> None:
+def test_the_system_prompt_of_every_dialect_is_filtered(
+    path: bytes, before: dict[str, Any], after: dict[str, Any]
+) -> None:
     body = {"model": "m", **before}
     kept = copy.deepcopy(body)
     got, applied = in_body(body, path, ALL)
@@ -175,7 +177,7 @@ def test_the_front_of_every_dialect_is_known(path: bytes, before: dict[str, Any]
         (b"/v1/embeddings", {"input": BILLING}),
     ],
 )
-def test_a_body_without_a_volatile_front_is_the_same_object(path: bytes, body: dict[str, Any]) -> None:
+def test_a_body_without_a_volatile_line_is_the_same_object(path: bytes, body: dict[str, Any]) -> None:
     assert in_body(body, path, ALL)[0] is body
 
 
@@ -192,7 +194,9 @@ conversations = st.lists(
 
 
 @given(conversations, st.sets(st.sampled_from(RULES)).map(frozenset))
-def test_what_is_said_is_never_touched_and_twice_is_once(messages: list[dict[str, Any]], rules: frozenset[str]) -> None:
+def test_user_text_is_never_filtered_and_filtering_is_idempotent(
+    messages: list[dict[str, Any]], rules: frozenset[str]
+) -> None:
     before = copy.deepcopy(messages)
     got, applied = apply(messages, rules)
     assert messages == before
@@ -224,7 +228,7 @@ def test_a_prompt_made_to_be_slow_is_read_in_linear_time(content: str) -> None:
 # --- through the door
 
 
-def test_the_engine_gets_the_prompt_without_the_line_and_two_turns_share_their_front(
+def test_the_engine_gets_the_prompt_without_the_line_so_turns_share_a_prefix(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     for cch in ("aaaaa", "bbbbb"):

@@ -94,9 +94,7 @@ def test_events_of_a_stream_that_ends_early_are_its_first_ones(name: str) -> Non
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("name", WITH_USAGE)
-def test_a_client_that_did_not_ask_for_usage_sees_what_it_would_have_seen_without_at_every_cut(
-    name: str, line_end: bytes
-) -> None:
+def test_usage_that_was_not_requested_is_filtered_at_every_cut(name: str, line_end: bytes) -> None:
     stream = recording(name)
     wanted = filtered([stream], None)
     alone = recording(name.removesuffix("-usage"))
@@ -113,7 +111,7 @@ def test_a_client_that_did_not_ask_for_usage_sees_what_it_would_have_seen_withou
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_USAGE])
-def test_what_holds_no_usage_event_is_untouched_by_the_filter_at_every_cut(name: str) -> None:
+def test_a_stream_without_usage_passes_the_filter_unchanged_at_every_cut(name: str) -> None:
     stream = recording(name)
     for stamp in (b"", None):
         assert filtered(bytewise(stream), stamp) == stream
@@ -136,7 +134,7 @@ def test_a_reply_is_the_same_at_every_cut(name: str, dialect: Dialect) -> None:
 
 
 @read
-def test_a_reply_that_ends_early_is_never_taken_for_a_whole_one(name: str, dialect: Dialect) -> None:
+def test_a_truncated_reply_is_never_complete(name: str, dialect: Dialect) -> None:
     stream = recording(name)
     whole = dialect.reply([stream], streamed=True)
     for cut in range(len(stream)):

@@ -135,7 +135,7 @@ REPLIES = st.builds(
 
 
 @given(st.lists(st.tuples(st.lists(PLAIN | RESULTS, min_size=1, max_size=3), REPLIES), max_size=4))
-def test_messages_said_as_items_read_back_as_the_same(exchanges: Any) -> None:
+def test_messages_written_as_items_read_back_the_same(exchanges: Any) -> None:
     conversation = [message for before, reply in exchanges for message in (*before, reply)]
     again = response_items.read(response_items.write(conversation))
     assert again is not None
@@ -192,7 +192,7 @@ def test_tools_are_shown_as_the_engine_shows_them() -> None:
         assert response_items.chat_tools(odd) == []
 
 
-def test_a_choice_of_tools_is_said_in_chat_where_chat_has_it() -> None:
+def test_a_tool_choice_is_converted_where_chat_has_it() -> None:
     named = {"type": "function", "function": {"name": "now"}}
     for choice in ("auto", "none", "required"):
         assert response_items.chat_tool_choice(choice) == choice

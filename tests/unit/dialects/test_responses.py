@@ -64,7 +64,7 @@ def test_what_has_no_words_in_chat_goes_through_as_it_is_and_is_not_recorded(bod
 
 
 @pytest.mark.parametrize("body", [{"input": "hi"}, {"input": "hi", "store": False}, {"input": "hi", "store": None}])
-def test_what_the_client_wrote_is_not_written_anew(body: Any) -> None:
+def test_the_clients_own_items_are_not_rewritten(body: Any) -> None:
     raw = json.dumps({**body, "top_p": 1, "big": 12345678901234567890123, "unknown": {"deep": [1]}}, indent=1).encode()
     made, _ = read(raw)
     written = RESPONSES.write(made, SALT)
@@ -105,7 +105,7 @@ def test_what_the_gateway_cannot_do_is_refused_by_the_field(body: Any, field: st
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_request", field)
 
 
-def test_the_frame_is_what_a_template_sees_beside_the_messages() -> None:
+def test_the_frame_is_what_a_template_sees_besides_the_messages() -> None:
     tool = {"type": "function", "name": "now", "parameters": {}}
     made, _ = read(
         {
@@ -144,7 +144,7 @@ ITEMS = [
 ]
 
 
-def test_a_front_is_said_in_items_and_the_clients_own_instructions_stay_what_they_are() -> None:
+def test_a_history_is_prepended_as_items_and_instructions_are_unchanged() -> None:
     body = {"input": "hi", "instructions": "be terse", "user": "u"}
     written = fronted(body, Front(None, HISTORY))
     assert (written["instructions"], written["input"], written["user"]) == ("be terse", ITEMS, "u")
@@ -157,14 +157,14 @@ def test_a_windows_system_message_takes_the_place_of_the_instructions() -> None:
     assert written["input"] == [{"type": "message", **other}, *ITEMS]
 
 
-def test_a_windows_tools_are_said_as_this_api_says_them() -> None:
+def test_the_tools_of_a_window_take_the_form_of_this_api() -> None:
     tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
     written = fronted({"input": "hi"}, Front(None, HISTORY, {"tools": [tool], "chat_template_kwargs": {"x": 1}}))
     assert written["tools"] == [{"type": "function", "name": "now", "parameters": {}}]
     assert written["chat_template_kwargs"] == {"x": 1}
 
 
-def test_how_much_the_window_thought_is_said_beside_what_the_client_says() -> None:
+def test_the_reasoning_effort_of_a_window_joins_the_clients_own_options() -> None:
     body = {"input": "hi", "reasoning": {"summary": "auto"}}
     written = fronted(body, Front(None, HISTORY, {"reasoning_effort": "low"}))
     assert written["reasoning"] == {"summary": "auto", "effort": "low"}
@@ -226,7 +226,7 @@ def test_an_output_that_is_not_one_message_is_kept_but_not_gone_on_from(output: 
     assert reply.answer is not None
 
 
-def test_a_stream_without_its_end_is_no_reply() -> None:
+def test_a_stream_without_its_end_gives_no_reply() -> None:
     events = stream_of(response_of({}, [said("one two")], USAGE))
     for count in range(len(events)):
         reply = streamed(*events[:count])
@@ -243,14 +243,14 @@ def test_a_stream_without_its_end_is_no_reply() -> None:
         event("response.completed", 3, response=response_of({}, [], None, status="failed", error="it broke")),
     ],
 )
-def test_an_error_inside_a_stream_is_no_reply(last: bytes) -> None:
+def test_an_error_event_in_a_stream_gives_no_reply(last: bytes) -> None:
     reply = streamed(*stream_of(response_of({}, [said("one")], USAGE))[:3], last)
     assert (reply.message, reply.answer) == (None, None)
     assert "it broke" in reply.error
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]", b"null", b"x", b"{}", b'{"output": 7}', b'{"output": null}'])
-def test_an_odd_answer_is_no_reply(answer: bytes) -> None:
+def test_an_unexpected_answer_gives_no_reply(answer: bytes) -> None:
     reply = RESPONSES.reply([answer], streamed=False)
     assert reply.message is None
     assert reply.error
@@ -258,12 +258,12 @@ def test_an_odd_answer_is_no_reply(answer: bytes) -> None:
 
 
 @pytest.mark.parametrize("usage", [None, 7, {}, {"input_tokens": "x"}, {"input_tokens": True}])
-def test_an_odd_usage_is_no_usage(usage: Any) -> None:
+def test_an_invalid_usage_is_ignored(usage: Any) -> None:
     answer = response_of({}, [said("a")], usage)
     assert RESPONSES.reply([json.dumps(answer).encode()], streamed=False).usage is None
 
 
-def test_an_error_event_goes_on_with_the_count_of_the_stream() -> None:
+def test_an_error_event_continues_the_sequence_numbers() -> None:
     error = GatewayError("engine_timeout", "no answer", hint="wait")
     events = stream_of(response_of({}, [said('"sequence_number":99 is said')], USAGE))[:-2]
     shown = RESPONSES.error_event(error, events)

@@ -67,7 +67,7 @@ def test_streams_that_are_named_oddly_are_read_all_the_same(stream: bytes, data:
     assert list(events([stream])) == data
 
 
-def test_an_event_whose_end_never_came_is_no_event() -> None:
+def test_an_unterminated_event_is_ignored() -> None:
     assert list(events([b"data: one\n\ndata: two\n"])) == [b"one"]
     assert list(events([b"data: one\n\ndata: two"])) == [b"one"]
     assert list(events([])) == []
@@ -120,7 +120,7 @@ def test_a_large_event_costs_time_in_proportion_to_its_size() -> None:
     assert time.process_time() - clock < 6  # linear: 50 ms to a second; rescanning what is held: 20 s and more
 
 
-def test_an_event_without_end_is_passed_on_and_what_follows_it_is_filtered_again() -> None:
+def test_an_unterminated_large_event_is_relayed_and_filtering_resumes() -> None:
     one, endless = UsageFilter(), b"x" * 65_536
     pieces = 2 * UsageFilter.MOST_HELD // len(endless)
     shown = [one.feed(endless) for _ in range(pieces)]
@@ -141,7 +141,7 @@ class Narrow(UsageFilter):
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
-def test_events_that_are_too_large_to_be_held_lose_no_byte_at_any_cut(line_end: bytes) -> None:
+def test_events_too_large_to_buffer_keep_every_byte_at_any_cut(line_end: bytes) -> None:
     stream = spelt(RECORDING, line_end)
     for cut in range(len(stream) + 1):
         one = Narrow()

@@ -53,7 +53,7 @@ def test_any_other_text_is_what_is_new(sent: str) -> None:
     assert transcripts.merged(front, text(sent)) == text(STORY + sent)
 
 
-def test_rows_of_ids_go_on_as_texts_do() -> None:
+def test_rows_of_ids_continue_as_texts_do() -> None:
     window = row(1, 5, 6, 7)
     assert transcripts.missing(window, row(1, 5, 6, 7, 8), "") is None
     front = transcripts.missing(window, row(1, 9), "")
@@ -79,7 +79,7 @@ def test_one_kind_cannot_follow_another_and_the_refusal_says_where_to_go(window:
     assert ("/v1/chat/completions" if window is CHAT else "/v1/completions") in refused.value.hint
 
 
-def test_a_reply_makes_the_text_longer_and_a_row_of_ids_where_it_came_with_ids() -> None:
+def test_a_reply_extends_the_text_and_the_ids_where_it_has_any() -> None:
     reply = {"role": "text", "content": " He", "token_ids": [8, 9]}
     plain = {"role": "text", "content": " He"}
     assert transcripts.followed(text("king."), reply, echoes=False) == text("king. He")

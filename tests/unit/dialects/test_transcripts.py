@@ -70,7 +70,7 @@ def test_what_clients_change_on_the_way_makes_no_other_message(one: dict[str, An
         ({"role": "user"}, {"role": "user", "content": "x"}),
     ],
 )
-def test_what_says_something_else_is_another_message(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_a_message_with_different_content_differs(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert not same(one, other)
     assert not same(other, one)
 
@@ -110,7 +110,7 @@ def test_a_full_history_is_taken_as_it_was_sent(sent: list[dict[str, Any]]) -> N
 @pytest.mark.parametrize(
     "sent", [[u("3")], [u("1")], [u("3"), a("x"), u("4")], [{"role": "tool", "content": "x", "tool_call_id": "1"}]]
 )
-def test_what_is_new_gets_the_window_in_front(sent: list[dict[str, Any]]) -> None:
+def test_new_messages_get_the_window_prepended(sent: list[dict[str, Any]]) -> None:
     before = copy.deepcopy(WINDOW)
     assert continued(WINDOW, sent, "") == [*WINDOW, *sent]
     assert continued(WINDOW, [SYSTEM, *sent], "") == [*WINDOW, *sent]
@@ -151,7 +151,7 @@ LATER = [*SINCE, u("4"), a("four")]
         (None, [u("x"), a("y"), u("z")], [*WINDOW, u("x"), a("y"), u("z")], "window", False),
     ],
 )
-def test_a_turn_goes_on_from_what_its_session_holds_and_says_nothing_twice(
+def test_a_turn_extends_its_sessions_history_without_repeating_it(
     current: list[dict[str, Any]] | None,
     sent: list[dict[str, Any]],
     whole: list[dict[str, Any]],
@@ -195,7 +195,7 @@ def test_another_system_message_is_a_conflict_unless_a_rule_decides(sent: list[d
 
 
 @pytest.mark.parametrize("sent", [WINDOW[1:], WINDOW[3:]])
-def test_a_client_that_keeps_its_conversation_itself_is_taken_at_its_own_system_message(
+def test_a_client_with_its_own_history_keeps_its_own_system_message(
     sent: list[dict[str, Any]],
 ) -> None:
     """It tells the time, holds retrieved passages, or is that of a sub-agent."""
@@ -203,7 +203,7 @@ def test_a_client_that_keeps_its_conversation_itself_is_taken_at_its_own_system_
     assert continued(WINDOW, [OTHER, *sent, u("3")], "keep") == [*WINDOW, u("3")]
 
 
-def test_a_first_question_without_what_was_around_it_is_still_the_whole_history() -> None:
+def test_a_first_question_without_its_former_surroundings_is_a_full_history() -> None:
     reply = a("a reply that is hardly said twice")
     window = [SYSTEM, u("<reminder>be brief</reminder> 1"), reply]
     sent = [SYSTEM, u("1"), reply, u("2")]
@@ -237,14 +237,14 @@ def test_media_is_found_wherever_it_is(kind: Any) -> None:
     assert has_media([*WINDOW, {"role": "user", "content": parts}, u("x")])
 
 
-def test_text_in_parts_is_no_media() -> None:
+def test_text_in_parts_is_not_media() -> None:
     assert not has_media([])
     assert not has_media(WINDOW)
     assert not has_media([{"role": "user", "content": [{"type": "text", "text": "image_url"}, {"type": "refusal"}]}])
     assert not has_media([{"role": "user", "content": None}, {"role": "user"}])
 
 
-def test_system_messages_between_others_are_put_in_front_as_one() -> None:
+def test_system_messages_between_others_are_merged_at_the_beginning() -> None:
     one, two, user = (
         {"role": "system", "content": "a"},
         {"role": "system", "content": "b"},

@@ -36,7 +36,7 @@ def test_only_a_change_of_both_the_system_prompt_and_the_tools_is_a_sub_agent() 
     assert (told.how, told.forks, told.session and told.session.id) == ("side", True, "s")
 
 
-def test_two_sessions_of_one_lineage_give_a_fork_and_of_two_an_ambiguity() -> None:
+def test_two_matches_of_one_lineage_fork_and_of_two_are_ambiguous() -> None:
     messages, asked = [system("a"), user("q")], [system("b"), user("q"), REPLY, user("next")]
     twins = [Known(Session("t", name, "s"), one.alias, current=True) for name in "sx" for one in known(messages, REPLY)]
     assert (judged(asked, twins).how, judged(asked, twins).forks) == ("fork", True)
@@ -44,7 +44,7 @@ def test_two_sessions_of_one_lineage_give_a_fork_and_of_two_an_ambiguity() -> No
     assert (judged(asked, strangers).how, judged(asked, strangers).session) == ("ambiguous", None)
 
 
-def test_a_short_reply_is_known_by_its_question_and_under_its_system_prompt_alone() -> None:
+def test_a_short_reply_matches_only_with_its_question_and_system_prompt() -> None:
     short = assistant("ok")
     history = [user("a"), assistant("first reply of some length, to be sure"), user("q")]
     found = known([system("s"), *history], short)

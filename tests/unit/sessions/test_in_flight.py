@@ -76,7 +76,7 @@ def test_the_first_turn_takes_the_lock_and_the_last_one_drops_it(workers: tuple[
     assert not theirs.held_elsewhere(("session", "t", "s"))
 
 
-def test_turns_that_are_over_are_told_batch_by_batch(workers: tuple[TurnLocks, TurnLocks]) -> None:
+def test_finished_turns_are_reported_in_batches(workers: tuple[TurnLocks, TurnLocks]) -> None:
     ours, theirs = workers
     for batch in range(5):
         ours.mark_ended(batch)
@@ -92,7 +92,7 @@ def test_turns_that_are_over_are_told_batch_by_batch(workers: tuple[TurnLocks, T
     assert theirs.ended_elsewhere() == set()
 
 
-def test_turns_that_are_over_are_told_of_every_worker(tmp_path: Path) -> None:
+def test_finished_turns_of_every_worker_are_reported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OVER, str(tmp_path / "turns")]
     locks = TurnLocks(tmp_path / "turns")
     with ExitStack() as stack:
@@ -131,7 +131,7 @@ def test_the_locks_of_a_worker_that_is_killed_are_gone(tmp_path: Path) -> None:
         locks.close()
 
 
-def test_a_folder_that_cannot_be_had_is_said_with_the_remedy(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match="set workers to 1"):
         TurnLocks(tmp_path / "file" / "turns")

@@ -184,7 +184,7 @@ def test_whatever_is_sent_there_is_a_short_verdict(
 
 
 @pytest.mark.parametrize(("turn", "left", "expected", "verdict"), CASES)
-def test_no_verdict_holds_what_was_said(
+def test_no_reason_contains_message_text(
     turn: dict[str, Any], left: dict[str, Any], expected: int, verdict: str
 ) -> None:
     assert SECRET not in str(explain_miss(evidence(turn, left)))

@@ -110,23 +110,23 @@ FIRST = [SYSTEM, user("one"), assistant("1")]
 SECOND = [*FIRST, user("two"), assistant("2")]
 
 
-def test_the_next_turn_goes_on() -> None:
+def test_the_next_turn_continues() -> None:
     told = verdict([*FIRST, user("two")], 3, at(FIRST))
     assert (told.session and told.session.id, told.forks, told.how) == ("s", False, "prefix")
 
 
-def test_several_new_messages_go_on() -> None:
+def test_several_new_messages_continue() -> None:
     told = verdict([*FIRST, user("two"), user("three")], 3, at(FIRST))
     assert (told.session is not None, told.forks) == (True, False)
 
 
-def test_of_two_sessions_with_one_beginning_the_one_that_stands_there_goes_on() -> None:
+def test_of_two_sessions_with_one_prefix_the_one_that_ends_there_continues() -> None:
     told = verdict([*FIRST, user("two")], 3, at(SECOND, name="further"), at(FIRST, name="here"))
     assert told.session is not None
     assert told.session.id == "here"
 
 
-def test_going_on_from_an_older_reply_is_a_fork() -> None:
+def test_continuing_an_older_reply_is_a_fork() -> None:
     told = verdict([*FIRST, user("another")], 3, at(SECOND))
     assert (told.session and told.session.id, told.forks, told.how) == ("s", True, "fork")
 
@@ -141,23 +141,23 @@ def test_the_same_turn_again_is_a_retry() -> None:
     assert (told.session is not None, told.forks, told.how) == (True, False, "retry")
 
 
-def test_a_first_question_that_was_not_answered_is_a_retry_and_one_that_was_is_a_stranger() -> None:
+def test_an_unanswered_first_question_is_a_retry_and_an_answered_one_is_not() -> None:
     assert verdict(FIRST[:2], 2, at(FIRST[:2], answered=False)).how == "retry"
     assert verdict(FIRST[:2], 2, at(FIRST)).session is None
 
 
-def test_an_answered_and_an_unanswered_stranger_with_one_question_are_told_apart() -> None:
+def test_an_answered_and_an_unanswered_session_with_one_question_differ() -> None:
     told = verdict(FIRST[:2], 2, at(FIRST, name="answered"), at(FIRST[:2], answered=False, name="waiting"))
     assert told.session is not None
     assert told.session.id == "waiting"
 
 
-def test_a_reply_that_was_cut_and_is_sent_back_goes_on() -> None:
+def test_a_cut_reply_that_is_sent_back_continues() -> None:
     told = verdict([*FIRST[:2], assistant("half of"), user("go on")], 2, at(FIRST[:2], answered=False))
     assert (told.session is not None, told.forks) == (True, False)
 
 
-def test_a_reply_that_comes_back_differently_goes_on_unless_strangers_asked_the_same() -> None:
+def test_a_changed_reply_continues_unless_others_asked_the_same() -> None:
     request = [*FIRST[:2], assistant("one"), user("two")]
     assert verdict(request, 2, at(FIRST)).session is not None
     assert verdict(request, 2, at(FIRST), at([*FIRST[:2], assistant("eins")], name="other")).session is None
@@ -182,14 +182,14 @@ def test_what_clients_change_on_the_way_changes_no_link(sent: dict[str, Any]) ->
     assert prefix_chain.link(b"", sent) == prefix_chain.link(b"", assistant("1"))
 
 
-def test_reasoning_that_never_ends_is_all_that_was_said() -> None:
+def test_unterminated_reasoning_is_the_whole_reply() -> None:
     assert prefix_chain.link(b"", assistant("<think>1")) != prefix_chain.link(b"", assistant("<think>2"))
     assert prefix_chain.link(b"", assistant("<think>1</think>")) != prefix_chain.link(
         b"", assistant("<think>2</think>")
     )
 
 
-def test_a_tool_that_said_nothing_says_the_same_as_a_part_without_text() -> None:
+def test_an_empty_tool_result_equals_a_part_without_text() -> None:
     silent = {"role": "tool", "tool_call_id": "c1", "content": ""}
     assert prefix_chain.link(b"", {**silent, "content": [{"type": "text", "text": ""}]}) == prefix_chain.link(
         b"", silent

@@ -79,7 +79,7 @@ def test_a_secret_that_is_too_short_is_refused_and_left_alone(tmp_path: Path, co
     assert (tmp_path / "secret").read_bytes() == content
 
 
-def test_a_secret_that_cannot_be_read_or_made_is_told_with_its_path(tmp_path: Path) -> None:
+def test_an_unreadable_secret_is_an_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "secret"):
         with pytest.raises(StartError, match="cannot be read or made") as refused:

@@ -169,14 +169,14 @@ def off(tokenizer: Tokenizer, encoding: Encoding, texts: Sequence[str]) -> float
     return abs(sum(map(encoding.count, texts)) - theirs) / theirs
 
 
-def test_several_split_patterns_are_only_come_near_to_and_it_says_so(tmp_path: Path) -> None:
+def test_several_split_patterns_are_approximated_and_marked_inexact(tmp_path: Path) -> None:
     tokenizer = trained("deepseek")
     encoding = made(tokenizer, tmp_path)
     assert not encoding.exact
     assert off(tokenizer, encoding, TEXTS) < 0.01
 
 
-def test_an_unknown_pattern_loses_no_text_and_is_not_called_exact(tmp_path: Path) -> None:
+def test_an_unknown_pattern_keeps_all_text_and_is_inexact(tmp_path: Path) -> None:
     tokenizer = trained("gpt2")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\p{L}+"), behavior="isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
@@ -223,7 +223,7 @@ def test_a_file_that_gives_no_encoding_says_why(demo: Path, tmp_path: Path, chan
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"{}", b"\xff", b'{"model": null}'])
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)

@@ -84,7 +84,7 @@ def test_what_people_send_passes_however_large(value: Any) -> None:
     assert json_limits.parse(orjson.dumps(value)) == value
 
 
-def test_strings_are_told_apart_wherever_a_piece_ends() -> None:
+def test_strings_are_recognised_wherever_a_chunk_ends() -> None:
     draw = random.Random(5)
     texts = ["," * 50, '"', "\\", "\\" * 7, '\\"', "[{", "a", "😀", "\n"]
     values = [draw.choices(texts, k=draw.randrange(6)) for _ in range(90_000)]

@@ -62,13 +62,13 @@ def test_a_string_may_end_or_escape_wherever_a_piece_does(length: int) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b" ", b"1", b"{}", b"[", b"[1", b"[1}", b"[1]2", b'["a', b'["a\\', b"[1]]"])
-def test_what_is_no_array_is_told_so(text: bytes) -> None:
+def test_a_value_that_is_not_an_array_is_an_error(text: bytes) -> None:
     with pytest.raises(BadJson):
         list(elements(memoryview(text), plenty()))
 
 
 @pytest.mark.parametrize("text", [b"[]", b'{"a"}', b"{1:2}", b'{"a":1', b'{"a" 1}', b"{,}"])
-def test_what_is_no_object_is_told_so(text: bytes) -> None:
+def test_a_value_that_is_not_an_object_is_an_error(text: bytes) -> None:
     with pytest.raises(BadJson):
         list(members(memoryview(text), plenty()))
 
@@ -88,7 +88,7 @@ def test_containers_and_commas_are_counted_over_the_whole_text(containers: int, 
     assert len(list(elements(text, Budget(9, 4, 4)))) == 3
 
 
-def test_a_text_of_nothing_but_brackets_is_refused_at_the_first_that_is_too_deep() -> None:
+def test_nested_brackets_are_refused_at_the_first_that_is_too_deep() -> None:
     budget = Budget(100, 10**9, 10**9)
     with pytest.raises(TooDeep):
         list(elements(memoryview(b"[" * 10_000_000), budget))

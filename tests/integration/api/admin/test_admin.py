@@ -13,7 +13,7 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
 
 
-def test_a_window_without_a_cache_keeps_text_and_says_so(gateway: Gateway, session: str) -> None:
+def test_freeze_without_a_cache_keeps_the_text_and_warns(gateway: Gateway, session: str) -> None:
     window = freeze(gateway, session, f"w-{session}", description="d", tags=["a", "b", "a"], ttl_seconds=60)
     assert (window["kv"], window["block_count"], window["size_bytes"], window["parent_window"]) == (
         "absent",
@@ -30,7 +30,7 @@ def test_a_window_without_a_cache_keeps_text_and_says_so(gateway: Gateway, sessi
     assert gateway.http.get(f"/admin/sessions/{session}").json()["state"] == "frozen"
 
 
-def test_a_session_that_goes_on_can_be_frozen_again_and_the_first_window_stays(gateway: Gateway, session: str) -> None:
+def test_a_continued_session_is_frozen_again_and_its_first_window_stays(gateway: Gateway, session: str) -> None:
     first = freeze(gateway, session, f"{session}-1")
     again = gateway.chat(session, "more").status_code
     second = gateway.freeze(session, f"{session}-2").json()
@@ -40,7 +40,7 @@ def test_a_session_that_goes_on_can_be_frozen_again_and_the_first_window_stays(g
     assert gateway.http.get(f"/admin/windows?session_id={session}").json()["total"] == 2
 
 
-def test_a_thawed_session_puts_the_window_in_front_and_keeps_its_salt(
+def test_a_thawed_session_prepends_the_window_and_keeps_its_salt(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     freeze(gateway, session, f"w-{session}")
@@ -85,7 +85,7 @@ def test_thaws_at_once_make_sessions_of_their_own(gateway: Gateway, session: str
 
 
 @pytest.mark.parametrize("length", [44, 63, 64, 100, 127, 128])
-def test_a_long_name_works_with_every_verb(gateway: Gateway, session: str, length: int) -> None:
+def test_a_long_name_works_with_every_operation(gateway: Gateway, session: str, length: int) -> None:
     name = (f"{session}-" + "n" * 128)[:length]
     freeze(gateway, session, name)
     thawed = gateway.http.post(f"/admin/windows/{name}/thaw", json={})
@@ -135,7 +135,7 @@ def test_a_clone_has_a_life_of_its_own(gateway: Gateway, session: str) -> None:
     assert gateway.http.get(f"/admin/windows/c-{session}/messages").json()["messages"][0]["content"] == "hi"
 
 
-def test_a_window_frozen_under_the_name_of_its_deleted_parent_is_not_its_own_ancestor(
+def test_a_window_that_reuses_its_deleted_parents_name_is_not_its_own_ancestor(
     engine: FakeEngine, tmp_path: Path
 ) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
@@ -159,7 +159,7 @@ def test_a_new_window_under_an_old_name_inherits_nothing(gateway: Gateway, sessi
     assert gateway.http.get(f"/admin/windows/{name}?include_lineage=true").json()["lineage"]["clones"] == []
 
 
-def test_a_deleted_window_is_gone_from_every_verb(gateway: Gateway, session: str) -> None:
+def test_a_deleted_window_is_gone_from_every_operation(gateway: Gateway, session: str) -> None:
     name = f"w-{session}"
     freeze(gateway, session, name)
     assert gateway.http.delete(f"/admin/windows/{name}").json()["window_name"] == name

@@ -22,7 +22,7 @@ async def failing(call: Call) -> Any:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("accept", ["application/json", NDJSON])
-async def test_a_failure_is_told_in_few_words_and_the_log_has_the_rest(
+async def test_a_failure_is_a_short_message_with_details_in_the_log(
     accept: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     sent: list[Message] = []

@@ -7,9 +7,7 @@ from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.gateway_process import gateway_in_front_of
 
 
-def test_no_request_that_the_document_makes_up_is_answered_otherwise_than_it_says(
-    engine: FakeEngine, tmp_path: Path
-) -> None:
+def test_generated_requests_are_answered_as_documented(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, busy_wait_s=0.5) as gateway:
         result = fuzz(gateway.url, MODEL, 400, per_round=15, cache=False)
         assert result.failures == {}

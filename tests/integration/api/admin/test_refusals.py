@@ -31,7 +31,7 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", [*BAD_NAMES, None, 7, True, [], {}])
-def test_a_bad_window_name_is_refused_by_every_verb(gateway: Gateway, session: str, name: Any) -> None:
+def test_a_bad_window_name_is_refused_by_every_operation(gateway: Gateway, session: str, name: Any) -> None:
     code = "invalid_request" if name is None else "invalid_window_name"
     assert error_of(gateway.freeze(session, name)) == (400, code)
     clone = gateway.http.post("/admin/windows/w/clone", json={"target_window": name})
@@ -45,7 +45,7 @@ def test_a_bad_window_name_is_refused_by_every_verb(gateway: Gateway, session: s
 
 
 @pytest.mark.parametrize("name", [*(n for n in BAD_NAMES if n != "a:b"), 7, True, [], {}])
-def test_a_bad_session_id_is_refused_by_every_verb(gateway: Gateway, name: Any) -> None:
+def test_a_bad_session_id_is_refused_by_every_operation(gateway: Gateway, name: Any) -> None:
     assert error_of(gateway.freeze(name, "w")) == (400, "invalid_session_id")
     thaw = gateway.http.post("/admin/windows/w/thaw", json={"new_session_id": name})
     assert error_of(thaw) == (400, "invalid_session_id")
@@ -121,7 +121,7 @@ def test_the_largest_fields_that_fit_are_taken(gateway: Gateway, session: str) -
         (b'{"session_id":"a","window_name":"b","\\ud83d":1}', "invalid_request"),
     ],
 )
-def test_a_body_that_is_not_what_the_verb_takes_is_refused(gateway: Gateway, body: bytes, code: str) -> None:
+def test_a_body_that_the_operation_does_not_take_is_refused(gateway: Gateway, body: bytes, code: str) -> None:
     assert error_of(gateway.http.post("/admin/windows", content=body)) == (400, code)
 
 
@@ -174,7 +174,7 @@ def test_a_method_that_a_path_does_not_have_is_a_405_that_names_the_others(
         "/admin/sessions/a/b",
     ],
 )
-def test_a_path_that_nobody_has_is_a_404_in_the_same_shape(gateway: Gateway, path: str) -> None:
+def test_an_unknown_path_is_a_404_in_the_same_shape(gateway: Gateway, path: str) -> None:
     assert error_of(gateway.http.get(path, follow_redirects=False)) == (404, "not_found")
 
 

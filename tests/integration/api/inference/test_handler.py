@@ -49,9 +49,7 @@ BAD_IDS = ["", " ", "a b", "a/b", "-a", ".a", "a" * 129, "é", "a\tb", "a@b", ".
 
 
 @pytest.mark.parametrize("name", BAD_IDS)
-def test_a_bad_session_id_is_refused_in_header_and_url_and_never_reaches_the_engine(
-    engine: FakeEngine, gateway: Gateway, name: str
-) -> None:
+def test_a_bad_session_id_is_refused_in_header_and_url(engine: FakeEngine, gateway: Gateway, name: str) -> None:
     body = json.dumps(BODY).encode()
     in_header = b"POST %s HTTP/1.1\r\nx-session-id: %s" % (CHAT.encode(), name.encode())
     in_url = b"POST /s/%s%s HTTP/1.1" % (quote(name, safe="").encode(), CHAT.encode())
@@ -89,9 +87,7 @@ def test_a_reply_without_usage_does_not_make_the_known_tokens_forgotten(
     assert gateway.http.get(f"/admin/sessions/{session}").json()["token_count"] >= known
 
 
-def test_the_first_requests_of_a_session_agree_on_the_salt_while_the_model_is_still_asked_for(
-    tmp_path: Path, session: str
-) -> None:
+def test_first_requests_of_a_session_share_a_salt_while_the_model_is_fetched(tmp_path: Path, session: str) -> None:
     engine = FakeEngine().start()
     asked, go_on = threading.Event(), threading.Event()
 

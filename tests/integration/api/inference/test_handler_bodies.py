@@ -32,7 +32,7 @@ TYPE = {"content-type": "application/json"}
         (b"\xef\xbb\xbf{}", "not JSON"),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused_in_the_shape_of_openai(
+def test_a_body_other_than_a_json_object_is_an_openai_error(
     engine: FakeEngine, gateway: Gateway, body: bytes, says: str
 ) -> None:
     response = gateway.http.post(CHAT, content=body, headers=TYPE)
@@ -54,7 +54,7 @@ def test_a_deeply_nested_body_is_refused_and_never_a_failure(
     assert response.json()["error"]["code"] == "too_complex"
 
 
-def test_a_name_that_comes_twice_means_to_the_engine_what_it_means_to_the_gateway(
+def test_a_duplicate_field_means_the_same_to_engine_and_gateway(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     body = (
@@ -173,7 +173,7 @@ def refusing(exchange: Exchange) -> None:
     exchange.json({"error": {"message": message, "type": "NotFoundError", "param": "model", "code": 404}}, 404)
 
 
-def test_a_session_whose_only_request_was_refused_is_in_no_list_and_keeps_nothing_of_what_was_sent(
+def test_a_session_whose_only_request_was_refused_is_not_listed(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     engine.on_chat = refusing

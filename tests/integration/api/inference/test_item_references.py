@@ -45,7 +45,7 @@ def test_a_conversation_that_refers_to_its_answers_is_one_session(
     assert second.headers["x-session-match"] == "prefix"
 
 
-def test_tool_calls_are_referred_to_as_well(engine: FakeEngine, gateway: Gateway) -> None:
+def test_tool_calls_can_be_referenced(engine: FakeEngine, gateway: Gateway) -> None:
     serve(engine, [called("now", "{}", "call_1")])
     call = answer_of(ask(gateway, [USER], tools=[TOOL]))
     result = {"type": "function_call_output", "call_id": call["output"][0]["call_id"], "output": "noon"}

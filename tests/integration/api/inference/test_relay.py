@@ -34,7 +34,7 @@ def test_a_stream_comes_through_byte_for_byte_and_chunk_for_chunk(
         assert wire.chunks() == events
 
 
-def test_chunks_that_are_no_whole_events_keep_their_boundaries_when_nothing_has_to_be_hidden(
+def test_partial_events_keep_their_chunk_boundaries_when_nothing_is_hidden(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     text = b"".join(stream_of(["Hello"], USAGE))
@@ -143,7 +143,7 @@ def test_an_error_event_inside_a_stream_is_passed_on_and_recorded(
 
 @pytest.mark.parametrize("asks_usage", [False, True])
 @pytest.mark.parametrize("half", [b"", b'data: {"id":"chatcmpl-1","choi'])
-def test_a_stream_that_the_engine_cuts_ends_with_an_error_event_that_a_client_can_read(
+def test_a_stream_cut_by_the_engine_ends_with_a_readable_error_event(
     engine: FakeEngine, gateway: Gateway, session: str, asks_usage: bool, half: bytes
 ) -> None:
     def answer(exchange: Exchange) -> None:
@@ -164,7 +164,7 @@ def test_a_stream_that_the_engine_cuts_ends_with_an_error_event_that_a_client_ca
     assert turn["outcome"] == "engine_cut"
 
 
-def test_an_event_that_is_too_large_to_be_held_is_recorded_whole_and_its_cut_is_an_event_of_its_own(
+def test_an_event_too_large_to_buffer_is_recorded_and_its_cut_is_reported(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     text, whole = "x" * 6 * 2**20, threading.Event()
@@ -223,7 +223,7 @@ def test_a_whole_answer_that_the_engine_cuts_is_cut_for_the_client_too(
     assert turn["outcome"] == "engine_cut"
 
 
-def test_a_reply_without_done_is_not_taken_for_a_whole_one(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_a_stream_without_done_is_an_incomplete_reply(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     engine.on_chat = answer_with(delta(content="Hel"))
     gateway.chat(session, stream=True)
     (turn,) = gateway.turns(session)

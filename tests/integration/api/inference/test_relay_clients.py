@@ -51,9 +51,7 @@ def test_a_client_that_leaves_in_mid_stream_aborts_the_engine(
     assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
 
 
-def test_a_client_that_closes_only_its_sending_side_has_left(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_a_half_closed_client_counts_as_disconnected(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     aborted = threading.Event()
 
     def answer(exchange: Exchange) -> None:
@@ -70,7 +68,7 @@ def test_a_client_that_closes_only_its_sending_side_has_left(
     assert [turn["outcome"] for turn in gateway.turns(session)] == ["client_gone"]
 
 
-def test_a_client_that_leaves_is_recorded_once_though_the_engine_goes_on_sending(
+def test_a_disconnected_client_is_recorded_once_while_the_engine_still_sends(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     aborted = threading.Event()

@@ -62,7 +62,7 @@ def told(gateway: Gateway, path: str, session: str = "", **more: Any) -> Iterato
 
 
 @pytest.mark.parametrize("path", STREAMS)
-def test_who_has_read_the_last_event_finds_the_turn(engine: FakeEngine, gateway: Gateway, path: str) -> None:
+def test_a_client_that_has_read_the_last_event_finds_the_turn(engine: FakeEngine, gateway: Gateway, path: str) -> None:
     session = "told" + path.replace("/", ".")
     stream = Unended(engine, STREAMS[path][1])
     with told(gateway, path, session):
@@ -71,7 +71,7 @@ def test_who_has_read_the_last_event_finds_the_turn(engine: FakeEngine, gateway:
     assert [turn["outcome"] for turn in found["turns"]] == ["completed"]
 
 
-def test_a_conversation_without_an_id_goes_on_after_the_last_event(engine: FakeEngine, gateway: Gateway) -> None:
+def test_a_conversation_without_an_id_continues_after_the_last_event(engine: FakeEngine, gateway: Gateway) -> None:
     stream = Unended(engine, "chat-usage.sse")
     asked = [{"role": "user", "content": "Who goes on before the end?"}]
     with told(gateway, "/v1/chat/completions", messages=asked) as response:
@@ -82,7 +82,7 @@ def test_a_conversation_without_an_id_goes_on_after_the_last_event(engine: FakeE
     assert following.headers["x-session-id"] == response.headers["x-session-id"]
 
 
-def test_nobody_waits_for_long_for_an_engine_that_does_not_end_its_stream(engine: FakeEngine, gateway: Gateway) -> None:
+def test_an_engine_that_never_ends_its_stream_is_not_waited_for_long(engine: FakeEngine, gateway: Gateway) -> None:
     stream = Unended(engine, "chat-usage.sse")
     with told(gateway, "/v1/chat/completions", "told-unended"):
         assert gateway.http.get("/admin/sessions/told-unended").status_code == 404

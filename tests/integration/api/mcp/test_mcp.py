@@ -118,7 +118,9 @@ async def test_an_agent_asks_its_past_and_branches_from_it(client: Client, gatew
 
 
 @each_transport
-async def test_what_is_said_of_a_window_is_changed_and_cleared(client: Client, gateway: Gateway, session: str) -> None:
+async def test_the_description_of_a_window_is_changed_and_cleared(
+    client: Client, gateway: Gateway, session: str
+) -> None:
     gateway.chat(session)
     gateway.freeze(session, f"w-{session}", description="old", tags=["old"], ttl_seconds=60)
 
@@ -158,7 +160,7 @@ def gateway_rules(gateway: Gateway) -> dict[str, Any]:
 
 
 @each_transport
-async def test_health_metrics_and_the_cache_are_told(client: Client, gateway: Gateway, session: str) -> None:
+async def test_health_metrics_and_cache_are_reported(client: Client, gateway: Gateway, session: str) -> None:
     before = await answer(client, "cache_stats")
     gateway.chat(session)
     assert gateway.freeze(session, f"w-{session}").status_code == 201
@@ -334,7 +336,7 @@ async def test_what_is_larger_than_a_request_may_be_is_not_read_over_http(gatewa
         assert (await answer(client, "health_check", component="store"))["status"] == "healthy"
 
 
-async def test_over_stdio_it_is_refused_as_what_it_is(gateway: Gateway) -> None:
+async def test_over_stdio_the_refusal_keeps_its_code(gateway: Gateway) -> None:
     async with over_stdio(gateway.url) as client:
         for arguments in MILLIONS:
             assert (await refusal(client, "window_freeze", **arguments))[0] == "invalid_request"

@@ -30,7 +30,7 @@ def guarded(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("headers", [{"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}])
-async def test_the_key_opens_the_door_and_is_asked_for_again_behind_it(
+async def test_the_key_is_required_by_mcp_and_by_the_admin_api_behind_it(
     guarded: Gateway, headers: dict[str, str]
 ) -> None:
     async with over_http(guarded.url, **headers) as client:
@@ -45,7 +45,7 @@ async def test_stdio_sends_the_key_it_was_given(guarded: Gateway) -> None:
         assert (await refusal(client, "session_list"))[0] == "unauthorized"
 
 
-async def test_stdio_says_so_when_no_gateway_answers() -> None:
+async def test_stdio_reports_that_no_gateway_answers() -> None:
     async with over_stdio(f"http://127.0.0.1:{free_port()}") as client:
         code, text = await refusal(client, "window_freeze", session_id="s", window_name="w")
         assert (code, "CWG_URL" in text) == ("gateway_unreachable", True)
@@ -56,7 +56,7 @@ async def test_stdio_says_so_when_no_gateway_answers() -> None:
 @pytest.mark.parametrize(
     ("key", "line"), [("", "no gateway answers at URL: "), ("wrong", "the API key is missing or wrong")]
 )
-def test_stdio_tells_at_once_that_it_cannot_work(guarded: Gateway, key: str, line: str) -> None:
+def test_stdio_fails_at_once_where_it_cannot_work(guarded: Gateway, key: str, line: str) -> None:
     url = guarded.url if key else f"http://127.0.0.1:{free_port()}"
     with mcp_process(url, key) as process:
         assert process.stderr is not None
@@ -65,7 +65,7 @@ def test_stdio_tells_at_once_that_it_cannot_work(guarded: Gateway, key: str, lin
     assert said.endswith("; every call retries\n")
 
 
-def test_a_person_who_starts_it_is_told_what_it_waits_for(gateway: Gateway) -> None:
+def test_started_in_a_terminal_it_says_what_it_waits_for(gateway: Gateway) -> None:
     terminal, stdin = os.openpty()
     try:
         with mcp_process(gateway.url, stdin=stdin) as process:
@@ -79,7 +79,7 @@ def test_a_person_who_starts_it_is_told_what_it_waits_for(gateway: Gateway) -> N
 NO_MCP = (b"", b"no json", b"[]", b"null", b"[" * 100_000, b"x" * 2**21, b"\xff\xfe", b'{"jsonrpc": "1.0"}', b"{}")
 
 
-def test_stdio_goes_on_after_what_is_no_mcp(gateway: Gateway) -> None:
+def test_stdio_continues_after_input_that_is_not_mcp(gateway: Gateway) -> None:
     call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "window_list", "arguments": {}}}
     ready = {"jsonrpc": "2.0", "method": "notifications/initialized"}
     with mcp_process(gateway.url) as process:
@@ -142,7 +142,7 @@ async def test_any_host_is_served_with_a_key_and_pages_of_others_are_not(guarded
         assert code_of(post(guarded, INITIALIZE, origin=origin)) == (403, "forbidden")
 
 
-async def test_what_is_no_mcp_is_refused(gateway: Gateway) -> None:
+async def test_a_request_that_is_not_mcp_is_refused(gateway: Gateway) -> None:
     before = len(gateway.log)
     for method in ("GET", "DELETE", "PUT"):
         response = gateway.http.request(method, "/mcp", headers=ACCEPT)

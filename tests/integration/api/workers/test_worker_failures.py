@@ -38,9 +38,7 @@ def freeze(gateway: Gateway, session: str) -> httpx.Response:
         return ask(wire, "POST", "/admin/windows", session_id=session, window_name=f"w-{session}")
 
 
-def test_a_worker_that_is_killed_takes_nobody_with_it_and_comes_back(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_a_killed_worker_harms_no_other_and_is_replaced(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with crew(engine, tmp_path, busy_wait_s=0.5) as gateway, two_workers(gateway) as (one, other):
         chat(one, session)
         victim, before = pid_of(one), pids(gateway)
@@ -61,9 +59,7 @@ def test_a_worker_that_is_killed_takes_nobody_with_it_and_comes_back(
         assert turn["outcome"] == "completed"
 
 
-def test_a_worker_that_cannot_start_again_is_tried_later_each_time_while_the_others_serve(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_a_worker_that_cannot_restart_is_retried_with_backoff(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with crew(engine, tmp_path) as gateway:
         secret = gateway.data_dir / "secret"
         kept = secret.read_bytes()
@@ -99,7 +95,7 @@ def test_a_worker_that_hangs_is_replaced_and_the_others_are_not(engine: FakeEngi
         assert f"worker {victim}: killed by SIGKILL" in gateway.log
 
 
-def test_a_worker_that_hangs_writes_down_where_if_it_still_can(engine: FakeEngine, tmp_path: Path) -> None:
+def test_a_hanging_worker_logs_its_stack_if_it_still_can(engine: FakeEngine, tmp_path: Path) -> None:
     own = "tests.support.fakes.policies:SlowToMake"
     with crew(engine, tmp_path, worker_timeout_s=2, auto_freeze=True, auto_freeze_policies=own) as gateway:
         with suppress(httpx.HTTPError):  # its connection ends with it
@@ -109,7 +105,7 @@ def test_a_worker_that_hangs_writes_down_where_if_it_still_can(engine: FakeEngin
         eventually(lambda: len(pids(gateway)) == COUNT, "another serves")
 
 
-def test_a_parent_that_was_stopped_ends_no_worker_for_what_it_did_not_hear(engine: FakeEngine, tmp_path: Path) -> None:
+def test_a_suspended_parent_does_not_blame_its_workers(engine: FakeEngine, tmp_path: Path) -> None:
     with crew(engine, tmp_path, worker_timeout_s=1) as gateway:
         before = workers_of(gateway.process.pid)
         everybody = [gateway.process.pid, *before]
@@ -123,7 +119,7 @@ def test_a_parent_that_was_stopped_ends_no_worker_for_what_it_did_not_hear(engin
         assert "has not responded" not in gateway.log
 
 
-def test_a_worker_that_has_lived_long_is_replaced_at_once_however_often_it_died_before() -> None:
+def test_a_long_lived_worker_is_replaced_at_once_whatever_happened_before() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         crew = workers._Supervisor(1, sock, lambda *_: None, lambda _: None, workers.Patience())
 
@@ -147,7 +143,7 @@ def test_a_port_that_is_in_use_is_one_clear_line_for_several_workers_too(gateway
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_and_loses_no_turn(
+def test_a_signal_ends_all_workers_and_every_turn_is_recorded(
     engine: FakeEngine, tmp_path: Path, session: str, number: signal.Signals
 ) -> None:
     with crew(engine, tmp_path) as gateway:
@@ -164,7 +160,7 @@ def test_a_signal_ends_all_and_loses_no_turn(
         assert counts == [10, 10, 10]
 
 
-def test_a_ctrl_c_that_comes_to_all_is_no_second_one(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_one_ctrl_c_that_reaches_every_process_counts_once(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     held = Held(engine)
     with crew(engine, tmp_path) as gateway, RawHttpClient(gateway.url) as wire:
         begin_stream(wire, session)

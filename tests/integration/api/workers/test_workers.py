@@ -30,7 +30,7 @@ def test_connections_are_spread_evenly_over_the_workers(gateway: Gateway) -> Non
     assert min(served.count(pid) for pid in set(served)) >= 10  # evenly would be 30
 
 
-def test_one_worker_is_this_process_and_forks_nobody(shared_gateway: Gateway) -> None:
+def test_a_single_worker_does_not_fork(shared_gateway: Gateway) -> None:
     assert workers_of(shared_gateway.process.pid) == set()
     assert shared_gateway.http.get("/admin/health").json()["pid"] == shared_gateway.process.pid
     assert not (shared_gateway.data_dir / "turns").exists()
@@ -128,7 +128,7 @@ def answered(text: str) -> list[dict[str, str]]:
     return [question(text), {"role": "assistant", "content": "Hello there!"}]
 
 
-def test_a_conversation_goes_on_in_another_worker_right_after_its_reply(gateway: Gateway, session: str) -> None:
+def test_a_conversation_continues_in_another_worker_right_after_its_reply(gateway: Gateway, session: str) -> None:
     with two_workers(gateway) as wires:
         for number in range(10):
             history = answered(f"{session} {number}")
@@ -139,7 +139,7 @@ def test_a_conversation_goes_on_in_another_worker_right_after_its_reply(gateway:
                 history += answered(f"and {turn}")
 
 
-def test_two_questions_at_once_in_two_workers_are_a_branch_and_the_same_one_is_a_retry(
+def test_two_questions_at_once_in_two_workers_branch_and_the_same_one_is_a_retry(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     history = answered(session)

@@ -76,7 +76,7 @@ def failed(checks: dict[str, Check]) -> list[str]:
     return [name for name, check in checks.items() if check.status == "failed"]
 
 
-async def test_nothing_is_wrong_with_a_stack_that_keeps_salts_apart_and_nothing_is_left_behind(
+async def test_a_stack_that_keeps_salts_apart_passes_and_nothing_is_left_behind(
     engine: FakeEngine, harness: GatewayHarness
 ) -> None:
     before = harness.everything()
@@ -134,7 +134,7 @@ async def test_pins_that_cannot_be_made_are_found_out(
     assert "pins_dir must be writable" in checks["disk pins"].remedy
 
 
-async def test_objects_that_are_gone_before_they_are_pinned_are_no_pins(
+async def test_objects_removed_before_they_are_pinned_fail_the_check(
     engine: FakeEngine, harness: GatewayHarness, tmp_path: Path
 ) -> None:
     storing(engine, to_both(harness))

@@ -63,7 +63,7 @@ def open_ended(schema: dict[str, Any]) -> bool:
 
 
 @by_name
-def test_a_model_reads_what_each_tool_does_when_to_use_it_its_cost_and_what_it_returns(tool: Tool) -> None:
+def test_each_tool_describes_its_effect_use_cost_and_result(tool: Tool) -> None:
     assert unread(str(tool.about), tool) == []
 
 

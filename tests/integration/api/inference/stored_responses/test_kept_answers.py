@@ -126,7 +126,7 @@ def test_a_kept_answer_is_what_the_client_got_and_what_only_the_gateway_knows(
         assert kept.json() == {**answer, "previous_response_id": previous, "store": True}
 
 
-def test_an_answer_that_is_deleted_is_gone_and_what_went_on_from_it_stays(engine: FakeEngine, gateway: Gateway) -> None:
+def test_deleting_a_response_keeps_those_that_continue_it(engine: FakeEngine, gateway: Gateway) -> None:
     first = answer_of(ask(gateway, "one"))["id"]
     second = answer_of(ask(gateway, "two", first))["id"]
     assert gateway.http.delete(f"{PATH}/{first}").json() == {"id": first, "object": "response", "deleted": True}
@@ -209,7 +209,7 @@ def test_of_other_paths_the_engine_gets_those_that_are_known(engine: FakeEngine,
 
 
 @pytest.mark.anyio
-async def test_only_so_many_answers_are_kept_for_each_tenant_and_nothing_of_the_others(tmp_path: Path) -> None:
+async def test_stored_responses_are_limited_for_each_tenant(tmp_path: Path) -> None:
     async with SqliteStore(tmp_path / "gateway.db", turns_kept=5, responses_kept=3) as store:
         for number in range(8):
             await store.record([finished(f"r{number}", session=f"s{number}", at=float(number))])
@@ -235,7 +235,7 @@ async def test_only_so_many_answers_are_kept_for_each_tenant_and_nothing_of_the_
         assert await store.messages(oldest.asked) == []
 
 
-def test_many_at_once_go_on_from_one_answer(engine: FakeEngine, gateway: Gateway) -> None:
+def test_many_requests_at_once_continue_one_response(engine: FakeEngine, gateway: Gateway) -> None:
     start = answer_of(ask(gateway, "one"))["id"]
     answers: list[dict[str, Any]] = []
     threads = [

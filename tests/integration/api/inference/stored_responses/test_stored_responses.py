@@ -50,7 +50,7 @@ def test_instructions_and_tools_are_those_of_each_request(engine: FakeEngine, ga
     assert [item["role"] for item in three["input"]] == ["user", "assistant"] * 2 + ["user"]
 
 
-def test_system_messages_of_the_input_stay_where_they_were_said(engine: FakeEngine, gateway: Gateway) -> None:
+def test_system_messages_of_the_input_keep_their_place(engine: FakeEngine, gateway: Gateway) -> None:
     first = answer_of(ask(gateway, [{"role": "developer", "content": "d"}, {"role": "user", "content": "one"}]))
     later = [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}]
     ask(gateway, later, first["id"], instructions="be kind")
@@ -59,7 +59,7 @@ def test_system_messages_of_the_input_stay_where_they_were_said(engine: FakeEngi
     ]  # fmt: skip
 
 
-def test_going_on_from_an_older_point_is_a_fork_in_the_same_lineage(engine: FakeEngine, gateway: Gateway) -> None:
+def test_continuing_an_older_response_forks_within_the_lineage(engine: FakeEngine, gateway: Gateway) -> None:
     first = ask(gateway, "one")
     start = answer_of(first)["id"]
     second = answer_of(ask(gateway, "two", start))
@@ -78,9 +78,7 @@ def test_going_on_from_an_older_point_is_a_fork_in_the_same_lineage(engine: Fake
     assert sessions[0]["lineage"] == sessions[1]["lineage"] == mine
 
 
-def test_the_session_that_a_client_names_is_the_one_that_goes_on(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_the_session_that_a_client_names_is_continued(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     start = answer_of(ask(gateway, "one", session=session))["id"]
     ask(gateway, "two", start, session)
     again = ask(gateway, "other", start, session)  # an older point, but the client says which session it is
@@ -96,7 +94,7 @@ def test_the_session_that_a_client_names_is_the_one_that_goes_on(
     assert texts(engine.seen(PATH)[5])[:2] == [("user", "one"), ("assistant", "Hello there!")]
 
 
-def test_calls_and_their_results_go_on_by_id(engine: FakeEngine, gateway: Gateway) -> None:
+def test_tool_results_continue_a_response_by_id(engine: FakeEngine, gateway: Gateway) -> None:
     serve(engine, [said("Let me look."), called("now", '{"a": 1}', "c1"), called("now", "{}", "c2")])
     first = answer_of(ask(gateway, "time?", tools=[TOOL]))
     results = [{"type": "function_call_output", "call_id": f"c{n}", "output": str(n)} for n in (1, 2)]
@@ -160,9 +158,7 @@ async def test_a_turn_that_is_recorded_while_the_store_is_asked_is_found() -> No
     assert await stored_responses.serve(services, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
 
 
-def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(
-    engine: FakeEngine, gateway: Gateway
-) -> None:
+def test_a_client_continues_a_response_whose_stream_has_not_ended(engine: FakeEngine, gateway: Gateway) -> None:
     usual, first = engine.on_other, response_of({}, [said("Hello there!")], usage_of(5, 3))
 
     def slow_to_end(exchange: Exchange) -> None:
@@ -184,7 +180,7 @@ def test_a_client_may_go_on_before_the_stream_that_told_it_the_id_has_ended(
 
 
 @pytest.mark.parametrize("wrap", [str, lambda name: {"id": name}])
-def test_a_conversation_that_a_client_names_is_a_session_and_goes_on_with_all_it_holds(
+def test_a_named_conversation_is_a_session_with_its_whole_history(
     engine: FakeEngine, gateway: Gateway, session: str, wrap: Any
 ) -> None:
     for text in ("one", "two", "three"):
@@ -202,7 +198,7 @@ def test_a_conversation_that_a_client_names_is_a_session_and_goes_on_with_all_it
     assert all("conversation" not in request.json for request in (one, two, three, last))
 
 
-def test_who_sends_the_whole_history_is_recognised_by_it_in_either_dialect(
+def test_a_client_is_recognised_by_its_history_in_either_api(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     question = {"role": "user", "content": f"one {session}"}
@@ -221,7 +217,7 @@ def test_who_sends_the_whole_history_is_recognised_by_it_in_either_dialect(
     assert (shown["recognised_by"], shown["forked_from"]) == ("fork", first.headers["x-session-id"])
 
 
-def test_a_session_thawed_from_a_window_goes_on_by_id_with_its_system_message(
+def test_a_thawed_session_is_continued_by_response_id_with_its_system_message(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     messages = [{"role": "system", "content": "old"}, {"role": "user", "content": "one"}]
@@ -249,7 +245,7 @@ def test_an_unknown_id_is_not_found_and_never_reaches_the_engine(engine: FakeEng
 
 
 @pytest.mark.anyio
-async def test_an_id_of_another_tenant_is_an_id_that_nobody_has(engine: FakeEngine, tmp_path: Path) -> None:
+async def test_an_id_of_another_tenant_is_unknown(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         mine = answer_of(ask(gateway, "one"))["id"]
         async with SqliteStore(gateway.data_dir / "gateway.db", turns_kept=5) as store:
