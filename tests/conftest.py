@@ -1,4 +1,4 @@
-"""One fake engine and one gateway before it, for all tests that leave both as they found them."""
+"""One fake engine and one gateway in front of it, for all tests that leave both as they found them."""
 
 import os
 import resource
@@ -75,7 +75,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> StackInOneWorker:
-    """Not by marks: xdist 3.8 tells of their groups in a field that items of pytest 9.2 no longer have."""
+    """Not by marks: xdist 3.8 reports their groups in a field that items of pytest 9.2 no longer have."""
     return StackInOneWorker(config, log)
 
 
@@ -89,7 +89,7 @@ def shared_engine() -> Iterator[FakeEngine]:
 
 @pytest.fixture
 def engine(shared_engine: FakeEngine) -> Iterator[FakeEngine]:
-    """The engine as it is by default, with nothing seen yet; and so again for a gateway that starts before it later."""
+    """The engine with its defaults and no request seen; reset again for a gateway that starts in front of it later."""
     shared_engine.reset()
     yield shared_engine
     shared_engine.reset()
@@ -104,7 +104,7 @@ def shared_gateway(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def gateway(engine: FakeEngine, shared_gateway: Gateway) -> Gateway:
-    """The shared gateway, before an engine as it is by default."""
+    """The shared gateway, in front of an engine with its defaults."""
     return shared_gateway
 
 
@@ -122,7 +122,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis for all tests that neither stop nor configure it; whoever takes it empties it."""
+    """A Redis for all tests that neither stop nor configure it; each of them empties it first."""
     server = RedisServer(tmp_path_factory.mktemp("redis")).start()
     yield server
     server.stop()
@@ -130,7 +130,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="session")
 def cache() -> Iterator[str]:
-    """The URL of what the parts of a harness ask for LMCache."""
+    """The URL of the fake LMCache of the harnesses."""
     with cache_server() as url:
         yield url
 
@@ -139,6 +139,6 @@ def cache() -> Iterator[str]:
 async def harness(
     engine: FakeEngine, cache: str, redis_server: RedisServer, tmp_path: Path
 ) -> AsyncIterator[GatewayHarness]:
-    """A gateway's parts over empty tiers."""
+    """A gateway's services over empty tiers."""
     async with open_harness(engine, cache, redis_server, tmp_path) as harness:
         yield harness

@@ -83,12 +83,12 @@ def test_a_window_asked_for_by_header_that_cannot_be_had_is_an_error(
 def test_a_session_is_not_deleted_until_its_reply_is_complete(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
-    go_on = threading.Event()
+    release = threading.Event()
 
     def answer(exchange: Exchange) -> None:
         exchange.begin()
         exchange.chunk(delta(content="x"))
-        go_on.wait(WITHIN)
+        release.wait(WITHIN)
         exchange.chunk(DONE)
         exchange.end()
 
@@ -97,7 +97,7 @@ def test_a_session_is_not_deleted_until_its_reply_is_complete(
         wire.chat(session, stream=True)
         wire.head()
         assert error_of(gateway.http.delete(f"/admin/sessions/{session}")) == (409, "session_busy")
-        go_on.set()
+        release.set()
         assert wire.chunks()[-1] == DONE
     assert gateway.http.delete(f"/admin/sessions/{session}").status_code == 200
     assert error_of(gateway.http.get(f"/admin/sessions/{session}")) == (404, "session_not_found")
@@ -133,11 +133,11 @@ def test_a_window_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
     gateway.chat(session, "remember me")
     assert gateway.freeze(session, f"w-{session}").status_code == 201
     assert gateway.http.delete(f"/admin/sessions/{session}").status_code == 200
-    warming, go_on = threading.Event(), threading.Event()
+    warming, release = threading.Event(), threading.Event()
 
     def wait() -> None:
         warming.set()
-        go_on.wait(WITHIN)
+        release.wait(WITHIN)
 
     engine.before_completion = wait
     with ThreadPoolExecutor(1) as pool:
@@ -147,7 +147,7 @@ def test_a_window_deleted_while_it_thaws_is_thawed_whole_or_not_at_all(
         deleting = threading.Thread(target=gateway.http.delete, args=[f"/admin/windows/w-{session}"])
         deleting.start()
         deleting.join(1)  # it may as well wait for the thaw
-        go_on.set()
+        release.set()
         answer = thawing.result(WITHIN)
         deleting.join(WITHIN)
     if answer.status_code != 200:
@@ -168,7 +168,7 @@ def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows(
     tokenize = engine.on_tokenize
 
     def together(exchange: Exchange) -> None:
-        both.wait(WITHIN)  # neither goes on before the other has begun as well
+        both.wait(WITHIN)  # each waits until the other has begun as well
         tokenize(exchange)
 
     engine.on_tokenize = together
@@ -220,14 +220,14 @@ def test_ec041_a_thaw_that_times_out_is_a_clean_error_and_is_not_retried(engine:
         gateway.chat("kept", "remember me")
         assert gateway.freeze("kept", "kept").status_code == 201
         asked = len(engine.seen("/v1/completions"))  # by the self-test
-        go_on = threading.Event()
-        engine.before_completion = lambda: go_on.wait(WITHIN)
+        release = threading.Event()
+        engine.before_completion = lambda: release.wait(WITHIN)
         body = {"warm": "gpu", "new_session_id": "late"}
         late = gateway.http.post("/admin/windows/kept/thaw", json=body)
         assert error_of(late) == (504, "engine_timeout")
         assert len(engine.seen("/v1/completions")) == asked + 1
         assert error_of(gateway.http.get("/admin/sessions/late")) == (404, "session_not_found")
-        go_on.set()
+        release.set()
         assert gateway.http.post("/admin/windows/kept/thaw", json=body).status_code == 200
 
 
@@ -337,7 +337,7 @@ def test_s06_no_secret_is_in_the_code() -> None:
 
 def test_s43_the_code_holds_no_foreign_address_and_reports_no_usage() -> None:
     hosts = {host for text in literals() for host in re.findall(r"https?://([\w.-]+)", text)}
-    # RFC 2606: names under .example are nobody's.
+    # RFC 2606: names under .example are reserved.
     assert {host for host in hosts if not host.endswith(".example")} <= {"127.0.0.1", "localhost"}
     assert "127.0.0.1" in hosts
     cache = commands.cache_command("python", commands.Cache(1, 2, Path("kv"), 64, 1.0, "i"))

@@ -264,7 +264,7 @@ def test_whichever_worker_is_asked_answers_for_all(engine: FakeEngine, tmp_path:
             assert value(seen, "cwg_verbs_total", verb="freeze", result="ok") == 1
             assert value(seen, "cwg_windows", kv="absent") == 1
             assert value(seen, "cwg_workers") == COUNT
-            # A fellow worker tells of it now and then only.
+            # Another worker reports it only now and then.
             eventually(lambda wire=wire: value(told(wire), "cwg_turns_in_flight") == 0, "nothing is in flight")  # type: ignore[misc]
             assert value(seen, "cwg_engine_up", engine=engine.url.removeprefix("http://")) == 1
 

@@ -1,4 +1,4 @@
-"""What a freeze has read is what it commits, whatever happens beside it: see `tests.support.operations_model`.
+"""What a freeze has read is what it commits, whatever happens at the same time: see `tests.support.operations_model`.
 
 `CWG_MODEL_STEPS` sets the number of operations, `CWG_MODEL_SEED` another seed than one of today.
 """

@@ -1,4 +1,4 @@
-"""The doors as their users use them: the official MCP client, and `cwg` in a terminal."""
+"""The ways in besides HTTP: the official MCP client, and `cwg` in a terminal."""
 
 import asyncio
 import subprocess

@@ -65,7 +65,7 @@ class Gateway:
         return client
 
     def close(self) -> None:
-        """Stop it, and let go of what the test opened."""
+        """Stop it, and close the clients that the test opened."""
         self.stop()
         for client in self._clients:
             client.close()

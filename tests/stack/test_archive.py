@@ -1,4 +1,4 @@
-"""A window leaves in a file, everything of it is deleted, and it comes back: on the real engine and cache."""
+"""A window is exported, deleted with everything it had, and imported: on the real engine and cache."""
 
 import pytest
 

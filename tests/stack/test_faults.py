@@ -1,4 +1,4 @@
-"""Parts that are down, full or gone, on the real stack: what was asked still happens, or says why not."""
+"""Engine, cache, Redis or disk down or full, on the real stack: requests still work, or say why not."""
 
 import os
 import shutil
@@ -191,7 +191,7 @@ def test_a_window_of_another_model_is_refused_and_its_text_is_still_there(
 
 @pytest.fixture
 def frozen_without_cache(stack: Stack, own: Gateway) -> Iterator[tuple[Gateway, str]]:
-    """A window frozen in good times; then LMCache is killed."""
+    """A window frozen while all is well; then LMCache is killed."""
     converse(own.client("good"), "good", turns=1)
     own.freeze("good", "good")
     os.kill(stack.parts.cache.pid, signal.SIGKILL)
@@ -239,7 +239,7 @@ class Outage:
 
 @across_outage
 def outage(stack: Stack, folder: Path) -> Generator[Outage | None]:
-    """Freeze a session, and go on using it when the engine is gone."""
+    """Freeze a session, and use it while the engine is down."""
     gateway = Gateway(stack.settings(folder / "data"), folder / "gateway.log").start()
     try:
         converse(gateway.client("engine"), "engine", turns=1)

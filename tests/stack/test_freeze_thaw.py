@@ -23,7 +23,7 @@ QUESTION = {"role": "user", "content": "And then?"}
 
 @dataclass
 class Frozen:
-    """A frozen conversation, and how it went on where it was never frozen."""
+    """A frozen conversation, and its next turn where it was never frozen."""
 
     name: str
     window: dict[str, Any]
@@ -252,7 +252,7 @@ def _logprobs(answer: Any) -> list[Any]:
 
 
 def _hashes(gateway: Gateway, name: str) -> list[str]:
-    """The chunk hashes of a window; its text is the test's own, so nobody else has them."""
+    """The chunk hashes of a window; its text is unique, so no other window has them."""
     status = gateway.http.get(f"/admin/windows/{name}", params={"include_blocks": "true"}).json()
     return [block["hash"] for block in status["blocks"]]
 

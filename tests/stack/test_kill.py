@@ -1,4 +1,4 @@
-"""SIGKILL to the gateway at every moment of a freeze: never a half window, never a false word, and then it works."""
+"""SIGKILL to the gateway at every moment of a freeze: never half a window, never a false answer, and then it works."""
 
 import fcntl
 import json

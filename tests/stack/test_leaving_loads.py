@@ -1,4 +1,4 @@
-"""Clients and gateways that go away while KV is being loaded: the engine lives on, and what it computes is right.
+"""Clients and gateways that disconnect while KV is loaded: the engine survives, and what it computes is right.
 
 The gateway is set to abort at once, so that only the mend in `gateway.stack.connector` stands between them and the
 engine. When to go is read from the engine's own gauge of loads in progress, not guessed.
@@ -47,7 +47,7 @@ class Frozen:
         self._witness = self._tokenize(_LINE * 100)
 
     def sessions(self, count: int) -> list[str]:
-        """Thaw isolated clones: each has a salt of its own."""
+        """Thaw isolated clones, each with its own salt."""
         made = []
         for _ in range(count):
             self._count += 1
@@ -74,7 +74,7 @@ class Frozen:
         return sum(map(float, pattern.findall(self._stack.engine.get("/metrics").text)))
 
     def locked(self) -> int:
-        """Objects that the cache keeps in its memory because somebody is to read them."""
+        """Objects that the cache keeps in memory for readers."""
         answer = httpx.get(f"{self._stack.plan.cache_url}/status").json()
         return int(answer["storage_manager"]["l1_managers"]["_default"]["read_locked_count"])
 
@@ -88,8 +88,8 @@ class Frozen:
     def computed(self) -> Any:
         """What the engine makes of a prompt that it has to compute, in the blocks that it freed last.
 
-        It is alone by then: computed beside another prompt, the same tokens come out with other last bits. The requests
-        of those who left are no longer counted, though their loads may go on.
+        It is alone by then: computed together with another prompt, the same tokens have other last bits. The requests
+        of those that left are no longer counted, though their loads may continue.
         """
         until(lambda: not self._gauge(_BUSY), "those who left are aborted")
         body = {"prompt": self._witness, "max_tokens": 4, "temperature": 0, "logprobs": 0}
@@ -105,7 +105,7 @@ class Frozen:
 
 
 class Asked:
-    """Turns under way; leaving is to close their sockets at once."""
+    """Turns in flight; leaving closes their sockets at once."""
 
     def __init__(self, url: str, sessions: Sequence[str], body: bytes) -> None:
         address = urlsplit(url)

@@ -1,4 +1,4 @@
-"""The anthropic client through the gateway, on the real engine; and what the dialect makes of it, beside vLLM's own."""
+"""The anthropic client through the gateway, on the real engine; and the dialect's conversion compared with vLLM's."""
 
 import re
 import warnings
@@ -147,7 +147,7 @@ def test_a_recorded_request_renders_to_the_engines_own_tokens(stack: Stack, name
     assert call.messages
     recorded = {"model": "demo", "messages": call.messages, **call.frame}
     assert _rendered(stack, "/v1/chat/completions/render", recorded) == expected
-    # Said once more in Messages, as a thawed session has it said, it is the same again.
+    # Converted back to Messages, as for a thawed session, it is the same again.
     system, rest = split(call.messages)
     front = Front(system, rest, {name: call.frame[name] for name in INHERITED_FIELDS if name in call.frame})
     said = chat_to_messages.in_front(front, {**body, "messages": []})
@@ -182,7 +182,7 @@ def test_every_message_is_recorded_as_vllm_converts_it(vllm: Any) -> None:
     holds()
 
 
-# --- beside the engine alone
+# --- compared with the engine alone
 
 
 @pytest.mark.parametrize("name", ["text", "system as blocks", "tools chosen", "parallel calls, one failed"])
@@ -299,13 +299,13 @@ def test_a_messages_window_continues_in_chat_and_in_messages_with_its_cache(
     _converse(client, "begun in messages")
     window = shared.freeze(_session(client), "begun-in-messages")
     assert window["kv"] == "complete"
-    _go_on(stack, shared, "begun-in-messages", window)
+    _continue_in_both(stack, shared, "begun-in-messages", window)
 
 
 def test_a_chat_window_continues_in_messages_and_in_chat_with_its_cache(stack: Stack, shared: Gateway) -> None:
     converse(shared.client("begun-in-chat"), "begun in chat")
     window = shared.freeze("begun-in-chat", "begun-in-chat")
-    _go_on(stack, shared, "begun-in-chat", window)
+    _continue_in_both(stack, shared, "begun-in-chat", window)
 
 
 def test_a_window_of_thoughts_and_tools_continues_in_either_api(stack: Stack, shared: Gateway) -> None:
@@ -313,10 +313,10 @@ def test_a_window_of_thoughts_and_tools_continues_in_either_api(stack: Stack, sh
         body = {**_BODY, **CONVERSATIONS["thinking"], "system": "You are terse. " * 20}
         _ask(client, {**body, "tool_choice": {"type": "none"}})
     window = shared.freeze("thoughts", "thoughts")
-    _go_on(stack, shared, "thoughts", window)
+    _continue_in_both(stack, shared, "thoughts", window)
 
 
-def _go_on(stack: Stack, shared: Gateway, name: str, window: dict[str, Any]) -> None:
+def _continue_in_both(stack: Stack, shared: Gateway, name: str, window: dict[str, Any]) -> None:
     """Thaw into both dialects, sending only what is new: every whole chunk hits, and both prompts are the same."""
     chunks = window["receipt"]["chunks"]
     assert chunks > 2

@@ -24,15 +24,15 @@ NEXT = {"role": "user", "content": "And then?"}
 
 @pytest.fixture(scope="module")
 def gateway(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with a store of this file's own, so that a whole tier can be looked at."""
-    root = tmp_path_factory.mktemp("verbs")
+    """A gateway with a store of this file alone, so that a whole tier can be checked."""
+    root = tmp_path_factory.mktemp("operations")
     gateway = Gateway(stack.settings(root / "data"), root / "gateway.log").start()
     yield gateway
     gateway.close()
 
 
 def frozen(gateway: Gateway, name: str, **size: int) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """A window of a conversation of its own, its messages, and its salt."""
+    """A window of a new conversation, its messages, and its salt."""
     messages = converse(gateway.client(f"s-{name}"), f"{name} {secrets.token_hex(4)}", **size)
     window = gateway.freeze(f"s-{name}", name)
     assert window["kv"] == "complete"
@@ -60,7 +60,7 @@ def long_window(stack: Stack, gateway: Gateway, name: str) -> tuple[dict[str, An
 
 
 def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
-    """POST to the admin door, and insist that it worked."""
+    """POST to the admin API, and insist that it worked."""
     answer = gateway.http.post(f"/admin/windows/{path}", json=body)
     assert answer.status_code in (200, 201), answer.text
     return dict(answer.json())
@@ -68,7 +68,7 @@ def post(gateway: Gateway, path: str, **body: Any) -> dict[str, Any]:
 
 @across_restart
 def asked(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, dict[str, Any], str]]:
-    """A long window: what the engine finds of it in the morning was restored."""
+    """A long window: what the engine finds of it after the restart was restored."""
     yield gateway, *long_window(stack, gateway, "asked")
 
 
@@ -203,7 +203,7 @@ def test_a_fanout_hits_in_every_branch_and_makes_no_file(stack: Stack, gateway: 
 
 @across_restart
 def fanned(stack: Stack, gateway: Gateway) -> Iterator[tuple[Gateway, list[str], int]]:
-    """Sessions that begin in the morning: a fanout's and a thaw's. LMCache has lost all of their KV by then."""
+    """Sessions that begin after the restart: a fanout's and a thaw's. LMCache has lost all of their KV by then."""
     frozen(gateway, "fanned-out")
     sessions = post(gateway, "fanned-out/fanout", count=3, prefix="late")["sessions"]
     sessions.append(gateway.thaw("fanned-out")["session_id"])

@@ -1,4 +1,4 @@
-"""A conversation that outgrows the model's context, before the real engine: frozen whole, and going on."""
+"""A conversation that outgrows the model's context, on the real engine: frozen whole, and continued."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -41,7 +41,7 @@ class Reply:
 
 
 class Talk:
-    """An official client with nothing changed but its base URL, which has no word of sessions."""
+    """An official client with nothing changed but its base URL, which names no session."""
 
     def __init__(self, url: str, more: dict[str, Any]) -> None:
         self.sessions: list[str] = []
@@ -62,7 +62,7 @@ class Talk:
         self._anthropic.close()
 
     def ask(self, dialect: str, said: list[Any], *, stream: bool = False, short: bool = False, **more: Any) -> Reply:
-        """One turn, in which the model is to think; a short one has no end of its thoughts."""
+        """One turn in which the model is asked to think; in a short one its thoughts do not end."""
         ask = {"chat": self._chat, "responses": self._responses, "messages": self._messages}[dialect]
         return ask(said, stream, short, more)
 
@@ -140,7 +140,7 @@ def _user(text: str = TOPIC) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-# --- beside the engine alone
+# --- compared with the engine alone
 
 
 def test_without_being_asked_to_the_model_does_not_think(stack: Stack) -> None:
@@ -216,10 +216,10 @@ def test_a_thought_is_recorded_and_the_conversation_continues_with_and_without_i
 ) -> None:
     text = f"{dialect} {stream} {TOPIC}"
     with Talk(shared.url, _sampling(stack, text)) as talk:
-        _goes_on(shared, talk, dialect, stream, text)
+        _check_continuation(shared, talk, dialect, stream, text)
 
 
-def _goes_on(shared: Gateway, talk: Talk, dialect: str, stream: bool, text: str) -> None:
+def _check_continuation(shared: Gateway, talk: Talk, dialect: str, stream: bool, text: str) -> None:
     asked = [_user(text)]
     first = talk.ask(dialect, asked, stream=stream)
     session = talk.sessions[-1]
@@ -239,7 +239,7 @@ def _goes_on(shared: Gateway, talk: Talk, dialect: str, stream: bool, text: str)
         same = kept["token_count"] if sent_back is first.whole else first.prompt
         assert following.cached >= same // CHUNK * CHUNK
     assert kept["kv"] == "complete"
-    # What goes on from the window without a word of it thinks as its conversation did.
+    # A continuation of the window that does not mention thinking thinks as its conversation did.
     path, word = {
         "chat": ("chat/completions", b'"reasoning":"'),
         "responses": ("responses", b'"type":"reasoning"'),
@@ -251,7 +251,7 @@ def _goes_on(shared: Gateway, talk: Talk, dialect: str, stream: bool, text: str)
 
 
 def _in_chat(dialect: str, said: list[Any]) -> dict[str, Any]:
-    """What a reply is to the engine when it is sent back."""
+    """A reply as the engine gets it when it is sent back."""
     if dialect == "chat":
         (message,) = said
     elif dialect == "responses":
@@ -307,7 +307,7 @@ def test_arguments_of_the_template_are_part_of_the_frame(stack: Stack, shared: G
     window = shared.freeze(f"frame-{asked}", f"frame-{asked}")
     frame = shared.http.get(f"/admin/windows/frame-{asked}/messages").json()["frame"]
     assert frame["chat_template_kwargs"] == {asked: True}
-    # Who goes on without a word of it thinks on, because the window does.
+    # A continuation that does not mention thinking thinks, because the window does.
     thawed = shared.client(shared.thaw(f"frame-{asked}")["session_id"])
     following = thawed.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "And then?"}], max_tokens=8, temperature=0

@@ -34,7 +34,7 @@ def _stored(stack: Stack) -> tuple[set[Path], set[bytes]]:
 
 
 def _adds_up(stack: Stack, gateway: Gateway, data_dir: Path) -> None:
-    """What the gateway says of the tiers is what they say themselves, and its parts make the whole."""
+    """The gateway's usage of the tiers equals the tiers' own, and its parts add up."""
     with closing(sqlite3.connect(data_dir / "gateway.db")) as db:
         (store,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
 
@@ -52,7 +52,7 @@ def _adds_up(stack: Stack, gateway: Gateway, data_dir: Path) -> None:
         )
 
     told: dict[str, Any] = {}
-    until(agreed, "the gateway tells of the bytes that are on disk and in Redis")
+    until(agreed, "the gateway reports the bytes that are on disk and in Redis")
     for tier in told.values():
         for unit in ("objects", "bytes"):
             assert sum(tier[owner][unit] for owner in ("windows", "sessions", "forgotten", "unknown")) == tier[unit]

@@ -21,7 +21,7 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def go_on(gateway: Gateway, session: str, text: str) -> Messages:
+def say(gateway: Gateway, session: str, text: str) -> Messages:
     """One turn that sends only what is new; what was said, and the reply."""
     reply = chat(gateway.client(session), [user(text)]).choices[0].message
     return [user(text), {"role": "assistant", "content": reply.content}]
@@ -50,7 +50,7 @@ def test_w02_branches_of_one_conversation_have_their_own_histories_and_share_wha
         shared, "window_freeze", session_id="exploration", window_name="approach-a", tags=["experiment", "approach-a"]
     )
     mcp(shared, "window_thaw", window_name="before-experiment", new_session_id="exploration-b")
-    b = go_on(shared, "exploration-b", "Try approach B instead.")
+    b = say(shared, "exploration-b", "Try approach B instead.")
     made_b = mcp(
         shared, "window_freeze", session_id="exploration-b", window_name="approach-b", tags=["experiment", "approach-b"]
     )
@@ -90,7 +90,7 @@ def test_w03_a_clone_for_a_colleague_takes_no_bytes_and_either_window_outlives_t
     for name, session in (("my-project-for-alice", "alice"), ("my-project", "owner")):
         thawed = mcp(shared, "window_thaw", window_name=name, new_session_id=session)
         assert thawed["receipt"]["cached_tokens"] >= whole(window)
-    said = {session: go_on(shared, session, f"This is {session}.") for session in ("alice", "owner")}
+    said = {session: say(shared, session, f"This is {session}.") for session in ("alice", "owner")}
     for session, new in said.items():
         mcp(shared, "window_freeze", session_id=session, window_name=f"after-{session}")
         assert messages_of(shared, f"after-{session}") == [*messages, *new]
@@ -137,7 +137,7 @@ def test_w18_a_clone_can_be_used_hard_and_deleted_and_the_original_keeps_every_b
     mcp(shared, "window_clone", source_window="stable-context", target_window="experiment-context")
     session = mcp(shared, "window_thaw", window_name="experiment-context")["session_id"]
     for attempt in range(3):
-        go_on(shared, session, f"Experiment {attempt}.")
+        say(shared, session, f"Experiment {attempt}.")
         mcp(shared, "window_freeze", session_id=session, window_name=f"experiment-{attempt}")
     for name in ("experiment-context", *(f"experiment-{attempt}" for attempt in range(3))):
         mcp(shared, "window_delete", window_name=name)

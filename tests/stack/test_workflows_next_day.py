@@ -1,4 +1,4 @@
-"""Workflows that go on another day: in between gateway, engine and cache were stopped, and their memory is gone."""
+"""Workflows continued another day: gateway, engine and cache were stopped in between, and their memory is gone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Evening:
 
 @across_restart
 def evening(_: Stack, gateway: Gateway) -> Iterator[Evening]:
-    """Three conversations frozen, each at its door."""
+    """Three conversations frozen, each through another interface."""
     said = {name: converse(gateway.client(name), name) for name in ("current-session", "today", "slow")}
     description = {"description": "Found the race in the token refresh", "tags": ["debug", "auth"]}
     mcp(

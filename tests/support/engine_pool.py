@@ -40,7 +40,7 @@ def all_healthy(gateway: Gateway) -> None:
 
 @asynccontextmanager
 async def members(*urls: str) -> AsyncIterator[EnginePool]:
-    """Engines that nobody looks at but the test."""
+    """Engines that only the test uses."""
     made = [
         EngineNode(
             Upstream(url, connect_timeout_s=1, silence_timeout_s=1),

@@ -1,4 +1,4 @@
-"""A gateway as the process that users run, and waiting for what it does."""
+"""A gateway as the process that users run, and helpers that wait for what it does."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 def eventually(
     holds: Callable[[], bool], what: str, within: float = WITHIN, more: Callable[[], str] = lambda: ""
 ) -> None:
-    """Wait until something holds; fail when it does not come true, with `more` to say of it."""
+    """Wait until something holds; fail with `what` and `more` if it does not in time."""
     end = time.monotonic() + within
     while not holds():
         assert time.monotonic() < end, f"not within {within:g} s: {what}\n{more()}"
@@ -37,7 +37,7 @@ def eventually(
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
 
@@ -68,7 +68,7 @@ class Gateway:
         self.data_dir = folder / "data"
         self._log = folder / "gateway.log"
         own = {"port": self.port, "engine_urls": engine_url, "data_dir": self.data_dir}
-        given = {**own, "auto_freeze": False, **settings}  # nothing behind the back of a test that does not ask for it
+        given = {**own, "auto_freeze": False, **settings}  # only where a test asks for it
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
         hooks = {"response": [openapi_check.check]}
@@ -121,7 +121,7 @@ class Gateway:
         return self.http.post("/v1/chat/completions", json=whole, headers={"x-session-id": session, **(headers or {})})
 
     def freeze(self, session: str, window: str, **more: Any) -> httpx.Response:
-        """Freeze a session; it waits until no turn of it is going on."""
+        """Freeze a session; it waits until no turn of it is in flight."""
         return self.http.post("/admin/windows", json={"session_id": session, "window_name": window, **more})
 
     def turns(self, session: str, count: int = 1) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A gateway's parts on both tiers, before a fake engine and as much of LMCache as a verb asks, and a window in it."""
+"""A gateway's services on both tiers, with a fake engine, as much of LMCache as an operation needs, and a window."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FRAME = {"chat_template_kwargs": {"x": 1}}
 
 
 class _Cache(BaseHTTPRequestHandler):
-    """LMCache, as far as these verbs ask it: what it is, and to drop objects, which it then says it had."""
+    """As much of LMCache as the operations need: its status, and dropping objects, which it always reports as done."""
 
     server: "_CacheServer"
 
@@ -46,7 +46,7 @@ class _Cache(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class _CacheServer(ThreadingHTTPServer):
@@ -69,7 +69,7 @@ def cache_server(serde: str | None = None) -> Iterator[str]:
 
 @dataclass
 class GatewayHarness:
-    """A gateway's parts, and where its tiers keep things."""
+    """A gateway's services, and where its tiers keep things."""
 
     services: Services
     kv: Path

@@ -43,7 +43,7 @@ def value(size: int = 5000) -> bytes:
 
 
 def lose_text(store: Path, name: str) -> None:
-    """Take a window's text away, as versions did in which nothing held it while its session was frozen."""
+    """Delete a window's text, as older versions did while its session was frozen."""
     with closing(sqlite3.connect(store)) as db:
         db.execute("DROP TRIGGER IF EXISTS windows_keep_their_text")
         db.execute("DELETE FROM links WHERE id IN (SELECT transcript FROM windows WHERE name = ?)", (name,))
@@ -173,7 +173,7 @@ class RedisServer:
         """Stop it where it is: connections stay, and nothing answers."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Let it answer again."""
         self.process.send_signal(signal.SIGCONT)
 

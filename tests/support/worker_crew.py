@@ -1,4 +1,4 @@
-"""A gateway of several workers, and requests to a certain one of them."""
+"""A gateway of several workers, and requests to a particular one."""
 
 import json
 import threading
@@ -89,16 +89,16 @@ def chat(wire: RawHttpClient, session: str, **body: Any) -> None:
 
 
 class Held:
-    """A streamed reply that goes on until it is let go."""
+    """A streamed reply that is held back until it is released."""
 
     def __init__(self, engine: FakeEngine) -> None:
-        self.go_on = threading.Event()
+        self.release = threading.Event()
         engine.on_chat = self._answer
 
     def _answer(self, exchange: Exchange) -> None:
         exchange.begin()
         exchange.chunk(delta(role="assistant", content="held"))
-        assert self.go_on.wait(3 * WITHIN)
+        assert self.release.wait(3 * WITHIN)
         exchange.chunk(DONE)
         exchange.end()
 

@@ -27,7 +27,7 @@ ADDED = {
 RETRYABLE = {
     "session_busy", "rate_limited", "request_timeout", "engine_unreachable", "engine_timeout", "cache_unavailable",
 }  # fmt: skip
-# Promised with verbs and limits that are not there yet; whoever raises one takes it out of here.
+# Documented for operations and limits that do not exist yet.
 NOT_YET: set[str] = set()
 
 

@@ -107,13 +107,13 @@ def test_headers_that_drip_are_given_up_in_time(strict: Gateway) -> None:
         clock = time.monotonic()
         wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
 
-        def go_on() -> None:
+        def proceed() -> None:
             while time.monotonic() - clock < 4:
                 wire.send(b"x: y\r\n")
                 drip.wait(0.1)
 
         with pytest.raises(OSError, match=r"reset|pipe"):
-            go_on()
+            proceed()
 
 
 def test_headers_of_a_second_request_that_do_not_come_are_given_up_in_time(strict: Gateway) -> None:

@@ -1,4 +1,4 @@
-"""One key at every door: asked for, compared whole, and never handed on."""
+"""One key for every API: required, compared whole, and never forwarded."""
 
 import hmac
 import inspect
@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def guarded(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with a key, before an engine with another."""
+    """A gateway with a key, in front of an engine with another."""
     with gateway_in_front_of(
         shared_engine.url, tmp_path_factory.mktemp("guarded"), api_key=KEY, engine_api_key="engine-key"
     ) as gateway:

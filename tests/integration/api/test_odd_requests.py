@@ -150,13 +150,13 @@ def test_1000_streams_at_once_are_each_answered_whole_and_recorded_once(
     engine: FakeEngine, gateway: Gateway, session: str, api: Api
 ) -> None:
     begun = threading.Semaphore(0)
-    go_on = threading.Event()
+    release = threading.Event()
 
     def answer(exchange: Exchange) -> None:
         exchange.begin()
         exchange.chunk(api.word)
         begun.release()
-        assert go_on.wait(60)
+        assert release.wait(60)
         for chunk in api.stream(["lo"], USAGE):
             exchange.chunk(chunk)
         exchange.end()
@@ -186,13 +186,13 @@ def test_1000_streams_at_once_are_each_answered_whole_and_recorded_once(
         tasks = [asyncio.create_task(one(gateway.url)) for _ in range(1000)]
         for _ in range(1000):  # every one of them has begun before any goes on
             assert await asyncio.to_thread(begun.acquire, timeout=60)
-        go_on.set()
+        release.set()
         return await asyncio.gather(*tasks)
 
     try:
         answers = asyncio.run(all_at_once())
     finally:
-        go_on.set()
+        release.set()
     assert {unframed(answer) for answer in answers} == {(b"HTTP/1.1 200 OK", wanted)}
     assert gateway.freeze(session, f"w-{session}").status_code == 201  # it waits until nothing is in flight
     assert gateway.http.get(f"/admin/sessions/{session}").json()["turn_count"] == 1000

@@ -1,4 +1,4 @@
-"""What is no HTTP/1.1 request, and what else passes through."""
+"""Other protocols than HTTP/1.1, and requests that are only passed through."""
 
 import http.client
 import json

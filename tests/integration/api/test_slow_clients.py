@@ -19,7 +19,7 @@ _SMALL = 4096  # bytes of a receive buffer: what is sent soon waits in the gatew
 
 
 class Endless:
-    """Streams that end when whoever reads them has gone; how many did."""
+    """Streams that end when their reader disconnects; how many did."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.gone = threading.Semaphore(0)
@@ -95,24 +95,24 @@ def begin(wire: RawHttpClient, session: str) -> None:
 
 def hold(engine: FakeEngine) -> threading.Event:
     """Have the engine begin every stream, and end it when told."""
-    go_on = threading.Event()
+    release = threading.Event()
 
     def answer(exchange: Exchange) -> None:
         exchange.begin()
         exchange.chunk(delta(content="held"))
-        go_on.wait(WITHIN)
+        release.wait(WITHIN)
         exchange.chunk(DONE)
         exchange.end()
 
     engine.on_chat = answer
-    return go_on
+    return release
 
 
 def test_a_client_beyond_the_limit_is_refused_and_later_served(
     engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     with gateway_in_front_of(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
-        go_on = hold(engine)
+        release = hold(engine)
         busy = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(3)]
         for number, wire in enumerate(busy):
             begin(wire, f"{session}-{number}")
@@ -123,7 +123,7 @@ def test_a_client_beyond_the_limit_is_refused_and_later_served(
             error = refused.json()["error"]
             assert (error["code"], error["retryable"]) == ("rate_limited", True)
             assert "max_connections" in error["hint"]
-        go_on.set()
+        release.set()
         for wire in busy:
             assert wire.chunks() == [DONE]
         assert gateway.chat(session).status_code == 200
@@ -133,19 +133,19 @@ def test_a_client_beyond_the_limit_is_refused_and_later_served(
 def full(engine: FakeEngine, folder: Path, session: str) -> Iterator[Gateway]:
     """A gateway that answers as many clients as it may."""
     with gateway_in_front_of(engine.url, folder, max_connections=3) as gateway, ExitStack() as stack:
-        go_on = hold(engine)
+        release = hold(engine)
         busy = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(3)]
         for number, wire in enumerate(busy):
             begin(wire, f"{session}-{number}")
         yield gateway
-        go_on.set()
+        release.set()
         for wire in busy:
             assert wire.chunks() == [DONE]
         assert gateway.chat(session).status_code == 200
 
 
 def probe(gateway: Gateway, path: str) -> int:
-    """The status that a probe gets on a connection of its own, which is closed then."""
+    """The status that a probe gets on a new connection, which is then closed."""
     with RawHttpClient(gateway.url) as wire:
         wire.send(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
         status = wire.head()
@@ -190,14 +190,14 @@ def test_each_of_a_burst_of_clients_beyond_the_limit_reads_why_it_is_refused(
 
 def test_connections_without_a_request_make_room_for_new_ones(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path, max_connections=3) as gateway, ExitStack() as stack:
-        go_on = hold(engine)
+        release = hold(engine)
         busy = stack.enter_context(RawHttpClient(gateway.url))
         begin(busy, session)
         idle = [stack.enter_context(RawHttpClient(gateway.url)) for _ in range(20)]
         assert all(wire.rest() == b"" for wire in idle[:17])
         idle[-1].send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert idle[-1].head() == 200
-        go_on.set()
+        release.set()
         assert busy.chunks() == [DONE]
 
 

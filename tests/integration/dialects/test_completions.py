@@ -1,4 +1,4 @@
-"""Text completions as turns of a session: the dialect, and the gateway before an engine that can misbehave."""
+"""Text completions as turns of a session: the dialect, and a gateway in front of an engine that can misbehave."""
 
 import json
 from typing import Any
@@ -214,7 +214,7 @@ def test_an_error_has_the_shape_of_chat() -> None:
     assert DIALECT.error_event(error).endswith(DONE)
 
 
-# --- turns, before an engine
+# --- turns, with an engine
 
 
 def complete(gateway: Gateway, session: str, prompt: Any, **more: Any) -> Any:

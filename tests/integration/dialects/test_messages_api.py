@@ -245,7 +245,7 @@ def test_an_engine_that_dies_mid_stream_makes_the_client_raise(
         exchange.cut()
 
     engine.on_other = half
-    # Words of its own: the same ones without an id would be taken for another try of this turn.
+    # Unique text: the same without an id would be taken for a retry of this turn.
     body = {**BODY, "messages": [{"role": "user", "content": f"die, {session}"}]}
     with _client(gateway, session) as client, pytest.raises(anthropic.APIStatusError, match="closed") as raised:
         for _ in client.messages.create(**body, stream=True):

@@ -43,7 +43,7 @@ async def hung(
         await window(harness.services)
         own_server.hang()
         yield harness
-        own_server.go_on()
+        own_server.resume()
 
 
 async def test_every_verb_goes_on_without_it_and_says_so(hung: GatewayHarness) -> None:

@@ -17,7 +17,7 @@ _FILE = ROOT / "tests" / "recordings" / "agents.json"
 _ALL: list[dict[str, Any]] = json.loads(_FILE.read_text())["recordings"]
 _PATHS = {path.decode() for path in TURNS}
 RECORDINGS = [r for r in _ALL if r["requests"][0]["target"].partition("?")[0] in _PATHS]
-# An answer that the gateway keeps is what these go on from: there is nothing to recognise without its id.
+# These continue a stored response, and cannot be recognised without its id.
 BY_RESPONSE = [r for r in RECORDINGS if any("previous_response_id" in q["body"] for q in r["requests"])]
 # Names of sessions and agents, and nothing that the conversation itself is made of.
 _ID_HEADERS = ("session", "agent-id", "thread", "codex", "subagent", "client-request-id")
@@ -56,7 +56,7 @@ def test_each_conversation_of_an_agent_is_a_session_by_its_ids(
 def test_each_conversation_of_an_agent_is_a_session_without_any_id(
     before_script: Gateway, recording: dict[str, Any]
 ) -> None:
-    # Nobody went on from where it forked but the fork: without ids, that is how a conversation goes on.
+    # Only the fork continues that point: without ids, that is how a conversation continues.
     requests = [_stripped(request) for request in recording["requests"]]
     named = _named({**recording, "requests": requests}, {"fork": "main"})
     _check(before_script, _played(before_script, named, "without ids"))
@@ -73,7 +73,7 @@ def _played(gateway: Gateway, recording: Mapping[str, Any], scope: str) -> dict[
     sessions: defaultdict[str, list[str]] = defaultdict(list)
     last = ""
     for request in recording["requests"]:
-        # A salt of its own keeps it apart from the same texts in another test.
+        # Its salt keeps it apart from the same texts in another test.
         body = {**request["body"], "cache_salt": f"{_title(recording)}, {scope}"}
         if "previous_response_id" in body:
             body["previous_response_id"] = last

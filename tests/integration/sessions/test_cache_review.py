@@ -1,4 +1,4 @@
-"""What the session's status says of each turn: how its prompt was estimated, and what it found in the cache."""
+"""The review of each turn in a session's status: the estimate of its prompt, and what it found in the cache."""
 
 from pathlib import Path
 from typing import Any

@@ -330,7 +330,7 @@ def test_two_clients_with_the_same_question_and_empty_reply_stay_apart(
     engine.on_chat = lambda exchange: exchange.json(whole_reply("", engine._usage(None, [1], completion=1)))
     first = client.ask([SYSTEM, user(session)])
     gateway.turns(first.session)
-    # The same question once more is a retry: nobody has had an answer.
+    # The same question once more is a retry, as there was no answer.
     again = client.ask([SYSTEM, user(session)])
     assert (again.session, again.match) == (first.session, "retry")
     assert client.ask([SYSTEM, user(session), user("more")]).session == first.session

@@ -148,10 +148,10 @@ def test_two_clients_with_the_same_reply_continue_in_two_sessions(
     engine.on_chat = answer
     found: list[str] = []
 
-    def go_on(text: str) -> None:
+    def continue_with(text: str) -> None:
         found.append(ask(gateway, [user(session), assistant("Hello there!"), user(text)]))
 
-    work = [threading.Thread(target=go_on, args=(text,)) for text in ("one", "two")]
+    work = [threading.Thread(target=continue_with, args=(text,)) for text in ("one", "two")]
     for thread in work:
         thread.start()
     for thread in work:

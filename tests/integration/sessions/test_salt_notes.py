@@ -1,4 +1,4 @@
-"""KV that is made by what is no finished turn: it is shared with nobody, and goes when nobody needs it any more."""
+"""KV that a request leaves without a finished turn: it is not shared, and is deleted when no session needs it."""
 
 import signal
 import threading
@@ -100,8 +100,8 @@ def test_kv_of_what_passes_through_goes_at_a_sweep(
 
 def test_kv_of_what_passes_through_stays_while_it_is_made(engine: FakeEngine, sweeping: Kept, session: str) -> None:
     path, body = PASSING[0]
-    go_on = threading.Event()
-    engine.on_other = lambda exchange: (go_on.wait(WITHIN), exchange.json({"data": []}))[1]
+    release = threading.Event()
+    engine.on_other = lambda exchange: (release.wait(WITHIN), exchange.json({"data": []}))[1]
     asking = threading.Thread(
         target=sweeping.gateway.http.post, args=(path,), kwargs={"json": {"model": MODEL, **body}}
     )
@@ -118,7 +118,7 @@ def test_kv_of_what_passes_through_stays_while_it_is_made(engine: FakeEngine, sw
     sweeping.disk.put(key(20, salt=other), value(100))
     eventually(lambda: sweeping.disk.live(key(20, salt=other)) is None, "a sweep was here")
     assert sweeping.objects("forgotten") == OBJECTS
-    go_on.set()
+    release.set()
     asking.join()
     eventually(lambda: not list(sweeping.disk.kv.iterdir()), "it is gone")
 
@@ -163,14 +163,14 @@ def test_the_salt_of_a_first_turn_is_noted_early_and_swept_after_a_kill(
 
 
 def test_a_turn_that_is_recorded_keeps_its_kv(engine: FakeEngine, sweeping: Kept, session: str) -> None:
-    go_on = threading.Event()
-    engine.on_chat = lambda exchange: (go_on.wait(WITHIN), engine.answer_chat(exchange))[1]
+    release = threading.Event()
+    engine.on_chat = lambda exchange: (release.wait(WITHIN), engine.answer_chat(exchange))[1]
     asking = threading.Thread(target=sweeping.gateway.chat, args=(session,))
     asking.start()
     eventually(lambda: bool(engine.seen("/v1/chat/completions")), "the engine is asked")
     sweeping.land(sweeping.salt("/v1/chat/completions"))
     eventually(lambda: sweeping.objects("forgotten") == OBJECTS, "the salt is noted")
-    go_on.set()
+    release.set()
     asking.join()
     sweeping.gateway.turns(session)
     eventually(lambda: sweeping.objects("sessions") == OBJECTS, "it is the session's")

@@ -225,7 +225,7 @@ def test_a_prompt_made_to_be_slow_is_read_in_linear_time(content: str) -> None:
     assert got[-1] is USER
 
 
-# --- through the door
+# --- through the gateway
 
 
 def test_the_engine_gets_the_prompt_without_the_line_so_turns_share_a_prefix(

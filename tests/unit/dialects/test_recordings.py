@@ -33,7 +33,7 @@ WITH_USAGE = [name for name in NAMES if name.endswith("-usage")]
 READ = [(name, dialect) for name in NAMES for api, dialect in DIALECTS if name.partition("-")[0] == api]
 read = pytest.mark.parametrize(("name", "dialect"), READ, ids=[name for name, _ in READ])
 
-# The random model calls a tool with arguments that are no JSON; who has to send them back as an object cannot.
+# The random model calls a tool with arguments that are not JSON, which cannot be sent back as an object.
 _NO_REPLY = {"messages-tools": "the arguments of a tool call are not a JSON object"}
 
 

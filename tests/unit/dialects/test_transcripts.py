@@ -130,7 +130,7 @@ LATER = [*SINCE, u("4"), a("four")]
 @pytest.mark.parametrize(
     ("current", "sent", "whole", "origin", "unsure"),
     [
-        # Only what is new goes on from all that was said.
+        # New messages alone continue the whole history.
         (SINCE, [u("4")], [*SINCE, u("4")], "session", False),
         (LATER, [u("5"), u("6")], [*LATER, u("5"), u("6")], "session", False),
         (SINCE, [{"role": "tool", "content": "x"}], [*SINCE, {"role": "tool", "content": "x"}], "session", False),
@@ -143,7 +143,7 @@ LATER = [*SINCE, u("4"), a("four")]
         (LATER, [u("2"), a("two"), u("3"), a("three"), u("x")], [*SINCE, u("x")], "window", False),
         (None, [u("2"), a("two"), u("3")], [*WINDOW, u("3")], "window", False),
         (None, [u("2"), a("two"), u("x"), a("y"), u("3")], [*WINDOW, u("x"), a("y"), u("3")], "window", False),
-        # The first question since the window once more: asked anew, or said again?
+        # The first question since the window once more: a retry, or the same words again?
         (SINCE, [u("3")], [*WINDOW, u("3")], "window", True),
         (LATER, [u("3")], [*LATER, u("3")], "session", True),
         # Something else is said to have been said since the window.

@@ -196,7 +196,7 @@ async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing
                 await tier.sizes(spelled(*keys(1)))
             assert tier.resting
             await every_verb(tier)
-        own_server.go_on()
+        own_server.resume()
         with pytest.raises(TierUnavailable, match="skipped for 30 s"):
             await tier.sizes(spelled(*keys(1)))
         now += _REST_S

@@ -155,7 +155,7 @@ def test_a_new_window_under_an_old_name_inherits_nothing(gateway: Gateway, sessi
     gateway.http.delete(f"/admin/windows/{name}")
     freeze(gateway, f"{session}-other", name)
     later = freeze(gateway, thawed, f"later-{session}")
-    assert later["parent_window"] is None  # the window that it came from is gone; the one of that name is a stranger
+    assert later["parent_window"] is None  # its window is gone; the one that has the name now is unrelated
     assert gateway.http.get(f"/admin/windows/{name}?include_lineage=true").json()["lineage"]["clones"] == []
 
 
@@ -202,12 +202,12 @@ def test_a_session_without_a_finished_turn_cannot_be_frozen(engine: FakeEngine, 
 def test_a_session_in_mid_stream_is_busy_until_its_reply_is_whole(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
-    go_on = threading.Event()
+    release = threading.Event()
 
     def answer(exchange: Exchange) -> None:
         exchange.begin()
         exchange.chunk(delta(content="x"))
-        go_on.wait(WITHIN)
+        release.wait(WITHIN)
         exchange.chunk(b"data: [DONE]\n\n")
         exchange.end()
 
@@ -218,7 +218,7 @@ def test_a_session_in_mid_stream_is_busy_until_its_reply_is_whole(
         busy = gateway.freeze(session, f"w-{session}")
         assert error_of(busy) == (409, "session_busy")
         assert busy.json()["error"]["retryable"] is True
-        go_on.set()
+        release.set()
         wire.chunks()
         assert gateway.freeze(session, f"w-{session}").status_code == 201
 

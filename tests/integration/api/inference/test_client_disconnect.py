@@ -1,4 +1,4 @@
-"""Clients that leave at odd moments: reset while the engine goes on sending, or at the last event of a stream."""
+"""Clients that disconnect at odd moments: while the engine still sends, or at the last event of a stream."""
 
 import json
 import socket

@@ -89,11 +89,11 @@ def test_a_reply_without_usage_does_not_make_the_known_tokens_forgotten(
 
 def test_first_requests_of_a_session_share_a_salt_while_the_model_is_fetched(tmp_path: Path, session: str) -> None:
     engine = FakeEngine().start()
-    asked, go_on = threading.Event(), threading.Event()
+    asked, release = threading.Event(), threading.Event()
 
     def slow_models(exchange: Exchange) -> None:
         asked.set()
-        go_on.wait(10)
+        release.wait(10)
         engine._models(exchange)
 
     engine.on_models = slow_models
@@ -106,13 +106,13 @@ def test_first_requests_of_a_session_share_a_salt_while_the_model_is_fetched(tmp
             other.chat(session)
             # The second may not go ahead without knowing the model; give it the time to do so wrongly.
             threading.Event().wait(0.3)
-            go_on.set()
+            release.set()
             assert one.head() == other.head() == 200
         first, second = salts(engine)
         gateway.chat(session)
         assert [first, second] == [salts(engine)[2]] * 2
     finally:
-        go_on.set()
+        release.set()
         gateway.close()
         engine.stop()
 

@@ -1,4 +1,4 @@
-"""Between the last event of a stream and its end: the client has its reply, goes on, and finds its turn."""
+"""Between the last event of a stream and its end: the client has its reply, continues, and finds its turn."""
 
 import threading
 from collections.abc import Iterator

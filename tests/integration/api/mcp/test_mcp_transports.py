@@ -1,4 +1,4 @@
-"""MCP over HTTP and stdio: keys, origins, and what is no MCP."""
+"""MCP over HTTP and stdio: keys, origins, and input that is not MCP."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_stdio_continues_after_input_that_is_not_mcp(gateway: Gateway) -> None:
 
 @contextmanager
 def mcp_process(url: str, key: str = "", stdin: int = subprocess.PIPE) -> Iterator["subprocess.Popen[bytes]"]:
-    """`cwg mcp`, with pipes of our own."""
+    """`cwg mcp` on pipes."""
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "gateway", "mcp"]
     env = environment({"CWG_URL": url, "CWG_API_KEY": key})

@@ -11,7 +11,7 @@ from tests.support.worker_crew import crew
 
 @pytest.fixture(scope="module")
 def shared_crew(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """Started once, for the tests that kill nobody."""
+    """Started once, for the tests that kill no worker."""
     with crew(shared_engine, tmp_path_factory.mktemp("crew"), busy_wait_s=0.5) as gateway:
         yield gateway
 

@@ -50,7 +50,7 @@ def test_a_killed_worker_harms_no_other_and_is_replaced(engine: FakeEngine, tmp_
         assert one.rest() == b""
         # Its lock went with it: the session is as it was before that turn.
         assert freeze(gateway, session).status_code == 201
-        held.go_on.set()
+        held.release.set()
         assert other.chunks() == [DONE]
         eventually(lambda: len(pids(gateway) - {victim}) == COUNT, "another takes its place")
         assert len(before & pids(gateway)) == COUNT - 1
@@ -167,7 +167,7 @@ def test_one_ctrl_c_that_reaches_every_process_counts_once(engine: FakeEngine, t
         for pid in {gateway.process.pid, *workers_of(gateway.process.pid)}:
             os.kill(pid, signal.SIGINT)
         eventually(lambda: not accepts(gateway), "no new connection is taken")
-        held.go_on.set()
+        held.release.set()
         assert wire.chunks() == [DONE]
         assert gateway.process.wait(15) == 0
 
@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_ends_at_once(engine: FakeEngine, tmp_path: Path, sessio
         gateway.process.wait(WITHIN)
         assert "killed by SIGKILL" in gateway.log  # after ten seconds they would have ended by themselves
         assert not any(alive(pid) for pid in children)
-        held.go_on.set()
+        held.release.set()
 
 
 def test_workers_end_with_a_parent_that_is_killed(engine: FakeEngine, tmp_path: Path) -> None:

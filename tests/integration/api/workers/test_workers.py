@@ -59,7 +59,7 @@ def test_a_session_in_a_turn_of_one_worker_is_busy_in_another(
         named = {"session_id": session, "window_name": f"w-{session}"}
         assert error_of(ask(other, "POST", "/admin/windows", **named)) == (409, "session_busy")
         assert error_of(ask(other, "DELETE", f"/admin/sessions/{session}")) == (409, "session_busy")
-        held.go_on.set()
+        held.release.set()
         one.chunks()
         assert ask(other, "POST", "/admin/windows", **named).status_code == 201
         assert ask(other, "DELETE", f"/admin/sessions/{session}").status_code == 200
@@ -74,7 +74,7 @@ def test_a_freeze_waits_for_the_turn_of_another_worker_and_has_it(
         named = {"session_id": session, "window_name": "w"}
         freezing = pool.submit(ask, other, "POST", "/admin/windows", **named)
         assert not freezing.done()
-        held.go_on.set()
+        held.release.set()
         one.chunks()
         assert freezing.result(WITHIN).status_code == 201
         kept = ask(other, "GET", "/admin/windows/w/messages").json()["messages"]
@@ -99,13 +99,13 @@ def test_a_lineage_in_a_turn_of_another_worker_keeps_its_cache(
 ) -> None:
     gateway.chat(session)
     name = f"w-{session}"
-    assert gateway.freeze(session, name).status_code == 201  # by the store alone nothing of the lineage is going on
+    assert gateway.freeze(session, name).status_code == 201  # by the store alone nothing of the lineage is active
     held = Held(engine)
     with two_workers(gateway) as (one, other):
         begin_stream(one, session)
         warnings = ask(other, "DELETE", f"/admin/windows/{name}").json()["warnings"]
         assert any("still active" in warning for warning in warnings)
-        held.go_on.set()
+        held.release.set()
         one.chunks()
 
 
@@ -150,7 +150,7 @@ def test_two_questions_at_once_in_two_workers_branch_and_the_same_one_is_a_retry
         assert say(one, [*history, question("left")], stream=True) == first
         assert say(other, [*history, question("right")], stream=True) != first
         assert say(again, [*history, question("left")], stream=True) == first
-        held.go_on.set()
+        held.release.set()
         for wire in (one, other, again):
             wire.chunks()
 
@@ -164,7 +164,7 @@ def test_an_agents_side_conversation_in_another_worker_is_kept_apart(
         main, aside = [question("main")], [question("a title, please")]
         assert say(one, main, agent, stream=True) == session
         assert say(other, aside, agent, stream=True) != session
-        held.go_on.set()
+        held.release.set()
         for wire in (one, other):
             wire.chunks()
         chat_again = [*main, {"role": "assistant", "content": "held"}, question("go on")]

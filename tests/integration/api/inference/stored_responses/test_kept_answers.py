@@ -109,7 +109,7 @@ def test_a_stream_that_broke_is_not_kept(engine: FakeEngine, gateway: Gateway, s
     (turn,) = gateway.turns(session)
     assert turn["outcome"] == ("engine_cut" if how == "cut" else "engine_error")
     assert gateway.http.get(f"{PATH}/{response['id']}").status_code == 404
-    if how == "cut":  # the client is told, in an event that goes on counting
+    if how == "cut":  # the client gets an event with the next sequence number
         last = json.loads(stream.rpartition(b"data: ")[2])
         assert (last["type"], last["code"], last["sequence_number"]) == ("error", "engine_unreachable", 4)
         assert stream.rpartition(b"\n\nevent: ")[2].startswith(b"error\n")
@@ -246,7 +246,7 @@ def test_many_requests_at_once_continue_one_response(engine: FakeEngine, gateway
     for thread in threads:
         thread.join()
     assert len({answer["id"] for answer in answers}) == 8
-    for answer in answers:  # whichever came last in their session, each goes on from itself
+    for answer in answers:  # whichever came last in their session, each can be continued
         ask(gateway, "next", answer["id"])
         sent = texts(engine.seen(PATH)[-1])
         assert len(sent) == 5

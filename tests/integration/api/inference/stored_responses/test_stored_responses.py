@@ -1,4 +1,4 @@
-"""The Responses API: conversations that go on by the id of a response."""
+"""The Responses API: conversations continued by the id of a response."""
 
 import json
 import threading
