@@ -3,6 +3,8 @@
 import os
 import resource
 import secrets
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.fakes.engine import FakeEngine
-from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 from tests.support.harness import GatewayHarness, cache_server, open_harness
 from tests.support.tier_harness import RedisServer
 
@@ -133,6 +135,15 @@ def cache() -> Iterator[str]:
     """The URL of the fake LMCache of the harnesses."""
     with cache_server() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small demo model, built once for all tests that only read or copy it."""
+    folder = tmp_path_factory.mktemp("models") / "demo-small"
+    argv = [sys.executable, "-m", "gateway.stack.demo_model", str(folder), "--size", "small"]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """One real stack for all tests of this folder: redis-server, LMCache with both tiers, vLLM with the demo model."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ class Stack:
 
 
 @pytest.fixture(scope="package")
-def stack() -> Iterator[Stack]:
+def stack(demo_folder: Path) -> Iterator[Stack]:
     """Start it once; about a minute."""
     with tempfile.TemporaryDirectory(prefix="cwg-test-") as root, redis_server(Path(root)) as (client, _):
+        shutil.copytree(demo_folder, Path(root) / "data" / "models" / demo_folder.name)
         port = client.connection_pool.connection_kwargs["port"]
         options = local.LocalStack(
             data_dir=Path(root) / "data", redis_url=f"redis://127.0.0.1:{port}", max_model_len=8192, cpu_cache_gb=2.0

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -250,8 +251,10 @@ def system_of(one: Conversation) -> str:
 
 
 @pytest.fixture(scope="module")
-def template() -> Template:
-    return Template(demo_model._tokenizer())
+def template(demo_folder: Path) -> Template:
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes seconds to import
+
+    return Template(PreTrainedTokenizerFast.from_pretrained(demo_folder))
 
 
 @pytest.mark.timeout(300)

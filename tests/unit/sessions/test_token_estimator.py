@@ -8,7 +8,6 @@ import pytest
 from gateway.errors import StartError
 from gateway.sessions.token_estimator import Estimator, find, hub_folder, unseen
 from gateway.sessions.tokenizer import read
-from gateway.stack import demo_model
 from tests.support.gateway_process import ROOT
 
 pytestmark = pytest.mark.local
@@ -26,18 +25,11 @@ def a(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "demo"
-    demo_model.build(folder, "small")
-    return folder
-
-
 @pytest.fixture
-def estimator(demo: Path) -> Estimator:
+def estimator(demo_folder: Path) -> Estimator:
     """One that knows the demo model's tokenizer."""
     made = Estimator()
-    made.learn(MODEL, str(demo))
+    made.learn(MODEL, str(demo_folder))
     return made
 
 
@@ -52,8 +44,10 @@ def test_only_what_is_behind_the_last_reply_is_estimated(estimator: Estimator) -
         assert (first.known, first.messages, first.framed) == (0, len(messages), True)
 
 
-def test_the_text_of_every_kind_of_message_counts_and_reasoning_does_not(demo: Path, estimator: Estimator) -> None:
-    count = read(demo / "tokenizer.json").count
+def test_the_text_of_every_kind_of_message_counts_and_reasoning_does_not(
+    demo_folder: Path, estimator: Estimator
+) -> None:
+    count = read(demo_folder / "tokenizer.json").count
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
     messages = [
         u("one"),
@@ -69,8 +63,8 @@ def test_the_text_of_every_kind_of_message_counts_and_reasoning_does_not(demo: P
     assert estimate.size == sum(map(len, texts))
 
 
-def test_a_text_has_nothing_around_it_and_token_ids_are_counted(demo: Path, estimator: Estimator) -> None:
-    count = read(demo / "tokenizer.json").count
+def test_a_text_has_nothing_around_it_and_token_ids_are_counted(demo_folder: Path, estimator: Estimator) -> None:
+    count = read(demo_folder / "tokenizer.json").count
     assert estimator.estimate_next_turn(MODEL, 9, [{"role": "text", "content": TEXT[:999]}], {}).tokens == count(
         TEXT[:999]
     )
@@ -78,9 +72,9 @@ def test_a_text_has_nothing_around_it_and_token_ids_are_counted(demo: Path, esti
     assert estimator.estimate(MODEL, [{"role": ["odd"], "content": 7}], {}).text == 0
 
 
-def test_a_long_text_is_scaled_up_and_comes_out_near(demo: Path, estimator: Estimator) -> None:
+def test_a_long_text_is_scaled_up_and_comes_out_near(demo_folder: Path, estimator: Estimator) -> None:
     long = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("gateway/**/*.py")))
-    exact = read(demo / "tokenizer.json").count(long)
+    exact = read(demo_folder / "tokenizer.json").count(long)
     assert abs(estimator.estimate(MODEL, [u(long)], {}).text - exact) / exact < 0.1
     in_full = estimator.estimate(MODEL, [u(long)], {}, most=len(long))
     assert in_full.text == exact
@@ -154,8 +148,8 @@ def test_memory_is_bounded_whatever_models_are_named() -> None:
     assert len(estimator.report()) <= 64
 
 
-def test_a_tokenizer_named_by_hand_is_taken_or_stops_the_start(demo: Path, tmp_path: Path) -> None:
-    estimator = Estimator(file=demo / "tokenizer.json")
+def test_a_tokenizer_named_by_hand_is_taken_or_stops_the_start(demo_folder: Path, tmp_path: Path) -> None:
+    estimator = Estimator(file=demo_folder / "tokenizer.json")
     estimator.check()
     estimator.learn(MODEL, "nobody/nothing")
     assert estimator.report()[MODEL]["source"] == "tokenizer"
@@ -168,8 +162,9 @@ def test_a_tokenizer_named_by_hand_is_taken_or_stops_the_start(demo: Path, tmp_p
     Estimator().check()
 
 
-def test_a_tokenizer_is_found_in_the_models_directory_and_in_the_hub_cache(demo: Path, tmp_path: Path) -> None:
-    assert find(str(demo)) == find(demo.name, (tmp_path, demo.parent)) == demo / "tokenizer.json"
+def test_a_tokenizer_is_found_in_the_models_directory_and_in_the_hub_cache(demo_folder: Path, tmp_path: Path) -> None:
+    assert find(str(demo_folder)) == demo_folder / "tokenizer.json"
+    assert find(demo_folder.name, (tmp_path, demo_folder.parent)) == demo_folder / "tokenizer.json"
     assert find(str(tmp_path), hub=tmp_path) is None
     assert find("org/name", hub=tmp_path) is None
     cached = tmp_path / "models--org--name"

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.sessions.tokenizer import Encoding, NoEncoding, read
-from gateway.stack import demo_model
 from tests.support.gateway_process import ROOT
 
 pytest.importorskip("tokenizers", reason="tokenizers comes with the extra `local`, and with `gpu`")
@@ -101,11 +100,9 @@ def _spelt(token: bytes) -> str:
     return "".join(_CHARACTERS[byte] for byte in token)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "demo"
-    demo_model.build(folder, "small")
-    return folder / "tokenizer.json"
+@pytest.fixture
+def demo(demo_folder: Path) -> Path:
+    return demo_folder / "tokenizer.json"
 
 
 def test_the_demo_models_encoding_is_exact_on_every_text(demo: Path) -> None:

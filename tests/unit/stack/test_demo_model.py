@@ -48,17 +48,22 @@ conversations = st.builds(
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of an older recipe, replaced by a build in a process that orders its sets in another way."""
     directory = tmp_path_factory.mktemp("model") / "demo"
-    demo_model.build(directory, "small")
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({demo_model.MARKER: "small-0"}))
+    (directory / "old").touch()
+    argv = [sys.executable, "-m", "gateway.stack.demo_model", str(directory), "--size", "small"]
+    subprocess.run(argv, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     return directory
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_dir: Path) -> Any:
+def tokenizer(demo_folder: Path) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import
 
-    return AutoTokenizer.from_pretrained(model_dir)
+    return AutoTokenizer.from_pretrained(demo_folder)
 
 
 def render(tokenizer: Any, messages: list[Message], **more: Any) -> list[int]:
@@ -100,13 +105,13 @@ def test_what_was_thought_is_sent_back_as_the_tokens_that_were_said(
 
 @pytest.mark.parametrize("mark", [demo_model.THINK, demo_model.THOUGHT])
 def test_the_marks_of_thinking_are_tokens_that_only_a_bias_brings_about(
-    model_dir: Path, tokenizer: Any, mark: str
+    demo_folder: Path, tokenizer: Any, mark: str
 ) -> None:
     from safetensors import safe_open  # noqa: PLC0415 - imports torch
 
     (token,) = ids(tokenizer, mark)
     assert token not in tokenizer.all_special_ids
-    with safe_open(model_dir / "model.safetensors", "pt") as weights:
+    with safe_open(demo_folder / "model.safetensors", "pt") as weights:
         head = weights.get_tensor("lm_head.weight")
     assert len(tokenizer) == len(head)
     # Dimension 0 of what the head reads is a constant; nothing else moves the odds of these tokens and of the end.
@@ -133,11 +138,9 @@ def test_a_tool_call_is_rendered_as_hermes_parses_it(tokenizer: Any) -> None:
     assert json.loads(body) == {"name": "get_weather", "arguments": {"city": "Paris"}}
 
 
-def test_another_process_builds_the_same_files(model_dir: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "gateway.stack.demo_model", str(tmp_path / "again"), "--size", "small"]
-    subprocess.run(argv, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
-    assert _digests(tmp_path / "again") == _digests(model_dir)
-    assert fingerprint(tmp_path / "again") == fingerprint(model_dir)
+def test_every_process_builds_the_same_files(demo_folder: Path, rebuilt: Path) -> None:
+    assert _digests(rebuilt) == _digests(demo_folder)
+    assert fingerprint(rebuilt) == fingerprint(demo_folder)
 
 
 @pytest.mark.parametrize(
@@ -154,25 +157,21 @@ def test_a_cpu_tells_whether_it_computes_bfloat16(cpuinfo: str, does: bool) -> N
     assert models.computes_bfloat16(cpuinfo) == does
 
 
-def test_the_type_that_a_model_is_served_in_is_part_of_what_it_is(model_dir: Path) -> None:
-    seen = {fingerprint(model_dir), fingerprint(model_dir, served_as="float32")}
+def test_the_type_that_a_model_is_served_in_is_part_of_what_it_is(demo_folder: Path) -> None:
+    seen = {fingerprint(demo_folder), fingerprint(demo_folder, served_as="float32")}
     assert len(seen) == 2
 
 
-def test_a_built_model_is_left_as_it_is(model_dir: Path) -> None:
-    before = {path: path.stat() for path in model_dir.iterdir()}
-    demo_model.build(model_dir, "small")
-    assert {path: path.stat() for path in model_dir.iterdir()} == before
+def test_a_built_model_is_left_as_it_is(demo_folder: Path) -> None:
+    before = {path: path.stat() for path in demo_folder.iterdir()}
+    demo_model.build(demo_folder, "small")
+    assert {path: path.stat() for path in demo_folder.iterdir()} == before
 
 
-def test_a_model_of_an_older_recipe_is_built_anew(tmp_path: Path) -> None:
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "config.json").write_text(json.dumps({demo_model.MARKER: "small-0"}))
-    (tmp_path / "demo" / "old").touch()
-    demo_model.build(tmp_path / "demo", "small")
-    assert demo_model.is_built(tmp_path / "demo", "small")
-    assert not (tmp_path / "demo" / "old").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+def test_a_model_of_an_older_recipe_is_built_again(rebuilt: Path) -> None:
+    assert demo_model.is_built(rebuilt, "small")
+    assert not (rebuilt / "old").exists()
+    assert [path.name for path in rebuilt.parent.iterdir()] == ["demo"]
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
@@ -188,12 +187,12 @@ def test_somebody_elses_directory_is_not_touched(tmp_path: Path, content: str | 
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_the_fingerprint_sees_a_change_of_weights_tokenizer_or_configuration(model_dir: Path, tmp_path: Path) -> None:
-    seen = {fingerprint(model_dir)}
+def test_the_fingerprint_sees_a_change_of_weights_tokenizer_or_configuration(demo_folder: Path, tmp_path: Path) -> None:
+    seen = {fingerprint(demo_folder)}
     for name, step in (("model.safetensors", 1_000), ("tokenizer.json", 10_000), ("config.json", 1_000)):
         changed = tmp_path / name
         changed.mkdir()
-        for path in model_dir.iterdir():
+        for path in demo_folder.iterdir():
             (changed / path.name).write_bytes(path.read_bytes())
         _flip(changed / name, step)
         seen.add(fingerprint(changed))
@@ -206,8 +205,8 @@ def test_the_fingerprint_of_a_directory_without_weights_is_refused(tmp_path: Pat
         fingerprint(tmp_path)
 
 
-def test_kv_bytes_per_token_are_what_the_configuration_says(model_dir: Path) -> None:
-    config = json.loads((model_dir / "config.json").read_text())
+def test_kv_bytes_per_token_are_what_the_configuration_says(demo_folder: Path) -> None:
+    config = json.loads((demo_folder / "config.json").read_text())
     layers, heads, dimension = (config[k] for k in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
     assert demo_model.SHAPES["small"].kv_bytes_per_token == layers * 2 * heads * dimension * 2 == 8192
 

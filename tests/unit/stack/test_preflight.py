@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -153,7 +154,10 @@ def test_more_memory_than_the_machine_has_is_refused(tmp_path: Path, free_port: 
         preflight.check_memory(plan)
 
 
-def test_the_demo_needs_no_more_memory_than_the_readme_asks_for(tmp_path: Path, free_port: int) -> None:
+def test_the_demo_needs_no_more_memory_than_the_readme_asks_for(
+    tmp_path: Path, free_port: int, demo_folder: Path
+) -> None:
+    shutil.copytree(demo_folder, tmp_path / "data" / "models" / demo_folder.name)
     (asked,) = re.findall(r"(\d+) GB of free memory", (ROOT / "README.md").read_text())
     needed = preflight.needed_memory(local.plan(options(tmp_path, free_port)))
     assert 4 * 10**9 < needed < int(asked) * 10**9
