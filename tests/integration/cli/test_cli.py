@@ -14,27 +14,9 @@ from pathlib import Path
 import pytest
 
 from gateway.cli.output import line, printable
+from tests.support.cli import Ended, assert_failed, cwg, cwg_process
 from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.gateway_process import ROOT, Gateway, environment, free_port, gateway_in_front_of
-
-Ended = subprocess.CompletedProcess[str]
-
-
-def cwg(*arguments: str, **settings: str) -> Ended:
-    """Run one command."""
-    given = environment({f"CWG_{name.upper()}": value for name, value in settings.items()})
-    command = [sys.executable, "-m", "gateway", *arguments]
-    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
-def assert_failed(ended: Ended, *says: str) -> None:
-    """It failed with 1 and said why in one line."""
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.startswith("error: "), ended.stderr
-    assert ended.stderr.count("\n") == 1, ended.stderr
-    assert ended.stdout == ""
-    for words in says:
-        assert words in ended.stderr
 
 
 @contextmanager
@@ -64,21 +46,24 @@ def something_else(answer: bytes) -> Iterator[str]:
 def test_the_commands_do_their_work_and_report_it(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     name = f"w-{session}"
-    frozen = cwg(
+    frozen = cwg_process(
         "freeze", session, name, "--description", "d", "--tag", "a", "--tag", "b", "--ttl", "60", url=gateway.url
     )
     assert (frozen.returncode, frozen.stderr.count("warning: ")) == (0, 1)
     assert name in frozen.stdout
-    thawed = cwg("thaw", name, "--session", f"t-{session}", url=gateway.url)
+    thawed = cwg_process("thaw", name, "--session", f"t-{session}", url=gateway.url)
     assert (thawed.returncode, f"t-{session}" in thawed.stdout, "cached tokens" in thawed.stdout) == (0, True, True)
-    assert cwg("clone", name, f"c-{session}", url=gateway.url).returncode == 0
-    assert f"c-{session}" in cwg("list", "--tag", "a", "--tag", "b", "--search", f"c-{session}", url=gateway.url).stdout
-    status = cwg("status", name, "--blocks", url=gateway.url)
+    assert cwg_process("clone", name, f"c-{session}", url=gateway.url).returncode == 0
+    assert (
+        f"c-{session}"
+        in cwg_process("list", "--tag", "a", "--tag", "b", "--search", f"c-{session}", url=gateway.url).stdout
+    )
+    status = cwg_process("status", name, "--blocks", url=gateway.url)
     assert ("token count" in status.stdout, status.returncode) == (True, 0)
-    assert f"t-{session}" in cwg("sessions", "--state", "thawed", url=gateway.url).stdout
-    assert cwg("doctor", url=gateway.url).returncode == 0
-    assert cwg("delete", name, url=gateway.url).returncode == 0
-    assert_failed(cwg("delete", name, url=gateway.url), name)
+    assert f"t-{session}" in cwg_process("sessions", "--state", "thawed", url=gateway.url).stdout
+    assert cwg_process("doctor", url=gateway.url).returncode == 0
+    assert cwg_process("delete", name, url=gateway.url).returncode == 0
+    assert_failed(cwg_process("delete", name, url=gateway.url), name)
 
 
 def test_every_command_can_answer_in_json(gateway: Gateway, session: str, tmp_path: Path) -> None:
@@ -176,9 +161,9 @@ def test_what_is_mistyped_is_answered_with_what_was_meant(command: list[str], me
 def test_a_mistyped_name_is_answered_with_the_nearest_that_there_is(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.freeze(session, f"kickoff-{session}")
-    for verb in (["status"], ["thaw"], ["delete"], ["ask", "--max-tokens", "5"]):
-        more = ["why?"] if verb[0] == "ask" else []
-        ended = cwg(*verb, f"kickof-{session}", *more, url=gateway.url)
+    for command in (["status"], ["thaw"], ["delete"], ["ask", "--max-tokens", "5"]):
+        more = ["why?"] if command[0] == "ask" else []
+        ended = cwg(*command, f"kickof-{session}", *more, url=gateway.url)
         assert_failed(ended, f"did you mean 'kickoff-{session}'?")
     assert_failed(cwg("freeze", f"{session}x", "w", url=gateway.url), f"did you mean '{session}'?")
     ended = cwg("status", "like-nothing-else-here", url=gateway.url)
@@ -237,15 +222,15 @@ def test_the_rules_are_shown_set_and_reset(engine: FakeEngine, tmp_path: Path) -
 
 
 def test_help_and_version_need_no_gateway() -> None:
-    assert "freeze" in cwg("--help").stdout
-    assert cwg("freeze", "-h").returncode == 0
-    assert cwg("--version").stdout.startswith("cwg, version ")
+    assert "freeze" in cwg_process("--help").stdout
+    assert cwg_process("freeze", "-h").returncode == 0
+    assert cwg_process("--version").stdout.startswith("cwg, version ")
 
 
 def test_no_gateway_is_one_line_that_says_what_to_do() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     for command in (["list"], ["freeze", "s", "w"], ["doctor"]):
-        assert_failed(cwg(*command, url=url), url, "cwg serve")
+        assert_failed(cwg_process(*command, url=url), url, "cwg serve")
 
 
 @pytest.mark.parametrize(
@@ -300,13 +285,14 @@ def test_an_answer_of_something_else_is_one_line(answer: bytes, command: list[st
 def test_an_invalid_settings_file_is_one_line(tmp_path: Path, toml: bytes, says: str) -> None:
     file = tmp_path / "gateway.toml"
     file.write_bytes(toml)
-    assert_failed(cwg("serve", "--config", str(file)), says)
+    assert_failed(cwg_process("serve", "--config", str(file)), says)
 
 
 def test_a_wrong_setting_in_the_environment_is_one_line() -> None:
-    assert_failed(cwg("serve", engine_url="http://x"), "'engine_urls'")
-    assert_failed(cwg("serve", "--port", "70000"), "option --port: port must be less than or equal to 65535, not 70000")
-    assert_failed(cwg("serve", engine_timeout_s="soon"), "CWG_ENGINE_TIMEOUT_S")
+    assert_failed(cwg_process("serve", engine_url="http://x"), "'engine_urls'")
+    says = "option --port: port must be less than or equal to 65535, not 70000"
+    assert_failed(cwg_process("serve", "--port", "70000"), says)
+    assert_failed(cwg_process("serve", engine_timeout_s="soon"), "CWG_ENGINE_TIMEOUT_S")
 
 
 # --- what a terminal would obey

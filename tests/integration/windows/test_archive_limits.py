@@ -3,8 +3,6 @@
 import asyncio
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from gateway.windows.archive.export import pack
 from gateway.windows.archive.import_ import import_window
 from gateway.windows.archive.spool import Spool
 from gateway.windows.thaw import thaw
+from tests.support.cli import cwg
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import ROOT, Gateway, environment, gateway_in_front_of
+from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.harness import CHUNK, IDS, GatewayHarness, window
 from tests.support.window_files import file_of, rebuilt, refused, stream
 
@@ -137,26 +136,20 @@ def test_token_ids_are_little_endian() -> None:
     assert pack([1, 258]) == b"\1\0\0\0\2\1\0\0"
 
 
-def cwg(gateway: Gateway, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gateway", *arguments]
-    given = environment({"CWG_URL": gateway.url})
-    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: Path) -> None:
     gateway.chat(session)
     name = f"w-{session}"
     gateway.freeze(session, name)
     file = tmp_path / "w.cwg"
-    done = cwg(gateway, "export", name, str(file))
+    done = cwg("export", name, str(file), url=gateway.url)
     assert (done.returncode, done.stderr) == (0, "")
     assert [f.name for f in tmp_path.iterdir()] == ["w.cwg"]
-    taken = cwg(gateway, "import", str(file))
+    taken = cwg("import", str(file), url=gateway.url)
     assert (taken.returncode, name in taken.stderr) == (1, True)
-    done = cwg(gateway, "import", str(file), "--name", f"{name}-2", "--json")
+    done = cwg("import", str(file), "--name", f"{name}-2", "--json", url=gateway.url)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["receipt"]["imported"]["name"] == name
-    assert cwg(gateway, "import", str(file), "--name", f"{name}-3", "--as-text").returncode == 0
+    assert cwg("import", str(file), "--name", f"{name}-3", "--as-text", url=gateway.url).returncode == 0
     both = [gateway.http.get(f"/admin/windows/{w}/messages").json()["messages"] for w in (name, f"{name}-2")]
     assert both[0] == both[1]
     answer = gateway.http.get(f"/admin/windows/{name}/export")
@@ -174,20 +167,20 @@ def test_an_export_is_for_its_owner_alone_and_overwrites_nothing_unasked(
     gateway.freeze(session, session)
     file = tmp_path / "w.cwg"
     file.write_bytes(b"mine")
-    refused = cwg(gateway, "export", session, str(file))
+    refused = cwg("export", session, str(file), url=gateway.url)
     assert (refused.returncode, "--force" in refused.stderr) == (1, True)
     assert file.read_bytes() == b"mine"
-    assert cwg(gateway, "export", session, str(file), "--force").returncode == 0
+    assert cwg("export", session, str(file), "--force", url=gateway.url).returncode == 0
     assert file.read_bytes() == gateway.http.get(f"/admin/windows/{session}/export").content
-    assert cwg(gateway, "export", session, str(tmp_path / "fresh.cwg")).returncode == 0
+    assert cwg("export", session, str(tmp_path / "fresh.cwg"), url=gateway.url).returncode == 0
     assert {f.name: f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {"w.cwg": 0o600, "fresh.cwg": 0o600}
 
 
 def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str, tmp_path: Path) -> None:
-    failed = cwg(gateway, "export", f"no-{session}", str(tmp_path / "w.cwg"))
+    failed = cwg("export", f"no-{session}", str(tmp_path / "w.cwg"), url=gateway.url)
     assert (failed.returncode, f"no-{session}" in failed.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []
-    assert cwg(gateway, "import", str(tmp_path / "none.cwg")).returncode == 1
+    assert cwg("import", str(tmp_path / "none.cwg"), url=gateway.url).returncode == 1
 
 
 def test_a_body_beyond_the_bound_is_refused(engine: FakeEngine, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cli.test_cli import assert_failed, cwg
 from tests.support.admin_requests import error_of
+from tests.support.cli import assert_failed, cwg
 from tests.support.fakes.engine import FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway
 from tests.support.refusals import assert_refused

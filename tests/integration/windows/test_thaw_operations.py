@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cli.test_cli import assert_failed, cwg
 from tests.support.admin_requests import error_of, freeze
+from tests.support.cli import assert_failed, cwg
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.refusals import assert_refused
