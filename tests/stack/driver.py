@@ -21,7 +21,7 @@ WAIT_S = 30.0
 
 
 class Gateway:
-    """A gateway as a process of its own, in front of a stack that is already running."""
+    """A gateway process in front of a stack that is already running."""
 
     def __init__(self, settings: Mapping[str, str], log: Path) -> None:
         (self.port,) = local.free_ports(1)
@@ -41,7 +41,7 @@ class Gateway:
         return self
 
     def get_status(self, path: str) -> int:
-        """The status of a GET, 0 where nobody answers."""
+        """The status of a GET, 0 without an answer."""
         try:
             return self.http.get(path).status_code
         except httpx.TransportError:

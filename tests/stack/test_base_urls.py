@@ -1,4 +1,4 @@
-"""On the real stack: sessions that nobody names, and a window as a base URL, after everything was restarted."""
+"""On the real stack: sessions without ids, and a window as a base URL, after everything was restarted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +79,7 @@ def test_a_session_matched_by_history_is_frozen_and_continues_after_a_restart(by
     with unnamed(by_history.gateway) as client:
         session, answer = ask(client, [*by_history.messages, {"role": "user", "content": "Go on."}])
     assert session == by_history.session
-    # The frozen session has put its own KV back; nobody asked for a thaw.
+    # The frozen session has restored its own KV, without a thaw.
     assert cached(answer) >= by_history.chunks * CHUNK
     turns = by_history.gateway.http.get(f"/admin/sessions/{session}").json()["turns"]
     assert turns[0]["recognised_by"] == "prefix"
@@ -87,7 +87,7 @@ def test_a_session_matched_by_history_is_frozen_and_continues_after_a_restart(by
 
 @across_restart
 def review(_: Stack, gateway: Gateway) -> Iterator[Frozen]:
-    """A window to be gone on from by its base URL."""
+    """A window to be continued at its base URL."""
     messages = converse(gateway.client("origin"), "by url", turns=3)
     window = gateway.freeze("origin", "pr-456-review")
     yield Frozen(gateway, "origin", messages, window["receipt"]["chunks"])

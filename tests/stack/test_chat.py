@@ -144,8 +144,8 @@ def test_sessions_with_the_same_text_share_nothing_in_any_tier(stack: Stack, sha
     left, right = (shared.thaw(f"{side}-window")["cache_salt"] for side in ("left", "right"))
     blocks = shared.http.get("/admin/windows/left-window", params={"include_blocks": "true"}).json()["blocks"]
     hashes = [block["hash"] for block in blocks]
-    stranger = "0" * 32
-    for salt, found in ((left, len(hashes)), (right, len(hashes)), (stranger, 0)):
+    unrelated = "0" * 32
+    for salt, found in ((left, len(hashes)), (right, len(hashes)), (unrelated, 0)):
         names = [f"{stack.plan.model.key}@01000100@0@{h}@{salt}" for h in hashes]
         files = [f for h in hashes for f in stack.kv_dir.glob(f"*@{h}@{salt}.data")]
         assert (len(files), stack.redis.exists(*names), _drop_from_memory(stack, hashes, salt)) == (found,) * 3

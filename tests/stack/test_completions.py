@@ -114,7 +114,7 @@ def shelf(_: Stack, gateway: Gateway) -> Iterator[Shelf]:
 
 
 def _told(gateway: Gateway, name: str, prompt: Any, **more: Any) -> Told:
-    """Two turns, a window, and how it goes on where it is never frozen."""
+    """Two turns, a window, and the next turn where it is never frozen."""
     client = gateway.client(name)
     for _ in range(2):
         choice = complete(client, prompt, **more).choices[0]

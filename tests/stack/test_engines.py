@@ -61,7 +61,7 @@ class Proxy:
         mine, _ = self._listener.accept()
         try:
             other = socket.create_connection(self._to)
-        except OSError:  # nobody behind it just now
+        except OSError:  # the engine is down
             mine.close()
             return
         self._selector.register(mine, selectors.EVENT_READ, other)

@@ -57,10 +57,10 @@ class Frozen:
             made.append(self._gateway.thaw(f"clone-{self._count}")["session_id"])
         return made
 
-    def ask(self, count: int) -> "Asked":
+    def ask(self, count: int) -> "InFlight":
         """Send a streamed turn in several sessions at once."""
         body = json.dumps({"model": "demo", "messages": self._asked, "max_tokens": 200, "stream": True}).encode()
-        return Asked(self._gateway.url, self.sessions(count), body)
+        return InFlight(self._gateway.url, self.sessions(count), body)
 
     def loads(self) -> bool:
         """Wait until the engine loads; False where it was too quick to be seen."""
@@ -104,7 +104,7 @@ class Frozen:
         return list(answer.json()["tokens"])
 
 
-class Asked:
+class InFlight:
     """Turns in flight; leaving closes their sockets at once."""
 
     def __init__(self, url: str, sessions: Sequence[str], body: bytes) -> None:
@@ -119,7 +119,7 @@ class Asked:
             sock.close()
 
 
-def go(frozen: Frozen, count: int, how: Callable[[Asked], object]) -> None:
+def go(frozen: Frozen, count: int, how: Callable[[InFlight], object]) -> None:
     """Ask, and go while the engine loads."""
     for _ in range(_TRIES):
         asked = frozen.ask(count)
@@ -156,7 +156,7 @@ def test_clients_that_disconnect_during_loads_harm_neither_engine_nor_others(sta
     before, loaded, computed = life(stack), frozen.answer(), frozen.computed()
     assert loaded[0] >= _TOKENS * 0.9, "the answer to compare with was loaded itself"
     for _ in range(_LEAVES):
-        go(frozen, _CLIENTS, Asked.leave)
+        go(frozen, _CLIENTS, InFlight.leave)
         assert frozen.computed() == computed, "something was written into freed blocks"
     until(lambda: frozen.locked() == 0, "nothing is kept in memory for those who left")
     assert frozen.answer() == loaded

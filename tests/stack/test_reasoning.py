@@ -91,8 +91,8 @@ class Talk:
         if stream:
             events = list(self._openai.responses.create(**arguments, stream=True))
             answer = events[-1].response
-            spoken = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
-            assert "".join(spoken) == "".join(i.content[0].text for i in answer.output if i.type == "reasoning")
+            thoughts = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
+            assert "".join(thoughts) == "".join(i.content[0].text for i in answer.output if i.type == "reasoning")
         else:
             answer = self._openai.responses.create(**arguments)
         thought = "".join(item.content[0].text for item in answer.output if item.type == "reasoning")

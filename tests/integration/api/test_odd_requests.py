@@ -184,7 +184,7 @@ def test_1000_streams_at_once_are_each_answered_whole_and_recorded_once(
 
     async def all_at_once() -> list[bytes]:
         tasks = [asyncio.create_task(one(gateway.url)) for _ in range(1000)]
-        for _ in range(1000):  # every one of them has begun before any goes on
+        for _ in range(1000):  # all of them have begun before any continues
             assert await asyncio.to_thread(begun.acquire, timeout=60)
         release.set()
         return await asyncio.gather(*tasks)

@@ -87,7 +87,7 @@ def coding_agent(
 ) -> tuple[list[Answer], list[Answer]]:
     """An agent in the way of Qwen Code: a reminder before the last question only, a sub-agent behind each turn."""
     main: list[Answer] = []
-    beside: list[Answer] = []
+    aside: list[Answer] = []
     history: list[Message] = []
     for number in range(turns):
         question = f"{opening} question {number}: " + "please look at this file " * 20
@@ -99,8 +99,8 @@ def coding_agent(
         main.append(client.ask([SYSTEM, *history, user(sent)], **MAIN))
         history += [user(question), main[-1].said]
         if sub_agent:
-            beside.append(client.ask([MEMORY, *history, user("Extract what is worth to be kept.")], **SUB))
-    return main, beside
+            aside.append(client.ask([MEMORY, *history, user("Extract what is worth to be kept.")], **SUB))
+    return main, aside
 
 
 @pytest.mark.parametrize("sub_agent", [False, True])
@@ -108,14 +108,14 @@ def coding_agent(
 def test_an_agent_with_reminders_and_subagents_is_one_cached_session(
     engine: FakeEngine, gateway: Gateway, session: str, *, reminder: bool, sub_agent: bool
 ) -> None:
-    main, beside = coding_agent(Client(gateway.http), session, reminder=reminder, sub_agent=sub_agent)
+    main, aside = coding_agent(Client(gateway.http), session, reminder=reminder, sub_agent=sub_agent)
     with httpx.Client(base_url=engine.url) as direct:
-        alone, alone_beside = coding_agent(Client(direct), session, reminder=reminder, sub_agent=sub_agent)
+        alone, alone_aside = coding_agent(Client(direct), session, reminder=reminder, sub_agent=sub_agent)
     assert len({one.session for one in main}) == 1
-    assert not {one.session for one in main} & {one.session for one in beside}
-    assert [one.match for one in beside] == ["side"] * len(beside)
+    assert not {one.session for one in main} & {one.session for one in aside}
+    assert [one.match for one in aside] == ["side"] * len(aside)
     # A reply has another length each time, hence the block.
-    for here, there in zip([*main[1:], *beside], [*alone[1:], *alone_beside], strict=True):
+    for here, there in zip([*main[1:], *aside], [*alone[1:], *alone_aside], strict=True):
         assert here.cached >= there.cached - 16
     assert all(one.cached > len(str(SYSTEM["content"])) for one in main[1:])
 

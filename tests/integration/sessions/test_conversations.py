@@ -138,7 +138,7 @@ def test_two_first_requests_at_once_are_two_conversations(engine: FakeEngine, ga
 def test_two_clients_with_the_same_reply_continue_in_two_sessions(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
-    strangers = {ask(gateway, [user(session)]) for _ in range(2)}
+    separate = {ask(gateway, [user(session)]) for _ in range(2)}
     both = threading.Barrier(2, timeout=WITHIN)
 
     def answer(exchange: Exchange) -> None:
@@ -156,7 +156,7 @@ def test_two_clients_with_the_same_reply_continue_in_two_sessions(
         thread.start()
     for thread in work:
         thread.join()
-    assert set(found) == strangers
+    assert set(found) == separate
 
 
 def test_a_request_that_failed_and_comes_again_at_once_is_a_retry(engine: FakeEngine, gateway: Gateway) -> None:

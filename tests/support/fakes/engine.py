@@ -102,7 +102,7 @@ Handler = Callable[[Exchange], None]
 
 
 class FakeEngine:
-    """Listens on a port of its own; `stop` and `start` are a restart on the same port."""
+    """Listens on a free port; `stop` and `start` restart it on the same one."""
 
     def __init__(self) -> None:
         self._news = threading.Condition()
@@ -169,7 +169,7 @@ class FakeEngine:
 
     @property
     def asked(self) -> list[Request]:
-        """What came for somebody: all but what the gateway asks by itself, at times of its own."""
+        """The requests of clients: all but those that the gateway sends by itself."""
         with self._news:
             return [request for request in self.requests if request.path not in _WATCHED]
 
@@ -360,7 +360,7 @@ def _read(stream: Any, number: int) -> Request | None:
         headers.append((name.lower(), value.strip()))
     length = next((int(value) for name, value in headers if name == "content-length"), 0)
     body = stream.read(length)
-    # Who leaves in the middle of a request has asked for nothing.
+    # A client that disconnects in the middle of a request has sent none.
     return Request(method, target, tuple(headers), body, number) if len(body) == length else None
 
 

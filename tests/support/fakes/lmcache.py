@@ -28,7 +28,7 @@ _STATIC: Mapping[str, Mapping[str, Any]] = {
 
 
 class FakeLMCache:
-    """Listens on a port of its own. A test may have writes refused or held, and calls fail."""
+    """Listens on a free port. A test may refuse or hold back writes, and make calls fail."""
 
     def __init__(self, folder: Path, world_size: int = 1) -> None:
         self.folder = folder

@@ -40,8 +40,8 @@ def test_two_matches_of_one_lineage_fork_and_of_two_are_ambiguous() -> None:
     messages, asked = [system("a"), user("q")], [system("b"), user("q"), REPLY, user("next")]
     twins = [Known(Session("t", name, "s"), one.alias, current=True) for name in "sx" for one in known(messages, REPLY)]
     assert (judged(asked, twins).how, judged(asked, twins).forks) == ("fork", True)
-    strangers = known(messages, REPLY) + known(messages, REPLY, lineage="other")
-    assert (judged(asked, strangers).how, judged(asked, strangers).session) == ("ambiguous", None)
+    both = known(messages, REPLY) + known(messages, REPLY, lineage="other")
+    assert (judged(asked, both).how, judged(asked, both).session) == ("ambiguous", None)
 
 
 def test_a_short_reply_matches_only_with_its_question_and_system_prompt() -> None:

@@ -93,10 +93,10 @@ def test_a_foreign_id_that_does_not_fit_is_hashed_and_ours_is_refused() -> None:
 def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> None:
     for length in (1, 110, 111, 112, 127, 128):
         main = "a" * length
-        beside = prefix_chain.subconversation_id(main, prefix_chain.head([user("title of work")]))
-        assert SESSION_ID.fullmatch(beside)
-        assert beside.startswith(f"{main[:111]}:")
-        assert beside != prefix_chain.subconversation_id(main, prefix_chain.head([user("another")]))
+        side = prefix_chain.subconversation_id(main, prefix_chain.head([user("title of work")]))
+        assert SESSION_ID.fullmatch(side)
+        assert side.startswith(f"{main[:111]}:")
+        assert side != prefix_chain.subconversation_id(main, prefix_chain.head([user("another")]))
 
 
 def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> prefix_chain.PrefixMatch:

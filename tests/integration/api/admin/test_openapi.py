@@ -16,7 +16,7 @@ EVERY = [pytest.param(one, id=f"{one.method} {one.path}") for one in OPERATIONS]
 
 
 def described(method: str, path: str) -> dict[str, Any]:
-    """What the document says of one operation."""
+    """One operation of the document."""
     found: dict[str, Any] = openapi_check.document()["paths"][path][method.lower()]
     return found
 

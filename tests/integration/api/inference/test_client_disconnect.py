@@ -92,7 +92,7 @@ def _stream_without_end(exchange: Exchange, events: Events, leave_out: int = 0) 
 def _send_without_end(exchange: Exchange) -> None:
     exchange.over = True
     exchange.begin()
-    with suppress(OSError):  # until nobody listens
+    with suppress(OSError):  # until the other end closes
         while True:
             exchange.chunk(delta(content="x"))
 

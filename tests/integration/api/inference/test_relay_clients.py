@@ -203,5 +203,5 @@ def test_clients_that_leave_at_every_moment_leave_nothing_in_flight(
             if step % 8 > 3:  # an abortive close: RST in place of FIN
                 wire._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     gateway.chat(session)
-    eventually(lambda: gateway.freeze(session, f"w-{session}").status_code in (201, 409), "a freeze at rest")
+    eventually(lambda: gateway.freeze(session, f"w-{session}").status_code in (201, 409), "a freeze between turns")
     assert gateway.http.get(f"/admin/windows/w-{session}").status_code == 200

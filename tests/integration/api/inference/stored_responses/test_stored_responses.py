@@ -69,7 +69,7 @@ def test_continuing_an_older_response_forks_within_the_lineage(engine: FakeEngin
     assert len({request.json["cache_salt"] for request in engine.seen(PATH)}) == 1
     assert texts(engine.seen(PATH)[2]) == [("user", "one"), ("assistant", "Hello there!"), ("user", "other")]
     assert answer_of(fork)["usage"]["input_tokens_details"]["cached_tokens"] > 0
-    # Both go on, each in its own session.
+    # Both continue, each in its own session.
     assert ask(gateway, "x", second["id"]).headers["x-session-id"] == mine
     assert ask(gateway, "x", answer_of(fork)["id"]).headers["x-session-id"] == theirs
     gateway.turns(theirs, 2)
