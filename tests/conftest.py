@@ -1,5 +1,6 @@
 """One fake engine and one gateway in front of it, for all tests that leave both as they found them."""
 
+import fcntl
 import os
 import resource
 import secrets
@@ -139,10 +140,14 @@ def cache() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small demo model, built once for all tests that only read or copy it."""
-    folder = tmp_path_factory.mktemp("models") / "demo-small"
+    """The small demo model, built once for all tests that only read or copy it, whichever xdist worker runs them."""
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "models" / "demo-small"
+    folder.parent.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "gateway.stack.demo_model", str(folder), "--size", "small"]
-    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 
