@@ -4,7 +4,9 @@ The demo model thinks where a request asks for it, and ends its thoughts where a
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import anthropic
@@ -121,6 +123,12 @@ class Talk:
         return Reply(thought, text, prompt, cached, [{"role": "assistant", "content": blocks}], plain)
 
 
+@pytest.fixture(scope="module")
+def sampling(stack: Stack) -> Callable[[str], dict[str, Any]]:
+    """`_sampling`, which may have to try many seeds, once for each text."""
+    return cache(partial(_sampling, stack))
+
+
 def _sampling(stack: Stack, text: str) -> dict[str, Any]:
     """Options under which the model, which is random, ends its thoughts about a text once and says something then."""
     token = stack.engine.post("/tokenize", json={"model": "demo", "prompt": "</think>", "add_special_tokens": False})
@@ -157,16 +165,14 @@ def test_without_being_asked_to_the_model_does_not_think(stack: Stack) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
 def test_what_a_client_receives_is_the_engines_own_but_for_ids_and_times(
-    stack: Stack, shared: Gateway, dialect: str, stream: bool
+    stack: Stack, sampling: Callable[[str], dict[str, Any]], shared: Gateway, dialect: str, stream: bool
 ) -> None:
     path, body = {
         "chat": ("/v1/chat/completions", {"messages": [_user()], "max_tokens": 40, "reasoning_effort": "high"}),
         "responses": ("/v1/responses", {"input": TOPIC, "max_output_tokens": 40, "reasoning": {"effort": "high"}}),
         "messages": ("/v1/messages", {"messages": [_user()], "max_tokens": 40, "output_config": {"effort": "high"}}),
     }[dialect]
-    body |= {"model": "demo", "stream": stream} | (
-        {"temperature": 0} if dialect == "messages" else _sampling(stack, TOPIC)
-    )
+    body |= {"model": "demo", "stream": stream} | ({"temperature": 0} if dialect == "messages" else sampling(TOPIC))
     if dialect == "messages" and stream:  # takes a while, so once
         body |= {"max_tokens": 1048, "thinking": _BUDGET}
     # Each salt's first request misses, so that the counts of what was cached are equal.
@@ -212,10 +218,10 @@ def _cut(event: dict[str, Any]) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
 def test_a_thought_is_recorded_and_the_conversation_continues_with_and_without_it(
-    stack: Stack, shared: Gateway, dialect: str, stream: bool
+    sampling: Callable[[str], dict[str, Any]], shared: Gateway, dialect: str, stream: bool
 ) -> None:
     text = f"{dialect} {stream} {TOPIC}"
-    with Talk(shared.url, _sampling(stack, text)) as talk:
+    with Talk(shared.url, {} if dialect == "messages" else sampling(text)) as talk:  # a budget ends those thoughts
         _check_continuation(shared, talk, dialect, stream, text)
 
 
@@ -263,10 +269,10 @@ def _in_chat(dialect: str, said: list[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
 def test_a_window_of_thoughts_thaws_into_every_dialect_with_all_whole_chunks(
-    stack: Stack, shared: Gateway, dialect: str
+    sampling: Callable[[str], dict[str, Any]], shared: Gateway, dialect: str
 ) -> None:
     text = f"for {dialect} {TOPIC}"
-    with Talk(f"{shared.url}/s/thinker-{dialect}", _sampling(stack, text)) as talk:
+    with Talk(f"{shared.url}/s/thinker-{dialect}", sampling(text)) as talk:
         first = talk.ask("chat", [_user(text)])
     assert first.thought
     assert first.said
@@ -281,10 +287,12 @@ def test_a_window_of_thoughts_thaws_into_every_dialect_with_all_whole_chunks(
     assert following.cached >= whole
 
 
-def test_a_chain_of_responses_keeps_its_thoughts(stack: Stack, shared: Gateway) -> None:
+def test_a_chain_of_responses_keeps_its_thoughts(
+    stack: Stack, sampling: Callable[[str], dict[str, Any]], shared: Gateway
+) -> None:
     text = f"chain {TOPIC}"
     asked = [_user(text)]
-    with Talk(shared.url, _sampling(stack, text)) as talk:
+    with Talk(shared.url, sampling(text)) as talk:
         first = talk.ask("responses", asked)
         following = talk.ask("responses", [MORE], short=True, previous_response_id=first.id)
     assert first.thought
@@ -297,9 +305,11 @@ def test_a_chain_of_responses_keeps_its_thoughts(stack: Stack, shared: Gateway) 
 
 
 @pytest.mark.parametrize("asked", ["thinking", "enable_thinking"])
-def test_arguments_of_the_template_are_part_of_the_frame(stack: Stack, shared: Gateway, asked: str) -> None:
+def test_arguments_of_the_template_are_part_of_the_frame(
+    sampling: Callable[[str], dict[str, Any]], shared: Gateway, asked: str
+) -> None:
     client = shared.client(f"frame-{asked}")
-    body = {**_sampling(stack, TOPIC), "chat_template_kwargs": {asked: True}}
+    body = {**sampling(TOPIC), "chat_template_kwargs": {asked: True}}
     answer = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": TOPIC}], max_tokens=40, extra_body=body
     )
