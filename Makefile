@@ -22,7 +22,7 @@ WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrid
 # A test run starts hundreds of processes; without cached bytecode, each would compile the gateway again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: up test lint docs fuzz attack bench bench-relay bench-thaw bench-identity bench-compare bench-disconnects bench-verbs soak agents-tour clean
+.PHONY: up test lint style types imports docs fuzz attack bench bench-relay bench-thaw bench-identity bench-compare bench-disconnects bench-verbs soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -31,10 +31,18 @@ up: $(VENV)/with-local
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
+# mypy needs a core for most of a minute; the others run on the second one.
 lint: $(VENV)/with-test
+	@$(MAKE) --no-print-directory --jobs 2 types style imports
+
+style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types:
 	$(BIN)/mypy
+
+imports:
 	$(BIN)/lint-imports
 
 # The generated parts of docs/.

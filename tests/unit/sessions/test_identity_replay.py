@@ -45,7 +45,7 @@ def true_sessions(trace: Sequence[Request]) -> dict[str, str]:
 # --- the score
 
 
-def test_who_knows_everything_scores_in_full(trace: list[Request]) -> None:
+def test_a_perfect_matcher_scores_in_full(trace: list[Request]) -> None:
     sessions = true_sessions(trace)
     verdicts = judged(trace, lambda request: sessions[request.conversation])
     score = Score.of(verdicts)
@@ -58,7 +58,7 @@ def test_who_knows_everything_scores_in_full(trace: list[Request]) -> None:
     assert not identity_score.contaminated(verdicts)
 
 
-def test_who_recognises_nothing_has_no_recall_and_does_no_harm(trace: list[Request]) -> None:
+def test_a_matcher_that_finds_nothing_has_no_recall_and_no_errors(trace: list[Request]) -> None:
     verdicts = judged(trace, lambda request: str(request.number))
     score = Score.of(verdicts)
     assert (score.precision, score.recall, score.forks_recognised) == (1.0, 0.0, 0)
@@ -66,7 +66,7 @@ def test_who_recognises_nothing_has_no_recall_and_does_no_harm(trace: list[Reque
     assert identity_score.pair_scores(verdicts) == (1.0, 0.0)
 
 
-def test_who_takes_all_for_one_conversation_has_no_precision(trace: list[Request]) -> None:
+def test_a_matcher_that_finds_one_conversation_has_no_precision(trace: list[Request]) -> None:
     verdicts = judged(trace, lambda _: "one")
     score = Score.of(verdicts)
     assert (score.recall, score.forks_recognised) == (1.0, 0)
@@ -75,7 +75,7 @@ def test_who_takes_all_for_one_conversation_has_no_precision(trace: list[Request
     assert identity_score.pair_scores(verdicts)[0] < 0.1
 
 
-def test_who_forgets_forks_is_told_so(trace: list[Request]) -> None:
+def test_a_matcher_that_misses_forks_is_scored_so(trace: list[Request]) -> None:
     origin: dict[str, str] = {}
     for request in trace:
         origin.setdefault(request.conversation, origin.get(request.forked_from, request.conversation))
@@ -84,7 +84,7 @@ def test_who_forgets_forks_is_told_so(trace: list[Request]) -> None:
     assert score.precision < 1.0
 
 
-def test_one_turn_in_a_strangers_session_spoils_it_for_all_that_follow() -> None:
+def test_one_turn_in_the_wrong_session_makes_the_following_ones_wrong() -> None:
     def turn(conversation: str, number: int) -> Request:
         relation = "same" if number else "new"
         return Request(
@@ -98,7 +98,7 @@ def test_one_turn_in_a_strangers_session_spoils_it_for_all_that_follow() -> None
     assert verdicts[2].fault == "a session of another conversation"
 
 
-def test_a_turn_whose_session_nobody_saw_is_not_judged(trace: list[Request]) -> None:
+def test_a_turn_of_an_unseen_session_is_not_scored(trace: list[Request]) -> None:
     observations = [Observation(request, "" if request.kind is Kind.STALLS else "s") for request in trace]
     assert len(identity_score.judge(observations, {"s": "s"})) == sum(
         request.kind is not Kind.STALLS for request in trace
@@ -115,7 +115,7 @@ def test_a_trace_is_the_same_every_time(trace: list[Request]) -> None:
     assert orjson.dumps(trace[0].body) != orjson.dumps(other[0].body)
 
 
-def test_every_kind_of_conversation_is_in_a_large_trace_and_no_request_names_its_own() -> None:
+def test_a_large_trace_has_every_kind_of_conversation_without_ids() -> None:
     trace = identity_traces.generate(1, 4_000)
     assert len(trace) >= 4_000
     steps, kinds = {request.step for request in trace}, {request.trace for request in trace}
@@ -127,7 +127,7 @@ def test_every_kind_of_conversation_is_in_a_large_trace_and_no_request_names_its
     assert {key for request in trace for key in request.body} == {"model", "seed", "stream", "messages", "tools"}
 
 
-def test_a_request_comes_after_what_it_goes_on_from(trace: list[Request]) -> None:
+def test_a_request_comes_after_the_one_it_continues(trace: list[Request]) -> None:
     place = {request.number: at for at, request in enumerate(trace)}
     assert all(place[before.number] < place[request.number] for request in trace for before in request.after)
     continuing = [request for request in trace if request.relation != "new"]
