@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
+import click
 import httpx
 import orjson
 
@@ -41,6 +42,8 @@ class Admin:
             )
         except httpx.InvalidURL as error:
             raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
+        if context := click.get_current_context(silent=True):
+            context.call_on_close(self._http.close)
 
     def call(
         self,
