@@ -28,7 +28,7 @@ def test_a_whole_number_within_its_bounds(value: int) -> None:
 
 
 @pytest.mark.parametrize("value", [11, -6, 10**30, 1.0, True, "1", None, [1], float("nan")])
-def test_what_is_no_whole_number_within_its_bounds(value: Any) -> None:
+def test_invalid_whole_numbers(value: Any) -> None:
     refused(fields.whole(-5, 10), value)
 
 
@@ -39,7 +39,7 @@ def test_a_duration(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, True, False, "1", INF, -INF, float("nan"), 1e10, 10**300, [1], {}])
-def test_what_is_no_duration(value: Any) -> None:
+def test_invalid_durations(value: Any) -> None:
     refused(fields.seconds, value)
 
 
@@ -60,7 +60,7 @@ def test_a_moment_is_utc_unless_it_names_its_zone(text: str, value: float) -> No
 @pytest.mark.parametrize(
     "text", ["", "0", "now", "1970-13-01", "1970-02-30", "1970-01-01T25:00", "01/02/1970", "x" * 5000]
 )
-def test_what_is_no_moment(text: str) -> None:
+def test_invalid_times(text: str) -> None:
     refused(fields.moment, text)
 
 
@@ -83,7 +83,7 @@ def test_tags_are_few_words_and_each_once() -> None:
     "value",
     ["a", ("a",), {"a": 1}, None, 7, [1], [None], [["a"]], ["a b"], [""], ["a\n"], [f"t{n}" for n in range(21)]],
 )
-def test_what_are_no_tags(value: Any) -> None:
+def test_invalid_tags(value: Any) -> None:
     refused(fields.tags, value)
 
 
