@@ -75,7 +75,7 @@ bench-disconnects: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.disconnects $(ARGS)
 
 bench-verbs: $(VENV)/with-bench
-	$(BIN)/python -m loadtests.verbs_speed $(ARGS)
+	$(BIN)/python -m loadtests.operations_speed $(ARGS)
 
 # An hour of traffic to the real stack; `make soak ARGS="--canned --minutes 10"` needs no vLLM.
 soak: $(VENV)/with-bench

@@ -1,1 +1,1 @@
-"""Measurements of the gateway, beside its peers in one run."""
+"""Benchmarks, soak tests, fuzzing and attack trials."""

@@ -212,7 +212,7 @@ OTHER_SHAPES: Mapping[str, tuple[str, Shape]] = {
 
 
 def random_body(rng: random.Random, budget: int) -> bytes:
-    """Return a chat-like body of about so many bytes: random JSON in fields that the gateway interprets."""
+    """Return a chat-like body of about `budget` bytes: random JSON in fields that the gateway interprets."""
     fields = ["messages", "tools", "metadata", "input", "prompt", "system", "instructions", "stop", "x", "content"]
     parts = [b'"model":"' + _MODEL + b'"']
     left = budget

@@ -24,7 +24,7 @@ class StoringEngine(Engine):
         self._held: dict[str, threading.Event] = {}
         self._arrived: dict[str, threading.Event] = {}
         self.object_size = 0  # bytes of an object; 0: a few hundred
-        self.random_delay: tuple[random.Random, float] | None = None  # at most so many seconds
+        self.random_delay: tuple[random.Random, float] | None = None  # and the maximum in seconds
         super().__init__()
 
     @contextmanager

@@ -187,7 +187,7 @@ def check_all(checks: Mapping[str, bool], figures: str = "") -> Verdict:
 
 
 def wait_for(condition: Callable[[], bool], within: float) -> bool:
-    """Poll a condition; return whether it became true within so many seconds."""
+    """Poll a condition; return whether it became true within that many seconds."""
     end = time.monotonic() + within
     while not condition():
         if time.monotonic() > end:
@@ -226,7 +226,7 @@ def send_repeatedly(sock: socket.socket, piece: bytes, total: int) -> int:
 
 @contextmanager
 def open_connections(count: int, open_gateway: Callable[[int], socket.socket]) -> Iterator[Sequence[socket.socket]]:
-    """Open so many connections, and close them at the end of the block."""
+    """Open `count` connections, and close them at the end of the block."""
     with ExitStack() as stack:
         yield [stack.enter_context(open_gateway(number)) for number in range(count)]
 

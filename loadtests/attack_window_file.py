@@ -48,7 +48,7 @@ def member(name: str, data: bytes) -> bytes:
 
 
 def with_object(manifest: bytes, size: int, chunk_size: int) -> bytes:
-    """Return the manifest with one KV object of so many bytes announced."""
+    """Return the manifest with one KV object of `size` bytes announced."""
     value = json.loads(manifest)
     value["objects"] = [{"size": size, "blake3": "0" * 64}]
     value["window"] |= {"chunk_count": 1, "chunk_size": chunk_size}

@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _measure(urls: dict[str, str], gauge: Gauge, count: int, alone: int) -> list[Disconnect]:
-    """Disconnect so many times at each place, alternating, in every way."""
+    """Disconnect `count` times from the gateway and `alone` times from the engine, alternating, in every way."""
     samples: list[Disconnect] = []
     due = {GATEWAY: count, ALONE: alone}
     for number in range(max(due.values())):

@@ -57,7 +57,7 @@ class FuzzResult:
 def fuzz(
     url: str, model: str, requests: int, *, cache: bool, per_round: int = _ROUND, first_seed: int = 0
 ) -> FuzzResult:
-    """Send about so many requests, `per_round` for one operation at a time; `cache`: whether LMCache is there."""
+    """Send about `requests` requests, `per_round` for one operation at a time; `cache`: whether LMCache is there."""
     schema = schemathesis.openapi.from_url(f"{url}/admin/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     result = FuzzResult()

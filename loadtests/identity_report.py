@@ -166,8 +166,8 @@ def _sum(scores: Mapping[str, Score], names: Sequence[str]) -> Score:
     return Score(*(sum(getattr(score, name) for score in selected) for name in Score.__slots__))
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
+def _share(part: int, total: int) -> str:
+    return f"{part / total:.1%}" if total else ""
 
 
 def _some(count: int) -> str:

@@ -47,7 +47,7 @@ _OVERLAP = 48  # approximate number of concurrent conversations
 
 
 def generate(seed: int, turns: int, pause_s: float = 0.25) -> list[Request]:
-    """Return at least so many requests in the order of sending, each kind with its share."""
+    """Return at least `turns` requests in the order of sending, each kind with its share."""
     builder = TraceBuilder(seed, span=turns / _OVERLAP, pause_s=pause_s)
     made = dict.fromkeys(SHARES, 0)
     while (before := len(builder.requests)) < turns:

@@ -129,12 +129,12 @@ def _numeric_targets(run: Run) -> Iterator[Target]:
         (SSE, "agentic-api", 1.05),
         (SSE, "litellm", 50.0),
     ):
-        seen = ratio(run, f"{scenario}_c32", GATEWAY, peer) if peer in run.versions else []
-        yield Target(f"{scenario.upper()} c=32, times {peer}", limit, False, seen, "x")
+        values = ratio(run, f"{scenario}_c32", GATEWAY, peer) if peer in run.versions else []
+        yield Target(f"{scenario.upper()} c=32, times {peer}", limit, False, values, "x")
     for streams in sorted({sample.streams for sample in run.gaps}):
         pairs = zip(run.gap(GATEWAY, streams), run.gap(UPSTREAM, streams), strict=True)
-        seen = [own - alone for own, alone in pairs]
-        yield Target(f"added inter-chunk gap p99, {streams} paced at 5 ms", 2.0, True, seen, "ms")
+        values = [own - alone for own, alone in pairs]
+        yield Target(f"added inter-chunk gap p99, {streams} paced at 5 ms", 2.0, True, values, "ms")
 
 
 def _yes_no_targets(run: Run) -> Iterator[list[str]]:
@@ -143,8 +143,8 @@ def _yes_no_targets(run: Run) -> Iterator[list[str]]:
     yield ["HTTP chunks and their order unchanged", "same", "same" if unchanged else "changed", "", _yes_no(unchanged)]
     crowd = next((c for c in run.crowds if c.contender == GATEWAY), None)
     if crowd is not None:
-        seen = f"{crowd.failed} failed, {crowd.concurrent} overlapping"
-        yield [f"{crowd.streams} concurrent streams", "none failed", seen, "", _yes_no(crowd.failed == 0)]
+        outcome = f"{crowd.failed} failed, {crowd.concurrent} overlapping"
+        yield [f"{crowd.streams} concurrent streams", "none failed", outcome, "", _yes_no(crowd.failed == 0)]
         growth = crowd.after_bytes[-1] / crowd.after_bytes[0] - 1
         yield [
             "memory growth",

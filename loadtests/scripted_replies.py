@@ -276,8 +276,8 @@ def _item_events(at: int, item: Mapping[str, Any], reply: Reply) -> list[Event]:
     if item["type"] == "function_call":
         started = {**item, "arguments": "", "status": "in_progress"}
         deltas = [("response.function_call_arguments.delta", {**where, "delta": d}) for d in _halves(item["arguments"])]
-        done = {**where, "name": item["name"], "arguments": item["arguments"]}
-        return [_added(at, started), *deltas, ("response.function_call_arguments.done", done), _done(at, item)]
+        finished = {**where, "name": item["name"], "arguments": item["arguments"]}
+        return [_added(at, started), *deltas, ("response.function_call_arguments.done", finished), _done(at, item)]
     where |= {"content_index": 0}
     (part,) = item["content"]
     text = [("response.output_text.delta", {**where, "delta": piece, "logprobs": []}) for piece in reply.pieces]

@@ -79,7 +79,7 @@ class Traffic:
         return self.actions.total()
 
     async def run(self, seconds: float) -> None:
-        """Send requests for so many seconds, and return once every response has arrived."""
+        """Send requests for that many seconds, and return once every response has arrived."""
         slots = asyncio.Semaphore(self._pace.concurrency)
         end, due = time.monotonic() + seconds, time.monotonic()
         async with asyncio.TaskGroup() as group:

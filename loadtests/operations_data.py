@@ -1,6 +1,6 @@
-"""A stock of windows to measure on: one large one with its KV objects in the tiers, and many small ones in the store.
+"""Windows to measure on: one large window with its KV objects in the tiers, and many small ones in the store.
 
-No engine computes anything here: an object is random bytes, which is all that it is to the verbs.
+No engine computes anything here: an object is random bytes, which makes no difference to the operations.
 """
 
 import asyncio
@@ -19,25 +19,25 @@ from gateway.windows.receipt import with_receipt
 TENANT = "default"
 LARGE = "large"
 _SMALL_OBJECTS = 3
-_AT_ONCE = 500
+_CONCURRENCY = 500
 _TOPICS = ("refactor the parser", "read the logs of the night", "plan the migration", "answer the customer")
 
 
 async def fill(settings: Settings, model: str, *, chunks: int, chunk_size: int, object_bytes: int, windows: int) -> int:
-    """Make the windows; return how many bytes the objects of the large one have."""
-    async with open_services(settings) as parts:
-        large = await _blank(parts, model, LARGE, chunks * chunk_size + chunk_size // 2, chunk_size)
+    """Create the windows; return the total size of the large window's objects in bytes."""
+    async with open_services(settings) as services:
+        large = await _blank(services, model, LARGE, chunks * chunk_size + chunk_size // 2, chunk_size)
         ids = tuple(index % 50_000 for index in range(large.token_count))
-        objects = await _pinned(parts, large, ids, object_bytes)
-        await _add(parts, with_receipt(large, chunks, objects, time.monotonic(), {}), ids, objects)
-        await parts.pins.restore(objects)  # LMCache has them as well
-        for start in range(0, windows, _AT_ONCE):
-            await asyncio.gather(*(_small(parts, large, number) for number in range(start, start + _AT_ONCE)))
-        return sum(one.size for one in objects if one.tier == "disk")
+        objects = await _pinned(services, large, ids, object_bytes)
+        await _add(services, with_receipt(large, chunks, objects, time.monotonic(), {}), ids, objects)
+        await services.pins.restore(objects)  # into LMCache's tiers
+        for start in range(0, windows, _CONCURRENCY):
+            await asyncio.gather(*(_small(services, large, number) for number in range(start, start + _CONCURRENCY)))
+        return sum(pinned.size for pinned in objects if pinned.tier == "disk")
 
 
 def name_of(number: int) -> str:
-    """The name of a small window."""
+    """Return the name of a small window."""
     return f"window-{number:05d}"
 
 
@@ -74,4 +74,4 @@ async def _small(services: Services, like: Window, number: int) -> None:
 async def _add(services: Services, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...]) -> None:
     messages = [{"role": "user", "content": window.name}, {"role": "assistant", "content": "yes"}]
     if not await services.store.add_window(window, Manifest(window.manifest, ids, objects), Text(messages, {})):
-        raise RuntimeError(f"there is a window {window.name!r} already")
+        raise RuntimeError(f"window {window.name!r} already exists")
