@@ -2,7 +2,6 @@
 
 import json
 import socket
-import struct
 import threading
 import time
 from pathlib import Path
@@ -23,9 +22,9 @@ from loadtests.attack_harness import (
 )
 from loadtests.attack_http import EndlessReply
 from tests.support.fakes.engine import MODEL, Exchange, delta
+from tests.support.raw_http import reset_on_close
 
 TRIALS = Trials()
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _LARGE_CHUNK = delta(content="x" * 60_000)
 _MCP = {"accept": "application/json, text/event-stream"}
 
@@ -251,7 +250,7 @@ def connection_resets(testbed: Testbed) -> Verdict:
     with open_connections(300, lambda n: _stream(gateway, f"s{n}")) as socks:
         served = [_status(sock) for sock in socks].count(200)
         for sock in socks:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            reset_on_close(sock)
     back = wait_for(lambda: gateway.open_files() <= before + 40, 15)
     free = wait_for(lambda: gateway.delete("/admin/sessions/s7").status == 200, 10)
     endless.finished.set()
@@ -275,7 +274,7 @@ def disconnect_at_every_byte(testbed: Testbed) -> Verdict:
         with gateway.connect() as sock:
             sock.sendall(request[:at])
             if at % 2:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                reset_on_close(sock)
     back = wait_for(lambda: gateway.open_files() <= before + 12, 10)
     return check_all(
         {
@@ -300,7 +299,7 @@ def aborted_mcp_calls(testbed: Testbed) -> Verdict:
         with gateway.connect() as sock:
             sock.sendall(request)
             if number % 3:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                reset_on_close(sock)
             if number % 3 == 2:
                 time.sleep(0.002)
     back = wait_for(lambda: gateway.open_files() <= fds + 12, 10)

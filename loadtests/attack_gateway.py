@@ -50,9 +50,8 @@ class Gateway:
         self._source = source
         self._limits = [f"--{kind}={value}" for kind, value in {"as": str(_ADDRESS_SPACE), **limits}.items()]
         defaults = {"port": self.port, "engine_urls": engine_url, "data_dir": self.data, "auto_freeze": False}
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("CWG_")}
         variables = {f"CWG_{name.upper()}": str(value) for name, value in {**defaults, **settings}.items()}
-        self.environment = {**inherited, **variables, "PYTHONPATH": str(source)}
+        self.environment = {**contenders.clean_environment(), **variables, "PYTHONPATH": str(source)}
         self.process: subprocess.Popen[bytes]
         self._monitor: subprocess.Popen[str] | None = None
 

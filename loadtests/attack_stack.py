@@ -2,8 +2,6 @@
 
 import json
 import random
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +13,11 @@ from gateway.stack import local
 from loadtests import attack_windows as windows
 from loadtests import machine
 from loadtests.attack_harness import Gateway, Testbed, Trials, Verdict, head, run_concurrently, verdict, wait_for
+from tests.support.raw_http import reset_on_close
 
 TRIALS = Trials(needs_stack=True)
 _FREEZES, _DISCONNECTS, _KILLS = 300, 50, 20
 _PROMPT_WORDS = 1500
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _SLOW_START_S = 300.0
 
 
@@ -115,7 +113,7 @@ def stack_disconnects_during_loads(testbed: Testbed) -> Verdict:
                 sock.sendall(request)
                 time.sleep(rng.uniform(0.005, 0.3))
                 if number % 2:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                    reset_on_close(sock)
             count += 1
             if not _all_running(parts, processes):
                 break

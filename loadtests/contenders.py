@@ -27,11 +27,12 @@ _ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A server to start: its command line, the path of its readiness check, and its environment variables."""
+    """A server to start: its command line, the path of its readiness check, its environment variables, and where."""
 
     command: Sequence[str]
     ready: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    directory: Path = _ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,11 @@ def free_port() -> int:
         return port
 
 
+def clean_environment() -> dict[str, str]:
+    """Return the environment of this process without the gateway's settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("CWG_")}
+
+
 def find(peer: Peer, path: str | None) -> Path | None:
     """Return the executable of a peer: `path` if given, else from this Python's directory or PATH; None if missing."""
     here = str(Path(sys.executable).parent)
@@ -119,7 +125,7 @@ def upstream(work: Path, module: str = "loadtests.canned_upstream") -> Iterator[
     """Run the canned engine, or the engine of another module."""
     port = free_port()
     launch = Launch([sys.executable, "-m", module, "--port", str(port)], "/health")
-    with _running(UPSTREAM, "", port, launch, work) as running:
+    with run(UPSTREAM, "", port, launch, work) as running:
         yield running
 
 
@@ -133,7 +139,7 @@ def gateway(work: Path, engine: Contender) -> Iterator[Contender]:
         {"CWG_PORT": str(port), "CWG_ENGINE_URLS": engine.url(""), "CWG_DATA_DIR": str(work / "gateway-data")},
     )
     version = metadata_version("context-window-gateway") or _commit()
-    with _running(GATEWAY, version, port, launch, work) as running:
+    with run(GATEWAY, version, port, launch, work) as running:
         yield running
 
 
@@ -142,20 +148,21 @@ def peer(kind: Peer, executable: Path, work: Path, engine: Contender) -> Iterato
     """Run a peer in front of an engine."""
     port = free_port()
     launch = kind.launch(executable, port, engine.url(""), work)
-    with _running(kind.name, _version_of(executable, kind.distribution), port, launch, work) as running:
+    with run(kind.name, _version_of(executable, kind.distribution), port, launch, work) as running:
         yield running
 
 
 @contextmanager
-def _running(name: str, version: str, port: int, launch: Launch, work: Path) -> Iterator[Contender]:
+def run(name: str, version: str, port: int, launch: Launch, work: Path) -> Iterator[Contender]:
+    """Run a server until the end of the block, with its log in `work`/`name`.log. Raises StartError."""
     home = work / f"{name}-home"  # peers keep databases and caches in the home directory
     home.mkdir()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CWG_") and not k.lower().endswith("_proxy")}
+    inherited = {k: v for k, v in clean_environment().items() if not k.lower().endswith("_proxy")}
     environment = {**inherited, "HOME": str(home), "NO_PROXY": "127.0.0.1", **launch.environment}
     log = work / f"{name}.log"
     with log.open("wb") as out, ExitStack() as stack:
         process = subprocess.Popen(
-            launch.command, cwd=_ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            launch.command, cwd=launch.directory, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
         )
         stack.callback(_stop, process)
         _wait_ready(name, process, port, launch.ready, log)

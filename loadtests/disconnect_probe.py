@@ -7,13 +7,14 @@ import itertools
 import json
 import re
 import socket
-import struct
 import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+
+from tests.support.raw_http import reset_on_close
 
 _GAUGES = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _BEGINS_WITHIN_S = 30.0
@@ -25,7 +26,6 @@ REPLY_TOKENS = 1500  # of a complete reply: many seconds of work
 _TRIES = 5
 _CHUNKS_READ = 5
 _DECODING_S = 0.2  # after which the engine has computed a short prompt and is generating
-_NOW = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _disconnect(url: str, session: str, way: Way, gauge: Gauge) -> float:
         if gauge.read() == 0:
             raise TooLate(f"{way}: the engine had finished")
         if way.reset:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NOW)
+            reset_on_close(sock)
     finally:
         sock.close()
     return gauge.wait(busy=False, within_s=_STOPS_WITHIN_S)

@@ -25,6 +25,7 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from gateway.stack import local
+from loadtests.contenders import clean_environment
 from loadtests.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +48,7 @@ class Stack:
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "120",
         }
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("CWG_")}
-        self._environment = clean | variables
+        self._environment = clean_environment() | variables
         self._up: subprocess.Popen[str] | None = None
 
     def up(self) -> str:

@@ -9,18 +9,15 @@ median of the ratios over the rounds, with their quartiles.
 import argparse
 import http.client
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from tests.support.gateway_process import free_port
+from loadtests import contenders
 
 HERE = Path(__file__).parents[1]
 PER_ROUND = {"json": 100, "stream": 50, "500 KB": 30, "session": 100}
@@ -42,27 +39,9 @@ def body(kind: str, number: int) -> bytes:
 class Gateway:
     """A running gateway of one checkout, and a connection to it."""
 
-    def __init__(self, source: Path, engine: str, folder: Path) -> None:
-        self.port = free_port()
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("CWG_")}
-        settings = {"PORT": self.port, "ENGINE_URLS": engine, "DATA_DIR": folder, "AUTO_FREEZE": "false"}
-        environment |= {f"CWG_{name}": str(value) for name, value in settings.items()} | {"PYTHONPATH": str(source)}
-        command = [sys.executable, "-m", "gateway", "serve"]
-        self.process = subprocess.Popen(command, cwd=source, env=environment, stderr=subprocess.DEVNULL)
-        self.http = http.client.HTTPConnection("127.0.0.1", self.port)
-        self._wait()
-
-    def _wait(self) -> None:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            try:
-                self.http.request("GET", "/readyz")
-                if self.http.getresponse().read() and self.http.sock:
-                    return
-            except OSError:
-                self.http.close()
-                time.sleep(0.1)
-        raise SystemExit(f"the gateway on port {self.port} does not get ready")
+    def __init__(self, gateway: contenders.Contender) -> None:
+        self._pid = gateway.pid
+        self.http = http.client.HTTPConnection("127.0.0.1", gateway.port)
 
     def cpu_s_per_request(self, kind: str, payloads: list[bytes]) -> float:
         """Send a round of requests; return the CPU seconds per request."""
@@ -77,30 +56,27 @@ class Gateway:
         return (self._cpu_s() - before) / len(payloads)
 
     def _cpu_s(self) -> float:
-        threads = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        threads = Path(f"/proc/{self._pid}/task").glob("*/schedstat")
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
-
-    def stop(self) -> None:
-        """Stop it."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
 
 
 @contextmanager
 def gateways(sources: dict[str, Path]) -> Iterator[dict[str, Gateway]]:
     """Run a gateway of each checkout, in front of one engine."""
-    port = free_port()
-    engine = subprocess.Popen([sys.executable, "-m", "loadtests.canned_upstream", "--port", str(port)], cwd=HERE)
-    with tempfile.TemporaryDirectory() as folder:
-        url = f"http://127.0.0.1:{port}"
-        running = {name: Gateway(source, url, Path(folder) / name) for name, source in sources.items()}
-        try:
-            yield running
-        finally:
-            for gateway in running.values():
-                gateway.stop()
-            engine.terminate()
-            engine.wait(30)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        work = Path(folder)
+        engine = stack.enter_context(contenders.upstream(work))
+        yield {name: Gateway(stack.enter_context(_run(name, source, work, engine))) for name, source in sources.items()}
+
+
+def _run(
+    name: str, source: Path, work: Path, engine: contenders.Contender
+) -> AbstractContextManager[contenders.Contender]:
+    port = contenders.free_port()
+    settings = {"PORT": port, "ENGINE_URLS": engine.url(""), "DATA_DIR": work / name, "AUTO_FREEZE": "false"}
+    environment = {f"CWG_{key}": str(value) for key, value in settings.items()} | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-m", "gateway", "serve"]
+    return contenders.run(name, "", port, contenders.Launch(command, "/readyz", environment, source), work)
 
 
 def main() -> None:

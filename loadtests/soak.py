@@ -10,9 +10,7 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +27,7 @@ from loadtests.soak_sampler import GatewayUnderTest, Sample, Sampler
 from loadtests.soak_traffic import MESSAGES, RESPONSES, Pace, Traffic
 
 _DATED = re.compile(r"\d{4}-\d\d-\d\d ")
-_READY_S, _DRAIN_S, _STOP_S = 120.0, 60.0, 30.0
+_DRAIN_S = 60.0
 _FINAL_SAMPLES = 4
 _SWEEP_SAMPLES, _SAMPLE_EVERY_S = 36, 5.0  # two sweeps (sweep_every_s), and the time that the second takes
 _IDLE_S = 8.0  # vLLM closes an idle connection after 5
@@ -173,32 +171,10 @@ def stack(work: Path, redis_url: str) -> Iterator[GatewayUnderTest]:
 @contextmanager
 def _gateway(work: Path, settings: Mapping[str, str]) -> Iterator[tuple[int, int, int]]:
     port, inspector_port = contenders.free_port(), contenders.free_port()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CWG_")}
-    argv = [sys.executable, "-m", "loadtests.inspected_gateway", str(inspector_port), "serve"]
-    with (work / "gateway.log").open("wb") as log:
-        process = subprocess.Popen(argv, env={**inherited, **settings, "CWG_PORT": str(port)}, stdout=log, stderr=log)
-    try:
-        _wait_ready(process, f"http://127.0.0.1:{port}/readyz", work / "gateway.log")
-        yield process.pid, port, inspector_port
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    end = time.monotonic() + _READY_S
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.1)
-    raise RuntimeError(f"the gateway is not ready:\n{log.read_text(errors='replace')[-2000:]}")
+    command = [sys.executable, "-m", "loadtests.inspected_gateway", str(inspector_port), "serve"]
+    launch = contenders.Launch(command, "/readyz", {**settings, "CWG_PORT": str(port)})
+    with contenders.run(contenders.GATEWAY, "", port, launch, work) as gateway:
+        yield gateway.pid, port, inspector_port
 
 
 def logged_errors(log: Path) -> list[str]:

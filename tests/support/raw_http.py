@@ -3,10 +3,16 @@
 import json
 import select
 import socket
+import struct
 from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support.fakes.engine import MODEL, WITHIN
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Have a socket send a reset when it is closed."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class RawHttpClient:

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,11 +14,10 @@ import pytest
 from loadtests import scripted_replies as replies
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta
 from tests.support.gateway_process import Gateway, gateway_in_front_of
-from tests.support.raw_http import RawHttpClient
+from tests.support.raw_http import RawHttpClient, reset_on_close
 
 Events = Callable[[replies.Reply, Mapping[str, Any]], Iterator[bytes]]
 _CLIENTS, _AT_ONCE = 60, 8
-_AT_ONCE_CLOSED = struct.pack("ii", 1, 0)
 
 TYPE = "content-type: application/json\r\n"
 
@@ -106,4 +104,4 @@ def _reset_in_mid_stream(url: str, session: str) -> None:
         seen = b""
         while b"data: " not in seen:
             seen += sock.recv(4096)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE_CLOSED)
+        reset_on_close(sock)

@@ -1,13 +1,12 @@
 """The relay's clients: those that leave, those that read slowly, and many at once."""
 
-import socket
 import threading
 from typing import Any
 
 from tests.support.fakes import engine as fake
 from tests.support.fakes.engine import DONE, Exchange, FakeEngine, delta, event, stream_of
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
-from tests.support.raw_http import RawHttpClient
+from tests.support.raw_http import RawHttpClient, reset_on_close
 from tests.support.relay_answers import USAGE, answer_with
 
 
@@ -201,7 +200,7 @@ def test_clients_that_leave_at_every_moment_leave_nothing_in_flight(
             for _ in range(step % 4 - 1):
                 wire.chunk()
             if step % 8 > 3:  # an abortive close: RST in place of FIN
-                wire._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+                reset_on_close(wire._sock)
     gateway.chat(session)
     eventually(lambda: gateway.freeze(session, f"w-{session}").status_code in (201, 409), "a freeze between turns")
     assert gateway.http.get(f"/admin/windows/w-{session}").status_code == 200
