@@ -71,7 +71,7 @@ def _check_engines(urls: tuple[str, ...]) -> tuple[str, ...]:
     return urls
 
 
-Secret = Annotated[str, Field(repr=False)]  # nor is its value shown in an error
+Secret = Annotated[str, Field(repr=False)]  # hidden in the repr and in errors
 Port = Annotated[int, Field(ge=0, le=65535)]
 Workers = Annotated[int, Field(ge=1, le=256)]
 Count = Annotated[int, Field(gt=0)]
