@@ -1,16 +1,16 @@
 """Commands that list windows, sessions and the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 from rich.text import Text
+from rich.tree import Tree
 
 from gateway.cli.connection import Word, call, operation
-from gateway.cli.drawing import trees
 from gateway.cli.output import OUT, Result, line, page, say
 
-_STYLE = {"ok": "green", "warning": "yellow", "failed": "red"}
+_STYLE = {"ok": "green", "warning": "yellow", "failed": "red", "window": "bold cyan", "session": "green"}
 
 
 def _paged(command: Callable[..., Result]) -> Callable[..., Result]:
@@ -38,8 +38,13 @@ def tree(limit: int) -> Result:
     answer = call("GET", "/admin/tree", query={"limit": limit})
 
     def draw() -> None:
-        for root in trees([_printable(node) for node in answer["nodes"]]):
-            OUT.print(root, highlight=False)
+        root = Tree("", guide_style="dim", hide_root=True)
+        drawn: dict[tuple[str, str], Tree] = {}
+        for node in map(_printable, answer["nodes"]):  # a parent comes before its children
+            parent = node["parent"]
+            branch = drawn[parent["kind"], parent["name"]] if parent else root
+            drawn[node["kind"], node["name"]] = branch.add(_label(node))
+        OUT.print(root, highlight=False)
         if answer["truncated"]:
             say(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
 
@@ -50,6 +55,14 @@ def _printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _printable(part) for name, part in value.items()}
     return line(value) if isinstance(value, str) else value
+
+
+def _label(node: Mapping[str, Any]) -> Text:
+    kind = node["kind"]
+    state = f"kv {node['state']}" if kind == "window" else node["state"]
+    relation = f", {node['relation']} it" if node["relation"] else ""
+    text = f"  {kind}, {state}, {node['token_count']} tokens{relation}"
+    return Text.assemble((node["name"], _STYLE[kind]), (text, "dim"))
 
 
 @operation

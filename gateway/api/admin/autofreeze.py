@@ -37,7 +37,7 @@ async def check_policies(call: Call, body: requests.PolicyCheckRequest) -> respo
     check = await call.autofreeze.check(call.tenant, body.session_id)
     if check is None:
         raise session_not_found(body.session_id)
-    session, decision = check.seen, next((one.decision for one in check.opinions if one.decision), None)
+    session, decision = check.observation, next((one.decision for one in check.opinions if one.decision), None)
     limit = session.context_limit
     return responses.PolicyCheck(
         session_id=body.session_id,

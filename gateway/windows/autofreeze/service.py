@@ -44,7 +44,7 @@ Key = tuple[str, str]
 class Check:
     """What the policies decide about a session now, and the window that would result."""
 
-    seen: Observation
+    observation: Observation
     opinions: Sequence[Opinion]
     window_name: str
     held_back: str
