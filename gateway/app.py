@@ -42,7 +42,7 @@ from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.secret_check import checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings
-from gateway.store.damage import StoreDamaged
+from gateway.store.failures import StoreDamaged
 from gateway.store.sqlite import SqliteStore
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
@@ -249,7 +249,7 @@ def _serve(settings: Settings, sock: socket.socket) -> None:
 
     gc.freeze()  # objects that exist now stay shared between the workers
     patience = Patience(settings.shutdown_freeze_s, settings.worker_timeout_s)
-    workers.supervise(settings.workers, sock, serve, lambda slot: forget(folder, slot), patience)
+    workers.Supervisor(settings.workers, sock, serve, lambda slot: forget(folder, slot), patience).run()
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

@@ -9,14 +9,14 @@ from gateway.errors import GatewayError
 from gateway.validation.shown import shown
 
 SessionState = Literal["active", "frozen", "thawed", "expired"]
-# complete: every whole chunk is pinned · partial: only the first ones · absent: none, thaw recomputes everything
+# complete: every full chunk is pinned; partial: only the first ones; absent: none, a thaw recomputes everything
 KvState = Literal["complete", "partial", "absent"]
 Outcome = Literal["completed", "engine_error", "engine_cut", "client_gone", "gateway_error"]
 
 MAX_NAME = 128  # characters of a session's id, and of a window's name
 SESSION_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{MAX_NAME - 1}}}")
 WINDOW_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
-AUTO_TAG = "auto"  # of windows that were made automatically
+AUTO_TAG = "auto"  # of automatic windows
 TAG = re.compile(r"[\w.:-]{1,64}")
 MAX_TAGS = 20
 MAX_DESCRIPTION = 2000
@@ -27,24 +27,21 @@ Message = dict[str, Any]
 
 def check_session_id(value: object, where: str = "session_id") -> str:
     """Return `value` if it is a session id; raises `invalid_session_id` naming the field `where`."""
-    if isinstance(value, str) and SESSION_ID.fullmatch(value):
-        return value
-    raise GatewayError(
-        "invalid_session_id",
-        f"{where} {shown(value, 200)} is not a valid session id",
-        hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 _ . : - and begin with a letter or digit",
-        details={"field": where},
-    )
+    return _check_name(value, where, SESSION_ID, "invalid_session_id", "session id", "_ . : -")
 
 
 def check_window_name(value: object, where: str = "window_name") -> str:
     """Return `value` if it is a window name; raises `invalid_window_name` naming the field `where`."""
-    if isinstance(value, str) and WINDOW_NAME.fullmatch(value):
+    return _check_name(value, where, WINDOW_NAME, "invalid_window_name", "window name", "_ . -")
+
+
+def _check_name(value: object, where: str, pattern: re.Pattern[str], code: str, kind: str, marks: str) -> str:
+    if isinstance(value, str) and pattern.fullmatch(value):
         return value
     raise GatewayError(
-        "invalid_window_name",
-        f"{where} {shown(value, 200)} is not a valid window name",
-        hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 _ . - and begin with a letter or digit",
+        code,
+        f"{where} {shown(value, 200)} is not a valid {kind}",
+        hint=f"use 1 to {MAX_NAME} of A-Z a-z 0-9 {marks} and begin with a letter or digit",
         details={"field": where},
     )
 
@@ -53,9 +50,8 @@ def check_window_name(value: object, where: str = "window_name") -> str:
 class Session:
     """A conversation. `transcript` and `frame` are content ids in the store.
 
-    `source` says how it was recognised when it began, `parent` which session it is a fork of. `head`, `asked` and `tip`
-    are links of its chain (gateway.sessions.prefix_chain): what it began with, what its last turn asked, and its last
-    reply; `answered` tells whether what was asked last has its reply.
+    `source` says how it was recognised when it began, `parent` which session it was forked from. The hashes are links
+    of its prefix chain (gateway.sessions.prefix_chain); `answered` says whether the last request has its reply.
     """
 
     tenant: str
@@ -76,22 +72,21 @@ class Session:
     frozen_at: float | None = None
     source: str = ""
     parent: str | None = None
-    head: bytes | None = None
-    asked: bytes | None = None
-    tip: bytes | None = None
+    first_message_hash: bytes | None = None
+    last_request_hash: bytes | None = None
+    last_reply_hash: bytes | None = None
     answered: bool = False
     prompt_tokens: int = 0  # of its last turn
     engine: str = ""  # that served its last turn
-    normalised: str = ""  # rules of gateway.dialects.prompt_filters that took something out, separated by spaces
-    successor: str | None = None  # the session that continues its conversation, since its context was full
+    normalised: str = ""  # rules of gateway.dialects.prompt_filters that removed something, separated by spaces
+    successor: str | None = None  # the session that continues the conversation if the context was full
 
 
 @dataclass(frozen=True, slots=True)
 class Succession:
-    """A full session and its successor: what was left out are `dropped` messages after the system's.
+    """A full session and its successor, without `dropped` messages that followed the system's.
 
-    `link` is the link of the chain (gateway.sessions.prefix_chain) that they are, begun with nothing; `window` holds
-    them.
+    `link` is the last link of a prefix chain (gateway.sessions.prefix_chain) of these messages; `window` has them.
     """
 
     tenant: str
@@ -103,11 +98,11 @@ class Succession:
 
 
 class Alias(NamedTuple):
-    """Another name of a reply (`gateway.sessions.reply_aliases`): `link` is the hash of what was said, the other fields
-    are in short what it answers.
+    """Another key for a reply (`gateway.sessions.reply_aliases`): `link` is the hash of the reply itself, the other
+    fields summarise what it replies to.
 
-    `history` (b"" where there is none) and `question` are digests, so that a reply can be looked for by its link alone,
-    with its history, or with both. `marks` is compared when it has been found.
+    `history` (b"" if there is none) and `question` are digests, so that a reply can be looked up by its link alone,
+    with its history, or with both. `marks` is compared once it has been found.
     """
 
     link: bytes
@@ -118,20 +113,20 @@ class Alias(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Where a turn has left its conversation's chain; no `tip` where the reply is not known.
+    """A turn's links in its conversation's prefix chain; `reply_hash` is None if the reply is not known.
 
-    `ends` are other names of the tip, under which it is found when something before it has changed.
+    The reply is found by one of `aliases` when something before it has changed.
     """
 
-    head: bytes
-    asked: bytes
-    tip: bytes | None
-    ends: tuple[Alias, ...] = ()
+    first_message_hash: bytes
+    request_hash: bytes
+    reply_hash: bytes | None
+    aliases: tuple[Alias, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A session that has a reply known under an `Alias`; `current`: that reply is its last."""
+class AliasMatch:
+    """A session with a reply that has this alias; `current` if that reply is its last."""
 
     session: Session
     alias: Alias
@@ -140,7 +135,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one turn, as the engine reported them; `cached` is None where it did not say."""
+    """Token counts of one turn, as the engine reported them; `cached` is None if it did not."""
 
     prompt: int
     completion: int
@@ -149,11 +144,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """What a request lacks of the conversation that it continues: it is put in front of the client's messages.
+    """What a request omits of the conversation that it continues; it is put in front of the client's messages.
 
-    `system` takes the place of the client's leading system messages, None leaves those; `history` follows them;
-    `frame` has the template's fields that the client left out. `origin` says whether the history ends with the window,
-    or with what the session has had since; `unsure`: the client may have meant otherwise.
+    `system` replaces the client's leading system messages, None leaves them; `history` follows them; `frame` has the
+    template's fields that the client left out. `origin` says whether the history ends with the window or with the
+    session's later turns; `unsure`: the client may have meant something else.
     """
 
     system: Sequence[Message] | None
@@ -178,17 +173,17 @@ class Turn:
     detail: str = ""
     source: str = ""  # how its session was recognised
     engine: str = ""
-    estimated_tokens: int | None = None  # of the prompt, before it was sent
-    expected_tokens: int | None = None  # of the prompt, that should have been cached
+    estimated_tokens: int | None = None  # of the prompt
+    expected_tokens: int | None = None  # that should have been cached
     miss: str = ""  # why fewer were
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """An answer that a client can retrieve and continue (Responses API).
+    """A response that a client can retrieve and continue (Responses API).
 
-    `transcript` is the conversation up to this answer and with it, None where it cannot be continued; `instructed`:
-    its first message is the request's own instructions. `asked` is the request's input, as a list in the store.
+    `transcript` is the conversation including this response, None if it cannot be continued; `instructed`: its first
+    message is the request's own instructions. `request_input` is the transcript of the request's input.
     """
 
     tenant: str
@@ -199,13 +194,13 @@ class StoredResponse:
     answer: Mapping[str, Any]
     instructed: bool = False
     transcript: bytes | None = None
-    asked: bytes | None = None
+    request_input: bytes | None = None
 
 
 class PinnedObject(NamedTuple):
-    """One KV object as it was seen in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes.
+    """One KV object as it was in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes.
 
-    `pin` is the key that its pin goes by, where that is another one: an isolated clone shares its source's pins.
+    `pin` is the key of its pin, if that differs: an isolated clone shares its source's pins.
     """
 
     key: str
@@ -216,7 +211,7 @@ class PinnedObject(NamedTuple):
 
     @property
     def pin_key(self) -> str:
-        """The key that its pin goes by."""
+        """The key of its pin."""
         return self.pin or self.key
 
 
@@ -227,7 +222,7 @@ Sizes = Mapping[str, Mapping[str, int]]  # bytes of KV objects, by tier and key
 class Window:
     """An immutable, named snapshot of a session at a turn boundary.
 
-    LMCache finds its KV under `salt`; the pins go by names of `pin_salt`, another one only for an isolated clone.
+    LMCache finds its KV under `salt`; its pins are under `pin_salt`, which differs only for an isolated clone.
     """
 
     tenant: str
@@ -257,11 +252,11 @@ class Window:
 
     @property
     def tail_tokens(self) -> int:
-        """Tokens after the last whole pinned chunk: what a thaw recomputes."""
+        """Tokens after the last full pinned chunk, which a thaw recomputes."""
         return self.token_count - self.chunk_count * self.chunk_size
 
     def has_expired(self, at: float) -> bool:
-        """Whether its time to live was over by then."""
+        """Whether it had expired by then."""
         return self.expires_at is not None and self.expires_at <= at
 
 

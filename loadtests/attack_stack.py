@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gateway.stack import local
+from gateway.stack import commands, local
 from loadtests import attack_windows as windows
 from loadtests import machine
 from loadtests.attack_harness import Gateway, Testbed, Trials, Verdict, head, run_concurrently, verdict, wait_for
@@ -22,10 +22,10 @@ _SLOW_START_S = 300.0
 
 
 @contextmanager
-def _stack(testbed: Testbed, **settings: object) -> Iterator[tuple[Gateway, local.Parts]]:
+def _stack(testbed: Testbed, **settings: object) -> Iterator[tuple[Gateway, commands.Processes]]:
     """Start vLLM, LMCache, and a gateway in front of them."""
     folder = Path(testbed.folder) / "stack"
-    with local.running(local.LocalStack(data_dir=folder, max_model_len=8192)) as (plan, parts):
+    with local_stack.running(local.LocalStack(data_dir=folder, max_model_len=8192)) as (plan, parts):
         options: dict[str, Any] = {
             "cache_url": plan.cache_url, "kv_dir": plan.kv_dir, "model_fingerprint": plan.model.fingerprint, **settings,
         }  # fmt: skip
@@ -92,11 +92,11 @@ def _freeze_source(gateway: Gateway, rng: random.Random) -> None:
     gateway.freeze("source", "source", timeout=_SLOW_START_S)
 
 
-def _stack_processes(parts: local.Parts) -> list[machine.Process]:
+def _stack_processes(parts: commands.Processes) -> list[machine.Process]:
     return [*machine.tree(parts.engine.pid), *machine.tree(parts.cache.pid)]
 
 
-def _all_running(parts: local.Parts, processes: list[machine.Process]) -> bool:
+def _all_running(parts: commands.Processes, processes: list[machine.Process]) -> bool:
     return len(machine.still_running(processes)) == len(processes) and parts.engine.pid > 0
 
 
@@ -144,7 +144,9 @@ def stack_kills_during_loads(testbed: Testbed) -> Verdict:
         return _verdict_after(gateway, parts, processes, f"{count} kills")
 
 
-def _verdict_after(gateway: Gateway, parts: local.Parts, processes: list[machine.Process], figures: str) -> Verdict:
+def _verdict_after(
+    gateway: Gateway, parts: commands.Processes, processes: list[machine.Process], figures: str
+) -> Verdict:
     time.sleep(3)
     unchanged = _all_running(parts, processes)
     if not gateway.alive:

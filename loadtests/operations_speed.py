@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.settings import Settings
-from gateway.stack import local
+from gateway.stack import commands, local
 from loadtests import contenders, machine
 from loadtests.operations_data import LARGE, fill, name_of
 from loadtests.scripted_engine import ScriptedEngine
@@ -83,9 +83,9 @@ def _run(options: argparse.Namespace, folder: Path, redis: str | None, stack: Ex
     plan = local.plan(
         local.LocalStack(data_dir=folder / "data", port=contenders.free_port(), chunk_size=_CHUNK_SIZE, redis_url=redis)
     )
-    parts = local.parts(plan)
-    for part in (parts.cache, parts.gateway):
-        stack.callback(part.stop)
+    processes = commands.processes(plan)
+    for process in (processes.cache, processes.gateway):
+        stack.callback(process.stop)
     stack.callback((engine := ScriptedEngine(plan.engine_port)).shutdown)
     threading.Thread(target=engine.serve_forever, daemon=True).start()
     parts.cache.start()

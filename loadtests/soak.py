@@ -25,6 +25,7 @@ from gateway.stack import local
 from loadtests import contenders, machine, soak_report
 from loadtests.soak_sampler import GatewayUnderTest, Sample, Sampler
 from loadtests.soak_traffic import MESSAGES, RESPONSES, Pace, Traffic
+from tests.support import local_stack
 
 _DATED = re.compile(r"\d{4}-\d\d-\d\d ")
 _DRAIN_S = 60.0
@@ -102,7 +103,7 @@ async def _sample(sampler: Sampler, traffic: Traffic, note: str) -> Sample:
 async def _wait_for_sweep(sampler: Sampler, traffic: Traffic) -> None:
     """Wait until sweeps have cleared the orphaned salts: LMCache may still write for a while after the last reply."""
     for _ in range(_SWEEP_SAMPLES):
-        if not (await _sample(sampler, traffic, "")).rows.get("loose_salts"):
+        if not (await _sample(sampler, traffic, "")).rows.get("orphaned_salts"):
             return
         await asyncio.sleep(_SAMPLE_EVERY_S)
 
@@ -153,7 +154,7 @@ def canned(work: Path) -> Iterator[GatewayUnderTest]:
 def stack(work: Path, redis_url: str) -> Iterator[GatewayUnderTest]:
     """Run a gateway in front of vLLM and LMCache."""
     options = local.LocalStack(data_dir=work / "stack", max_model_len=8192, redis_url=redis_url or None)
-    with local.running(options) as (plan, _):
+    with local_stack.running(options) as (plan, _):
         settings = {
             "CWG_ENGINE_URLS": plan.engine_url,
             "CWG_CACHE_URL": plan.cache_url,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gateway.stack.commands import Transfer
+from gateway.stack.local import Transfer
 
 Variant = Literal["none", "cpu", "gpu"]
 VARIANTS: tuple[Variant, ...] = ("none", "cpu", "gpu")

@@ -24,7 +24,7 @@ from typing import get_args
 import orjson
 
 from gateway.stack import demo_model, local
-from gateway.stack.commands import Transfer
+from gateway.stack.local import Transfer
 from loadtests import machine, thaw_files, thaw_report, thaw_stack
 from loadtests.thaw_samples import VARIANTS, Answer, Cloned, Control, FrozenSession, ModeRun, Run, Step, Thawed, Variant
 from loadtests.thaw_stack import Messages, Stack, Writer
@@ -49,7 +49,7 @@ def main() -> None:
         machine=machine.describe(),
         versions={name: _version(names) for name, names in _PACKAGES.items()},
         model=f"demo, {options.model_size}: {shape.layers} layers, hidden {shape.hidden}",
-        kv_bytes_per_token=shape.kv_bytes_per_token,
+        kv_bytes_per_token=shape.layers * 1024,
         sizes=options.sizes,
         chunk_size=options.chunk_size,
         repeats=options.repeats,

@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 
-from gateway.stack import demo_model, local
+from gateway.stack import commands, demo_model, local
 from loadtests import machine
 from loadtests.thaw_samples import Answer, Frozen, Step
+from tests.support import local_stack
 
 _GATEWAY_READY_S = 180.0  # ready once its self-test has passed through the engine
 _TURN_TIMEOUT_S = 600.0
@@ -26,7 +27,7 @@ Messages = list[dict[str, str]]
 class Stack:
     """Gateway, vLLM and LMCache, which can be restarted."""
 
-    def __init__(self, plan: local.Plan, parts: local.Parts) -> None:
+    def __init__(self, plan: local.Plan, processes: commands.Processes) -> None:
         self.plan = plan
         self._services = parts
         self._http = httpx.Client(base_url=plan.url, timeout=_TURN_TIMEOUT_S)
@@ -42,17 +43,14 @@ class Stack:
         """Restart all three: only what is on disk survives."""
         for part in (self._services.gateway, self._services.engine, self._services.cache):
             part.stop()
-        self._services.cache.start()
-        self._services.engine.start()
-        self._services.cache.wait_ready(local.CACHE_WITHIN)
-        self._services.engine.wait_ready(local.ENGINE_WITHIN)
+        local_stack.start(self._processes)
         self._log_read = 0
         self.start_gateway()
 
     def cpu_s(self) -> float:
         """Return the CPU time that its processes have used."""
         return sum(
-            machine.cpu_s(part.pid) for part in (self._services.gateway, self._services.engine, self._services.cache)
+            machine.cpu_s(part.pid) for part in (self._processes.gateway, self._processes.engine, self._processes.cache)
         )
 
     def ask(self, session: str, messages: Messages, max_tokens: int) -> Answer:

@@ -13,8 +13,6 @@ from gateway.errors import GatewayError
 from gateway.validation import json_limits
 from gateway.validation.shown import shown
 
-Headers = list[tuple[bytes, bytes]]
-
 MAX_PARAMETERS = 50
 """Of a query; no route has half as many, even with each tag as a parameter."""
 

@@ -10,72 +10,72 @@ log = logging.getLogger(__name__)
 _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_EVERY_S = 10
 _KEEPALIVE_PROBES = 3
-_RESERVE = 32  # connections beyond the limit whose request is read: a probe is answered, others are told to come later
-_COMPLAIN_EVERY_S = 60.0
+_RESERVE = 32  # connections beyond the limit whose request is read: probes are answered, others refused with a 503
+_LOG_EVERY_S = 60.0
 
 
 class Closable(Protocol):
     """A connection that can be closed."""
 
     def close_idle(self) -> None:
-        """Close it; no request on it is being answered."""
+        """Close it; it has no request in progress."""
         ...
 
 
 class Connections:
-    """The open connections. One without a request on it is closed when there is no room for a new one.
+    """The open connections. An idle one is closed to make room for a new one.
 
-    Where all are busy, the newest few beyond them are kept in reserve, for the moment it takes to read what they want.
+    If all are busy, a few more are accepted for the moment it takes to read their request.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._idle: dict[Closable, None] = {}  # in the order in which they became idle
         self._busy: set[Closable] = set()
         self._reserve: dict[Closable, None] = {}  # oldest first
         self._refused = 0
-        self._complained = -_COMPLAIN_EVERY_S
+        self._logged_at = -_LOG_EVERY_S
 
     def admit(self, connection: Closable) -> bool:
-        """Count a new connection; False if all there may be are busy, so that it is only in the reserve."""
-        if len(self._busy) >= self._most:
+        """Count a new connection; False if the limit is reached by busy ones, so that it is only in the reserve."""
+        if len(self._busy) >= self._limit:
             if len(self._reserve) >= _RESERVE:
                 _close_oldest(self._reserve)
             self._reserve[connection] = None
             return False
-        if len(self._idle) + len(self._busy) >= self._most:
+        if len(self._idle) + len(self._busy) >= self._limit:
             _close_oldest(self._idle)
         self._idle[connection] = None
         return True
 
     def begin(self, connection: Closable) -> None:
-        """A request has come on it."""
+        """Count a connection as busy: it has a request."""
         self._idle.pop(connection, None)
         self._reserve.pop(connection, None)
         self._busy.add(connection)
 
     def end(self, connection: Closable) -> None:
-        """It has been answered."""
+        """Count a connection as idle: its request has been answered."""
         if connection in self._busy:
             self._busy.discard(connection)
             self._idle[connection] = None
 
     def release(self, connection: Closable) -> None:
-        """It is closed."""
+        """Forget a closed connection."""
         self._idle.pop(connection, None)
         self._reserve.pop(connection, None)
         self._busy.discard(connection)
 
     def refused(self) -> None:
-        """A client was told that there are too many; how many were, is logged once a minute."""
+        """Count a client that was refused; their number is logged once a minute."""
         self._refused += 1
-        if time.monotonic() - self._complained < _COMPLAIN_EVERY_S:
+        if time.monotonic() - self._logged_at < _LOG_EVERY_S:
             return
-        self._complained = time.monotonic()
+        self._logged_at = time.monotonic()
         log.warning(
             "%d clients were refused (503): all %d connections are busy; "
             "max_connections and the limit on open files set the maximum",
-            self._refused, self._most,
+            self._refused, self._limit,
         )  # fmt: skip
         self._refused = 0
 
@@ -87,10 +87,10 @@ def _close_oldest(connections: dict[Closable, None]) -> None:
 
 
 def detect_dead_peer(sock: socket.socket, timeout_s: float) -> None:
-    """Have the kernel close a connection whose other end is gone without a word, or has long taken nothing.
+    """Have the kernel close a connection whose peer is gone silently, or has long read nothing.
 
-    With TCP_USER_TIMEOUT Linux gives up on data that stays unacknowledged and on a window that stays shut for so long
-    (tcp(7); `tcp_probe_timer`), and not after a quarter of an hour of retransmissions.
+    With TCP_USER_TIMEOUT Linux gives up on data that stays unacknowledged, and on a window that stays closed, for that
+    long (tcp(7); `tcp_probe_timer`), instead of after a quarter of an hour of retransmissions.
     """
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return

@@ -1,7 +1,7 @@
 """The connection to a client, for what ASGI does not cover.
 
-Through `receive` and `send`, a second task has to wait for `http.disconnect`, and each chunk of a stream is a message
-of its own. Both are most of what the relay would cost, so the server puts this beside them, in the scope's extensions.
+With `receive` and `send`, a second task has to wait for `http.disconnect`, and each chunk of a stream is a message of
+its own. Both would be most of what the relay costs, so the server puts this into the scope's extensions.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ EXTENSION = "gateway.client_connection"
 
 
 class ClientConnection(Protocol):
-    """What the server knows of the client of one request."""
+    """The connection of the client of one request."""
 
     @property
     def gone(self) -> bool:
@@ -22,19 +22,19 @@ class ClientConnection(Protocol):
 
     @property
     def is_chunked(self) -> bool:
-        """Whether the answer that has begun goes out in HTTP chunks."""
+        """Whether the response that has begun is sent in HTTP chunks."""
         ...
 
     def body(self) -> bytes | None:
-        """The body of the request if all of it is there, None if it must be waited for."""
+        """The body of the request if it is complete, None if some of it is still to come."""
         ...
 
     def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
-        """Call these when the client has left, and when it has caught up; None: nobody."""
+        """Call these when the client has disconnected, and when it has caught up."""
         ...
 
     def write(self, data: bytes, *, hold: bool = False) -> bool:
-        """Send bytes as they are, now or with what is sent next; return whether the client keeps up."""
+        """Send bytes as they are, now or (`hold`) with the next ones; return whether the client keeps up."""
         ...
 
 

@@ -14,10 +14,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import auth, requests
-from gateway.api.asgi import ClientGone, Headers, bounded_query, not_found, parse_object, read_body, stream_body
+from gateway.api.asgi import ClientGone, bounded_query, not_found, parse_object, read_body, stream_body
 from gateway.api.health import Health
 from gateway.api.operation import JSON, NDJSON, Operation
 from gateway.api.schemas import Json
+from gateway.engines.connection import Headers
 from gateway.errors import GatewayError
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent

@@ -17,8 +17,7 @@ from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import is_ours
-from gateway.store.damage import REMEDY as RESCUE
-from gateway.store.damage import damage
+from gateway.store.failures import RESCUE, find_damage
 from gateway.windows.context import Services
 from gateway.windows.missing_text import REMEDY, textless
 
@@ -103,7 +102,7 @@ class Health:
         return [*checks, await self._test_store(), await self._test_windows()]
 
     async def _test_store(self) -> Check:
-        errors = await asyncio.to_thread(damage, self._services.settings.store_path)
+        errors = await asyncio.to_thread(find_damage, self._services.settings.store_path)
         if not errors:
             return Check("store", "ok", "every page is intact")
         return Check("store", "failed", f"the store is damaged: {'; '.join(errors)}", RESCUE)
@@ -190,7 +189,7 @@ class Health:
 
     async def _engine(self) -> tuple[str, str]:
         engines = self._services.engines
-        await engines.look()
+        await engines.probe()
         healthy = [member for member in engines.members if member.state == "healthy"]
         if not healthy:
             return "unhealthy", engines.trouble()

@@ -1,9 +1,8 @@
 """Refuse protocols other than HTTP/1.1 with an explanation.
 
-A server may ignore such a wish (RFC 9110, 7.8), and for `h2c` it has to: Java's HTTP client sends it along with its
-first request. A WebSocket has no ordinary answer, so it is refused in words; what it sent is no GET that anybody meant.
-httptools takes what follows such a head for bytes of the other protocol, the body too. So the head is read once more,
-without the wish.
+A server may ignore an `Upgrade` header (RFC 9110, 7.8), and has to ignore `h2c`: Java's HTTP client sends it with its
+first request. A WebSocket has no ordinary response, so it is refused with an explanation. httptools takes what follows
+such a head, the body too, for bytes of the other protocol. So the head is parsed once more, without that header.
 """
 
 from typing import Any, Protocol
@@ -15,26 +14,26 @@ from gateway.errors import GatewayError
 
 
 class Owner(Protocol):
-    """The protocol that a parser reads for: uvicorn's, with what its callbacks have gathered of a head."""
+    """The protocol that a parser reads for: uvicorn's, with the parts of a head that its callbacks have collected."""
 
     parser: httptools.HttpRequestParser
     url: bytes
     headers: list[tuple[bytes, bytes]]
 
     def refuse(self, answer: bytes) -> None:
-        """Send a whole answer, if none has begun, and close."""
+        """Send a complete response, if none has begun, and close."""
         ...
 
 
 class Http1Parser(httptools.HttpRequestParser):
-    """A parser of requests that never leaves HTTP/1.1. Its owner passes over a head while `should_upgrade`."""
+    """A request parser that stays with HTTP/1.1. Its owner ignores a head while `should_upgrade`."""
 
     def __init__(self, owner: Owner) -> None:
         super().__init__(owner)
         self._owner = owner
 
     def feed_data(self, data: Any) -> None:
-        """Read what came. Raises what httptools raises, but for HttpParserUpgrade."""
+        """Parse received bytes. Raises what httptools raises, except HttpParserUpgrade."""
         try:
             super().feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Scope
 
-from gateway.api.asgi import Headers
 from gateway.api.connection import EXTENSION
+from gateway.engines.connection import Headers
 
 
 class InProcessConnection:

@@ -84,7 +84,7 @@ class _SelfTest:
 
     async def _check_aborts(self) -> None:
         """Check whether a client that disconnects may crash this engine, as far as its metrics tell."""
-        if self._engine.abort_risk == "mended":
+        if self._engine.abort_risk == "patched":
             self._add("aborts", "ok", "a client may disconnect while its KV is being loaded")
         elif self._engine.abort_risk == "exposed":
             version = await self._engine.version() or "of an unknown version"

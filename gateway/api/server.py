@@ -21,10 +21,10 @@ from gateway.runtime.stalls import LostSince, is_ours
 from gateway.settings import Settings
 
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75  # longer than the pool of any client we know keeps a connection, so that the client closes first
+_KEEP_ALIVE_S = 75  # longer than the connection pools of the clients we know, so that the client closes first
 _SHUTDOWN_S = 10
-_USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that takes nothing comes first: it knows of our stalls
-_REFUSED_S = 1.0  # how long a client beyond the limit has to send its head, get its answer, and read it
+_USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that reads nothing comes first: it allows for our stalls
+_REFUSED_S = 1.0  # how long a client beyond the limit has to send its head and to read the response
 _PROBES = frozenset({b"/healthz", b"/readyz"})
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; agents send a few kilobytes
 MAX_HEADERS = 200  # of a request; 64 KiB would hold 13,000
@@ -33,42 +33,42 @@ _HEAD_TOO_LARGE = b"HTTP/1.1 431 Header Fields Too Large\r\ncontent-length: 0\r\
 
 
 class GatheringTransport:
-    """Sends everything that is written in one turn of the event loop as one.
+    """Sends everything that is written in one iteration of the event loop at once.
 
-    uvicorn writes the head and each chunk apart, and uvloop makes a system call of each write: that would be the most
-    of what a chunk costs. The bytes and the HTTP chunks stay as they are; only fewer calls carry them.
+    uvicorn writes the head and each chunk separately, and uvloop makes a system call for each write: that would be most
+    of what a chunk costs. The bytes and the HTTP chunks stay the same, in fewer calls.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
-        self._waiting: list[bytes] = []
+        self._pending: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Write it before the loop turns to anything else."""
-        if not self._waiting:
+        """Write it at the end of this iteration of the loop."""
+        if not self._pending:
             self._loop.call_soon(self._flush)
-        self._waiting.append(data)
+        self._pending.append(data)
 
     def write_now(self, data: bytes) -> None:
-        """Write it, and what waits, at once."""
-        self._waiting.append(data)
+        """Write it at once, after what is pending."""
+        self._pending.append(data)
         self._flush()
 
     def close(self) -> None:
-        """Close when all is written."""
+        """Close after everything is written."""
         self._flush()
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._waiting:
-            data = b"".join(self._waiting)
-            self._waiting.clear()
-            # A reset closes it before `connection_lost` is called, and uvloop raises for a write in between: into the
-            # callback of whoever wrote, which is the engine's connection.
+        if self._pending:
+            data = b"".join(self._pending)
+            self._pending.clear()
+            # A reset closes it before `connection_lost` is called, and uvloop raises for a write in between, here into
+            # a callback of the engine's connection.
             if not self._transport.is_closing():
                 self._transport.write(data)
 
@@ -80,8 +80,8 @@ class _Refused(Exception):
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with bounds on the head of every request: seconds, bytes, and headers.
 
-    Reading goes on while a response is written, or nobody would see that the client has left; so what comes then is
-    counted too. Trailers are dropped: those who filter headers before us do not see them (RFC 9110, 6.5.1).
+    Reading continues while a response is written, to detect that the client disconnects; so what comes then is counted
+    too. Trailers are dropped: proxies that filter headers in front of us do not see them (RFC 9110, 6.5.1).
     """
 
     head_timeout_s: float
@@ -89,7 +89,7 @@ class BoundedProtocol(HttpToolsProtocol):
     lost_since: LostSince
     lost = False
     reserved = False  # beyond `max_connections`: only a probe is answered
-    refused = False  # what still comes is dropped
+    refused = False  # further input is dropped
     on_gone: Callable[[], None] | None = None
     on_writable: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -98,10 +98,10 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _message_ended = False  # within the bytes that came last
     _trailer_bytes = 0
-    _answer = http_parser.NO_HTTP  # to what cannot be served
+    _refusal = http_parser.NO_HTTP
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
+        """Admit a new connection, or put it into the reserve."""
         super().connection_made(transport)
         self.transport = GatheringTransport(transport, self.loop)  # type: ignore[assignment]
         self.parser = http_parser.Http1Parser(self)
@@ -113,7 +113,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline = self.loop.call_later(_REFUSED_S, self.close_idle)
 
     def data_received(self, data: bytes) -> None:
-        """Something came: of a head, or of a body."""
+        """Parse received bytes, bounding those of a head."""
         if self.refused:
             return
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
@@ -128,36 +128,36 @@ class BoundedProtocol(HttpToolsProtocol):
         self._feed(data)
 
     def _feed(self, data: bytes | memoryview) -> None:
-        """Let the parser read, and count what it read of a head that is not complete."""
+        """Let the parser read, and count the bytes of an incomplete head."""
         self._message_ended = False
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:  # no HTTP, or no request that is served
-            self.refuse(self._answer)
-        if self._in_head and not self._message_ended:  # else most of it was another message
+            self.refuse(self._refusal)
+        if self._in_head and not self._message_ended:  # else most of it belonged to another message
             self._head_bytes += len(data)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header is complete, or a trailer."""
+        """Collect a header, or drop a trailer."""
         if not self._in_head:
             self._trailer_bytes += len(name) + len(value)
             if self._trailer_bytes > MAX_HEAD_BYTES:
                 raise _Refused
             return
         if len(self.headers) >= MAX_HEADERS:
-            self._answer = _HEAD_TOO_LARGE
+            self._refusal = _HEAD_TOO_LARGE
             raise _Refused
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is complete."""
+        """Start the request, or refuse it."""
         if self.parser.should_upgrade():
-            return  # it will be read again, or refused
+            return  # it will be parsed again, or refused
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused
         if self.reserved and self.url.partition(b"?")[0] not in _PROBES:
-            self._answer = http_parser.TOO_MANY_CONNECTIONS
+            self._refusal = http_parser.TOO_MANY_CONNECTIONS
             raise _Refused
         if not self.reserved:
             self._cancel()
@@ -170,14 +170,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self.scope["extensions"] = {EXTENSION: UvicornClient(self, self.cycle)}  # type: ignore[dict-item]
 
     def on_message_complete(self) -> None:
-        """The body is complete."""
+        """End the request's body."""
         if not self.parser.should_upgrade():
             self._in_head = self._message_ended = True
             self._head_bytes = 0
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The answer is sent, or waits in the socket."""
+        """End the request: its response is sent, or in the socket."""
         self.open_connections.end(self)
         super().on_response_complete()
 
@@ -203,19 +203,19 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client does not take what is sent as fast as it comes."""
+        """Stop writing: the client does not keep up."""
         super().pause_writing()
         self._expect_progress()
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Continue writing: the client has caught up."""
         self._stop_expecting_progress()
         super().resume_writing()
         if self.on_writable is not None:
             self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
+        """Clean up after the client has disconnected."""
         self._cancel()
         self._stop_expecting_progress()
         self.open_connections.release(self)
@@ -225,12 +225,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self.on_gone()
 
     def _expect_progress(self) -> None:
-        """Close the connection unless the client takes some of what waits for it, in the time that it has for that."""
-        waits, since = self.transport.get_write_buffer_size(), time.monotonic()
-        self._unsent = self.loop.call_later(self.head_timeout_s, self._check_progress, waits, since)
+        """Close the connection unless the client reads some of the pending bytes within `head_timeout_s`."""
+        pending, since = self.transport.get_write_buffer_size(), time.monotonic()
+        self._unsent = self.loop.call_later(self.head_timeout_s, self._check_progress, pending, since)
 
-    def _check_progress(self, waited: int, since: float) -> None:
-        if self.transport.get_write_buffer_size() < waited or is_ours(self.lost_since, since):
+    def _check_progress(self, before: int, since: float) -> None:
+        if self.transport.get_write_buffer_size() < before or is_ours(self.lost_since, since):
             self._expect_progress()
         else:
             self.transport.abort()
@@ -241,7 +241,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unsent = None
 
     def _linger(self) -> None:
-        """Send no more, and drop what still comes until `_deadline`: a reset would take the answer from the client."""
+        """Drop further input until `_deadline`: a reset would lose the response on its way to the client."""
         self.refused = True
         self.open_connections.refused()
         cast(GatheringTransport, self.transport).write_now(b"")
@@ -258,14 +258,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class _Unframed:
-    """An application for a client of HTTP/1.0: it reads until the connection closes, and knows no chunks."""
+    """Wraps the application for a client of HTTP/1.0, which knows no chunks and reads until the connection closes."""
 
     def __init__(self, app: ASGIApp, cycle: RequestResponseCycle) -> None:
         self._app = app
         self._cycle = cycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; uvicorn closes the connection after it."""
+        """Serve one request; uvicorn then closes the connection."""
         has_length = True
 
         async def send_unframed(message: Message) -> None:
@@ -326,29 +326,25 @@ class UvicornClient:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Open the listening socket. Raises StartError when the address is in use or not ours."""
-    try:
-        return _listen(settings)
-    except OSError as error:
-        what = f"cannot listen on {settings.host} port {settings.port}"
-        raise StartError(f"{what}: {error.strerror}; set host or port to another") from error
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    """Open the listening socket. Raises StartError if the address is in use or not local."""
+    sock = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((settings.host, settings.port))
-    sock.listen(_BACKLOG)  # now, not when all is open: until somebody listens, the address can be taken away
+    try:
+        sock.bind((settings.host, settings.port))
+        sock.listen(_BACKLOG)  # now, not when all is open: until then another process could take the address
+    except OSError as error:
+        sock.close()
+        where = f"{settings.host} port {settings.port}"
+        raise StartError(f"cannot listen on {where}: {error.strerror}; set host or port to another") from error
     return sock
 
 
-def listen_beside(sock: socket.socket) -> socket.socket:
-    """Open another socket on the address of `sock`; the kernel deals new connections out to all of them.
+def listen_again(sock: socket.socket) -> socket.socket:
+    """Open another socket on the address of `sock`; the kernel distributes new connections over all of them.
 
-    One socket that several workers accept from would serve them unevenly: of 32 connections one took up to 31. `sock`
-    itself was bound without SO_REUSEPORT, so that another gateway's address is still found to be in use. The new one
-    listens only when its worker serves, so that no connection waits for a worker that is still starting.
+    With one socket for several workers, connections are distributed unevenly: of 32 one worker took up to 31. `sock`
+    itself was bound without SO_REUSEPORT, so that binding another gateway's address still fails. The new one listens
+    only when its worker serves, so that no connection waits for a worker that is still starting.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     other = socket.socket(sock.family, sock.type)
@@ -364,10 +360,10 @@ def listen_beside(sock: socket.socket) -> socket.socket:
 
 async def serve(app: ASGIApp, settings: Settings, sock: socket.socket, lost_since: LostSince) -> None:
     """Serve `app` on `sock` until SIGINT or SIGTERM."""
-    most = min(settings.max_connections, open_files.clients(open_files.open_files()))
+    limit = min(settings.max_connections, open_files.clients(open_files.open_files()))
     bounds = {
         "head_timeout_s": settings.client_timeout_s,
-        "open_connections": Connections(most),
+        "open_connections": Connections(limit),
         "lost_since": staticmethod(lost_since),
     }
     config = uvicorn.Config(
@@ -387,8 +383,8 @@ async def serve(app: ASGIApp, settings: Settings, sock: socket.socket, lost_sinc
     )
     server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises the signal again when it is done; by default that would end the process before the parts close.
+        # uvicorn raises the signal again when it is done; by default that would end the process before services close.
         signal.signal(number, lambda *_: None)
     await server.serve(sockets=[sock])
-    # Requests that outlived the grace time were cancelled; each still has its turn to hand over.
+    # Requests that outlived the grace period were cancelled; each still has to hand its turn to the recorder.
     await asyncio.gather(*server.server_state.tasks, return_exceptions=True)

@@ -7,7 +7,7 @@ import asyncio
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ from gateway.records import Message, Usage
 from gateway.runtime.open_files import OutOfFiles
 from gateway.runtime.stalls import LostSince, is_ours, never_lost
 
-_ASK_AGAIN_S = 1.0
+_MODELS_EVERY_S = 1.0
 _UNSTORED: Mapping[str, Any] = {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
-Reply = httpx.Response  # for those who pass it on
+Reply = httpx.Response
 
-AbortRisk = Literal["none", "mended", "exposed", "unknown"]
-"""Whether aborting a request during its KV load may end an engine: it loads none; its connector sees to it
-(`gateway.stack.connector`); it may; its metrics are not to be seen."""
-_MENDED = re.compile(r"^vllm:lmcache_mp_abort_safe\b.* 1(\.0)?$", re.MULTILINE)
+AbortRisk = Literal["none", "patched", "exposed", "unknown"]
+"""Whether aborting a request during its KV load may crash an engine: it loads none; its connector is patched
+(`gateway.stack.connector`); it may; its metrics are not available."""
+_PATCHED = re.compile(r"^vllm:lmcache_mp_abort_safe\b.* 1(\.0)?$", re.MULTILINE)
 _CONNECTOR = "vllm:lmcache_mp_lookup_duration_seconds"  # a metric of LMCacheMPConnector 0.5, there from the start
 
 
@@ -45,7 +45,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class ModelReply:
-    """An answer of the model to the gateway itself."""
+    """A reply of the model to the gateway itself."""
 
     text: str
     reasoning: str | None
@@ -54,13 +54,11 @@ class ModelReply:
 
 
 class EngineClient(ABC):
-    """What the gateway asks for itself; `ask` knows whom."""
+    """The gateway's own requests; `ask` decides which engine they go to."""
 
     @abstractmethod
-    async def ask(
-        self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
-    ) -> httpx.Response:
-        """Return the answer, whatever its status; `quick` is for requests that cost even a busy engine nothing.
+    async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
+        """Return the response, whatever its status; `quick` is for requests that cost even a busy engine nothing.
 
         Raises `engine_unreachable`, `engine_timeout`.
         """
@@ -84,31 +82,36 @@ class EngineClient(ABC):
     async def render(self, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a transcript as its next turn begins: no generation prompt at the end.
 
-        Asks `/v1/chat/completions/render` (needs `--enable-scale-out`), which renders as a request does; `/tokenize`
-        where that is not to be had, which knows fewer fields.
+        Asks `/v1/chat/completions/render` (needs `--enable-scale-out`), which renders as a request does; if the engine
+        does not have that, `/tokenize`, which supports fewer fields.
         """
-        body = {**frame, "model": model, "messages": list(messages), "add_generation_prompt": False}
-        response = await self._render(body)
-        if response.status_code == 400 and (hoisted := transcripts.hoisted(messages)):
-            # The template wants its system message first: the Messages API was rendered like this as well.
-            response = await self._render({**body, "messages": hoisted})
-        answer = _checked(response)
+        body = {**frame, "model": model, "add_generation_prompt": False}
+        answer = await self._with_messages(self._render, body, messages)
         return list(answer["token_ids"] if "token_ids" in answer else answer["tokens"])
 
-    async def _render(self, body: Mapping[str, Any]) -> httpx.Response:
+    async def _with_messages(
+        self, send: Callable[[dict[str, Any]], Awaitable[Reply]], body: dict[str, Any], messages: Sequence[Message]
+    ) -> dict[str, Any]:
+        response = await send({**body, "messages": list(messages)})
+        if response.status_code == 400 and (hoisted := transcripts.hoisted(messages)):
+            # The template wants its system message first: the Messages API was rendered like this as well.
+            response = await send({**body, "messages": hoisted})
+        return _checked(response)
+
+    async def _render(self, body: dict[str, Any]) -> Reply:
         response = await self.ask("POST", "/v1/chat/completions/render", json=body)
         unknown = response.status_code in (403, 404)
         return await self.ask("POST", "/tokenize", json=body) if unknown else response
 
     async def tokenize(self, model: str, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of a plain text, `special` ones added as a completion of it adds them."""
+        """Return the token ids of a plain text; with `special` tokens as a completion of it would have them."""
         body = {"model": model, "prompt": text, "add_special_tokens": special}
         return list(_checked(await self.ask("POST", "/tokenize", json=body))["tokens"])
 
     async def prefill(self, model: str, token_ids: Sequence[int], salt: str, *, store: bool = True) -> Usage:
-        """Compute (or find) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.
+        """Compute (or load) the KV of `token_ids` under `salt` by sampling one token; return the engine's count.
 
-        Without `store` the cache is asked to keep nothing of it.
+        Without `store` the cache is asked not to store it.
         """
         extra = {} if store else _UNSTORED
         answer = await self.complete(model, token_ids, salt, max_tokens=1, **extra)
@@ -131,23 +134,23 @@ class EngineClient(ABC):
     async def chat(
         self, model: str, frame: Mapping[str, Any], messages: Sequence[Message], salt: str, *, max_tokens: int
     ) -> ModelReply:
-        """Answer a conversation, greedily; the cache is asked to keep nothing of it.
+        """Return a greedy reply to a conversation; the cache is asked not to store its KV.
 
-        Raises `invalid_request` where the engine refuses it, `engine_unreachable`, `engine_timeout`.
+        Raises `invalid_request` if the engine refuses it, `engine_unreachable`, `engine_timeout`.
         """
         body = {
             **frame,
             "model": model,
-            "messages": list(messages),
             "cache_salt": salt,
             "max_tokens": max_tokens,
             "temperature": 0,
             **_UNSTORED,
         }
-        response = await self.ask("POST", "/v1/chat/completions", json=body)
-        if response.status_code == 400 and (hoisted := transcripts.hoisted(messages)):  # see `render`
-            response = await self.ask("POST", "/v1/chat/completions", json={**body, "messages": hoisted})
-        answer = _checked(response)
+
+        async def send(full: dict[str, Any]) -> Reply:
+            return await self.ask("POST", "/v1/chat/completions", json=full)
+
+        answer = await self._with_messages(send, body, messages)
         choice = answer["choices"][0]
         message = choice["message"]
         return ModelReply(
@@ -179,13 +182,13 @@ class HttpEngineClient(EngineClient):
         self.abort_risk: AbortRisk = "unknown"
         self._abort_grace_s = abort_grace_s
         self._has_cache = has_cache
-        self._left: set[asyncio.Task[httpx.Response]] = set()  # nobody waits for these any more
+        self._abandoned: set[asyncio.Task[Reply]] = set()  # requests whose caller was cancelled
         self._fingerprint = fingerprint
         self._quick = httpx.Timeout(connect_timeout_s)
         self.cards: list[dict[str, Any]] = []  # the models as the engine itself describes them
         self._models: dict[str, Model] = {}
         self._asking: asyncio.Task[dict[str, Model]] | None = None
-        self._asked_at = -_ASK_AGAIN_S
+        self._asked_at = -_MODELS_EVERY_S
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -198,34 +201,34 @@ class HttpEngineClient(EngineClient):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._left:
-            await asyncio.wait(self._left)
+        if self._abandoned:
+            await asyncio.wait(self._abandoned)
         await self._http.aclose()
 
     @property
     def grace_s(self) -> float:
-        """Seconds that a request which may load KV has, after nobody wants it, to begin its reply; 0: none needed."""
+        """Seconds that an abandoned request which may load KV has to begin its reply; 0: it may be aborted at once."""
         risky = self.abort_risk == "exposed" or (self.abort_risk == "unknown" and self._has_cache)
         return self._abort_grace_s if risky else 0.0
 
     def known(self, name: str) -> Model | None:
-        """The model as last seen, without asking. No name means the engine's first, as it does to the engine itself."""
+        """The model as last reported. No name means the engine's first, as it does to the engine itself."""
         return self._models.get(name) if name else next(iter(self._models.values()), None)
 
     @property
     def served(self) -> Collection[Model]:
-        """The models as last seen."""
+        """The models as last reported."""
         return self._models.values()
 
     async def look_up(self, name: str) -> Model | None:
-        """Ask the engine for a model not known yet, at most once a second: clients may name anything.
+        """Return a model, asking the engine at most once a second if it is unknown: clients may send any name.
 
         Raises `engine_unreachable`, `engine_timeout`.
         """
-        if self._asking is None and time.monotonic() - self._asked_at >= _ASK_AGAIN_S:
+        if self._asking is None and time.monotonic() - self._asked_at >= _MODELS_EVERY_S:
             self._asking = asyncio.create_task(self.models())
             self._asking.add_done_callback(self._on_asked)
-        if self._asking is not None:  # everybody who does not know waits for the same answer
+        if self._asking is not None:  # all callers wait for the same response
             await asyncio.shield(self._asking)
         return self.known(name)
 
@@ -244,9 +247,9 @@ class HttpEngineClient(EngineClient):
         return self._models
 
     async def check(self) -> None:
-        """Find out whether it is well, and which models it serves now. Raises `engine_unreachable`, `engine_timeout`.
+        """Check whether it is healthy, and which models it serves. Raises `engine_unreachable`, `engine_timeout`.
 
-        Only a 5xx means that it is not: before some engines stands a proxy that shows nothing but `/v1`.
+        Only a 5xx means that it is not: some engines are behind a proxy that exposes nothing but `/v1`.
         """
         try:
             await self._check()
@@ -271,10 +274,10 @@ class HttpEngineClient(EngineClient):
             return "unknown"
         if _CONNECTOR not in answer.text:
             return "none"
-        return "mended" if _MENDED.search(answer.text) else "exposed"
+        return "patched" if _PATCHED.search(answer.text) else "exposed"
 
     async def version(self) -> str:
-        """Ask for vLLM's version; "" where it is not told."""
+        """Ask for vLLM's version; "" if it is not available."""
         try:
             return str((await self.ask("GET", "/version", quick=True)).json()["version"])
         except (GatewayError, ValueError, KeyError, TypeError):
@@ -292,25 +295,23 @@ class HttpEngineClient(EngineClient):
         text = "\0".join((root, self._fingerprint))
         return Model(name, base, int(card.get("max_model_len") or 0), blake3(text.encode()).hexdigest()[:32])
 
-    async def ask(
-        self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False
-    ) -> httpx.Response:
+    async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
         """See `EngineClient.ask`. Raises `rate_limited` when too many of our own files are open."""
         return await self._ask(method, path, json, quick=quick)
 
     async def _ask(
-        self, method: str, path: str, json: Mapping[str, Any] | None, *, quick: bool, again: bool = True
-    ) -> httpx.Response:
+        self, method: str, path: str, json: Mapping[str, Any] | None, *, quick: bool, retry: bool = True
+    ) -> Reply:
         began = time.monotonic()
         timeout = self._quick if quick else httpx.USE_CLIENT_DEFAULT
         request = self._http.request(method, path, json=json, timeout=timeout)
         try:
             if json and "cache_salt" in json and (grace_s := self.grace_s):
-                return await self._not_aborted(request, grace_s)
+                return await self._with_grace(request, grace_s)
             return await request
         except httpx.TimeoutException as error:
-            if again and quick and is_ours(self._lost_since, began):  # such a question costs an engine nothing
-                return await self._ask(method, path, json, quick=quick, again=False)
+            if retry and quick and is_ours(self._lost_since, began):  # such a request costs an engine nothing
+                return await self._ask(method, path, json, quick=quick, retry=False)
             code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
             raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error
         except httpx.HTTPError as error:
@@ -322,19 +323,19 @@ class HttpEngineClient(EngineClient):
                 hint=UNREACHABLE_HINT,
             ) from error
 
-    async def _not_aborted(self, request: Coroutine[Any, Any, httpx.Response], grace_s: float) -> httpx.Response:
-        """Await a request; if this is cancelled, the request still has `grace_s` to end by itself."""
+    async def _with_grace(self, request: Coroutine[Any, Any, Reply], grace_s: float) -> Reply:
+        """Await a request; if the caller is cancelled, the request still has `grace_s` to end by itself."""
         task = asyncio.create_task(request)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._left.add(task)
-            task.add_done_callback(self._on_left_done)
+            self._abandoned.add(task)
+            task.add_done_callback(self._on_abandoned_done)
             asyncio.get_running_loop().call_later(grace_s, task.cancel)
             raise
 
-    def _on_left_done(self, task: asyncio.Task[httpx.Response]) -> None:
-        self._left.discard(task)
+    def _on_abandoned_done(self, task: asyncio.Task[Reply]) -> None:
+        self._abandoned.discard(task)
         if not task.cancelled():
             task.exception()  # retrieved, or asyncio logs that it never was
 

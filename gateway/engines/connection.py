@@ -9,19 +9,19 @@ import httptools
 from gateway.errors import GatewayError
 from gateway.runtime.stalls import LostSince, never_lost
 
-Headers = Sequence[tuple[bytes, bytes]]
+Headers = list[tuple[bytes, bytes]]
 UNREACHABLE_HINT = "is vLLM running, and is engine_urls its address?"
-Take = Callable[[Sequence[bytes]], bool]
+OnChunks = Callable[[Sequence[bytes]], bool]
 
 # vLLM (uvicorn) closes a connection that was idle for 5 s; one that is about to close is not worth the race.
 _KEEP_IDLE_S = 4.0
 # Bytes that may wait for a slow client before we stop reading from the engine.
 _HIGH_WATER = 256 * 1024
 _LOW_WATER = 64 * 1024
-# Bytes of an answer that are not of its body: its head, a line between two chunks, trailers. vLLM's head has 200.
-_MOST_UNFRAMED = 256 * 1024
-# A read of so many bytes has filled the buffer (256,000 in uvloop), and libuv would continue with up to 31 more reads
-# of this connection before it serves another one.
+# Bytes of a response outside its body: head, chunk headers, trailers. vLLM's head has 200.
+_MAX_UNFRAMED = 256 * 1024
+# A read of this size has filled the buffer (256,000 bytes in uvloop), and libuv would do up to 31 more reads of this
+# connection before it serves another one.
 _LARGE_READ = 128 * 1024
 # What vLLM may stream before it has computed anything: keep-alive comments, and the first two events of a response.
 _PREAMBLE = (b":", b"event: response.created", b"event: response.in_progress")
@@ -30,7 +30,7 @@ _PREAMBLE = (b":", b"event: response.created", b"event: response.in_progress")
 class UpstreamError(Exception):
     """The exchange with the engine failed.
 
-    `began` tells whether the client may have seen a byte of it, `sent` whether the engine may have seen the request.
+    `began`: the client may have received some of the response; `sent`: the engine may have received the request.
     """
 
     def __init__(self, code: str, message: str, *, began: bool, sent: bool = True) -> None:
@@ -44,7 +44,7 @@ class Connection(asyncio.Protocol):
     """One connection to the engine and the exchange that is on it."""
 
     status: int
-    headers: list[tuple[bytes, bytes]]
+    headers: Headers
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, silence_timeout_s: float, lost_since: LostSince = never_lost
@@ -67,33 +67,33 @@ class Connection(asyncio.Protocol):
         self._chunks: deque[bytes] = deque()
         self._size = 0
         self._paused = False
-        self._framed = False  # the answer says where it ends
+        self._framed = False  # the response says where it ends
         self._head_done = False
-        self._unframed = 0  # bytes since the last of the body, or since the beginning
+        self._unframed = 0  # bytes since the last body byte
         self._complete = False
         self._keep_alive = False
         self._surplus = False
-        self._answered = False  # a byte of the answer has come
-        self._replying = False  # a byte of the body has come that tells of computed tokens
+        self._answered = False  # the response has begun
+        self._replying = False  # the body has begun that depends on computed tokens
         self._grace_s = grace_s
-        self._abandoned = False  # nobody wants the answer any more
+        self._abandoned = False  # the response is no longer wanted
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._on_chunks: Take | None = None
-        self._heard = self._loop.time()
+        self._on_chunks: OnChunks | None = None
+        self._last_read_at = self._loop.time()
 
-    # What the relay calls.
+    # Called by the relay.
 
     async def request(self, method: str, head: bytes, body: bytes, grace_s: float = 0.0) -> None:
-        """Write a request and wait for the answer's status and headers. Raises UpstreamError."""
+        """Write a request and wait for the status and headers of the response. Raises UpstreamError."""
         used = self._idle_since > 0
         self._idle_since = 0.0
         self._begin(method, grace_s)
         if self._closed:
             raise UpstreamError("stale", "connection was closed", began=False)
         self._timer = self._loop.call_later(self._silence_timeout_s, self._on_timer)
-        # Not now, but when all that is ready has run: of requests that come together, the engine is then woken by the
-        # first only, and a wake-up is the dearest part of a send.
+        # After all other callbacks that are ready: of requests that come together only the first then wakes the engine,
+        # and a wake-up is the most expensive part of a send.
         self._loop.call_soon(self._write, *((head + body,) if len(body) < _LOW_WATER else (head, body)))
         while not self._head_done and self._error is None:
             await self._wait()
@@ -115,47 +115,47 @@ class Connection(asyncio.Protocol):
             self.resume()
         return chunk
 
-    async def stream_to(self, take: Take) -> Sequence[bytes]:
-        """Give `take` all chunks that have come, as soon as they come; return those that came with the end.
+    async def stream_to(self, on_chunks: OnChunks) -> Sequence[bytes]:
+        """Call `on_chunks` with all chunks as soon as they come; return those that came with the end.
 
-        A task that wakes for each chunk would be a good part of what a chunk costs. `take` tells whether the client
-        keeps up; if not, nothing more is read from the engine until `resume`. Raises UpstreamError when `take` has had
-        all that came.
+        Waking a task for each chunk would be much of what a chunk costs. `on_chunks` returns whether the client keeps
+        up; if not, no more is read from the engine until `resume`. Raises UpstreamError after the last chunk was
+        passed on.
         """
-        self._on_chunks = take
+        self._on_chunks = on_chunks
         try:
             while not self._complete and self._error is None:
-                self._hand_on()
+                self._forward()
                 await self._wait()
         finally:
             self._on_chunks = None
-        rest = self._all()
+        rest = self._take_all()
         if self._error is not None:
-            take(rest)
+            on_chunks(rest)
             raise self._error
         return rest
 
     def pause(self) -> None:
-        """Read nothing more from the engine for now."""
+        """Stop reading from the engine."""
         if not self._paused and not self._closed:
             self._paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read on after a pause."""
+        """Continue reading after a pause."""
         if self._paused and not self._closed:
             self._paused = False
-            self._heard = self._loop.time()
+            self._last_read_at = self._loop.time()
             self._transport.resume_reading()
 
     @property
     def exhausted(self) -> bool:
-        """Whether the chunk that was read last ends the answer."""
+        """Whether the last chunk has been read."""
         return self._complete and not self._chunks
 
     @property
     def broken(self) -> bool:
-        """Whether the exchange failed by the engine's doing."""
+        """Whether the exchange failed on the engine's side."""
         return self._error is not None
 
     def abort(self) -> None:
@@ -166,13 +166,13 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def abandon(self) -> bool:
-        """Close, at once or when the request's grace is over; return whether that is still to come (see `closed`).
+        """Close, at once or when the request's grace is over; return whether that is still pending (see `closed`).
 
-        An engine whose KV connector reports two ends for a request that is aborted during its load dies of the second
-        (`gateway.stack.connector`). The first byte of a reply tells that the load is over.
+        An engine whose KV connector reports two completions for a request that is aborted during its load crashes at
+        the second (`gateway.stack.connector`). After the first byte of a reply the load is complete.
         """
-        over = self._closed or self._complete or self._error is not None
-        if over or self._replying or not self._grace_s:
+        is_over = self._closed or self._complete or self._error is not None
+        if is_over or self._replying or not self._grace_s:
             self.abort()
             return False
         self._stop_timer()
@@ -193,17 +193,17 @@ class Connection(asyncio.Protocol):
         """Whether it has not been idle for too long."""
         return not self._closed and self._loop.time() - self._idle_since < _KEEP_IDLE_S
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        # Nothing was requested: these bytes must not become the answer to the next request.
+        # Nothing was requested: these bytes must not become the response to the next request.
         if self._idle_since or self._complete or self._error is not None:
             self.abort()
             return
-        self._heard = self._loop.time()
+        self._last_read_at = self._loop.time()
         self._answered = True
         self._unframed += len(data)
         try:
@@ -212,12 +212,12 @@ class Connection(asyncio.Protocol):
             self._fail("engine_unreachable", "the engine switched protocols without being asked to")
         except httptools.HttpParserError as error:
             self._fail("engine_unreachable", f"the engine did not speak HTTP: {error}")
-        if self._unframed > _MOST_UNFRAMED:
-            self._fail("engine_unreachable", f"the engine sent over {_MOST_UNFRAMED >> 10} KiB of headers")
+        if self._unframed > _MAX_UNFRAMED:
+            self._fail("engine_unreachable", f"the engine sent over {_MAX_UNFRAMED >> 10} KiB of headers")
         if self._on_chunks is None or self._complete or self._error is not None:
             self._wake()
         else:
-            self._hand_on()
+            self._forward()
         if len(data) >= _LARGE_READ and not self._paused and not self._closed:
             self._transport.pause_reading()
             self._loop.call_soon(self._read_on)
@@ -233,10 +233,10 @@ class Connection(asyncio.Protocol):
             self._fail("engine_unreachable", f"the engine closed the connection{f': {exc}' if exc else ''}")
         self._wake()
 
-    # What the parser calls.
+    # Called by the parser.
 
     def on_message_begin(self) -> None:
-        self._surplus = self._complete  # an unrequested answer: the connection cannot be trusted any more
+        self._surplus = self._complete  # an unrequested response: the connection cannot be trusted any more
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._surplus or self._head_done:  # a trailer is dropped (RFC 9110, 6.5.1)
@@ -250,7 +250,7 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if self._surplus:
             return
-        if status < 200:  # 1xx: the answer proper follows
+        if status < 200:  # 1xx: the final response follows
             self.headers = []
             return
         self.status = status
@@ -276,14 +276,14 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._head_done and not self._surplus:
             self._complete = True
-            # Asked here, because the parser forgets it with the message. After a HEAD it waits for a body that will not
-            # come, so this is never reached and the connection is not used again.
+            # Read here, because the parser resets it with the message. After a HEAD the parser waits for a body that
+            # does not come, so this is never reached and the connection is not reused.
             self._keep_alive = bool(self._parser.should_keep_alive())
             if self._abandoned:
                 self.abort()
 
     def _read_on(self) -> None:
-        """Read again, now that the other connections have had their turn."""
+        """Continue reading after the other connections were served."""
         if not self._paused and not self._closed:
             self._transport.resume_reading()
 
@@ -292,14 +292,14 @@ class Connection(asyncio.Protocol):
             for part in parts:
                 self._transport.write(part)
 
-    def _hand_on(self) -> None:
+    def _forward(self) -> None:
         if self._chunks and self._on_chunks is not None:
-            if self._on_chunks(self._all()):
+            if self._on_chunks(self._take_all()):
                 self.resume()
             else:
                 self.pause()
 
-    def _all(self) -> list[bytes]:
+    def _take_all(self) -> list[bytes]:
         chunks = list(self._chunks)
         self._chunks.clear()
         self._size = 0
@@ -321,12 +321,12 @@ class Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _on_timer(self) -> None:
-        silent = self._loop.time() - self._heard
-        if self._paused:  # it is the client who is slow
+        silent = self._loop.time() - self._last_read_at
+        if self._paused:  # the client is slow, not the engine
             silent = 0.0
         if silent >= self._silence_timeout_s:
-            # While we did not run nothing could be heard, and what has come since is read after the timers.
-            silent -= self._lost_since(self._heard)
+            # While this process did not run nothing was read, and what has come since is read after the timers.
+            silent -= self._lost_since(self._last_read_at)
         if silent < self._silence_timeout_s:
             self._timer = self._loop.call_later(self._silence_timeout_s - silent, self._on_timer)
             return

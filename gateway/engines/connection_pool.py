@@ -1,15 +1,14 @@
 """The relay's connections to the engine: one exchange at a time on a kept-alive connection, chunk by chunk.
 
-Why not a general client: this is the path of every token, and what a proxy needs of HTTP is little. It parses with
-httptools (the parser of uvicorn), hands each body chunk on as it was framed, stops reading when the client does not
-keep up, and aborts by closing the socket, which is what makes vLLM stop generating.
+Not a general client, because every token takes this path and a proxy needs little of HTTP. It parses with httptools
+(the parser of uvicorn), forwards each body chunk as it was framed, stops reading when the client does not keep up, and
+aborts by closing the socket, which makes vLLM stop generating.
 """
 
 import asyncio
 import ssl
 import time
 from collections import deque
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from gateway.engines.connection import Connection, Headers, UpstreamError
@@ -19,23 +18,6 @@ from gateway.runtime.stalls import LostSince, is_ours, never_lost
 _MAX_IDLE = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where the engine listens."""
-
-    host: str
-    port: int
-    tls: bool
-    prefix: str
-
-    @classmethod
-    def parse(cls, url: str) -> "Origin":
-        """Read a base URL such as `http://127.0.0.1:8000`."""
-        parts = urlsplit(url)
-        tls = parts.scheme == "https"
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
-
-
 class Upstream:
     """Keeps connections to one engine and sends requests over them."""
 
@@ -43,16 +25,18 @@ class Upstream:
         self, url: str, *, connect_timeout_s: float, silence_timeout_s: float, lost_since: LostSince = never_lost
     ) -> None:
         self.url = url
-        self._origin = Origin.parse(url)
-        self._tls = ssl.create_default_context() if self._origin.tls else None
+        parts = urlsplit(url)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._port = parts.hostname or "", parts.port or (443 if self._tls else 80)
+        self._prefix = parts.path.rstrip("/").encode()
         self._connect_timeout_s = connect_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._lost_since = lost_since
         self._out_of_files = OutOfFiles()
         self._idle: deque[Connection] = deque()
         self._abandoned: set[Connection] = set()
-        port = f":{self._origin.port}" if self._origin.port not in (80, 443) else ""
-        host = f"[{self._origin.host}]" if ":" in self._origin.host else self._origin.host
+        port = f":{self._port}" if self._port not in (80, 443) else ""
+        host = f"[{self._host}]" if ":" in self._host else self._host
         self._host_line = f"host: {host}{port}\r\n".encode("latin-1")
 
     async def __aenter__(self) -> "Upstream":
@@ -67,30 +51,30 @@ class Upstream:
     async def send(
         self, method: str, target: bytes, headers: Headers, body: bytes, *, grace_s: float = 0.0
     ) -> Connection:
-        """Send a request and wait for the head of the answer.
+        """Send a request and wait for the head of the response.
 
-        The caller reads the body from the connection returned and must `release` it in any case. A kept connection
-        that the engine closed before answering a byte is replaced once by a new one. Raises UpstreamError.
+        The caller reads the body from the connection returned, and must always release it. An idle connection that the
+        engine closes without responding is replaced by a new one, once. Raises UpstreamError.
 
         If the exchange is cancelled, or released before its end, the engine's work is aborted: at once, or with
         `grace_s` only when it has begun to write its reply, at the latest after so many seconds.
         """
         head = self._head(method, target, headers, len(body))
         while self._idle:
-            kept = self._idle.pop()
-            if kept.is_fresh():
+            idle = self._idle.pop()
+            if idle.is_fresh():
                 try:
-                    return await self._exchange(kept, method, head, body, grace_s)
+                    return await self._exchange(idle, method, head, body, grace_s)
                 except UpstreamError as error:
                     if error.code != "stale":
                         raise
-                    break  # the engine restarted or closed it just now: the others are as old
+                    break  # the engine has restarted, or just closed it: the others are as old
             else:
-                kept.abort()
+                idle.abort()
         return await self._exchange(await self._connect(), method, head, body, grace_s)
 
     def release_or_abort(self, connection: Connection) -> None:
-        """Keep the connection if its exchange is over and it may be used again, else close it and so abort the work."""
+        """Keep the connection if its exchange is complete and it is reusable, else close it, which aborts the work."""
         if connection.reusable() and len(self._idle) < _MAX_IDLE:
             self._idle.append(connection)
         else:
@@ -114,13 +98,13 @@ class Upstream:
             raise
         return connection
 
-    async def _connect(self, *, again: bool = True) -> Connection:
+    async def _connect(self, *, retry: bool = True) -> Connection:
         began = time.monotonic()
         try:
             return await self._open()
         except TimeoutError as error:
-            if again and is_ours(self._lost_since, began):  # the engine gets another chance
-                return await self._connect(again=False)
+            if retry and is_ours(self._lost_since, began):
+                return await self._connect(retry=False)
             raise self._unreachable(f"no connection within {self._connect_timeout_s:g} s") from error
         except OSError as error:
             if self._out_of_files.caused(error):
@@ -129,11 +113,11 @@ class Upstream:
             raise self._unreachable(str(error)) from error
 
     async def _open(self) -> Connection:
-        loop, origin = asyncio.get_running_loop(), self._origin
+        loop = asyncio.get_running_loop()
         async with asyncio.timeout(self._connect_timeout_s):
             _, connection = await loop.create_connection(
                 lambda: Connection(loop, self._silence_timeout_s, self._lost_since),
-                origin.host, origin.port, ssl=self._tls,
+                self._host, self._port, ssl=self._tls,
             )  # fmt: skip
         return connection
 
@@ -141,7 +125,7 @@ class Upstream:
         return UpstreamError("engine_unreachable", f"engine at {self.url}: {why}", began=False, sent=False)
 
     def _head(self, method: str, target: bytes, headers: Headers, length: int) -> bytes:
-        lines = [method.encode(), b" ", self._origin.prefix.encode(), target, b" HTTP/1.1\r\n", self._host_line]
+        lines = [method.encode(), b" ", self._prefix, target, b" HTTP/1.1\r\n", self._host_line]
         for name, value in headers:
             lines += (name, b": ", value, b"\r\n")
         if length or method in ("POST", "PUT", "PATCH"):

@@ -1,12 +1,12 @@
-"""All engines: which of them gets a request, and which is next if that does not answer.
+"""All engines: which of them gets a request, and which is next if that one does not answer.
 
-A session goes to the engine that has its KV: the one that served it last, else the one that its lineage is drawn to
-(highest random weight: when an engine goes, only its own lineages move). Another finds the KV in the shared tiers.
+A session goes to the engine that has its KV: the one that served it last, else the one with the highest random weight
+for its lineage (when an engine goes, only its own lineages move). Another engine finds the KV in the shared tiers.
 
-A request goes on to the next engine only while nothing of an answer has come: it was refused, or the connection was
-closed. One that had been sent may be what killed the engine, so it is sent to one more at most; one that had not goes
-to each once. A 503 is an engine's way to say "not now" before it begins: it goes on to an engine that is well, and
-passes untouched where there is none, as every other answer does.
+A request is sent to the next engine only while no part of a response has come: the connection was refused or closed. A
+request that had been sent may be what crashed the engine, so it is sent to one more at most; one that had not is tried
+on each once. A 503 is an engine's way to refuse a request before it begins: the request is sent to a healthy engine, or
+the 503 is forwarded if there is none, as every other response is.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ _T = TypeVar("_T")
 
 
 class EnginePool(EngineClient):
-    """The engines, in the order of `engine_urls`. Asked itself, it puts a question to any that is well."""
+    """The engines, in the order of `engine_urls`. As an `EngineClient` it asks any healthy one."""
 
     def __init__(self, members: Sequence[EngineNode], check_s: float) -> None:
         self.members = list(members)
         self._check_s = check_s
-        self._turn = 0  # whose turn it is to take what belongs to no lineage
+        self._next = 0  # round robin for requests without a lineage
         self._differing: dict[str, dict[str, str]] = {}
 
     async def __aenter__(self) -> "EnginePool":
@@ -48,18 +48,16 @@ class EnginePool(EngineClient):
         for member in self.members:
             await member.close()
 
-    # Whom to ask.
-
     @property
     def up(self) -> list[EngineNode]:
-        """Those that are well, as far as one knows."""
+        """The engines that were healthy when last probed."""
         return [member for member in self.members if member.up]
 
     def choose(self, lineage: str, prefer: str = "", model: str = "") -> list[EngineNode]:
-        """Return the engines to try for a request, in that order; empty if there is no point in trying any.
+        """Return the engines to try for a request, in that order; empty if none is reachable.
 
-        `prefer` is the URL of the engine that served the session last. Engines that serve `model` are asked; a model
-        that nobody is known to serve may go to any, which says so itself. Without lineage the engines take turns.
+        `prefer` is the URL of the engine that served the session last. Only engines that serve `model` are tried, or
+        any of them if none is known to serve it. Without a lineage the engines take turns.
         """
         if len(self.members) == 1:
             return [] if self.members[0].is_unreachable else self.members
@@ -70,28 +68,26 @@ class EnginePool(EngineClient):
         return sorted((m for m in order if not m.is_unreachable), key=ranks.__getitem__)
 
     def any(self, model: str = "") -> EngineNode:
-        """An engine for a question of our own. Raises `engine_unreachable`."""
+        """An engine for a request of the gateway's own. Raises `engine_unreachable`."""
         chosen = self.choose("", model=model)
         if not chosen:
             raise GatewayError("engine_unreachable", self.trouble(), hint=UNREACHABLE_HINT)
         return chosen[0]
 
     def route(self, lineage: str, prefer: str = "", model: str = "") -> "Route":
-        """The way of one request."""
+        """The route of one request."""
         return Route(self, self.choose(lineage, prefer, model))
 
     def for_lineage(self, lineage: str, prefer: str = "") -> "AffinityClient":
-        """Questions of our own, put to the engine that has the KV of a lineage."""
+        """A client for the gateway's own requests that prefers the engine that has the KV of a lineage."""
         return AffinityClient(self, lineage, prefer)
 
     def trouble(self) -> str:
-        """Why none of them can be asked."""
+        """Why no engine can be reached."""
         return "no engine can be reached: " + "; ".join(m.last_error or f"{m.url} was not tried" for m in self.members)
 
-    # What they serve.
-
     def known(self, name: str) -> Model | None:
-        """A model as last seen, without asking. No name means the first model of the first engine that is up."""
+        """A model as last reported. No name means the first model of the first engine that is up."""
         if len(self.members) == 1:
             return self.members[0].engine.known(name)
         for member in self.members if name else self.up:
@@ -100,33 +96,33 @@ class EnginePool(EngineClient):
         return None
 
     async def look_up(self, name: str) -> Model | None:
-        """A model as last seen, None when no engine has it (it then says so itself).
+        """Return a model, None if no engine has it.
 
-        For one not known yet each engine is asked at most once a second: clients may name anything. Raises
-        `engine_unreachable`, `engine_timeout` when none of them answers.
+        For an unknown one each engine is asked at most once a second: clients may send any name. Raises
+        `engine_unreachable`, `engine_timeout` if no engine answers.
         """
         if (model := self.known(name)) is not None:
             return model
         if len(self.members) == 1:
             return await self.members[0].engine.look_up(name)
-        asked = [asyncio.create_task(_or_error(m.engine.look_up(name))) for m in self.up or self.members]
+        tasks = [asyncio.create_task(_or_error(m.engine.look_up(name))) for m in self.up or self.members]
         failed: list[GatewayError] = []
         try:
-            for first in asyncio.as_completed(asked):
+            for first in asyncio.as_completed(tasks):
                 answer = await first
                 if isinstance(answer, Model):
                     return answer
                 if isinstance(answer, GatewayError):
                     failed.append(answer)
         finally:
-            for task in asked:
+            for task in tasks:
                 task.cancel()
-        if len(failed) == len(asked):
+        if len(failed) == len(tasks):
             raise failed[0]
         return None
 
     async def models(self) -> dict[str, Model]:
-        """Ask all that are up what they serve. Raises `engine_unreachable`, `engine_timeout` if none answers."""
+        """Ask all engines that are up which models they serve. Raises `engine_unreachable`, `engine_timeout`."""
         answers = await asyncio.gather(*(_or_error(m.engine.models()) for m in self.up or self.members))
         failed = [answer for answer in answers if isinstance(answer, GatewayError)]
         if len(failed) == len(answers):
@@ -147,31 +143,31 @@ class EnginePool(EngineClient):
 
     @property
     def differing(self) -> Mapping[str, Mapping[str, str]]:
-        """Models that are not the same on all engines: of each name, the root by engine."""
+        """The models that are not the same on all engines, each with its root by engine."""
         return self._differing
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
         """See `EngineClient.ask`."""
         return await self.for_lineage("").ask(method, path, json=json, quick=quick)
 
-    async def look(self) -> None:
-        """Look at all of them now."""
+    async def probe(self) -> None:
+        """Probe all engines now."""
         await asyncio.gather(*(member.probe() for member in self.members))
         self._compare()
 
     def _compare(self) -> None:
-        found = _differing(self.members)
-        for name in found.keys() - self._differing.keys():
-            log.warning("model %r is not the same on all engines: %s", name, found[name])
-        self._differing = found
+        differing = _differing(self.members)
+        for name in differing.keys() - self._differing.keys():
+            log.warning("model %r is not the same on all engines: %s", name, differing[name])
+        self._differing = differing
 
     def _by_affinity(self, members: Sequence[EngineNode], lineage: str, prefer: str) -> list[EngineNode]:
         if not lineage:
-            self._turn += 1
-            start = self._turn % len(members)
+            self._next += 1
+            start = self._next % len(members)
             return [*members[start:], *members[:start]]
-        drawn = lineage.encode()
-        order = sorted(members, key=lambda member: member.weight(drawn), reverse=True)
+        key = lineage.encode()
+        order = sorted(members, key=lambda member: member.weight(key), reverse=True)
         if prefer:
             order.sort(key=lambda member: member.url != prefer)
         return order
@@ -190,7 +186,7 @@ class AffinityClient(EngineClient):
         return await self._engines.models()
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
-        """Ask one engine after the other until one answers; see `EngineClient.ask`."""
+        """Ask the engines in turn until one answers; see `EngineClient.ask`."""
         failed = GatewayError("engine_unreachable", self._engines.trouble(), hint=UNREACHABLE_HINT)
         for member in self._engines.choose(self._lineage, self._prefer, str((json or {}).get("model", ""))):
             try:
@@ -207,7 +203,7 @@ class AffinityClient(EngineClient):
 
 
 class Route:
-    """The way of one request: an `Upstream` that is several. `engine` is the URL of the one that answered, or ""."""
+    """Where one request goes: like `Upstream`, but over several engines."""
 
     __slots__ = ("_engines", "_member", "_members")
 
@@ -218,13 +214,13 @@ class Route:
 
     @property
     def engine(self) -> str:
-        """Who answered."""
+        """The URL of the engine that answered, or ""."""
         return self._member.url if self._member else ""
 
     async def send(
         self, method: str, target: bytes, headers: Headers, body: bytes, *, may_load: bool = False
     ) -> Connection:
-        """See `Upstream.send`; `may_load` tells whether the engine may find KV of the prompt in the cache."""
+        """See `Upstream.send`; `may_load`: the engine may find KV of the prompt in the cache."""
         failed: UpstreamError | None = None
         was_sent = False
         for place, member in enumerate(self._members):
@@ -242,7 +238,7 @@ class Route:
                 continue
             if connection.status == 503:
                 member.unanswered(f"engine at {member.url} answered 503")
-                if self._another_is_well(place):
+                if self._has_healthy_after(place):
                     member.upstream.release_or_abort(connection)
                     continue
             else:
@@ -259,7 +255,7 @@ class Route:
             self._member.probe_soon()
         self._member.upstream.release_or_abort(connection)
 
-    def _another_is_well(self, place: int) -> bool:
+    def _has_healthy_after(self, place: int) -> bool:
         now = time.monotonic()
         return any(member.rank(now, first=False) == HEALTHY for member in self._members[place + 1 :])
 

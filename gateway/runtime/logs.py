@@ -13,7 +13,7 @@ _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tup
 
 
 class SafeFormatter(logging.Formatter):
-    """Escapes control characters, and indents tracebacks, so that no text can pass for a line of its own."""
+    """Escapes control characters and indents tracebacks, so that no text can pass for a log line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Format all but the traceback."""

@@ -1,7 +1,6 @@
-"""Work that would hold up the event loop, done in one thread so that streams continue meanwhile.
+"""Work that would block the event loop, done in one thread so that streams continue meanwhile.
 
-One thread, not many: whatever runs in it takes turns with the event loop for Python's global lock, and what waits for
-it holds no memory yet.
+One thread, not many: it competes with the event loop for the GIL, and work that waits for it uses no memory yet.
 """
 
 import asyncio
@@ -15,35 +14,30 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 HEAVY_BYTES = 512 * 1024
-"""From this size on, a body is parsed, hashed and written in the thread: some 5 ms, where handing over costs 0.1 ms."""
+"""Bodies of at least this size are parsed, hashed and written in the thread: some 5 ms, against 0.1 ms to hand over."""
 HEAVY_MESSAGES = 1000
 
 
 class Offload:
-    """The thread. It starts when it is first needed."""
+    """The thread, started when it is first needed."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload")
 
     async def run(self, heavy: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `work` returns: done in the thread where it is `heavy`, else at once."""
+        """Return what `work` returns: done in the thread if it is `heavy`, else at once."""
         if not heavy:
             return work(*args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
 
 
 def is_heavy(messages: Sequence[Message]) -> bool:
-    """Whether to hash or to compare these messages takes long."""
+    """Whether hashing or comparing these messages takes long."""
     return len(messages) > HEAVY_MESSAGES or sum(map(_size, messages)) > HEAVY_BYTES
 
 
 def _size(message: Message) -> int:
     """Characters of a message, about: its text, or the texts of its parts."""
     content: Any = message.get("content")
-    if isinstance(content, list):
-        return sum(len(part.get("text") or "") for part in content if type(part) is dict and _has_text(part))
-    return len(content) if isinstance(content, str) else 0
-
-
-def _has_text(part: dict[str, Any]) -> bool:
-    return isinstance(part.get("text"), str)
+    texts = [part.get("text") for part in content if type(part) is dict] if isinstance(content, list) else [content]
+    return sum(len(text) for text in texts if isinstance(text, str))

@@ -1,4 +1,4 @@
-"""The limit on open files: each client takes one, and each stream another one to the engine."""
+"""The limit on open files: each client needs one, and each stream another one to the engine."""
 
 import errno
 import logging
@@ -12,11 +12,11 @@ _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 _OURS = 160  # store, logs, connections of our own to engines, cache and Redis
 _PER_CLIENT = 2  # its connection, and one to the engine
 _UNLIMITED = 2**20
-_COMPLAIN_EVERY_S = 60.0
+_LOG_EVERY_S = 60.0
 
 
 def raise_open_files() -> int:
-    """Raise the limit on open files as far as we may, and return it; a low one is logged."""
+    """Raise the limit on open files as far as permitted, and return it; a low one is logged."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -38,23 +38,23 @@ def open_files() -> int:
 
 
 def clients(files: int) -> int:
-    """How many clients can be served with so many open files."""
+    """How many clients can be served with this many open files."""
     return max((files - _OURS) // _PER_CLIENT, 1)
 
 
 class OutOfFiles:
-    """Tells when no file can be opened because too many are: that is our own doing, and no engine's."""
+    """Recognises errors caused by the limit on open files: these are not the engine's fault."""
 
     def __init__(self) -> None:
-        self._complained = -_COMPLAIN_EVERY_S
+        self._logged_at = -_LOG_EVERY_S
 
     def caused(self, error: BaseException | None) -> bool:
-        """Whether that is behind an error; if so it is logged, at most once a minute."""
+        """Whether the limit caused an error; if so it is logged, at most once a minute."""
         while error is not None and not (isinstance(error, OSError) and error.errno in _OUT_OF_FILES):
             error = error.__cause__ or error.__context__
         if error is None:
             return False
-        if time.monotonic() - self._complained >= _COMPLAIN_EVERY_S:
-            self._complained = time.monotonic()
+        if time.monotonic() - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = time.monotonic()
             log.error("too many open files (the limit is %d): connections fail until some are closed", open_files())
         return True

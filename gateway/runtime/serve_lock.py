@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def lock(paths: Iterable[Path]) -> list[int]:
-    """Lock these files for as long as this process and its children live. Raises StartError where another has one.
+    """Lock these files for as long as this process and its children live. Raises StartError if another has one.
 
     Returns the open files: the kernel drops a lock when the last process that has it open is gone, however it ended.
     """
@@ -36,7 +36,7 @@ def _lock(path: Path) -> int:
     except OSError as error:
         log.warning("%s cannot be locked (%s): make sure that no second gateway serves it", path.parent, error.strerror)
         return file
-    with suppress(OSError):  # a full disk: only the message of a second gateway is the poorer for it
+    with suppress(OSError):  # a full disk: then the message of a second gateway has no process id
         os.ftruncate(file, 0)
         os.pwrite(file, b"%d\n" % os.getpid(), 0)
     return file

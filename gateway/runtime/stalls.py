@@ -1,7 +1,7 @@
-"""Detect when this process did not run: its event loop was blocked, or all of it was stopped.
+"""Detect when this process did not run: its event loop was blocked, or the whole process was stopped.
 
-A timeout that expires meanwhile says nothing about whoever was waited for: the answer may lie in the socket, unread.
-Whoever is about to blame a neighbour asks here first.
+A timeout that expires meanwhile says nothing about the other side: the response may be in the socket, unread. So this
+is checked before a client or an engine is blamed for a timeout.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 LostSince = Callable[[float], float]
-"""Given a moment of `time.monotonic`, seconds since then in which this process did not run."""
+"""Given a time of `time.monotonic`, the seconds since then in which this process did not run."""
 
 _EVERY_S = 0.1
 _NOTABLE_S = 0.25  # shorter delays are ordinary, and no timeout is as short
@@ -20,12 +20,12 @@ _KEPT = 256
 
 
 def is_ours(lost_since: LostSince, began: float) -> bool:
-    """Whether a timeout of something that began then is our own doing: for a good part of the time we did not run."""
+    """Whether a timeout of something that began then is our own fault: we did not run for much of the time."""
     return lost_since(began) > _NOTABLE_SHARE * (time.monotonic() - began)
 
 
 def never_lost(_: float) -> float:
-    """Nothing is ever lost: for a client that is used outside a running gateway."""
+    """Always 0: for a client that is used outside a running gateway."""
     return 0.0
 
 
@@ -35,7 +35,7 @@ class _Stall(NamedTuple):
 
 
 class Stalls:
-    """Notices stalls by a timer that fires late. Times are those of `time.monotonic`."""
+    """Detects stalls by a timer that fires late. Times are those of `time.monotonic`."""
 
     def __init__(self) -> None:
         self._stalls: deque[_Stall] = deque(maxlen=_KEPT)
@@ -51,11 +51,11 @@ class Stalls:
 
     def lost_since(self, since: float) -> float:
         """Seconds since then in which this process did not run."""
-        known = [*self._stalls, *self._current()]
-        return sum(stall.ended - max(stall.began, since) for stall in known if stall.ended > since)
+        stalls = [*self._stalls, *self._current()]
+        return sum(stall.ended - max(stall.began, since) for stall in stalls if stall.ended > since)
 
     def _current(self) -> list[_Stall]:
-        now = time.monotonic()  # the timer may be late and not have fired yet
+        now = time.monotonic()  # the timer may be late and not fired yet
         return [_Stall(self._due, now)] if now - self._due > _NOTABLE_S else []
 
     def _arm(self) -> None:

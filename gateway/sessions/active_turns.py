@@ -45,8 +45,8 @@ class ActiveTurns:
         asked = match.asked
         self._asking.setdefault(key, []).append(asked)
         self._questions[session.tenant, asked] += 1
-        if session.head is not None:
-            self._heads.setdefault(key, session.head)
+        if session.first_message_hash is not None:
+            self._heads.setdefault(key, session.first_message_hash)
 
     def end(self, match: SessionMatch) -> None:
         """A turn is over and recorded."""
@@ -160,8 +160,8 @@ def _lock_keys(match: SessionMatch) -> list[LockKey]:
     if match.asked is not None:
         keys.append(_of(session.tenant, "asked", session.id, match.asked))
         keys.append(("question", session.tenant, match.asked.hex()))
-    if match.is_new and session.head is not None:
-        keys.append(_of(session.tenant, "head", session.id, session.head))
+    if match.is_new and session.first_message_hash is not None:
+        keys.append(_of(session.tenant, "head", session.id, session.first_message_hash))
     return keys
 
 

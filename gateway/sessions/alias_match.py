@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from gateway.records import Known
+from gateway.records import AliasMatch
 from gateway.sessions.prefix_chain import PrefixMatch
 from gateway.sessions.reply_aliases import KINDS, Answered, Context, Kind, Marks, Match, compare, is_named
 
 
-def judge(reply: Answered, found: Sequence[Known]) -> PrefixMatch | None:
+def judge(reply: Answered, found: Sequence[AliasMatch]) -> PrefixMatch | None:
     """Say which session a request goes on with that holds this reply, as its last or before exchanges that the client
     made up; None where it is nobody's.
 
@@ -18,8 +18,8 @@ def judge(reply: Answered, found: Sequence[Known]) -> PrefixMatch | None:
     return next((verdict for verdict in verdicts if verdict is not None), None)
 
 
-def _judge_name(reply: Answered, kind: Kind, found: Sequence[Known]) -> PrefixMatch | None:
-    meant: dict[Match, list[tuple[Known, Marks]]] = {"": [], "same": [], "side": []}
+def _judge_name(reply: Answered, kind: Kind, found: Sequence[AliasMatch]) -> PrefixMatch | None:
+    meant: dict[Match, list[tuple[AliasMatch, Marks]]] = {"": [], "same": [], "side": []}
     for one in found:
         if is_named(kind, reply.names, one.alias):
             marks = Marks.read(one.alias.marks)
@@ -31,14 +31,14 @@ def _judge_name(reply: Answered, kind: Kind, found: Sequence[Known]) -> PrefixMa
     return _branch(stems, reply.depth, "fork" if meant["same"] else "side") if stems else None
 
 
-def _closest(here: Context, found: Sequence[tuple[Known, Marks]]) -> list[Known]:
+def _closest(here: Context, found: Sequence[tuple[AliasMatch, Marks]]) -> list[AliasMatch]:
     """Those whose question has most lines in common with this one: where a client begins every conversation with the
     same pages of instructions, most of the lines of any two are the same."""
     shared = [len(here.lines & marks.lines) for _, marks in found]
     return [one for (one, _), lines in zip(found, shared, strict=True) if lines == max(shared)]
 
 
-def _branch(stems: Sequence[Known], depth: int, how: str) -> PrefixMatch:
+def _branch(stems: Sequence[AliasMatch], depth: int, how: str) -> PrefixMatch:
     if len({one.session.lineage for one in stems}) > 1:
         return PrefixMatch(None, how="ambiguous")
     return PrefixMatch(stems[0].session, forks=True, depth=depth, how=how)

@@ -83,7 +83,7 @@ def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
         trace=_trace(turn),
         normalised=" ".join(ended.normalised),
         response=response,
-        asked=ended.call.storage.items if ended.call.storage and response else (),
+        request_input=ended.call.storage.items if ended.call.storage and response else (),
     )
 
 
@@ -115,7 +115,9 @@ def _response(turn: ParsedTurn) -> StoredResponse | None:
 def _trace(turn: ParsedTurn) -> Trace:
     match = turn.turn.match
     try:
-        return prefix_chain.trace(match.seed, turn.whole, turn.reply.message, _beginning(turn), match.session.head)
+        return prefix_chain.trace(
+            match.seed, turn.whole, turn.reply.message, _beginning(turn), match.session.first_message_hash
+        )
     except GatewayError:
         # Who names the session need not send messages that can be told apart.
         return Trace(b"", b"", None)

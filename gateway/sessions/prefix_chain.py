@@ -332,11 +332,11 @@ def match_session(request: ConversationPrefix, known: bytes | None, candidates: 
         return STRANGER
     depth = request.depth(known)
     answered_before = any(reply <= depth and request.digests[reply - 1] for reply in request.replies)
-    asking = [one for one in candidates if one.asked == known]
+    asking = [one for one in candidates if one.last_request_hash == known]
     if depth == len(request.prefix_hashes):
         return _again(depth, asking, candidates, answered_before)
-    going = next((one for one in candidates if one.tip == known), None)
-    if going and (going.asked != going.tip or answered_before or len(candidates) == 1):
+    going = next((one for one in candidates if one.last_reply_hash == known), None)
+    if going and (going.last_request_hash != going.last_reply_hash or answered_before or len(candidates) == 1):
         return PrefixMatch(going, depth=depth, how="prefix")
     waiting = next((one for one in asking if _waits(one)), None)
     if waiting:
@@ -359,7 +359,7 @@ def _again(depth: int, asking: Sequence[Session], candidates: Sequence[Session],
 
 def _waits(session: Session) -> bool:
     """Whether a session's last question has no answer, or an empty one."""
-    return not session.answered or session.tip == session.asked
+    return not session.answered or session.last_reply_hash == session.last_request_hash
 
 
 def was_answered(request: ConversationPrefix, verdict: PrefixMatch) -> bool:

@@ -178,10 +178,10 @@ class TurnRecorder:
                 self._progress.notify_all()
 
     def _count(self, turn: TurnContext, finished: TurnRecord) -> None:
-        self._telemetry.turn(finished.turn, turn.dialect.name, turn.overhead_s, served=bool(turn.fingerprint))
+        self._telemetry.count_turn(finished.turn, turn.dialect.name, turn.overhead_s, served=bool(turn.fingerprint))
         reason, _, _ = finished.turn.miss.partition(":")
         if reason not in _NO_MISSES:
-            self._telemetry.missed(reason)
+            self._telemetry.count_miss(reason)
 
     def _close_batch(self, taken: set[TurnContext]) -> int | None:
         """End the batch that others know of, unless turns of it are still to come; return which it was."""
@@ -226,7 +226,7 @@ class TurnRecorder:
             if self._may_complain():
                 log.exception("could not record a turn of session %s", one.turn.session_id)
             if one.messages is None and not one.response:
-                self._telemetry.lost_turn()
+                self._telemetry.count_lost_turn()
                 return
             # Perhaps it is the transcript that cannot be kept: the turn was, all the same.
             turn = replace(one.turn, detail="the transcript could not be kept")

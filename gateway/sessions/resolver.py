@@ -100,9 +100,9 @@ class SessionResolver:
         elsewhere = self._turns.has_turn_elsewhere(tenant, named.id)
         as_there = elsewhere and self._turns.first_message_elsewhere(tenant, named.id, head)
         session = await self.open(tenant, named.id, named.source)
-        began_with = session.head or self._turns.first_message_hash(tenant, named.id)
+        began_with = session.first_message_hash or self._turns.first_message_hash(tenant, named.id)
         if began_with is None and (as_there or not elsewhere):
-            return await self._of_parent(replace(session, head=head), named.parent)
+            return await self._of_parent(replace(session, first_message_hash=head), named.parent)
         if began_with == head:
             return session
         beside = await self.open(

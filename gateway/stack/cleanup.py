@@ -1,10 +1,10 @@
 """Clean up what the processes of the stack leave behind, even after kill -9.
 
-Two things make this necessary. When vLLM's API server is killed, its engine and worker processes go on for ever. And
-the KV of a CPU engine lies in POSIX shared memory, which outlives the processes: a gigabyte until the next boot, even
-after an orderly stop. So a ledger in the data directory lists the processes and segments of each part while it runs.
-Whoever finds the ledger later - the supervisor, its reaper, the next start - can tell these from everybody else's: a
-process by its start time, a segment by its inode.
+Two things make this necessary. When vLLM's API server is killed, its engine and worker processes keep running. And the
+KV of a CPU engine is in POSIX shared memory, which outlives the processes: a gigabyte until the next boot, even after
+an orderly stop. So while a process runs, a ledger in the data directory lists its children and segments. Whoever reads
+the ledger later (the supervisor, its reaper, the next start) can tell them from others: a process by its start time, a
+segment by its inode.
 """
 
 import json
@@ -19,68 +19,65 @@ from typing import NamedTuple
 _PROC = Path("/proc")
 _SHM = Path("/dev/shm")  # noqa: S108 - where POSIX keeps its segments, not a file of ours
 _GONE_WITHIN = 10.0
-"""Seconds the kernel gets to take down killed processes with gigabytes of memory."""
+"""Seconds that the kernel has to end killed processes with gigabytes of memory."""
 
 
 class Process(NamedTuple):
-    """A process that cannot be mistaken for a later one with the same number."""
+    """A process, distinguishable from a later one with the same number."""
 
     pid: int
     started: int
 
 
 class Segment(NamedTuple):
-    """A shared memory segment that cannot be mistaken for a later one with the same name."""
+    """A shared memory segment, distinguishable from a later one with the same name."""
 
     name: str
     inode: int
 
 
+class _Entry(NamedTuple):
+    processes: set[Process]
+    segments: set[Segment]
+    temporary: str
+    owns_segments: bool
+
+
 class Ledger:
-    """The list of what one part has, kept in a file."""
+    """What belongs to one process of the stack, kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def write(self, leader: int, temporary: Path, *, owns_segments: bool) -> None:
-        """Note every process of the leader's group, and the segments they have now or had at the last look."""
+        """Record every process of the leader's group, and the segments that they have or had at the last call."""
         processes = set(group(leader))
-        before = self._read()
-        segments = before.segments | _segments(processes) if owns_segments else set()
-        self._save(_Noted(processes, segments, str(temporary), owns_segments))
+        segments = self._read().segments | _segments(processes) if owns_segments else set()
+        content = {"boot": _boot(), **_Entry(processes, segments, str(temporary), owns_segments)._asdict()}
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content, default=sorted), encoding="utf-8")
+        unfinished.replace(self._path)
 
     def sweep(self) -> None:
-        """Kill what still runs, remove what it left, and forget it."""
-        noted = self._read()
-        alive = _with_groups(noted.processes)
-        segments = noted.segments | _segments(alive) if noted.owns_segments else set()
+        """Kill what still runs, remove what it left, and delete the ledger."""
+        entry = self._read()
+        alive = _with_groups(entry.processes)
+        segments = entry.segments | _segments(alive) if entry.owns_segments else set()
         _kill(alive)
         for segment in segments:
             _unlink(segment)
-        if noted.temporary:
-            shutil.rmtree(noted.temporary, ignore_errors=True)
+        if entry.temporary:
+            shutil.rmtree(entry.temporary, ignore_errors=True)
         self._path.unlink(missing_ok=True)
 
-    def _save(self, noted: "_Noted") -> None:
-        content = {
-            "boot": _boot(),
-            "processes": sorted(noted.processes),
-            "segments": sorted(noted.segments),
-            "temporary": noted.temporary,
-            "owns_segments": noted.owns_segments,
-        }
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(self._path)
-
-    def _read(self) -> "_Noted":
+    def _read(self) -> _Entry:
         try:
             content = json.loads(self._path.read_bytes())
         except (FileNotFoundError, ValueError):
-            return _Noted(set(), set(), "", False)
+            return _Entry(set(), set(), "", False)
         if content["boot"] != _boot():
-            return _Noted(set(), set(), content["temporary"], False)
-        return _Noted(
+            return _Entry(set(), set(), content["temporary"], False)
+        return _Entry(
             {Process(*process) for process in content["processes"]},
             {Segment(*segment) for segment in content["segments"]},
             content["temporary"],
@@ -88,15 +85,8 @@ class Ledger:
         )
 
 
-class _Noted(NamedTuple):
-    processes: set[Process]
-    segments: set[Segment]
-    temporary: str
-    owns_segments: bool
-
-
 def sweep(run_dir: Path) -> None:
-    """Take away what an earlier run of the stack left, whichever part it belonged to."""
+    """Clean up everything that an earlier run of the stack left."""
     for path in sorted(run_dir.glob("*.json")):
         Ledger(path).sweep()
 
@@ -131,20 +121,20 @@ def _is_alive(process: Process) -> bool:
     return stat is not None and stat.started == process.started
 
 
-def _with_groups(noted: set[Process]) -> set[Process]:
-    """Those that still live, and whatever has joined their groups since they were noted."""
-    alive = {process for process in noted if _is_alive(process)}
+def _with_groups(processes: set[Process]) -> set[Process]:
+    """Those that still live, and whatever has joined their groups since they were recorded."""
+    alive = {process for process in processes if _is_alive(process)}
     groups = {stat.group for process in alive if (stat := _stat(process.pid))}
     return alive | {process for leader in groups for process in group(leader)}
 
 
 def _kill(alive: set[Process]) -> None:
-    """Kill these, and wait until all are gone."""
+    """Kill these, and wait until all have ended."""
     for process in alive:
         try:
             os.kill(process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            continue  # it went by itself, which is what we want
+            continue  # it ended by itself
     deadline = time.monotonic() + _GONE_WITHIN
     while any(_is_alive(process) for process in alive) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -178,7 +168,7 @@ def _unlink(segment: Segment) -> None:
         if path.stat().st_ino == segment.inode:
             path.unlink()
     except FileNotFoundError:
-        return  # its owner was orderly
+        return  # its owner removed it
 
 
 def _boot() -> str:

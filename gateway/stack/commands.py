@@ -1,27 +1,24 @@
-"""The command lines of LMCache and vLLM, as pure functions: what to run and with which environment."""
+"""The processes of the stack: their command lines and environments."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import blake2s
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from gateway.stack.demo_model import THINK, THOUGHT
 from gateway.stack.errors import StackError
-
-LOOPBACK = "127.0.0.1"
-"""Neither LMCache's ports nor vLLM's /tokenize and /metrics ask for a key, so no other machine may reach them."""
+from gateway.stack.local import LOOPBACK, Plan
+from gateway.stack.process import Launch, ManagedProcess
 
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU attention takes multiples of 32 only."""
 GPU_BLOCK_SIZE = 16
 
-Transfer = Literal["lmcache_driven", "engine_driven", "shm"]
-"""How KV goes between a CPU engine and the cache: the server reads and writes the engine's own memory; pickled through
-a socket, which is LMCache's default; or through the server's memory, shared under a name (`Cache.shm_name`)."""
-
-# Nothing of the user's prompts, and not even the fact that they use this, is reported anywhere.
+# No prompt, and not even the fact that this is used, is reported anywhere.
 QUIET: Mapping[str, str] = MappingProxyType(
     {
         "VLLM_NO_USAGE_STATS": "1",
@@ -29,7 +26,7 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "LMCACHE_TRACK_USAGE": "false",
         "LMCACHE_DISABLE_BANNER": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        # The model is on this disk before the engine starts; a look-up could only delay or fail.
+        # The model is on disk before the engine starts; a look-up could only delay or fail.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -38,122 +35,97 @@ QUIET: Mapping[str, str] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """What to execute, and which variables to add to the environment."""
+class Processes:
+    """The three processes, in the order they start."""
 
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """How to run the LMCache server."""
-
-    port: int
-    http_port: int
-    kv_dir: Path
-    chunk_size: int
-    memory_gb: float
-    instance_id: str
-    redis_url: str | None = None
-    shm_name: str | None = None
+    cache: ManagedProcess
+    engine: ManagedProcess
+    gateway: ManagedProcess
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """How the model's reasoning is told from its answer: vLLM's parser, and what stands before and after."""
-
-    parser: str
-    start: str
-    end: str
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """How to run vLLM. `model` is part of every key of the cache, so it has to stay the same for a data directory."""
-
-    port: int
-    cache_port: int
-    model: str
-    served_model_name: str
-    on_cpu: bool
-    kv_gb: int
-    max_model_len: int | None = None
-    tool_parser: str | None = None
-    reasoning: Reasoning | None = None
-    transfer: Transfer = "lmcache_driven"
-    dtype: str | None = None
-    one_process: bool = False
-    """Scheduler and worker in one, on a CPU: no thread is bound to a core, and nobody spins while the other works."""
+def processes(plan: Plan) -> Processes:
+    """The processes, not started yet."""
+    return Processes(
+        cache=ManagedProcess(cache_launch(plan)),
+        engine=ManagedProcess(engine_launch(plan)),
+        gateway=ManagedProcess(gateway_launch(plan)),
+    )
 
 
-def cache_command(python: str, cache: Cache) -> Command:
-    """The LMCache server with a disk tier, and a Redis tier where a URL is given."""
-    redis = redis_tier(cache.redis_url) if cache.redis_url else None
-    adapters: list[dict[str, Any]] = [{"type": "fs", "base_path": str(cache.kv_dir)}]
+def cache_launch(plan: Plan) -> Launch:
+    """The LMCache server with a disk tier, and a Redis tier if a URL is given."""
+    redis = redis_tier(plan.options.redis_url) if plan.options.redis_url else None
+    adapters: list[dict[str, Any]] = [{"type": "fs", "base_path": str(plan.kv_dir)}]
     if redis:
         adapters.append({"type": "resp", "host": redis.host, "port": redis.port, "num_workers": 2})
-    argv = [python, "-m", "lmcache.cli.main", "server", "--host", LOOPBACK, "--port", str(cache.port)]
-    argv += ["--http-host", LOOPBACK, "--http-port", str(cache.http_port)]
-    argv += ["--chunk-size", str(cache.chunk_size), "--instance-id", cache.instance_id]
-    argv += ["--l1-size-gb", f"{cache.memory_gb:g}", "--eviction-policy", "LRU", "--supported-transfer-mode", "auto"]
+    # The same for every run on this directory, for coordinators and dashboards.
+    instance = "local-" + blake2s(str(plan.data_dir).encode(), digest_size=6).hexdigest()
+    argv = ["-m", "lmcache.cli.main", "server", "--host", LOOPBACK, "--port", str(plan.cache_port)]
+    argv += ["--http-host", LOOPBACK, "--http-port", str(plan.cache_http_port)]
+    argv += ["--chunk-size", str(plan.chunk_size), "--instance-id", instance]
+    argv += ["--l1-size-gb", f"{plan.cache_gb:g}", "--eviction-policy", "LRU", "--supported-transfer-mode", "auto"]
     for adapter in adapters:
         argv += ["--l2-adapter", json.dumps(adapter)]
-    if cache.shm_name:
-        argv += ["--shm-name", cache.shm_name]
-    # The password goes by the environment, because every user of the machine may read a command line.
-    return Command(tuple(argv), {**QUIET, **(redis.env if redis else {})})
+    if plan.options.transfer == "shm":
+        # No other stack on the machine has this port, so none has a segment of that name.
+        argv += ["--shm-name", f"cwg-l1-{plan.cache_port}"]
+    # The password is in the environment, because every user of the machine may read a command line.
+    return _launch(plan, "cache", argv, redis.env if redis else {}, f"{plan.cache_url}/healthcheck")
 
 
-def engine_command(python: str, engine: Engine) -> Command:
-    """vLLM's OpenAI server, connected to the LMCache server on `cache_port`."""
+def engine_launch(plan: Plan) -> Launch:
+    """vLLM's OpenAI server, connected to the LMCache server."""
+    model = plan.model
     # Not `vllm serve`: the console script of the CPU build looks for a distribution named `vllm` and dies.
-    argv = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", engine.model]
-    argv += ["--served-model-name", engine.served_model_name, "--host", LOOPBACK, "--port", str(engine.port)]
-    argv += ["--max-model-len", str(engine.max_model_len or "auto")]
+    argv = ["-m", "vllm.entrypoints.openai.api_server", "--model", model.key]
+    argv += ["--served-model-name", model.served_name, "--host", LOOPBACK, "--port", str(plan.engine_port)]
+    argv += ["--max-model-len", str(plan.options.max_model_len or "auto")]
     argv += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--enable-scale-out"]
-    argv += ["--kv-transfer-config", json.dumps(_connector(engine))]
-    if engine.dtype:
-        argv += ["--dtype", engine.dtype]
-    if engine.tool_parser:
-        argv += ["--enable-auto-tool-choice", "--tool-call-parser", engine.tool_parser]
-    if engine.reasoning:
-        argv += ["--reasoning-parser", engine.reasoning.parser]
-        # A parser that only some requests think with does not tell vLLM these, and a thinking budget needs them.
-        marks = {"reasoning_start_str": engine.reasoning.start, "reasoning_end_str": engine.reasoning.end}
-        argv += ["--reasoning-config", json.dumps(marks)]
-    if not engine.on_cpu:
-        return Command(tuple(argv), QUIET)
-    # Compiling needs g++ and costs 20 s to minutes at every start. It makes prefill no faster, only decoding of very
-    # small models (the demo: 80 to 155 tokens/s). Both the flag and the variable: with the flag alone, sampling still
-    # compiles a little, on the first request that wants logprobs.
-    argv += ["--block-size", str(CPU_BLOCK_SIZE), "--enforce-eager"]
-    # Threads that wait for each other at every step would spin, and take the cores from everything else. Measured with
-    # the demo beside other load, on 2 cores: 5.0 s for 200 tokens, not 7.6; on an idle machine the same.
-    own = {"VLLM_CPU_KVCACHE_SPACE": str(engine.kv_gb), "TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
-    if engine.one_process:
-        # Without the variable, the CPU platform of vLLM 0.32 overrules the flag and starts a worker process.
+    argv += ["--kv-transfer-config", json.dumps(_connector(plan))]
+    if model.dtype:
+        argv += ["--dtype", model.dtype]
+    if model.is_demo:
+        argv += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+        # The demo reasons only if a request asks for it (`reasoning_effort`, or `thinking` among the template's
+        # arguments): then this parser looks for its reasoning, and it leaves all other replies alone.
+        argv += ["--reasoning-parser", "deepseek_v3"]
+        # vLLM needs these for a thinking budget, and does not get them from a parser for optional reasoning.
+        argv += ["--reasoning-config", json.dumps({"reasoning_start_str": THINK, "reasoning_end_str": THOUGHT})]
+    env: dict[str, str] = {}
+    if plan.on_cpu:
+        # Compiling needs g++ and costs 20 s to minutes at every start. It makes prefill no faster, only decoding of
+        # very small models (the demo: 80 to 155 tokens/s). Both the flag and the variable: with the flag alone,
+        # sampling still compiles a little, on the first request that wants logprobs.
+        argv += ["--block-size", str(CPU_BLOCK_SIZE), "--enforce-eager"]
+        # Threads that wait for each other at every step would spin, and take the cores from everything else. Measured
+        # with the demo under other load, on 2 cores: 5.0 s for 200 tokens, not 7.6; on an idle machine the same.
+        env = {"VLLM_CPU_KVCACHE_SPACE": str(plan.engine_kv_gb), "TORCHDYNAMO_DISABLE": "1"}
+        env["OMP_WAIT_POLICY"] = "passive"
+    if plan.on_cpu and model.is_demo:
+        # Scheduler and worker in one process: no thread is bound to a core, and none spins while the other works. The
+        # demo starts in 37 s, not 48, and takes 3.6 s of processor time for 200 tokens, not 6.0 (2 cores). A larger
+        # model on more cores needs bound threads. Without the variable, vLLM 0.32 overrules the flag.
         argv += ["--distributed-executor-backend", "uni"]
-        own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return Command(tuple(argv), {**QUIET, **own})
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return _launch(plan, "engine", argv, env, f"{plan.engine_url}/health")
 
 
-def _connector(engine: Engine) -> dict[str, Any]:
+def _connector(plan: Plan) -> dict[str, Any]:
     extra: dict[str, Any] = {
         "lmcache.mp.host": f"tcp://{LOOPBACK}",
-        "lmcache.mp.port": engine.cache_port,
+        "lmcache.mp.port": plan.cache_port,
         # Replies are stored as well, so that freezing finds most of its chunks done.
         "lmcache.mp.save_decode_cache": True,
         # A cache that died is noticed within about two heartbeats; the defaults let requests hang for minutes.
         "lmcache.mp.heartbeat_interval": 3,
         "lmcache.mp.mq_timeout": 30,
     }
-    if engine.on_cpu:
+    if plan.on_cpu:
         # By default KV in POSIX shared memory: the server reads and writes it directly, ten times faster than pickled.
-        driven = "lmcache_driven" if engine.transfer == "lmcache_driven" else "engine_driven"
+        driven = "lmcache_driven" if plan.options.transfer == "lmcache_driven" else "engine_driven"
         extra["lmcache.mp.mp_transfer_mode"] = driven
     return {
-        # LMCache's own, with a mend: without it a client that leaves during a load ends the engine.
+        # LMCache's own, patched: unpatched, a client that disconnects during a load crashes the engine.
         "kv_connector": "AbortSafeLMCacheConnector",
         "kv_connector_module_path": "gateway.stack.connector",
         "kv_role": "kv_both",
@@ -163,9 +135,50 @@ def _connector(engine: Engine) -> dict[str, Any]:
     }
 
 
+def _launch(plan: Plan, name: str, argv: list[str], env: Mapping[str, str], ready_url: str) -> Launch:
+    return Launch(
+        name=name,
+        argv=(sys.executable, *argv),
+        # torch would create a folder in /tmp, whether it compiles or not.
+        env={**QUIET, **env, "TORCHINDUCTOR_CACHE_DIR": str(plan.data_dir / "torchinductor")},
+        ready_url=ready_url,
+        log=plan.data_dir / "logs" / f"{name}.log",
+        ledger=plan.run_dir / f"{name}.json",
+        without_env="CWG_",
+        cwd=plan.data_dir,
+        owns_shared_memory=name == "engine",
+    )
+
+
+def gateway_launch(plan: Plan) -> Launch:
+    """The gateway, configured for this engine and cache."""
+    settings = {
+        "CWG_HOST": plan.options.host,
+        "CWG_PORT": str(plan.options.port),
+        "CWG_ENGINE_URLS": plan.engine_url,
+        "CWG_CACHE_URL": plan.cache_url,
+        "CWG_KV_DIR": str(plan.kv_dir),
+        "CWG_DATA_DIR": str(plan.data_dir),
+        "CWG_MODEL_FINGERPRINT": plan.model.fingerprint,
+    }
+    if plan.options.redis_url:
+        settings["CWG_KV_REDIS_URL"] = plan.options.redis_url
+    return Launch(
+        name="gateway",
+        argv=(sys.executable, "-m", "gateway", "serve"),
+        env={"PYTHONUNBUFFERED": "1", **settings},
+        ready_url=f"{plan.url}/readyz",
+        log=plan.data_dir / "logs" / "gateway.log",
+        ledger=plan.run_dir / "gateway.json",
+        # It may be freezing its active sessions, which takes longer the more there are.
+        stop_within=120.0,
+        # No `cwd`: relative paths in the user's own CWG_ variables mean the directory the user is in.
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RedisTier:
-    """What LMCache can be told of a Redis."""
+    """A Redis as LMCache is configured for it."""
 
     host: str
     port: int

@@ -3,11 +3,11 @@
 vLLM imports this by name (`--kv-transfer-config`, `kv_connector_module_path`), in its own processes. Nothing of the
 gateway is imported with it but `gateway.stack.transfers`, so it needs none of the gateway's dependencies.
 
-What it mends, where a request is aborted during its load: EngineCore dies of `assert req_id in self.requests`, and the
+What it fixes, if a request is aborted during its load: EngineCore dies of `assert req_id in self.requests`, and the
 request's blocks are given to others while the LMCache server still writes to them. Upstream: vllm#43226, vllm#46240,
 LMCache#4185 and LMCache#4938. vllm#48821 removes the assertion and leaves the writing; vllm#56089 counts loads and
 stores in the scheduler before it frees, and LMCache#4939 reports one end per request. None was released when this was
-written. Here it is done between the two: the connector sees every completion before the scheduler does
+written. Here it is done in between: the connector sees every completion before the scheduler does
 (`update_connector_output`), and passes on the one that ends the request.
 
 A request that is aborted earlier, between look-up and load, leaves what LMCache has found for it locked in its memory
@@ -27,7 +27,7 @@ from vllm.logger import init_logger
 
 from gateway.stack.transfers import CHECKED, Transfers
 
-METRIC = "vllm:lmcache_mp_abort_safe"  # vLLM clears what has its name when it starts anew in one process
+METRIC = "vllm:lmcache_mp_abort_safe"  # with the prefix `vllm:`, vLLM clears it when it restarts within one process
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what is logged under its own name
 
@@ -57,8 +57,8 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
             )
         else:
             logger.warning(
-                "The mend for requests aborted during their KV load was checked with %s and is off with %s: a client "
-                "that leaves may end the engine, unless these versions have their own (vllm#46240, LMCache#4938)",
+                "The patch for requests aborted during their KV load was checked with %s and is off with %s: a client "
+                "that leaves may crash the engine, unless these versions have their own (vllm#46240, LMCache#4938)",
                 CHECKED,
                 found,
             )
@@ -88,7 +88,7 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
         return delays_free, params
 
     def has_pending_push_work(self) -> bool:
-        """See the base class: whether the engine has to go on stepping though it has no requests."""
+        """See the base class: whether the engine has to keep stepping without requests."""
         return bool(self._unread) or bool(super().has_pending_push_work())
 
     def _release_unread(self) -> None:
@@ -133,7 +133,7 @@ def _is_looked_up(tracker: Any) -> bool:
 
 
 class _Metrics(LMCacheMPPromMetrics):  # type: ignore[misc]
-    """LMCache's metrics, and one by which a gateway knows that this engine has the mend."""
+    """LMCache's metrics, and one that tells a gateway that this engine has the patch."""
 
     def __init__(
         self,

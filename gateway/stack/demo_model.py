@@ -1,7 +1,7 @@
 """The built-in demo model: a real Llama checkpoint with random weights, made on this machine in seconds.
 
-It says nothing sensible, but to vLLM and LMCache it is a model like any other, and it needs no download. Everything in
-it follows from this file and the two data files beside it, so every machine gets the same tokens.
+It writes nothing sensible, but to vLLM and LMCache it is a model like any other, and it needs no download. Everything
+in it follows from this file and the two data files next to it, so every machine gets the same tokens.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gateway.stack import demo_weights
-from gateway.stack.demo_weights import HEAD_DIM, KV_HEADS, Said, Shape
+from gateway.stack.demo_weights import HEAD_DIM, KV_HEADS, Shape, TokenBiases
 from gateway.stack.errors import StackError
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Size = Literal["small", "large"]
 
 RECIPE = 2
-"""Raise it when the files would come out differently: a model of an older recipe is built anew."""
+"""Raise it when the files would change: a model of an older recipe is rebuilt."""
 CONTEXT = 32_768
 END, START, BEGIN = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 THINK, THOUGHT = "<think>", "</think>"
-"""Around what it thinks, where a request asks it to think: the names that vLLM's reasoning parsers look for."""
+"""Around its reasoning, if a request asks for that: the names that vLLM's reasoning parsers look for."""
 MARKER = "cwg_demo_model"
 _HERE = Path(__file__).parent
 
@@ -94,8 +94,9 @@ def _write(directory: Path, shape: Shape, marker: str) -> None:
         **marked,
     )
     weights = directory / "model.safetensors"
-    said = Said(special["eos_token_id"], _unspeakable(tokenizer), [_token_id(tokenizer, t) for t in (THINK, THOUGHT)])
-    demo_weights.save(weights, shape, len(tokenizer), said)
+    rare = [_token_id(tokenizer, text) for text in (THINK, THOUGHT)]
+    biases = TokenBiases(special["eos_token_id"], _unprintable(tokenizer), rare)
+    demo_weights.save(weights, shape, len(tokenizer), biases)
     (directory / "generation_config.json").write_text(json.dumps(special), encoding="utf-8")
     config.save_pretrained(directory)
 
@@ -121,7 +122,7 @@ def _tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-def _unspeakable(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+def _unprintable(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Tokens that are no text of their own: special ones, halves of a character, controls that garble a terminal."""
     special = set(tokenizer.all_special_ids)
     texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]

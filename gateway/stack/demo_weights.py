@@ -19,8 +19,8 @@ KV_HEADS = 4
 HEAD_DIM = 64
 _EMBEDDING_STD = 0.3
 _HEAD_START = 7.0
-_SILENCE = -100.0
-_HUSH = -40.0
+_NEVER_LOGIT = -100.0
+_RARE_LOGIT = -40.0
 # Standard deviation of a projection's weights, times the square root of its inputs. Measured with 600 random tokens:
 # changing the first 64 of them moves the later logprobs by 1.0 on average, and greedy decoding does not loop.
 _GAINS = {
@@ -38,38 +38,33 @@ _WRITES_RESIDUAL = ("o_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What differs between the sizes. Four KV heads of 64 in all: 1 KiB of KV per layer and token."""
+    """What differs between the sizes. All have four KV heads of 64: 1 KiB of KV per layer and token."""
 
     layers: int
     hidden: int
     intermediate: int
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes that one token occupies in every tier of the cache."""
-        return self.layers * 2 * KV_HEADS * HEAD_DIM * 2
-
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TokenBiases:
     """Tokens with a probability of their own.
 
-    `end` ends a reply, `never` is not said at all, and `hushed` only if a request wants it said: in all contexts its
+    `end` ends a reply, `never` is not generated at all, and `rare` only if a request wants it: in all contexts its
     logit is about -20, so that a `logit_bias` of 24 makes it as likely as the end.
     """
 
     end: int
     never: Sequence[int]
-    hushed: Sequence[int]
+    rare: Sequence[int]
 
 
-def save(path: Path, shape: Shape, vocabulary: int, said: Said) -> None:
+def save(path: Path, shape: Shape, vocabulary: int, biases: TokenBiases) -> None:
     """Write the safetensors file of a Llama of this shape that ends its turns."""
     from safetensors.torch import save_file  # noqa: PLC0415 - imports torch
 
     draw = _Draw()
     tensors = dict(_body(shape, vocabulary, draw))
-    tensors["lm_head.weight"] = _head(shape, vocabulary, said, draw)
+    tensors["lm_head.weight"] = _head(shape, vocabulary, biases, draw)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -82,11 +77,11 @@ def _body(shape: Shape, vocabulary: int, draw: "_Draw") -> Iterator[tuple[str, "
     yield "model.norm.weight", draw.ones(shape.hidden)
 
 
-def _head(shape: Shape, vocabulary: int, said: Said, draw: "_Draw") -> "torch.Tensor":
+def _head(shape: Shape, vocabulary: int, biases: TokenBiases, draw: "_Draw") -> "torch.Tensor":
     head = draw.uniform((vocabulary, shape.hidden), _LM_HEAD_GAIN / math.sqrt(shape.hidden))
     head[:, 0] = 0
-    head[list(said.never), 0] = _SILENCE
-    for tokens, start in (([said.end], _HEAD_START), (said.hushed, _HUSH)):
+    head[list(biases.never), 0] = _NEVER_LOGIT
+    for tokens, start in (([biases.end], _HEAD_START), (biases.rare, _RARE_LOGIT)):
         head[list(tokens)] = 0
         head[list(tokens), 0] = start
     return head

@@ -2,4 +2,4 @@
 
 
 class StackError(Exception):
-    """Why the stack cannot start or go on, and what to do about it."""
+    """Why the stack cannot start or continue, and what to do about it."""

@@ -7,7 +7,7 @@ from blake3 import blake3
 
 from gateway.stack.errors import StackError
 
-# Everything that decides which tokens a conversation has and what KV they get. Not the README, not the images.
+# Everything that determines the tokens of a conversation and their KV. Not the README, not the images.
 _READ_WHOLE = (
     "config.json",
     "generation_config.json",

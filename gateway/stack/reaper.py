@@ -1,6 +1,6 @@
-"""Outlive a killed supervisor by a second, to end what it had started.
+"""Outlive a killed supervisor by a second, to stop what it had started.
 
-It reads a pipe whose other end only the supervisor holds. The kernel closes that end whichever way the supervisor dies.
+It reads a pipe whose other end only the supervisor has. The kernel closes that end however the supervisor dies.
 PR_SET_PDEATHSIG would reach the direct children only, and vLLM's engine survives the death of its API server.
 """
 
@@ -16,10 +16,10 @@ _SWEPT_WITHIN = 30.0
 
 
 @contextmanager
-def reaping(run_dir: Path, *held: int) -> Iterator[None]:
-    """Until this is left, the death of this process is the death of every part noted in `run_dir`.
+def reaping(run_dir: Path, *descriptors: int) -> Iterator[None]:
+    """While in this block, the death of this process ends every process listed in `run_dir`.
 
-    The descriptors `held` stay open until the last part is gone: a lock on them outlives this process by so much.
+    The descriptors stay open until the last of them has ended, and so does a lock on them.
     """
     reaper = subprocess.Popen(
         [sys.executable, "-m", "gateway.stack.reaper", str(run_dir)],
@@ -27,7 +27,7 @@ def reaping(run_dir: Path, *held: int) -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        pass_fds=held,
+        pass_fds=descriptors,
     )
     try:
         yield

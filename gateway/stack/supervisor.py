@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from gateway.stack import cleanup, local, lock, preflight
+from gateway.stack import cleanup, commands, local, lock, preflight
 from gateway.stack.errors import StackError
 from gateway.stack.process import ManagedProcess
 from gateway.stack.reaper import reaping
@@ -17,20 +17,20 @@ _TICK = 0.2
 _NOTED_EVERY = 0.5
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0
 _SOUND_AFTER = 60.0
-"""Seconds a part has to be ready before its next death counts as its first."""
+"""Seconds that a process has to be ready before its next death counts as its first."""
 _DEATHS_AT_START = 3
 
 
 def up(options: local.LocalStack) -> int:
     """Run the whole stack until a signal ends it. Raises `StackError` where it cannot start."""
     terminal = Terminal()
-    # A SIGTERM while the model is built or downloaded ends that like a Ctrl-C, with its temporary files removed.
+    # A SIGTERM while the model is built or downloaded acts like a Ctrl-C: temporary files are removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         preflight.check(options)
-        with lock.holding(options.data_dir) as held:
+        with lock.holding(options.data_dir) as descriptor:
             plan = _prepare(options, terminal)
-            with reaping(plan.run_dir, held):
+            with reaping(plan.run_dir, descriptor):
                 return _Supervisor(plan, terminal).run()
     except KeyboardInterrupt:
         return 0
@@ -44,21 +44,21 @@ def _prepare(options: local.LocalStack, terminal: Terminal) -> local.Plan:
     plan = local.plan(options)
     cleanup.sweep(plan.run_dir)
     preflight.check_memory(plan)
-    if warning := preflight.warning_of_versions(preflight.installed_versions()):
+    if warning := preflight.version_warning(preflight.installed_versions()):
         terminal.say(warning, style="yellow")
     terminal.say(f"model {plan.model.served_name} ({plan.model.directory})")
     return plan
 
 
 class _Stop(Exception):
-    """A signal asked for the end."""
+    """A signal requested the end."""
 
 
 class _Watched:
-    """A part, and what the supervisor knows of its life."""
+    """A process, how often it has died, and when it is restarted."""
 
-    def __init__(self, part: ManagedProcess, terminal: Terminal) -> None:
-        self.part = part
+    def __init__(self, process: ManagedProcess, terminal: Terminal) -> None:
+        self.process = process
         self.deaths = 0
         self._terminal = terminal
         self._delay = _FIRST_DELAY
@@ -73,37 +73,39 @@ class _Watched:
     def start(self) -> None:
         self._due = None
         self._started = time.monotonic()
-        self.part.start()
+        self.process.start()
 
     def tick(self) -> None:
-        """Look at it once, and do what is due."""
+        """Check it once, and restart it if that is due."""
         now = time.monotonic()
         if self._due is not None:
             if now >= self._due:
                 self.start()
-        elif self.part.exit_code is not None:
+        elif self.process.exit_code is not None:
             self._died(now)
         elif self._ready_since is None:
             self._await(now)
         elif now - max(self._ready_since, self._noted) > _SOUND_AFTER:
             self.deaths, self._delay = 0, _FIRST_DELAY
             self._noted = now
-            self.part.note()
-            self.part.bound_log()
+            self.process.note()
+            self.process.bound_log()
 
     def _await(self, now: float) -> None:
         if now - self._noted > _NOTED_EVERY:
-            self.part.note()
+            self.process.note()
             self._noted = now
-        if self.part.is_ready():
-            self.part.note()
+        if self.process.is_ready():
+            self.process.note()
             self._ready_since = now
-            self._terminal.say(f"{self.part.name} is ready after {now - self._started:.1f} s", style="green")
+            self._terminal.say(f"{self.process.name} is ready after {now - self._started:.1f} s", style="green")
 
     def _died(self, now: float) -> None:
-        self._terminal.say(f"{self.part.exit_reason()}; again in {self._delay:g} s; log: {self.part.log}", style="red")
-        self._terminal.quote(self.part.last_lines())
-        self.part.clear()
+        self._terminal.say(
+            f"{self.process.exit_reason()}; again in {self._delay:g} s; log: {self.process.log}", style="red"
+        )
+        self._terminal.quote(self.process.last_lines())
+        self.process.clear()
         self.deaths += 1
         self._ready_since = None
         self._due = now + self._delay
@@ -114,7 +116,7 @@ class _Supervisor:
     def __init__(self, plan: local.Plan, terminal: Terminal) -> None:
         self._plan = plan
         self._terminal = terminal
-        self._parts = local.parts(plan)
+        self._processes = commands.processes(plan)
         self._watched: list[_Watched] = []
         self._signals = 0
 
@@ -130,25 +132,27 @@ class _Supervisor:
                 self._stop()
 
     def _start(self) -> None:
-        # The engine reaches for the cache half a minute after its start, so both may load side by side.
-        self._bring_up(self._parts.cache, self._parts.engine)
-        self._bring_up(self._parts.gateway)
+        # The engine connects to the cache half a minute after its start, so both can load at the same time.
+        self._bring_up(self._processes.cache, self._processes.engine)
+        self._bring_up(self._processes.gateway)
         self._terminal.settled()
         self._terminal.say(f"engine {self._plan.engine_url}, cache {self._plan.cache_url}, data {self._plan.data_dir}")
         sys.stdout.write(f"ready {self._plan.url}\n")
         sys.stdout.flush()
 
-    def _bring_up(self, *parts: ManagedProcess) -> None:
-        fresh = [_Watched(part, self._terminal) for part in parts]
+    def _bring_up(self, *processes: ManagedProcess) -> None:
+        fresh = [_Watched(process, self._terminal) for process in processes]
         for watched in fresh:
             watched.start()
         self._watched += fresh
-        while waiting := [watched.part.name for watched in self._watched if not watched.is_ready]:
+        while waiting := [watched.process.name for watched in self._watched if not watched.is_ready]:
             self._terminal.waiting(f"starting {' and '.join(waiting)}")
             self._turn()
             for watched in self._watched:
                 if watched.deaths == _DEATHS_AT_START:
-                    raise StackError(f"{watched.part.name} ended {_DEATHS_AT_START} times; see {watched.part.log}")
+                    raise StackError(
+                        f"{watched.process.name} ended {_DEATHS_AT_START} times; see {watched.process.log}"
+                    )
 
     def _turn(self) -> None:
         for watched in self._watched:
@@ -159,16 +163,16 @@ class _Supervisor:
 
     def _stop(self) -> None:
         for watched in reversed(self._watched):
-            self._terminal.waiting(f"stopping {watched.part.name}")
+            self._terminal.waiting(f"stopping {watched.process.name}")
             if not watched.is_ready:
-                watched.part.kill()  # vLLM does not hear a SIGTERM while it loads, and there is nothing to lose yet
-            watched.part.stop()
+                watched.process.kill()  # vLLM ignores SIGTERM while it loads, and there is nothing to save yet
+            watched.process.stop()
         self._terminal.settled()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._on_signal) for number in asked}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in signals}
         try:
             yield
         finally:
@@ -179,4 +183,4 @@ class _Supervisor:
         self._signals += 1
         if self._signals > 1:
             for watched in self._watched:
-                watched.part.kill()
+                watched.process.kill()

@@ -6,7 +6,7 @@ from rich.text import Text
 
 
 class Terminal:
-    """Lines that stay, and at most one that moves."""
+    """Prints permanent lines, and at most one that is updated in place."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -14,7 +14,7 @@ class Terminal:
         self._last = ""
 
     def waiting(self, what: str) -> None:
-        """What is going on now."""
+        """Show what is in progress."""
         if what == self._last:
             return
         self._last = what
@@ -27,17 +27,17 @@ class Terminal:
             self._moving.start()
 
     def settled(self) -> None:
-        """Nothing is going on that one would wait for."""
+        """Stop showing progress."""
         self._last = ""
         if self._moving:
             self._moving.stop()
             self._moving = None
 
     def say(self, line: str, style: str = "") -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self._console.print(Text(line), style=style, soft_wrap=True)
 
     def quote(self, lines: str) -> None:
-        """The words of a part, set off from ours."""
+        """Print the output of a process, indented."""
         for line in lines.splitlines():
             self._console.print(Text(f"    | {line}"), style="dim", soft_wrap=True)

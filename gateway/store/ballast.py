@@ -1,20 +1,21 @@
 """Disk space set aside next to the database, and released when the disk is full.
 
 On a full disk two things must still work: recording the turns whose replies clients already have, and deleting, which
-is what makes room. So the reserve has two parts: turns may use up the first only.
+frees space. So the reserve has two parts: turns may use up only the first.
 """
 
 import logging
-import os
 import shutil
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 
+from gateway.runtime.disk import allocate
+
 log = logging.getLogger(__name__)
 
 PART_BYTES = 4 * 2**20
-_ROOM = 4 * PART_BYTES  # free bytes from which the parts are made: a small disk must not be filled by the ballast
+_MIN_FREE_BYTES = 4 * PART_BYTES  # with less the parts are not created: the ballast must not fill a small disk
 
 
 class Reserve(IntEnum):
@@ -26,7 +27,7 @@ class Reserve(IntEnum):
 
 
 class Ballast:
-    """Two files of `PART_BYTES`. Several processes may share them: each step is safe to repeat and to race for."""
+    """Two files of `PART_BYTES`. Several processes may share them: each step can be repeated, and raced for."""
 
     def __init__(self, database: Path) -> None:
         self._folder = database.parent
@@ -35,25 +36,30 @@ class Ballast:
         }
 
     @property
-    def whole(self) -> bool:
-        """Whether nothing of it has been given up."""
+    def is_complete(self) -> bool:
+        """Whether both parts are set aside."""
         return all(_size(path) >= PART_BYTES for path in self._paths.values())
 
-    def give_up(self, part: Reserve) -> bool:
+    def release(self, part: Reserve) -> bool:
         """Free the space of a part; return whether there was any."""
         try:
             self._paths[part].unlink()
         except OSError:
             return False
-        log.error("the disk of %s is full: gave up %d bytes that were set aside", self._folder, PART_BYTES)
+        log.error("the disk of %s is full: released %d bytes that were set aside", self._folder, PART_BYTES)
         return True
 
     def restore(self) -> None:
         """Set space aside again, if there is room."""
-        if self.whole or self.free_bytes < _ROOM:
+        if self.is_complete or self.free_bytes < _MIN_FREE_BYTES:
             return
         for path in self._paths.values():
-            _allocate(path)
+            try:
+                allocate(path, PART_BYTES)
+            except OSError as error:
+                log.warning("could not set %d bytes aside in %s: %s", PART_BYTES, path, error.strerror)
+                with suppress(OSError):
+                    path.unlink()
 
     @property
     def free_bytes(self) -> int:
@@ -66,17 +72,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _allocate(path: Path) -> None:
-    """Make a file whose blocks are on the disk, not only promised."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(file, 0, PART_BYTES)
-        finally:
-            os.close(file)
-    except OSError as error:
-        log.warning("could not set %d bytes aside in %s: %s", PART_BYTES, path, error.strerror)
-        with suppress(OSError):
-            path.unlink()

@@ -14,18 +14,18 @@ from gateway.store.types import TurnRecord
 
 log = logging.getLogger(__name__)
 
-# What an answer repeats of its request: long, and the same from answer to answer of a conversation.
+# What a response repeats of its request: long, and mostly the same throughout a conversation.
 _ECHOED = ("instructions", "tools")
 
 
-def record(db: sqlite3.Connection, finished: Sequence[TurnRecord], keep: int) -> None:
-    """Keep the answers of finished turns, and of each tenant the last `keep`.
+def record(db: sqlite3.Connection, records: Sequence[TurnRecord], keep: int) -> None:
+    """Store the responses of turns, and delete all but the last `keep` of each tenant.
 
-    An answer replaces an earlier one of the same id only in the same session: whatever made two ids equal, nobody may
-    take away what another session was answered.
+    A response replaces an earlier one of the same id only in the same session: whatever made two ids equal, no session
+    may overwrite another's response.
     """
-    kept = [(item, item.response) for item in finished if item.response]
-    for item, response in kept:
+    stored = [(item, item.response) for item in records if item.response]
+    for item, response in stored:
         if _is_of_another_session(db, response):
             log.warning(
                 "a response of session %s is not stored: its id %.200r is that of another session's response",
@@ -33,8 +33,8 @@ def record(db: sqlite3.Connection, finished: Sequence[TurnRecord], keep: int) ->
             )  # fmt: skip
             continue
         transcript = transcript_rows.add(db, item.messages) if item.messages else None
-        _add(db, replace(response, transcript=transcript, asked=transcript_rows.add(db, item.asked)))
-    for tenant in {response.tenant for _, response in kept}:
+        _add(db, replace(response, transcript=transcript, request_input=transcript_rows.add(db, item.request_input)))
+    for tenant in {response.tenant for _, response in stored}:
         _drop_oldest(db, tenant, keep)
 
 
@@ -45,19 +45,19 @@ def _is_of_another_session(db: sqlite3.Connection, new: StoredResponse) -> bool:
 
 
 def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
-    delete_response(db, new.tenant, new.id)  # an id that comes again in its session: the later answer was a retry
+    delete_response(db, new.tenant, new.id)  # the same id again in its session: a retry
     answer = orjson.dumps({name: None if name in _ECHOED else value for name, value in new.answer.items()})
     echo = transcript_rows.add_content(db, {name: new.answer[name] for name in _ECHOED if name in new.answer})
     cursor = db.execute(
         """INSERT INTO responses
-        (tenant, id, session_id, lineage, created_at, answer, echo, instructed, transcript, asked)
+        (tenant, id, session_id, lineage, created_at, answer, echo, instructed, transcript, request_input)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
         (
             new.tenant, new.id, new.session_id, new.lineage, new.created_at, answer, echo, new.instructed,
-            new.transcript, new.asked,
+            new.transcript, new.request_input,
         ),
     )  # fmt: skip
-    # An id that another answer's item has stays that item's.
+    # An id that belongs to another response's item stays with it.
     db.executemany(
         "INSERT OR IGNORE INTO response_items VALUES (?, ?, ?)",
         [(new.tenant, item_id, cursor.lastrowid) for item_id in _items(new.answer)],
@@ -65,14 +65,14 @@ def _add(db: sqlite3.Connection, new: StoredResponse) -> None:
 
 
 def _items(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The items of an answer by their ids."""
+    """The items of a response by their ids."""
     output = answer.get("output")
     items = [item for item in output if isinstance(item, dict)] if isinstance(output, list) else []
     return {item["id"]: item for item in items if isinstance(item.get("id"), str)}
 
 
 def response_items(db: sqlite3.Connection, tenant: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return items of kept answers by their ids; those that are not there are left out."""
+    """Return items of stored responses by their ids, without those that do not exist."""
     found: dict[str, dict[str, Any]] = {}
     for item_id in ids:
         if item_id not in found:
@@ -86,23 +86,23 @@ def response_items(db: sqlite3.Connection, tenant: str, ids: Sequence[str]) -> d
 
 
 def response(db: sqlite3.Connection, tenant: str, response_id: str) -> StoredResponse | None:
-    """Return a kept answer, or None."""
+    """Return a stored response, or None."""
     row = db.execute(
-        """SELECT session_id, lineage, created_at, answer, body, instructed, transcript, asked
+        """SELECT session_id, lineage, created_at, answer, body, instructed, transcript, request_input
         FROM responses JOIN contents ON contents.id = echo WHERE tenant = ? AND responses.id = ?""",
         (tenant, response_id),
     ).fetchone()
     if row is None:
         return None
-    session_id, lineage, created_at, answer, echo, instructed, transcript, asked = row
-    whole: Mapping[str, Any] = {**orjson.loads(answer), **orjson.loads(echo)}
+    session_id, lineage, created_at, answer, echo, instructed, transcript, request_input = row
+    full: Mapping[str, Any] = {**orjson.loads(answer), **orjson.loads(echo)}
     return StoredResponse(
-        tenant, response_id, session_id, lineage, created_at, whole, bool(instructed), transcript, asked
+        tenant, response_id, session_id, lineage, created_at, full, bool(instructed), transcript, request_input
     )
 
 
 def delete_response(db: sqlite3.Connection, tenant: str, response_id: str) -> bool:
-    """Delete a kept answer; False if there is none. Answers that go on from it stay."""
+    """Delete a stored response; False if there is none. Responses that continue it stay."""
     return _delete(db, db.execute("SELECT number FROM responses WHERE tenant = ? AND id = ?", (tenant, response_id)))
 
 
@@ -116,13 +116,15 @@ def _drop_oldest(db: sqlite3.Connection, tenant: str, keep: int) -> None:
 
 
 def _delete(db: sqlite3.Connection, numbers: Iterable[tuple[int]]) -> bool:
-    """Delete answers, and what nothing but them held."""
-    gone = [
-        db.execute("DELETE FROM responses WHERE number = ? RETURNING transcript, asked, echo", number).fetchone()
+    """Delete responses, and what only they referred to."""
+    deleted = [
+        db.execute(
+            "DELETE FROM responses WHERE number = ? RETURNING transcript, request_input, echo", number
+        ).fetchone()
         for number in list(numbers)
     ]
-    for transcript, asked, echo in gone:
+    for transcript, request_input, echo in deleted:
         transcript_rows.release(db, transcript)
-        transcript_rows.release(db, asked)
+        transcript_rows.release(db, request_input)
         transcript_rows.release_content(db, echo)
-    return bool(gone)
+    return bool(deleted)

@@ -5,20 +5,10 @@ and windows that share a beginning share its rows, and a transcript is named by 
 """
 
 import sqlite3
-from collections.abc import Callable
 
 from gateway.errors import StartError
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
-
-
-@MIGRATIONS.append
-def m001_sessions_turns_transcripts_windows(db: sqlite3.Connection) -> None:
-    """The first schema."""
-    for statement in _M001:
-        db.execute(statement)
-
-
+# The first schema.
 _M001 = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "INSERT INTO meta VALUES ('store_id', lower(hex(randomblob(6))))",
@@ -70,14 +60,7 @@ _M001 = (
     ) WITHOUT ROWID""",
 )
 
-
-@MIGRATIONS.append
-def m002_identity(db: sqlite3.Connection) -> None:
-    """How sessions are recognised, and what is needed to delete a transcript link by link."""
-    for statement in _M002:
-        db.execute(statement)
-
-
+# How sessions are recognised, and what is needed to delete a transcript link by link.
 _M002 = (
     "ALTER TABLE sessions ADD COLUMN source TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE sessions ADD COLUMN parent TEXT",
@@ -108,14 +91,7 @@ _M002 = (
     "CREATE INDEX windows_by_frame ON windows (frame)",
 )
 
-
-@MIGRATIONS.append
-def m003_responses(db: sqlite3.Connection) -> None:
-    """Answers kept by their ids. What an answer repeats of its request (`echo`) is shared with other answers."""
-    for statement in _M003:
-        db.execute(statement)
-
-
+# Stored responses. What a response repeats of its request (`echo`) is shared with other responses.
 _M003 = (
     """CREATE TABLE responses (
         number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, id TEXT NOT NULL, session_id TEXT NOT NULL,
@@ -130,25 +106,15 @@ _M003 = (
     "CREATE INDEX responses_by_echo ON responses (echo)",
 )
 
+# Aliases of the last reply of each session.
+_M004 = (
+    """CREATE TABLE ends (
+        tenant TEXT NOT NULL, link BLOB NOT NULL, session_id TEXT NOT NULL, PRIMARY KEY (tenant, link, session_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX ends_by_session ON ends (tenant, session_id)",
+)
 
-@MIGRATIONS.append
-def m004_ends(db: sqlite3.Connection) -> None:
-    """Other names of the last reply of each session, see `gateway.records.Trace`."""
-    db.execute(
-        """CREATE TABLE ends (
-            tenant TEXT NOT NULL, link BLOB NOT NULL, session_id TEXT NOT NULL, PRIMARY KEY (tenant, link, session_id)
-        ) WITHOUT ROWID"""
-    )
-    db.execute("CREATE INDEX ends_by_session ON ends (tenant, session_id)")
-
-
-@MIGRATIONS.append
-def m005_salts(db: sqlite3.Connection) -> None:
-    """Under which salts a session's turns ran, and which salts somebody has let go of, so that their KV can go."""
-    for statement in _M005:
-        db.execute(statement)
-
-
+# The salts that a session's turns ran under, and the orphaned ones, so that their KV can be deleted.
 _M005 = (
     """CREATE TABLE session_salts (
         salt TEXT NOT NULL, tenant TEXT NOT NULL, session_id TEXT NOT NULL, PRIMARY KEY (salt, tenant, session_id)
@@ -162,14 +128,7 @@ _M005 = (
     "CREATE INDEX windows_by_expiry ON windows (expires_at)",
 )
 
-
-@MIGRATIONS.append
-def m006_automatic_freezes(db: sqlite3.Connection) -> None:
-    """Who freezes which session by itself, and which windows came from that."""
-    for statement in _M006:
-        db.execute(statement)
-
-
+# Who is freezing which session automatically, and which windows were made that way.
 _M006 = (
     """CREATE TABLE auto_freezes (
         tenant TEXT NOT NULL, session_id TEXT NOT NULL, claimed_until REAL NOT NULL DEFAULT 0,
@@ -186,14 +145,7 @@ _M006 = (
     "CREATE INDEX sessions_unfrozen ON sessions (last_active_at, tenant, id) WHERE state = 'active'",
 )
 
-
-@MIGRATIONS.append
-def m007_pins_of_isolated_clones(db: sqlite3.Connection) -> None:
-    """Under which salt the pins of a window go: an isolated clone has its source's, no object has to be named anew."""
-    for statement in _M007:
-        db.execute(statement)
-
-
+# The salt of a window's pins: an isolated clone uses its source's, so that no object has to be renamed.
 _M007 = (
     "ALTER TABLE windows ADD COLUMN pin_salt TEXT NOT NULL DEFAULT ''",
     "UPDATE windows SET pin_salt = salt",
@@ -201,14 +153,7 @@ _M007 = (
     "CREATE INDEX windows_by_session ON windows (tenant, session_id, created_at)",
 )
 
-
-@MIGRATIONS.append
-def m008_successors(db: sqlite3.Connection) -> None:
-    """In which session a conversation goes on whose context was full."""
-    for statement in _M008:
-        db.execute(statement)
-
-
+# The session that continues a conversation whose context was full.
 _M008 = (
     "ALTER TABLE sessions ADD COLUMN successor TEXT",
     """CREATE TABLE successions (
@@ -219,14 +164,7 @@ _M008 = (
     "CREATE INDEX sessions_by_successor ON sessions (tenant, successor) WHERE successor IS NOT NULL",
 )
 
-
-@MIGRATIONS.append
-def m009_indexes_that_sort(db: sqlite3.Connection) -> None:
-    """A page of the list of windows from an index alone, in the order in which it is asked for most."""
-    for statement in _M009:
-        db.execute(statement)
-
-
+# Indexes that give a page of the list of windows in the most common orders without sorting.
 _M009 = (
     "DROP INDEX windows_by_creation",
     "CREATE INDEX windows_by_creation ON windows (tenant, created_at DESC, name)",
@@ -234,14 +172,7 @@ _M009 = (
     "CREATE INDEX windows_by_size ON windows (tenant, size_bytes DESC, name)",
 )
 
-
-@MIGRATIONS.append
-def m010_numbered_objects(db: sqlite3.Connection) -> None:
-    """Manifests name their objects by number: a key is long, and a large window has thousands of them to look up."""
-    for statement in _M010:
-        db.execute(statement)
-
-
+# Manifests refer to objects by number: a key is long, and a large window has thousands to look up.
 _M010 = (
     "ALTER TABLE objects RENAME TO keyed_objects",
     "ALTER TABLE manifest_objects RENAME TO keyed_manifest_objects",
@@ -262,18 +193,8 @@ _M010 = (
     "CREATE INDEX manifest_objects_by_object ON manifest_objects (object)",
 )
 
-
-@MIGRATIONS.append
-def m011_rows_that_are_large(db: sqlite3.Connection) -> None:
-    """Messages and token ids as rows with a number.
-
-    Without one they lie in the tree of their keys, where SQLite reads the whole of each row it passes by: the megabyte
-    of token ids of a large window, for each of its thousand objects.
-    """
-    for statement in _M011:
-        db.execute(statement)
-
-
+# Messages and token ids in rowid tables. In a table without rowids SQLite reads the whole of each row that it passes:
+# the megabyte of token ids of a large window, for each of its thousand objects.
 _M011 = (
     "CREATE TABLE numbered_contents (id BLOB NOT NULL UNIQUE, body BLOB NOT NULL)",
     "INSERT INTO numbered_contents SELECT id, body FROM contents",
@@ -285,17 +206,8 @@ _M011 = (
     "ALTER TABLE numbered_manifests RENAME TO manifests",
 )
 
-
-@MIGRATIONS.append
-def m012_names_of_all_replies(db: sqlite3.Connection) -> None:
-    """Further names of each reply, not of the last alone; `tip` is that reply, `marks` what its name leaves out.
-
-    The names made until now left out something else: a conversation is known by its prefix until its next turn.
-    """
-    for statement in _M012:
-        db.execute(statement)
-
-
+# Aliases of every reply, not only of the last; `tip` is that reply, `marks` what the alias leaves out. Older aliases
+# left out something else and are dropped: such a conversation is matched by its prefix until its next turn.
 _M012 = (
     "DROP TABLE ends",
     """CREATE TABLE ends (
@@ -305,14 +217,7 @@ _M012 = (
     "CREATE INDEX ends_by_session ON ends (tenant, session_id)",
 )
 
-
-@MIGRATIONS.append
-def m013_windows_have_text(db: sqlite3.Connection) -> None:
-    """No window is added without its text, and none loses it; whatever the code above does."""
-    for statement in _M013:
-        db.execute(statement)
-
-
+# No window is added without its text, and none loses it, whatever the code does.
 _M013 = (
     """CREATE TRIGGER windows_begin_with_text BEFORE INSERT ON windows
     WHEN NOT EXISTS (SELECT 1 FROM links WHERE id = NEW.transcript)
@@ -323,17 +228,8 @@ _M013 = (
     BEGIN SELECT RAISE(ABORT, 'the text of a window was to be deleted'); END""",
 )
 
-
-@MIGRATIONS.append
-def m014_one_row_for_each_reply(db: sqlite3.Connection) -> None:
-    """A reply's names as one row that is looked for by the beginning of its key, see `gateway.records.Alias`.
-
-    The names made until now are hashes of all of that: a conversation is known by its prefix until its next turn.
-    """
-    for statement in _M014:
-        db.execute(statement)
-
-
+# One row for each reply's aliases, found by the beginning of its key (`gateway.records.Alias`). The older ones are
+# hashes of all of that and are dropped: such a conversation is matched by its prefix until its next turn.
 _M014 = (
     "DROP TABLE ends",
     """CREATE TABLE ends (
@@ -344,14 +240,7 @@ _M014 = (
     "CREATE INDEX ends_by_session ON ends (tenant, session_id)",
 )
 
-
-@MIGRATIONS.append
-def m015_items_of_responses(db: sqlite3.Connection) -> None:
-    """Which kept answer an item is of: clients name what they were answered by the ids of the items."""
-    for statement in _M015:
-        db.execute(statement)
-
-
+# Which stored response an item is part of: clients refer to earlier output by item id.
 _M015 = (
     """CREATE TABLE response_items (
         tenant TEXT NOT NULL, id TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (tenant, id)
@@ -365,13 +254,29 @@ _M015 = (
     BEGIN DELETE FROM response_items WHERE number = OLD.number; END""",
 )
 
+# The names that the code has for them.
+_M016 = (
+    "ALTER TABLE sessions RENAME COLUMN head TO first_message_hash",
+    "ALTER TABLE sessions RENAME COLUMN asked TO last_request_hash",
+    "ALTER TABLE sessions RENAME COLUMN tip TO last_reply_hash",
+    "ALTER TABLE responses RENAME COLUMN asked TO request_input",
+    "ALTER TABLE beginnings RENAME TO session_prefixes",
+    "ALTER TABLE ends RENAME COLUMN tip TO reply_hash",
+    "ALTER TABLE ends RENAME TO reply_aliases",
+    "ALTER TABLE loose_salts RENAME TO orphaned_salts",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
+)  # fmt: skip
+
 
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, each step in a transaction of its own; foreign keys are enforced from then on.
 
     Raises StartError when the database was written by a newer gateway.
     """
-    # While they are, no table can be made anew that others refer to (sqlite.org/lang_altertable.html, section 7).
+    # While they are, no table can be replaced that others refer to (sqlite.org/lang_altertable.html, section 7).
     db.execute("PRAGMA foreign_keys = OFF")
     while _step(db):
         pass
@@ -379,14 +284,15 @@ def migrate(db: sqlite3.Connection) -> None:
 
 
 def _step(db: sqlite3.Connection) -> bool:
-    """Do the next step, if there is one left."""
+    """Run the next migration, if there is one; return whether there was."""
     db.execute("BEGIN IMMEDIATE")  # before the version is read: another worker may be migrating
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > len(MIGRATIONS):
         db.execute("ROLLBACK")
         raise StartError(f"the store has schema {version}, this gateway knows {len(MIGRATIONS)}: use a newer gateway")
     if version < len(MIGRATIONS):
-        MIGRATIONS[version](db)
+        for statement in MIGRATIONS[version]:
+            db.execute(statement)
         db.execute(f"PRAGMA user_version = {version + 1}")
     db.execute("COMMIT")
     return version < len(MIGRATIONS)

@@ -1,24 +1,25 @@
-"""The SQL of sessions and their turns: plain functions that take a connection. The caller owns the transaction."""
+"""The SQL of sessions and their turns. The caller owns the transaction."""
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
-from gateway.records import Alias, Known, Session, SessionState, Turn, Usage
+from gateway.records import Alias, AliasMatch, Session, SessionState, Turn, Usage
 from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
+from gateway.store.sql import batches, marks
 from gateway.store.types import TurnRecord
 
-T = TypeVar("T")
 _SESSION_COLUMNS = tuple(f.name for f in fields(Session))
 _session_values = attrgetter(*_SESSION_COLUMNS)
-_SESSION = f"SELECT {', '.join(_SESSION_COLUMNS)} FROM sessions"
+_COLUMNS = ", ".join(_SESSION_COLUMNS)
+JOINED_COLUMNS = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
+_SESSION = f"SELECT {_COLUMNS} FROM sessions"
 _TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
 _turn_values = attrgetter(*_TURN_COLUMNS)
-_CANDIDATES = 4  # sessions that share a beginning; the verdict needs to know whether there is more than one
-_NAMESAKES = 32  # replies that share a further name; where there are more, it says nothing
-_VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
+_CANDIDATES = 4  # sessions with the same prefix; the match depends on whether there is more than one
+_ALIASES = 32  # replies with the same alias; if there are more, it identifies nothing
 
 
 def session(db: sqlite3.Connection, tenant: str, session_id: str) -> Session | None:
@@ -31,10 +32,10 @@ def list_sessions(
     db: sqlite3.Connection, tenant: str, *, state: SessionState | None, model: str | None, limit: int, offset: int,
     expired_by: float = 0.0,
 ) -> tuple[list[Session], int]:  # fmt: skip
-    """Return one page of sessions, last active first, and how many there are in all.
+    """Return one page of sessions, last active first, and the total.
 
-    Those that were last active before `expired_by` count as `expired`, whatever they were until then. One whose
-    every request was refused is no conversation, and is left out.
+    Those last active before `expired_by` count as `expired`, whatever their stored state. A session whose every request
+    was refused is left out.
     """
     where, values = (
         """WHERE tenant = ? AND (? IS NULL OR CASE WHEN last_active_at < ? THEN 'expired' ELSE state END = ?)
@@ -50,65 +51,51 @@ def list_sessions(
 
 
 def add_session(db: sqlite3.Connection, new: Session) -> bool:
-    """Add a session; where it stands already, others may go on from there."""
-    added = _insert(db, new)
-    if added and new.tip is not None:
-        db.execute("INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", (new.tenant, new.tip, new.id))
-    if added:
-        salt_rows.use(db, new.tenant, new.id, [new.salt])
-    return added
-
-
-def _insert(db: sqlite3.Connection, new: Session) -> bool:
-    marks = ", ".join("?" * len(_SESSION_COLUMNS))
+    """Add a session, which others may be forked from at once; False if its id is taken."""
     cursor = db.execute(
-        f"INSERT OR IGNORE INTO sessions ({', '.join(_SESSION_COLUMNS)}) VALUES ({marks})", _session_values(new)
+        f"INSERT OR IGNORE INTO sessions ({_COLUMNS}) VALUES ({marks(_SESSION_COLUMNS)})", _session_values(new)
     )
-    return cursor.rowcount == 1
+    if not cursor.rowcount:
+        return False
+    _add_prefixes(db, new.tenant, new.id, new.last_reply_hash)
+    salt_rows.use(db, new.tenant, new.id, [new.salt])
+    return True
 
 
-def add_sessions(db: sqlite3.Connection, new: Sequence[Session]) -> str | None:
-    taken = next((one.id for one in new if session(db, one.tenant, one.id)), None)
-    if taken is None:
-        for one in new:
-            add_session(db, one)
-    return taken
-
-
-def set_frozen(db: sqlite3.Connection, seen: Session, at: float) -> None:
-    """Mark a session frozen, unless it has gone on since it was `seen` or another one has its id."""
+def set_frozen(db: sqlite3.Connection, session: Session, at: float) -> None:
+    """Mark a session frozen, unless it has had a turn since it was read or another session has its id."""
     db.execute(
         """UPDATE sessions SET state = 'frozen', frozen_at = ?
         WHERE tenant = ? AND id = ? AND created_at = ? AND turn_count = ? AND transcript IS ?""",
-        (at, seen.tenant, seen.id, seen.created_at, seen.turn_count, seen.transcript),
+        (at, session.tenant, session.id, session.created_at, session.turn_count, session.transcript),
     )
 
 
 def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, *, idle_since: float | None = None) -> bool:
-    """Delete the session, its turns and its kept answers; False if there is none.
+    """Delete the session, its turns and its stored responses; False if there is none.
 
-    Windows stay, its salts are loose. With `idle_since` only if it was not active since then.
+    Its windows stay, its salts are orphaned. With `idle_since` only if it was not active since then.
     """
-    gone = session(db, tenant, session_id)
-    if idle_since is not None and (gone is None or gone.last_active_at >= idle_since):
+    deleted = session(db, tenant, session_id)
+    if idle_since is not None and (deleted is None or deleted.last_active_at >= idle_since):
         return False
     db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     response_rows.delete_of_session(db, tenant, session_id)
-    if gone is None:
+    if deleted is None:
         return False
-    db.execute("DELETE FROM beginnings WHERE tenant = ? AND session_id = ?", (tenant, session_id))
-    db.execute("DELETE FROM ends WHERE tenant = ? AND session_id = ?", (tenant, session_id))
+    for table in ("session_prefixes", "reply_aliases"):
+        db.execute(f"DELETE FROM {table} WHERE tenant = ? AND session_id = ?", (tenant, session_id))
     db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
-    salt_rows.leave(db, tenant, session_id, gone.lineage)
+    salt_rows.release(db, tenant, session_id, deleted.lineage)
     successor_rows.forget(db, tenant, session_id)
-    transcript_rows.release(db, gone.transcript)
-    transcript_rows.release(db, gone.window_transcript)
-    transcript_rows.release_content(db, gone.frame)
-    response_rows.delete_of_session(db, tenant, session_id)
+    transcript_rows.release(db, deleted.transcript)
+    transcript_rows.release(db, deleted.window_transcript)
+    transcript_rows.release_content(db, deleted.frame)
     return True
 
 
 def forget_idle(db: sqlite3.Connection, keep: int, at_once: int) -> int:
+    """Delete up to `at_once` of the sessions beyond `keep` that have been idle longest; return how many."""
     (count,) = db.execute("SELECT count(*) FROM sessions").fetchone()
     excess = min(at_once, count - keep)
     if excess <= 0:
@@ -127,148 +114,144 @@ def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tupl
 
 
 def lineage_in_use(db: sqlite3.Connection, tenant: str, lineage: str) -> bool:
-    """Whether a session of the lineage is still going on (active or thawed)."""
-    row = db.execute(
-        "SELECT 1 FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') LIMIT 1",
-        (tenant, lineage),
-    ).fetchone()
-    return row is not None
+    """Whether a session of the lineage is active or thawed."""
+    query = "SELECT 1 FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') LIMIT 1"
+    return db.execute(query, (tenant, lineage)).fetchone() is not None
 
 
 def sessions_by_prefix(
     db: sqlite3.Connection, tenant: str, links: Sequence[bytes]
 ) -> tuple[bytes | None, list[Session]]:
-    """Return the first of `links` that is known, and sessions that have been there.
+    """Return the first of `links` that a session has in its prefix chain, and the sessions that have it.
 
-    Those that are there now come first, then those that asked it last, then those that have had a turn (a thawed
-    session is where its window was), then the last active ones.
+    Those whose last reply it is come first, then those whose last request it is, then those that have had a turn (a
+    thawed session has the links of its window), then the last active ones.
     """
-    found = _longest(db, tenant, links)
-    if found is None:
+    longest = _first_known(db, tenant, links)
+    if longest is None:
         return None, []
-    columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
     rows = db.execute(
-        f"""SELECT {columns} FROM beginnings b JOIN sessions s ON s.tenant = b.tenant AND s.id = b.session_id
-        WHERE b.tenant = ?1 AND b.link = ?2
-        ORDER BY s.tip IS ?2 DESC, s.asked IS ?2 DESC, s.turn_count > 0 DESC, s.last_active_at DESC LIMIT ?3""",
-        (tenant, found, _CANDIDATES),
+        f"""SELECT {JOINED_COLUMNS}
+        FROM session_prefixes p JOIN sessions s ON s.tenant = p.tenant AND s.id = p.session_id
+        WHERE p.tenant = ?1 AND p.link = ?2
+        ORDER BY s.last_reply_hash IS ?2 DESC, s.last_request_hash IS ?2 DESC, s.turn_count > 0 DESC,
+            s.last_active_at DESC LIMIT ?3""",
+        (tenant, longest, _CANDIDATES),
     )
-    return found, [Session(*row) for row in rows]
+    return longest, [Session(*row) for row in rows]
 
 
-def sessions_by_reply_alias(db: sqlite3.Connection, tenant: str, names: Sequence[Alias]) -> list[Known]:
-    """Return sessions that have a reply which goes by these names, whatever is left out.
-
-    Where there are many, some of them; those whose last reply it is come first, then the last active ones.
-    """
-    said, alone = names[0], names[-1]
-    before = said if said.history else alone  # see `gateway.sessions.reply_aliases.is_named`
-    columns = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
-    rows = db.execute(
-        f"""SELECT e.link, e.history, e.question, e.marks, e.tip IS s.tip AS current, {columns}
-        FROM (
-            SELECT * FROM (SELECT * FROM ends WHERE tenant = ?1 AND link = ?2 AND history = ?4 AND question = ?5
-                LIMIT ?6)
-            UNION SELECT * FROM (SELECT * FROM ends WHERE tenant = ?1 AND link = ?3 AND history = ?4 LIMIT ?6)
-            UNION SELECT * FROM (SELECT * FROM ends WHERE tenant = ?1 AND link = ?7 LIMIT ?6)
-        ) e JOIN sessions s ON s.tenant = e.tenant AND s.id = e.session_id
-        ORDER BY current DESC, s.last_active_at DESC""",
-        (tenant, said.link, before.link, said.history, said.question, _NAMESAKES, alone.link),
-    )
-    named = len(Alias._fields)
-    return [Known(Session(*row[named + 1 :]), Alias(*row[:named]), bool(row[named])) for row in rows]
-
-
-def _longest(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> bytes | None:
-    """The first of `links` that is known. Nearly always it is among the first three."""
-    for batch in (links[:3], *_batches(links[3:])):
-        marks = ", ".join("?" * len(batch))
-        found = db.execute(
-            f"SELECT DISTINCT link FROM beginnings WHERE tenant = ? AND link IN ({marks})", (tenant, *batch)
-        )
-        known = {link for (link,) in found}
+def _first_known(db: sqlite3.Connection, tenant: str, links: Sequence[bytes]) -> bytes | None:
+    for batch in (links[:3], *batches(links[3:])):  # nearly always it is among the first three
+        query = f"SELECT DISTINCT link FROM session_prefixes WHERE tenant = ? AND link IN ({marks(batch)})"
+        known = {link for (link,) in db.execute(query, (tenant, *batch))}
         if known:
             return next(link for link in batch if link in known)
     return None
 
 
-def record(db: sqlite3.Connection, finished: Sequence[TurnRecord], turns_kept: int) -> None:
+def sessions_by_reply_alias(db: sqlite3.Connection, tenant: str, aliases: Sequence[Alias]) -> list[AliasMatch]:
+    """Return sessions that have a reply with one of these aliases, the most specific first and the reply's own last.
+
+    If there are many, only some of them. Those whose last reply it is come first, then the last active ones.
+    """
+    full, bare = aliases[0], aliases[-1]
+    by_history = full if full.history else bare  # see `gateway.sessions.reply_aliases.is_named`
+    rows = db.execute(
+        f"""SELECT a.link, a.history, a.question, a.marks, a.reply_hash IS s.last_reply_hash AS current,
+            {JOINED_COLUMNS}
+        FROM (
+            SELECT * FROM (SELECT * FROM reply_aliases
+                WHERE tenant = ?1 AND link = ?2 AND history = ?4 AND question = ?5 LIMIT ?6)
+            UNION SELECT * FROM (SELECT * FROM reply_aliases
+                WHERE tenant = ?1 AND link = ?3 AND history = ?4 LIMIT ?6)
+            UNION SELECT * FROM (SELECT * FROM reply_aliases WHERE tenant = ?1 AND link = ?7 LIMIT ?6)
+        ) a JOIN sessions s ON s.tenant = a.tenant AND s.id = a.session_id
+        ORDER BY current DESC, s.last_active_at DESC""",
+        (tenant, full.link, by_history.link, full.history, full.question, _ALIASES, bare.link),
+    )
+    count = len(Alias._fields)
+    return [AliasMatch(Session(*row[count + 1 :]), Alias(*row[:count]), bool(row[count])) for row in rows]
+
+
+def record(db: sqlite3.Connection, records: Sequence[TurnRecord], turns_kept: int) -> None:
+    """Add turns and move their sessions on, which are created if they are new; keep each session's last turns."""
     by_session: dict[tuple[str, str], list[TurnRecord]] = {}
-    for item in finished:
+    for item in records:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
     for items in by_session.values():
-        is_new = _move_on(db, items)
+        is_new = _advance(db, items)
         for item in items:
             _add_turn(db, item.turn)
-            _add_beginnings(db, item)
+            _add_trace(db, item)
         if not is_new or len(items) > turns_kept:
             _prune_turns(db, items[-1].turn, turns_kept)
 
 
-def _move_on(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> bool:
-    """Bring a session to its last turn whose reply is known; the transcripts between are part of that one or gone.
+def _advance(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> bool:
+    """Move a session on to its last turn with a known reply, whose transcript contains those before or replaces them.
 
-    Tells whether it is new.
+    Returns whether it is new.
     """
     turn = items[0].turn
-    moving = [item for item in items if item.messages is not None]
-    transcript = transcript_rows.add(db, moving[-1].messages or ()) if moving else None
-    frame = transcript_rows.add_content(db, moving[-1].frame) if moving else None
-    values = _seen(items) | (_moved(moving, transcript, frame) if moving else {})
+    replied = [item for item in items if item.messages is not None]
+    transcript = transcript_rows.add(db, replied[-1].messages or ()) if replied else None
+    frame = transcript_rows.add_content(db, replied[-1].frame) if replied else None
+    values = _values_of_turns(items) | (_values_of_replies(replied, transcript, frame) if replied else {})
     query = "SELECT transcript, frame, salt FROM sessions WHERE tenant = ? AND id = ?"
-    held = db.execute(query, (turn.tenant, turn.session_id)).fetchone()
-    if held:
+    row = db.execute(query, (turn.tenant, turn.session_id)).fetchone()
+    if row:
         _update(db, turn, values)
-    else:  # new, or deleted meanwhile: what it held is gone
-        _begin(db, items[0], values)
-    had_transcript, had_frame, had_salt = held or (None, None, "")
-    # One that failed may have left KV too; what the session ran under last is known.
-    salt_rows.use(db, turn.tenant, turn.session_id, {item.salt for item in items} - {had_salt})
-    # What it had is part of what it has, unless the last turn was asked anew.
-    if moving and had_transcript != transcript:
-        transcript_rows.release(db, had_transcript)
-    if moving and had_frame != frame:
-        transcript_rows.release_content(db, had_frame)
-    return held is None
+    else:  # new, or just deleted, with what it had
+        _create(db, items[0], values)
+    old_transcript, old_frame, old_salt = row or (None, None, "")
+    # A turn that failed may have left KV too. The salt of the session's last turn is recorded already.
+    salt_rows.use(db, turn.tenant, turn.session_id, {item.salt for item in items} - {old_salt})
+    # The old transcript is part of the new one, unless the last turn was retried.
+    if replied and old_transcript != transcript:
+        transcript_rows.release(db, old_transcript)
+    if replied and old_frame != frame:
+        transcript_rows.release_content(db, old_frame)
+    return row is None
 
 
-def _seen(items: Sequence[TurnRecord]) -> dict[str, Any]:
-    """What a session's row is to say after turns, whether or not their replies are known."""
+def _values_of_turns(items: Sequence[TurnRecord]) -> dict[str, Any]:
+    """What any turns change in their session's row."""
     last = items[-1]
     return {
         "last_active_at": max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items),
-        "head": next((item.trace.head for item in items if item.trace.head), None),
-        "asked": last.trace.asked or None,
+        "first_message_hash": next((i.trace.first_message_hash for i in items if i.trace.first_message_hash), None),
+        "last_request_hash": last.trace.request_hash or None,
         "answered": last.messages is not None,
     }
 
 
-def _moved(moving: Sequence[TurnRecord], transcript: bytes | None, frame: bytes | None) -> dict[str, Any]:
-    """What a session's row is to say besides after turns whose replies are known."""
-    last = moving[-1]
+def _values_of_replies(replied: Sequence[TurnRecord], transcript: bytes | None, frame: bytes | None) -> dict[str, Any]:
+    """What turns with a known reply change besides."""
+    last = replied[-1]
     turn, usage = last.turn, last.turn.usage
     return {
-        "turn_count": len(moving), "state": "active", "model": turn.model, "fingerprint": last.fingerprint,
+        "turn_count": len(replied), "state": "active", "model": turn.model, "fingerprint": last.fingerprint,
         "salt": last.salt, "token_count": usage.prompt + usage.completion if usage else None,
         "prompt_tokens": usage.prompt if usage else None, "transcript": transcript, "frame": frame,
-        "tip": last.trace.tip, "engine": turn.engine, "normalised": last.normalised,
+        "last_reply_hash": last.trace.reply_hash, "engine": turn.engine, "normalised": last.normalised,
     }  # fmt: skip
 
 
-def _begin(db: sqlite3.Connection, first: TurnRecord, values: Mapping[str, Any]) -> None:
-    turn, began = first.turn, first.session
-    known = {"model": turn.model} | {name: value for name, value in values.items() if value is not None}
+def _create(db: sqlite3.Connection, first: TurnRecord, values: Mapping[str, Any]) -> None:
+    turn, session = first.turn, first.session
+    initial = {"model": turn.model} | {name: value for name, value in values.items() if value is not None}
     new = Session(
-        turn.tenant, turn.session_id, began.lineage, source=began.source, parent=began.parent,
-        created_at=turn.started_at, **known,
+        turn.tenant, turn.session_id, session.lineage, source=session.source, parent=session.parent,
+        created_at=turn.started_at, **initial,
     )  # fmt: skip
-    _insert(db, new)
+    add_session(db, new)
 
 
-# How a value comes into a row that is there; others take the place of what it has.
+# How a value changes an existing row; any other replaces what is there.
 _COMBINED = {
     "last_active_at": "max(last_active_at, ?)",
-    "head": "coalesce(head, ?)",
+    "first_message_hash": "coalesce(first_message_hash, ?)",
     "turn_count": "turn_count + ?",
     "token_count": "coalesce(?, token_count)",
     "prompt_tokens": "coalesce(?, prompt_tokens)",
@@ -282,28 +265,29 @@ def _update(db: sqlite3.Connection, turn: Turn, values: Mapping[str, Any]) -> No
     )
 
 
-def _add_beginnings(db: sqlite3.Connection, item: TurnRecord) -> None:
-    links = [link for link in (item.trace.asked, item.trace.tip) if link]
-    turn = item.turn
+def _add_trace(db: sqlite3.Connection, item: TurnRecord) -> None:
+    turn, trace = item.turn, item.trace
+    _add_prefixes(db, turn.tenant, turn.session_id, trace.request_hash, trace.reply_hash)
+    # If the alias exists, the turn is a retry.
     db.executemany(
-        "INSERT OR IGNORE INTO beginnings VALUES (?, ?, ?)", [(turn.tenant, link, turn.session_id) for link in links]
+        """INSERT INTO reply_aliases VALUES (?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT DO UPDATE SET reply_hash = excluded.reply_hash, marks = excluded.marks""",
+        [(turn.tenant, *alias[:3], turn.session_id, trace.reply_hash, alias.marks) for alias in trace.aliases],
     )
-    # The same name again: the turn was asked anew.
-    db.executemany(
-        """INSERT INTO ends VALUES (?, ?, ?, ?, ?, ?, ?)
-        ON CONFLICT DO UPDATE SET tip = excluded.tip, marks = excluded.marks""",
-        [(turn.tenant, *name[:3], turn.session_id, item.trace.tip, name.marks) for name in item.trace.ends],
-    )
+
+
+def _add_prefixes(db: sqlite3.Connection, tenant: str, session_id: str, *links: bytes | None) -> None:
+    rows = [(tenant, link, session_id) for link in links if link]
+    db.executemany("INSERT OR IGNORE INTO session_prefixes VALUES (?, ?, ?)", rows)
 
 
 def _add_turn(db: sqlite3.Connection, turn: Turn) -> None:
     usage = turn.usage
-    counts = (usage.prompt, usage.completion, usage.cached) if usage else (None, None, None)
-    marks = ", ".join("?" * (len(_TURN_COLUMNS) + len(counts)))
+    values = (*_turn_values(turn), *((usage.prompt, usage.completion, usage.cached) if usage else (None, None, None)))
     db.execute(
         f"""INSERT INTO turns ({", ".join(_TURN_COLUMNS)}, prompt_tokens, completion_tokens, cached_tokens)
-        VALUES ({marks})""",
-        (*_turn_values(turn), *counts),
+        VALUES ({marks(values)})""",
+        values,
     )
 
 
@@ -317,7 +301,7 @@ def _prune_turns(db: sqlite3.Connection, turn: Turn, keep: int) -> None:
 
 def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> list[Turn]:
     """Return the last turns, newest first."""
-    found = db.execute(
+    rows = db.execute(
         f"""SELECT prompt_tokens, completion_tokens, cached_tokens, {", ".join(_TURN_COLUMNS)}
         FROM turns WHERE tenant = ? AND session_id = ? ORDER BY id DESC LIMIT ?""",
         (tenant, session_id, limit),
@@ -327,16 +311,12 @@ def turns(db: sqlite3.Connection, tenant: str, session_id: str, limit: int) -> l
             **dict(zip(_TURN_COLUMNS, rest, strict=True)),
             usage=None if prompt is None else Usage(prompt, completion, cached),
         )
-        for prompt, completion, cached, *rest in found
+        for prompt, completion, cached, *rest in rows
     ]
 
 
-def _batches(values: Sequence[T]) -> Iterable[Sequence[T]]:
-    return (values[i : i + _VARIABLES] for i in range(0, len(values), _VARIABLES))
-
-
 def newest(db: sqlite3.Connection) -> float | None:
-    """Return when the newest record of a session or window was made, None where there is none."""
+    """Return when the newest session or window was recorded, None if there is none."""
     (at,) = db.execute(
         "SELECT max(at) FROM (SELECT max(last_active_at) AS at FROM sessions UNION SELECT max(created_at) FROM windows)"
     ).fetchone()

@@ -1,12 +1,13 @@
-"""The store on SQLite in WAL mode: one writer thread, one reader thread, and an inline read for the request path.
+"""The store on SQLite in WAL mode: one writer thread, one reader thread, and inline reads for the request path.
 
-The reads that a request waits for (`gateway.store.database.point_read`) are point reads from pages that SQLite has
-cached: some ten microseconds, less than handing them to a thread would cost. Everything else runs in a thread of its
-own; `gateway.store.writer` is the one that writes.
+The reads that a request waits for (`gateway.store.database.point_read`) are point reads of pages that SQLite has
+cached: some ten microseconds, less than it costs to hand them to a thread. `gateway.store.writer` is the thread that
+writes.
 """
 
 import asyncio
 import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,16 @@ from typing import TypeVar
 
 from gateway.errors import StartError
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
-from gateway.store.connect import connect
-from gateway.store.damage import REMEDY, is_damage
 from gateway.store.database import Work
-from gateway.store.failures import read_failure
+from gateway.store.failures import RESCUE, is_damage, primary_code, read_failure
 from gateway.store.schema import migrate
 from gateway.store.store import Store
 from gateway.store.writer import Writer
 
 T = TypeVar("T")
+_BUSY_S = 10.0  # another worker's transaction is milliseconds; this is for a disk that stalls
+_BUSY_POLL_S = 0.01
+_CACHE_KIB = 16 * 1024  # of pages, for each connection: the objects of a large window lie all over their table
 
 
 class SqliteStore(Store):
@@ -33,7 +35,7 @@ class SqliteStore(Store):
         self._path = path
         self._ballast = Ballast(path)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
-        self._writer = Writer(path, partial(connect, path), self._ballast)
+        self._writer = Writer(path, partial(_connect, path), self._ballast)
         self.store_id = ""
 
     async def __aenter__(self) -> "SqliteStore":
@@ -48,29 +50,29 @@ class SqliteStore(Store):
         return self
 
     def _open_on_any_disk(self) -> None:
-        """Open it; where the disk is full, use up what was set aside for that, part by part."""
+        """Open it; if the disk is full, release the space set aside for that, part by part."""
         for part in (Reserve.TURNS, Reserve.DELETIONS):
             try:
                 return self._open()
             except (OSError, sqlite3.DatabaseError):
-                if not (self._no_room() and self._ballast.give_up(part)):
+                if not (self._is_disk_full() and self._ballast.release(part)):
                     raise
         return self._open()
 
     def _remedy(self, error: Exception) -> str:
         if is_damage(error):
-            return f"; {REMEDY}"
-        return f"; its disk is full: free {2 * PART_BYTES >> 20} MiB there" if self._no_room() else ""
+            return f"; {RESCUE}"
+        return f"; its disk is full: free {2 * PART_BYTES >> 20} MiB there" if self._is_disk_full() else ""
 
-    def _no_room(self) -> bool:
+    def _is_disk_full(self) -> bool:
         return self._path.parent.is_dir() and self._ballast.free_bytes < PART_BYTES // 4
 
     def _open(self) -> None:
         self._path.touch(mode=0o600)
-        self._inline = connect(self._path)
+        self._inline = _connect(self._path)
         migrate(self._inline)
         (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
-        self._slow = connect(self._path)
+        self._slow = _connect(self._path)
 
     async def __aexit__(self, *_: object) -> None:
         await self._writer.stop()
@@ -83,7 +85,7 @@ class SqliteStore(Store):
         await super().check()
         await asyncio.to_thread(self._ballast.restore)
 
-    def run_inline(self, work: Work[T]) -> T:
+    async def run_inline(self, work: Work[T]) -> T:
         """See `Database.run_inline`."""
         try:
             return work(self._inline)
@@ -93,7 +95,7 @@ class SqliteStore(Store):
     async def run_read(self, work: Work[T]) -> T:
         """See `Database.run_read`."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._reader, _whole, self._slow, work)
+            return await asyncio.get_running_loop().run_in_executor(self._reader, _read, self._slow, work)
         except sqlite3.DatabaseError as error:
             raise read_failure(self._path, error) from error
 
@@ -102,10 +104,35 @@ class SqliteStore(Store):
         return await self._writer.write(work, reserve)
 
 
-def _whole(db: sqlite3.Connection, work: Work[T]) -> T:
-    """All that a call reads it reads from one moment, however many statements that takes."""
-    db.execute("BEGIN")
+def _read(db: sqlite3.Connection, work: Work[T]) -> T:
+    db.execute("BEGIN")  # one snapshot, however many statements the work takes
     try:
         return work(db)
     finally:
         db.execute("ROLLBACK")  # there is nothing to commit, and of a damaged file a COMMIT fails
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open a connection; any thread may use it. Raises sqlite3.DatabaseError."""
+    # Python's own transaction handling is off: every BEGIN and COMMIT is written here.
+    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    _use_wal(db)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    # FULL syncs the log at each commit, off the request path: a window that was committed survives a power cut.
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch to WAL. If two open a new file at once, SQLite refuses one of them without waiting for the other."""
+    end = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(_BUSY_POLL_S)
+        else:
+            return

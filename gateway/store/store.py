@@ -1,7 +1,7 @@
-"""What the gateway asks of its store. Every call is atomic in itself; its SQL and its docstring are in `*_rows.py`.
+"""The operations of the store. Each is atomic; its SQL and its docstring are in `*_rows.py`.
 
-Sessions and windows are named inside a tenant. A database is a subclass that runs the work (`gateway.store.sqlite`);
-where its SQL has to differ, it replaces that operation.
+Names of sessions and windows are unique within a tenant. A database is a subclass that runs the operations
+(`gateway.store.sqlite`); if its SQL has to differ, it overrides that operation.
 """
 
 import sqlite3
@@ -13,7 +13,6 @@ from gateway.store import (
     manifest_rows,
     response_rows,
     salt_rows,
-    secret_rows,
     session_rows,
     successor_rows,
     text_rows,
@@ -22,13 +21,14 @@ from gateway.store import (
 )
 from gateway.store.ballast import Reserve
 from gateway.store.database import Database, delete, point_read, read, write
+from gateway.store.sql import set_meta
 from gateway.store.types import TurnRecord
 
-_FORGOTTEN_AT_ONCE = 50  # sessions; a finished turn may wait that long for the writer
+_FORGET_BATCH = 50  # sessions; finished turns wait for the writer meanwhile
 
 
 class Store(Database):
-    """The operations. Of each session it keeps the last `turns_kept`, of each tenant the last `responses_kept`."""
+    """The operations. Keeps the last `turns_kept` of each session, and the last `responses_kept` of each tenant."""
 
     def __init__(self, *, turns_kept: int, responses_kept: int) -> None:
         self._turns_kept = turns_kept
@@ -45,31 +45,30 @@ class Store(Database):
     newest = read(session_rows.newest)
     turns = read(session_rows.turns)
     snapshot = read(text_rows.snapshot)
-    add_session = write(text_rows.add_session)
     add_sessions = write(text_rows.add_sessions)
     delete_session = delete(session_rows.delete_session)
     succeed = write(text_rows.succeed)
     successions = read(successor_rows.successions)
 
-    async def record(self, finished: Sequence[TurnRecord], *, last: bool = False) -> None:
-        """Record finished turns; each makes its session if it is new and moves its transcript on.
+    async def record(self, records: Sequence[TurnRecord], *, last: bool = False) -> None:
+        """Record finished turns; each creates its session if it is new, and extends its transcript.
 
-        On a full disk turns use up a part of what is set aside for that, the `last` ones all of it. Raises
-        StoreUnavailable: the same turns can be recorded later.
+        On a full disk turns use up part of the space set aside, the `last` ones all of it. Raises StoreUnavailable: the
+        same turns can be recorded later.
         """
 
         def work(db: sqlite3.Connection) -> None:
-            session_rows.record(db, finished, self._turns_kept)
-            response_rows.record(db, finished, self._responses_kept)
+            session_rows.record(db, records, self._turns_kept)
+            response_rows.record(db, records, self._responses_kept)
 
         await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS)
 
     async def forget_idle(self, keep: int) -> int:
-        """Delete the sessions that were idle longest beyond `keep`; return how many."""
-        forgotten = 0
-        while some := await self._forget_some(keep, _FORGOTTEN_AT_ONCE):
-            forgotten += some
-        return forgotten
+        """Delete the sessions beyond `keep` that have been idle longest; return how many."""
+        total = 0
+        while count := await self._forget_some(keep, _FORGET_BATCH):
+            total += count
+        return total
 
     _forget_some = delete(session_rows.forget_idle)
 
@@ -82,8 +81,8 @@ class Store(Database):
     mark_orphaned = delete(salt_rows.mark_orphaned)
     note_salts = write(salt_rows.note_salts)
     clear_orphan = delete(salt_rows.clear_orphan)
-    known_secret = read(secret_rows.known_secret)
-    remember_secret = write(secret_rows.remember_secret)
+    known_secret = read(salt_rows.known_secret)
+    remember_secret = write(salt_rows.remember_secret)
 
     # Transcripts and stored responses.
 
@@ -96,7 +95,7 @@ class Store(Database):
     # Windows.
 
     window = point_read(window_rows.window)
-    check_there = point_read(text_rows.check_there)
+    check_exists = point_read(text_rows.check_exists)
     list_windows = read(window_rows.list_windows)
     lineage = read(window_rows.lineage)
     text = read(text_rows.text)
@@ -134,10 +133,6 @@ class Store(Database):
     # The store itself.
 
     async def check(self) -> None:
-        """Write something. Raises StoreUnavailable where that cannot be done."""
-        await self.run_write(_touch)
-
-
-def _touch(db: sqlite3.Connection) -> None:
-    # The value has to be another each time: SQLite writes no page that would stay as it is.
-    db.execute("INSERT OR REPLACE INTO meta VALUES ('checked_at', ?)", (str(time.time_ns()),))
+        """Write something. Raises StoreUnavailable if that fails."""
+        # A different value each time: SQLite writes no page that does not change.
+        await self.run_write(lambda db: set_meta(db, "checked_at", str(time.time_ns())))

@@ -1,4 +1,4 @@
-"""The SQL of successors after a context overflow, and what was left out. The caller owns the transaction."""
+"""The SQL of sessions that continue one whose context was full. The caller owns the transaction."""
 
 import sqlite3
 
@@ -8,7 +8,7 @@ _COLUMNS = "tenant, session_id, successor, window, dropped, link"
 
 
 def successor(db: sqlite3.Connection, step: Succession) -> Succession | None:
-    """The successor that a session has already."""
+    """Return the step to the successor that a session has already, or None."""
     return _step(db, "session_id", step.tenant, step.session_id)
 
 
@@ -24,7 +24,7 @@ def add(db: sqlite3.Connection, step: Succession) -> None:
 
 
 def successions(db: sqlite3.Connection, tenant: str, session_id: str) -> list[Succession]:
-    """Return all steps from session to successor of the conversation that a session is part of, in their order."""
+    """Return all steps from session to successor of the conversation that a session is part of, in order."""
     before, at = [], session_id
     while step := _step(db, "successor", tenant, at):
         before.append(step)
@@ -37,7 +37,7 @@ def successions(db: sqlite3.Connection, tenant: str, session_id: str) -> list[Su
 
 
 def forget(db: sqlite3.Connection, tenant: str, session_id: str) -> None:
-    """A session goes: who came before it goes on by itself again."""
+    """Remove a deleted session from its conversation: the session before it has no successor any more."""
     db.execute("UPDATE sessions SET successor = NULL WHERE tenant = ? AND successor = ?", (tenant, session_id))
     for end in ("session_id", "successor"):
         db.execute(f"DELETE FROM successions WHERE tenant = ? AND {end} = ?", (tenant, session_id))

@@ -10,39 +10,39 @@ from blake3 import blake3
 from gateway.records import Message
 
 _ID_BYTES = 16
-# Who may hold a link, and a content: what none of them names is gone.
+# The columns that may refer to a link, and to a content: what none of them refers to is deleted.
 _LINK_HOLDERS = (
     ("links", "parent"),
     ("sessions", "transcript"),
     ("sessions", "window_transcript"),
     ("windows", "transcript"),
     ("responses", "transcript"),
-    ("responses", "asked"),
+    ("responses", "request_input"),
 )
 _CONTENT_HOLDERS = (("links", "content"), ("sessions", "frame"), ("windows", "frame"), ("responses", "echo"))
 
 
 def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
     """Return the messages of a transcript, first to last."""
-    found = db.execute(
+    rows = db.execute(
         """WITH RECURSIVE chain (parent, content, depth) AS (
             SELECT parent, content, depth FROM links WHERE id = ?
             UNION ALL SELECT l.parent, l.content, l.depth FROM links l JOIN chain c ON l.id = c.parent)
         SELECT body FROM chain JOIN contents ON contents.id = chain.content ORDER BY depth""",
         (transcript,),
     )
-    return [orjson.loads(body) for (body,) in found]
+    return [orjson.loads(body) for (body,) in rows]
 
 
 def frame(db: sqlite3.Connection, frame_id: bytes) -> dict[str, Any]:
-    """Return a frame: what besides the messages a prompt is rendered from."""
+    """Return a frame: what a prompt is rendered from besides the messages."""
     row = db.execute("SELECT body FROM contents WHERE id = ?", (frame_id,)).fetchone()
     value: dict[str, Any] = orjson.loads(row[0]) if row else {}
     return value
 
 
-def is_there(db: sqlite3.Connection, transcript: bytes, frame: bytes | None) -> bool:
-    """Whether the store has a transcript's last link, from which the others are never taken, and a frame."""
+def exists(db: sqlite3.Connection, transcript: bytes, frame: bytes | None) -> bool:
+    """Whether the store has a frame, and a transcript's last link, which is never deleted after the others."""
     if db.execute("SELECT 1 FROM links WHERE id = ?", (transcript,)).fetchone() is None:
         return False
     return frame is None or db.execute("SELECT 1 FROM contents WHERE id = ?", (frame,)).fetchone() is not None
@@ -55,8 +55,7 @@ def add_content(db: sqlite3.Connection, value: Mapping[str, object]) -> bytes:
 
 
 def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
-    # The bodies are written once more below rather than kept: most are there already, and a long transcript's would
-    # all be in memory at once.
+    # Bodies are serialised again below rather than kept: most are stored already, and all of them would be in memory.
     chain: list[tuple[bytes, bytes | None, bytes]] = []
     parent: bytes | None = None
     for message in transcript:
@@ -64,11 +63,11 @@ def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
         link = blake3((parent or b"") + content_id).digest(_ID_BYTES)
         chain.append((link, parent, content_id))
         parent = link
-    known = len(chain)
-    # From the end: all but the last turn's messages are there already.
-    while known and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[known - 1][0],)).fetchone():
-        known -= 1
-    for depth, (link, before, content_id) in enumerate(chain[known:], start=known):
+    stored = len(chain)
+    # From the end: all but the last turn's messages are stored already.
+    while stored and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[stored - 1][0],)).fetchone():
+        stored -= 1
+    for depth, (link, before, content_id) in enumerate(chain[stored:], start=stored):
         body = orjson.dumps(transcript[depth])
         db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
         db.execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link, before, content_id, depth))
@@ -76,8 +75,8 @@ def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
 
 
 def release(db: sqlite3.Connection, transcript: bytes | None) -> None:
-    """Delete the links of a transcript from its end, up to the first that something else holds."""
-    while transcript is not None and not _held(db, _LINK_HOLDERS, transcript):
+    """Delete the links of a transcript from its end, up to the first that something else refers to."""
+    while transcript is not None and not _is_referenced(db, _LINK_HOLDERS, transcript):
         row = db.execute("SELECT parent, content FROM links WHERE id = ?", (transcript,)).fetchone()
         if row is None:
             return
@@ -87,12 +86,12 @@ def release(db: sqlite3.Connection, transcript: bytes | None) -> None:
 
 
 def release_content(db: sqlite3.Connection, content_id: bytes | None) -> None:
-    """Delete a content unless something holds it."""
-    if content_id is not None and not _held(db, _CONTENT_HOLDERS, content_id):
+    """Delete a content unless something refers to it."""
+    if content_id is not None and not _is_referenced(db, _CONTENT_HOLDERS, content_id):
         db.execute("DELETE FROM contents WHERE id = ?", (content_id,))
 
 
-def _held(db: sqlite3.Connection, holders: Sequence[tuple[str, str]], name: bytes) -> bool:
+def _is_referenced(db: sqlite3.Connection, holders: Sequence[tuple[str, str]], name: bytes) -> bool:
     return any(
         db.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (name,)).fetchone() for table, column in holders
     )

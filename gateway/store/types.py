@@ -1,22 +1,22 @@
-"""What goes into the store and comes out of it, besides the records."""
+"""What is passed to the store and returned by it, besides the records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.records import (
-    Message,
-    Session,
-    StoredResponse,
-    Trace,
-    Turn,
-    Window,
-)
+from gateway.records import Message, Session, StoredResponse, Trace, Turn, Window
 
 
 class StoreUnavailable(GatewayError):
-    """The store cannot be read or written just now, whatever it is: its disk is full or out of order."""
+    """The store cannot be read or written at the moment: its disk is full or faulty."""
+
+
+SORT_COLUMNS = MappingProxyType(
+    {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
+)
+"""The column that each `WindowQuery.sort_by` sorts by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class WindowQuery:
 
 @dataclass(frozen=True, slots=True)
 class Unfrozen:
-    """A session, and what is known of its automatic freezes.
+    """A session, and the state of its automatic freezes.
 
-    `covered_tokens`: see `policies.contract.Observation`. It is not frozen before `not_before`, for a cool-down or for
-    its `failures` in a row.
+    `covered_tokens`: see `policies.contract.Observation`. It is not frozen before `not_before`, because of a cool-down
+    or of its `failures` in a row.
     """
 
     session: Session
@@ -49,15 +49,12 @@ class Unfrozen:
     failures: int = 0
 
 
-SORT_KEYS = ("name", "created_at", "token_count", "size")
-
-
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """A finished turn on its way into the store. `messages` is None where the transcript does not move on.
+    """A finished turn to be stored. `messages` is None if the transcript stays as it is.
 
-    `session` is what the turn's session was when it began; the store makes it if it is new.
-    `response` is its answer where that is kept by its id, and `asked` what the request brought.
+    `session` is the turn's session as it was when the turn began; the store creates it if it is new.
+    `response` is the turn's response if that is stored by its id, and `request_input` what the request sent.
     """
 
     turn: Turn
@@ -69,12 +66,12 @@ class TurnRecord:
     trace: Trace
     normalised: str = ""
     response: StoredResponse | None = None
-    asked: Sequence[Message] = ()
+    request_input: Sequence[Message] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What was said, and the frame that a prompt is rendered from with it; None where there is no frame."""
+    """A transcript's messages, and the frame that a prompt is rendered from with them, None if there is none."""
 
     messages: Sequence[Message]
     frame: Mapping[str, object] | None = None
@@ -82,9 +79,9 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """What a deleted window has let go of: `pins` that no window holds, and `names` of an isolated clone for LMCache.
+    """What no window holds any more since `window` was deleted: `pins`, and `names` of an isolated clone in LMCache.
 
-    For any other window the names are those of the pins, and `names` is empty. `window` is the one that was deleted.
+    For any other window LMCache has the names of the pins, and `names` is empty.
     """
 
     pins: tuple[ObjectKey, ...] = ()
@@ -94,7 +91,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class OrphanedSalt:
-    """A salt that a session or a window has let go of at `since`; another one may still use it."""
+    """A salt whose session or window was deleted at `since`; another one may still use it."""
 
     salt: str
     tenant: str
@@ -104,7 +101,7 @@ class OrphanedSalt:
 
 @dataclass(frozen=True, slots=True)
 class SaltNote:
-    """A salt that KV is being made under; `session_id` is empty where it is no session's."""
+    """A salt that KV is being computed under; `session_id` is empty if it belongs to no session."""
 
     salt: str
     tenant: str
@@ -114,7 +111,7 @@ class SaltNote:
 
 @dataclass(frozen=True, slots=True)
 class SaltUse:
-    """A salt that sessions of a lineage have turns under, and when one of them was last active."""
+    """A salt of sessions of a lineage, and when one of them was last active."""
 
     salt: str
     tenant: str

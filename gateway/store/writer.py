@@ -1,7 +1,7 @@
-"""The store's one writer: a thread that puts whatever waits into one transaction, each write under a savepoint.
+"""The store's one writer: a thread that puts all waiting writes into one transaction, each under a savepoint.
 
-So a burst of turns costs one commit, and a write that fails costs only itself. When the disk is full, writes that may
-use the reserve (`gateway.store.ballast`) are tried again once it has been given up; all others fail.
+So a burst of turns costs one commit, and a write that fails affects no other. On a full disk, writes that may use the
+reserve (`gateway.store.ballast`) are retried after it has been released; all others fail.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from gateway.store.ballast import Ballast, Reserve
 from gateway.store.database import Work
-from gateway.store.failures import primary, write_failure
+from gateway.store.failures import primary_code, write_failure
 
 T = TypeVar("T")
 _WRITES_PER_COMMIT = 256
@@ -24,7 +24,7 @@ _FULL_BYTES = 2**20  # with less free than this, an I/O error is taken for a ful
 
 class _Write(NamedTuple):
     work: Work[object]
-    done: Future[object]
+    future: Future[object]
     reserve: Reserve
 
 
@@ -43,19 +43,19 @@ class Writer:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Return when everything that waits is written."""
+        """Return when all waiting writes are done."""
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
     async def write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
         """Do `work` in a transaction and return its result. Raises StoreUnavailable, and what `work` raises."""
-        done: Future[T] = Future()
-        self._queue.put(_Write(work, done, reserve))  # type: ignore[arg-type]
-        waiting = asyncio.wrap_future(done)
+        future: Future[T] = Future()
+        self._queue.put(_Write(work, future, reserve))  # type: ignore[arg-type]
+        waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(waiting)
         except asyncio.CancelledError:
-            await asyncio.wait([waiting])  # it will be done: whoever is cancelled holds the lock on its pins until then
+            await asyncio.wait([waiting])  # it will be done: a cancelled caller has to hold its lock on pins until then
             raise
         except sqlite3.DatabaseError as error:
             raise await asyncio.to_thread(write_failure, self._path, error, full=self._is_full(error)) from error
@@ -80,25 +80,25 @@ class Writer:
         for part in (Reserve.TURNS, Reserve.DELETIONS):
             if full is None:
                 return
-            batch = _without(batch, part, full)
-            if batch and self._ballast.give_up(part):
+            batch = _allowed(batch, part, full)
+            if batch and self._ballast.release(part):
                 full = _commit(db, batch, self._is_full)
         if full is not None:
             for write in batch:
-                write.done.set_exception(full)
+                write.future.set_exception(full)
 
     def _is_full(self, error: BaseException) -> bool:
-        code = primary(error)
-        if code == sqlite3.SQLITE_IOERR:  # so SQLite reports a shared-memory file for which there is no room
+        code = primary_code(error)
+        if code == sqlite3.SQLITE_IOERR:  # what SQLite reports if there is no room for its shared-memory file
             return self._ballast.free_bytes < _FULL_BYTES
         return code == sqlite3.SQLITE_FULL
 
 
-def _without(batch: Sequence[_Write], part: Reserve, full: BaseException) -> list[_Write]:
-    """Those of `batch` that may use up a part of the reserve; the others fail."""
+def _allowed(batch: Sequence[_Write], part: Reserve, full: BaseException) -> list[_Write]:
+    """The writes that may use a part of the reserve; the others fail."""
     for write in batch:
         if write.reserve < part:
-            write.done.set_exception(full)
+            write.future.set_exception(full)
     return [write for write in batch if write.reserve >= part]
 
 
@@ -110,9 +110,9 @@ def _commit(
     try:
         db.execute("BEGIN IMMEDIATE")
         for write in batch:
-            results.append(_one(db, write.work, is_full))
+            results.append(_run(db, write.work, is_full))
         db.execute("COMMIT")
-    except BaseException as error:  # noqa: BLE001 - whoever waits gets it; the thread must live on
+    except BaseException as error:  # noqa: BLE001 - its callers get it; the thread must not end
         if db.in_transaction:
             db.execute("ROLLBACK")
         if is_full(error):
@@ -120,13 +120,13 @@ def _commit(
         results = [(None, error)] * len(batch)
     for write, (value, failure) in zip(batch, results, strict=True):
         if failure is None:
-            write.done.set_result(value)
+            write.future.set_result(value)
         else:
-            write.done.set_exception(failure)
+            write.future.set_exception(failure)
     return None
 
 
-def _one(
+def _run(
     db: sqlite3.Connection, work: Work[object], is_full: Callable[[BaseException], bool]
 ) -> tuple[object, BaseException | None]:
     db.execute("SAVEPOINT work")

@@ -56,10 +56,9 @@ async def _by_id(services: Services, turn: TurnContext, client_id: ClientSession
     if client_id.kind == "agent" and not match.is_new and match.session.window != window.name:
         match = await _of_agent(services, turn, match, window)
     if match.is_new:
-        head = match.session.head
         session, _, _ = await thaw(
             services, turn.tenant, window.name, new_session_id=match.session.id, warm="none", source=match.source,
-            head=head,
+            first_message_hash=match.session.first_message_hash,
         )  # fmt: skip
         return SessionMatch(session, match.source, turn.prompt.seed, is_new=True)
     if match.session.window != window.name:
@@ -81,5 +80,8 @@ async def _of_agent(services: Services, turn: TurnContext, match: SessionMatch, 
     session = await services.sessions.open(turn.tenant, branch_id)
     is_new = not session.created_at
     return SessionMatch(
-        replace(session, head=turn.prompt.head) if is_new else session, match.source, match.seed, is_new=is_new
+        replace(session, first_message_hash=turn.prompt.head) if is_new else session,
+        match.source,
+        match.seed,
+        is_new=is_new,
     )

@@ -224,7 +224,7 @@ async def _commit(freezing: _Freezing, window: Window, objects: tuple[PinnedObje
     await check_budget(parts, window.tenant, objects)
     manifest = Manifest(window.manifest, snapshot.ids, objects)
     committed = await parts.store.add_window(
-        window, manifest, snapshot.text, seen=snapshot.session, wanted=freezing.wanted
+        window, manifest, snapshot.text, session=snapshot.session, wanted=freezing.wanted
     )
     if committed is None:
         raise window_name_taken(window.name)

@@ -16,7 +16,7 @@ def instrumented(verb: OperationFunction[P, T]) -> OperationFunction[P, T]:
 
     @functools.wraps(verb)
     async def run(parts: Services, /, *arguments: P.args, **options: P.kwargs) -> T:
-        with parts.metrics.verb(verb.__name__):
+        with parts.metrics.operation(verb.__name__):
             return await verb(parts, *arguments, **options)
 
     return run

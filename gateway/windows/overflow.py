@@ -121,7 +121,7 @@ class Overflow:
                 engine=session.engine, window=window.name, window_transcript=now.window_transcript, frame=now.frame,
                 created_at=time.time(), last_active_at=time.time(),
             )  # fmt: skip
-            step = await self._services.store.succeed(step, successor, seen=now)
+            step = await self._services.store.succeed(step, successor, full=now)
             log.info("session %s is full: frozen as %s, continues as %s", session.id, step.window, step.successor)
         there = await self.successor_turn_for(replace(match, session=replace(now, successor=step.successor)), call)
         if there is None:  # another worker was faster, with a history that this is not

@@ -89,7 +89,7 @@ async def held(services: Services, window: Window) -> AsyncIterator[None]:
     Whoever puts objects back pins what has lost its pin: of a window that was deleted nobody would take them away.
     """
     async with services.pins.lock.acquire(exclusive=False):
-        await services.store.check_there(window)
+        await services.store.check_exists(window)
         yield
 
 

@@ -34,11 +34,11 @@ async def thaw(
     new_session_id: str | None,
     warm: Warm,
     source: str = "thaw",
-    head: bytes | None = None,
+    first_message_hash: bytes | None = None,
     progress: Progress = silent,
     seen: Window | None = None,
 ) -> tuple[Session, Window, Receipt]:
-    """Thaw a window into a new session; `source` and `head` are the session's (see `Session`).
+    """Thaw a window into a new session; `source` and `first_message_hash` are the session's (see `Session`).
 
     With `seen`, only that very window and not another of its name. Raises `window_not_found`, also where the window is
     deleted meanwhile, `window_corrupted` where its text is gone, `model_mismatch`, `session_already_exists`,
@@ -52,15 +52,21 @@ async def thaw(
     if await services.store.session(tenant, session_id):
         raise session_exists(session_id)
     # Whoever sends the whole history, and no id, goes on here.
-    tip = prefix_chain.chain((await services.store.text(window)).messages, b"")[-1] if source == "thaw" else None
+    last_reply_hash = (
+        prefix_chain.chain((await services.store.text(window)).messages, b"")[-1] if source == "thaw" else None
+    )
     manifest = await services.store.manifest(window)
     bring_back = restore if warm == "none" else restore_and_load
     receipt = await bring_back(services, window, manifest, progress)
-    session = replace(session_from_window(window, session_id, source), head=head, tip=tip)
+    session = replace(
+        session_from_window(window, session_id, source),
+        first_message_hash=first_message_hash,
+        last_reply_hash=last_reply_hash,
+    )
     if warm == "gpu":
         await _through_engine(services, window, model, manifest, receipt, progress)
     # While we warmed, the window may have been deleted, and its transcript with it: the store looks again.
-    if not await services.store.add_session(session, source=window):
+    if await services.store.add_sessions([session], source=window):
         raise session_exists(session_id)
     receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
     return session, window, receipt

@@ -17,12 +17,13 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.settings import load
-from gateway.stack import commands
+from gateway.stack import commands, local
 from gateway.windows.freeze import check_budget
 from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import DONE, MODEL, WITHIN, Exchange, FakeEngine, delta, usage_of, whole_reply
 from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 from tests.support.harness import GatewayHarness, window
+from tests.support.local_stack import plan_for
 from tests.support.raw_http import RawHttpClient
 
 CHAT = "/v1/chat/completions"
@@ -340,9 +341,8 @@ def test_s43_the_code_holds_no_foreign_address_and_reports_no_usage() -> None:
     # RFC 2606: names under .example are reserved.
     assert {host for host in hosts if not host.endswith(".example")} <= {"127.0.0.1", "localhost"}
     assert "127.0.0.1" in hosts
-    cache = commands.cache_command("python", commands.Cache(1, 2, Path("kv"), 64, 1.0, "i"))
-    engine = commands.engine_command("python", commands.Engine(1, 2, "models/m", "m", on_cpu=True, kv_gb=1))
-    for command in (cache, engine):
+    plan = plan_for(local.LocalStack(data_dir=Path("data")))
+    for command in (commands.cache_launch(plan), commands.engine_launch(plan)):
         assert command.env["VLLM_NO_USAGE_STATS"] == command.env["DO_NOT_TRACK"] == "1"
         assert command.env["LMCACHE_TRACK_USAGE"] == "false"
 

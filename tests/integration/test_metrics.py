@@ -199,9 +199,9 @@ def test_docs_have_every_metric_as_the_code_has_it() -> None:
 
 
 def test_exactly_the_documented_metrics_are_exported_with_their_labels() -> None:
-    telemetry = Metrics()
-    use_all(telemetry)
-    text = telemetry.text(Stored({"complete": 1}, {"disk": (2, 3)})).decode()
+    metrics = Metrics()
+    use_all(metrics)
+    text = metrics.text(Stored({"complete": 1}, {"disk": (2, 3)})).decode()
     families = list(text_string_to_metric_families(text))
     told = {
         (f"{family.name}_total" if family.type == "counter" else family.name, family.type): {
@@ -212,36 +212,36 @@ def test_exactly_the_documented_metrics_are_exported_with_their_labels() -> None
     assert told == {(m.name, m.kind): {m.labels} for m in METRICS}
 
 
-def use_all(telemetry: Metrics) -> None:
+def use_all(metrics: Metrics) -> None:
     """Count in every metric."""
     turn = Turn("t", "s", MODEL, "completed", 200, 0.0, 1500.0, Usage(3, 2, None))
-    telemetry.turn(turn, "chat", 0.001, served=True)
-    telemetry.missed("evicted")
-    telemetry.watch_engine("http://user:password@host:1/v1", lambda: True)
+    metrics.count_turn(turn, "chat", 0.001, served=True)
+    metrics.count_miss("evicted")
+    metrics.watch_engine("http://user:password@host:1/v1", lambda: True)
     for name in ("cwg_turns_in_flight", "cwg_turns_unrecorded"):
-        telemetry.register_gauge(name, lambda: 4)
-    with telemetry.verb("freeze"):
+        metrics.register_gauge(name, lambda: 4)
+    with metrics.operation("freeze"):
         pass
 
 
 def test_no_password_is_exported() -> None:
-    telemetry = Metrics()
-    use_all(telemetry)
-    assert 'engine="host:1"' in (text := telemetry.text(Stored({}, {})).decode())
+    metrics = Metrics()
+    use_all(metrics)
+    assert 'engine="host:1"' in (text := metrics.text(Stored({}, {})).decode())
     assert "password" not in text
 
 
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
 def test_an_operation_that_raises_is_counted_as_failed(raised: type[BaseException]) -> None:
-    telemetry = Metrics()
+    metrics = Metrics()
 
     def breaks() -> None:
-        with telemetry.verb("thaw"):
+        with metrics.operation("thaw"):
             raise raised
 
     with pytest.raises(raised):
         breaks()
-    seen = numbers(telemetry.text(Stored({}, {})).decode())
+    seen = numbers(metrics.text(Stored({}, {})).decode())
     assert value(seen, "cwg_verbs_total", verb="thaw", result="failed") == 1
     assert ("cwg_verb_seconds_count", (("verb", "thaw"),)) not in seen
 

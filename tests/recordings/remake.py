@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from gateway.stack import local
+from tests.support import local_stack
 
 FOLDER = Path(__file__).parent
 _TOOL = {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}
@@ -82,7 +83,7 @@ def main() -> None:
     """Write every recording."""
     with tempfile.TemporaryDirectory(prefix="cwg-recordings-") as root:
         options = local.LocalStack(data_dir=Path(root), max_model_len=2048)
-        with local.running(options) as (plan, _), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
+        with local_stack.running(options) as (plan, _), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
             for name in REQUESTS:
                 (FOLDER / f"{name}.sse").write_bytes(record(engine, name))
 

@@ -10,9 +10,10 @@ import httpx
 import pytest
 import redis
 
-from gateway.stack import local
+from gateway.stack import commands, local
 from tests.stack.driver import Gateway, redis_server
 from tests.stack.restart import Restarted, run_restart
+from tests.support import local_stack
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Stack:
     """The processes of the stack, and where they keep things."""
 
     plan: local.Plan
-    parts: local.Parts
+    processes: commands.Processes
     redis: redis.Redis
     root: Path
     engine: httpx.Client  # vLLM itself, past the gateway
@@ -45,15 +46,12 @@ class Stack:
 
     def stop(self) -> None:
         """Stop engine and cache, which lose what they have in memory."""
-        self.parts.engine.stop()
-        self.parts.cache.stop()
+        self.processes.engine.stop()
+        self.processes.cache.stop()
 
     def start(self) -> None:
         """Start them again."""
-        self.parts.cache.start()
-        self.parts.engine.start()
-        self.parts.cache.wait_ready(local.CACHE_WITHIN)
-        self.parts.engine.wait_ready(local.ENGINE_WITHIN)
+        local_stack.start(self.processes)
 
 
 @pytest.fixture(scope="package")
@@ -65,8 +63,11 @@ def stack(demo_folder: Path) -> Iterator[Stack]:
         options = local.LocalStack(
             data_dir=Path(root) / "data", redis_url=f"redis://127.0.0.1:{port}", max_model_len=8192, cpu_cache_gb=2.0
         )
-        with local.running(options) as (plan, parts), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
-            yield Stack(plan, parts, client, Path(root), engine)
+        with (
+            local_stack.running(options) as (plan, processes),
+            httpx.Client(base_url=plan.engine_url, timeout=120) as engine,
+        ):
+            yield Stack(plan, processes, client, Path(root), engine)
 
 
 @pytest.fixture(scope="package")

@@ -16,6 +16,7 @@ from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, comes_true, converse, start_redis, until
 from tests.stack.restart import across_outage
+from tests.support.local_stack import CACHE_WITHIN, wait_ready
 
 pytestmark = pytest.mark.stack
 
@@ -194,11 +195,11 @@ def frozen_without_cache(stack: Stack, own: Gateway) -> Iterator[tuple[Gateway, 
     """A window frozen while all is well; then LMCache is killed."""
     converse(own.client("good"), "good", turns=1)
     own.freeze("good", "good")
-    os.kill(stack.parts.cache.pid, signal.SIGKILL)
-    stack.parts.cache.clear()
+    os.kill(stack.processes.cache.pid, signal.SIGKILL)
+    stack.processes.cache.clear()
     yield own, "good"
-    stack.parts.cache.start()
-    stack.parts.cache.wait_ready(local.CACHE_WITHIN)
+    stack.processes.cache.start()
+    wait_ready(stack.processes.cache, CACHE_WITHIN)
 
 
 def test_with_the_cache_down_turns_continue_and_freeze_and_thaw_warn(

@@ -134,8 +134,8 @@ def go(frozen: Frozen, count: int, how: Callable[[InFlight], object]) -> None:
 
 def life(stack: Stack) -> tuple[int, str]:
     """The engine's process, and when it was started."""
-    pid = stack.parts.engine.pid
-    assert stack.parts.engine.exit_code is None, stack.parts.engine.last_lines()
+    pid = stack.processes.engine.pid
+    assert stack.processes.engine.exit_code is None, stack.processes.engine.last_lines()
     return pid, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 

@@ -20,4 +20,6 @@ def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s"
     """A session whose last turn is `messages`; the last of them is the reply if it was answered."""
     asked = messages[:-1] if answered else messages
     trace = prefix_chain.trace(start, asked, messages[-1] if answered else None)
-    return Session("t", name, name, asked=trace.asked, tip=trace.tip, answered=answered)
+    return Session(
+        "t", name, name, last_request_hash=trace.request_hash, last_reply_hash=trace.reply_hash, answered=answered
+    )

@@ -45,7 +45,7 @@ class House:
         session = Session(
             TENANT, name, lineage or name, salt=salt, created_at=now, last_active_at=now, transcript=None
         )  # fmt: skip
-        assert await self.parts.store.add_session(session)
+        assert await self.parts.store.add_sessions([session]) is None
 
     async def window(self, name: str, keys: list[ObjectKey], *, expires_at: float | None = None) -> None:
         """A window that holds objects."""

@@ -53,13 +53,13 @@ def manifest(name: str, held: Iterable[ObjectKey] = (), tiers: tuple[str, ...] =
 
 
 async def add(
-    store: Store, name: str, held: Iterable[ObjectKey] = (), text: Text | None = None, seen: Session | None = None,
+    store: Store, name: str, held: Iterable[ObjectKey] = (), text: Text | None = None, session: Session | None = None,
     **more: Any,
 ) -> Window:  # fmt: skip
     """Commit a window."""
     made = window(name, **more)
     committed = await store.add_window(
-        made, replace(manifest(name, held), id=made.manifest), text or Text(says("said", "so")), seen=seen
+        made, replace(manifest(name, held), id=made.manifest), text or Text(says("said", "so")), session=session
     )
     assert committed is not None
     return committed

@@ -55,5 +55,5 @@ def finished(response_id: str, tenant: str = "default", session: str = "s", at: 
     response = StoredResponse(tenant, response_id, session, session, at, answer)
     return TurnRecord(
         turn, Session(tenant, session, session), "fp", "salt", messages, {}, Trace(b"", b"", None),
-        response=response, asked=[{"role": "user", "content": response_id}],
+        response=response, request_input=[{"role": "user", "content": response_id}],
     )  # fmt: skip

@@ -13,7 +13,7 @@ from functools import partial
 from starlette.types import Receive, Scope, Send
 
 from gateway.api import auth
-from gateway.api.asgi import ClientGone, Headers, not_found, parse_object, read_body, require_json, send_answer
+from gateway.api.asgi import ClientGone, not_found, parse_object, read_body, require_json, send_answer
 from gateway.api.connection import client_of
 from gateway.api.inference import history, item_references, stored_responses
 from gateway.api.inference.passthrough import Passthrough
@@ -30,6 +30,7 @@ from gateway.api.inference.request import (
 )
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, Dialect
+from gateway.engines.connection import Headers
 from gateway.errors import GatewayError
 from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
 from gateway.sessions import prefix_chain

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from gateway.api.asgi import Headers, parse_object, send_answer
+from gateway.api.asgi import parse_object, send_answer
 from gateway.api.connection import client_of
 from gateway.api.inference import history
 from gateway.api.inference.passthrough_routes import Route
@@ -14,6 +14,7 @@ from gateway.api.inference.relay import Outgoing, RelayOptions, relay
 from gateway.api.inference.request import MESSAGES, InferenceRequest, error_dialect
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, is_clean, model_of, sanitise, with_fields, write_json
+from gateway.engines.connection import Headers
 from gateway.records import Session
 from gateway.sessions import prefix_chain
 from gateway.sessions.session_match import SessionMatch

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from starlette.types import Send
 
-from gateway.api.asgi import ClientGone, ClientWatch, Headers, send_answer
+from gateway.api.asgi import ClientGone, ClientWatch, send_answer
 from gateway.api.connection import ClientConnection
 from gateway.dialects.base import Dialect
 from gateway.dialects.sse import UsageFilter
-from gateway.engines.connection import Connection, UpstreamError, as_gateway_error
+from gateway.engines.connection import Connection, Headers, UpstreamError, as_gateway_error
 from gateway.engines.pool import Route
 from gateway.sessions.turn_context import RelayResult
 

@@ -140,7 +140,7 @@ class _InputItemsQuery(requests.Query):
 async def _input_items(services: Services, tenant: str, response_id: str, query: dict[str, str]) -> Mapping[str, Any]:
     asked = requests.read_query(_InputItemsQuery, {name: query[name] for name in query if name not in _INCLUDE})
     found = await _found(services, tenant, response_id)
-    items = await services.store.messages(found.asked) if found.asked else []
+    items = await services.store.messages(found.request_input) if found.request_input else []
     named = [_named(item, found.id, number) for number, item in enumerate(items)]
     return _page(named if asked.order == "asc" else named[::-1], asked.after, asked.limit)
 

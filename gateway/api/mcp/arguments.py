@@ -13,7 +13,7 @@ from gateway.api.admin.models.requests import Flag, SessionId, WindowName
 from gateway.api.health import COMPONENTS
 from gateway.api.mcp.admin_request import Json
 from gateway.api.requests import Reads, Request, read
-from gateway.store.types import SORT_KEYS
+from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
 from gateway.validation.fields import Field, or_null, reads
 from gateway.windows.autofreeze import rules
@@ -109,7 +109,7 @@ class FanOut(requests.FanoutRequest, Window):
 class WindowList(requests.WindowFilters):
     created_after: Annotated[str, Reads(fields.text(64))] | None = Default(None, description="ISO 8601 date or time")
     created_before: Annotated[str, Reads(fields.text(64))] | None = Default(None, description="ISO 8601 date or time")
-    sort_by: Annotated[str, Reads(_one_of(*SORT_KEYS, total_size_bytes="size"))] = Default(
+    sort_by: Annotated[str, Reads(_one_of(*SORT_COLUMNS, total_size_bytes="size"))] = Default(
         "created_at", description="what to sort by"
     )
 

@@ -76,7 +76,7 @@ async def _sources(services: Services, window: Window, manifest: Manifest) -> li
     if lost and unreachable:
         raise GatewayError("cache_unavailable", unreachable[0], hint=hint)
     if lost:
-        await services.store.check_there(window)  # else it was deleted while we looked: that is no damage
+        await services.store.check_exists(window)  # else it was deleted while we looked: that is no damage
         raise GatewayError(
             "window_corrupted", f"{len(lost)} of {len(names)} KV objects are lost or damaged in every tier", hint=hint
         )

@@ -13,7 +13,7 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
 
 @pytest.fixture
 def engines() -> Iterator[list[FakeEngine]]:
-    """Three of them; a test that stops one starts it again or leaves it."""
+    """Three fake engines, which a test may stop."""
     started = [FakeEngine().start() for _ in range(3)]
     yield started
     for engine in started:
@@ -23,7 +23,7 @@ def engines() -> Iterator[list[FakeEngine]]:
 
 @pytest.fixture
 def before(tmp_path: Path) -> Iterator[Before]:
-    """Starts a gateway before some engines, ready, looking at them often."""
+    """Starts a ready gateway in front of engines, probing them often."""
     with ExitStack() as stack:
 
         def start(*engines: FakeEngine | str, **settings: object) -> Gateway:

@@ -1,4 +1,4 @@
-"""An engine that may die of an abort during a KV load is left once its reply has begun, or the grace is over."""
+"""Requests that an abort during a KV load may crash are aborted when their reply begins, or after the grace."""
 
 import asyncio
 import json
@@ -15,13 +15,13 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
 
 EXPOSED = 'vllm:lmcache_mp_lookup_duration_seconds_count{engine="0"} 0.0\n'
-MENDED = EXPOSED + 'vllm:lmcache_mp_abort_safe{engine="0"} 1.0\n'
+PATCHED = EXPOSED + 'vllm:lmcache_mp_abort_safe{engine="0"} 1.0\n'
 NEVER = 60.0  # seconds: longer than any test waits
 _OPEN_S = 0.1  # that a connection is looked at to see that it is not closed
 
 
 class Left:
-    """An engine's view of a turn whose client leaves: what it does then, and whether the connection was closed."""
+    """An engine with a turn whose client disconnects: what it does then, and whether the connection was closed."""
 
     def __init__(self, engine: FakeEngine, gateway: Gateway, then: Callable[[Exchange], None] | None = None) -> None:
         self._engine = engine
@@ -43,7 +43,7 @@ class Left:
             self._closed.set()
 
     def leave(self, session: str, *, stream: bool = True) -> bool:
-        """Send a turn and leave; return whether the engine's connection was closed in the end."""
+        """Send a turn and disconnect; return whether the engine's connection was closed."""
         with RawHttpClient(self._gateway.url) as wire:
             wire.chat(session, stream=stream)
             self._engine.wait_seen("/v1/chat/completions")
@@ -88,7 +88,7 @@ def say_nothing_yet(exchange: Exchange) -> None:
         pytest.param(False, lambda exchange: exchange.json({}), id="an answer in one piece"),
     ],
 )
-def test_the_engine_is_left_when_its_reply_begins(
+def test_request_is_aborted_when_its_reply_begins(
     engine: FakeEngine, tmp_path: Path, session: str, stream: bool, then: Callable[[Exchange], None]
 ) -> None:
     with before(engine, tmp_path) as gateway:
@@ -97,21 +97,21 @@ def test_the_engine_is_left_when_its_reply_begins(
         assert left.was_open
 
 
-def test_a_request_that_is_no_turn_has_its_grace_too(engine: FakeEngine, tmp_path: Path) -> None:
+def test_request_that_is_no_turn_has_its_grace_too(engine: FakeEngine, tmp_path: Path) -> None:
     with before(engine, tmp_path) as gateway:
         left = Left(engine, gateway, lambda exchange: exchange.json({}))
         assert left.leave_batch()
         assert left.was_open
 
 
-def test_the_engine_is_left_after_the_grace_if_nothing_comes(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_request_is_aborted_after_the_grace(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with before(engine, tmp_path, grace_s=1.0) as gateway:
         left = Left(engine, gateway)
         assert left.leave(session)
 
 
-@pytest.mark.parametrize("metrics", [MENDED, "vllm:other 1\n"], ids=["mended", "loads nothing"])
-def test_the_engine_is_left_at_once_where_an_abort_does_no_harm(
+@pytest.mark.parametrize("metrics", [PATCHED, "vllm:other 1\n"], ids=["patched", "loads nothing"])
+def test_request_is_aborted_at_once_if_that_is_safe(
     engine: FakeEngine, tmp_path: Path, session: str, metrics: str
 ) -> None:
     with before(engine, tmp_path, metrics) as gateway:
@@ -122,13 +122,13 @@ def test_the_engine_is_left_at_once_where_an_abort_does_no_harm(
     ("metrics", "seen"),
     [
         pytest.param(EXPOSED, ["warning"], id="exposed"),
-        pytest.param(MENDED, ["ok"], id="mended"),
-        pytest.param(MENDED.replace(" 1.0", " 0.0"), ["warning"], id="a mend that is off"),
+        pytest.param(PATCHED, ["ok"], id="patched"),
+        pytest.param(PATCHED.replace(" 1.0", " 0.0"), ["warning"], id="a mend that is off"),
         pytest.param("vllm:other 1\n", [], id="loads nothing"),
         pytest.param("", [], id="not to be seen"),
     ],
 )
-def test_the_doctor_tells_whether_clients_may_leave(
+def test_doctor_reports_whether_aborts_are_safe(
     engine: FakeEngine, tmp_path: Path, metrics: str, seen: list[str]
 ) -> None:
     engine.on_other = lambda exchange: exchange.json({"version": "0.32.0"})
@@ -141,7 +141,7 @@ def test_the_doctor_tells_whether_clients_may_leave(
         assert ("self-test: aborts" in gateway.log) == (seen == ["warning"])
 
 
-def test_a_gateway_that_ends_waits_for_what_it_has_left(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_shutdown_waits_for_abandoned_requests(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     ended = threading.Event()
 
     def end(exchange: Exchange) -> None:
@@ -157,7 +157,7 @@ def test_a_gateway_that_ends_waits_for_what_it_has_left(engine: FakeEngine, tmp_
 
 
 @pytest.mark.anyio
-async def test_a_question_of_our_own_that_is_cancelled_still_gets_its_answer(engine: FakeEngine) -> None:
+async def test_cancelled_own_request_still_gets_its_response(engine: FakeEngine) -> None:
     asked, cancelled = threading.Event(), threading.Event()
     was_open = []
 

@@ -1,4 +1,4 @@
-"""Connections to the engine: kept, replaced when they went stale, given up in time, never mixed up."""
+"""Connections to the engine: reused, replaced when stale, timed out, never mixed up."""
 
 import json
 import threading
@@ -52,7 +52,7 @@ def test_an_engine_that_goes_down_is_a_502_and_the_turn_is_recorded(
         assert gateway.chat(session).status_code == 200
 
 
-def test_an_engine_that_does_not_accept_is_given_up_after_the_connect_timeout(tmp_path: Path, session: str) -> None:
+def test_engine_that_does_not_accept_is_a_connect_timeout(tmp_path: Path, session: str) -> None:
     with not_accepting() as url:
         gateway = Gateway(tmp_path, url, connect_timeout_s=0.5)
         try:
@@ -65,9 +65,7 @@ def test_an_engine_that_does_not_accept_is_given_up_after_the_connect_timeout(tm
             gateway.close()
 
 
-def test_an_engine_that_says_nothing_is_a_504_and_its_work_is_aborted(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_silent_engine_is_a_504_and_its_work_is_aborted(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     aborted = threading.Event()
     with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
 
@@ -85,9 +83,7 @@ def test_an_engine_that_says_nothing_is_a_504_and_its_work_is_aborted(
         assert len(engine.seen(CHAT)) == 1
 
 
-def test_an_engine_that_falls_silent_in_mid_stream_ends_the_stream_with_an_error_event(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_engine_silent_in_mid_stream_ends_in_an_error_event(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=1.0) as gateway:
 
         def answer(exchange: Exchange) -> None:
@@ -105,7 +101,7 @@ def test_an_engine_that_falls_silent_in_mid_stream_ends_the_stream_with_an_error
         assert gateway.turns(session)[0]["outcome"] == "engine_cut"
 
 
-def test_a_slow_but_steady_stream_is_not_taken_for_silence(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_slow_steady_stream_is_not_a_timeout(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     pause = threading.Event()  # never set: a wait on it is the engine's pace
     with gateway_in_front_of(engine.url, tmp_path, engine_timeout_s=0.6) as gateway:
 
@@ -127,9 +123,7 @@ def test_connections_are_kept_between_requests(engine: FakeEngine, gateway: Gate
     assert len({request.connection for request in engine.seen(CHAT)}) == 1
 
 
-def test_a_restart_of_the_engine_between_two_requests_is_not_noticed(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_engine_restart_between_requests_goes_unnoticed(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     for _ in range(3):
         assert gateway.chat(session).status_code == 200
         engine.stop()
@@ -138,9 +132,7 @@ def test_a_restart_of_the_engine_between_two_requests_is_not_noticed(
     assert [turn["outcome"] for turn in gateway.turns(session, 4)] == ["completed"] * 4
 
 
-def test_a_kept_connection_that_closes_as_the_request_arrives_is_replaced_once(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_idle_connection_closed_on_request_is_replaced_once(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     (first,) = engine.seen(CHAT)
 
@@ -155,7 +147,7 @@ def test_a_kept_connection_that_closes_as_the_request_arrives_is_replaced_once(
     assert len(engine.seen(CHAT)) == 3
 
 
-def test_a_new_connection_that_closes_unanswered_is_not_tried_again(
+def test_new_connection_that_closes_unanswered_is_not_retried(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     gateway.chat(session)
@@ -167,9 +159,7 @@ def test_a_new_connection_that_closes_unanswered_is_not_tried_again(
     assert [turn["outcome"] for turn in gateway.turns(session, 2)] == ["engine_error", "completed"]
 
 
-def test_nothing_is_sent_again_once_the_engine_has_answered_a_byte(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_nothing_is_retried_after_the_first_byte(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     gateway.chat(session)  # so that the next request goes over a kept connection
     engine.reset()
 
@@ -182,9 +172,7 @@ def test_nothing_is_sent_again_once_the_engine_has_answered_a_byte(
     assert len(engine.seen(CHAT)) == 1
 
 
-def test_an_answer_too_many_is_not_taken_for_the_answer_to_the_next_request(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_surplus_response_is_not_used_for_the_next_request(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     def twice(exchange: Exchange) -> None:
         answers = [json.dumps(whole_reply(text, usage_of(1, 1))).encode() for text in ("good", "evil")]
         exchange.raw(b"".join(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(a), a) for a in answers))
@@ -196,9 +184,7 @@ def test_an_answer_too_many_is_not_taken_for_the_answer_to_the_next_request(
     assert b"Hello" in gateway.chat(session).content
 
 
-def test_an_answer_that_nobody_asked_for_closes_the_kept_connection(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_unrequested_response_closes_the_idle_connection(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     read, closed = threading.Event(), threading.Event()
 
     def later(exchange: Exchange) -> None:
@@ -239,7 +225,7 @@ def test_an_engine_that_does_not_speak_http_is_a_502(
     assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_unreachable")
 
 
-def test_an_interim_answer_is_not_taken_for_the_answer(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_interim_response_is_skipped(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     def answer(exchange: Exchange) -> None:
         exchange.raw(b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n")
         engine.answer_chat(exchange)
@@ -250,7 +236,7 @@ def test_an_interim_answer_is_not_taken_for_the_answer(engine: FakeEngine, gatew
     assert "link" not in response.headers
 
 
-def test_an_answer_without_a_length_ends_where_the_engine_closes(
+def test_response_without_a_length_ends_when_the_engine_closes(
     engine: FakeEngine, gateway: Gateway, session: str
 ) -> None:
     def answer(exchange: Exchange) -> None:
@@ -264,9 +250,7 @@ def test_an_answer_without_a_length_ends_where_the_engine_closes(
     assert gateway.turns(session)[0]["outcome"] == "completed"
 
 
-def test_an_answer_without_a_body_ends_at_once_and_the_next_request_is_answered(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_response_without_a_body_ends_at_once(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     def answer(exchange: Exchange) -> None:
         if exchange.request.method == "HEAD":
             exchange.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 1234\r\n\r\n")
@@ -292,9 +276,7 @@ def test_a_base_url_with_a_path_is_put_in_front(engine: FakeEngine, tmp_path: Pa
         gateway.close()
 
 
-def test_a_large_request_to_an_engine_that_reads_slowly_arrives_whole(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_large_request_to_a_slow_reader_arrives_complete(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     text = "ä" * 8_000_000
     assert gateway.chat(session, text).status_code == 200
     (request,) = engine.seen(CHAT)

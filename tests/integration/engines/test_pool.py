@@ -1,4 +1,4 @@
-"""Several engines: a session stays with one, and goes on elsewhere when that dies."""
+"""Several engines: a session stays with one, and moves when that dies."""
 
 import time
 from collections import Counter
@@ -48,7 +48,7 @@ def test_a_lineage_stays_together_over_freeze_and_thaw(engines: list[FakeEngine]
             assert server_of(gateway, thawed) == home
 
 
-def test_what_is_no_turn_follows_its_session_and_is_spread_without_one(
+def test_requests_that_are_no_turns_follow_their_session(
     engines: list[FakeEngine], before: Before, session: str
 ) -> None:
     for engine in engines:
@@ -67,9 +67,7 @@ def test_what_is_no_turn_follows_its_session_and_is_spread_without_one(
     assert [len(engine.seen("/v1/rerank")) for engine in engines] == [2, 2, 2]
 
 
-def test_a_fork_goes_where_the_cache_of_what_it_shares_is(
-    engines: list[FakeEngine], before: Before, session: str
-) -> None:
+def test_fork_goes_to_the_engine_of_its_origin(engines: list[FakeEngine], before: Before, session: str) -> None:
     gateway = before(*engines)
     all_healthy(gateway)
     history: list[dict[str, str]] = [{"role": "user", "content": session}]
@@ -94,7 +92,7 @@ def test_a_fork_goes_where_the_cache_of_what_it_shares_is(
     assert server_of(gateway, fork) == home != drawn_to.url
 
 
-def test_a_conversation_goes_on_elsewhere_when_its_engine_dies_and_stays_there(
+def test_conversation_moves_when_its_engine_dies_and_stays_there(
     engines: list[FakeEngine], before: Before, session: str
 ) -> None:
     gateway = before(*engines)
@@ -115,7 +113,7 @@ def test_a_conversation_goes_on_elsewhere_when_its_engine_dies_and_stays_there(
     assert gateway.log.count("is ejected") == gateway.log.count("is back") == 1
 
 
-def test_a_stream_whose_engine_dies_ends_with_an_error_event_and_is_not_sent_again(
+def test_stream_of_a_dying_engine_ends_with_an_error_event(
     engines: list[FakeEngine], before: Before, session: str
 ) -> None:
     def dies(exchange: Exchange) -> None:
@@ -136,9 +134,7 @@ def test_a_stream_whose_engine_dies_ends_with_an_error_event_and_is_not_sent_aga
     assert gateway.turns(session)[0]["outcome"] == "engine_cut"
 
 
-def test_of_50_requests_none_is_lost_when_an_engine_is_killed_under_them(
-    engines: list[FakeEngine], before: Before
-) -> None:
+def test_no_request_of_50_is_lost_when_an_engine_is_killed(engines: list[FakeEngine], before: Before) -> None:
     first, *others = engines
     first.on_chat = lambda exchange: None if exchange.gone(30) else pytest.fail("it was not killed")
     gateway = before(*engines)
@@ -154,7 +150,7 @@ def test_of_50_requests_none_is_lost_when_an_engine_is_killed_under_them(
     assert sum(chats(engines)) == 50 + held
 
 
-def test_a_request_that_kills_what_it_is_sent_to_is_sent_to_two_engines_at_most(
+def test_request_that_crashes_engines_is_sent_to_two_at_most(
     engines: list[FakeEngine], before: Before, session: str
 ) -> None:
     for engine in engines:
@@ -167,9 +163,7 @@ def test_a_request_that_kills_what_it_is_sent_to_is_sent_to_two_engines_at_most(
     assert gateway.turns(session)[0]["engine"] is None
 
 
-def test_with_all_engines_dead_the_answer_is_a_502_at_once_and_comes_back_with_them(
-    engines: list[FakeEngine], before: Before, session: str
-) -> None:
+def test_all_engines_dead_is_an_immediate_502(engines: list[FakeEngine], before: Before, session: str) -> None:
     gateway = before(*engines)
     gateway.chat(session)
     for engine in engines:

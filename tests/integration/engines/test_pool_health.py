@@ -1,4 +1,4 @@
-"""Engines that are dead, slow, or ill: who is asked, and when again."""
+"""Engines that are dead, slow or unhealthy: which one is asked, and when it is tried again."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def serving(*models: str, root: str = "org/demo") -> Callable[[Exchange], None]:
     return lambda exchange: exchange.json({"object": "list", "data": cards})
 
 
-def test_an_engine_that_is_dead_from_the_start_keeps_nobody_waiting(engines: list[FakeEngine], before: Before) -> None:
+def test_engine_dead_from_the_start_delays_no_request(engines: list[FakeEngine], before: Before) -> None:
     dead, *others = engines
     dead.stop()
     gateway = before(*engines)
@@ -36,7 +36,7 @@ def test_an_engine_that_is_dead_from_the_start_keeps_nobody_waiting(engines: lis
     assert gateway.http.get("/readyz").status_code == 200
 
 
-def test_an_engine_that_is_slow_to_connect_delays_nobody_else(engines: list[FakeEngine], before: Before) -> None:
+def test_engine_slow_to_connect_delays_no_other_request(engines: list[FakeEngine], before: Before) -> None:
     with not_accepting() as slow:
         gateway = before(slow, *engines, connect_timeout_s=8)
         clock = time.monotonic()
@@ -45,9 +45,7 @@ def test_an_engine_that_is_slow_to_connect_delays_nobody_else(engines: list[Fake
         assert time.monotonic() - clock < 7
 
 
-def test_an_engine_that_is_slow_to_fail_is_not_tried_any_more_once_it_is_ejected(
-    before: Before, tmp_path: Path
-) -> None:
+def test_ejected_engine_that_fails_slowly_is_not_tried(before: Before, tmp_path: Path) -> None:
     with not_accepting() as slow:
         gateway = Gateway(tmp_path, slow, connect_timeout_s=1.1, engine_check_s=0.1)
         try:
@@ -60,9 +58,7 @@ def test_an_engine_that_is_slow_to_fail_is_not_tried_any_more_once_it_is_ejected
             gateway.close()
 
 
-def test_an_engine_whose_health_is_bad_is_ejected_and_returns_when_it_is_good(
-    engines: list[FakeEngine], before: Before
-) -> None:
+def test_unhealthy_engine_is_ejected_until_it_is_healthy(engines: list[FakeEngine], before: Before) -> None:
     sick, *_ = engines
     gateway = before(*engines)
     all_healthy(gateway)
@@ -83,9 +79,7 @@ def test_an_engine_whose_health_is_bad_is_ejected_and_returns_when_it_is_good(
     assert len(sick.seen(CHAT)) > had
 
 
-def test_an_engine_that_leaves_requests_unanswered_rests_and_comes_back_through_a_trial(
-    engines: list[FakeEngine], before: Before
-) -> None:
+def test_unresponsive_engine_opens_its_circuit_until_a_trial(engines: list[FakeEngine], before: Before) -> None:
     bad, *_ = engines
     gateway = before(*engines)
     all_healthy(gateway)
@@ -105,9 +99,7 @@ def test_an_engine_that_leaves_requests_unanswered_rests_and_comes_back_through_
     eventually(healed, "a trial was answered", within=30)
 
 
-def test_a_503_goes_on_to_an_engine_that_is_well_and_passes_untouched_where_there_is_none(
-    engines: list[FakeEngine], before: Before
-) -> None:
+def test_503_is_retried_on_a_healthy_engine_or_forwarded(engines: list[FakeEngine], before: Before) -> None:
     first, second, third = engines
     gateway = before(*engines)
     all_healthy(gateway)
@@ -124,7 +116,7 @@ def test_a_503_goes_on_to_an_engine_that_is_well_and_passes_untouched_where_ther
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 502])
-def test_any_other_answer_passes_and_goes_nowhere_else(
+def test_any_other_status_is_forwarded_and_not_retried(
     engines: list[FakeEngine], before: Before, session: str, status: int
 ) -> None:
     for engine in engines:
@@ -159,7 +151,7 @@ def test_a_request_goes_to_an_engine_that_serves_its_model_and_the_list_is_of_al
     assert third_saw == []
 
 
-def test_a_model_that_nobody_serves_is_for_an_engine_to_refuse(engines: list[FakeEngine], before: Before) -> None:
+def test_model_that_no_engine_serves_is_left_to_an_engine(engines: list[FakeEngine], before: Before) -> None:
     for engine in engines:
         engine.on_chat = lambda exchange: exchange.json({"error": {"message": "no such model"}}, 404)
     gateway = before(*engines)
@@ -178,13 +170,13 @@ def test_a_model_whose_engine_is_dead_is_a_502_not_a_404_of_another(engines: lis
     assert chats([second]) == [0]
 
 
-def test_with_one_engine_the_list_of_models_passes_byte_for_byte(engines: list[FakeEngine], before: Before) -> None:
+def test_list_of_models_of_one_engine_is_forwarded_unchanged(engines: list[FakeEngine], before: Before) -> None:
     engines[0].on_models = lambda exchange: exchange.json({"data": [{"id": MODEL}], "odd": [1.50]})
     gateway = before(engines[0])
     assert gateway.http.get("/v1/models").content == b'{"data":[{"id":"demo"}],"odd":[1.5]}'
 
 
-def test_one_name_for_two_models_is_told_in_log_and_health(engines: list[FakeEngine], before: Before) -> None:
+def test_one_name_for_two_models_is_logged_and_in_health(engines: list[FakeEngine], before: Before) -> None:
     first, second, _ = engines
     second.on_models = serving(MODEL, root="org/other")
     gateway = before(first, second)
@@ -197,16 +189,14 @@ def test_one_name_for_two_models_is_told_in_log_and_health(engines: list[FakeEng
     eventually(lambda: gateway.http.get("/admin/health").json()["components"]["engine"]["status"] == "healthy", "same")
 
 
-def test_a_list_of_models_that_cannot_be_read_is_a_failure_that_says_so(
-    engines: list[FakeEngine], before: Before
-) -> None:
+def test_unreadable_list_of_models_is_reported(engines: list[FakeEngine], before: Before) -> None:
     engines[1].on_models = lambda exchange: exchange.json({"data": [{"name": "x"}]})
     gateway = before(*engines[:2])
     assert "list of models that cannot be read" in shown(gateway)[engines[1].url]["last_error"]
     assert gateway.chat("s").status_code == 200
 
 
-def test_the_stamp_of_a_hidden_usage_event_is_each_engines_own(engines: list[FakeEngine], before: Before) -> None:
+def test_fingerprint_of_a_hidden_usage_event_is_per_engine(engines: list[FakeEngine], before: Before) -> None:
     def stamping(stamp: str) -> Callable[[Exchange], None]:
         def answer(exchange: Exchange) -> None:
             exchange.begin()
@@ -239,7 +229,7 @@ def test_the_stamp_of_a_hidden_usage_event_is_each_engines_own(engines: list[Fak
 async def test_choosing(engines: list[FakeEngine]) -> None:
     urls = [engine.url for engine in engines]
     async with members(*urls) as several:
-        await several.look()
+        await several.probe()
         order = [member.url for member in several.choose("lineage")]
         assert sorted(order) == sorted(urls)
         assert [m.url for m in several.choose("lineage")] == order
@@ -250,7 +240,7 @@ async def test_choosing(engines: list[FakeEngine]) -> None:
         names = [f"lineage-{n}" for n in range(60)]
         homes = {name: several.choose(name)[0].url for name in names}
         async with members(*urls[:2]) as fewer:
-            await fewer.look()
+            await fewer.probe()
             assert all(fewer.choose(n)[0].url == homes[n] for n in names if homes[n] != urls[2])
         gone = next(engine for engine in engines if engine.url == order[0])
         gone.stop()
@@ -261,7 +251,7 @@ async def test_choosing(engines: list[FakeEngine]) -> None:
 
 
 @pytest.mark.anyio
-async def test_with_one_engine_choosing_costs_next_to_nothing(engines: list[FakeEngine]) -> None:
+async def test_choosing_from_one_engine_is_cheap(engines: list[FakeEngine]) -> None:
     async with members(engines[0].url) as one:
         clock = time.perf_counter()
         for _ in range(10_000):
@@ -270,11 +260,11 @@ async def test_with_one_engine_choosing_costs_next_to_nothing(engines: list[Fake
 
 
 @pytest.mark.anyio
-async def test_a_question_of_our_own_is_put_to_another_engine_when_the_first_is_dead(
+async def test_own_request_is_retried_on_another_engine(
     engines: list[FakeEngine],
 ) -> None:
     async with members(*(engine.url for engine in engines)) as several:
-        await several.look()
+        await several.probe()
         home = several.choose("lineage")[0]
         next(engine for engine in engines if engine.url == home.url).stop()
         assert await several.for_lineage("lineage").tokenize(MODEL, "abc") == [97, 98, 99]

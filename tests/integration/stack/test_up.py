@@ -28,7 +28,7 @@ HISTORY = [
 
 
 class Up:
-    """A running `cwg up`, with what it says and what belongs to it."""
+    """A running `cwg up`, with its output and its processes."""
 
     def __init__(self, data_dir: Path) -> None:
         (self.port,) = local.free_ports(1)
@@ -52,18 +52,18 @@ class Up:
         return "".join(self._err.lines)
 
     def wait_ready(self) -> None:
-        """Until the promised line is there."""
+        """Wait for the ready line."""
         eventually(lambda: bool(self.out) or self.process.poll() is not None, "the ready line", START_S)
         assert self.out == f"ready {self.url}\n", self.said
 
     def belongings(self, *parts: str) -> tuple[set[int], set[str]]:
-        """Processes and shared memory of these parts, or of the whole stack with its supervisor."""
+        """Processes and shared memory of these parts, or of the complete stack with its supervisor."""
         noted = [json.loads((self.run_dir / f"{part}.json").read_text()) for part in parts or PARTS]
         pids = {int(pid) for part in noted for pid, _ in part["processes"]}
         return pids | (set() if parts else {self.process.pid}), {name for part in noted for name, _ in part["segments"]}
 
     def kill(self, part: str) -> None:
-        """SIGKILL to the process that was started for a part, and wait until it is reported and back."""
+        """Kill a part of the stack, and wait until that is reported and it is back."""
         processes, segments = self.belongings(part)
         ready = self.said.count(f"{part} is ready")
         os.kill(next(pid for pid in processes if os.getpgid(pid) == pid), signal.SIGKILL)
@@ -149,9 +149,7 @@ def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
-def test_up_serves_repairs_itself_stops_clean_and_finds_everything_again(
-    start: Callable[[], Up], tmp_path: Path
-) -> None:
+def test_up_serves_restarts_processes_and_stops_clean(start: Callable[[], Up], tmp_path: Path) -> None:
     up = start()
     up.wait_ready()
     prompt_tokens = up.ask("What did you see?")["prompt_tokens"]

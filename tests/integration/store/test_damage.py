@@ -1,4 +1,4 @@
-"""A store with a damaged page is noticed by `doctor`, whoever needs that page."""
+"""A store with a damaged page: `doctor` finds it, and whatever reads that page reports it."""
 
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.records import Alias
-from gateway.store.damage import StoreDamaged, damage
+from gateway.store.failures import StoreDamaged, find_damage
 from gateway.store.sqlite import SqliteStore
 from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.support.fakes.engine import FakeEngine
@@ -28,7 +28,7 @@ def garbled(store: Path, table: str) -> None:
         file.write(b"\xa5" * size)
 
 
-def test_doctor_tells_of_a_damaged_page(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_doctor_reports_a_damaged_page(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         gateway.chat(session)
         gateway.turns(session)
@@ -46,15 +46,15 @@ def test_doctor_tells_of_a_damaged_page(engine: FakeEngine, tmp_path: Path, sess
         assert ".recover" in found["remedy"]
 
 
-def test_a_store_that_is_none_is_damaged(tmp_path: Path) -> None:
+def test_file_that_is_no_store_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "gateway.db").write_bytes(b"not a database" * 1000)
-    assert damage(tmp_path / "gateway.db") == ["file is not a database"]
-    assert damage(tmp_path / "none.db") == ["unable to open database file"]
+    assert find_damage(tmp_path / "gateway.db") == ["file is not a database"]
+    assert find_damage(tmp_path / "none.db") == ["unable to open database file"]
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("table", ["sqlite_autoindex_objects_1", "meta"])
-async def test_a_gateway_does_not_start_on_a_damaged_store_and_says_what_to_do(tmp_path: Path, table: str) -> None:
+async def test_gateway_refuses_to_start_on_a_damaged_store(tmp_path: Path, table: str) -> None:
     async with SqliteStore(tmp_path / "gateway.db", turns_kept=5):
         pass
     garbled(tmp_path / "gateway.db", table)
@@ -63,7 +63,7 @@ async def test_a_gateway_does_not_start_on_a_damaged_store_and_says_what_to_do(t
 
 
 @pytest.mark.anyio
-async def test_who_reads_a_damaged_page_is_told_so(tmp_path: Path) -> None:
+async def test_read_of_a_damaged_page_is_reported(tmp_path: Path) -> None:
     async with SqliteStore(tmp_path / "gateway.db", turns_kept=5) as store:
         garbled(tmp_path / "gateway.db", "sqlite_autoindex_objects_1")
         with pytest.raises(StoreDamaged) as told:
@@ -78,11 +78,11 @@ async def test_who_reads_a_damaged_page_is_told_so(tmp_path: Path) -> None:
     [
         ("sessions", lambda store: store.session("default", "s")),
         ("sqlite_autoindex_windows_1", lambda store: store.window("default", "w")),
-        ("beginnings", lambda store: store.sessions_by_prefix("default", [b"x"])),
-        ("ends", lambda store: store.sessions_by_reply_alias("default", [_ALIAS])),
+        ("session_prefixes", lambda store: store.sessions_by_prefix("default", [b"x"])),
+        ("reply_aliases", lambda store: store.sessions_by_reply_alias("default", [_ALIAS])),
     ],
 )
-async def test_a_request_that_reads_a_damaged_page_is_told_so(
+async def test_point_read_of_a_damaged_page_is_reported(
     tmp_path: Path, page: str, read: Callable[[SqliteStore], Awaitable[object]]
 ) -> None:
     async with SqliteStore(tmp_path / "gateway.db", turns_kept=5):
@@ -93,9 +93,7 @@ async def test_a_request_that_reads_a_damaged_page_is_told_so(
             await read(store)
 
 
-def test_a_request_that_needs_a_damaged_page_is_answered_with_what_to_do(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_request_for_a_damaged_page_gets_a_remedy(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         gateway.chat(session)
         gateway.turns(session)

@@ -1,4 +1,4 @@
-"""A disk that is full, or refuses writes: what was answered is recorded, and deleting works."""
+"""A disk that is full, or refuses writes: turns that were answered are recorded, and deleting works."""
 
 import os
 import resource
@@ -30,7 +30,7 @@ _TEXT = "All of this has to be kept. " * 700  # some 20 KB
 
 @contextmanager
 def refused_writes(gateway: Gateway) -> Iterator[None]:
-    """No file of the gateway may be written beyond its first 64 KiB: its store fails, wherever the disk's end is."""
+    """Limit the gateway's files to 64 KiB, so that its store fails."""
     _, hard = resource.prlimit(gateway.process.pid, resource.RLIMIT_FSIZE)
     wal = gateway.data_dir / "gateway.db-wal"
     assert wal.stat().st_size > 2 * 65536
@@ -46,9 +46,7 @@ def lost(gateway: Gateway) -> float:
     return value(numbers(gateway.http.get("/metrics").text), "cwg_turns_lost_total")
 
 
-def test_turns_are_kept_while_the_store_cannot_be_written_and_no_new_one_begins(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_turns_queue_while_the_store_cannot_be_written(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for number in range(20):
             assert gateway.chat(f"{session}-{number}", _TEXT).status_code == 200
@@ -76,9 +74,7 @@ def test_turns_are_kept_while_the_store_cannot_be_written_and_no_new_one_begins(
         assert "Traceback" not in gateway.log
 
 
-def test_turns_that_wait_at_the_end_are_recorded_when_the_store_can_be_written(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_queued_turns_are_recorded_at_shutdown(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         for number in range(20):
             gateway.chat(f"{session}-{number}", _TEXT)
@@ -102,19 +98,19 @@ def accepts(gateway: Gateway) -> bool:
 # --- what is set aside
 
 
-def test_what_is_set_aside_is_on_the_disk_is_given_up_once_and_comes_back(tmp_path: Path) -> None:
+def test_ballast_is_allocated_released_once_and_restored(tmp_path: Path) -> None:
     ballast = Ballast(tmp_path / "x.db")
-    assert not ballast.whole
-    assert not ballast.give_up(Reserve.TURNS)
+    assert not ballast.is_complete
+    assert not ballast.release(Reserve.TURNS)
     ballast.restore()
-    assert ballast.whole
+    assert ballast.is_complete
     files = sorted(tmp_path.iterdir())
     assert [file.stat().st_blocks * 512 >= PART_BYTES for file in files] == [True, True]
-    assert ballast.give_up(Reserve.DELETIONS)
-    assert not ballast.give_up(Reserve.DELETIONS)
+    assert ballast.release(Reserve.DELETIONS)
+    assert not ballast.release(Reserve.DELETIONS)
     assert [file.exists() for file in files] == [True, False]
     ballast.restore()
-    assert ballast.whole
+    assert ballast.is_complete
 
 
 # --- a small disk of its own
@@ -134,7 +130,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Leave no byte free."""
+    """Fill the disk completely."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -146,9 +142,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_on_a_full_disk_no_answered_turn_is_lost_and_deleting_works(
-    engine: FakeEngine, disk: Path, session: str
-) -> None:
+def test_full_disk_loses_no_turn_and_allows_deletions(engine: FakeEngine, disk: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, disk) as gateway:
         for number in range(3):
             assert gateway.chat(f"old-{number}", _TEXT).status_code == 200
@@ -174,7 +168,7 @@ def test_on_a_full_disk_no_answered_turn_is_lost_and_deleting_works(
         assert lost(gateway) == 0
         assert gateway.http.get("/admin/windows/w-1/messages").json()["messages"]
         ballast = Ballast(gateway.data_dir / "gateway.db")
-        eventually(lambda: ballast.whole, "space is set aside again", 30)
+        eventually(lambda: ballast.is_complete, "space is set aside again", 30)
 
 
 def error_of_turn(response: object) -> tuple[int, str]:
@@ -182,7 +176,7 @@ def error_of_turn(response: object) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]  # type: ignore[attr-defined]
 
 
-def test_a_gateway_whose_disk_is_full_starts_and_lets_one_delete(engine: FakeEngine, disk: Path, session: str) -> None:
+def test_gateway_starts_on_a_full_disk_and_can_delete(engine: FakeEngine, disk: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, disk) as gateway:
         gateway.chat(session, _TEXT)
         assert gateway.freeze(session, "w").status_code == 201
@@ -198,7 +192,7 @@ def test_a_gateway_whose_disk_is_full_starts_and_lets_one_delete(engine: FakeEng
         assert gateway.http.delete("/admin/windows/w").status_code == 200
 
 
-def test_a_start_on_a_full_disk_with_nothing_set_aside_says_what_to_do(disk: Path) -> None:
+def test_start_on_a_full_disk_without_reserve_names_the_remedy(disk: Path) -> None:
     fill(disk)
     ended = serve(port=free_port(), engine_urls=DEAD, data_dir=disk / "data")
     assert_one_clear_line(ended, "gateway.db", "full", "free 8 MiB")
@@ -208,14 +202,14 @@ def test_a_start_on_a_full_disk_with_nothing_set_aside_says_what_to_do(disk: Pat
 
 
 def broken_write() -> sqlite3.OperationalError:
-    """What SQLite says of any write that the system refuses, but for a full disk."""
+    """SQLite's error for any write that the system refuses, except on a full disk."""
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
     return error
 
 
 @pytest.mark.anyio
-async def test_a_disk_that_fails_is_not_taken_for_one_that_is_full(tmp_path: Path) -> None:
+async def test_faulty_disk_is_not_reported_as_full(tmp_path: Path) -> None:
     def fail(_: object) -> None:
         raise broken_write()
 
@@ -231,7 +225,7 @@ async def test_a_disk_that_fails_is_not_taken_for_one_that_is_full(tmp_path: Pat
     assert told.value.code == "internal"
 
 
-def test_a_quota_or_a_limit_is_told_apart_from_a_disk_that_fails(tmp_path: Path) -> None:
+def test_quota_or_limit_is_distinguished_from_a_faulty_disk(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_bytes(bytes(_SMALL_FILE - 4096))
     with small_files():
         told = write_failure(tmp_path / "x.db", broken_write(), full=False)
@@ -241,7 +235,7 @@ def test_a_quota_or_a_limit_is_told_apart_from_a_disk_that_fails(tmp_path: Path)
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 128 KiB."""
+    """Limit this process's files to 128 KiB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL_FILE, hard))
     try:
@@ -252,7 +246,7 @@ def small_files() -> Iterator[None]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("over", [100, 2**20])
-async def test_a_limit_on_the_size_of_files_is_told_of_an_import_too(tmp_path: Path, over: int) -> None:
+async def test_limit_on_file_size_is_reported_for_an_import_too(tmp_path: Path, over: int) -> None:
     async def spool() -> None:
         async with Spool(tmp_path, 1) as file:
             for _ in range(_SMALL_FILE // 4096):

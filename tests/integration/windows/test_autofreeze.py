@@ -265,7 +265,7 @@ def test_failures_in_a_row_are_retried_less_and_less_often() -> None:
 
 @pytest.mark.anyio
 async def test_policies_are_not_asked_about_a_session_that_has_to_wait(harness: GatewayHarness) -> None:
-    await harness.services.store.add_session(Session("t", "s", lineage="s", state="active", token_count=10**6))
+    await harness.services.store.add_sessions([Session("t", "s", lineage="s", state="active", token_count=10**6)])
     settings = harness.settings.model_copy(update={"auto_freeze_tokens": 10})
     autofreeze = AutofreezeService(replace(harness.services, settings=settings))
     session = await harness.services.store.session("t", "s")

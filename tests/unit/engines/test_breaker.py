@@ -1,4 +1,4 @@
-"""How long an engine that does not answer is left alone: pure arithmetic, with the time as an argument."""
+"""How long an engine that does not answer is skipped: pure arithmetic, with the time as an argument."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from gateway.engines.breaker import LIMIT, CircuitBreaker
 
 
 def opened(at: float) -> CircuitBreaker:
-    """A breaker that has just seen enough."""
+    """A breaker that has just opened."""
     breaker = CircuitBreaker()
     for _ in range(LIMIT):
         breaker.failed(at)
     return breaker
 
 
-def test_it_opens_after_so_many_failures_in_a_row_and_not_before() -> None:
+def test_it_opens_after_the_limit_of_failures_in_a_row() -> None:
     breaker = CircuitBreaker()
     for count in range(1, LIMIT):
         breaker.failed(0)
@@ -22,7 +22,7 @@ def test_it_opens_after_so_many_failures_in_a_row_and_not_before() -> None:
     assert (breaker.open, breaker.allow_request(0)) == (True, False)
 
 
-def test_an_answer_between_failures_makes_the_count_begin_anew() -> None:
+def test_response_between_failures_resets_the_count() -> None:
     breaker = CircuitBreaker()
     for _ in range(5):
         breaker.failed(0)
@@ -31,14 +31,14 @@ def test_an_answer_between_failures_makes_the_count_begin_anew() -> None:
     assert (breaker.open, breaker.failures) == (False, 0)
 
 
-def test_after_the_rest_one_request_is_let_through_and_another_each_second() -> None:
+def test_after_the_backoff_one_request_a_second_is_allowed() -> None:
     breaker = opened(at=100)
     assert [breaker.allow_request(now) for now in (100.99, 101, 101, 101.5, 102, 102.1)] == [
         False, True, False, False, True, False,
     ]  # fmt: skip
 
 
-def test_a_trial_that_is_answered_closes_it_and_the_next_rest_is_short_again() -> None:
+def test_answered_trial_closes_it_and_resets_the_backoff() -> None:
     breaker = opened(at=0)
     for now in (1, 3, 7):  # each trial in vain
         assert breaker.allow_request(now)
@@ -51,7 +51,7 @@ def test_a_trial_that_is_answered_closes_it_and_the_next_rest_is_short_again() -
     assert (breaker.allow_request(20.9), breaker.allow_request(21)) == (False, True)
 
 
-def test_each_vain_trial_doubles_the_rest_up_to_a_bound() -> None:
+def test_each_failed_trial_doubles_the_backoff_up_to_a_bound() -> None:
     breaker, now, rests = opened(at=0), 0.0, []
     for _ in range(100):
         began = now
@@ -64,7 +64,7 @@ def test_each_vain_trial_doubles_the_rest_up_to_a_bound() -> None:
 
 
 @pytest.mark.parametrize("late", [1, 50])
-def test_requests_that_were_on_their_way_when_it_opened_do_not_make_the_rest_longer(late: int) -> None:
+def test_requests_in_flight_when_it_opens_do_not_extend_the_backoff(late: int) -> None:
     breaker = opened(at=0)
     for _ in range(late):
         breaker.failed(0.5)

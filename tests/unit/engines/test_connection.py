@@ -1,4 +1,4 @@
-"""The gateway's own HTTP to the engine, against a server whose every byte the test sends: time, room and trust."""
+"""The gateway's own HTTP to the engine, against a server whose every byte the test sends: timeouts, limits and TLS."""
 
 import asyncio
 import datetime
@@ -52,7 +52,7 @@ async def asked(reader: asyncio.StreamReader) -> None:
 
 
 def self_signed(folder: Path) -> Path:
-    """A certificate for 127.0.0.1 that nobody has vouched for, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)
@@ -67,7 +67,7 @@ def self_signed(folder: Path) -> Path:
 
 
 async def test_an_engine_is_not_silent_while_the_client_does_not_read() -> None:
-    """The client takes longer than the engine may be silent, and then gets the rest."""
+    """The client pauses for longer than the engine may be silent, and then gets the rest."""
     behind = asyncio.Event()
 
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,7 +94,7 @@ async def test_an_engine_is_not_silent_while_the_client_does_not_read() -> None:
         upstream.release_or_abort(connection)
 
 
-async def test_reading_stops_while_a_quarter_of_a_megabyte_waits_for_the_client() -> None:
+async def test_reading_pauses_when_256_kib_are_buffered() -> None:
     piece, sent = b"x" * 2**16, 0
 
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -121,7 +121,7 @@ async def test_reading_stops_while_a_quarter_of_a_megabyte_waits_for_the_client(
     assert stalled, f"{sent} bytes were read for a client that reads nothing"
 
 
-async def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connection_idle_for_long_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     connections = 0
 
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -143,7 +143,7 @@ async def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch
             assert connections == expected, f"at {seconds} s"
 
 
-async def test_an_https_engine_has_to_show_a_certificate_that_is_trusted(tmp_path: Path) -> None:
+async def test_https_engine_needs_a_trusted_certificate(tmp_path: Path) -> None:
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asked(reader)
         writer.write(WHOLE)
@@ -165,7 +165,7 @@ async def test_an_https_engine_has_to_show_a_certificate_that_is_trusted(tmp_pat
     ],
     ids=["head", "interim heads", "trailers"],
 )
-async def test_headers_without_end_are_an_error_and_the_connection_is_closed(begin: bytes, line: bytes) -> None:
+async def test_endless_headers_are_an_error_and_close_the_connection(begin: bytes, line: bytes) -> None:
     closed = asyncio.Event()
 
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -193,7 +193,7 @@ async def test_headers_without_end_are_an_error_and_the_connection_is_closed(beg
         await asyncio.wait_for(closed.wait(), WITHIN)
 
 
-async def test_an_answer_may_have_any_number_of_chunks() -> None:
+async def test_response_may_have_any_number_of_chunks() -> None:
     many = 100_000  # their sizes alone, 6 bytes each, are more than what there may be of headers at once
 
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -209,7 +209,7 @@ async def test_an_answer_may_have_any_number_of_chunks() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
-async def test_an_engine_that_sends_much_at_once_lets_others_have_their_turn(anyio_backend: object) -> None:
+async def test_engine_that_sends_much_at_once_does_not_starve_others(anyio_backend: object) -> None:
     taken: dict[int, int] = {}  # bytes in each turn of the event loop
     turn = 0
 

@@ -1,4 +1,4 @@
-"""A clock that jumps makes nothing expire that is not old."""
+"""A clock that jumps expires nothing that is not old."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ DAY = 86400.0
 
 
 class Clocks:
-    """Two clocks in a test's hands."""
+    """Two clocks that a test controls."""
 
     def __init__(self, hold_s: float = 3600.0) -> None:
         self.wall = 1_800_000_000.0
@@ -27,11 +27,11 @@ class Clocks:
 
     @property
     def doubt(self) -> str:
-        """What the clock thinks of it."""
+        """The doubt of the clock."""
         return self.clock.doubt()
 
 
-def test_a_clock_that_goes_as_it_should_is_believed_however_long_it_takes() -> None:
+def test_steady_clock_is_trusted() -> None:
     clocks = Clocks()
     for _ in range(1000):
         clocks.go_on(3600)
@@ -40,7 +40,7 @@ def test_a_clock_that_goes_as_it_should_is_believed_however_long_it_takes() -> N
 
 
 @pytest.mark.parametrize("jump", [40 * DAY, -40 * DAY, 90.0])
-def test_after_a_jump_nothing_expires_until_the_clock_is_back_or_has_stayed_for_long(jump: float) -> None:
+def test_after_a_jump_nothing_expires_for_a_while(jump: float) -> None:
     clocks = Clocks()
     clocks.wall += jump
     for _ in range(50):
@@ -58,7 +58,7 @@ def test_after_a_jump_nothing_expires_until_the_clock_is_back_or_has_stayed_for_
     assert "jumped" in clocks.doubt
 
 
-def test_a_clock_that_jumps_again_and_again_is_never_believed() -> None:
+def test_clock_that_keeps_jumping_is_never_trusted() -> None:
     clocks = Clocks()
     for _ in range(100):
         clocks.wall += DAY
@@ -66,7 +66,7 @@ def test_a_clock_that_jumps_again_and_again_is_never_believed() -> None:
         assert "jumped" in clocks.doubt
 
 
-def test_after_a_long_time_without_a_gateway_nothing_expires_at_once() -> None:
+def test_after_a_long_pause_nothing_expires_at_once() -> None:
     clocks = Clocks()
     clocks.clock.started_after(clocks.wall - 40 * DAY)
     assert "40 days" in clocks.doubt
@@ -78,7 +78,7 @@ def test_after_a_long_time_without_a_gateway_nothing_expires_at_once() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_sweep_without_expiry_leaves_what_has_expired(harness: GatewayHarness) -> None:
+async def test_sweep_without_expiry_leaves_expired_windows(harness: GatewayHarness) -> None:
     await window(harness.services, "w")
     await harness.services.store.describe_window("default", "w", {"expires_at": 1.0})
     await sweeper.sweep(harness.services, expire=False)
@@ -88,7 +88,7 @@ async def test_a_sweep_without_expiry_leaves_what_has_expired(harness: GatewayHa
 
 
 @pytest.mark.anyio
-async def test_the_newest_record_is_of_a_session_or_of_a_window(harness: GatewayHarness, tmp_path: Path) -> None:
+async def test_newest_record_is_a_session_or_a_window(harness: GatewayHarness, tmp_path: Path) -> None:
     async with SqliteStore(tmp_path / "empty.db", turns_kept=5) as empty:
         assert await empty.newest() is None
     await window(harness.services, "w")

@@ -1,4 +1,4 @@
-"""Lines of the log: one for each event, whatever a client has put into it."""
+"""Lines of the log: one for each event, whatever a client sends."""
 
 import logging
 import sys
@@ -8,14 +8,14 @@ from gateway.runtime.logs import SafeFormatter
 FORGED = "x\n2026-11-30 12:00:00 CRITICAL gateway.app: forged\r\x1b[2J\x9b31m\u2028"
 
 
-def test_a_message_stays_on_its_line_and_does_nothing_to_a_terminal() -> None:
+def test_message_stays_on_its_line_and_is_escaped() -> None:
     record = logging.LogRecord("gateway", logging.INFO, "", 0, "asked for %s", (FORGED,), None)
     line = SafeFormatter("%(levelname)s %(message)s").format(record)
     assert line.isprintable()
     assert line.startswith("INFO asked for x\\x0a2026")
 
 
-def test_a_traceback_keeps_its_lines_and_none_of_them_begins_like_an_event() -> None:
+def test_traceback_is_indented_and_keeps_its_lines() -> None:
     try:
         int(FORGED)
     except ValueError:
@@ -26,6 +26,6 @@ def test_a_traceback_keeps_its_lines_and_none_of_them_begins_like_an_event() -> 
     assert all(line.startswith("  ") and line.isprintable() for line in rest)
 
 
-def test_ordinary_text_is_written_as_it_is() -> None:
+def test_ordinary_text_is_not_escaped() -> None:
     record = logging.LogRecord("gateway", logging.INFO, "", 0, "Grüße 日本 🎉", (), None)
     assert SafeFormatter("%(message)s").format(record) == "Grüße 日本 🎉"

@@ -1,4 +1,4 @@
-"""A process that stood still blames nobody else for it."""
+"""A process that was stalled does not blame engines or clients."""
 
 import asyncio
 import signal
@@ -31,13 +31,13 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 
 @pytest.fixture
 async def stalls() -> AsyncIterator[Stalls]:
-    """What watches this process."""
+    """The stall detector of this process."""
     async with Stalls() as stalls:
         yield stalls
 
 
 class Late:
-    """An engine that answers when it is told to."""
+    """An engine that answers on command."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -50,7 +50,7 @@ class Late:
         exchange.json({})
 
     async def answers_after_we_stood_still(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask, then block the event loop for longer than anything waits; the engine answers a moment after that."""
+        """Ask, then block the event loop for longer than any timeout; the engine answers right after that."""
         asking = asyncio.ensure_future(ask())
         assert await asyncio.to_thread(self.asked.wait, WITHIN)
         threading.Timer(STILL_S + SOON_S, self.go_on.set).start()
@@ -64,7 +64,7 @@ def upstream_of(engine: FakeEngine, stalls: Stalls, timeout_s: float = TIMEOUT_S
 
 
 @pytest.mark.anyio
-async def test_what_was_lost_lies_after_the_moment_asked_for(stalls: Stalls) -> None:
+async def test_lost_time_is_counted_from_the_given_moment(stalls: Stalls) -> None:
     before = time.monotonic()
     time.sleep(STILL_S)  # noqa: ASYNC251 - that is what is tested
     after = time.monotonic()
@@ -76,9 +76,7 @@ async def test_what_was_lost_lies_after_the_moment_asked_for(stalls: Stalls) -> 
 
 
 @pytest.mark.anyio
-async def test_the_time_for_which_we_stood_still_is_no_silence_of_the_engine(
-    engine: FakeEngine, stalls: Stalls
-) -> None:
+async def test_time_of_a_stall_is_not_the_engines_silence(engine: FakeEngine, stalls: Stalls) -> None:
     late = engine.on_other = Late()
     async with upstream_of(engine, stalls) as upstream:
         connection = await late.answers_after_we_stood_still(lambda: upstream.send("GET", b"/x", (), b""))
@@ -87,7 +85,7 @@ async def test_the_time_for_which_we_stood_still_is_no_silence_of_the_engine(
 
 
 @pytest.mark.anyio
-async def test_a_connection_that_came_about_while_we_stood_still_is_one(engine: FakeEngine, stalls: Stalls) -> None:
+async def test_connection_made_during_a_stall_is_used(engine: FakeEngine, stalls: Stalls) -> None:
     async with upstream_of(engine, stalls) as upstream:
         sending = asyncio.ensure_future(upstream.send("GET", b"/x", (), b""))
         await asyncio.sleep(0)
@@ -96,7 +94,7 @@ async def test_a_connection_that_came_about_while_we_stood_still_is_one(engine: 
 
 
 @pytest.mark.anyio
-async def test_an_engine_that_is_silent_after_we_stood_still_is_found_out(engine: FakeEngine, stalls: Stalls) -> None:
+async def test_silent_engine_is_detected_after_a_stall(engine: FakeEngine, stalls: Stalls) -> None:
     engine.on_other = lambda exchange: exchange.gone() and None
     async with upstream_of(engine, stalls) as upstream:
         sending = asyncio.ensure_future(upstream.send("GET", b"/x", (), b""))
@@ -107,7 +105,7 @@ async def test_an_engine_that_is_silent_after_we_stood_still_is_found_out(engine
 
 
 @pytest.mark.anyio
-async def test_a_look_at_an_engine_while_we_stood_still_does_not_count(engine: FakeEngine, stalls: Stalls) -> None:
+async def test_probe_during_a_stall_does_not_count(engine: FakeEngine, stalls: Stalls) -> None:
     late = engine.on_health = Late()
     lost = stalls.lost_since
     asks = HttpEngineClient(
@@ -119,9 +117,7 @@ async def test_a_look_at_an_engine_while_we_stood_still_does_not_count(engine: F
     await member.close()
 
 
-def test_a_gateway_that_is_stopped_for_a_while_still_thinks_well_of_its_engine(
-    engine: FakeEngine, tmp_path: Path, session: str
-) -> None:
+def test_stopped_gateway_does_not_blame_its_engine(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     settings = {"connect_timeout_s": TIMEOUT_S, "engine_timeout_s": TIMEOUT_S, "engine_check_s": 0.1}
     with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
         for _ in range(3):

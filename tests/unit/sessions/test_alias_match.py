@@ -5,20 +5,22 @@ from typing import Any
 
 import pytest
 
-from gateway.records import Alias, Known, Session
+from gateway.records import Alias, AliasMatch, Session
 from gateway.sessions import alias_match, prefix_chain, reply_aliases
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from tests.integration.sessions.test_changing_clients import Message, assistant, system, tools, user
 
 
-def known(messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s") -> list[Known]:
+def known(
+    messages: list[Message], reply: Message, names: Sequence[str] = (), *, lineage: str = "s"
+) -> list[AliasMatch]:
     """A session whose last reply is known under all of its names."""
     request = ConversationPrefix.of(Prompt(messages, b"", {"tools": tools(*names)}))
     trace = prefix_chain.trace(b"", messages, reply, request)
-    return [Known(Session("t", lineage, lineage), alias, current=True) for alias in trace.ends]
+    return [AliasMatch(Session("t", lineage, lineage), alias, current=True) for alias in trace.aliases]
 
 
-def judged(messages: list[Message], found: list[Known], names: Sequence[str] = ()) -> prefix_chain.PrefixMatch:
+def judged(messages: list[Message], found: list[AliasMatch], names: Sequence[str] = ()) -> prefix_chain.PrefixMatch:
     request = ConversationPrefix.of(Prompt(messages, b"", {"tools": tools(*names)}))
     verdicts = (alias_match.judge(reply, found) for reply in request.answered())
     return next((verdict for verdict in verdicts if verdict), prefix_chain.STRANGER)
@@ -38,7 +40,9 @@ def test_only_a_change_of_both_the_system_prompt_and_the_tools_is_a_sub_agent() 
 
 def test_two_matches_of_one_lineage_fork_and_of_two_are_ambiguous() -> None:
     messages, asked = [system("a"), user("q")], [system("b"), user("q"), REPLY, user("next")]
-    twins = [Known(Session("t", name, "s"), one.alias, current=True) for name in "sx" for one in known(messages, REPLY)]
+    twins = [
+        AliasMatch(Session("t", name, "s"), one.alias, current=True) for name in "sx" for one in known(messages, REPLY)
+    ]
     assert (judged(asked, twins).how, judged(asked, twins).forks) == ("fork", True)
     both = known(messages, REPLY) + known(messages, REPLY, lineage="other")
     assert (judged(asked, both).how, judged(asked, both).session) == ("ambiguous", None)

@@ -92,7 +92,7 @@ def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(tokenizer: Any, messages:
 
 @settings(max_examples=150)
 @given(conversations, texts, texts.filter(bool), st.sampled_from(["thinking", "enable_thinking"]))
-def test_what_was_thought_is_sent_back_as_the_tokens_that_were_said(
+def test_reasoning_is_rendered_as_the_generated_tokens(
     tokenizer: Any, messages: list[Message], content: str, thought: str, asked: str
 ) -> None:
     prompt = render(tokenizer, messages, add_generation_prompt=True, **{asked: True})
@@ -104,9 +104,7 @@ def test_what_was_thought_is_sent_back_as_the_tokens_that_were_said(
 
 
 @pytest.mark.parametrize("mark", [demo_model.THINK, demo_model.THOUGHT])
-def test_the_marks_of_thinking_are_tokens_that_only_a_bias_brings_about(
-    demo_folder: Path, tokenizer: Any, mark: str
-) -> None:
+def test_reasoning_marks_are_generated_only_with_a_bias(demo_folder: Path, tokenizer: Any, mark: str) -> None:
     from safetensors import safe_open  # noqa: PLC0415 - imports torch
 
     (token,) = ids(tokenizer, mark)
@@ -153,29 +151,29 @@ def test_every_process_builds_the_same_files(demo_folder: Path, rebuilt: Path) -
         ("", False),
     ],
 )
-def test_a_cpu_tells_whether_it_computes_bfloat16(cpuinfo: str, does: bool) -> None:
+def test_bfloat16_support_is_read_from_cpuinfo(cpuinfo: str, does: bool) -> None:
     assert models.computes_bfloat16(cpuinfo) == does
 
 
-def test_the_type_that_a_model_is_served_in_is_part_of_what_it_is(demo_folder: Path) -> None:
+def test_fingerprint_includes_the_served_type(demo_folder: Path) -> None:
     seen = {fingerprint(demo_folder), fingerprint(demo_folder, served_as="float32")}
     assert len(seen) == 2
 
 
-def test_a_built_model_is_left_as_it_is(demo_folder: Path) -> None:
+def test_built_model_is_not_rebuilt(demo_folder: Path) -> None:
     before = {path: path.stat() for path in demo_folder.iterdir()}
     demo_model.build(demo_folder, "small")
     assert {path: path.stat() for path in demo_folder.iterdir()} == before
 
 
-def test_a_model_of_an_older_recipe_is_built_again(rebuilt: Path) -> None:
+def test_model_of_an_older_recipe_is_rebuilt(rebuilt: Path) -> None:
     assert demo_model.is_built(rebuilt, "small")
     assert not (rebuilt / "old").exists()
     assert [path.name for path in rebuilt.parent.iterdir()] == ["demo"]
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
-def test_somebody_elses_directory_is_not_touched(tmp_path: Path, content: str | None) -> None:
+def test_directory_without_a_demo_model_is_not_replaced(tmp_path: Path, content: str | None) -> None:
     directory = tmp_path / "mine"
     directory.mkdir()
     (directory / "thesis.txt").write_text("years of work")
@@ -187,7 +185,7 @@ def test_somebody_elses_directory_is_not_touched(tmp_path: Path, content: str | 
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_the_fingerprint_sees_a_change_of_weights_tokenizer_or_configuration(demo_folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_weights_tokenizer_and_config(demo_folder: Path, tmp_path: Path) -> None:
     seen = {fingerprint(demo_folder)}
     for name, step in (("model.safetensors", 1_000), ("tokenizer.json", 10_000), ("config.json", 1_000)):
         changed = tmp_path / name
@@ -205,10 +203,10 @@ def test_the_fingerprint_of_a_directory_without_weights_is_refused(tmp_path: Pat
         fingerprint(tmp_path)
 
 
-def test_kv_bytes_per_token_are_what_the_configuration_says(demo_folder: Path) -> None:
+def test_kv_takes_1_kib_per_layer_and_token(demo_folder: Path) -> None:
     config = json.loads((demo_folder / "config.json").read_text())
     layers, heads, dimension = (config[k] for k in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
-    assert demo_model.SHAPES["small"].kv_bytes_per_token == layers * 2 * heads * dimension * 2 == 8192
+    assert layers * 2 * heads * dimension * 2 == 1024 * demo_model.SHAPES["small"].layers == 8192
 
 
 def _digests(directory: Path) -> dict[str, str]:

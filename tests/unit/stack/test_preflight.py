@@ -1,4 +1,4 @@
-"""Each thing that would stop the stack is said in one line with its remedy: real sockets, directories, servers."""
+"""Each thing that would stop the stack is reported in one line with its remedy: real sockets, directories, servers."""
 
 import json
 import os
@@ -9,15 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from gateway.stack import commands, local, lock, models, preflight
+from gateway.stack.demo_model import THINK, THOUGHT
 from gateway.stack.errors import StackError
 from tests.support.gateway_process import ROOT
+from tests.support.local_stack import plan_for
 
 pytestmark = pytest.mark.local
 
@@ -44,7 +45,7 @@ def refusal(stack: local.LocalStack) -> str:
     return str(refused.value)
 
 
-def test_what_can_work_passes_and_leaves_a_private_data_directory(tmp_path: Path, free_port: int) -> None:
+def test_valid_options_pass_and_create_a_private_directory(tmp_path: Path, free_port: int) -> None:
     preflight.check(options(tmp_path, free_port))
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
 
@@ -72,7 +73,7 @@ def test_a_missing_package_names_the_extra() -> None:
         preflight.check_packages(("json", "no_such_engine"))
 
 
-def test_another_platform_is_sent_to_serve() -> None:
+def test_other_platforms_are_referred_to_serve() -> None:
     with pytest.raises(StackError, match="needs Linux, not darwin; run `cwg serve`"):
         preflight.check_platform("darwin")
 
@@ -105,7 +106,7 @@ def test_more_context_than_the_demo_has_is_refused(tmp_path: Path, free_port: in
     assert said == "--max-model-len 40000: the demo model goes up to 32768"
 
 
-def test_a_model_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_model_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="no such directory"):
         models.find(str(tmp_path / "gone"))
 
@@ -116,12 +117,12 @@ def test_a_directory_without_configuration_is_refused(tmp_path: Path, free_port:
     assert "has no config.json" in said
 
 
-def test_an_id_that_is_not_on_this_disk_is_refused_while_offline(tmp_path: Path) -> None:
+def test_model_that_is_not_cached_is_refused_offline(tmp_path: Path) -> None:
     said = _find_in_a_process("somebody/a-model", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert said == "--model somebody/a-model: not in the local cache, and HF_HUB_OFFLINE forbids the download"
 
 
-def test_an_id_on_this_disk_is_found_while_offline(tmp_path: Path) -> None:
+def test_cached_model_is_found_offline(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--somebody--a-model"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -131,25 +132,25 @@ def test_an_id_on_this_disk_is_found_while_offline(tmp_path: Path) -> None:
     assert _find_in_a_process("somebody/a-model", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}) == str(snapshot)
 
 
-def test_a_download_from_a_hub_that_does_not_answer_is_one_line(tmp_path: Path, free_port: int) -> None:
+def test_download_from_an_unreachable_hub_fails_in_one_line(tmp_path: Path, free_port: int) -> None:
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     said = _find_in_a_process("somebody/a-model", hub)
     assert said.startswith("--model somebody/a-model: the download failed (")
     assert said.endswith("); give a directory to work offline")
 
 
-def test_a_data_directory_that_cannot_be_made_is_refused(tmp_path: Path, free_port: int) -> None:
+def test_data_directory_that_cannot_be_created_is_refused(tmp_path: Path, free_port: int) -> None:
     (tmp_path / "data").write_text("a file")
     assert "cannot write to" in refusal(options(tmp_path, free_port))
 
 
-def test_too_little_room_is_told_in_numbers() -> None:
+def test_too_little_space_is_reported_in_numbers() -> None:
     with pytest.raises(StackError, match=r"^0\.5 GiB of memory are free, 2\.0 GiB are needed: buy some$"):
         preflight.check_room("of memory", 2**29, 2**31, "buy some")
 
 
 def test_more_memory_than_the_machine_has_is_refused(tmp_path: Path, free_port: int) -> None:
-    plan = _plan(options(tmp_path, free_port, cpu_cache_gb=1e6))
+    plan = plan_for(options(tmp_path, free_port, cpu_cache_gb=1e6))
     with pytest.raises(StackError, match=r"GiB of memory are free, 1\d{6}\.\d GiB are needed: lower --cpu-cache-gb"):
         preflight.check_memory(plan)
 
@@ -179,12 +180,12 @@ def test_more_engine_kv_than_shared_memory_is_refused() -> None:
         ("redis://", "expected redis://"),
     ],
 )
-def test_a_redis_that_lmcache_could_not_use_is_refused(url: str, reason: str) -> None:
+def test_redis_that_lmcache_cannot_use_is_refused(url: str, reason: str) -> None:
     with pytest.raises(StackError, match=reason):
         commands.redis_tier(url)
 
 
-def test_a_redis_that_is_not_there_is_refused(tmp_path: Path, free_port: int) -> None:
+def test_unreachable_redis_is_refused(tmp_path: Path, free_port: int) -> None:
     said = refusal(options(tmp_path, free_port, redis_url=f"redis://127.0.0.1:{free_port}"))
     assert "no answer from Redis" in said
 
@@ -197,9 +198,8 @@ def test_a_wrong_redis_password_is_refused_and_not_repeated(tmp_path: Path) -> N
         assert "wr0ng-one" not in str(refused.value)
 
 
-def test_a_redis_password_goes_by_the_environment() -> None:
-    cache = commands.Cache(1, 2, Path("kv"), 64, 2, "i", "redis://user:s%40crt@h:7777")
-    command = commands.cache_command("python", cache)
+def test_a_redis_password_goes_by_the_environment(tmp_path: Path) -> None:
+    command = commands.cache_launch(plan_for(options(tmp_path, 1, redis_url="redis://user:s%40crt@h:7777")))
     assert not any("crt" in argument for argument in command.argv)
     assert command.env["LMCACHE_RESP_PASSWORD"] == "s@crt"
     assert {"type": "resp", "host": "h", "port": 7777, "num_workers": 2} in [
@@ -208,41 +208,39 @@ def test_a_redis_password_goes_by_the_environment() -> None:
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_only_a_cpu_engine_gets_cpu_options(on_cpu: bool) -> None:
-    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=on_cpu, kv_gb=3)
-    command = commands.engine_command("python", engine)
-    assert ("--block-size" in command.argv) == on_cpu
-    assert ("--enforce-eager" in command.argv) == on_cpu
-    assert ("VLLM_CPU_KVCACHE_SPACE" in command.env) == on_cpu
-    connector = json.loads(command.argv[command.argv.index("--kv-transfer-config") + 1])
+def test_only_a_cpu_engine_gets_cpu_options(tmp_path: Path, on_cpu: bool) -> None:
+    launch = commands.engine_launch(plan_for(options(tmp_path, 1), on_cpu=on_cpu))
+    assert ("--block-size" in launch.argv) == on_cpu
+    assert ("--enforce-eager" in launch.argv) == on_cpu
+    assert ("VLLM_CPU_KVCACHE_SPACE" in launch.env) == on_cpu
+    connector = json.loads(launch.argv[launch.argv.index("--kv-transfer-config") + 1])
     assert ("lmcache.mp.mp_transfer_mode" in connector["kv_connector_extra_config"]) == on_cpu
     assert connector["kv_load_failure_policy"] == "recompute"
 
 
-def test_an_engine_computes_in_the_type_of_its_model_unless_told() -> None:
-    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=True, kv_gb=3)
-    assert "--dtype" not in commands.engine_command("python", engine).argv
-    argv = commands.engine_command("python", replace(engine, dtype="float32")).argv
+def test_an_engine_computes_in_the_type_of_its_model_by_default(tmp_path: Path) -> None:
+    assert "--dtype" not in commands.engine_launch(plan_for(options(tmp_path, 1))).argv
+    argv = commands.engine_launch(plan_for(options(tmp_path, 1), dtype="float32")).argv
     assert argv[argv.index("--dtype") + 1] == "float32"
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-@pytest.mark.parametrize("one_process", [True, False])
-def test_scheduler_and_worker_are_one_process_where_asked_for_and_on_a_cpu(on_cpu: bool, one_process: bool) -> None:
-    engine = commands.Engine(1, 2, "models/m", "m", on_cpu=on_cpu, kv_gb=3, one_process=one_process)
-    command = commands.engine_command("python", engine)
-    assert ("uni" in command.argv) == (on_cpu and one_process)
-    assert (command.env.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") == (on_cpu and one_process)
+@pytest.mark.parametrize("is_demo", [True, False])
+def test_scheduler_and_worker_are_one_process_for_the_demo_on_a_cpu(
+    tmp_path: Path, on_cpu: bool, is_demo: bool
+) -> None:
+    launch = commands.engine_launch(plan_for(options(tmp_path, 1), on_cpu=on_cpu, is_demo=is_demo))
+    assert ("uni" in launch.argv) == (on_cpu and is_demo)
+    assert (launch.env.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") == (on_cpu and is_demo)
 
 
-def test_an_engine_is_told_how_its_model_thinks() -> None:
-    plain = commands.Engine(1, 2, "models/m", "m", on_cpu=True, kv_gb=3)
-    assert not any("reasoning" in argument for argument in commands.engine_command("python", plain).argv)
-    thinking = replace(plain, reasoning=commands.Reasoning("p", "<a>", "</a>"))
-    argv = commands.engine_command("python", thinking).argv
-    assert argv[argv.index("--reasoning-parser") + 1] == "p"
+def test_the_demos_engine_gets_its_reasoning_marks(tmp_path: Path) -> None:
+    plain = commands.engine_launch(plan_for(options(tmp_path, 1), is_demo=False)).argv
+    assert not any("reasoning" in argument for argument in plain)
+    argv = commands.engine_launch(plan_for(options(tmp_path, 1))).argv
+    assert argv[argv.index("--reasoning-parser") + 1] == "deepseek_v3"
     marks = json.loads(argv[argv.index("--reasoning-config") + 1])
-    assert marks == {"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"}
+    assert marks == {"reasoning_start_str": THINK, "reasoning_end_str": THOUGHT}
 
 
 def test_a_second_stack_on_a_data_directory_is_refused(tmp_path: Path) -> None:
@@ -251,22 +249,6 @@ def test_a_second_stack_on_a_data_directory_is_refused(tmp_path: Path) -> None:
         pass
     with lock.holding(tmp_path):
         assert (tmp_path / "up.lock").read_text() == str(os.getpid())
-
-
-def _plan(stack: local.LocalStack) -> local.Plan:
-    model = models.Model(stack.data_dir, "models/m", "m", "f", is_demo=True)
-    return local.Plan(
-        options=stack,
-        data_dir=stack.data_dir,
-        model=model,
-        engine_port=1,
-        cache_port=2,
-        cache_http_port=3,
-        chunk_size=64,
-        cache_gb=stack.cpu_cache_gb or 1.0,
-        engine_kv_gb=1,
-        on_cpu=True,
-    )
 
 
 def _find_in_a_process(model: str, environment: dict[str, str]) -> str:
@@ -294,6 +276,6 @@ def _redis(directory: Path, password: str) -> Iterator[int]:
             server.kill()
 
 
-def test_versions_that_the_mend_was_not_checked_with_are_named() -> None:
-    assert preflight.warning_of_versions(preflight.installed_versions()) == ""
-    assert "vllm 0.33.0" in preflight.warning_of_versions({"vllm": "0.33.0", "lmcache": "0.5.6"})
+def test_versions_without_the_patch_are_named() -> None:
+    assert preflight.version_warning(preflight.installed_versions()) == ""
+    assert "vllm 0.33.0" in preflight.version_warning({"vllm": "0.33.0", "lmcache": "0.5.6"})

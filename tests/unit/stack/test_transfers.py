@@ -1,10 +1,10 @@
-"""The end of a request is passed to vLLM's scheduler once, and never before the load into its blocks is over."""
+"""The end of a request is passed to vLLM's scheduler once, and never before the load into its blocks is complete."""
 
 from gateway.stack.transfers import Transfers
 
 
 def step(transfers: Transfers, loaded: set[str], stored: set[str]) -> tuple[set[str], set[str]]:
-    """What the scheduler hears of one step's reports."""
+    """What the scheduler gets of one step's reports."""
     return transfers.loads_done(loaded), transfers.stores_done(stored)
 
 
@@ -23,17 +23,17 @@ def test_a_request_that_loads_runs_and_ends_is_passed_on_as_reported() -> None:
     assert step(transfers, set(), {"a"}) == (set(), {"a"})
 
 
-def test_blocks_are_not_freed_by_a_store_that_never_was_while_the_load_goes_on() -> None:
+def test_false_store_during_a_load_frees_no_blocks() -> None:
     transfers = aborted_while_loading()
     assert step(transfers, set(), {"a"}) == (set(), set())
     assert step(transfers, {"a"}, set()) == ({"a"}, set())
 
 
-def test_an_aborted_request_that_ends_both_ways_in_one_step_ends_once() -> None:
+def test_aborted_request_that_ends_both_ways_at_once_ends_once() -> None:
     assert step(aborted_while_loading(), {"a"}, {"a"}) == ({"a"}, set())
 
 
-def test_a_store_that_is_reported_after_the_load_has_ended_the_request_is_not_passed_on() -> None:
+def test_store_reported_after_the_request_ended_is_not_passed_on() -> None:
     transfers = aborted_while_loading()
     assert step(transfers, {"a"}, set()) == ({"a"}, set())
     assert step(transfers, set(), {"a"}) == (set(), set())
@@ -67,5 +67,5 @@ def test_a_request_that_is_loaded_again_after_preemption_ends_with_its_second_lo
     assert step(transfers, {"a"}, set()) == ({"a"}, set())
 
 
-def test_what_was_never_known_is_not_passed_on() -> None:
+def test_unknown_requests_are_not_passed_on() -> None:
     assert step(Transfers(), {"a"}, {"b"}) == (set(), set())

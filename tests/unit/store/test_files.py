@@ -1,7 +1,6 @@
-"""What only a store in a file can go through: restarts, several processes, a full disk, older schemas."""
+"""What only happens to a store in a file: restarts, several processes, a full disk, older schemas."""
 
 import asyncio
-import re
 import sqlite3
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from gateway.store import transcript_rows
 from gateway.store.schema import MIGRATIONS, migrate
 from gateway.store.sqlite import SqliteStore
 from gateway.store.store import Store
-from gateway.store.types import Text, WindowQuery
+from gateway.store.types import OrphanedSalt, Text, WindowQuery
 from tests.support.gateway_process import ROOT
 from tests.support.store_records import ODD, TENANT, Open, add, finished, manifest, messages_of, says, window
 from tests.support.tier_harness import key, keys, small_disk
@@ -41,7 +41,7 @@ async def test_a_restart_finds_everything(open_store: Open) -> None:
         assert await store.manifest(window("w")) == manifest("w", keys(2))
 
 
-async def test_what_was_written_before_the_end_is_written(open_store: Open) -> None:
+async def test_pending_writes_are_done_before_closing(open_store: Open) -> None:
     async with open_store() as store:
         writes = [asyncio.create_task(store.record([finished(f"s{n}", says("1", "a"))])) for n in range(300)]
         await asyncio.sleep(0)  # all of them are on their way
@@ -51,7 +51,7 @@ async def test_what_was_written_before_the_end_is_written(open_store: Open) -> N
         assert total == 300
 
 
-async def test_two_stores_on_one_file_see_each_others_work_and_have_one_name(open_store: Open) -> None:
+async def test_two_stores_on_one_file_share_data_and_id(open_store: Open) -> None:
     async with open_store() as one, open_store() as other:
         assert one.store_id == other.store_id
         await asyncio.gather(
@@ -69,11 +69,11 @@ async def test_two_stores_on_one_file_see_each_others_work_and_have_one_name(ope
             assert await messages_of(store, "a7") == says("1", "x")
 
 
-async def test_whoever_is_cancelled_goes_on_only_when_its_write_is_done(store: Store, tmp_path: Path) -> None:
-    """It holds a lock on pins, which are let go of unless a window has them by then."""
+async def test_cancelled_caller_waits_for_its_write(store: Store, tmp_path: Path) -> None:
+    """It holds the lock on pins that are dropped unless a window has them by then."""
     with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")  # nobody else writes
-        adding = asyncio.create_task(store.add_session(Session(TENANT, "s", "l")))
+        adding = asyncio.create_task(store.add_sessions([Session(TENANT, "s", "l")]))
         await asyncio.sleep(0)
         adding.cancel()
         for _ in range(20):
@@ -103,19 +103,19 @@ asyncio.run(write(sys.argv[2]))
 
 
 def writer(path: Path, name: str, count: int) -> subprocess.Popen[bytes]:
-    """Another process that writes turns and windows, and tells what was committed."""
+    """Another process that writes turns and windows, and prints what was committed."""
     argv = [sys.executable, "-c", WRITER, str(path), name, str(count)]
     return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, bufsize=0)  # what was not read stays in the pipe
 
 
 def committed(process: subprocess.Popen[bytes]) -> int:
-    """How many it said were committed, once it has ended."""
+    """How many commits it printed, after it has ended."""
     out, _ = process.communicate(timeout=60)
     return len(out.splitlines())
 
 
 def sound(path: Path) -> None:
-    """SQLite finds nothing wrong, and no row points nowhere."""
+    """SQLite reports no damage, and no foreign key is dangling."""
     with closing(sqlite3.connect(path)) as db:
         found = [text for (text,) in db.execute("PRAGMA integrity_check")]
         assert found == ["ok"]
@@ -123,7 +123,7 @@ def sound(path: Path) -> None:
 
 
 async def whole(store: Store, name: str) -> int:
-    """How many windows of a writer there are; each has to be whole."""
+    """How many windows of a writer there are; each has to be complete."""
     count = 0
     while (one := await store.window(TENANT, f"w-{name}-{count}")) is not None:
         assert [o.key for o in (await store.manifest(one)).objects] == [str(key(count)), str(key(count + 1))]
@@ -144,7 +144,7 @@ async def test_processes_that_start_at_once_make_one_store_and_write_it_together
 
 
 @pytest.mark.parametrize("after", [1, 15])
-async def test_a_kill_in_mid_write_loses_nothing_committed_and_leaves_nothing_half(tmp_path: Path, after: int) -> None:
+async def test_kill_during_a_write_loses_nothing_committed(tmp_path: Path, after: int) -> None:
     path = tmp_path / "gateway.db"
     other = writer(path, "a", 10_000)
     assert other.stdout is not None
@@ -160,7 +160,7 @@ async def test_a_kill_in_mid_write_loses_nothing_committed_and_leaves_nothing_ha
 
 @pytest.fixture
 def two_megabytes(tmp_path: Path) -> Iterator[Path]:
-    """A file system with little room."""
+    """A small file system."""
     try:
         with small_disk(tmp_path / "small", "size=2m") as folder:
             yield folder
@@ -168,7 +168,7 @@ def two_megabytes(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"only root may mount a small file system: {error}")
 
 
-async def test_a_full_disk_is_told_and_the_store_lives_on(two_megabytes: Path) -> None:
+async def test_full_disk_is_reported_and_the_store_recovers(two_megabytes: Path) -> None:
     path = two_megabytes / "gateway.db"
     async with SqliteStore(path, turns_kept=5) as store:
         await store.record([finished("before", says("1", "a"))])
@@ -192,12 +192,7 @@ async def test_a_full_disk_is_told_and_the_store_lives_on(two_megabytes: Path) -
     sound(path)
 
 
-def test_migrations_are_numbered_without_a_gap() -> None:
-    numbers = [int(re.fullmatch(r"m(\d{3})_\w+", step.__name__)[1]) for step in MIGRATIONS]  # type: ignore[index]
-    assert numbers == list(range(1, len(MIGRATIONS) + 1))
-
-
-async def test_what_a_tenants_windows_hold_counts_once_what_they_share(store: Store) -> None:
+async def test_shared_objects_count_once_for_a_tenant(store: Store) -> None:
     first = await add(store, "a", keys(3))
     assert await store.copy_window(replace(first, name="copy"), first, None)
     await add(store, "b", [*keys(2), key(9)])
@@ -208,13 +203,21 @@ async def test_what_a_tenants_windows_hold_counts_once_what_they_share(store: St
     assert await store.held_bytes("nobody", more) == 3 * 50
 
 
-async def test_what_an_older_store_has_is_there_in_a_newer_one(tmp_path: Path) -> None:
+async def test_data_of_an_older_store_is_migrated(tmp_path: Path) -> None:
     path, old = tmp_path / "gateway.db", manifest("w", [key(2), key(1)], ("disk", "redis"))
     talk = says("a" * 5000, "b")
     with closing(sqlite3.connect(path)) as db:
-        for step in MIGRATIONS[:9]:
-            step(db)
+        for statement in chain(*MIGRATIONS[:9]):
+            db.execute(statement)
         db.execute("PRAGMA user_version = 9")
+        db.execute(
+            """INSERT INTO sessions (tenant, id, lineage, model, fingerprint, salt, state, token_count, turn_count,
+                created_at, last_active_at, head, asked, tip)
+            VALUES (?, 's', 'l', 'demo', 'fp', 'salt', 'active', 2, 1, 1, 2, x'01', x'02', x'03')""",
+            (TENANT,),
+        )
+        db.execute("INSERT INTO beginnings VALUES (?, x'03', 's')", (TENANT,))
+        db.execute("INSERT INTO loose_salts VALUES ('old', ?, 'l', 5.0)", (TENANT,))
         db.execute("INSERT INTO manifests VALUES (?, ?)", (old.id, array("I", old.token_ids).tobytes()))
         db.executemany("INSERT INTO objects VALUES (?, ?, ?, ?)", [o[:4] for o in old.objects])
         held = [(old.id, n // 2, o.key, o.tier) for n, o in enumerate(old.objects)]
@@ -227,6 +230,9 @@ async def test_what_an_older_store_has_is_there_in_a_newer_one(tmp_path: Path) -
         assert await store.held_objects() == {key(1), key(2)}
         assert await store.messages(tip) == talk
         assert await store.windows_without_text() == []
+        _, (session,) = await store.sessions_by_prefix(TENANT, [b"\x03"])
+        assert (session.first_message_hash, session.last_request_hash, session.last_reply_hash) == (b"\1", b"\2", b"\3")
+        assert await store.orphaned_salts() == [OrphanedSalt("old", TENANT, "l", 5.0)]
     sound(path)
 
 
@@ -237,7 +243,7 @@ def test_foreign_keys_are_enforced_after_a_migration(tmp_path: Path) -> None:
             db.execute("INSERT INTO links VALUES (x'01', NULL, x'02', 0)")
 
 
-async def test_a_tag_that_most_windows_have_is_listed_in_order_and_counted(store: Store) -> None:
+async def test_tag_of_most_windows_is_listed_in_order_and_counted(store: Store) -> None:
     first = await add(store, "w-000", tags=("all", "odd0"), created_at=0.0)
     for number in range(1, 600):
         tags = ("all", f"odd{number % 2}")
@@ -267,7 +273,7 @@ async def test_the_schema_of_a_new_store_is_the_newest(tmp_path: Path) -> None:
     assert (tmp_path / "gateway.db").stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_store_of_a_newer_gateway_is_refused_and_not_touched(tmp_path: Path) -> None:
+async def test_store_of_a_newer_gateway_is_refused_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "gateway.db"
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
@@ -278,7 +284,7 @@ async def test_a_store_of_a_newer_gateway_is_refused_and_not_touched(tmp_path: P
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
 
 
-async def test_a_file_that_is_no_database_is_refused_and_not_touched(tmp_path: Path) -> None:
+async def test_file_that_is_no_database_is_refused_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "gateway.db"
     path.write_bytes(b"this is not a database\n" * 500)
     before = path.read_bytes()
@@ -288,7 +294,7 @@ async def test_a_file_that_is_no_database_is_refused_and_not_touched(tmp_path: P
     assert path.read_bytes() == before
 
 
-async def test_a_database_of_somebody_else_is_refused_and_keeps_its_tables(tmp_path: Path) -> None:
+async def test_foreign_database_is_refused_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "gateway.db"
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE sessions (mine TEXT)")

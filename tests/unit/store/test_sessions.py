@@ -1,4 +1,4 @@
-"""What every store promises of sessions, and of windows that are made of them."""
+"""Sessions, and the windows that are frozen from them."""
 
 import asyncio
 import sqlite3
@@ -20,22 +20,22 @@ pytestmark = pytest.mark.anyio
 
 
 async def freeze(store: Store, session: str, name: str, at: float = 1000.0) -> Window:
-    """Commit what a session has now."""
+    """Freeze what a session has now."""
     found = await store.snapshot(TENANT, session)
     assert found is not None
-    return await add(store, name, text=found[1], seen=found[0], created_at=at)
+    return await add(store, name, text=found[1], session=found[0], created_at=at)
 
 
-async def test_two_sessions_of_one_id_at_once_are_one(store: Store) -> None:
-    added = await asyncio.gather(*(store.add_session(Session(TENANT, "s", f"lineage-{n}")) for n in range(8)))
-    assert sorted(added) == [False] * 7 + [True]
+async def test_concurrent_sessions_of_one_id_are_one(store: Store) -> None:
+    taken = await asyncio.gather(*(store.add_sessions([Session(TENANT, "s", f"lineage-{n}")]) for n in range(8)))
+    assert taken.count(None) == 1
     session = await store.session(TENANT, "s")
     assert session is not None
-    assert session.lineage == f"lineage-{added.index(True)}"
-    assert await store.add_session(Session("other", "s", "x"))
+    assert session.lineage == f"lineage-{taken.index(None)}"
+    assert await store.add_sessions([Session("other", "s", "x")]) is None
 
 
-async def test_sessions_that_are_added_at_once_are_added_all_or_none(store: Store) -> None:
+async def test_sessions_added_together_are_added_all_or_none(store: Store) -> None:
     first = [Session(TENANT, f"s{n}", "lineage") for n in range(3)]
     assert await store.add_sessions(first) is None
     assert await store.add_sessions([Session(TENANT, "new", "l"), Session(TENANT, "s1", "l")]) == "s1"
@@ -43,12 +43,12 @@ async def test_sessions_that_are_added_at_once_are_added_all_or_none(store: Stor
     assert (await store.list_sessions(TENANT, state=None, model=None, limit=10, offset=0))[1] == 3
 
 
-async def test_a_session_that_went_on_while_it_was_frozen_stays_active(store: Store) -> None:
+async def test_session_with_a_turn_during_its_freeze_stays_active(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     seen = await store.snapshot(TENANT, "s")
     assert seen is not None
     await store.record([finished("s", says("1", "a", "2", "b"))])
-    await add(store, "before", text=seen[1], seen=seen[0], created_at=300.0)
+    await add(store, "before", text=seen[1], session=seen[0], created_at=300.0)
     session = await store.session(TENANT, "s")
     assert session is not None
     assert (session.state, session.frozen_at) == ("active", None)
@@ -62,8 +62,8 @@ async def test_a_session_that_went_on_while_it_was_frozen_stays_active(store: St
     assert session.state == "active"
 
 
-async def test_what_was_read_is_committed_whatever_became_of_the_session(store: Store) -> None:
-    """Edited, deleted, or deleted and begun anew under its id, with as many turns."""
+async def test_window_is_committed_as_read_whatever_happens_to_the_session(store: Store) -> None:
+    """Edited, deleted, or deleted and recreated under its id, with as many turns."""
     for number, meanwhile in enumerate((says("other", "x"), None, says("stranger", "y"))):
         await store.record([finished("s", says("1", "a"), frame={"tools": [number]}, at=float(number))])
         seen = await store.snapshot(TENANT, "s")
@@ -72,7 +72,7 @@ async def test_what_was_read_is_committed_whatever_became_of_the_session(store: 
             await store.delete_session(TENANT, "s")
         if meanwhile:
             await store.record([finished("s", meanwhile, at=50.0 + number)])
-        made = await add(store, f"w{number}", text=seen[1], seen=seen[0])
+        made = await add(store, f"w{number}", text=seen[1], session=seen[0])
         assert await store.text(made) == Text(says("1", "a"), {"tools": [number]})
         session = await store.session(TENANT, "s")
         assert session is None or session.state == "active"
@@ -80,31 +80,31 @@ async def test_what_was_read_is_committed_whatever_became_of_the_session(store: 
         await store.delete_session(TENANT, "s")
 
 
-async def test_a_window_that_nobody_asked_for_is_not_made_of_a_session_that_was_deleted(store: Store) -> None:
+async def test_automatic_window_of_a_deleted_session_is_not_added(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     seen = await store.snapshot(TENANT, "s")
     assert seen is not None
     await store.delete_session(TENANT, "s")
     await store.record([finished("s", says("1", "a"), at=77.0)])
     with pytest.raises(GatewayError, match="'s' was deleted while it was being frozen") as caught:
-        await store.add_window(window("w"), manifest("w", [key(1)]), seen[1], seen=seen[0], wanted=False)
+        await store.add_window(window("w"), manifest("w", [key(1)]), seen[1], session=seen[0], wanted=False)
     assert caught.value.code == "session_not_found"
     assert (await store.window(TENANT, "w"), await store.held_objects()) == (None, set())
 
 
-async def test_the_parent_of_a_window_is_the_one_that_its_session_came_from(store: Store) -> None:
+async def test_parent_of_a_window_is_that_of_its_session(store: Store) -> None:
     await add(store, "w", created_at=1.0)
     thawed = Session(TENANT, "t", "s", state="thawed", window="w", created_at=2.0)
-    await store.add_session(thawed)
-    assert (await add(store, "child", seen=thawed)).parent == "w"
+    await store.add_sessions([thawed])
+    assert (await add(store, "child", session=thawed)).parent == "w"
     await store.delete_session(TENANT, "t")
-    assert (await add(store, "orphan", seen=thawed)).parent == "w"
+    assert (await add(store, "orphan", session=thawed)).parent == "w"
     await store.delete_window(TENANT, "w")
     await add(store, "w", created_at=3.0)
-    assert (await add(store, "stranger", seen=thawed)).parent is None
+    assert (await add(store, "stranger", session=thawed)).parent is None
 
 
-async def test_no_window_is_added_without_text_and_none_loses_it(store: Store, tmp_path: Path) -> None:
+async def test_triggers_keep_windows_and_their_text_together(store: Store, tmp_path: Path) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="without its text"):
         await store.add_window(window("w"), manifest("w"), Text([]))
     made = await add(store, "w")
@@ -114,9 +114,7 @@ async def test_no_window_is_added_without_text_and_none_loses_it(store: Store, t
         db.execute("DELETE FROM links")
 
 
-async def test_a_window_whose_text_an_older_version_lost_is_told_of_and_nothing_begins_with_it(
-    store: Store, tmp_path: Path
-) -> None:
+async def test_window_without_text_is_listed_and_cannot_be_used(store: Store, tmp_path: Path) -> None:
     whole, made = await add(store, "whole"), await add(store, "w", text=Text(says("lost", "text")))
     assert await store.windows_without_text() == []
     lose_text(tmp_path / "gateway.db", "w")
@@ -135,7 +133,7 @@ async def test_a_window_whose_text_an_older_version_lost_is_told_of_and_nothing_
     assert await store.delete_window(TENANT, "w")
 
 
-async def test_nothing_begins_with_a_window_that_is_another_by_now(store: Store) -> None:
+async def test_nothing_is_made_of_a_replaced_window(store: Store) -> None:
     made = await add(store, "w")
     await store.delete_window(TENANT, "w")
     for again in (False, True):
@@ -143,9 +141,9 @@ async def test_nothing_begins_with_a_window_that_is_another_by_now(store: Store)
             await add(store, "w", created_at=2000.0)
         for attempt in (
             store.text(made),
-            store.check_there(made),
+            store.check_exists(made),
             store.copy_window(replace(made, name="copy"), made, None),
-            store.add_session(Session(TENANT, "t", "s", transcript=made.transcript), source=made),
+            store.add_sessions([Session(TENANT, "t", "s", transcript=made.transcript)], source=made),
         ):
             with pytest.raises(GatewayError, match="'w' was just deleted") as caught:
                 await attempt
@@ -168,7 +166,7 @@ async def test_only_an_automatic_window_is_superseded(store: Store) -> None:
     assert await store.delete_window(TENANT, "w", automatic_of="s")
 
 
-async def test_a_claim_keeps_to_the_cool_down_and_to_no_time_that_only_a_wrong_clock_can_have_set(store: Store) -> None:
+async def test_claim_respects_cool_down_but_no_time_set_by_a_wrong_clock(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     seen = await store.session(TENANT, "s")
     assert seen is not None
@@ -181,7 +179,7 @@ async def test_a_claim_keeps_to_the_cool_down_and_to_no_time_that_only_a_wrong_c
     assert await store.claim_freeze(seen, now=51.0, until=52.0, latest=499.0, cool=False)
 
 
-async def test_a_claim_is_of_one_session_and_not_of_another_of_its_id(store: Store) -> None:
+async def test_claim_does_not_apply_to_a_new_session_of_the_same_id(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     seen = await store.session(TENANT, "s")
     assert seen is not None
@@ -195,36 +193,36 @@ async def test_a_claim_is_of_one_session_and_not_of_another_of_its_id(store: Sto
     assert not await store.claim_freeze(now, now=1.5, until=3.0, cool=False), "it is still claimed"
 
 
-async def test_a_successor_is_given_only_to_the_session_that_was_seen(store: Store) -> None:
+async def test_successor_is_created_only_for_an_unchanged_session(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     seen = await store.session(TENANT, "s")
     assert seen is not None
     step = Succession(TENANT, "s", "s.2", "w", 1, b"link")
     new = Session(TENANT, "s.2", "s")
     with pytest.raises(GatewayError, match="its window 'w' was deleted"):
-        await store.succeed(step, new, seen=seen)
+        await store.succeed(step, new, full=seen)
     await freeze(store, "s", "w")
-    await store.add_session(new)
+    await store.add_sessions([new])
     with pytest.raises(GatewayError, match=r"another session took the id 's\.2'"):
-        await store.succeed(step, new, seen=seen)
+        await store.succeed(step, new, full=seen)
     await store.delete_session(TENANT, "s.2")
     await store.record([finished("s", says("1", "b"))])
     with pytest.raises(GatewayError, match="it continued, or was deleted") as caught:
-        await store.succeed(step, new, seen=seen)
+        await store.succeed(step, new, full=seen)
     assert caught.value.code == "session_busy"
     assert await store.successions(TENANT, "s") == []
     await store.record([finished("s", says("1", "a"))])
     now = await store.session(TENANT, "s")
     assert now is not None
-    assert await store.succeed(step, new, seen=now) == step
-    assert await store.succeed(replace(step, successor="s.3"), new, seen=now) == step
+    assert await store.succeed(step, new, full=now) == step
+    assert await store.succeed(replace(step, successor="s.3"), new, full=now) == step
 
 
 async def test_sessions_are_listed_by_activity_and_filtered(store: Store) -> None:
     for n in range(6):
         await store.record([finished(f"s{n}", says("1", "a"), at=float(n))])
     await freeze(store, "s2", "w")
-    await store.add_session(Session(TENANT, "t", "l", model="other", state="thawed", last_active_at=3.7))
+    await store.add_sessions([Session(TENANT, "t", "l", model="other", state="thawed", last_active_at=3.7)])
 
     async def ids(limit: int = 99, offset: int = 0, state: Any = None, model: str | None = None) -> list[str]:
         page, total = await store.list_sessions(TENANT, state=state, model=model, limit=limit, offset=offset)
@@ -244,19 +242,19 @@ async def test_sessions_are_listed_by_activity_and_filtered(store: Store) -> Non
     assert await store.list_sessions("nobody", state=None, model=None, limit=9, offset=0) == ([], 0)
 
 
-async def test_a_lineage_is_in_use_while_one_of_its_sessions_goes_on(store: Store) -> None:
+async def test_lineage_is_in_use_while_one_of_its_sessions_is_active(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     assert await store.lineage_in_use(TENANT, "s")
     assert not await store.lineage_in_use("other", "s")
     await freeze(store, "s", "w")
     assert not await store.lineage_in_use(TENANT, "s")
-    await store.add_session(Session(TENANT, "t", "s", state="thawed"))
+    await store.add_sessions([Session(TENANT, "t", "s", state="thawed")])
     assert await store.lineage_in_use(TENANT, "s")
     await store.delete_session(TENANT, "t")
     assert not await store.lineage_in_use(TENANT, "s")
 
 
-async def test_a_deleted_session_is_gone_with_its_turns_and_a_new_one_inherits_nothing(store: Store) -> None:
+async def test_deleted_session_leaves_nothing_to_a_new_one(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     assert await store.delete_session(TENANT, "s")
     assert not await store.delete_session(TENANT, "s")
@@ -267,7 +265,7 @@ async def test_a_deleted_session_is_gone_with_its_turns_and_a_new_one_inherits_n
     assert session.turn_count == len(await store.turns(TENANT, "s", 9)) == 1
 
 
-async def test_what_another_session_or_a_window_shares_outlives_a_deletion(store: Store) -> None:
+async def test_shared_messages_survive_a_deletion(store: Store) -> None:
     await store.record([finished("a", says("1", "x", "2", "y"), frame={"tools": ["t"]})])
     await store.record([finished("b", says("1", "x", "3", "z"))])
     a = await store.session(TENANT, "a")
@@ -283,7 +281,7 @@ async def test_what_another_session_or_a_window_shares_outlives_a_deletion(store
     assert await messages_of(store, "b") == says("1", "x", "3", "z")
 
 
-async def test_a_thawed_session_keeps_the_transcript_of_a_window_that_is_deleted(store: Store) -> None:
+async def test_thawed_session_keeps_the_transcript_of_a_deleted_window(store: Store) -> None:
     await store.record([finished("a", says("1", "x"))])
     a = await store.session(TENANT, "a")
     assert a is not None
@@ -292,7 +290,7 @@ async def test_a_thawed_session_keeps_the_transcript_of_a_window_that_is_deleted
     thawed = Session(
         TENANT, "t", "a", state="thawed", transcript=a.transcript, window="w", window_transcript=a.transcript
     )
-    await store.add_session(thawed)
+    await store.add_sessions([thawed])
     await store.record([finished("t", says("1", "x", "2", "y"))])
     await store.delete_session(TENANT, "a")
     await store.delete_window(TENANT, "w")

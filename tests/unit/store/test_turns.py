@@ -1,4 +1,4 @@
-"""What every store promises of turns and transcripts."""
+"""Turns and transcripts."""
 
 import asyncio
 import sqlite3
@@ -19,7 +19,7 @@ from tests.support.store_records import ODD, TENANT, Open, finished, messages_of
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_first_turn_makes_its_session(store: Store) -> None:
+async def test_first_turn_creates_its_session(store: Store) -> None:
     assert await store.session(TENANT, "a") is None
     await store.record([finished("a", says("hi", "hello"), frame={"tools": [1]})])
     session = await store.session(TENANT, "a")
@@ -29,8 +29,8 @@ async def test_a_first_turn_makes_its_session(store: Store) -> None:
     assert session == Session(
         TENANT, "a", "a", "demo", "fp", "salt-a", "active", token_count=21, turn_count=1,
         transcript=session.transcript, frame=session.frame, created_at=100.0, last_active_at=100.5,
-        head=prefix_chain.head(says("hi")), asked=prefix_chain.link(b"", says("hi")[0]), answered=True,
-        prompt_tokens=20, tip=prefix_chain.chain(says("hi", "hello"), b"")[-1],
+        first_message_hash=prefix_chain.head(says("hi")), last_request_hash=prefix_chain.link(b"", says("hi")[0]),
+        answered=True, prompt_tokens=20, last_reply_hash=prefix_chain.chain(says("hi", "hello"), b"")[-1],
     )  # fmt: skip
     assert await store.messages(session.transcript) == says("hi", "hello")
     assert await store.frame(session.frame) == {"tools": [1]}
@@ -57,7 +57,7 @@ async def test_a_turn_is_counted_once_however_turns_are_batched(open_store: Open
     assert [turn.started_at for turn in kept] == [104.0, 103.0, 102.0, 101.0, 100.0]
 
 
-async def test_a_batch_of_many_sessions_keeps_them_apart(store: Store) -> None:
+async def test_batch_of_many_sessions_keeps_them_apart(store: Store) -> None:
     batch = [finished(f"s{n % 7}", says(*(str(i) for i in range(2 * (n // 7) + 2)))) for n in range(28)]
     await store.record([*batch, finished("s0", says("other tenant", "x"), tenant="other")])
     for n in range(7):
@@ -70,13 +70,13 @@ async def test_a_batch_of_many_sessions_keeps_them_apart(store: Store) -> None:
     assert other.turn_count == 1
 
 
-async def test_a_turn_without_a_reply_moves_the_clock_and_leaves_a_question_open(store: Store) -> None:
+async def test_turn_without_a_reply_updates_activity_only(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     before = await store.session(TENANT, "s")
     await store.record([finished("s", None, at=200.0)])
     after = await store.session(TENANT, "s")
     assert before is not None
-    assert after == replace(before, last_active_at=200.5, asked=None, answered=False)
+    assert after == replace(before, last_active_at=200.5, last_request_hash=None, answered=False)
     assert [turn.outcome for turn in await store.turns(TENANT, "s", 9)] == ["client_gone", "completed"]
 
 
@@ -85,7 +85,7 @@ def links(*texts: str) -> list[bytes]:
     return prefix_chain.chain(says(*texts), b"")[::-1]
 
 
-async def test_the_longest_known_beginning_names_the_sessions_that_have_been_there(store: Store) -> None:
+async def test_longest_known_prefix_finds_its_sessions(store: Store) -> None:
     await store.record(
         [finished("further", says("1", "a", "2", "b"), at=1.0), finished("here", says("1", "a"), at=0.0)]
     )
@@ -100,20 +100,20 @@ async def test_the_longest_known_beginning_names_the_sessions_that_have_been_the
     assert await store.sessions_by_prefix(TENANT, links("9")) == (None, [])
 
 
-async def test_a_long_beginning_of_which_only_the_first_part_is_known_is_found(store: Store) -> None:
+async def test_long_prefix_is_found_by_its_known_part(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     long = ("1", "a", *(str(n) for n in range(2000)))
     found, sessions = await store.sessions_by_prefix(TENANT, links(*long))
     assert (found, [session.id for session in sessions]) == (links("1", "a")[0], ["s"])
 
 
-async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_gone_on(store: Store) -> None:
+async def test_reply_is_found_by_alias_after_later_turns(store: Store) -> None:
     def named(said: bytes, history: bytes, question: bytes) -> Alias:
         return Alias(said, history, question, b"after " + history + question)
 
     def ending(session: str, reply: str, *names: Alias) -> TurnRecord:
         turn = finished(session, says("1", reply))
-        return replace(turn, trace=replace(turn.trace, ends=names))
+        return replace(turn, trace=replace(turn.trace, aliases=names))
 
     async def known(*names: Alias) -> list[tuple[str, bytes, bool]]:
         return [
@@ -134,13 +134,13 @@ async def test_a_reply_is_known_by_its_further_names_also_when_its_session_has_g
     assert "u" not in {session for session, _, _ in await known(one)}
 
 
-async def test_a_short_reply_that_many_gave_is_found_by_what_it_answers(store: Store) -> None:
+async def test_common_short_reply_is_found_by_what_it_replies_to(store: Store) -> None:
     def ending(number: int) -> TurnRecord:
         turn = finished(f"s{number:03}", says(str(number), "a"))
         names = tuple(
             Alias(link, b"h%d" % (number // 40), b"q%d" % number, b"") for link in (b"ok", b"ok of one prompt")
         )
-        return replace(turn, trace=replace(turn.trace, ends=names))
+        return replace(turn, trace=replace(turn.trace, aliases=names))
 
     async def known(history: bytes, question: bytes) -> set[str]:
         names = [Alias(link, history, question, b"") for link in (b"ok", b"ok of one prompt")]
@@ -152,16 +152,17 @@ async def test_a_short_reply_that_many_gave_is_found_by_what_it_answers(store: S
     assert 0 < len(await known(b"", b"")) < 200  # some of them
 
 
-async def test_of_sessions_at_one_reply_those_that_had_a_turn_come_before_those_that_were_thawed(store: Store) -> None:
+async def test_sessions_with_a_turn_come_before_thawed_ones(store: Store) -> None:
     await store.record([finished("original", says("1", "a"))])
     (tip,) = links("1", "a")[:1]
     now = time.time()
-    assert await store.add_session(Session(TENANT, "thawed", "s", tip=tip, created_at=now, last_active_at=now))
+    thawed = Session(TENANT, "thawed", "s", last_reply_hash=tip, created_at=now, last_active_at=now)
+    assert await store.add_sessions([thawed]) is None
     _, sessions = await store.sessions_by_prefix(TENANT, [tip])
     assert [one.id for one in sessions] == ["original", "thawed"]
 
 
-async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(store: Store, tmp_path: Path) -> None:
+async def test_idle_sessions_are_deleted_with_all_they_had(store: Store, tmp_path: Path) -> None:
     await store.record([finished(f"s{n}", says("shared", "a", str(n), "b"), at=float(n)) for n in range(60)])
     assert await store.forget_idle(2) == 58
     left, total = await store.list_sessions(TENANT, state=None, model=None, limit=9, offset=0)
@@ -171,14 +172,14 @@ async def test_who_was_idle_longest_is_forgotten_with_all_that_it_alone_held(sto
     with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
         counts = {
             table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-            for table in ("links", "contents", "beginnings", "turns")
+            for table in ("links", "contents", "session_prefixes", "turns")
         }
     # Of each conversation that is left: a link for "shared", "a", its own number and its reply; and one frame for all.
-    assert counts == {"links": 6, "contents": 6, "beginnings": 4, "turns": 2}
+    assert counts == {"links": 6, "contents": 6, "session_prefixes": 4, "turns": 2}
     assert await store.forget_idle(2) == 0
 
 
-async def test_a_reply_that_was_asked_anew_leaves_no_link_behind(store: Store, tmp_path: Path) -> None:
+async def test_retried_reply_leaves_no_link_behind(store: Store, tmp_path: Path) -> None:
     for reply in ("a", "b", "c"):
         await store.record([finished("s", says("1", reply))])
     with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
@@ -201,12 +202,12 @@ async def test_only_the_last_turns_are_kept(store: Store) -> None:
     assert len(await store.turns(TENANT, "s", 2)) == 2
 
 
-async def test_messages_come_back_as_they_went_in(store: Store) -> None:
+async def test_messages_are_read_as_they_were_recorded(store: Store) -> None:
     await store.record([finished("s", ODD)])
     assert await messages_of(store, "s") == ODD
 
 
-async def test_the_same_message_twice_in_a_row_is_there_twice(store: Store) -> None:
+async def test_repeated_message_is_kept_twice(store: Store) -> None:
     same = [{"role": "user", "content": "x"}] * 5
     await store.record([finished("s", same)])
     assert await messages_of(store, "s") == same
@@ -222,7 +223,7 @@ async def test_forks_and_edits_have_transcripts_of_their_own(store: Store) -> No
     assert await messages_of(store, "edited") == says("one", "x", "2", "y")
 
 
-async def test_one_turn_that_cannot_be_written_does_not_harm_those_beside_it(store: Store) -> None:
+async def test_turn_that_cannot_be_written_does_not_affect_others(store: Store) -> None:
     bad = [{"role": "user", "content": {1, 2}}]
     good = [store.record([finished(f"s{n}", says("1", "a"))]) for n in range(10)]
     results = await asyncio.gather(*good[:5], store.record([finished("bad", bad)]), *good[5:], return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What every store promises of windows, their objects, and their lineage."""
+"""Windows, their objects, and their lineage."""
 
 import asyncio
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tests.support.tier_harness import key, keys, spelled
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_window_comes_back_as_it_went_in(store: Store) -> None:
+async def test_window_is_read_as_it_was_added(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
     s = await store.session(TENANT, "s")
     assert s is not None
@@ -33,7 +33,7 @@ async def test_a_window_comes_back_as_it_went_in(store: Store) -> None:
     assert await store.window("other", "w") is None
 
 
-async def test_two_windows_of_one_name_at_once_are_one_and_leave_one_manifest(store: Store) -> None:
+async def test_concurrent_windows_of_one_name_leave_one_manifest(store: Store) -> None:
     made = [window("w", manifest=f"m-{n}", description=str(n)) for n in range(8)]
     added = await asyncio.gather(
         *(
@@ -114,7 +114,7 @@ async def test_thousands_of_objects_are_looked_up_at_once(store: Store) -> None:
     assert (len(gone.pins), gone.names) == (1700, ())
 
 
-async def test_a_deletion_gives_back_only_what_nobody_else_holds(store: Store) -> None:
+async def test_deletion_releases_only_objects_no_other_window_holds(store: Store) -> None:
     await add(store, "a", keys(3))
     b = await add(store, "b", keys(5))
     await add(store, "other", [key(4)], tenant="other", manifest="m-other")
@@ -129,7 +129,7 @@ async def test_a_deletion_gives_back_only_what_nobody_else_holds(store: Store) -
     assert await store.tier_usage() == {}
 
 
-async def test_an_isolated_clone_shares_its_sources_pins_under_names_of_its_own(store: Store) -> None:
+async def test_isolated_clone_shares_its_sources_pins(store: Store) -> None:
     w = await add(store, "w", keys(2))
     apart = replace(w, name="apart", salt="other")
     assert await store.copy_window(apart, w, None)
@@ -151,7 +151,7 @@ async def test_an_isolated_clone_shares_its_sources_pins_under_names_of_its_own(
     assert await store.isolated_names() == await store.held_objects() == set()
 
 
-async def test_deletions_at_once_give_each_object_back_once(store: Store) -> None:
+async def test_concurrent_deletions_release_each_object_once(store: Store) -> None:
     for n in range(10):
         await add(store, f"w{n}", [key(n), key(n + 1)])
     gone = await asyncio.gather(*(store.delete_window(TENANT, f"w{n % 10}") for n in range(20)))
@@ -160,7 +160,7 @@ async def test_deletions_at_once_give_each_object_back_once(store: Store) -> Non
     assert sorted(map(str, given)) == sorted(map(str, keys(11)))
 
 
-async def test_an_object_that_was_made_anew_has_its_new_checksum_for_every_window(store: Store) -> None:
+async def test_recomputed_object_has_its_new_checksum_in_every_window(store: Store) -> None:
     await add(store, "a", [key(1)])
     again = PinnedObject(str(key(1)), "disk", 60, b"new")
     assert await store.add_window(window("b"), Manifest("m-b", (1,), (again,)), Text(says("1")))
@@ -168,7 +168,7 @@ async def test_an_object_that_was_made_anew_has_its_new_checksum_for_every_windo
     assert (await store.manifest(window("a"))).objects == (again,)
 
 
-async def test_what_is_said_of_a_window_changes_and_its_tags_are_found_by_their_new_names(store: Store) -> None:
+async def test_description_and_tags_of_a_window_can_be_changed(store: Store) -> None:
     before = await add(store, "w", tags=("a", "b"), description="d", expires_at=5.0)
     after = await store.describe_window(TENANT, "w", {"tags": ("b", "c")})
     assert after == replace(before, tags=("b", "c")) == await store.window(TENANT, "w")
@@ -191,10 +191,10 @@ async def test_lineage_goes_up_to_the_root_and_down_to_the_clones(store: Store) 
     assert await store.lineage(TENANT, "nobody") == ([], [])
 
 
-async def test_who_gets_a_deleted_windows_name_is_nobodys_parent(store: Store) -> None:
+async def test_new_window_of_a_deleted_name_is_no_parent(store: Store) -> None:
     await add(store, "w", description="old", tags=("old",))
     await add(store, "child", parent="w")
-    await store.add_session(Session(TENANT, "t", "s", state="thawed", window="w"))
+    await store.add_sessions([Session(TENANT, "t", "s", state="thawed", window="w")])
     await store.delete_window(TENANT, "w")
     await add(store, "w")
     assert await store.lineage(TENANT, "w") == ([], [])
@@ -208,7 +208,7 @@ async def test_who_gets_a_deleted_windows_name_is_nobodys_parent(store: Store) -
     assert (await store.list_windows(TENANT, WindowQuery(tags=("old",))))[1] == 0
 
 
-async def test_a_parent_that_was_deleted_during_the_freeze_is_none(store: Store) -> None:
+async def test_parent_deleted_during_the_freeze_is_not_recorded(store: Store) -> None:
     await add(store, "w", parent="w")
     await add(store, "child", parent="gone")
     assert await store.lineage(TENANT, "w") == ([], [])

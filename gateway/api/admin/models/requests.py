@@ -8,7 +8,7 @@ from gateway.api.admin.models.responses import absent
 from gateway.api.health import COMPONENTS
 from gateway.api.requests import Body, Changes, Query, Reads
 from gateway.records import MAX_MODEL, SessionState
-from gateway.store.types import SORT_KEYS
+from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
 from gateway.validation.fields import or_null
 from gateway.windows import ask, fanout, tree
@@ -54,7 +54,7 @@ class WindowFilters(_Page):
 class WindowsQuery(WindowFilters):
     created_after: Moment | None = None
     created_before: Moment | None = None
-    sort_by: Annotated[str, Reads(fields.one_of(*SORT_KEYS))] = "created_at"
+    sort_by: Annotated[str, Reads(fields.one_of(*SORT_COLUMNS))] = "created_at"
 
 
 class StatusQuery(Query):

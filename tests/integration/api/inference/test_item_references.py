@@ -1,6 +1,7 @@
 """Items that a request names by their ids: how Vercel's AI SDK sends a conversation back, from its second turn on."""
 
 import sqlite3
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,14 @@ def test_an_item_is_referred_to_once(engine: FakeEngine, gateway: Gateway) -> No
 
 def test_answers_that_were_kept_before_can_be_referred_to(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "old.db")
-    for migration in MIGRATIONS[:14]:
-        migration(db)
+    for statement in chain(*MIGRATIONS[:14]):
+        db.execute(statement)
     db.execute(
         "INSERT INTO responses VALUES (1, 't', 'resp_1', 's', 's', 0, CAST(? AS BLOB), x'00', 0, NULL, NULL)",
         ['{"output": [{"id": "msg_1"}, {"id": 5}, {}, 7]}'],
     )
-    MIGRATIONS[14](db)
+    for statement in MIGRATIONS[14]:
+        db.execute(statement)
     assert db.execute("SELECT * FROM response_items").fetchall() == [("t", "msg_1", 1)]
     db.execute("DELETE FROM responses")
     assert db.execute("SELECT * FROM response_items").fetchall() == []

@@ -121,11 +121,11 @@ def test_a_suspended_parent_does_not_blame_its_workers(engine: FakeEngine, tmp_p
 
 def test_a_long_lived_worker_is_replaced_at_once_whatever_happened_before() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        crew = workers._Supervisor(1, sock, lambda *_: None, lambda _: None, workers.Patience())
+        crew = workers.Supervisor(1, sock, lambda *_: None, lambda _: None, workers.Patience())
 
         def waits(lived_s: float) -> bool:
             now = time.monotonic()
-            crew._start_again(workers._Worker(0, 1, -1, now - lived_s), "died")
+            crew._restart(workers._Worker(0, 1, -1, now - lived_s), "died")
             return crew._due[0] > now + 0.1
 
         assert [waits(lived) for lived in (0, 0, 0, 3600, 0)] == [False, True, True, False, True]
@@ -202,7 +202,7 @@ def accepts(gateway: Gateway) -> bool:
 
 
 def test_no_connection_waits_for_a_worker_that_does_not_serve_yet() -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as first, server.listen_beside(first), ExitStack() as stack:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as first, server.listen_again(first), ExitStack() as stack:
         for _ in range(40):
             stack.enter_context(socket.create_connection(first.getsockname(), timeout=WITHIN))
         first.settimeout(WITHIN)

@@ -219,12 +219,12 @@ async def test_stored_responses_are_limited_for_each_tenant(tmp_path: Path) -> N
         assert await store.response("other", "theirs")
         oldest = await store.response("default", "r5")
         assert oldest is not None
-        assert oldest.asked is not None
+        assert oldest.request_input is not None
         assert oldest.transcript is not None
         assert oldest.answer == {"id": "r5", "output": [], "instructions": "long", "tools": []}
         for number in (5, 6, 7):  # what only the answer holds stays as long as the answer
             assert await store.delete_session("default", f"s{number - 5}")
-            assert await store.messages(oldest.asked) == [{"role": "user", "content": "r5"}]
+            assert await store.messages(oldest.request_input) == [{"role": "user", "content": "r5"}]
         assert await store.delete_response("default", "r6")
         assert not await store.delete_response("default", "r6")
         assert await store.messages(oldest.transcript) == [
@@ -232,7 +232,7 @@ async def test_stored_responses_are_limited_for_each_tenant(tmp_path: Path) -> N
         ]  # fmt: skip
         assert await store.delete_session("default", "s5")
         assert await store.response("default", "r5") is None
-        assert await store.messages(oldest.asked) == []
+        assert await store.messages(oldest.request_input) == []
 
 
 def test_many_requests_at_once_continue_one_response(engine: FakeEngine, gateway: Gateway) -> None:
