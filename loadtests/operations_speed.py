@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace, folder: Path, redis: str | None, stack: Ex
     return measured
 
 
-def _own_cpu_s(parts: local.Parts) -> float:
+def _own_cpu_s(parts: commands.Processes) -> float:
     """Return the CPU time of this process, the gateway and LMCache."""
     return machine.own_cpu_s() + machine.cpu_s(parts.gateway.pid) + machine.cpu_s(parts.cache.pid)
 

@@ -160,7 +160,7 @@ class Stack:
 @contextmanager
 def running(options: local.LocalStack) -> Iterator[Stack]:
     """Run the whole stack."""
-    with local.running(options) as (plan, parts):
+    with local_stack.running(options) as (plan, parts):
         stack = Stack(plan, parts)
         try:
             stack.start_gateway()
