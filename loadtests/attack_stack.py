@@ -13,6 +13,7 @@ from gateway.stack import commands, local
 from loadtests import attack_windows as windows
 from loadtests import machine
 from loadtests.attack_harness import Gateway, Testbed, Trials, Verdict, head, run_concurrently, verdict, wait_for
+from tests.support import local_stack
 from tests.support.raw_http import reset_on_close
 
 TRIALS = Trials(needs_stack=True)

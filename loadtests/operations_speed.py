@@ -30,6 +30,7 @@ from gateway.stack import commands, local
 from loadtests import contenders, machine
 from loadtests.operations_data import LARGE, fill, name_of
 from loadtests.scripted_engine import ScriptedEngine
+from tests.support.local_stack import CACHE_WITHIN, wait_ready
 
 _CHUNK_SIZE = 256
 _OPERATION_MS = 10.0
@@ -88,8 +89,8 @@ def _run(options: argparse.Namespace, folder: Path, redis: str | None, stack: Ex
         stack.callback(process.stop)
     stack.callback((engine := ScriptedEngine(plan.engine_port)).shutdown)
     threading.Thread(target=engine.serve_forever, daemon=True).start()
-    parts.cache.start()
-    parts.cache.wait_ready(local.CACHE_WITHIN)
+    processes.cache.start()
+    wait_ready(processes.cache, CACHE_WITHIN)
     measured = Measurements()
     settings = Settings(
         engine_urls=(plan.engine_url,), cache_url=plan.cache_url, kv_dir=str(plan.kv_dir), kv_redis_url=redis or "",
@@ -100,14 +101,14 @@ def _run(options: argparse.Namespace, folder: Path, redis: str | None, stack: Ex
         windows=options.windows,
     ))  # fmt: skip
     measured.facts["objects"] = f"{options.chunks:,} chunks, {size:,} bytes on disk"
-    parts.gateway.start()
+    processes.gateway.start()
     _wait(plan.options.port)
     client = Client(plan.options.port)
-    began, busy, own = time.monotonic(), machine.busy_s(), _own_cpu_s(parts)
+    began, busy, own = time.monotonic(), machine.busy_s(), _own_cpu_s(processes)
     _measure_operations(options, client, plan, measured)
     _measure_reads(options, client, measured)
     _measure_baselines(options, plan, measured)
-    others = (machine.busy_s() - busy) - (_own_cpu_s(parts) - own)
+    others = (machine.busy_s() - busy) - (_own_cpu_s(processes) - own)
     share = others / ((time.monotonic() - began) * (os.cpu_count() or 1))
     measured.facts["share of the machine used by other processes"] = f"{share:.0%}"
     return measured

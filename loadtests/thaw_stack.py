@@ -29,19 +29,19 @@ class Stack:
 
     def __init__(self, plan: local.Plan, processes: commands.Processes) -> None:
         self.plan = plan
-        self._services = parts
+        self._processes = processes
         self._http = httpx.Client(base_url=plan.url, timeout=_TURN_TIMEOUT_S)
         self._engine = httpx.Client(base_url=plan.engine_url, timeout=_TURN_TIMEOUT_S)
         self._log_read = 0
 
     def start_gateway(self) -> None:
         """Start the gateway and wait until it is ready."""
-        self._services.gateway.start()
-        self._services.gateway.wait_ready(_GATEWAY_READY_S)
+        self._processes.gateway.start()
+        local_stack.wait_ready(self._processes.gateway, _GATEWAY_READY_S)
 
     def restart(self) -> None:
         """Restart all three: only what is on disk survives."""
-        for part in (self._services.gateway, self._services.engine, self._services.cache):
+        for part in (self._processes.gateway, self._processes.engine, self._processes.cache):
             part.stop()
         local_stack.start(self._processes)
         self._log_read = 0
@@ -123,7 +123,7 @@ class Stack:
 
     def loads(self) -> list[tuple[int, float]]:
         """Return the loads that LMCache has logged since the last call: tokens and seconds."""
-        with self._services.cache.log.open(encoding="utf-8", errors="replace") as log:
+        with self._processes.cache.log.open(encoding="utf-8", errors="replace") as log:
             log.seek(self._log_read)
             text = log.read()
             self._log_read = log.tell()
