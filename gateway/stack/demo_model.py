@@ -110,7 +110,7 @@ def _token_id(tokenizer: "PreTrainedTokenizerFast", text: str) -> int:
 def _tokenizer() -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=_train(),
         bos_token=BEGIN,
         eos_token=END,
