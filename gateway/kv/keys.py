@@ -34,7 +34,7 @@ class ObjectKey:
 
     @classmethod
     def parse(cls, text: str) -> "ObjectKey":
-        """Read back what `str` wrote."""
+        """Parse what `str` wrote."""
         model, rank, group, chunk_hash, salt = text.rsplit("@", 4)
         return cls(model, int(rank, 16), int(group, 16), chunk_hash, salt)
 
@@ -46,9 +46,9 @@ class ObjectKey:
 
     @classmethod
     def parse_file_name(cls, name: str) -> "ObjectKey | None":
-        """Read back a `file_name`, None where it is none. Its own `file_name` is the same again.
+        """Parse a `file_name`; None for any other name.
 
-        A model called `a-SEP-b` comes back as `a/b`: LMCache gives both one name.
+        A model called `a-SEP-b` comes back as `a/b`: LMCache gives both the same name.
         """
         if not name.endswith(DISK_SUFFIX):
             return None
@@ -56,7 +56,7 @@ class ObjectKey:
 
     @classmethod
     def parse_or_none(cls, text: str) -> "ObjectKey | None":
-        """Like `parse`, of what others may have written."""
+        """Parse what others may have written; None if it is not a key."""
         try:
             key = cls.parse(text)
         except ValueError:
@@ -65,7 +65,7 @@ class ObjectKey:
 
     @property
     def address(self) -> tuple[int, int, str, str]:
-        """The key without its model, which a file name does not tell for sure."""
+        """The key without its model, which a file name does not determine."""
         return self.rank, self.group, self.chunk_hash, self.salt
 
     def wire(self) -> dict[str, Any]:
@@ -81,18 +81,13 @@ class ObjectKey:
 
 def file_names(names: Iterable[str]) -> list[str]:
     """The names in LMCache's disk tier of keys that are spelled as `str` writes them."""
-    spelled: list[str] = []
-    model = disk_model = ""
-    for name in names:
-        named, rank, group, chunk_hash, salt = name.rsplit("@", 4)
-        if named != model:  # most often all are of one
-            model, disk_model = named, named.replace("/", "-SEP-")
-        spelled.append(f"{disk_model}@0x{rank}@{group}@{chunk_hash}@{salt}{DISK_SUFFIX}")
-    return spelled
+    parts = [name.rsplit("@", 4) for name in names]
+    models = {part[0]: part[0].replace("/", "-SEP-") for part in parts}
+    return [f"{models[m]}@0x{rank}@{group}@{digest}@{salt}{DISK_SUFFIX}" for m, rank, group, digest, salt in parts]
 
 
-def under(name: str, salt: str) -> str:
-    """The key of the same chunk under another salt, both spelled as `str` writes them."""
+def with_salt(name: str, salt: str) -> str:
+    """The key of the same chunk with another salt, both spelled as `str` writes them."""
     return f"{name[: name.rindex('@')]}@{salt}"
 
 

@@ -19,13 +19,13 @@ from gateway.runtime.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
 _POLL_S = 0.02
-_LOCKS = 64  # files; two salts that share one wait for each other without need
-_FRESH_S = 10.0  # what was loaded is not evicted so soon, but from a memory that is too small for it
+_LOCKS = 64  # files; salts that share one wait for each other needlessly
+_FRESH_S = 10.0  # loaded objects are not evicted sooner, unless the memory is too small for them
 
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """What the cache says of itself."""
+    """The cache's configuration, as it reports it."""
 
     chunk_size: int
     hash_algorithm: str
@@ -34,7 +34,7 @@ class CacheInfo:
 
 
 class _Load(NamedTuple):
-    """A load that is done: of which token ids, what was found, and when."""
+    """A finished load: the name and number of its token ids, objects found and asked for, and when."""
 
     what: tuple[str, int]
     found: tuple[int, int]
@@ -44,16 +44,16 @@ class _Load(NamedTuple):
 class LMCache:
     """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached.
 
-    By files in the folder `locks`, the processes of this machine wait for each other's loads.
+    Lock files in the folder `locks` make the processes of this machine wait for each other's loads.
     """
 
     def __init__(self, url: str, timeout_s: float, locks: Path) -> None:
         self._locks = locks
-        self.chunk_size = 0  # as it was last told; 0 before that
+        self.chunk_size = 0  # as last reported; 0 before that
         self._adapters: tuple[dict[str, Any], ...] = ()
-        self._told_at = -math.inf
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while somebody waits
-        self._last: dict[str, _Load] = {}  # by salt, of the last seconds
+        self._adapters_at = -math.inf
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while in use
+        self._last: dict[str, _Load] = {}  # by salt, only recent ones
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
         )
@@ -79,30 +79,27 @@ class LMCache:
         )
 
     async def adapters(self, *, within_s: float = 0.0) -> tuple[dict[str, Any], ...]:
-        """Ask for the configuration of the storage adapters, in the order in which they are read.
-
-        What was told less than `within_s` seconds ago will do.
-        """
-        if time.monotonic() - self._told_at < within_s:
+        """Return the configuration of the storage adapters, in read order, at most `within_s` seconds old."""
+        if time.monotonic() - self._adapters_at < within_s:
             return self._adapters
         config = await self._call("GET", "/config")
         storage: dict[str, Any] = next(
             (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
         )
-        self._adapters, self._told_at = tuple(storage.get("adapters", ())), time.monotonic()
+        self._adapters, self._adapters_at = tuple(storage.get("adapters", ())), time.monotonic()
         return self._adapters
 
     async def healthy(self) -> bool:
-        """Whether the server answers and calls itself healthy."""
+        """Whether the server responds and reports itself healthy."""
         try:
             return (await self._call("GET", "/healthcheck")).get("status") == "healthy"
         except GatewayError:
             return False
 
     async def delete(self, keys: Sequence[ObjectKey], *, tier: str, adapter: str | None = None) -> tuple[int, int]:
-        """Delete `keys` from `tier`: `l1`, `l2` or `all`. Of the L2 adapters LMCache does one a call, the one named.
+        """Delete `keys` from `tier`: `l1`, `l2` or `all`; of the L2 adapters only from `adapter`.
 
-        Return how many were there, and how many were left because they are being read; of `l2` that is not told.
+        Returns how many were deleted, and how many were skipped because they are being read; `l2` does not count.
         """
         deleted = skipped = 0
         for salt in {key.salt for key in keys}:
@@ -123,14 +120,14 @@ class LMCache:
     ) -> tuple[int, int]:  # fmt: skip
         """Load the chunks of `token_ids` from L2 into L1; return (objects found, objects asked for).
 
-        Whoever asks LMCache (0.5.6) for objects that somebody else is just loading may be told that there are none. So
-        the loads of a salt follow one another, and who asks for what was on its way is told what came of that; `name`
-        says which token ids they are.
+        LMCache (0.5.6) can report a miss while another request is loading the same objects. So the loads of a salt run
+        one after the other, and a call that waited for a load of the same token ids (identified by `name`) returns the
+        result of that load.
 
-        Raises `cache_unavailable` when no engine has registered the model there yet, or it takes longer than
-        `timeout_s`, the waiting for others included.
+        Raises `cache_unavailable` if no engine has registered the model there yet, or if it takes longer than
+        `timeout_s`, including the wait for other loads.
         """
-        asked, what = time.monotonic(), (name, len(token_ids))
+        began, what = time.monotonic(), (name, len(token_ids))
         lock = FileLock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock")
         try:
             async with (
@@ -139,7 +136,7 @@ class LMCache:
                 lock.acquire(exclusive=True),
             ):
                 last = self._last.get(salt)
-                if last is None or last.what != what or last.at < asked:
+                if last is None or last.what != what or last.at < began:
                     found = await self._prefetch(model, world_size, token_ids, salt, progress)
                     last = _Load(what, found, time.monotonic())
                     self._last = {s: one for s, one in self._last.items() if _is_fresh(one)} | {salt: last}
@@ -150,7 +147,7 @@ class LMCache:
             ) from error
 
     def has_loaded_lately(self, name: str, tokens: int, salt: str) -> bool:
-        """Whether so many of the token ids called `name` were all loaded in the last seconds, and not evicted by us."""
+        """Whether the first `tokens` of the token ids called `name` were all loaded lately, and not evicted by us."""
         last = self._last.get(salt)
         if last is None or last.what != (name, tokens):
             return False
@@ -164,13 +161,11 @@ class LMCache:
         job = await self._call("POST", "/cache/prefetches", json=body)
         if job["status"] == "noop":
             return 0, 0
-        while True:
-            answer = await self._call("GET", f"/cache/prefetches/{job['request_id']}")
-            if answer["status"] == "completed":
-                break
-            progress("prefetch", 0, int(job["chunks"]))
+        chunks, path = int(job["chunks"]), f"/cache/prefetches/{job['request_id']}"
+        while (answer := await self._call("GET", path))["status"] != "completed":
+            progress("prefetch", 0, chunks)
             await asyncio.sleep(_POLL_S)
-        progress("prefetch", int(job["chunks"]), int(job["chunks"]))
+        progress("prefetch", chunks, chunks)
         return int(answer["found_keys"]), int(answer["total_keys"])
 
     async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:

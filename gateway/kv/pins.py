@@ -1,9 +1,9 @@
-"""Pins across tiers: they hold a window's KV objects, however many windows share them.
+"""Pins across tiers: they keep a window's KV objects, however many windows share them.
 
-An object is pinned once, not once per window; which windows hold it is written in the store. So a clone costs no file
-and a delete has to ask the store what nobody else holds. Between pinning and the commit of the manifest the store does
-not know the pin yet, and between the commit of a deletion and the unpinning it knows it no more; `FileLock` keeps the
-two apart, over all processes of this machine that share the store: freezes hold it shared, deletions and sweeps alone.
+An object is pinned once, not once per window; the store knows which windows hold it. So a clone costs no file, and a
+deletion asks the store what no other window holds. A pin exists before its manifest is committed and after its deletion
+is: freezes hold the lock shared, deletions and sweeps exclusively, so neither sees the other half-done, in any process
+of this machine that shares the store.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -28,10 +28,8 @@ class Pins:
     async def each(
         self, ask: Callable[[Tier], Awaitable[T]], *, only: Collection[str] | None = None, raise_full: bool = False
     ) -> tuple[dict[str, T], list[str]]:
-        """Ask each tier, or `only` those of these names; return the answers by tier, and a warning for each that cannot
-        be used. With `raise_full` a tier without room raises TierFull.
-
-        Everywhere, warnings are returned like this, beside the value, or are a field of it; no argument collects them.
+        """Call `ask` for each tier, or `only` for those names; return the answers by tier, and a warning for each tier
+        that cannot be used. With `raise_full` a full tier raises TierFull.
         """
         answers: dict[str, T] = {}
         warnings: list[str] = []
@@ -47,29 +45,29 @@ class Pins:
         return answers, warnings
 
     async def present(self, names: Sequence[str]) -> tuple[dict[str, set[str]], list[str]]:
-        """Return which of these keys each reachable tier has, and warnings."""
+        """Return by tier which of these keys it has, and warnings."""
         sizes, warnings = await self.each(lambda tier: tier.sizes(names))
         present = {
             tier: {name for name, size in zip(names, by_name, strict=True) if size} for tier, by_name in sizes.items()
         }
         return present, warnings
 
-    async def missing(self, held: Sizes) -> dict[str, set[str]]:
-        """Return by tier what LMCache would not find, going by names and sizes; all of a tier that cannot be asked."""
-        sizes, _ = await self.each(lambda tier: tier.sizes(list(held[tier.name])), only=held)  # `restore` warns
+    async def missing(self, expected: Sizes) -> dict[str, set[str]]:
+        """Return by tier what LMCache would not find, by name and size; everything of a tier that cannot be reached."""
+        found, _ = await self.each(lambda tier: tier.sizes(list(expected[tier.name])), only=expected)  # `restore` warns
         missing: dict[str, set[str]] = {}
-        for tier, objects in held.items():
-            there = sizes.get(tier, [0] * len(objects))  # no object is empty
-            if there != list(objects.values()):
-                missing[tier] = {key for (key, size), seen in zip(objects.items(), there, strict=True) if seen != size}
+        for tier, objects in expected.items():
+            sizes = found.get(tier, [0] * len(objects))  # no object is empty
+            if sizes != list(objects.values()):
+                missing[tier] = {key for (key, size), now in zip(objects.items(), sizes, strict=True) if now != size}
         return missing
 
     async def pin(
         self, keys: Sequence[ObjectKey], known: Sequence[PinnedObject]
     ) -> tuple[dict[str, dict[str, PinnedObject]], list[str]]:
-        """Pin `keys` in every tier that can be reached; `known` is what windows hold already.
+        """Pin `keys` in every tier that can be reached; `known` is what windows have pinned already.
 
-        The answer is by tier and key. Raises TierFull; call it under the shared lock.
+        Returns the pins by tier and key. Raises TierFull. Hold the lock, at least shared.
         """
         pinned, warnings = await self.each(
             lambda tier: tier.pin(keys, {o.key: o for o in known if o.tier == tier.name}), raise_full=True
@@ -77,7 +75,7 @@ class Pins:
         return {tier: {o.key: o for o in objects} for tier, objects in pinned.items()}, warnings
 
     async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[str, Restored]], list[str]]:
-        """Put back what LMCache lost, checking every byte; the answer is by tier and key."""
+        """Restore what LMCache lost, checking every byte; return the states by tier and key."""
         by_tier = {tier.name: [o for o in objects if o.tier == tier.name] for tier in self.tiers}
         states, warnings = await self.each(lambda tier: tier.restore(by_tier[tier.name]))
         return {
@@ -85,26 +83,26 @@ class Pins:
         }, warnings
 
     async def remove(self, keys: Sequence[ObjectKey], *, originals: bool) -> tuple[int, list[str]]:
-        """Remove the pins, and LMCache's `originals` too if asked, in every tier; return the bytes freed.
+        """Remove the pins, with `originals` LMCache's objects too, from every tier; return the bytes freed.
 
-        Call it under the exclusive lock.
+        Hold the lock exclusively.
         """
         freed, warnings = await self.each(lambda tier: tier.remove(keys) if originals else tier.unpin(keys))
         return sum(freed.values()), warnings
 
-    async def under(self, salts: Collection[str]) -> tuple[set[ObjectKey], list[str]]:
-        """Return what lies under `salts` in the tiers that can be reached, and a warning for each that cannot."""
+    async def keys_with_salt(self, salts: Collection[str]) -> tuple[set[ObjectKey], list[str]]:
+        """Return the objects and pins with one of `salts` in every tier that can be reached."""
         keys, warnings = await self.each(lambda tier: tier.keys_with_salt(salts))
         return set[ObjectKey]().union(*keys.values()), warnings
 
     async def check_room(self, reserve: int) -> None:
         """Raise TierFull where a tier has less than `reserve` bytes free."""
-        by_tier, _ = await self.each(lambda tier: tier.free())  # whoever goes on to use one that hangs is warned
+        by_tier, _ = await self.each(lambda tier: tier.free())  # the next use of an unreachable one warns
         for tier, free in by_tier.items():
             if free is not None and free < reserve:
                 raise TierFull(f"{tier} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
 
-    async def sweep(self, held: Collection[ObjectKey]) -> tuple[int, list[str]]:
-        """Unpin what no window holds: what a gateway left that died in mid-freeze. Call it under the exclusive lock."""
-        swept, warnings = await self.each(lambda tier: tier.sweep(held))
+    async def sweep(self, keep: Collection[ObjectKey]) -> tuple[int, list[str]]:
+        """Remove all other pins, left by a gateway that died during a freeze. Hold the lock exclusively."""
+        swept, warnings = await self.each(lambda tier: tier.sweep(keep))
         return sum(swept.values()), warnings

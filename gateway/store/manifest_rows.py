@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey, under
+from gateway.kv.keys import ObjectKey, with_salt
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.store.sql import batches, marks
 from gateway.store.types import Released
@@ -60,7 +60,7 @@ def sizes(db: sqlite3.Connection, window: Window) -> dict[str, dict[str, int]]:
     for tier, size, pins in db.execute(_SIZES_OF, (window.manifest,)):
         keys: Iterable[str] = pins.split("\0")
         if window.salt != window.pin_salt:
-            keys = (under(key, window.salt) for key in keys)
+            keys = (with_salt(key, window.salt) for key in keys)
         by_tier.setdefault(tier, {}).update(dict.fromkeys(keys, size))
     return by_tier
 
@@ -78,7 +78,7 @@ def _objects(db: sqlite3.Connection, window: Window) -> tuple[PinnedObject, ...]
     rows = db.execute(_OBJECTS_OF, (window.manifest,))
     if window.salt == window.pin_salt:
         return tuple(map(PinnedObject._make, rows))
-    return tuple(PinnedObject(under(key, window.salt), tier, size, digest, key) for key, tier, size, digest, _ in rows)
+    return tuple(PinnedObject(with_salt(key, window.salt), tier, size, digest, key) for key, tier, size, digest, _ in rows)
 
 
 def release(db: sqlite3.Connection, deleted: Window) -> Released:
@@ -86,7 +86,7 @@ def release(db: sqlite3.Connection, deleted: Window) -> Released:
     keys = [key for (key,) in db.execute(_KEYS_OF, (deleted.manifest,))]
     names: list[str] = []
     if deleted.salt != deleted.pin_salt and not _any(db, "SELECT 1 FROM windows WHERE salt = ? LIMIT 1", deleted.salt):
-        names = [under(key, deleted.salt) for key in keys]
+        names = [with_salt(key, deleted.salt) for key in keys]
     pins: list[str] = []
     if not _any(db, "SELECT 1 FROM windows WHERE manifest = ? LIMIT 1", deleted.manifest):
         db.execute("DELETE FROM manifest_objects WHERE manifest = ?", (deleted.manifest,))
@@ -130,7 +130,7 @@ def isolated_names(db: sqlite3.Connection) -> set[ObjectKey]:
         f"""SELECT DISTINCT o.key, w.salt FROM windows w JOIN {_OBJECTS}
         WHERE m.manifest = w.manifest AND w.salt != w.pin_salt"""
     )
-    return {ObjectKey.parse(under(key, salt)) for key, salt in rows}
+    return {ObjectKey.parse(with_salt(key, salt)) for key, salt in rows}
 
 
 def held_under(db: sqlite3.Connection, salt: str) -> set[ObjectKey]:

@@ -64,10 +64,10 @@ async def drop_from_cache(
         return []
     asked = services.pins.tiers if tiers is None else tiers
     try:
-        if any(tier.resting for tier in asked):
+        if any(tier.suspended for tier in asked):
             await services.cache.delete(keys, tier="l1")
         for tier in asked:
-            if tier.resting:
+            if tier.suspended:
                 continue
             await services.cache.delete(keys, tier="all", adapter=tier.adapter)
     except GatewayError as error:

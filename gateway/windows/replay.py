@@ -23,7 +23,7 @@ from typing import Any
 from gateway.dialects.base import usage_of
 from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey, under
+from gateway.kv.keys import ObjectKey, with_salt
 from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
@@ -123,7 +123,7 @@ async def _restored(
     ids: Sequence[int],
 ) -> Continuation:  # fmt: skip
     salt = secrets.token_hex(16)
-    lent = [one._replace(key=under(one.key, salt), pin=one.pin_key) for one in objects]
+    lent = [one._replace(key=with_salt(one.key, salt), pin=one.pin_key) for one in objects]
     keys = [ObjectKey.parse(one.key) for one in lent]
     await services.store.mark_orphaned(
         salt, window.tenant, window.lineage

@@ -26,9 +26,9 @@ from gateway.records import PinnedObject
 Item = TypeVar("Item")
 T = TypeVar("T")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK})
-_UNREADABLE = frozenset({errno.EIO, errno.EBADMSG})  # a bad sector, or one that fails its file system's checksum
+_UNREADABLE = frozenset({errno.ENOENT, errno.EIO, errno.EBADMSG})  # missing, or damaged on the disk
 _BLOCK = 2**20
-_THREADS = 4  # hashing and reading overlap; more only fight over the disk
+_THREADS = 4  # hashing and reading overlap; more would only compete for the disk
 
 
 class DiskTier:
@@ -43,161 +43,143 @@ class DiskTier:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="disk-tier")
 
     async def __aenter__(self) -> "DiskTier":
-        """Make the pins' directory. Raises TierUnavailable."""
-        await self._run(self._open)
+        """Create the pins' directory. Raises TierUnavailable."""
+        await self._run(lambda: self._pins.mkdir(parents=True, exist_ok=True, mode=0o700))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
-    def resting(self) -> bool:
-        """See `Tier.resting`."""
+    def suspended(self) -> bool:
         return False
 
     async def sizes(self, names: Sequence[str]) -> list[int]:
-        """See `Tier.sizes`."""
         return await self._run(lambda: _sizes(self._kv, file_names(names)))
 
     async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
-        """See `Tier.pin`."""
         pinned = await self._each(keys, lambda key: self._pin(key, known.get(str(key))))
         await self._run(lambda: _sync_directory(self._pins))
         return [p for p in pinned if p is not None]
 
     async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
-        """See `Tier.restore`."""
         return await self._each(objects, self._restore)
 
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
-        """See `Tier.expose_pin`."""
-        await self._each(objects, self._lend)
+        await self._each(objects, self._expose)
 
     async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
-        """See `Tier.verify`."""
         return await self._each(objects, self._verify)
 
     async def read(self, item: PinnedObject) -> bytes | None:
-        """See `Tier.read`."""
         return await self._run(lambda: _read(self._paths(item)[1], item))
 
     async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
-        """See `Tier.put`."""
         return await self._run(lambda: self._put(key, value))
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
-        """See `Tier.unpin`."""
-        return sum(await self._each([self._pin_path(key) for key in keys], _unlink))
+        return sum(await self._each([self._pin_of(key) for key in keys], _unlink))
 
     async def remove(self, keys: Iterable[ObjectKey]) -> int:
-        """See `Tier.remove`."""
-        # Both links of a key one after the other: side by side, each would see the other and free nothing.
-        return sum(await self._each(list(keys), lambda key: _unlink(self._live(key)) + _unlink(self._pin_path(key))))
+        # One link of a key after the other: in parallel each would see the other, and count nothing as freed.
+        return sum(await self._each(list(keys), lambda k: _unlink(self._original_of(k)) + _unlink(self._pin_of(k))))
 
     async def drop_original(self, keys: Iterable[ObjectKey]) -> None:
-        """See `Tier.drop_original`."""
-        await self._each([self._live(key) for key in keys], _unlink)
+        await self._each([self._original_of(key) for key in keys], _unlink)
 
     async def keys_with_salt(self, salts: Collection[str]) -> set[ObjectKey]:
-        """See `Tier.keys_with_salt`."""
         wanted = frozenset(salts)
-        return await self._run(lambda: {key for key in self._named() if key.salt in wanted})
+        return await self._run(lambda: {key for key in self._all_keys() if key.salt in wanted})
 
     async def inventory(self) -> list[Stored]:
-        """See `Tier.inventory`."""
         return await self._run(self._inventory)
 
     async def free(self) -> int | None:
-        """See `Tier.free`."""
         return await self._run(lambda: shutil.disk_usage(self._kv).free)
 
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
-        """See `Tier.sweep`."""
         names = {key.file_name for key in keep}
         stray = await self._run(lambda: [path for path in self._pins.iterdir() if path.name not in names])
         await self._each(stray, _unlink)
         return len(stray)
 
-    def _named(self) -> Iterator[ObjectKey]:
+    def _all_keys(self) -> Iterator[ObjectKey]:
         for folder in (self._kv, self._pins):
             with os.scandir(folder) as entries:
                 yield from filter(None, (ObjectKey.parse_file_name(entry.name) for entry in entries))
 
     def _inventory(self) -> list[Stored]:
-        lives, pins = _stats(self._kv), _stats(self._pins)
-        seen: set[tuple[int, int]] = set()  # an isolated clone's objects are links to pins that go by other names
-        return [_stored(key, lives.get(key), pins.get(key), seen) for key in (pins | lives)]
+        originals, pins = _stats(self._kv), _stats(self._pins)
+        counted: set[tuple[int, int]] = set()  # an isolated clone's objects are links to pins with other names
+        return [_stored(key, originals.get(key), pins.get(key), counted) for key in (pins | originals)]
 
-    def _open(self) -> None:
-        self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)
-
-    def _live(self, key: ObjectKey) -> Path:
+    def _original_of(self, key: ObjectKey) -> Path:
         return self._kv / key.file_name
 
-    def _pin_path(self, key: ObjectKey) -> Path:
+    def _pin_of(self, key: ObjectKey) -> Path:
         return self._pins / key.file_name
 
     def _paths(self, item: PinnedObject) -> tuple[Path, Path]:
         """Where LMCache has an object, and where its pin is."""
-        live, pin = file_names((item.key, item.pin_key))
-        return self._kv / live, self._pins / pin
+        original, pin = file_names((item.key, item.pin_key))
+        return self._kv / original, self._pins / pin
 
     def _pin(self, key: ObjectKey, known: PinnedObject | None) -> PinnedObject | None:
-        live, pin = self._live(key), self._pin_path(key)
+        original, pin = self._original_of(key), self._pin_of(key)
         if known is not None and _matches(pin, known):
             return known
-        if known is not None and _same_file(pin, live):
-            live.unlink(missing_ok=True)  # the damaged bytes are LMCache's too
+        if known is not None and _same_file(pin, original):
+            original.unlink(missing_ok=True)  # LMCache has the damaged bytes too
         if known is not None:
-            pin.unlink(missing_ok=True)  # damaged
+            pin.unlink(missing_ok=True)
         try:
-            self._link_over(live, pin)
+            self._link_over(original, pin)
         except FileNotFoundError:
-            if not pin.exists():  # else it is of a freeze that is about to commit, and LMCache has lost its own since
+            if not pin.exists():  # else a freeze that is about to commit has made it, and LMCache has lost its own
                 return None
         with pin.open("rb") as file:
-            os.fsync(file.fileno())  # LMCache does not; a power cut must not turn "frozen" into a false word
+            os.fsync(file.fileno())  # LMCache does not; "frozen" must survive a power cut
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
 
     def _restore(self, item: PinnedObject) -> Restored:
-        live, pin = self._paths(item)
+        original, pin = self._paths(item)
         pin_good = _matches(pin, item)
-        live_good = pin_good if _same_file(pin, live) else _matches(live, item)
-        if pin_good and live_good:
+        original_good = pin_good if _same_file(pin, original) else _matches(original, item)
+        if pin_good and original_good:
             return Restored.INTACT
         if pin_good:
-            self._link_over(pin, live)
+            self._link_over(pin, original)
             return Restored.RELINKED
-        if live_good:
-            self._link_over(live, pin)
+        if original_good:
+            self._link_over(original, pin)
             return Restored.INTACT
-        found = pin.exists() or live.exists()
-        live.unlink(missing_ok=True)
+        found = pin.exists() or original.exists()
+        original.unlink(missing_ok=True)
         pin.unlink(missing_ok=True)
         return Restored.CORRUPT if found else Restored.MISSING
 
-    def _lend(self, item: PinnedObject) -> None:
-        live, pin = self._paths(item)
-        with suppress(FileNotFoundError):  # the pin is gone: there is nothing to be found
-            self._link_over(pin, live)
+    def _expose(self, item: PinnedObject) -> None:
+        original, pin = self._paths(item)
+        with suppress(FileNotFoundError):  # without its pin there is nothing to expose
+            self._link_over(pin, original)
 
     def _link_over(self, source: Path, target: Path) -> None:
         """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
-        fresh = self._pins / f"{secrets.token_hex(8)}.link"  # here, where the next sweep finds it if we die
-        fresh.hardlink_to(source)
-        fresh.replace(target)
-        fresh.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
+        temporary = self._pins / f"{secrets.token_hex(8)}.link"  # where the next sweep finds it if we die
+        temporary.hardlink_to(source)
+        temporary.replace(target)
+        temporary.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
 
     def _put(self, key: ObjectKey, value: bytes) -> PinnedObject:
-        fresh = self._pins / f"{secrets.token_hex(8)}.put"  # here, where the next sweep finds it if we die
+        temporary = self._pins / f"{secrets.token_hex(8)}.put"  # where the next sweep finds it if we die
         try:
-            with fresh.open("xb") as file:
+            with temporary.open("xb") as file:
                 file.write(value)
                 file.flush()
                 os.fsync(file.fileno())
-            fresh.replace(self._pin_path(key))
+            temporary.replace(self._pin_of(key))
         finally:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         _sync_directory(self._pins)
         return PinnedObject(str(key), self.name, len(value), blake3(value).digest())
 
@@ -208,10 +190,10 @@ class DiskTier:
         return Restored.INTACT if _matches(pin, item) else Restored.CORRUPT
 
     async def _each(self, items: Sequence[Item], work: Callable[[Item], T]) -> list[T]:
-        """Do `work` on every item, in slices side by side; order is kept."""
+        """Do `work` on every item, in parallel slices; the order is kept."""
         step = -(-len(items) // _THREADS) or 1
         slices = [items[i : i + step] for i in range(0, len(items), step)]
-        # All of them end before one's failure is told: who hears of it lets go of the lock.
+        # Every slice ends before one's failure is raised: the caller then releases the lock.
         done = await asyncio.gather(*(self._run(partial(_map, work, part)) for part in slices), return_exceptions=True)
         for part in done:
             if isinstance(part, BaseException):
@@ -238,12 +220,12 @@ def _stats(folder: Path) -> dict[ObjectKey, os.stat_result]:
 
 
 def _stored(
-    key: ObjectKey, live: os.stat_result | None, pin: os.stat_result | None, seen: set[tuple[int, int]]
+    key: ObjectKey, original: os.stat_result | None, pin: os.stat_result | None, counted: set[tuple[int, int]]
 ) -> Stored:
-    files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (live, pin) if stat is not None}
-    size = sum(size for inode, size in files.items() if inode not in seen)
-    seen.update(files)
-    return Stored(key, live.st_size if live else 0, pin.st_size if pin else 0, size)
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (original, pin) if stat is not None}
+    size = sum(size for inode, size in files.items() if inode not in counted)
+    counted.update(files)
+    return Stored(key, original.st_size if original else 0, pin.st_size if pin else 0, size)
 
 
 def _map(work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
@@ -265,9 +247,9 @@ def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
         fd = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # LMCache makes it
         return [0] * len(names)
-    try:  # thousands are one call's work: from the folder on, the kernel has less of a path to walk for each
+    try:  # there are thousands: relative to the folder, the kernel has a shorter path to walk for each
         return [os.stat(name, dir_fd=fd).st_size for name in names]
-    except FileNotFoundError:  # seldom: most often all are there
+    except FileNotFoundError:  # rare: usually all exist
         return [_size(name, fd) for name in names]
     finally:
         os.close(fd)
@@ -290,8 +272,6 @@ def _same_file(a: Path, b: Path) -> bool:
 def _matches(path: Path, item: PinnedObject) -> bool:
     try:
         return path.stat().st_size == item.size and _checksum(path) == item.checksum
-    except FileNotFoundError:
-        return False
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
@@ -301,8 +281,6 @@ def _matches(path: Path, item: PinnedObject) -> bool:
 def _read(path: Path, item: PinnedObject) -> bytes | None:
     try:
         value = path.read_bytes()
-    except FileNotFoundError:
-        return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise

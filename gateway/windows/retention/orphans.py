@@ -94,7 +94,7 @@ async def forget(services: Services, salts: Sequence[OrphanedSalt]) -> Forgotten
     if not quiet:
         return done
     began = time.time()
-    found, warnings = await services.pins.under({one.salt for one in quiet})
+    found, warnings = await services.pins.keys_with_salt({one.salt for one in quiet})
     done += Forgotten(warnings=tuple(warnings))
     by_salt = _by_salt(found)
     for one in quiet:

@@ -194,14 +194,14 @@ async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing
         async with asyncio.timeout(8):  # by their timeouts they would take more than ten seconds each
             with pytest.raises(TierUnavailable, match=r"redis tier: it hangs .* skipped for 30 s"):
                 await tier.sizes(spelled(*keys(1)))
-            assert tier.resting
+            assert tier.suspended
             await every_verb(tier)
         own_server.resume()
         with pytest.raises(TierUnavailable, match="skipped for 30 s"):
             await tier.sizes(spelled(*keys(1)))
         now += _REST_S
         assert await tier.sizes(spelled(*keys(1))) == [0]
-        assert not tier.resting
+        assert not tier.suspended
 
 
 async def test_a_server_that_still_hangs_after_its_rest_has_another(own_server: RedisServer) -> None:
@@ -243,7 +243,7 @@ async def test_a_slow_call_to_a_server_that_lives_is_waited_for() -> None:
 
     liveness = Liveness(probe, 5.0)
     assert await liveness.run(slow.wait)
-    assert not liveness.resting
+    assert not liveness.suspended
 
 
 async def test_a_stall_of_our_own_is_not_the_servers() -> None:
@@ -260,7 +260,7 @@ async def test_a_stall_of_our_own_is_not_the_servers() -> None:
 
     liveness = Liveness(probe, 0.2)
     assert await liveness.run(answered.wait)
-    assert not liveness.resting
+    assert not liveness.suspended
     assert asked == 2
 
 
