@@ -47,9 +47,9 @@ from gateway.store.sqlite import SqliteStore
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.background import BackgroundTasks
+from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
 from gateway.windows.context import Services
 from gateway.windows.freeze import release_strays
-from gateway.windows.missing_text import REMEDY, textless
 from gateway.windows.retention.sweeper import run_sweeper
 
 log = logging.getLogger(__name__)
@@ -107,11 +107,12 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         turns = ActiveTurns(store, locks)
         cache: LMCache | None = None
         if settings.cache_url:
-            cache = LMCache(settings.cache_url, settings.connect_timeout_s, settings.data_path / "loads")
+            locks_path = settings.data_path / "loads"
+            cache = LMCache(settings.cache_url, settings.connect_timeout_s, locks_path, settings.chunk_size)
             await stack.enter_async_context(cache)
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
-        reviews = CacheReviewer(store, estimator, lambda: settings.chunk_size or (cache.chunk_size if cache else 0))
+        reviews = CacheReviewer(store, estimator, lambda: cache.chunk_size if cache else settings.chunk_size)
         engines = [_node(url, settings, stalls.lost_since) for url in settings.engine_urls]
         pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
         tiers = await _tiers(stack, settings, store.store_id)
@@ -141,8 +142,8 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         services.background.spawn(run_sweeper(services), "sweeping")
         if released := await release_strays(services):
             log.warning("unpinned %d objects left by a freeze that was never committed", released)
-        if problem := await textless(services):
-            log.error("%s; %s", problem, REMEDY)
+        if problem := await windows_without_text(services):
+            log.error("%s; %s", problem, WITHOUT_TEXT_HINT)
         yield services
 
 

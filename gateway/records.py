@@ -255,6 +255,11 @@ class Window:
         """Tokens after the last full pinned chunk, which a thaw recomputes."""
         return self.token_count - self.chunk_count * self.chunk_size
 
+    @property
+    def whole_chunks(self) -> int:
+        """Whole chunks in its tokens, pinned or not."""
+        return self.token_count // self.chunk_size if self.chunk_size else 0
+
     def has_expired(self, at: float) -> bool:
         """Whether it had expired by then."""
         return self.expires_at is not None and self.expires_at <= at
@@ -262,7 +267,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a window is made of: exact token ids, and its KV objects in chunk order (every rank of a chunk together)."""
+    """A window's exact token ids, and its KV objects in chunk order (every rank of a chunk together)."""
 
     id: str
     token_ids: Sequence[int]

@@ -14,7 +14,7 @@ from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
 from gateway.store.types import Text
 from gateway.windows.context import Services
-from gateway.windows.receipt import with_receipt
+from gateway.windows.materialize import with_receipt
 
 TENANT = "default"
 LARGE = "large"
@@ -29,7 +29,7 @@ async def fill(settings: Settings, model: str, *, chunks: int, chunk_size: int, 
         large = await _blank(services, model, LARGE, chunks * chunk_size + chunk_size // 2, chunk_size)
         ids = tuple(index % 50_000 for index in range(large.token_count))
         objects = await _pinned(services, large, ids, object_bytes)
-        await _add(services, with_receipt(large, chunks, objects, time.monotonic(), {}), ids, objects)
+        await _add(services, with_receipt(large, chunks, objects, 0.0, {}), ids, objects)
         await services.pins.restore(objects)  # into LMCache's tiers
         for start in range(0, windows, _CONCURRENCY):
             await asyncio.gather(*(_small(services, large, number) for number in range(start, start + _CONCURRENCY)))
@@ -68,7 +68,7 @@ async def _small(services: Services, like: Window, number: int) -> None:
         chunk_size=256, manifest=f"m-{name}", created_at=1.7e9 + number * 60,
         description=f"{_TOPICS[number % len(_TOPICS)]}, part {number}", tags=("auto", f"team-{number % 10}"),
     )  # fmt: skip
-    await _add(services, with_receipt(window, _SMALL_OBJECTS, objects, time.monotonic(), {}), ids, tuple(objects))
+    await _add(services, with_receipt(window, _SMALL_OBJECTS, objects, 0.0, {}), ids, tuple(objects))
 
 
 async def _add(services: Services, window: Window, ids: tuple[int, ...], objects: tuple[PinnedObject, ...]) -> None:

@@ -24,7 +24,7 @@ from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent
 from gateway.validation.shown import shown
 from gateway.windows.autofreeze.service import AutofreezeService
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -97,6 +97,11 @@ class Call:
     def keys(self) -> Headers:
         """The headers with the caller's key."""
         return [(name, value) for name, value in self._request.scope["headers"] if name in auth.KEY_HEADERS]
+
+    @property
+    def context(self) -> OperationContext:
+        """The context of a window operation that begins now."""
+        return OperationContext(self.services, self.tenant, self.progress)
 
     @property
     def window_name(self) -> str:

@@ -18,8 +18,8 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import is_ours
 from gateway.store.failures import RESCUE, find_damage
+from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
 from gateway.windows.context import Services
-from gateway.windows.missing_text import REMEDY, textless
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +108,10 @@ class Health:
         return Check("store", "failed", f"the store is damaged: {'; '.join(errors)}", RESCUE)
 
     async def _test_windows(self) -> Check:
-        problem = await textless(self._services)
+        problem = await windows_without_text(self._services)
         if not problem:
             return Check("windows", "ok", "every window has its text")
-        return Check("windows", "warning", problem, REMEDY)
+        return Check("windows", "warning", problem, WITHOUT_TEXT_HINT)
 
     async def _test(self, member: EngineNode) -> list[Check]:
         """Test one engine, not at the same time as other workers: that would distort the time until objects land."""
@@ -239,8 +239,8 @@ class Health:
         await self._services.store.tier_usage()
         if trouble := self._services.recorder.trouble or self._store_trouble:
             return "unhealthy", trouble
-        problem = await textless(self._services)
-        return ("degraded", f"{problem}; {REMEDY}") if problem else ("healthy", "answers")
+        problem = await windows_without_text(self._services)
+        return ("degraded", f"{problem}; {WITHOUT_TEXT_HINT}") if problem else ("healthy", "answers")
 
     async def _isolation(self) -> tuple[str, str]:
         if self.checks is None:

@@ -114,8 +114,8 @@ class _SelfTest:
                 message = f"no engine has registered model {model.root!r} with this LMCache yet"
                 remedy = "start vLLM with LMCacheMPConnector and lmcache.mp.host/port of this server"
                 self._add("connector", "warning", message, remedy)
-            ids = await self._random_ids(model, (wanted or info.chunk_size) * _CHUNKS + 1)
-            return plan(model, "", ids, info, wanted)
+            ids = await self._random_ids(model, cache.chunk_size * _CHUNKS + 1)
+            return plan(model, "", ids, info, cache.chunk_size)
         except GatewayError as error:
             self._add("cache", "failed", error.message, error.hint)
             return None

@@ -47,9 +47,10 @@ class LMCache:
     Lock files in the folder `locks` make the processes of this machine wait for each other's loads.
     """
 
-    def __init__(self, url: str, timeout_s: float, locks: Path) -> None:
+    def __init__(self, url: str, timeout_s: float, locks: Path, chunk_size: int = 0) -> None:
         self._locks = locks
-        self.chunk_size = 0  # as last reported; 0 before that
+        self._chunk_size = chunk_size
+        self._reported_chunk_size = 0
         self._adapters: tuple[dict[str, Any], ...] = ()
         self._adapters_at = -math.inf
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while in use
@@ -65,14 +66,19 @@ class LMCache:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
+    @property
+    def chunk_size(self) -> int:
+        """Tokens per chunk: as configured, else as last reported; 0 before that."""
+        return self._chunk_size or self._reported_chunk_size
+
     async def info(self) -> CacheInfo:
         """Ask for chunk size, hash algorithm, registered models and storage adapters."""
         status = await self._call("GET", "/status")
         adapters = await self.adapters()
         registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
-        self.chunk_size = int(status["chunk_size"])
+        self._reported_chunk_size = int(status["chunk_size"])
         return CacheInfo(
-            chunk_size=self.chunk_size,
+            chunk_size=self._reported_chunk_size,
             hash_algorithm=str(status["hash_algorithm"]),
             world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
             adapters=adapters,

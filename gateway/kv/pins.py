@@ -63,14 +63,14 @@ class Pins:
         return missing
 
     async def pin(
-        self, keys: Sequence[ObjectKey], known: Sequence[PinnedObject]
+        self, keys: Sequence[ObjectKey], existing: Sequence[PinnedObject]
     ) -> tuple[dict[str, dict[str, PinnedObject]], list[str]]:
-        """Pin `keys` in every tier that can be reached; `known` is what windows have pinned already.
+        """Pin `keys` in every tier that can be reached; `existing` is what windows have pinned already.
 
         Returns the pins by tier and key. Raises TierFull. Hold the lock, at least shared.
         """
         pinned, warnings = await self.each(
-            lambda tier: tier.pin(keys, {o.key: o for o in known if o.tier == tier.name}), raise_full=True
+            lambda tier: tier.pin(keys, {o.key: o for o in existing if o.tier == tier.name}), raise_full=True
         )
         return {tier: {o.key: o for o in objects} for tier, objects in pinned.items()}, warnings
 

@@ -44,7 +44,7 @@ def manifest(db: sqlite3.Connection, window: Window) -> Manifest:
     row = db.execute("SELECT token_ids FROM manifests WHERE id = ?", (window.manifest,)).fetchone()
     if row is None:
         raise _deleted()
-    return Manifest(window.manifest, tuple(array("I", row[0])), _objects(db, window))
+    return Manifest(window.manifest, array("I", row[0]), _objects(db, window))
 
 
 def pinned(db: sqlite3.Connection, window: Window) -> tuple[PinnedObject, ...]:
@@ -78,7 +78,9 @@ def _objects(db: sqlite3.Connection, window: Window) -> tuple[PinnedObject, ...]
     rows = db.execute(_OBJECTS_OF, (window.manifest,))
     if window.salt == window.pin_salt:
         return tuple(map(PinnedObject._make, rows))
-    return tuple(PinnedObject(with_salt(key, window.salt), tier, size, digest, key) for key, tier, size, digest, _ in rows)
+    return tuple(
+        PinnedObject(with_salt(key, window.salt), tier, size, digest, key) for key, tier, size, digest, _ in rows
+    )
 
 
 def release(db: sqlite3.Connection, deleted: Window) -> Released:

@@ -1,10 +1,9 @@
-"""Ask: answer a question inside a frozen window, on its own KV, and keep nothing.
+"""Ask: answer a question inside a frozen window, on its own KV, and store nothing.
 
 The question follows the window's transcript under the window's salt, so the engine computes only the tail and the
-question. It is no turn: there is no session, the window does not change, and the cache is told to keep nothing.
+question. It is not a turn: there is no session, the window does not change, and the cache is told to store nothing.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,9 @@ from gateway.dialects import text_transcripts
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage, Window
-from gateway.runtime.progress import Progress, silent
 from gateway.store.types import Text
 from gateway.windows.catalog import get_usable_window, served_model
-from gateway.windows.context import Services
-from gateway.windows.instrumented import instrumented
+from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.restore import Receipt, restore_and_load
 
 MAX_QUESTION = 10_000  # characters
@@ -28,7 +25,7 @@ _NO_RESULT = "No result: the conversation was frozen before there was one."
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said, and what it cost: `computed_tokens` is the part of the prompt that no cache had."""
+    """The model's answer and its cost: `computed_tokens` is the part of the prompt that no cache had."""
 
     window: Window
     text: str
@@ -40,42 +37,32 @@ class Answer:
 
     @property
     def computed_tokens(self) -> int | None:
-        """None where the engine does not tell what it had cached."""
+        """None if the engine does not report cached tokens."""
         return None if self.usage.cached is None else self.usage.prompt - self.usage.cached
 
 
 @instrumented
-async def ask(
-    services: Services,
-    tenant: str,
-    name: str,
-    question: str,
-    max_tokens: int | None = None,
-    progress: Progress = silent,
-) -> Answer:
-    """Ask a window a question, greedily. Raises `window_not_found`, `model_mismatch`, `invalid_request` where the
-    window is no conversation or has no room left, `engine_unreachable`, `engine_timeout`.
+async def ask(ctx: OperationContext, name: str, question: str, max_tokens: int | None = None) -> Answer:
+    """Ask a window a question, greedily. Raises `window_not_found`, `model_mismatch`, `invalid_request` if the window
+    is not a conversation or has no room left, `engine_unreachable`, `engine_timeout`.
 
     KV that is lost raises nothing: the engine computes it again, and the receipt says so.
     """
-    clock = time.monotonic()
-    window = await get_usable_window(services, tenant, name)
+    services = ctx.services
+    window = await get_usable_window(services, ctx.tenant, name)
     model = await served_model(services, window)
-    room = _room(window, model, max_tokens)
+    max_tokens = _max_tokens(window, model, max_tokens)
     text = await conversation(services, window)
-    restored = await restore_and_load(services, window, await services.store.manifest(window), progress)
-    progress("answer", 0, 0)
+    restored = await restore_and_load(ctx, window, await services.store.manifest(window))
+    ctx.progress("answer", 0, 0)
     engine = services.engines.for_lineage(window.lineage)
-    reply = await engine.chat(
-        model.id, _quiet(text.frame or {}), [*text.messages, *following(text.messages, question)], window.salt,
-        max_tokens=room,
-    )  # fmt: skip
-    duration = round((time.monotonic() - clock) * 1000, 1)
-    return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, duration)
+    messages = [*text.messages, *following(text.messages, question)]
+    reply = await engine.chat(model.id, _no_tools(text.frame or {}), messages, window.salt, max_tokens=max_tokens)
+    return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, ctx.duration_ms())
 
 
-def _room(window: Window, model: Model, max_tokens: int | None) -> int:
-    """How long the answer may be. Raises `invalid_request` where the window leaves no room for so much."""
+def _max_tokens(window: Window, model: Model, max_tokens: int | None) -> int:
+    """How long the answer may be. Raises `invalid_request` if the window does not leave that much room."""
     left = model.context_limit - window.token_count if model.context_limit else MAX_TOKENS
     if left <= (max_tokens or 0):
         raise GatewayError(
@@ -85,12 +72,12 @@ def _room(window: Window, model: Model, max_tokens: int | None) -> int:
             hint=f"`max_tokens` below {left} leaves room for a question" if left > 1 else "ask one of its ancestors",
             details={"field": "max_tokens"},
         )
-    # Half of what is left, where that is little: the question needs some of it too.
+    # At most half of what is left: the question needs some of it too.
     return max_tokens or min(USUAL_TOKENS, max(left // 2, 1))
 
 
 async def conversation(services: Services, window: Window) -> Text:
-    """Return a window's text, which a user's message may follow. Raises `invalid_request` where none can."""
+    """Return a window's text. Raises `invalid_request` if no user message can follow it."""
     text = await services.store.text(window)
     if kind := text_transcripts.kind(text.messages):
         raise GatewayError(
@@ -102,12 +89,12 @@ async def conversation(services: Services, window: Window) -> Text:
 
 
 def following(messages: Sequence[Message], question: str) -> list[Message]:
-    """The question as what comes next. An agent freezes itself by a tool call, so the last ones may have no result."""
+    """The question as the next messages. An agent freezes itself by a tool call, so the last may lack a result."""
     calls = (messages[-1].get("tool_calls") if messages else None) or ()
     results = [{"role": "tool", "tool_call_id": call.get("id", ""), "content": _NO_RESULT} for call in calls]
     return [*results, {"role": "user", "content": question}]
 
 
-def _quiet(frame: Mapping[str, Any]) -> dict[str, Any]:
-    """The frame as it was, tools included because the KV has them; but nobody is there who would run one."""
+def _no_tools(frame: Mapping[str, Any]) -> dict[str, Any]:
+    """The frame with its tools, because the KV has them; but none may be called, because nobody would run it."""
     return {**frame, "tool_choice": "none"} if frame.get("tools") else dict(frame)

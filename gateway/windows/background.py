@@ -1,4 +1,4 @@
-"""Background tasks that nobody waits for; they end with the gateway."""
+"""Background tasks, which end with the gateway."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundTasks:
-    """Tasks that outlive the request that began them, and not the gateway."""
+    """Tasks that may outlive the request that started them, but not the gateway."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -23,17 +23,10 @@ class BackgroundTasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Begin `work`; a failure is logged under `name`."""
+        """Start `work`; a failure is logged under `name`."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
-
-    async def run_logged(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Do `work` that is done again later; a failure is logged under `name`."""
-        try:
-            await work
-        except Exception:
-            log.exception("%s failed", name)
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

@@ -1,7 +1,7 @@
-"""A conversation under a window's base URL (`/w/NAME/v1`, `X-Window`): every new one is a branch of its own.
+"""A conversation under a window's base URL (`/w/NAME/v1`, `X-Window`): each new one is a branch of its own.
 
-The client need not know the window's transcript: it sends what is new, or all of it. Either way the chain is that of
-the whole conversation, begun with the window itself, so that the next turn finds its branch again.
+The client need not know the window's transcript: it sends the whole conversation, or only what is new. Either way its
+chain is that of the whole conversation, seeded with the window, so that the next turn finds its branch again.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, P
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import TurnContext
 from gateway.windows.catalog import get_usable_window
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from gateway.windows.thaw import thaw
 
 
 async def resolve(services: Services, turn: TurnContext, name: str, rule: SystemRule) -> SessionMatch:
-    """Return the branch of window `name` that a turn belongs to, thawed just now if it is new.
+    """Return the branch of window `name` that a turn belongs to, thawed now if it is new.
 
     Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session
     that does not come from this window.
@@ -30,53 +30,59 @@ async def resolve(services: Services, turn: TurnContext, name: str, rule: System
     window = await get_usable_window(services, turn.tenant, name)
     client_id, prompt = turn.client_id, turn.prompt
     if client_id and client_id.kind != "key":
-        return await _by_id(services, turn, client_id, window)
+        return await _resolve_id(services, turn, client_id, window)
     history = (await services.store.text(window)).messages
-    seed = prefix_chain.seed({}, f"{prompt.seed.hex()} {window.name} {window.created_at}", "")
+    seed = _seed(window, prompt.seed.hex())
     heavy = is_heavy(history) or is_heavy(prompt.messages)
-    request = await services.offload.run(heavy, _beginning, history, prompt, seed, rule)
-    verdict = await services.sessions.look_up(turn.tenant, request)
-    if verdict.session and not verdict.forks:
-        return SessionMatch(verdict.session, verdict.how, seed, request)
-    session, _, _ = await thaw(
-        services, window.tenant, window.name, new_session_id=None, warm="none", source="window", seen=window
-    )
-    return SessionMatch(session, "window", seed, request, is_new=True)
+    request = await services.offload.run(heavy, _whole_conversation, history, prompt, seed, rule)
+    found = await services.sessions.look_up(turn.tenant, request)
+    if found.session and not found.forks:
+        return SessionMatch(found.session, found.how, seed, request)
+    ctx = OperationContext(services, turn.tenant)
+    branch = await thaw(ctx, window.name, new_session_id=None, warm="none", source="window", window=window)
+    return SessionMatch(branch.session, "window", seed, request, is_new=True)
 
 
-def _beginning(history: Sequence[Message], prompt: Prompt, seed: bytes, rule: SystemRule) -> ConversationPrefix:
-    """The beginning of the whole conversation, whether or not the client sent the window's part of it."""
+def _whole_conversation(
+    history: Sequence[Message], prompt: Prompt, seed: bytes, rule: SystemRule
+) -> ConversationPrefix:
+    """The prefix of the whole conversation, whether or not the client sent the window's part of it."""
     sent = prompt.messages
     front = transcripts.missing(history, sent, rule)
     return ConversationPrefix.of(Prompt(sent if front is None else transcripts.merged(front, sent), seed, prompt.frame))
 
 
-async def _by_id(services: Services, turn: TurnContext, client_id: ClientSessionId, window: Window) -> SessionMatch:
+async def _resolve_id(
+    services: Services, turn: TurnContext, client_id: ClientSessionId, window: Window
+) -> SessionMatch:
     match = await services.sessions.resolve(turn)
     if client_id.kind == "agent" and not match.is_new and match.session.window != window.name:
-        match = await _of_agent(services, turn, match, window)
+        match = await _agent_branch(services, turn, match, window)
+    session = match.session
     if match.is_new:
-        session, _, _ = await thaw(
-            services, turn.tenant, window.name, new_session_id=match.session.id, warm="none", source=match.source,
-            first_message_hash=match.session.first_message_hash,
-        )  # fmt: skip
-        return SessionMatch(session, match.source, turn.prompt.seed, is_new=True)
-    if match.session.window != window.name:
+        ctx = OperationContext(services, turn.tenant)
+        branch = await thaw(
+            ctx,
+            window.name,
+            new_session_id=session.id,
+            warm="none",
+            source=match.source,
+            first_message_hash=session.first_message_hash,
+        )
+        return SessionMatch(branch.session, match.source, turn.prompt.seed, is_new=True)
+    if session.window != window.name:
         raise GatewayError(
             "invalid_request",
-            f"session {match.session.id!r} does not come from window {window.name!r}",
+            f"session {session.id!r} does not come from window {window.name!r}",
             hint="send it to /v1, or omit its id to begin a branch of the window",
-            details={"session_id": match.session.id, "window_name": match.session.window},
+            details={"session_id": session.id, "window_name": session.window},
         )
     return match
 
 
-async def _of_agent(services: Services, turn: TurnContext, match: SessionMatch, window: Window) -> SessionMatch:
-    """The branch of an agent that had its session before it was sent to the window: it cannot leave its id away, as a
-    person can."""
-    branch_id = prefix_chain.subconversation_id(
-        match.session.id, prefix_chain.seed({}, f"{window.name} {window.created_at}", "")
-    )
+async def _agent_branch(services: Services, turn: TurnContext, match: SessionMatch, window: Window) -> SessionMatch:
+    """The branch of an agent that had a session before it was sent to the window, and cannot omit that session's id."""
+    branch_id = prefix_chain.subconversation_id(match.session.id, _seed(window))
     session = await services.sessions.open(turn.tenant, branch_id)
     is_new = not session.created_at
     return SessionMatch(
@@ -85,3 +91,7 @@ async def _of_agent(services: Services, turn: TurnContext, match: SessionMatch, 
         match.seed,
         is_new=is_new,
     )
+
+
+def _seed(window: Window, *before: str) -> bytes:
+    return prefix_chain.seed({}, " ".join((*before, window.name, str(window.created_at))), "")

@@ -1,14 +1,29 @@
-"""Look up windows, and check that one can be used: it has not expired, and its model is served unchanged."""
+"""Look up and describe windows, and check that one can be used: not expired, and its model served unchanged."""
 
 import secrets
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey, object_keys
-from gateway.records import MAX_NAME, Manifest, Session, Window
-from gateway.windows.context import Services
+from gateway.records import MAX_NAME, Session, Window
+from gateway.windows.context import OperationContext, Services, instrumented
+
+_CLEARED: Mapping[str, Any] = {"description": "", "tags": ()}
+_WITHOUT_TEXT_SHOWN = 5
+WITHOUT_TEXT_HINT = (
+    "import an export of each, or freeze its session again, under another name; then delete it. "
+    "Its KV and token ids are still there, but nothing can begin with it"
+)
+
+
+class NewWindow(NamedTuple):
+    """A window that an operation has made, and warnings where it is less than complete."""
+
+    window: Window
+    warnings: tuple[str, ...] = ()
 
 
 async def get_window(services: Services, tenant: str, name: str) -> Window:
@@ -20,7 +35,7 @@ async def get_window(services: Services, tenant: str, name: str) -> Window:
 
 
 async def get_usable_window(services: Services, tenant: str, name: str) -> Window:
-    """Return a window that has not expired. Raises `window_not_found`: an expired one is there to be read only."""
+    """Return a window that has not expired. Raises `window_not_found`: an expired one can only be read."""
     window = await get_window(services, tenant, name)
     if window.expires_at is None or not window.has_expired(time.time()):
         return window
@@ -35,13 +50,13 @@ async def get_usable_window(services: Services, tenant: str, name: str) -> Windo
 
 
 def window_not_found(name: str) -> GatewayError:
-    """The error for a window that is not there."""
+    """The error for a window that does not exist."""
     hint, details = "`GET /admin/windows` lists them", {"window_name": name}
     return GatewayError("window_not_found", f"there is no window {name!r}", hint=hint, details=details)
 
 
 async def served_model(services: Services, window: Window) -> Model:
-    """Return the window's model as it is served now. Raises `model_mismatch` where its KV would not fit."""
+    """Return the window's model as served now. Raises `model_mismatch` if the window's KV would not fit it."""
     model = await services.engines.model(window.model)
     if model.fingerprint == window.fingerprint:
         return model
@@ -53,16 +68,40 @@ async def served_model(services: Services, window: Window) -> Model:
     )
 
 
-def pinned_keys(window: Window, manifest: Manifest) -> list[ObjectKey]:
-    """Keys of the KV objects that the window pinned, computed from its token ids, in chunk order."""
-    ids = manifest.token_ids[: window.chunk_count * window.chunk_size]
-    if not ids:
-        return []
-    return object_keys(window.model_root, ids, window.chunk_size, window.world_size, window.salt)
+@instrumented
+async def describe(ctx: OperationContext, name: str, changes: Mapping[str, Any]) -> Window:
+    """Change a window's `description`, `tags` or `ttl_seconds` (from now on); None clears one.
+
+    Raises `window_not_found`, and `invalid_request` if `changes` is empty.
+    """
+    if not changes:
+        raise GatewayError(
+            "invalid_request",
+            "nothing to change",
+            hint="give `description`, `tags` or `ttl_seconds`; `null` clears one",
+        )
+    fields = {name: _CLEARED[name] if changes[name] is None else changes[name] for name in _CLEARED if name in changes}
+    if "ttl_seconds" in changes:
+        ttl = changes["ttl_seconds"]
+        fields["expires_at"] = None if ttl is None else time.time() + ttl
+    window = await ctx.services.store.describe_window(ctx.tenant, name, fields)
+    if window is None:
+        raise window_not_found(name)
+    return window
+
+
+async def windows_without_text(services: Services) -> str:
+    """Which windows an older version left without their text; empty if there are none. None are added today."""
+    names = [name for _, name in await services.store.windows_without_text()]
+    if not names:
+        return ""
+    shown, more = names[:_WITHOUT_TEXT_SHOWN], len(names) - _WITHOUT_TEXT_SHOWN
+    rest = f" and {more} more" if more > 0 else ""
+    return f"{len(names)} windows have lost their text to an older version: {', '.join(shown)}{rest}"
 
 
 def session_from_window(window: Window, session_id: str, source: str) -> Session:
-    """A new session that continues a window: in its lineage, under its salt, with its transcript."""
+    """A new session that continues a window, with its lineage, salt and transcript."""
     now = time.time()
     return Session(
         tenant=window.tenant,
@@ -84,13 +123,13 @@ def session_from_window(window: Window, session_id: str, source: str) -> Session
 
 
 def session_id_for(name: str, suffix_length: int = 0) -> str:
-    """A new session id derived from a window's name, which leaves room for a suffix."""
+    """A new session id made from a window's name, with room left for a suffix."""
     suffix = f".{secrets.token_hex(4)}"
     return name[: MAX_NAME - len(suffix) - suffix_length] + suffix
 
 
 def session_exists(session_id: str) -> GatewayError:
-    """The error for a session id that is in use."""
+    """The error for a session id that is taken."""
     return GatewayError(
         "session_already_exists",
         f"session {session_id!r} already exists",

@@ -1,26 +1,58 @@
-"""Clone: another name for the same pins. No KV byte is copied, no file is created."""
+"""Clone: another name for the same pins. No KV byte is copied, no file is created.
+
+An isolated clone has a salt of its own, so that neither lineage can find the other's KV. KV bytes do not depend on the
+salt: only the names do under which LMCache finds them. So it shares its source's pins like any clone; a thaw then gives
+LMCache the objects under the clone's own names, on disk as links. This is impossible where LMCache encrypts with a key
+made from the salt: then the clone has only the text and the token ids, and a warning.
+"""
 
 import time
 from dataclasses import replace
+from uuid import uuid4
 
 from gateway.records import Manifest, Window
-from gateway.windows.catalog import get_usable_window
-from gateway.windows.context import Services
+from gateway.sessions.resolver import ISOLATED
+from gateway.windows.catalog import NewWindow, get_usable_window
+from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.freeze import Naming, window_name_taken
-from gateway.windows.instrumented import instrumented
+
+_ENCRYPTED_BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt
+_CONFIG_AGE_S = 5.0  # LMCache changes its serde only by a restart, which takes longer
 
 
 @instrumented
-async def clone(services: Services, tenant: str, source: str, naming: Naming) -> Window:
-    """Give a window a second name with a life of its own. Raises `window_not_found`, `window_already_exists`.
+async def clone(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
+    """Give a window a second name with a life of its own; what `naming` leaves empty is copied.
 
-    What `naming` leaves empty is the source's.
+    Raises `window_not_found`, `window_already_exists`.
     """
-    original = await get_usable_window(services, tenant, source)
-    return await add(services, copied(original, naming), original, None)
+    original = await get_usable_window(ctx.services, ctx.tenant, source)
+    return NewWindow(await add_copy(ctx.services, renamed(original, naming), original, None))
 
 
-def copied(original: Window, naming: Naming) -> Window:
+@instrumented
+async def isolate(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
+    """Clone a window into a lineage of its own; what `naming` leaves empty is copied.
+
+    Raises `window_not_found`, `window_already_exists`, `cache_unavailable`.
+    """
+    services = ctx.services
+    original = await get_usable_window(services, ctx.tenant, source)
+    lineage = ISOLATED + uuid4().hex
+    salt = services.salts.of(ctx.tenant, lineage, original.fingerprint)
+    copy = replace(renamed(original, naming), lineage=lineage, salt=salt)
+    if not await _is_encrypted(services, original):
+        return NewWindow(await add_copy(services, copy, original, None))
+    bare = replace(copy, pin_salt=salt, chunk_count=0, size_bytes=0, kv="absent", manifest=uuid4().hex)
+    manifest = replace(await services.store.manifest(original), id=bare.manifest, objects=())
+    warning = (
+        f"LMCache encrypts by salt ({_ENCRYPTED_BY_SALT}): only text and token ids are isolated, "
+        "a thaw computes the KV again"
+    )
+    return NewWindow(await add_copy(services, bare, original, manifest), (warning,))
+
+
+def renamed(original: Window, naming: Naming) -> Window:
     """The window under its second name."""
     return replace(
         original,
@@ -33,13 +65,21 @@ def copied(original: Window, naming: Naming) -> Window:
     )
 
 
-async def add(services: Services, copy: Window, original: Window, manifest: Manifest | None) -> Window:
-    """Commit a copy. Raises `window_already_exists`, and `window_not_found` where its source has gone meanwhile.
+async def add_copy(services: Services, copy: Window, original: Window, manifest: Manifest | None) -> Window:
+    """Commit a copy. Raises `window_already_exists`, and `window_not_found` if its source was deleted meanwhile.
 
-    The store looks for the source when it commits, so no lock on the pins is needed: a deletion before that leaves no
+    The store checks for the source when it commits, so no lock on the pins is needed: a deletion before that leaves no
     source, and one after it finds that the copy holds the pins.
     """
     committed = await services.store.copy_window(copy, original, manifest)
     if committed is None:
         raise window_name_taken(copy.name)
     return committed
+
+
+async def _is_encrypted(services: Services, window: Window) -> bool:
+    """Whether the bytes would be unreadable under another salt."""
+    if services.cache is None or not window.chunk_count:
+        return False
+    adapters = await services.cache.adapters(within_s=_CONFIG_AGE_S)
+    return _ENCRYPTED_BY_SALT in [(adapter.get("serde") or {}).get("type") for adapter in adapters]

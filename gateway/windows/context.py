@@ -1,12 +1,17 @@
-"""The services of a running gateway, as operations and APIs need them. `gateway.app` creates and opens them."""
+"""What window operations run with: the services of the gateway, and the context of one call."""
 
+import functools
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from gateway.engines.pool import EnginePool
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
+from gateway.runtime.progress import Progress, silent
 from gateway.runtime.stalls import Stalls
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.recorder import TurnRecorder
@@ -17,10 +22,13 @@ from gateway.settings import Settings
 from gateway.store.store import Store
 from gateway.windows.background import BackgroundTasks
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything that is open while the gateway runs. `cache` is None where no cache is configured."""
+    """The services of a running gateway, opened by `gateway.app`. `cache` is None where no cache is configured."""
 
     settings: Settings
     store: Store
@@ -37,3 +45,35 @@ class Services:
     estimator: Estimator
     stalls: Stalls
     offload: Offload = field(default_factory=Offload)
+
+
+@dataclass(frozen=True, slots=True)
+class OperationContext:
+    """One call of an operation: its tenant, where it reports progress, and when it began (`time.monotonic`).
+
+    The result of an operation has its warnings in a field `warnings`. Functions that operations are made of return
+    them as the second of two values; no argument collects them.
+    """
+
+    services: Services
+    tenant: str
+    progress: Progress = silent
+    started: float = field(default_factory=time.monotonic)
+
+    def duration_ms(self) -> float:
+        """Milliseconds since it began."""
+        return round((time.monotonic() - self.started) * 1000, 1)
+
+
+OperationFunction = Callable[Concatenate[OperationContext, P], Coroutine[Any, Any, T]]
+
+
+def instrumented(operation: OperationFunction[P, T]) -> OperationFunction[P, T]:
+    """Count an operation's calls, results and duration under its function's name, whichever API called it."""
+
+    @functools.wraps(operation)
+    async def run(ctx: OperationContext, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with ctx.services.metrics.operation(operation.__name__):
+            return await operation(ctx, *args, **kwargs)
+
+    return run

@@ -7,13 +7,12 @@ from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier
 from gateway.windows.catalog import get_window, window_not_found
-from gateway.windows.context import Services
-from gateway.windows.instrumented import instrumented
+from gateway.windows.context import OperationContext, Services, instrumented
 
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """What a deletion really did."""
+    """What a deletion did."""
 
     blocks_deleted: int
     space_freed_bytes: int
@@ -23,24 +22,25 @@ class Deleted:
 
 @instrumented
 async def delete(
-    services: Services, tenant: str, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
+    ctx: OperationContext, name: str, *, expired_by: float | None = None, automatic_of: str | None = None
 ) -> Deleted:
     """Delete a window. Raises `window_not_found`.
 
     With `expired_by` only one that had expired by then, with `automatic_of` only an automatic one of that session.
 
-    Objects that another window holds stay. While a session of the lineage is still going on, LMCache's own objects
-    stay too (they are that session's cache) and only the pins are let go; a session that is frozen is not going on.
+    Objects that another window holds stay. While a session of the lineage is active (a frozen one is not), LMCache's
+    own objects stay too, as that session's cache, and only the pins are removed.
     """
+    services, tenant = ctx.services, ctx.tenant
     await get_window(services, tenant, name)
     await services.recorder.flush()
     async with services.pins.lock.acquire(exclusive=True):
         released = await services.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
-        if released is None or released.window is None:  # somebody was faster, or has given it more time
+        if released is None or released.window is None:  # deleted by another call, or its expiry was extended
             raise window_not_found(name)
-        window = released.window  # perhaps another than was found: it got the name meanwhile
+        window = released.window  # perhaps not the one found above: another may have got the name
         in_use = await services.turns.is_active(tenant, window.lineage)
-        # The pins of an isolated clone go by its source's names, which the source's own sessions may still use.
+        # The pins of an isolated clone have its source's names, which the source's own sessions may still use.
         own = window.pin_salt == window.salt
         keep = in_use if own else await services.store.salt_in_use(window.pin_salt)
         freed, warnings = await services.pins.remove(released.pins, originals=not keep)
@@ -56,20 +56,19 @@ async def delete(
 async def drop_from_cache(
     services: Services, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None
 ) -> list[str]:
-    """Drop the objects from LMCache's memory, and from its books in each tier, or in `tiers`.
+    """Drop the objects from LMCache's memory and from its index of each tier, or of `tiers`. Returns warnings.
 
-    LMCache would wait for a tier that hangs: then they leave its memory alone.
+    LMCache would wait for a tier that hangs: of such a one, only its memory drops them.
     """
     if services.cache is None or not keys:
         return []
-    asked = services.pins.tiers if tiers is None else tiers
+    tiers = services.pins.tiers if tiers is None else tiers
     try:
-        if any(tier.suspended for tier in asked):
+        if any(tier.suspended for tier in tiers):
             await services.cache.delete(keys, tier="l1")
-        for tier in asked:
-            if tier.suspended:
-                continue
-            await services.cache.delete(keys, tier="all", adapter=tier.adapter)
+        for tier in tiers:
+            if not tier.suspended:
+                await services.cache.delete(keys, tier="all", adapter=tier.adapter)
     except GatewayError as error:
         return [error.message]
     return []

@@ -3,19 +3,20 @@
 1. Snapshot the session at its last finished turn.
 2. Ask the engine for the token ids with which the next turn will begin.
 3. Compute what is missing: every whole chunk that no tier has yet.
-4. Barrier: wait until each object is seen in a durable tier, by its own name.
+4. Wait until each object is in a durable tier, by its own name.
 5. Pin and checksum each object.
 6. Commit the window with its manifest and the text of the snapshot, in one transaction. Only now does the window exist;
-a crash before this leaves pins that the next sweep takes away.
+a crash before this leaves pins that the next sweep removes.
 
-Nothing holds the session meanwhile: it may go on, be edited or be deleted. The window is what the snapshot was.
+The session is not locked meanwhile: it may continue, be edited or be deleted. The window is what the snapshot was.
 """
 
 import logging
 import time
+from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from gateway.dialects import transcripts
@@ -23,21 +24,21 @@ from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, PinnedObject, Session, Usage, Window
-from gateway.runtime.progress import Progress, silent
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import Text
-from gateway.windows.context import Services
-from gateway.windows.instrumented import instrumented
-from gateway.windows.materialize import Plan, ensure_stored, pin, plan
+from gateway.windows.catalog import NewWindow
+from gateway.windows.context import OperationContext, Services, instrumented
+from gateway.windows.materialize import Plan, ensure_stored, pin, plan, with_receipt
 from gateway.windows.next_turn import next_turn_ids
-from gateway.windows.receipt import with_receipt
 
 log = logging.getLogger(__name__)
+
+_NAMES_TRIED = 100  # sessions may share a shortened name within a second
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What the caller says of a new window."""
+    """The name of a new window, and what else its caller chooses."""
 
     name: str
     description: str = ""
@@ -45,67 +46,52 @@ class Naming:
     ttl_seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """A session at rest, and what it renders to."""
-
-    session: Session
-    text: Text
-    model: Model
-    ids: tuple[int, ...]
-    salt: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Freezing:
-    """What every step of one freeze needs; `wanted` as in `freeze`."""
-
-    services: Services
-    snapshot: _Snapshot
-    wanted: bool
-    progress: Progress
-
-
 @instrumented
-async def freeze(
-    services: Services,
-    tenant: str,
-    session_id: str,
-    naming: Naming,
-    progress: Progress = silent,
-    *,
-    wanted: bool = True,
-) -> tuple[Window, list[str]]:
-    """Freeze the session's last finished turn; return the window, and warnings where it is less than whole.
+async def freeze(ctx: OperationContext, session_id: str, naming: Naming, *, wanted: bool = True) -> NewWindow:
+    """Freeze the session's last finished turn.
 
-    A session that is deleted meanwhile leaves its window if that is `wanted`; if nobody asked for it, the freeze raises
-    `session_not_found`. Raises `session_not_found`, `session_busy`, `window_already_exists`, `model_mismatch`,
-    `engine_unreachable`, `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached raises nothing: the
-    window says what it lacks.
+    If the session is deleted meanwhile, the window is still made if it is `wanted`, that is, if somebody asked for it;
+    else the freeze raises `session_not_found`. Raises `session_not_found`, `session_busy`, `window_already_exists`,
+    `model_mismatch`, `engine_unreachable`, `engine_timeout`, `storage_full`. A cache or a tier that cannot be reached
+    raises nothing: the window records what it lacks.
     """
-    clock = time.monotonic()
-    if await services.store.window(tenant, naming.name):
+    services = ctx.services
+    if await services.store.window(ctx.tenant, naming.name):
         raise window_name_taken(naming.name)
-    progress("snapshot", 0, 0)
-    snapshot = await _snapshot(services, tenant, session_id, progress)
+    ctx.progress("snapshot", 0, 0)
+    snapshot = await _snapshot(ctx, session_id)
     planned, warnings = await _plan(services, snapshot)
-    async with all_or_nothing(services), _loose_unless_kept(services, snapshot):
+    async with all_or_nothing(services), _orphaned_on_failure(services, snapshot):
         if planned and planned.keys:
             await services.pins.check_room(services.settings.disk_reserve_bytes)
-        freezing = _Freezing(services, snapshot, wanted, progress)
-        window = await _keep(freezing, planned, naming, warnings, clock)
+        window, more = await _Freeze(ctx, snapshot, naming, planned, wanted).run()
     if planned and window.chunk_count < planned.chunks:
-        await release_strays(services)  # chunks behind a hole were pinned too, and no window holds them
-    return window, warnings
+        await release_strays(services)  # chunks after a missing one were pinned too, and no window holds them
+    return NewWindow(window, (*warnings, *more))
+
+
+async def freeze_automatically(ctx: OperationContext, session_id: str, naming: Naming) -> NewWindow:
+    """Freeze a session that nobody asked to freeze, as `naming.name`, or with a number appended if that is taken.
+
+    Raises what `freeze` raises.
+    """
+    for number in range(1, _NAMES_TRIED + 1):
+        numbered = naming if number == 1 else replace(naming, name=f"{naming.name}-{number}")
+        try:
+            return await freeze(ctx, session_id, numbered, wanted=False)
+        except GatewayError as error:
+            if error.code != "window_already_exists":
+                raise
+    raise GatewayError("window_already_exists", f"{naming.name} and {_NAMES_TRIED - 1} names like it are taken")
 
 
 async def check_budget(services: Services, tenant: str, objects: Sequence[PinnedObject]) -> None:
-    """Raise `storage_full` where a tenant's windows would hold more than its budget with these objects."""
+    """Raise `storage_full` if these objects would take a tenant's windows over its budget."""
     budget = services.settings.tenant_budget_bytes
-    if budget and (held := await services.store.held_bytes(tenant, objects)) > budget:
+    if budget and (size := await services.store.held_bytes(tenant, objects)) > budget:
         raise GatewayError(
             "storage_full",
-            f"the windows would hold {held} bytes, {held - budget} more than they may (tenant_budget_bytes)",
+            f"the windows would hold {size} bytes, {size - budget} more than they may (tenant_budget_bytes)",
             hint="delete windows that are not needed",
         )
 
@@ -121,7 +107,7 @@ async def release_strays(services: Services) -> int:
 
 @asynccontextmanager
 async def all_or_nothing(services: Services) -> AsyncIterator[None]:
-    """Where the block fails to make a window, let go of what it has pinned. Raises `storage_full` for a full tier."""
+    """If the block fails to make a window, unpin what it has pinned. Raises `storage_full` for a full tier."""
     try:
         yield
     except TierFull as error:
@@ -130,16 +116,6 @@ async def all_or_nothing(services: Services) -> AsyncIterator[None]:
         raise GatewayError("storage_full", str(error), hint=hint) from error
     except BaseException:  # whatever it was: what nobody will commit must not stay pinned
         await release_strays(services)
-        raise
-
-
-@asynccontextmanager
-async def _loose_unless_kept(services: Services, snapshot: _Snapshot) -> AsyncIterator[None]:
-    """Where the block fails, a sweep looks at what it had the engine compute: its session may be gone by then."""
-    try:
-        yield
-    except BaseException:
-        await services.store.mark_orphaned(snapshot.salt, snapshot.session.tenant, snapshot.session.lineage)
         raise
 
 
@@ -152,10 +128,32 @@ def window_name_taken(name: str) -> GatewayError:
     )
 
 
-async def _snapshot(services: Services, tenant: str, session_id: str, progress: Progress) -> _Snapshot:
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A session between two turns, and the token ids of its next turn."""
+
+    session: Session
+    text: Text
+    model: Model
+    ids: Sequence[int]
+    salt: str
+
+
+@asynccontextmanager
+async def _orphaned_on_failure(services: Services, snapshot: _Snapshot) -> AsyncIterator[None]:
+    """If the block fails, leave the KV it had computed to the sweeper: its session may be deleted by then."""
+    try:
+        yield
+    except BaseException:
+        await services.store.mark_orphaned(snapshot.salt, snapshot.session.tenant, snapshot.session.lineage)
+        raise
+
+
+async def _snapshot(ctx: OperationContext, session_id: str) -> _Snapshot:
+    services = ctx.services
     await services.recorder.flush()
-    await services.turns.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
-    found = await services.store.snapshot(tenant, session_id)
+    await services.turns.wait_until_idle(ctx.tenant, session_id, services.settings.busy_wait_s)
+    found = await services.store.snapshot(ctx.tenant, session_id)
     if found is None:
         raise session_not_found(session_id)
     session, text = found
@@ -166,17 +164,17 @@ async def _snapshot(services: Services, tenant: str, session_id: str, progress: 
             hint="freeze it after its first reply",
         )
     model = await services.engines.model(session.model)
-    progress("render", 0, 0)
+    ctx.progress("render", 0, 0)
     engine = services.engines.for_lineage(session.lineage, session.engine)
     ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
-    # What the turns ran under, a client's own salt folded in; other weights since then mean another salt.
-    same = session.fingerprint == model.fingerprint
-    salt = session.salt if same else services.salts.of(tenant, session.lineage, model.fingerprint)
-    return _Snapshot(session, text, model, tuple(ids), salt)
+    # The salt of the turns includes a client's own salt; if the weights have changed since, it is another one.
+    unchanged = session.fingerprint == model.fingerprint
+    salt = session.salt if unchanged else services.salts.of(ctx.tenant, session.lineage, model.fingerprint)
+    return _Snapshot(session, text, model, array("I", ids), salt)
 
 
 async def _plan(services: Services, snapshot: _Snapshot) -> tuple[Plan | None, list[str]]:
-    """Name the objects to keep, or say why none can be kept."""
+    """Name the objects to pin, or say why there are none."""
     if services.cache is None or not services.pins.tiers:
         return None, [
             "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
@@ -187,81 +185,85 @@ async def _plan(services: Services, snapshot: _Snapshot) -> tuple[Plan | None, l
         ]
     try:
         info = await services.cache.info()
-        wanted = plan(snapshot.model, snapshot.salt, snapshot.ids, info, services.settings.chunk_size)
+        planned = plan(snapshot.model, snapshot.salt, snapshot.ids, info, services.cache.chunk_size)
     except GatewayError as error:
         return None, [f"{error.message}: only text and token ids were kept"]
-    if not wanted.keys:
-        short = f"{len(snapshot.ids)} tokens are less than one chunk of {wanted.chunk_size}"
-        return wanted, [f"{short}: there is nothing to keep, a thaw recomputes them"]
-    return wanted, []
+    if not planned.keys:
+        short = f"{len(snapshot.ids)} tokens are less than one chunk of {planned.chunk_size}"
+        return planned, [f"{short}: there is nothing to keep, a thaw recomputes them"]
+    return planned, []
 
 
-async def _keep(freezing: _Freezing, planned: Plan | None, naming: Naming, warnings: list[str], clock: float) -> Window:
-    """Land, pin and commit; a second time where an object did not land or turned out to be damaged."""
-    parts, snapshot, progress = freezing.services, freezing.snapshot, freezing.progress
-    if planned is None or not planned.keys:
-        return await _commit(freezing, _window(snapshot, planned, 0, (), naming, None, clock), ())
-    engine = parts.engines.for_lineage(snapshot.session.lineage, snapshot.session.engine)
-    for again in (False, True):
-        usage, unreachable = await ensure_stored(parts, engine, planned, again=again, progress=progress)
-        progress("pin", 0, len(planned.keys))
+@dataclass(frozen=True, slots=True)
+class _Freeze:
+    """Steps 3 to 6 of one freeze; `wanted` as in `freeze`."""
+
+    ctx: OperationContext
+    snapshot: _Snapshot
+    naming: Naming
+    plan: Plan | None
+    wanted: bool
+
+    async def run(self) -> NewWindow:
+        """Commit the window with the KV of the plan, if there is any."""
+        if self.plan is None or not self.plan.keys:
+            return NewWindow(await self._commit(0, (), None))
+        return await self._store_and_commit(self.plan)
+
+    async def _store_and_commit(self, plan: Plan, *, again: bool = False) -> NewWindow:
+        """Store, pin and commit; once `again` if an object did not reach a tier or its pin was damaged."""
+        services, session = self.ctx.services, self.snapshot.session
+        engine = services.engines.for_lineage(session.lineage, session.engine)
+        usage, warnings = await ensure_stored(self.ctx, engine, plan, again=again)
+        self.ctx.progress("pin", 0, len(plan.keys))
         # From the first pin to the commit nobody may unpin.
-        async with parts.pins.lock.acquire(exclusive=False):
-            chunks, objects = await pin(parts, planned)
-            if chunks < planned.chunks and not again:
-                continue
-            warnings += unreachable
-            if chunks < planned.chunks:
-                warnings.append(f"{chunks} of {planned.chunks} chunks were seen in a tier: a thaw recomputes the rest")
-            window = _window(snapshot, planned, chunks, objects, naming, usage, clock)
-            return await _commit(freezing, window, objects)
-    raise AssertionError("the second time always commits")
+        async with services.pins.lock.acquire(exclusive=False):
+            chunks, objects = await pin(services, plan)
+            if chunks < plan.chunks and again:
+                warnings.append(f"{chunks} of {plan.chunks} chunks were seen in a tier: a thaw recomputes the rest")
+            if chunks == plan.chunks or again:
+                return NewWindow(await self._commit(chunks, objects, usage), tuple(warnings))
+        return await self._store_and_commit(plan, again=True)
 
+    async def _commit(self, chunks: int, objects: tuple[PinnedObject, ...], usage: Usage | None) -> Window:
+        services, snapshot = self.ctx.services, self.snapshot
+        # The engine's own counts, if it had to compute.
+        counts = {"prompt_tokens": usage.prompt if usage else None, "cached_tokens": usage.cached if usage else None}
+        window = with_receipt(self._window(), chunks, objects, self.ctx.duration_ms(), counts)
+        self.ctx.progress("commit", 0, 0)
+        await check_budget(services, window.tenant, objects)
+        manifest = Manifest(window.manifest, snapshot.ids, objects)
+        committed = await services.store.add_window(
+            window, manifest, snapshot.text, session=snapshot.session, wanted=self.wanted
+        )
+        if committed is None:
+            raise window_name_taken(window.name)
+        return committed
 
-async def _commit(freezing: _Freezing, window: Window, objects: tuple[PinnedObject, ...]) -> Window:
-    parts, snapshot = freezing.services, freezing.snapshot
-    freezing.progress("commit", 0, 0)
-    await check_budget(parts, window.tenant, objects)
-    manifest = Manifest(window.manifest, snapshot.ids, objects)
-    committed = await parts.store.add_window(
-        window, manifest, snapshot.text, session=snapshot.session, wanted=freezing.wanted
-    )
-    if committed is None:
-        raise window_name_taken(window.name)
-    return committed
-
-
-def _window(
-    snapshot: _Snapshot, planned: Plan | None, chunks: int, objects: Sequence[PinnedObject], naming: Naming,
-    usage: Usage | None, clock: float,
-) -> Window:  # fmt: skip
-    session, model = snapshot.session, snapshot.model
-    now = time.time()
-    window = Window(
-        tenant=session.tenant,
-        name=naming.name,
-        session_id=session.id,
-        lineage=session.lineage,
-        salt=snapshot.salt,
-        pin_salt=snapshot.salt,
-        model=model.id,
-        model_root=model.root,
-        fingerprint=model.fingerprint,
-        world_size=planned.world_size if planned else 1,
-        token_count=len(snapshot.ids),
-        chunk_size=planned.chunk_size if planned else 0,
-        chunk_count=0,
-        size_bytes=0,
-        kv="absent",
-        transcript=b"",
-        frame=None,
-        manifest=uuid4().hex,
-        created_at=now,
-        description=naming.description,
-        tags=naming.tags,
-        parent=session.window,
-        expires_at=now + naming.ttl_seconds if naming.ttl_seconds is not None else None,
-    )
-    # The engine's own count, where something had to be computed.
-    counts = {"prompt_tokens": usage.prompt if usage else None, "cached_tokens": usage.cached if usage else None}
-    return with_receipt(window, chunks, objects, clock, counts)
+    def _window(self) -> Window:
+        session, model, naming, now = self.snapshot.session, self.snapshot.model, self.naming, time.time()
+        return Window(
+            tenant=session.tenant,
+            name=naming.name,
+            session_id=session.id,
+            lineage=session.lineage,
+            salt=self.snapshot.salt,
+            pin_salt=self.snapshot.salt,
+            model=model.id,
+            model_root=model.root,
+            fingerprint=model.fingerprint,
+            world_size=self.plan.world_size if self.plan else 1,
+            token_count=len(self.snapshot.ids),
+            chunk_size=self.plan.chunk_size if self.plan else 0,
+            chunk_count=0,
+            size_bytes=0,
+            kv="absent",
+            transcript=b"",
+            frame=None,
+            manifest=uuid4().hex,
+            created_at=now,
+            description=naming.description,
+            tags=naming.tags,
+            parent=session.window,
+            expires_at=now + naming.ttl_seconds if naming.ttl_seconds is not None else None,
+        )

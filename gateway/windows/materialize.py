@@ -1,22 +1,22 @@
-"""Get a window's KV into the tiers: plan what it needs, compute what is missing, wait until it is stored."""
+"""Get a window's KV into the tiers: name it, compute what is missing, wait until it is stored, and pin it."""
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import CacheInfo
-from gateway.records import PinnedObject, Usage
-from gateway.runtime.progress import Progress
-from gateway.windows.context import Services
+from gateway.records import KvState, PinnedObject, Usage, Window
+from gateway.windows.context import OperationContext, Services
 
 _POLL_S = 0.02
-# LMCache writes to all tiers at once but not at one speed. An object that one tier has and another has not is waited
-# for only while that tier still makes progress: LMCache does not fill a tier in later that was added or emptied.
+# LMCache writes to all tiers at once but not at one speed. An object that only some tiers have is waited for only while
+# the others still make progress: LMCache does not backfill a tier that was added or emptied later.
 _SETTLE_S = 1.0
 _STALL_S = 5.0
 
@@ -27,7 +27,7 @@ class Plan:
 
     model: Model
     salt: str
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     chunk_size: int
     world_size: int
     keys: tuple[ObjectKey, ...]
@@ -42,83 +42,118 @@ class Plan:
         """Whole chunks in `ids`."""
         return len(self.keys) // self.world_size
 
-    def covered(self, have: set[str]) -> int:
-        """How many leading chunks are whole in `have`, the keys that are there."""
-        count = 0
-        while count < self.chunks and have.issuperset(self._of_chunk(count)):
-            count += 1
-        return count
-
-    def _of_chunk(self, index: int) -> tuple[str, ...]:
-        """The names of one chunk, one for each rank."""
-        return self.names[index * self.world_size : (index + 1) * self.world_size]
+    def covered(self, names: set[str]) -> int:
+        """How many leading chunks have all their objects in `names`."""
+        chunk, size = 0, self.world_size
+        while chunk < self.chunks and names.issuperset(self.names[chunk * size : (chunk + 1) * size]):
+            chunk += 1
+        return chunk
 
 
 def plan(model: Model, salt: str, ids: Sequence[int], info: CacheInfo, chunk_size: int) -> Plan:
-    """Name the objects of `ids`. Raises `cache_unavailable` when the cache hashes otherwise than the gateway can."""
+    """Name the objects of `ids`. Raises `cache_unavailable` if the cache uses a hash that the gateway does not know."""
     if info.hash_algorithm != "blake3":
         raise GatewayError(
             "cache_unavailable",
             f"LMCache hashes with {info.hash_algorithm!r}, whose keys the gateway cannot name",
             hint="start it with --hash-algorithm blake3",
         )
-    size = chunk_size or info.chunk_size
-    world = info.world_sizes.get(model.root, 1)
-    return Plan(model, salt, tuple(ids), size, world, tuple(object_keys(model.root, ids, size, world, salt)))
+    world_size = info.world_sizes.get(model.root, 1)
+    keys = object_keys(model.root, ids, chunk_size, world_size, salt)
+    return Plan(model, salt, ids, chunk_size, world_size, tuple(keys))
 
 
 async def ensure_stored(
-    services: Services, engine: EngineClient, wanted: Plan, *, again: bool, progress: Progress
+    ctx: OperationContext, engine: EngineClient, plan: Plan, *, again: bool = False
 ) -> tuple[Usage | None, list[str]]:
-    """Have every object of the plan in some tier: compute what is missing, and wait until it is seen.
+    """Get every object of the plan into some tier: compute what is missing, and wait until it is there.
 
-    With `again`, what is missing is first dropped from LMCache's memory: an object that is resident there is not
-    written to a tier a second time. Returns the engine's count if it had to compute, and warnings. Raises what the
-    engine raises.
+    With `again`, what is missing is first deleted from LMCache's memory: it does not write an object to a tier a second
+    time while it is resident there. Returns the engine's token counts if it had to compute, and warnings. Raises what
+    the engine raises.
     """
-    found, warnings = await services.pins.present(wanted.names)
+    services = ctx.services
+    found, warnings = await services.pins.present(plan.names)
     if not found:
         return None, warnings
-    there = set().union(*found.values())
-    missing = [key for key, name in zip(wanted.keys, wanted.names, strict=True) if name not in there]
+    present = set().union(*found.values())
+    missing = [key for key, name in zip(plan.keys, plan.names, strict=True) if name not in present]
     usage = None
     if missing:
         if again and services.cache:
             await services.cache.delete(missing, tier="l1")
-        progress("prefill", 0, len(missing))
-        usage = await engine.prefill(wanted.model.id, wanted.ids[: wanted.chunks * wanted.chunk_size], wanted.salt)
-    await _wait_until_stored(services, wanted, progress)
+        ctx.progress("prefill", 0, len(missing))
+        usage = await engine.prefill(plan.model.id, plan.ids[: plan.chunks * plan.chunk_size], plan.salt)
+    await _wait_until_stored(ctx, plan)
     return usage, warnings
 
 
-async def _wait_until_stored(services: Services, wanted: Plan, progress: Progress) -> None:
-    """Wait until all tiers have all objects, or nothing more comes, or `freeze_timeout_s` is over."""
-    tiers = len((await services.pins.present(wanted.names[:1]))[0])
-    goal = tiers * len(wanted.keys)
+async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> None:
+    """Wait until every tier has every object, or no more arrive, or `freeze_timeout_s` is over."""
+    pins, objects = ctx.services.pins, len(plan.keys)
+    tiers = len((await pins.present(plan.names[:1]))[0])
     started = moved = time.monotonic()
-    seen = -1
+    most = -1
     while True:
-        found, _ = await services.pins.present(wanted.names)
-        count = sum(len(have) for have in found.values())
-        everywhere = set().union(*found.values()) if found else set()
+        found, _ = await pins.present(plan.names)
+        count = sum(map(len, found.values()))
+        somewhere = len(set().union(*found.values()))
         now = time.monotonic()
-        if count > seen:
-            seen, moved = count, now
-            progress("barrier", len(everywhere), len(wanted.keys))
-        patience = _SETTLE_S if len(everywhere) == len(wanted.keys) else _STALL_S
-        if count >= goal or now - moved > patience or now - started > services.settings.freeze_timeout_s:
+        if count > most:
+            most, moved = count, now
+            ctx.progress("barrier", somewhere, objects)
+        patience = _SETTLE_S if somewhere == objects else _STALL_S
+        if count >= tiers * objects or now - moved > patience or now - started > ctx.services.settings.freeze_timeout_s:
             return
         await asyncio.sleep(_POLL_S)
 
 
-async def pin(services: Services, wanted: Plan) -> tuple[int, tuple[PinnedObject, ...]]:
-    """Pin the plan's objects; return how many leading chunks are whole, and their objects.
+async def pin(services: Services, plan: Plan) -> tuple[int, tuple[PinnedObject, ...]]:
+    """Pin the plan's objects; return how many leading chunks are complete, and their objects.
 
-    Raises TierFull. Call it under the shared lock.
+    Raises TierFull. Hold the pins' lock, at least shared.
     """
-    known = await services.store.objects(wanted.keys)
-    by_tier, _ = await services.pins.pin(wanted.keys, known)
-    chunks = wanted.covered({key for have in by_tier.values() for key in have})
-    names = wanted.names[: chunks * wanted.world_size]
-    objects = tuple(have[name] for name in names for have in by_tier.values() if name in have)
-    return chunks, objects
+    existing = await services.store.objects(plan.keys)
+    by_tier, _ = await services.pins.pin(plan.keys, existing)
+    chunks = plan.covered(set().union(*by_tier.values()))
+    names = plan.names[: chunks * plan.world_size]
+    return chunks, tuple(pinned[name] for name in names for pinned in by_tier.values() if name in pinned)
+
+
+def with_receipt(
+    window: Window, chunks: int, objects: Sequence[PinnedObject], duration_ms: float, more: Mapping[str, Any]
+) -> Window:
+    """The window with its `chunks` pinned leading chunks, and a receipt of them that includes `more`."""
+    pinned = replace(
+        window,
+        chunk_count=chunks,
+        size_bytes=sum({o.key: o.size for o in objects}.values()),
+        kv=_state(chunks, window),
+    )
+    receipt = {
+        "tokens": pinned.token_count,
+        "chunks": pinned.chunk_count,
+        "chunk_size": pinned.chunk_size,
+        "tail_tokens": pinned.tail_tokens,
+        "bytes": pinned.size_bytes,
+        "tiers": _tiers(objects),
+        "kv": pinned.kv,
+        **more,
+        "duration_ms": duration_ms,
+    }
+    return replace(pinned, receipt=receipt)
+
+
+def _state(chunks: int, window: Window) -> KvState:
+    if not chunks:
+        return "absent"
+    return "complete" if chunks == window.whole_chunks else "partial"
+
+
+def _tiers(objects: Sequence[PinnedObject]) -> dict[str, dict[str, int]]:
+    tiers: dict[str, dict[str, int]] = {}
+    for one in objects:
+        tier = tiers.setdefault(one.tier, {"objects": 0, "bytes": 0})
+        tier["objects"] += 1
+        tier["bytes"] += one.size
+    return tiers

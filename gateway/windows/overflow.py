@@ -1,22 +1,22 @@
-"""Context overflow (`on_full = successor`): freeze the session, and continue its conversation in a successor.
+"""Context overflow (`on_full = successor`): freeze a full session, and continue its conversation in a successor.
 
-The engine says that a prompt does not fit, before it computes anything. Then:
+The engine reports that a prompt does not fit before it computes anything. Then:
 
 1. The full session is frozen into a window that keeps all of it, and can be asked.
-2. The oldest turns are left out, whole ones only, until half of the context is free: what is kept stays the same from
-   turn to turn, so that its KV is found, until the successor is full too.
-3. The successor, in the same lineage and so under the same salt, has the system messages and the turns that are kept.
+2. The oldest whole turns are dropped until half of the context is free. What is kept stays the same from turn to turn,
+   so that its KV is found, until the successor is full too.
+3. The successor, in the same lineage and so with the same salt, has the system messages and the turns that are kept.
 
-A client goes on as if nothing had happened, with all of its history and under the old id: what was left out is
-recognised by its hash, and left out again (`onward`). A history that was edited there is another conversation.
+The client continues as if nothing had happened, with all of its history and the old id: what was dropped is recognised
+by its hash, and dropped again (`successor_turn_for`). A history that was edited there is a different conversation.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 from gateway.dialects import text_transcripts, transcripts
 from gateway.dialects.base import Call
@@ -27,46 +27,44 @@ from gateway.sessions import prefix_chain
 from gateway.sessions.resolver import new_id
 from gateway.sessions.session_match import SessionMatch
 from gateway.windows.autofreeze import rules
-from gateway.windows.context import Services
-from gateway.windows.freeze import Naming
-from gateway.windows.naming import freeze_automatically
+from gateway.windows.context import OperationContext, Services
+from gateway.windows.freeze import Naming, freeze_automatically
 
 log = logging.getLogger(__name__)
 
-SOURCE = "successor"  # how a successor says that it was recognised
+SOURCE = "successor"  # how a successor was recognised
 TAGS = (AUTO_TAG, "full")
-_NAMES = "full-{session_id}-{timestamp}"
-_KEPT = 0.5  # of the context limit, at most, is kept of the old turns
-_NAME_ROOM = 120
-_ROOM_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_WINDOW_NAME = "full-{session_id}-{timestamp}"
+_KEPT = 0.5  # of the context limit: how much of the old turns is kept at most
+_MAX_STEM = 120  # characters of a session id that its successors' ids begin with
+_REPLY_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class SuccessorTurn:
-    """Where a turn goes on: its session, what the engine gets of it, and what was left out on the way."""
+    """Where a turn continues: its session, what the engine gets of it, and what was dropped on the way."""
 
     match: SessionMatch
     call: Call
-    window: str  # that holds all that was left out
+    window: str  # that holds everything dropped
     dropped: int  # messages
 
 
 class Overflow:
-    """Gives full sessions a successor, each one once in this process; the store sees to the others."""
+    """Gives full sessions a successor, one call at a time in this process; the store excludes other processes."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._locks: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()  # while in use
 
     async def successor_turn_for(self, match: SessionMatch, call: Call) -> SuccessorTurn | None:
-        """Where a turn of a session that has a successor, or is one, goes on; None if it stays as it is."""
+        """Where a turn of a session that has a successor, or is one, continues; None if in the session itself."""
         session = match.session
         if session.successor is None and session.source != SOURCE:
             return None
-        chain = await self._services.store.successions(session.tenant, session.id)
         system, rest = transcripts.split(call.whole)
         dropped, last = 0, None
-        for step in chain:
+        for step in await self._services.store.successions(session.tenant, session.id):
             if _begins_with(rest, step):
                 rest, dropped, last = rest[step.dropped :], dropped + step.dropped, step
         if last is None:
@@ -75,7 +73,7 @@ class Overflow:
         return SuccessorTurn(_moved(match, successor), _cut(call, system, rest), last.window, dropped)
 
     async def newest(self, match: SessionMatch) -> SessionMatch:
-        """The match of the last of a session's successors, for a client that leaves its history to us."""
+        """The match of a session's last successor, for a client that leaves its history to the gateway."""
         session = match.session
         if session.successor is None:
             return match
@@ -83,111 +81,95 @@ class Overflow:
         return _moved(match, await self._services.sessions.open(session.tenant, chain[-1].successor))
 
     async def continue_in_successor(self, match: SessionMatch, call: Call, model: Model | None) -> SuccessorTurn:
-        """Freeze a full session and begin its successor, or go on in the one that it has.
+        """Freeze a full session and begin its successor, or continue in the one that it has.
 
-        `call` is what did not fit. Raises what a freeze raises, and `invalid_request` where nothing can be left out.
+        `call` is what did not fit. Raises what a freeze raises, and `invalid_request` if nothing can be dropped.
         """
-        session = match.session
-        async with self._alone(session.tenant, session.id):
-            await self._services.recorder.flush()  # the turn before may not be recorded yet
-            now = await self._services.store.session(session.tenant, session.id)
-            if (
-                now is not None
-                and now.successor
-                and (there := await self.successor_turn_for(replace(match, session=now), call))
-            ):
-                return there
-            if now is None or now.transcript is None:
+        tenant, session_id = match.session.tenant, match.session.id
+        async with self._locks.setdefault((tenant, session_id), asyncio.Lock()):
+            await self._services.recorder.flush()  # the previous turn may not be recorded yet
+            session = await self._services.store.session(tenant, session_id)
+            if session is not None and session.successor:
+                existing = await self.successor_turn_for(replace(match, session=session), call)
+                if existing is not None:
+                    return existing
+            if session is None or session.transcript is None:
                 raise _cannot("even its first turn does not fit", "send less of it")
             if model is None or not model.context_limit:
                 raise _cannot("the engine does not say how much fits", "see max_model_len of GET /v1/models")
-            system, rest = transcripts.split(call.whole)
-            count = await self._too_many(now, call, model, system, rest)
-            window, warnings = await freeze_automatically(self._services, session.tenant, session.id, _naming(now))
-            for warning in warnings:
-                log.warning("window %s of the full session %s: %s", window.name, session.id, warning)
-            if window.transcript != now.transcript:
-                raise _cannot("it continued while it was being frozen", "send the turn again")
-            step = Succession(
-                tenant=session.tenant,
-                session_id=session.id,
-                successor=await self._new_id(session),
-                window=window.name,
-                dropped=count,
-                link=_link(rest[:count]),
-            )
-            successor = Session(
-                session.tenant, step.successor, session.lineage, session.model, source=SOURCE, parent=session.id,
-                engine=session.engine, window=window.name, window_transcript=now.window_transcript, frame=now.frame,
-                created_at=time.time(), last_active_at=time.time(),
-            )  # fmt: skip
-            step = await self._services.store.succeed(step, successor, full=now)
-            log.info("session %s is full: frozen as %s, continues as %s", session.id, step.window, step.successor)
-        there = await self.successor_turn_for(replace(match, session=replace(now, successor=step.successor)), call)
-        if there is None:  # another worker was faster, with a history that this is not
+            successor = await self._begin_successor(session, call, model)
+        turn = await self.successor_turn_for(replace(match, session=replace(session, successor=successor)), call)
+        if turn is None:  # another process was faster, with a different history
             raise _cannot("it already has a successor, with another history", "continue that one")
-        return there
+        return turn
 
-    async def _too_many(
+    async def _begin_successor(self, session: Session, call: Call, model: Model) -> str:
+        """Freeze a session and add its successor, or find the one that another process has added; return its id."""
+        services = self._services
+        system, rest = transcripts.split(call.whole)
+        dropped = await self._messages_to_drop(session, call, model, system, rest)
+        ctx = OperationContext(services, session.tenant)
+        window, warnings = await freeze_automatically(ctx, session.id, _naming(session))
+        for warning in warnings:
+            log.warning("window %s of the full session %s: %s", window.name, session.id, warning)
+        if window.transcript != session.transcript:
+            raise _cannot("it continued while it was being frozen", "send the turn again")
+        new_id, now = await self._new_id(session), time.time()
+        step = Succession(session.tenant, session.id, new_id, window.name, dropped, _hash(rest[:dropped]))
+        successor = Session(
+            session.tenant, new_id, session.lineage, session.model, source=SOURCE, parent=session.id,
+            engine=session.engine, window=window.name, window_transcript=session.window_transcript, frame=session.frame,
+            created_at=now, last_active_at=now,
+        )  # fmt: skip
+        step = await services.store.succeed(step, successor, full=session)
+        log.info("session %s is full: frozen as %s, continues as %s", session.id, step.window, step.successor)
+        return step.successor
+
+    async def _messages_to_drop(
         self, session: Session, call: Call, model: Model, system: list[Message], rest: list[Message]
     ) -> int:
-        """How many of the messages after the system's have to be left out: none that the session does not hold.
+        """How many of the messages after the system's to drop: whole turns, and only what the session holds.
 
         Raises `invalid_request`.
         """
         if text_transcripts.kind(call.whole):
             raise _cannot("a text or a list of token ids has no turns", "send messages to /v1/chat/completions")
         _, history = transcripts.split(await self._services.store.messages(session.transcript or b""))
-        held = transcripts.common(rest, history)  # what the client has changed since is in no window
-        starts = [i for i, message in enumerate(rest[: held + 1]) if i and message.get("role") == "user"]
+        recorded = transcripts.common(rest, history)  # what the client has changed since is in no window
+        starts = [i for i, message in enumerate(rest[: recorded + 1]) if i and message.get("role") == "user"]
         if not starts:
             raise _cannot("it does not begin with a whole turn of the session", "send less, or the history as it was")
-        most = min(int(model.context_limit * _KEPT), model.context_limit - _room(call) - 1)
+        reply = _reply_tokens(call)
+        limit = min(int(model.context_limit * _KEPT), model.context_limit - reply - 1)
         engine = self._services.engines.for_lineage(session.lineage, session.engine)
         for start in starts:
-            kept = [*system, *rest[start:]]
-            guess = self._services.estimator.estimate(model.id, kept, call.whole_frame).tokens
-            last = start == starts[-1]
-            if guess > most * 1.25 and not last:
-                continue  # far too long to ask the engine about
+            kept, is_last = [*system, *rest[start:]], start == starts[-1]
+            estimate = self._services.estimator.estimate(model.id, kept, call.whole_frame).tokens
+            if estimate > limit * 1.25 and not is_last:
+                continue  # far too long to ask the engine
             count = len(await engine.render(model.id, call.whole_frame, kept))
-            if count <= most or (last and count + _room(call) < model.context_limit):
+            if count <= limit or (is_last and count + reply < model.context_limit):
                 return start
         raise _cannot("its last turn alone does not fit", "send less at once")
 
     async def _new_id(self, session: Session) -> str:
         chain = await self._services.store.successions(session.tenant, session.id)
         first = chain[0].session_id if chain else session.id
-        named = f"{first[:_NAME_ROOM]}.{len(chain) + 2}"
-        taken = await self._services.store.session(session.tenant, named)
-        return new_id() if taken or self._services.turns.has_turn_in_flight(session.tenant, named) else named
-
-    @asynccontextmanager
-    async def _alone(self, *key: str) -> AsyncIterator[None]:
-        tenant, session_id = key
-        lock, waiting = self._locks.get((tenant, session_id), (asyncio.Lock(), 0))
-        self._locks[tenant, session_id] = lock, waiting + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, waiting = self._locks[tenant, session_id]
-            if waiting == 1:
-                del self._locks[tenant, session_id]
-            else:
-                self._locks[tenant, session_id] = lock, waiting - 1
+        numbered = f"{first[:_MAX_STEM]}.{len(chain) + 2}"
+        taken = await self._services.store.session(session.tenant, numbered)
+        return new_id() if taken or self._services.turns.has_turn_in_flight(session.tenant, numbered) else numbered
 
 
 def _naming(session: Session) -> Naming:
-    name = rules.window_name(_NAMES, session.id, session.turn_count, time.time())
+    name = rules.window_name(_WINDOW_NAME, session.id, session.turn_count, time.time())
     return Naming(name, rules.description("its context was full"), TAGS)
 
 
 def _begins_with(messages: Sequence[Message], step: Succession) -> bool:
-    return len(messages) > step.dropped and _link(messages[: step.dropped]) == step.link
+    return len(messages) > step.dropped and _hash(messages[: step.dropped]) == step.link
 
 
-def _link(messages: Sequence[Message]) -> bytes:
+def _hash(messages: Sequence[Message]) -> bytes:
     return prefix_chain.chain(messages, b"")[-1]
 
 
@@ -196,16 +178,16 @@ def _moved(match: SessionMatch, session: Session) -> SessionMatch:
 
 
 def _cut(call: Call, system: list[Message], rest: list[Message]) -> Call:
-    """The call with nothing but these messages."""
+    """The call with only these messages."""
     body = call.body | {name: [] for name in ("messages", "input") if name in call.body}
     frame = call.front.frame if call.front else {}
     return replace(call, body=body, raw=b"", messages=[], front=Front(system, rest, frame))
 
 
-def _room(call: Call) -> int:
-    """Tokens that the reply may have."""
-    asked = (call.body.get(name) for name in _ROOM_FIELDS)
-    return next((value for value in asked if isinstance(value, int) and value > 0), 1)
+def _reply_tokens(call: Call) -> int:
+    """How long the reply may be."""
+    limits = (call.body.get(name) for name in _REPLY_LIMITS)
+    return next((value for value in limits if isinstance(value, int) and value > 0), 1)
 
 
 def _cannot(why: str, hint: str) -> GatewayError:

@@ -1,15 +1,15 @@
 """Deep verify: generate from the stored KV, and compare with what the engine generates without it.
 
-Checksums prove that the bytes are those that were pinned; this proves that they are the right ones. Nothing has to be
-recorded for it: a continuation kept at the freeze would make every freeze dearer, and one kept at the first deep verify
-would prove only that nothing has changed since. So the control is computed anew, whenever it is asked for:
+Checksums prove that the bytes are those that were pinned; this proves that they are the right ones. Nothing is recorded
+for it: a reference continuation made at the freeze would make every freeze slower, and one made at the first deep
+verify would only prove that nothing has changed since. So the reference is computed each time:
 
-1. Under a salt that nobody ever used, the engine computes the window's whole chunks, and goes on greedily from there.
-2. For each tier, under another such salt, LMCache is shown the pins of that tier as they are; the engine goes on from
-   what it loads. Neither its own prefix cache nor LMCache's memory can know that salt: only the pinned bytes are there.
+1. Under a new random salt, the engine computes the window's whole chunks, and continues greedily from there.
+2. For each tier, under another such salt, the pins of that tier are exposed to LMCache as they are, and the engine
+   continues from what it loads. Neither its own prefix cache nor LMCache's memory has anything under that salt.
 3. Token ids and log probabilities are compared. They are not equal to the last bit: the window's KV was computed turn
-   by turn, the control's in one go (0.03 apart was seen). Where two tokens are all but equally likely in both, sound KV
-   may go on with the other one: what follows then is another text, and no longer compared.
+   by turn, the reference's in one pass (differences of 0.03 were measured). If two tokens are almost equally likely in
+   both, sound KV may continue with the other one: the texts differ from there and are no longer compared.
 
 It costs what a thaw without KV would: the whole window is computed once.
 """
@@ -26,14 +26,13 @@ from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, with_salt
 from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
-from gateway.runtime.progress import Progress
 from gateway.windows.catalog import served_model
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import drop_from_cache
 
 TOKENS = 16  # of the continuation
 TOLERANCE = 0.1  # of a log probability
-_ASKED: dict[str, Any] = {
+_SAMPLING: dict[str, Any] = {
     "logprobs": 5,
     "return_token_ids": True,
     "ignore_eos": True,
@@ -43,7 +42,7 @@ _ASKED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first token in which two continuations differ: its place, and what was expected and seen there."""
+    """The first token in which two continuations differ: its position, the expected token, and the actual one."""
 
     position: int
     expected_token_id: int | None
@@ -52,10 +51,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the engine said on the KV of one tier, against what it said without any.
+    """The engine's continuation from the KV of one tier, compared with its continuation without any.
 
-    `equal`: the same tokens, with the same log probabilities (to `TOLERANCE`), as far as they were compared, and all of
-    the KV was used: `cached_tokens` is at least `expected_cached_tokens`.
+    `equal`: the same tokens, with the same log probabilities (within `TOLERANCE`), as far as they were compared, and
+    all of the KV was used: `cached_tokens` is at least `expected_cached_tokens`.
     """
 
     tier: str
@@ -70,6 +69,8 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
+    """The tokens that the engine generated, their log probabilities, and the likeliest tokens at each position."""
+
     ids: Sequence[int]
     tokens: Sequence[str]
     logprobs: Sequence[float | None]
@@ -79,16 +80,13 @@ class Continuation:
 
 
 async def replay(
-    services: Services,
-    window: Window,
-    manifest: Manifest,
-    tiers: Collection[str],
-    progress: Progress,
+    ctx: OperationContext, window: Window, manifest: Manifest, tiers: Collection[str]
 ) -> tuple[tuple[Replay, ...], list[str]]:
     """Continue the window without its KV, and on that of each of `tiers`; warn of what cannot be compared.
 
     Raises `model_mismatch`, `cache_unavailable`, `engine_unreachable`, `engine_timeout`.
     """
+    services = ctx.services
     model = await served_model(services, window)
     ids = manifest.token_ids[: model.context_limit - TOKENS] if model.context_limit else manifest.token_ids
     chunks = min(window.chunk_count, len(ids) // window.chunk_size) if window.chunk_size else 0
@@ -96,43 +94,53 @@ async def replay(
         return (), ["the window holds no KV: there is nothing to continue from"]
     if services.cache is None:
         raise GatewayError("cache_unavailable", "no cache is configured to load the KV", hint="set cache_url")
-    engine = services.engines.for_lineage(window.lineage)
     steps = iter(range(1, len(tiers) + 1))
-    progress("compute", 0, len(tiers) + 1)
-    whole = chunks * window.chunk_size
-    expected = await _computed(engine, model, ids, whole)
+    ctx.progress("compute", 0, len(tiers) + 1)
+    engine = _Engine(services.engines.for_lineage(window.lineage), model, ids)
+    cached = chunks * window.chunk_size
+    expected = await engine.compute_and_continue(cached)
 
     async def compare(tier: Tier) -> Replay:
-        progress(f"replay {tier.name}", next(steps), len(tiers) + 1)
+        ctx.progress(f"replay {tier.name}", next(steps), len(tiers) + 1)
         leading = [o for o in manifest.objects if o.tier == tier.name][: chunks * window.world_size]
-        seen = await _restored(services, engine, model, window, tier, leading, ids)
-        return compare_continuations(tier.name, expected, seen, min(whole, len(ids) - 1))
+        actual = await _continue_from_tier(services, engine, window, tier, leading)
+        return compare_continuations(tier.name, expected, actual, min(cached, len(ids) - 1))
 
     replays, warnings = await services.pins.each(compare, only=tiers)
     return tuple(replays.values()), warnings
 
 
-async def _computed(engine: EngineClient, model: Model, ids: Sequence[int], whole: int) -> Continuation:
-    salt = secrets.token_hex(16)
-    await engine.prefill(model.id, ids[:whole], salt, store=False)
-    return _read(await engine.complete(model.id, ids, salt, max_tokens=TOKENS, **_ASKED))
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """Continues the token ids of a window under different salts."""
+
+    client: EngineClient
+    model: Model
+    ids: Sequence[int]
+
+    async def compute_and_continue(self, cached: int) -> Continuation:
+        """Compute the KV of the first `cached` tokens under a new salt, and continue from it."""
+        salt = secrets.token_hex(16)
+        await self.client.prefill(self.model.id, self.ids[:cached], salt, store=False)
+        return await self.continue_with(salt)
+
+    async def continue_with(self, salt: str) -> Continuation:
+        """Continue greedily from the KV that is found under a salt."""
+        return _read(await self.client.complete(self.model.id, self.ids, salt, max_tokens=TOKENS, **_SAMPLING))
 
 
-async def _restored(
-    services: Services, engine: EngineClient, model: Model, window: Window, tier: Tier, objects: Sequence[PinnedObject],
-    ids: Sequence[int],
-) -> Continuation:  # fmt: skip
+async def _continue_from_tier(
+    services: Services, engine: _Engine, window: Window, tier: Tier, objects: Sequence[PinnedObject]
+) -> Continuation:
     salt = secrets.token_hex(16)
-    lent = [one._replace(key=with_salt(one.key, salt), pin=one.pin_key) for one in objects]
-    keys = [ObjectKey.parse(one.key) for one in lent]
-    await services.store.mark_orphaned(
-        salt, window.tenant, window.lineage
-    )  # if we die, a sweep takes away what is left
-    # A sweep must not take it away while the engine loads it, nor a deletion the pins.
+    exposed = [one._replace(key=with_salt(one.key, salt), pin=one.pin_key) for one in objects]
+    keys = [ObjectKey.parse(one.key) for one in exposed]
+    await services.store.mark_orphaned(salt, window.tenant, window.lineage)  # if we die, a sweep removes what is left
+    # No sweep may delete it while the engine loads it, and no deletion the pins.
     async with services.pins.lock.acquire(exclusive=False):
         try:
-            await tier.expose_pin(lent)
-            return _read(await engine.complete(model.id, ids, salt, max_tokens=TOKENS, **_ASKED))
+            await tier.expose_pin(exposed)
+            return await engine.continue_with(salt)
         finally:
             await tier.drop_original(keys)
             await drop_from_cache(services, keys, [tier])
@@ -150,38 +158,39 @@ def _read(answer: dict[str, Any]) -> Continuation:
     )
 
 
-def compare_continuations(tier: str, expected: Continuation, seen: Continuation, whole: int) -> Replay:
+def compare_continuations(tier: str, expected: Continuation, actual: Continuation, cached: int) -> Replay:
+    """Compare two continuations; `cached` tokens of the prompt should have come from the cache."""
     first, largest, compared = None, 0.0, 0
-    said = zip_longest(expected.ids, seen.ids, expected.logprobs, seen.logprobs)
-    for position, (wanted, got, before, after) in enumerate(said):
+    pairs = zip_longest(expected.ids, actual.ids, expected.logprobs, actual.logprobs)
+    for position, (wanted, got, logprob, other) in enumerate(pairs):
         compared = position + 1
-        if _tied(expected, seen, position):
+        if _tied(expected, actual, position):
             break
-        apart = abs(before - after) if before is not None and after is not None else None
+        apart = abs(logprob - other) if logprob is not None and other is not None else None
         if wanted == got and apart is not None:
             largest = max(largest, apart)
         if wanted != got or apart is None or apart > TOLERANCE:
             first = Difference(position, wanted, got)
             break
-    used = seen.cached_tokens is not None and seen.cached_tokens >= whole
+    used = actual.cached_tokens is not None and actual.cached_tokens >= cached
     return Replay(
         tier=tier,
         equal=used and first is None,
         tokens_compared=compared,
         first_difference=first,
         largest_logprob_difference=largest,
-        prompt_tokens=seen.prompt_tokens,
-        cached_tokens=seen.cached_tokens,
-        expected_cached_tokens=whole,
+        prompt_tokens=actual.prompt_tokens,
+        cached_tokens=actual.cached_tokens,
+        expected_cached_tokens=cached,
     )
 
 
-def _tied(expected: Continuation, seen: Continuation, position: int) -> bool:
-    """Whether both went on with different tokens that both have for all but equally likely."""
-    if position >= min(len(expected.tokens), len(seen.tokens)) or expected.tokens[position] == seen.tokens[position]:
+def _tied(expected: Continuation, actual: Continuation, position: int) -> bool:
+    """Whether the two tokens differ but are almost equally likely in both continuations."""
+    if position >= min(len(expected.tokens), len(actual.tokens)):
         return False
-    one, other = expected.tokens[position], seen.tokens[position]
-    a, b = expected.likeliest[position], seen.likeliest[position]
-    if any(token not in top for token in (one, other) for top in (a, b)):
+    one, other = expected.tokens[position], actual.tokens[position]
+    a, b = expected.likeliest[position], actual.likeliest[position]
+    if one == other or any(token not in top for token in (one, other) for top in (a, b)):
         return False
     return max(abs(a[one] - b[one]), abs(a[other] - b[other]), abs(a[one] - a[other])) <= TOLERANCE

@@ -1,25 +1,26 @@
 """Restore a window's KV: put back what was evicted from the tiers, and load it into LMCache's memory."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.base import Restored
-from gateway.records import Manifest, PinnedObject, Window
-from gateway.runtime.progress import Progress
-from gateway.windows.context import Services
-from gateway.windows.receipt import whole_chunks
+from gateway.records import Manifest, PinnedObject, Session, Window
+from gateway.store.types import WindowQuery
+from gateway.windows.context import OperationContext, Services
+
+log = logging.getLogger(__name__)
 
 States = Mapping[str, Mapping[str, Restored]]
-"""What became of each object, by tier and key."""
+"""The state of each object, by tier and key."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
-    """What of a window's KV was found. `cached_tokens` is the engine's own count, None unless it was asked."""
+    """What was found of a window's KV. `cached_tokens` is the engine's own count, None unless it was measured."""
 
     chunks_expected: int
     chunks_found: int = 0
@@ -30,72 +31,58 @@ class Receipt:
     prompt_tokens: int = 0
     partial: bool = False
     duration_ms: float = 0.0
-    warnings: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
 
 
-async def restore(services: Services, window: Window, manifest: Manifest, progress: Progress) -> Receipt:
-    """Put back what eviction took from the tiers, checking every byte; the receipt says what is lost.
+async def restore(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
+    """Put back what was evicted from the tiers, checking every byte; the receipt says what is lost.
 
-    Raises `window_not_found` where the window was deleted since it was read.
+    Raises `window_not_found` if the window has been deleted since it was read.
     """
-    progress("restore", 0, window.chunk_count)
-    receipt = Receipt(chunks_expected=whole_chunks(window), prompt_tokens=window.token_count)
-    states, receipt.warnings = await put_back(services, window, manifest.objects)
-    if damaged := _count(window, manifest.objects, states, receipt):
-        receipt.warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were deleted")
-        receipt.warnings += await _drop_from_memory(services, damaged)
-    receipt.warnings += missing_kv(window, receipt.chunks_found)
-    receipt.partial = window.kv != "complete" or receipt.chunks_found < receipt.chunks_expected
-    return receipt
+    ctx.progress("restore", 0, window.chunk_count)
+    states, warnings = await put_back(ctx.services, window, manifest.objects)
+    receipt, damaged = _receipt(window, manifest.objects, states)
+    if damaged:
+        warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were deleted")
+        warnings += await _drop_from_memory(ctx.services, damaged)
+    return replace(receipt, warnings=(*warnings, *missing_kv(window, receipt.chunks_found)))
 
 
-async def restore_and_load(services: Services, window: Window, manifest: Manifest, progress: Progress) -> Receipt:
-    """Restore a window's KV and load it into LMCache's memory; where that fails, the receipt has a warning.
+async def restore_and_load(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
+    """Restore a window's KV and load it into LMCache's memory; if that fails, the receipt has a warning.
 
     Raises what `restore` raises.
     """
-    receipt = await restore(services, window, manifest, progress)
-    if receipt.chunks_found and services.cache is not None:
-        try:
-            receipt.chunks_prefetched = await load(
-                services, services.cache, window, manifest, receipt.chunks_found, progress
-            )
-        except GatewayError as error:  # then the engine loads it itself, or computes it
-            receipt.warnings.append(error.message)
-    return receipt
+    receipt = await restore(ctx, window, manifest)
+    if not receipt.chunks_found or ctx.services.cache is None:
+        return receipt
+    try:
+        loaded = await load(ctx, ctx.services.cache, window, manifest, receipt.chunks_found)
+    except GatewayError as error:  # then the engine loads it itself, or computes it
+        return replace(receipt, warnings=(*receipt.warnings, error.message))
+    return replace(receipt, chunks_prefetched=loaded)
 
 
-async def load(
-    services: Services, cache: LMCache, window: Window, manifest: Manifest, chunks: int, progress: Progress
-) -> int:
+async def load(ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest, chunks: int) -> int:
     """Load leading chunks from the tiers into LMCache's memory; return how many. Raises `cache_unavailable`."""
-    ids, within = manifest.token_ids[: chunks * window.chunk_size], services.settings.thaw_timeout_s
+    ids, within = manifest.token_ids[: chunks * window.chunk_size], ctx.services.settings.thaw_timeout_s
     objects, _ = await cache.prefetch(
-        window.model_root, window.world_size, manifest.id, ids, window.salt, within, progress
+        window.model_root, window.world_size, manifest.id, ids, window.salt, within, ctx.progress
     )
     return objects // window.world_size
 
 
 async def put_back(services: Services, window: Window, objects: Sequence[PinnedObject]) -> tuple[States, list[str]]:
     """Restore objects of a window in every tier; return their states, and warnings. Raises `window_not_found`."""
-    async with held(services, window):
-        return await services.pins.restore(objects)
-
-
-@asynccontextmanager
-async def held(services: Services, window: Window) -> AsyncIterator[None]:
-    """Keep a window and its pins from being deleted for the block. Raises `window_not_found` if that was done before.
-
-    Whoever puts objects back pins what has lost its pin: of a window that was deleted nobody would take them away.
-    """
+    # This restores lost pins too: nothing would remove those of a window that was deleted before or during it.
     async with services.pins.lock.acquire(exclusive=False):
         await services.store.check_exists(window)
-        yield
+        return await services.pins.restore(objects)
 
 
 def missing_kv(window: Window, chunks_found: int) -> list[str]:
     """A warning about the part of a window's KV that will have to be computed again."""
-    expected = whole_chunks(window)
+    expected = window.whole_chunks
     if window.kv == "absent":
         return [f"the window holds no KV: the engine computes its {window.token_count} tokens again"]
     if chunks_found < expected:
@@ -103,8 +90,8 @@ def missing_kv(window: Window, chunks_found: int) -> list[str]:
     return []
 
 
-def _count(window: Window, objects: Sequence[PinnedObject], by_tier: States, receipt: Receipt) -> list[ObjectKey]:
-    """Put into the receipt what became of each chunk; return the objects that were damaged in some tier."""
+def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -> tuple[Receipt, list[ObjectKey]]:
+    """The receipt of what was restored, and the objects that were damaged in some tier."""
     keys = list(dict.fromkeys(one.key for one in objects))  # in chunk order
     chunk_of = {key: index // window.world_size for index, key in enumerate(keys)}
     with_state: dict[Restored, set[str]] = {state: set() for state in Restored}
@@ -112,15 +99,21 @@ def _count(window: Window, objects: Sequence[PinnedObject], by_tier: States, rec
         for key, state in states.items():
             with_state[state].add(key)
     usable = with_state[Restored.INTACT] | with_state[Restored.RELINKED]
-    receipt.chunks_corrupt = len({chunk_of[key] for key in with_state[Restored.CORRUPT]})
-    receipt.chunks_relinked = len({chunk_of[key] for key in with_state[Restored.RELINKED]})
     # What follows a lost chunk cannot be hit: LMCache matches from the front.
-    receipt.chunks_found = min((chunk_of[key] for key in keys if key not in usable), default=window.chunk_count)
-    return [ObjectKey.parse(key) for key in with_state[Restored.CORRUPT]]
+    found = min((chunk_of[key] for key in keys if key not in usable), default=window.chunk_count)
+    receipt = Receipt(
+        chunks_expected=window.whole_chunks,
+        chunks_found=found,
+        chunks_relinked=len({chunk_of[key] for key in with_state[Restored.RELINKED]}),
+        chunks_corrupt=len({chunk_of[key] for key in with_state[Restored.CORRUPT]}),
+        prompt_tokens=window.token_count,
+        partial=window.kv != "complete" or found < window.whole_chunks,
+    )
+    return receipt, [ObjectKey.parse(key) for key in with_state[Restored.CORRUPT]]
 
 
 async def _drop_from_memory(services: Services, keys: Sequence[ObjectKey]) -> list[str]:
-    """Drop damaged objects from LMCache's memory too: it may have loaded them before we looked; return warnings."""
+    """Delete damaged objects from LMCache's memory too: it may have loaded them already. Returns warnings."""
     if services.cache is None:
         return []
     try:
@@ -128,3 +121,57 @@ async def _drop_from_memory(services: Services, keys: Sequence[ObjectKey]) -> li
     except GatewayError as error:
         return [error.message]
     return []
+
+
+async def restore_for_turn(services: Services, session: Session) -> None:
+    """Before the next turn of a frozen or thawed session, restore its window's KV and load it into LMCache's memory.
+
+    The engine could load it when the request arrives, which takes as long. But LMCache can report a miss while another
+    request is loading the same objects (`LMCache.prefetch`), as the branches of a fanout do, and the engine would
+    compute all of it again. So the request is sent when the load is done. What cannot be restored is computed again:
+    nothing is raised.
+    """
+    if session.state not in ("frozen", "thawed") or not services.pins.tiers:
+        return
+    window = await _window_of(services, session)
+    if window is None or window.kv == "absent" or window.salt != session.salt:
+        return
+    tokens = window.chunk_count * window.chunk_size
+    if services.cache and services.cache.has_loaded_lately(window.manifest, tokens, window.salt):
+        return
+    try:
+        manifest, warnings = await _put_back_evicted(services, window)
+    except GatewayError:  # deleted just now
+        return
+    for warning in warnings:
+        log.warning("session %s continues without all of its KV: %s", session.id, warning)
+    if services.cache is None:
+        return
+    try:
+        await load(OperationContext(services, session.tenant), services.cache, window, manifest, window.chunk_count)
+    except GatewayError as error:
+        log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
+
+
+async def _put_back_evicted(services: Services, window: Window) -> tuple[Manifest, list[str]]:
+    """Restore what is missing by name or size. Almost always that is nothing, and then no lock is taken."""
+    manifest, sizes = await services.store.manifest(window), await services.store.sizes(window)
+    missing = await services.pins.missing(sizes)
+    evicted = [one for one in manifest.objects if one.key in missing.get(one.tier, ())]
+    if not evicted:
+        return manifest, []
+    states, warnings = await put_back(services, window, evicted)
+    for tier, by_key in states.items():
+        if lost := sum(not state.usable for state in by_key.values()):
+            warnings.append(f"{tier} tier: {lost} of {window.chunk_count * window.world_size} objects are lost")
+    return manifest, warnings
+
+
+async def _window_of(services: Services, session: Session) -> Window | None:
+    """The window that the session was frozen into or thawed from; None if it was deleted."""
+    if session.state == "frozen":
+        windows, _ = await services.store.list_windows(session.tenant, WindowQuery(session_id=session.id, limit=1))
+        return windows[0] if windows else None
+    window = await services.store.window(session.tenant, session.window) if session.window else None
+    # Another window may have the name since.
+    return window if window and window.transcript == session.window_transcript else None

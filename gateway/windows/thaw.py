@@ -1,89 +1,117 @@
-"""Thaw a window into a new session, with a receipt of what was measured.
+"""Thaw a window into a new session, with a receipt of what was measured; or fan it out into many sessions at once.
 
 1. The model must be the one that was frozen: same name, same fingerprint.
-2. Put back what eviction took from LMCache's tiers, from the pins, checking every byte.
-3. Make a session in the window's lineage (same salt, so its objects hit), with the window's transcript.
+2. Put back what was evicted from LMCache's tiers, from the pins, checking every byte.
+3. Create a session in the window's lineage (same salt, so its objects hit), with the window's transcript.
 4. Warm, if asked to: `cpu` loads the chunks into LMCache's memory; `gpu` also sends them through the engine once and
 reads how many tokens it did not have to compute.
 
-The window itself does not change and can be thawed any number of times.
+The window itself does not change and can be thawed any number of times. The sessions of a fanout share its KV: nothing
+is copied or even read, and what was evicted is restored before the first turn (`restore.restore_for_turn`).
 """
 
-import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gateway.engines.client import Model
-from gateway.records import Manifest, Session, Window
-from gateway.runtime.progress import Progress, silent
+from gateway.records import Manifest, Session, Window, check_session_id
 from gateway.sessions import prefix_chain
 from gateway.windows.catalog import get_usable_window, served_model, session_exists, session_from_window, session_id_for
-from gateway.windows.context import Services
-from gateway.windows.instrumented import instrumented
-from gateway.windows.restore import Receipt, restore, restore_and_load
+from gateway.windows.context import OperationContext, instrumented
+from gateway.windows.restore import Receipt, missing_kv, restore, restore_and_load
 
 Warm = Literal["none", "cpu", "gpu"]
+MAX_FANOUT = 100  # sessions
+
+
+class Thawed(NamedTuple):
+    """A session made from a window, and the receipt of its KV."""
+
+    session: Session
+    window: Window
+    receipt: Receipt
+
+
+class FannedOut(NamedTuple):
+    """The sessions made from a window, and a warning if it does not have all of its KV."""
+
+    sessions: Sequence[Session]
+    window: Window
+    warnings: tuple[str, ...]
 
 
 @instrumented
 async def thaw(
-    services: Services,
-    tenant: str,
+    ctx: OperationContext,
     name: str,
     *,
     new_session_id: str | None,
     warm: Warm,
     source: str = "thaw",
     first_message_hash: bytes | None = None,
-    progress: Progress = silent,
-    seen: Window | None = None,
-) -> tuple[Session, Window, Receipt]:
+    window: Window | None = None,
+) -> Thawed:
     """Thaw a window into a new session; `source` and `first_message_hash` are the session's (see `Session`).
 
-    With `seen`, only that very window and not another of its name. Raises `window_not_found`, also where the window is
-    deleted meanwhile, `window_corrupted` where its text is gone, `model_mismatch`, `session_already_exists`,
-    `engine_unreachable`, `engine_timeout`. KV that is lost or damaged raises nothing: the receipt says `partial`, the
-    text is all there, and the engine recomputes.
+    With `window`, only that very window and no other of the same name. Raises `window_not_found`, also if the window is
+    deleted meanwhile, `window_corrupted` if its text is lost, `model_mismatch`, `session_already_exists`,
+    `engine_unreachable`, `engine_timeout`. KV that is lost or damaged raises nothing: the receipt says `partial`, and
+    the engine recomputes it.
     """
-    clock = time.monotonic()
-    window = seen or await get_usable_window(services, tenant, name)
-    model = await served_model(services, window)
+    store = ctx.services.store
+    window = window or await get_usable_window(ctx.services, ctx.tenant, name)
+    model = await served_model(ctx.services, window)
     session_id = new_session_id or session_id_for(name)
-    if await services.store.session(tenant, session_id):
+    if await store.session(ctx.tenant, session_id):
         raise session_exists(session_id)
-    # Whoever sends the whole history, and no id, goes on here.
-    last_reply_hash = (
-        prefix_chain.chain((await services.store.text(window)).messages, b"")[-1] if source == "thaw" else None
-    )
-    manifest = await services.store.manifest(window)
-    bring_back = restore if warm == "none" else restore_and_load
-    receipt = await bring_back(services, window, manifest, progress)
+    # A client that sends the whole history without an id continues this session.
+    last_reply_hash = prefix_chain.chain((await store.text(window)).messages, b"")[-1] if source == "thaw" else None
+    manifest = await store.manifest(window)
+    receipt = await (restore if warm == "none" else restore_and_load)(ctx, window, manifest)
     session = replace(
         session_from_window(window, session_id, source),
         first_message_hash=first_message_hash,
         last_reply_hash=last_reply_hash,
     )
     if warm == "gpu":
-        await _through_engine(services, window, model, manifest, receipt, progress)
-    # While we warmed, the window may have been deleted, and its transcript with it: the store looks again.
-    if await services.store.add_sessions([session], source=window):
+        receipt = await _through_engine(ctx, window, model, manifest, receipt)
+    # The window may have been deleted meanwhile, and its transcript with it: the store checks again.
+    if await store.add_sessions([session], source=window):
         raise session_exists(session_id)
-    receipt.duration_ms = round((time.monotonic() - clock) * 1000, 1)
-    return session, window, receipt
+    return Thawed(session, window, replace(receipt, duration_ms=ctx.duration_ms()))
 
 
 async def _through_engine(
-    services: Services, window: Window, model: Model, manifest: Manifest, receipt: Receipt, progress: Progress
-) -> None:
-    progress("prefill", 0, window.token_count)
-    usage = await services.engines.for_lineage(window.lineage).prefill(model.id, manifest.token_ids, window.salt)
-    receipt.cached_tokens, receipt.prompt_tokens = usage.cached, usage.prompt
+    ctx: OperationContext, window: Window, model: Model, manifest: Manifest, receipt: Receipt
+) -> Receipt:
+    ctx.progress("prefill", 0, window.token_count)
+    engine = ctx.services.engines.for_lineage(window.lineage)
+    usage = await engine.prefill(model.id, manifest.token_ids, window.salt)
+    warnings = receipt.warnings
     if usage.cached is None:
-        receipt.warnings.append(
-            "the engine does not report cached_tokens: start it with --enable-prompt-tokens-details"
-        )
+        warnings += ("the engine does not report cached_tokens: start it with --enable-prompt-tokens-details",)
     elif usage.cached < min(receipt.chunks_found * window.chunk_size, window.token_count - 1):
-        receipt.warnings.append(
-            f"the engine found {usage.cached} tokens of the {receipt.chunks_found} chunks in the tiers"
-        )
-    progress("prefill", window.token_count, window.token_count)
+        warnings += (f"the engine found {usage.cached} tokens of the {receipt.chunks_found} chunks in the tiers",)
+    ctx.progress("prefill", window.token_count, window.token_count)
+    return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt, warnings=warnings)
+
+
+@instrumented
+async def fanout(ctx: OperationContext, name: str, count: int, prefix: str | None) -> FannedOut:
+    """Thaw a window into `count` sessions, `PREFIX-1` and so on: all of them, or none if one of the ids is taken.
+
+    Raises `window_not_found`, `model_mismatch`, `session_already_exists`, `invalid_session_id`.
+    """
+    services = ctx.services
+    window = await get_usable_window(services, ctx.tenant, name)
+    stem = prefix or session_id_for(name, suffix_length=len(f"-{count}"))
+    check_session_id(f"{stem}-{count}", "prefix")
+    # The model as last reported is recent enough: the salt of a turn depends on what is served then.
+    model = services.engines.known(window.model) if services.engines.up else None
+    if model is None or model.fingerprint != window.fingerprint:
+        await served_model(services, window)
+    sessions = [session_from_window(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
+    if taken := await services.store.add_sessions(sessions, source=window):
+        raise session_exists(taken)
+    return FannedOut(sessions, window, tuple(missing_kv(window, window.chunk_count)))

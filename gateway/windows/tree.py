@@ -1,6 +1,6 @@
-"""Tree: where every window and session of a tenant came from, as one list of nodes, from the store alone."""
+"""Tree: where every window and session of a tenant came from, as one list of nodes, read from the store alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +10,13 @@ from gateway.windows.context import Services
 
 Kind = Literal["session", "window"]
 Relation = Literal["frozen from", "cloned from", "thawed from", "forked from", "went on from"]
+Origin = tuple[tuple[Kind, str] | None, Relation | None]
 MOST = 10_000  # nodes of a kind
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A window or a session. `parent` is None where it came from nothing that is still there."""
+    """A window or a session. `parent` is None where it has none that still exists."""
 
     kind: Kind
     name: str
@@ -29,7 +30,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Nodes, oldest first, so a parent stands before its children; `windows` and `sessions` are all there are."""
+    """Nodes, oldest first, so a parent precedes its children; `windows` and `sessions` count all that exist."""
 
     nodes: tuple[Node, ...]
     windows: int
@@ -42,7 +43,7 @@ class Tree:
 
 
 async def tree(services: Services, tenant: str, limit: int) -> Tree:
-    """Return at most `limit` windows, the newest, and as many sessions, the last active, and who came from whom."""
+    """Return the newest `limit` windows and the `limit` sessions last active, each with its parent."""
     await services.recorder.flush()
     windows, window_count = await services.store.list_windows(tenant, WindowQuery(limit=limit))
     sessions, session_count = await services.store.list_sessions(tenant, state=None, model=None, limit=limit, offset=0)
@@ -51,30 +52,30 @@ async def tree(services: Services, tenant: str, limit: int) -> Tree:
 
 def nodes(windows: Sequence[Window], sessions: Sequence[Session]) -> list[Node]:
     """Every window and session with its parent, oldest first."""
-    window_of = {window.name: window for window in windows}
-    session_of = {session.id: session for session in sessions}
+    by_name = {window.name: window for window in windows}
+    by_id = {session.id: session for session in sessions}
     found = [
-        *(_session(one, *_origin_of_session(one, window_of, session_of)) for one in sessions),
-        *(_window(one, *_origin_of_window(one, window_of, session_of)) for one in windows),
+        Node("session", s.id, s.state, s.model, s.token_count, s.created_at, *_origin_of_session(s, by_name, by_id))
+        for s in sessions
+    ]
+    found += [
+        Node("window", w.name, w.kv, w.model, w.token_count, w.created_at, *_origin_of_window(w, by_name, by_id))
+        for w in windows
     ]
     return sorted(found, key=lambda node: node.created_at)
 
 
-def _origin_of_session(
-    one: Session, windows: dict[str, Window], sessions: dict[str, Session]
-) -> tuple[tuple[Kind, str] | None, Relation | None]:
-    stem = sessions.get(one.parent or "")
-    if stem is not None and _older(stem, one):
-        return ("session", stem.id), "went on from" if stem.successor == one.id else "forked from"
+def _origin_of_session(one: Session, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Origin:
+    parent = sessions.get(one.parent or "")
+    if parent is not None and _older(parent, one):
+        return ("session", parent.id), "went on from" if parent.successor == one.id else "forked from"
     window = windows.get(one.window or "")
     if window is not None and _older(window, one):
         return ("window", window.name), "thawed from"
     return None, None
 
 
-def _origin_of_window(
-    one: Window, windows: dict[str, Window], sessions: dict[str, Session]
-) -> tuple[tuple[Kind, str] | None, Relation | None]:
+def _origin_of_window(one: Window, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Origin:
     parent = windows.get(one.parent or "")
     # A clone has the session of its source; a window that was frozen from a thawed session has that session.
     if parent is not None and parent.session_id == one.session_id and _older(parent, one):
@@ -82,19 +83,11 @@ def _origin_of_window(
     session = sessions.get(one.session_id)
     if session is not None and _older(session, one):
         return ("session", session.id), "frozen from"
-    if parent is not None and _older(parent, one):  # the session between them is gone
+    if parent is not None and _older(parent, one):  # the session between them was deleted
         return ("window", parent.name), "went on from"
     return None, None
 
 
 def _older(parent: Window | Session, child: Window | Session) -> bool:
-    """An id that was used again names a stranger, who is younger; so nothing can come from its own descendant."""
+    """Whether it can be the parent: one that took over a deleted one's name is younger. This also excludes cycles."""
     return parent.created_at < child.created_at
-
-
-def _session(one: Session, parent: tuple[Kind, str] | None, relation: Relation | None) -> Node:
-    return Node("session", one.id, one.state, one.model, one.token_count, one.created_at, parent, relation)
-
-
-def _window(one: Window, parent: tuple[Kind, str] | None, relation: Relation | None) -> Node:
-    return Node("window", one.name, one.kv, one.model, one.token_count, one.created_at, parent, relation)

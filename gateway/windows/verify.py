@@ -1,28 +1,25 @@
 """Verify: check every byte of every pinned KV object of a window. Nothing is changed."""
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey
+from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.tiers.base import Restored, Tier
 from gateway.records import Manifest, PinnedObject, Window
-from gateway.runtime.progress import Progress, silent
-from gateway.windows.catalog import get_window, pinned_keys
-from gateway.windows.context import Services
-from gateway.windows.instrumented import instrumented
-from gateway.windows.receipt import whole_chunks
+from gateway.runtime.progress import Progress
+from gateway.windows.catalog import get_window
+from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.replay import Replay, replay
 
-_AT_ONCE = 64  # objects between two words of progress
+_BATCH = 64  # objects between two progress reports
 
 
 @dataclass(frozen=True, slots=True)
 class TierReport:
-    """One tier: objects the window has there, what their pins were found to be, and how many LMCache finds itself.
+    """One tier: objects the window has there, the state of their pins, and how many LMCache finds itself.
 
-    `checked` is False where the tier could not be asked; the counts are 0 then, and mean nothing.
+    `checked` is False if the tier could not be reached; the counts are then 0 and mean nothing.
     """
 
     checked: bool
@@ -35,7 +32,7 @@ class TierReport:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """An object that is not as it was when it was pinned; `tier` is None where the window has it in none."""
+    """An object that is not as it was pinned; `tier` is None if the window has it in no tier."""
 
     hash: str
     rank: int
@@ -47,11 +44,11 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verification saw. `ok`: the text is there, all that was ever pinned was found, byte for byte, in every
-    tier, and, where it was asked for, the engine went on from each tier's KV as it does without (`deep`, None where
-    nobody asked).
+    """The result of a verification. `ok`: the text exists, everything that was ever pinned was found byte for byte in
+    every tier, and in a deep verification the engine continued from each tier's KV as it does without (`deep`, None if
+    it was not deep).
 
-    `chunks_usable`: leading chunks that a thaw would find whole in one tier or another.
+    `chunks_usable`: leading chunks that a thaw would find complete in one tier or another.
     """
 
     window_name: str
@@ -71,30 +68,34 @@ States = dict[str, dict[str, Restored]]
 
 
 @instrumented
-async def verify(
-    services: Services, tenant: str, name: str, progress: Progress = silent, *, deep: bool = False
-) -> Verdict:
-    """Check every pinned object of a window: there, of its size, with its checksum. Raises `window_not_found`.
+async def verify(ctx: OperationContext, name: str, *, deep: bool = False) -> Verdict:
+    """Check presence, size and checksum of every pinned object of a window. Raises `window_not_found`.
 
     A tier that cannot be reached raises nothing: it is not `checked`, and the window is not `ok`. `deep` has the engine
     use the KV too (`gateway.windows.replay`), and raises what that raises.
     """
-    clock = time.monotonic()
-    window = await get_window(services, tenant, name)
+    services = ctx.services
+    window = await get_window(services, ctx.tenant, name)
     manifest = await services.store.manifest(window)
     used = dict.fromkeys(o.tier for o in manifest.objects)
     states, warnings = await services.pins.each(
-        lambda tier: _states(tier, [o for o in manifest.objects if o.tier == tier.name], progress), only=used
+        lambda tier: _states(tier, [o for o in manifest.objects if o.tier == tier.name], ctx.progress), only=used
     )
     configured = {tier.name for tier in services.pins.tiers}
     unknown = [tier for tier in used if tier not in configured]
     warnings += [f"{tier} tier: the window has objects there, but it is not configured" for tier in unknown]
     present, _ = await services.pins.present([o.key for o in manifest.objects])
-    replays, not_compared = await replay(services, window, manifest, states, progress) if deep else (None, [])
-    lost_text = await _lost_text(services, window)  # raises if it was deleted: then what is missing is no damage
-    verdict = _verdict(window, manifest, states, present, [*warnings, *not_compared, *lost_text], clock)
-    same = replays is None or (len(replays) == len(states) and all(one.equal for one in replays))
-    return replace(verdict, ok=verdict.ok and same and not lost_text, deep=replays)
+    replays, not_compared = await replay(ctx, window, manifest, states) if deep else (None, [])
+    lost_text = await _lost_text(services, window)  # raises if it was deleted: then what is missing is not damage
+    verdict = _verdict(window, manifest, states, present)
+    equal = replays is None or (len(replays) == len(states) and all(one.equal for one in replays))
+    return replace(
+        verdict,
+        ok=verdict.ok and equal and not lost_text,
+        warnings=(*warnings, *not_compared, *lost_text, *verdict.warnings),
+        duration_ms=ctx.duration_ms(),
+        deep=replays,
+    )
 
 
 async def _lost_text(services: Services, window: Window) -> list[str]:
@@ -110,75 +111,76 @@ async def _lost_text(services: Services, window: Window) -> list[str]:
 
 async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progress) -> dict[str, Restored]:
     states: dict[str, Restored] = {}
-    for start in range(0, len(objects), _AT_ONCE):
+    for start in range(0, len(objects), _BATCH):
         progress(f"verify {tier.name}", start, len(objects))
-        some = objects[start : start + _AT_ONCE]
-        states |= zip((o.key for o in some), await tier.verify(some), strict=True)
+        batch = objects[start : start + _BATCH]
+        states |= zip((o.key for o in batch), await tier.verify(batch), strict=True)
     progress(f"verify {tier.name}", len(objects), len(objects))
     return states
 
 
-def _verdict(
-    window: Window, manifest: Manifest, states: States, present: Mapping[str, set[str]], warnings: Sequence[str],
-    clock: float,
-) -> Verdict:  # fmt: skip
+def _verdict(window: Window, manifest: Manifest, states: States, present: Mapping[str, set[str]]) -> Verdict:
+    """The verdict on the stored bytes alone."""
+    expected = window.whole_chunks
     tiers = {
         name: _report([o for o in manifest.objects if o.tier == name], states.get(name), present.get(name, set()))
         for name in dict.fromkeys(o.tier for o in manifest.objects)
     }
-    damaged = tuple(_damage(window, manifest, states))
-    if window.kv != "complete":
-        warnings = [*warnings, f"the window was frozen with {window.chunk_count} of {whole_chunks(window)} chunks"]
+    keys = _pinned_keys(window, manifest)
+    damaged = tuple(_damage(window, manifest, keys, states))
+    incomplete = f"the window was frozen with {window.chunk_count} of {expected} chunks"
     return Verdict(
         window_name=window.name,
         ok=not damaged and all(tier.checked for tier in tiers.values()),
         kv=window.kv,
-        chunks_expected=whole_chunks(window),
+        chunks_expected=expected,
         chunks_pinned=window.chunk_count,
-        chunks_usable=_usable(window, manifest, states),
+        chunks_usable=_usable(window, keys, states),
         tiers=tiers,
         damaged=damaged,
-        warnings=tuple(warnings),
-        duration_ms=round((time.monotonic() - clock) * 1000, 1),
+        warnings=() if window.kv == "complete" else (incomplete,),
+        duration_ms=0.0,
     )
 
 
-def _report(objects: Sequence[PinnedObject], seen: Mapping[str, Restored] | None, present: set[str]) -> TierReport:
-    if seen is None:
+def _pinned_keys(window: Window, manifest: Manifest) -> list[ObjectKey]:
+    """The keys of the pinned objects, computed from the token ids, in chunk order."""
+    if not window.chunk_count:
+        return []
+    ids = manifest.token_ids[: window.chunk_count * window.chunk_size]
+    return object_keys(window.model_root, ids, window.chunk_size, window.world_size, window.salt)
+
+
+def _report(objects: Sequence[PinnedObject], by_key: Mapping[str, Restored] | None, present: set[str]) -> TierReport:
+    if by_key is None:
         return TierReport(checked=False, objects=len(objects))
-    found_as = list(seen.values())
+    states = list(by_key.values())
     return TierReport(
         checked=True,
         objects=len(objects),
-        intact=found_as.count(Restored.INTACT),
-        damaged=found_as.count(Restored.CORRUPT),
-        missing=found_as.count(Restored.MISSING),
+        intact=states.count(Restored.INTACT),
+        damaged=states.count(Restored.CORRUPT),
+        missing=states.count(Restored.MISSING),
         present=sum(o.key in present for o in objects),
     )
 
 
-def _damage(window: Window, manifest: Manifest, states: States) -> Iterable[Damage]:
-    """In chunk order; the names come from the token ids, so an object that the manifest lacks is found too."""
+def _damage(window: Window, manifest: Manifest, keys: Sequence[ObjectKey], states: States) -> Iterator[Damage]:
+    """In chunk order. The keys come from the token ids, so an object that the manifest lacks is found too."""
     sizes = {o.key: o.size for o in manifest.objects}
-    for chunk, key in _chunks(window, manifest):
+    for index, key in enumerate(keys):
+        chunk = index // window.world_size
         if str(key) not in sizes:
             yield Damage(key.chunk_hash, key.rank, chunk, None, "missing", None)
-        for tier, seen in states.items():
-            state = seen.get(str(key), Restored.INTACT)
+        for tier, by_key in states.items():
+            state = by_key.get(str(key), Restored.INTACT)
             if state is not Restored.INTACT:
-                yield Damage(key.chunk_hash, key.rank, chunk, tier, _word(state), sizes[str(key)])
+                word = "missing" if state is Restored.MISSING else "damaged"
+                yield Damage(key.chunk_hash, key.rank, chunk, tier, word, sizes[str(key)])
 
 
-def _usable(window: Window, manifest: Manifest, states: States) -> int:
-    for chunk, key in _chunks(window, manifest):
-        if not any(seen.get(str(key)) is Restored.INTACT for seen in states.values()):
-            return chunk
+def _usable(window: Window, keys: Sequence[ObjectKey], states: States) -> int:
+    for index, key in enumerate(keys):
+        if not any(by_key.get(str(key)) is Restored.INTACT for by_key in states.values()):
+            return index // window.world_size
     return window.chunk_count
-
-
-def _chunks(window: Window, manifest: Manifest) -> Iterator[tuple[int, ObjectKey]]:
-    return ((index // window.world_size, key) for index, key in enumerate(pinned_keys(window, manifest)))
-
-
-def _word(state: Restored) -> str:
-    return "missing" if state is Restored.MISSING else "damaged"

@@ -14,7 +14,7 @@ from gateway.kv.keys import object_keys
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
 from gateway.store.types import Text
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from tests.support.fakes.engine import MODEL, FakeEngine, render
 from tests.support.tier_harness import RedisServer, RedisTierHarness
 
@@ -75,6 +75,11 @@ class GatewayHarness:
     kv: Path
     redis: RedisTierHarness
     settings: Settings
+
+    @property
+    def ctx(self) -> OperationContext:
+        """The context of an operation that begins now."""
+        return OperationContext(self.services, "default")
 
     def everything(self) -> tuple[set[str], set[str], set[str]]:
         """Files on disk, keys in Redis and files of the gateway's own."""

@@ -16,7 +16,7 @@ from gateway.runtime.progress import Progress, silent
 from gateway.sessions import prefix_chain
 from gateway.settings import Settings
 from gateway.store.types import TurnRecord
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from gateway.windows.freeze import Naming, freeze
 from tests.support.fakes.engine import MODEL, FakeEngine, render
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
@@ -36,6 +36,11 @@ class Cached:
 
     services: Services
     cache: FakeLMCache
+
+    @property
+    def ctx(self) -> OperationContext:
+        """The context of an operation that begins now."""
+        return OperationContext(self.services, TENANT)
 
     @property
     def pins(self) -> Path:
@@ -83,8 +88,8 @@ class Cached:
         """A window of a session, which is made if it is not there."""
         if await self.services.store.session(TENANT, session) is None:
             await self.session(session)
-        made, _ = await freeze(self.services, TENANT, session, Naming(name), progress)
-        return made
+        ctx = OperationContext(self.services, TENANT, progress)
+        return (await freeze(ctx, session, Naming(name))).window
 
     def keys(self, window: Window) -> list[ObjectKey]:
         """The keys of a window's whole chunks."""

@@ -7,7 +7,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, Session, Window
 from gateway.settings import Settings
 from gateway.store.types import Text
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from tests.support.fakes.engine import FakeEngine
 from tests.support.tier_harness import RedisServer, TierHarness, key, value
 
@@ -28,6 +28,11 @@ class House:
     def __init__(self, services: Services, rigs: tuple[TierHarness, ...]) -> None:
         self.parts = services
         self.rigs = rigs
+
+    @property
+    def ctx(self) -> OperationContext:
+        """The context of an operation that begins now."""
+        return OperationContext(self.parts, TENANT)
 
     def stored(self, keys: list[ObjectKey]) -> None:
         """LMCache has written objects to both tiers."""

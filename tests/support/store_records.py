@@ -1,5 +1,6 @@
 """Records for tests of the store."""
 
+from array import array
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -49,7 +50,7 @@ def manifest(name: str, held: Iterable[ObjectKey] = (), tiers: tuple[str, ...] =
     objects = tuple(
         PinnedObject(str(one), tier, 50, f"{tier}{one.chunk_hash}".encode()) for one in held for tier in tiers
     )
-    return Manifest(f"m-{name}", (1, 2, 2**32 - 1), objects)
+    return Manifest(f"m-{name}", array("I", (1, 2, 2**32 - 1)), objects)
 
 
 async def add(

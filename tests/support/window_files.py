@@ -10,13 +10,13 @@ from gateway.errors import GatewayError
 from gateway.windows.archive import file_format
 from gateway.windows.archive.export import export
 from gateway.windows.archive.import_ import import_window
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from tests.support.harness import GatewayHarness
 
 
 async def file_of(services: Services, name: str = "w") -> bytes:
     """The whole file of a window."""
-    done = await export(services, "default", name)
+    done = await export(OperationContext(services, "default"), name)
     data = b"".join([piece async for piece in done.pieces])
     assert len(data) == done.size
     return data
@@ -34,7 +34,7 @@ async def refused(
     """The import fails with one of `codes`, and nothing is there that was not there before."""
     before = harness.everything()
     with pytest.raises(GatewayError) as caught:
-        await import_window(harness.services, "default", stream(data, 50_000), name=name, as_text=as_text)
+        await import_window(harness.ctx, stream(data, 50_000), name=name, as_text=as_text)
     assert caught.value.code in codes, caught.value.message
     assert harness.everything() == before
     assert await harness.services.store.window("default", name or "w") is None or name is None

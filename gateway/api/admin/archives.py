@@ -21,7 +21,7 @@ _TAR = "application/x-tar"
 @operation("GET", "/admin/windows/{name}/export", gives=_TAR, errors=("window_corrupted", "cache_unavailable"))
 async def export_window(call: Call, query: requests.ExportQuery) -> ASGIApp:
     """Send a window as one file."""
-    return _File(await export(call.services, call.tenant, call.window_name, as_text=query.as_text))
+    return _File(await export(call.context, call.window_name, as_text=query.as_text))
 
 
 @operation(
@@ -33,15 +33,8 @@ async def export_window(call: Call, query: requests.ExportQuery) -> ASGIApp:
 )
 async def import_window(call: Call, query: requests.ImportQuery) -> responses.Frozen:
     """Import a window from a file."""
-    window, warnings = await import_file(
-        call.services,
-        call.tenant,
-        call.stream(),
-        name=query.window_name,
-        as_text=query.as_text,
-        progress=call.progress,
-    )
-    return responses.Frozen(**serializers.window_fields(window, call.now), warnings=warnings)
+    window, warnings = await import_file(call.context, call.stream(), name=query.window_name, as_text=query.as_text)
+    return responses.Frozen(**serializers.window_fields(window, call.now), warnings=list(warnings))
 
 
 class _File:

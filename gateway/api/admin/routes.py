@@ -21,7 +21,7 @@ from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import WindowQuery
-from gateway.windows import catalog, clone, delete, freeze, isolate, thaw
+from gateway.windows import catalog, clone, delete, freeze, thaw
 from gateway.windows.retention import orphans
 
 
@@ -58,7 +58,7 @@ async def get_session(call: Call) -> responses.Session:
 @operation("DELETE", "/admin/sessions/{session_id}", errors=("session_busy",))
 async def delete_session(call: Call) -> responses.SessionDeleted:
     """Delete a session, and the KV that only it needed."""
-    result = await orphans.delete_session(call.services, call.tenant, call.session_id)
+    result = await orphans.delete_session(call.context, call.session_id)
     return responses.SessionDeleted(
         session_id=call.session_id,
         deleted=True,
@@ -74,8 +74,8 @@ async def delete_session(call: Call) -> responses.SessionDeleted:
 async def freeze_session(call: Call, body: requests.FreezeRequest) -> responses.Frozen:
     """Freeze a session into a window."""
     naming = freeze.Naming(body.window_name, body.description or "", body.tags or (), body.ttl_seconds)
-    window, warnings = await freeze.freeze(call.services, call.tenant, body.session_id, naming, call.progress)
-    return responses.Frozen(**serializers.window_fields(window, call.now), warnings=warnings)
+    window, warnings = await freeze.freeze(call.context, body.session_id, naming)
+    return responses.Frozen(**serializers.window_fields(window, call.now), warnings=list(warnings))
 
 
 @operation("GET", "/admin/windows")
@@ -107,7 +107,7 @@ async def window_status(call: Call, query: requests.StatusQuery) -> responses.Wi
 @operation("DELETE", "/admin/windows/{name}")
 async def delete_window(call: Call) -> responses.WindowDeleted:
     """Delete a window permanently, and the KV that no other window uses."""
-    result = await delete.delete(call.services, call.tenant, call.window_name)
+    result = await delete.delete(call.context, call.window_name)
     return responses.WindowDeleted(window_name=call.window_name, **asdict(result))
 
 
@@ -117,12 +117,7 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawe
     prompt, max_tokens = body.continuation_prompt, body.max_tokens
     await continuation.check(call, prompt, max_tokens)
     session, window, receipt = await thaw.thaw(
-        call.services,
-        call.tenant,
-        call.window_name,
-        new_session_id=body.new_session_id,
-        warm=body.warm,
-        progress=call.progress,
+        call.context, call.window_name, new_session_id=body.new_session_id, warm=body.warm
     )
     return responses.Thawed(
         session_id=session.id,
@@ -131,7 +126,7 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawe
         token_count=window.token_count,
         cache_salt=window.salt,
         receipt=responses.ThawReceipt.model_validate(receipt),
-        warnings=receipt.warnings,
+        warnings=list(receipt.warnings),
         continuation=await continuation.send_prompt(call, session, prompt, max_tokens) if prompt else None,
     )
 
@@ -145,18 +140,15 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawe
 async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Cloned:
     """Give a window a second name; no KV byte is copied."""
     naming = freeze.Naming(body.target_window, body.description or "", body.tags or ())
-    warnings: list[str] = []
-    if body.isolate:
-        copy, warnings = await isolate.isolate(call.services, call.tenant, call.window_name, naming)
-    else:
-        copy = await clone.clone(call.services, call.tenant, call.window_name, naming)
+    make_copy = clone.isolate if body.isolate else clone.clone
+    copy, warnings = await make_copy(call.context, call.window_name, naming)
     return responses.Cloned(
         source_window=call.window_name,
         target_window=copy.name,
         shared_blocks=copy.chunk_count * copy.world_size,
         isolated=body.isolate,
         **serializers.window_fields(copy, call.now),
-        warnings=warnings,
+        warnings=list(warnings),
     )
 
 

@@ -4,27 +4,27 @@ from gateway.api.admin import serializers
 from gateway.api.admin.models import requests, responses
 from gateway.api.endpoint import Call
 from gateway.api.operation import ENGINE, operation
-from gateway.windows import ask, describe, evict, fanout, prefetch, tree, verify
+from gateway.windows import ask, catalog, residency, thaw, tree, verify
 
 
 @operation("PATCH", "/admin/windows/{name}")
 async def describe_window(call: Call, body: requests.DescribeRequest) -> responses.Window:
     """Change a window's description, tags or lifetime; null clears them."""
-    window = await describe.describe(call.services, call.tenant, call.window_name, body.given())
+    window = await catalog.describe(call.context, call.window_name, body.given())
     return responses.Window(**serializers.window_fields(window, call.now))
 
 
 @operation("POST", "/admin/windows/{name}/verify", errors=("cache_unavailable", *ENGINE))
 async def verify_window(call: Call, body: requests.VerifyRequest) -> responses.Verified:
     """Check every byte of a window where it is pinned."""
-    verdict = await verify.verify(call.services, call.tenant, call.window_name, call.progress, deep=body.deep)
+    verdict = await verify.verify(call.context, call.window_name, deep=body.deep)
     return responses.Verified.model_validate(verdict)
 
 
 @operation("POST", "/admin/windows/{name}/ask", errors=("window_corrupted", *ENGINE))
 async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answered:
     """Ask a window a question. The window does not change, and neither question nor answer is kept."""
-    answer = await ask.ask(call.services, call.tenant, call.window_name, body.question, body.max_tokens, call.progress)
+    answer = await ask.ask(call.context, call.window_name, body.question, body.max_tokens)
     return responses.Answered(
         window_name=answer.window.name,
         model=answer.window.model,
@@ -41,23 +41,22 @@ async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answere
             partial=answer.restored.partial,
             duration_ms=answer.duration_ms,
         ),
-        warnings=answer.restored.warnings,
+        warnings=list(answer.restored.warnings),
     )
 
 
 @operation("POST", "/admin/windows/{name}/prefetch", errors=("cache_unavailable", *ENGINE))
 async def prefetch_window(call: Call) -> responses.Prefetched:
     """Load a window's KV into the cache's memory."""
-    receipt = await prefetch.prefetch(call.services, call.tenant, call.window_name, call.progress)
+    receipt = await residency.prefetch(call.context, call.window_name)
     restored = responses.Restored.model_validate(receipt)
-    return responses.Prefetched(window_name=call.window_name, receipt=restored, warnings=receipt.warnings)
+    return responses.Prefetched(window_name=call.window_name, receipt=restored, warnings=list(receipt.warnings))
 
 
 @operation("POST", "/admin/windows/{name}/evict", errors=("cache_unavailable",))
 async def evict_window(call: Call) -> responses.Evicted:
     """Move a window's KV out of the cache's memory, down to the durable tiers."""
-    evicted = await evict.evict(call.services, call.tenant, call.window_name, call.progress)
-    return responses.Evicted.model_validate(evicted)
+    return responses.Evicted.model_validate(await residency.evict(call.context, call.window_name))
 
 
 @operation(
@@ -65,9 +64,7 @@ async def evict_window(call: Call) -> responses.Evicted:
 )
 async def fan_out_window(call: Call, body: requests.FanoutRequest) -> responses.FannedOut:
     """Thaw a window into many sessions at once. They share its KV, which is restored when the first of them begins."""
-    sessions, window, warnings = await fanout.fanout(
-        call.services, call.tenant, call.window_name, body.count, body.prefix
-    )
+    sessions, window, warnings = await thaw.fanout(call.context, call.window_name, body.count, body.prefix)
     return responses.FannedOut(
         window_name=window.name,
         model=window.model,
@@ -75,7 +72,7 @@ async def fan_out_window(call: Call, body: requests.FanoutRequest) -> responses.
         kv=window.kv,
         block_count=window.chunk_count,
         sessions=[session.id for session in sessions],
-        warnings=warnings,
+        warnings=list(warnings),
     )
 
 

@@ -39,7 +39,7 @@ from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.windows import branch
 from gateway.windows.context import Services
 from gateway.windows.overflow import Overflow, SuccessorTurn
-from gateway.windows.resume import resume
+from gateway.windows.restore import restore_for_turn
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Inference:
         """Relay a turn, and hand it over when it is over, however it ended."""
         services, dialect, call = self._services, turn.dialect, turn.call
         session = turn.match.session
-        await resume(services, session)
+        await restore_for_turn(services, session)
         turn.fingerprint = turn.model.fingerprint if turn.model else ""
         turn.salt = salt = services.salts.of(session.tenant, session.lineage, turn.fingerprint, call.client_salt)
         heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))

@@ -62,12 +62,12 @@ class Tier(Protocol):
         Raises TierUnavailable.
         """
 
-    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+    async def pin(self, keys: Sequence[ObjectKey], existing: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         """Keep each object, whatever happens to LMCache's own, and checksum it as it is pinned.
 
-        `known` has, by key, what other windows have pinned here already: a pin that still matches it is kept, one that
-        does not is damaged and removed. Returns the objects that could be pinned, in the order of `keys`. Raises
-        TierFull, TierUnavailable.
+        `existing` has, by key, what other windows have pinned here: a pin that still matches it is kept, one that does
+        not is damaged and removed. Returns the objects that could be pinned, in the order of `keys`. Raises TierFull,
+        TierUnavailable.
         """
 
     async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:

@@ -57,8 +57,8 @@ class DiskTier:
     async def sizes(self, names: Sequence[str]) -> list[int]:
         return await self._run(lambda: _sizes(self._kv, file_names(names)))
 
-    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
-        pinned = await self._each(keys, lambda key: self._pin(key, known.get(str(key))))
+    async def pin(self, keys: Sequence[ObjectKey], existing: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+        pinned = await self._each(keys, lambda key: self._pin(key, existing.get(str(key))))
         await self._run(lambda: _sync_directory(self._pins))
         return [p for p in pinned if p is not None]
 
@@ -124,13 +124,13 @@ class DiskTier:
         original, pin = file_names((item.key, item.pin_key))
         return self._kv / original, self._pins / pin
 
-    def _pin(self, key: ObjectKey, known: PinnedObject | None) -> PinnedObject | None:
+    def _pin(self, key: ObjectKey, existing: PinnedObject | None) -> PinnedObject | None:
         original, pin = self._original_of(key), self._pin_of(key)
-        if known is not None and _matches(pin, known):
-            return known
-        if known is not None and _same_file(pin, original):
+        if existing is not None and _matches(pin, existing):
+            return existing
+        if existing is not None and _same_file(pin, original):
             original.unlink(missing_ok=True)  # LMCache has the damaged bytes too
-        if known is not None:
+        if existing is not None:
             pin.unlink(missing_ok=True)
         try:
             self._link_over(original, pin)
@@ -194,11 +194,13 @@ class DiskTier:
         step = -(-len(items) // _THREADS) or 1
         slices = [items[i : i + step] for i in range(0, len(items), step)]
         # Every slice ends before one's failure is raised: the caller then releases the lock.
-        done = await asyncio.gather(*(self._run(partial(_map, work, part)) for part in slices), return_exceptions=True)
-        for part in done:
+        results: list[T] = []
+        runs = (self._run(partial(_map, work, part)) for part in slices)
+        for part in await asyncio.gather(*runs, return_exceptions=True):
             if isinstance(part, BaseException):
                 raise part
-        return [result for part in done if not isinstance(part, BaseException) for result in part]
+            results += part
+        return results
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:

@@ -69,9 +69,9 @@ class RedisTier:
             pipe.strlen(name)
         return list(await pipe.execute())
 
-    async def pin(self, keys: Sequence[ObjectKey], known: Mapping[str, PinnedObject]) -> list[PinnedObject]:
+    async def pin(self, keys: Sequence[ObjectKey], existing: Mapping[str, PinnedObject]) -> list[PinnedObject]:
         names = [str(key) for key in keys]
-        good = await self._check_known([known[name] for name in names if name in known])
+        good = await self._check_existing([existing[name] for name in names if name in existing])
         fresh = [name for name in names if name not in good]
         await self._copy([(name, self._pin_name(name)) for name in fresh])
         async for start, digests in self._digests([self._pin_name(name) for name in fresh]):
@@ -155,7 +155,7 @@ class RedisTier:
     def _pin_name(self, name: str) -> str:
         return self._prefix + name
 
-    async def _check_known(self, objects: Sequence[PinnedObject]) -> dict[str, PinnedObject]:
+    async def _check_existing(self, objects: Sequence[PinnedObject]) -> dict[str, PinnedObject]:
         """Return the pins that still match; delete the others, and LMCache's object where it has the same bytes."""
         good: dict[str, PinnedObject] = {}
         async for start, pins in self._digests([self._pin_name(o.key) for o in objects]):

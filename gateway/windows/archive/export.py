@@ -1,4 +1,4 @@
-"""Export a complete window as one file (`gateway.windows.archive.file_format`), one KV object in memory at a time."""
+"""Export a window as one file (`gateway.windows.archive.file_format`), with one KV object in memory at a time."""
 
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -15,15 +15,14 @@ from gateway.windows.archive import file_format
 from gateway.windows.archive.file_format import CHECKSUM, END, MANIFEST, TEXTS
 from gateway.windows.archive.manifest import Contents, Member, Record
 from gateway.windows.catalog import get_window
-from gateway.windows.context import Services
-from gateway.windows.instrumented import instrumented
+from gateway.windows.context import OperationContext, Services, instrumented
 
 Source = tuple[Tier, PinnedObject]
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A window that is about to be written: how many bytes it will be, and the bytes."""
+    """A window ready to be written: the size of its file, and the bytes."""
 
     window: Window
     size: int
@@ -31,13 +30,14 @@ class Export:
 
 
 @instrumented
-async def export(services: Services, tenant: str, name: str, *, as_text: bool = False) -> Export:
+async def export(ctx: OperationContext, name: str, *, as_text: bool = False) -> Export:
     """Make a window ready to be written; `as_text` leaves its KV out.
 
-    Every object is checked before the first byte. Raises `window_not_found`, `window_corrupted` where an object is lost
-    or damaged in every tier, `cache_unavailable` where that cannot be told.
+    Every object is checked before the first byte. Raises `window_not_found`, `window_corrupted` if an object is lost or
+    damaged in every tier, `cache_unavailable` if that cannot be determined.
     """
-    window = await get_window(services, tenant, name)
+    services = ctx.services
+    window = await get_window(services, ctx.tenant, name)
     manifest = await services.store.manifest(window)
     text = await services.store.text(window)
     sources = [] if as_text else await _sources(services, window, manifest)
@@ -49,7 +49,7 @@ async def export(services: Services, tenant: str, name: str, *, as_text: bool = 
     )
     head = contents.dump()
     size = file_format.BLOCK + file_format.padded(len(head)) + contents.size()
-    return Export(window, size, _whole(_members(head, texts, sources)))
+    return Export(window, size, _with_checksum(_members(head, texts, sources)))
 
 
 def pack(ids: Sequence[int]) -> bytes:
@@ -61,13 +61,13 @@ def pack(ids: Sequence[int]) -> bytes:
 
 
 async def _sources(services: Services, window: Window, manifest: Manifest) -> list[Source]:
-    """Where each object can be read, in chunk order."""
+    """A tier that has each object intact, in chunk order."""
     good: dict[str, Source] = {}
 
     async def add_good(tier: Tier) -> None:
-        mine = [o for o in manifest.objects if o.tier == tier.name and o.key not in good]
-        states = await tier.verify(mine)
-        good.update({o.key: (tier, o) for o, state in zip(mine, states, strict=True) if state.usable})
+        objects = [o for o in manifest.objects if o.tier == tier.name and o.key not in good]
+        states = await tier.verify(objects)
+        good.update({o.key: (tier, o) for o, state in zip(objects, states, strict=True) if state.usable})
 
     _, unreachable = await services.pins.each(add_good)
     names = list(dict.fromkeys(o.key for o in manifest.objects))
@@ -76,7 +76,7 @@ async def _sources(services: Services, window: Window, manifest: Manifest) -> li
     if lost and unreachable:
         raise GatewayError("cache_unavailable", unreachable[0], hint=hint)
     if lost:
-        await services.store.check_exists(window)  # else it was deleted while we looked: that is no damage
+        await services.store.check_exists(window)  # else it was deleted meanwhile: that is not damage
         raise GatewayError(
             "window_corrupted", f"{len(lost)} of {len(names)} KV objects are lost or damaged in every tier", hint=hint
         )
@@ -101,7 +101,7 @@ async def _members(head: bytes, texts: Sequence[bytes], sources: Sequence[Source
         yield file_format.wrap(file_format.object_name(index), value)
 
 
-async def _whole(members: AsyncIterator[Iterator[bytes]]) -> AsyncIterator[bytes]:
+async def _with_checksum(members: AsyncIterator[Iterator[bytes]]) -> AsyncIterator[bytes]:
     digest = blake3()
     async for member in members:
         for piece in member:

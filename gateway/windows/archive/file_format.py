@@ -1,19 +1,23 @@
-"""The file that a window travels in: a plain tar of which every byte is known beforehand or checked.
+"""The file format of a window: a plain tar of which every byte is known beforehand or checked.
 
-In this order: `manifest.json` (what the window is, and size and blake3 of every member after it: `contents.py`),
-`transcript.json`, `frame.json`, `token_ids.u32`, `objects/00000000` and so on in chunk order, the ranks of a chunk side
-by side, and `checksum.blake3` (of every byte before it). Nothing is compressed and no name is ever read from the file:
-a header has to be, byte for byte, the one that is due.
+In this order: `manifest.json` (the window, and size and blake3 of every member after it: `manifest.py`),
+`transcript.json`, `frame.json`, `token_ids.u32`, `objects/00000000` and so on in chunk order, the ranks of a chunk
+together, and `checksum.blake3` (of every byte before it). Nothing is compressed and no name is ever read from the file:
+each header must be, byte for byte, the expected one.
 """
 
 import asyncio
 import re
 import tarfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
+import orjson
 from blake3 import blake3
 
 from gateway.errors import GatewayError
+from gateway.validation.json_limits import TooDeep, TooMany
+from gateway.validation.json_scan import BadJson
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
@@ -22,7 +26,7 @@ TEXTS = ("transcript.json", "frame.json", "token_ids.u32")
 CHECKSUM = "checksum.blake3"
 MAX_MANIFEST = 16 * 2**20
 PIECE = 2**20
-_INLINE = 2**14  # bytes that are hashed sooner than a thread is asked to
+_INLINE = 2**14  # bytes that are hashed faster here than in a thread
 _SIZE = re.compile(rb"[0-7]{11}")
 
 
@@ -38,13 +42,8 @@ def object_name(index: int) -> str:
     return f"objects/{index:08d}"
 
 
-def padding(size: int) -> bytes:
-    """What fills a member up to whole blocks."""
-    return bytes(-size % BLOCK)
-
-
 def padded(size: int) -> int:
-    """`size` in whole blocks."""
+    """`size` rounded up to whole blocks."""
     return size + -size % BLOCK
 
 
@@ -53,19 +52,19 @@ def wrap(name: str, data: bytes) -> Iterator[bytes]:
     yield header(name, len(data))
     for start in range(0, len(data), PIECE):
         yield data[start : start + PIECE]
-    yield padding(len(data))
+    yield bytes(-len(data) % BLOCK)
 
 
 class Reader:
-    """Reads the file from its stream, member after member. Whatever is not as it must be is `window_corrupted`."""
+    """Reads the file from its stream, member by member. Any deviation from the format is `window_corrupted`."""
 
     def __init__(self, source: AsyncIterator[bytes]) -> None:
         self._source = source
-        self._rest = memoryview(b"")
+        self._buffer = memoryview(b"")
         self._whole = blake3()
 
     async def manifest(self) -> bytearray:
-        """Read the first member. Raises `invalid_request` where this is no file of ours, `payload_too_large`."""
+        """Read the first member. Raises `invalid_request` if this is not a window file, `payload_too_large`."""
         block = await self._take(BLOCK)
         size = int(block[124:135], 8) if _SIZE.fullmatch(block[124:135]) else 0
         if block != header(MANIFEST, size):
@@ -81,16 +80,14 @@ class Reader:
         return data
 
     async def text(self, name: str, size: int, checksum: str) -> bytearray:
-        """Read a member of `size` bytes whole, and check it against its blake3."""
-        await self._begin(name, size)
-        data = await self._take(size)
-        digest = blake3()
-        await _update(digest, memoryview(data))
-        await self._end(name, size, checksum, digest.hexdigest())
+        """Read a member of `size` bytes, and check it against its blake3."""
+        data = bytearray()
+        async for piece in self.pieces(name, size, checksum):
+            data += piece
         return data
 
     async def pieces(self, name: str, size: int, checksum: str) -> AsyncIterator[memoryview]:
-        """Read a member in pieces; the last one is given before the checksum is known, so go on to the end."""
+        """Read a member in pieces. The checksum is checked after the last one: exhaust the iterator."""
         await self._begin(name, size)
         digest, left = blake3(), size
         while left:
@@ -98,44 +95,41 @@ class Reader:
             left -= len(piece)
             await _update(digest, piece)
             yield piece
-        await self._end(name, size, checksum, digest.hexdigest())
+        if digest.hexdigest() != checksum:
+            raise corrupted(f"the checksum of {name} is wrong")
+        await self._zeros(-size % BLOCK, name)
 
     async def finish(self) -> None:
-        """Check the whole, and that nothing comes after it."""
-        due = self._whole.hexdigest().encode()
-        await self._begin(CHECKSUM, len(due))
-        if await self._take(len(due)) != due:
+        """Check the whole file, and that nothing comes after it."""
+        expected = self._whole.hexdigest().encode()
+        await self._begin(CHECKSUM, len(expected))
+        if await self._take(len(expected)) != expected:
             raise corrupted("the checksum of the whole file is wrong")
-        await self._zeros(-len(due) % BLOCK + len(END), CHECKSUM)
-        if self._rest or await self._more():
+        await self._zeros(-len(expected) % BLOCK + len(END), CHECKSUM)
+        if self._buffer or await self._more():
             raise corrupted("something comes after the end of the file")
 
     async def _begin(self, name: str, size: int) -> None:
         if await self._take(BLOCK) != header(name, size):
             raise corrupted(f"{name} with {size} bytes should come next but does not")
 
-    async def _end(self, name: str, size: int, due: str, digest: str) -> None:
-        if digest != due:
-            raise corrupted(f"the checksum of {name} is wrong")
-        await self._zeros(-size % BLOCK, name)
-
     async def _zeros(self, size: int, name: str) -> None:
         if any(await self._take(size)):
             raise corrupted(f"the padding of {name} is not empty")
 
     async def _take(self, size: int) -> bytearray:
-        """Read so many bytes. Memory grows with what has come, not with what was announced."""
+        """Read exactly `size` bytes. Memory grows with what has arrived, not with what was announced."""
         data = bytearray()
         while len(data) < size:
             data += await self._some(size - len(data))
         return data
 
     async def _some(self, most: int) -> memoryview:
-        """At least one byte."""
-        if not self._rest and not await self._more():
+        """Read at least one byte."""
+        if not self._buffer and not await self._more():
             raise corrupted("the file is truncated")
         size = min(most, PIECE)
-        piece, self._rest = self._rest[:size], self._rest[size:]
+        piece, self._buffer = self._buffer[:size], self._buffer[size:]
         await _update(self._whole, piece)
         return piece
 
@@ -145,8 +139,8 @@ class Reader:
         while size < PIECE and (part := await anext(self._source, None)) is not None:
             parts.append(part)
             size += len(part)
-        self._rest = memoryview(b"".join(parts))
-        return bool(self._rest)
+        self._buffer = memoryview(b"".join(parts))
+        return bool(self._buffer)
 
 
 async def _update(digest: blake3, data: memoryview) -> None:
@@ -156,18 +150,31 @@ async def _update(digest: blake3, data: memoryview) -> None:
         digest.update(data)
 
 
+@contextmanager
+def json_errors(name: str) -> Iterator[None]:
+    """Raise `too_complex` or `window_corrupted` for the JSON of member `name` that the block cannot read."""
+    try:
+        yield
+    except TooMany as error:
+        raise too_complex(name, error) from error
+    except (BadJson, TooDeep) as error:
+        raise corrupted(f"{name}: {error}") from error
+    except orjson.JSONDecodeError as error:
+        raise corrupted(f"{name} is not JSON: {error}") from error
+
+
 def corrupted(message: str) -> GatewayError:
-    """The error for a file that is not whole."""
+    """The error for a file that is not as it was exported."""
     return GatewayError("window_corrupted", message, hint="copy the file again, or export the window again")
 
 
 def too_large(name: str, size: int, most: int) -> GatewayError:
-    """The error for a member that is larger than any of its kind may be."""
+    """The error for a member that exceeds the limit for its kind."""
     return GatewayError("payload_too_large", f"{name} has {size} bytes; at most {most} are allowed")
 
 
 def too_complex(name: str, problem: object) -> GatewayError:
-    """The error for a text with more in it than any of its kind may have."""
+    """The error for a text with more elements than the limit for its kind."""
     return GatewayError(
         "too_complex", f"{name}: {problem}", hint="no conversation held through a gateway is that large"
     )

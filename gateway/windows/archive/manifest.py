@@ -1,7 +1,7 @@
 """The manifest of a window file: the window, and size and blake3 of every member that follows.
 
-It comes from outside, so it is taken apart before it is parsed: the window first, which says how many members there may
-be, and then no more members than that.
+It is untrusted, so it is split before it is parsed: first the window, which determines how many members there are, and
+then no more members than that.
 """
 
 import re
@@ -23,8 +23,18 @@ from gateway.records import (
 )
 from gateway.validation import json_scan
 from gateway.validation.json_limits import MAX_DEPTH, TooDeep, TooMany, check_value
-from gateway.validation.json_scan import BadJson, Budget
-from gateway.windows.archive.file_format import BLOCK, END, MANIFEST, TEXTS, corrupted, padded, too_complex, too_large
+from gateway.validation.json_scan import Budget
+from gateway.windows.archive.file_format import (
+    BLOCK,
+    END,
+    MANIFEST,
+    TEXTS,
+    corrupted,
+    json_errors,
+    padded,
+    too_complex,
+    too_large,
+)
 
 FORMAT = "cwg-window"
 VERSION = 1
@@ -42,20 +52,20 @@ _LARGEST = (MAX_TRANSCRIPT, MAX_FRAME, 4 * MAX_TOKENS)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What the manifest says of a member: its bytes, and their blake3 as hex."""
+    """A member of the file: its size in bytes, and their blake3 as hex."""
 
     size: int
     blake3: str
 
     @classmethod
     def of(cls, data: bytes) -> "Member":
-        """The member that `data` is."""
+        """The member with these bytes."""
         return cls(len(data), blake3(data).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The window as the file tells it. Neither salt nor tenant: those are of the gateway that holds it."""
+    """The window as the file describes it. Salt and tenant are those of the gateway that imports it."""
 
     name: str
     session_id: str
@@ -83,30 +93,24 @@ class Contents:
     objects: tuple[Member, ...]
 
     def dump(self) -> bytes:
-        """As it stands in the file."""
+        """The manifest as JSON."""
         return orjson.dumps({"format": FORMAT, "version": VERSION, "window": self.record, "texts": self.texts,
                              "objects": self.objects})  # fmt: skip
 
     def size(self) -> int:
-        """Bytes of the members that follow, with what a tar puts around them."""
+        """Bytes of the members that follow, with their tar headers and padding."""
         members = sum(BLOCK + padded(member.size) for member in (*self.texts, *self.objects))
         return members + BLOCK + padded(64) + len(END)
 
 
 def read(data: bytes | bytearray) -> Contents:
-    """Read a manifest; takes up to a second, so do it in a thread.
+    """Read a manifest; takes up to a second, so run it in a thread.
 
-    Raises `invalid_request` where it is of another format or version, `payload_too_large`, `too_complex`, and
-    `window_corrupted` for whatever else it cannot be.
+    Raises `invalid_request` for another format or version, `payload_too_large`, `too_complex`, and `window_corrupted`
+    for anything else that is wrong.
     """
-    try:
+    with json_errors(MANIFEST):
         return _read(memoryview(data))
-    except TooMany as error:
-        raise too_complex(MANIFEST, error) from error
-    except (BadJson, TooDeep) as error:
-        raise corrupted(f"{MANIFEST}: {error}") from error
-    except orjson.JSONDecodeError as error:
-        raise corrupted(f"{MANIFEST} is not JSON: {error}") from error
 
 
 def _read(data: memoryview) -> Contents:
@@ -126,7 +130,7 @@ def _read(data: memoryview) -> Contents:
 
 
 def _small(part: memoryview | None) -> Any:
-    """The value of a part that is a word or a number."""
+    """The value of a part that must be short."""
     return orjson.loads(part) if part is not None and len(part) <= 1000 else None
 
 
@@ -161,12 +165,12 @@ def _record(part: memoryview) -> Record:
 def _members(part: memoryview | None, count: int, largest: tuple[int, ...]) -> Iterator[Member]:
     if part is None:
         raise corrupted(f"{MANIFEST} has no list of members")
-    named = 0
-    for named, one in enumerate(json_scan.elements(part, Budget(2, count + 2, 3 * count + 3)), 1):
-        if named > count:
+    number = 0
+    for number, one in enumerate(json_scan.elements(part, Budget(2, count + 2, 3 * count + 3)), 1):
+        if number > count:
             break
-        yield _member(one, largest[named - 1])
-    if named != count:
+        yield _member(one, largest[number - 1])
+    if number != count:
         raise corrupted(f"{MANIFEST} does not name as many members as its window has")
 
 
@@ -190,7 +194,7 @@ def _line(value: object) -> bool:
 
 
 def has_controls(text: str) -> bool:
-    """Whether a text has control characters, of which a terminal or a log might make something."""
+    """Whether a text has control characters, which a terminal or a log might interpret."""
     return any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in text)
 
 
@@ -201,7 +205,7 @@ def _tags(value: object) -> bool:
 
 
 def _receipt(value: object) -> bool:
-    """A receipt as a gateway writes one. What an earlier import noted in it is not kept, so it does not count."""
+    """A receipt as a gateway writes one. The part of an earlier import is not kept, so it does not count."""
     if not isinstance(value, dict):
         return False
     own = {name: part for name, part in value.items() if name != "imported"}

@@ -1,4 +1,4 @@
-"""An unnamed file that holds an import until all of it was checked; the kernel deletes it if the process dies."""
+"""An unnamed file that holds an import until it was checked; the kernel deletes it if the process dies."""
 
 import asyncio
 import errno
@@ -12,49 +12,46 @@ from typing import IO
 from gateway.errors import GatewayError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LOOK_EVERY = 16 * 2**20  # bytes between two looks at what is free
+_CHECK_EVERY = 16 * 2**20  # bytes between two checks of the free space
 
 
 class Spool:
-    """Takes bytes as long as `reserve` bytes stay free on the disk of `folder`. Raises `storage_full`."""
+    """Accepts bytes as long as `reserve` bytes stay free on the disk of `folder`. Raises `storage_full`."""
 
     def __init__(self, folder: Path, reserve: int) -> None:
         self._folder = folder
         self._reserve = reserve
-        self._unlooked = _LOOK_EVERY
+        self._unchecked = _CHECK_EVERY
 
     async def __aenter__(self) -> "Spool":
-        self._file = await asyncio.to_thread(self._open)
+        self._file: IO[bytes] = await asyncio.to_thread(tempfile.TemporaryFile, dir=self._folder)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with suppress(OSError):  # of what could not be written: that was told already, or nobody wants it any more
+        with suppress(OSError):  # of an earlier write: it was raised already, or the import was cancelled
             await asyncio.to_thread(self._file.close)
 
     async def expect(self, size: int) -> None:
-        """Refuse at once what there is no room for."""
-        await asyncio.to_thread(self._look, size)
+        """Refuse at once if there is no room for `size` bytes."""
+        await asyncio.to_thread(self._check_room, size)
 
     async def write(self, piece: memoryview) -> None:
         """Add a piece."""
         await asyncio.to_thread(self._write, piece)
 
     async def rewind(self) -> None:
-        """Read from the beginning."""
-        await asyncio.to_thread(self._do, lambda: self._file.seek(0))  # which writes what is left in the buffer
+        """Go back to the beginning."""
+        await asyncio.to_thread(self._do, lambda: self._file.seek(0))  # flushes the buffer
 
     async def read(self, size: int) -> bytes:
-        """Read what comes next."""
+        """Read the next bytes."""
         return await asyncio.to_thread(self._file.read, size)
 
-    def _open(self) -> IO[bytes]:
-        return tempfile.TemporaryFile(dir=self._folder)
-
     def _write(self, piece: memoryview) -> None:
-        self._unlooked += len(piece)
-        if self._unlooked >= _LOOK_EVERY:
-            self._look(len(piece))
-            self._unlooked = 0
+        self._unchecked += len(piece)
+        if self._unchecked >= _CHECK_EVERY:
+            self._check_room(len(piece))
+            self._unchecked = 0
         self._do(lambda: self._file.write(piece))
 
     def _do(self, work: Callable[[], object]) -> None:
@@ -66,7 +63,7 @@ class Spool:
                 raise _full(why) from error
             raise GatewayError("internal", f"the file cannot be read into {why}") from error
 
-    def _look(self, size: int) -> None:
+    def _check_room(self, size: int) -> None:
         free = shutil.disk_usage(self._folder).free
         if free - size < self._reserve:
             raise _full(f"{free} bytes are free in {self._folder}, {self._reserve} are kept free (disk_reserve_bytes)")

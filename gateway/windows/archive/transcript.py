@@ -1,7 +1,7 @@
 """The text of a window's file: its transcript, its frame and its token ids, read without trusting any of them.
 
-A transcript is never parsed whole. It is cut at its messages (`gateway.validation.json_scan`), and each is parsed,
-checked and released; what stays in memory are the bytes that came.
+A transcript is never parsed as a whole. It is split into its messages (`gateway.validation.json_scan`), and each is
+parsed, checked and released; what stays in memory are the bytes received.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from sys import byteorder
-from typing import Any, overload
+from typing import Any
 
 import orjson
 
@@ -17,21 +17,21 @@ from gateway.dialects import text_transcripts
 from gateway.dialects.base import RENDER_FIELDS
 from gateway.records import Message
 from gateway.validation import json_limits, json_scan
-from gateway.validation.json_limits import MAX_DEPTH, TooDeep, TooMany
-from gateway.validation.json_scan import BadJson, Budget
-from gateway.windows.archive.file_format import TEXTS, Reader, corrupted, too_complex, too_large
+from gateway.validation.json_limits import MAX_DEPTH, TooMany
+from gateway.validation.json_scan import Budget
+from gateway.windows.archive.file_format import TEXTS, Reader, corrupted, json_errors, too_large
 from gateway.windows.archive.manifest import Member
 
 _MAX_MESSAGES = 100_000
-_MAX_MESSAGE = 32 * 2**20  # bytes: the parser holds the interpreter for a tenth of a second
-# Of a transcript. Containers cost the parser most; a list of token ids is nearly all commas.
+_MAX_MESSAGE = 32 * 2**20  # bytes: parsing it blocks the interpreter for a tenth of a second
+# Of a transcript. Containers take the parser longest; a list of token ids is nearly all commas.
 _MAX_CONTAINERS = 200_000
 _MAX_COMMAS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class FiledText:
-    """What the file says in words."""
+    """The text of a file."""
 
     messages: Sequence[Message]
     frame: dict[str, Any]
@@ -39,20 +39,13 @@ class FiledText:
 
 
 class _Messages(Sequence[Message]):
-    """The messages of a transcript, each parsed when it is asked for."""
+    """The messages of a transcript, each parsed on access."""
 
     def __init__(self, parts: Sequence[memoryview]) -> None:
         self._parts = parts
 
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> "_Messages": ...
-    def __getitem__(self, index: int | slice) -> "Message | _Messages":
-        if isinstance(index, slice):
-            return _Messages(self._parts[index])
-        message: Message = orjson.loads(self._parts[index])
-        return message
+    def __getitem__(self, index: Any) -> Any:
+        return _Messages(self._parts[index]) if isinstance(index, slice) else orjson.loads(self._parts[index])
 
     def __iter__(self) -> Iterator[Message]:
         return map(orjson.loads, self._parts)
@@ -66,33 +59,26 @@ async def read_text(reader: Reader, members: Sequence[Member]) -> FiledText:
     transcript, frame, ids = [
         await reader.text(name, one.size, one.blake3) for name, one in zip(TEXTS, members, strict=True)
     ]
-    return FiledText(await _in_thread(0, _messages, transcript), await _in_thread(1, _frame, frame), _ids(ids))
-
-
-async def _in_thread(index: int, read: Any, data: bytearray) -> Any:
-    try:
-        return await asyncio.to_thread(read, memoryview(data))
-    except TooMany as error:
-        raise too_complex(TEXTS[index], error) from error
-    except (BadJson, TooDeep) as error:
-        raise corrupted(f"{TEXTS[index]}: {error}") from error
-    except orjson.JSONDecodeError as error:
-        raise corrupted(f"{TEXTS[index]} is not JSON: {error}") from error
+    with json_errors(TEXTS[0]):
+        messages = await asyncio.to_thread(_messages, memoryview(transcript))
+    with json_errors(TEXTS[1]):
+        fields = await asyncio.to_thread(_frame, memoryview(frame))
+    return FiledText(messages, fields, _ids(ids))
 
 
 def _messages(data: memoryview) -> Sequence[Message]:
-    found: list[memoryview] = []
+    parts: list[memoryview] = []
     for part in json_scan.elements(data, Budget(MAX_DEPTH, _MAX_CONTAINERS, _MAX_COMMAS)):
-        if len(found) == _MAX_MESSAGES:
+        if len(parts) == _MAX_MESSAGES:
             raise TooMany(f"it has more than {_MAX_MESSAGES} messages")
         if len(part) > _MAX_MESSAGE:
             raise too_large(f"a message in {TEXTS[0]}", len(part), _MAX_MESSAGE)
         if not _is_message(orjson.loads(part)):
             raise corrupted(f"{TEXTS[0]} is not a list of messages with a role each")
-        found.append(part)
-    if not found:
+        parts.append(part)
+    if not parts:
         raise corrupted(f"{TEXTS[0]} has no message")
-    return _Messages(found)
+    return _Messages(parts)
 
 
 def _is_message(value: Any) -> bool:
@@ -108,9 +94,9 @@ def _is_message(value: Any) -> bool:
 
 def _frame(data: memoryview) -> dict[str, Any]:
     value = json_limits.parse_bounded(bytes(data))
-    strange = next((name for name in value if name not in RENDER_FIELDS), None) if isinstance(value, dict) else "?"
-    if strange is not None:
-        raise corrupted(f"{TEXTS[1]} has {strange!r:.80}, which is not a field that prompts are rendered from")
+    unknown = next((name for name in value if name not in RENDER_FIELDS), None) if isinstance(value, dict) else "?"
+    if unknown is not None:
+        raise corrupted(f"{TEXTS[1]} has {unknown!r:.80}, which is not a field that prompts are rendered from")
     return dict(value)
 
 

@@ -19,10 +19,9 @@ from gateway.store.types import Unfrozen
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.policy_runner import NamedPolicy, Opinion, PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import delete
-from gateway.windows.freeze import Naming
-from gateway.windows.naming import freeze_automatically
+from gateway.windows.freeze import Naming, freeze_automatically
 from policies.contract import Event, Observation
 
 log = logging.getLogger(__name__)
@@ -286,7 +285,8 @@ class AutofreezeService:
             return
         try:
             naming = Naming(self._window_name(session), rules.description(reason), (AUTO_TAG,), self._rules.ttl_seconds)
-            window, _ = await freeze_automatically(self._services, session.tenant, session.id, naming)
+            ctx = OperationContext(self._services, session.tenant)
+            window, _ = await freeze_automatically(ctx, session.id, naming)
         except GatewayError as error:
             wait = await self._report_failure(row)
             problem = f"{error.message}; not again for {wait:g} s"
@@ -313,7 +313,7 @@ class AutofreezeService:
         names = await self._services.store.auto_windows(tenant, session_id)
         for name in names[self._rules.keep :]:
             try:
-                await delete(self._services, tenant, name, automatic_of=session_id)
+                await delete(OperationContext(self._services, tenant), name, automatic_of=session_id)
             except GatewayError as error:  # deleted by someone else, or a tier is down: the next freeze tries again
                 log.warning("the superseded window %s was not deleted: %s", name, error.message)
             else:

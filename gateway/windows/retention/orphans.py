@@ -1,39 +1,37 @@
 """Delete KV that no session and no window needs any more from every tier.
 
-What LMCache stored for a session lies under its salt, which thaws and forks of one lineage share. When a session (or a
-window) goes, the store notes its salts as loose, in the same transaction. Under a loose salt that no other session
-uses, everything goes that no window holds. The salt stays noted until a later look finds it clean: LMCache writes to
-its tiers after the reply, so what the last turn computed may land when we have looked already.
+What LMCache stored for a session has its salt, which thaws and forks of one lineage share. When a session or a window
+is deleted, the store marks its salts as orphaned, in the same transaction. Of an orphaned salt that no other session
+uses, everything is deleted that no window holds. The salt stays marked until a later pass finds nothing left: LMCache
+writes to its tiers after the reply, so what the last turn computed may arrive after the first pass.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.kv.keys import ObjectKey
 from gateway.sessions.resolver import session_not_found
 from gateway.settings import Settings
-from gateway.store.types import OrphanedSalt
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.delete import drop_from_cache
-from gateway.windows.instrumented import instrumented
 
-_LANDED_S = 30.0  # by then what LMCache had to write is written
-_AT_ONCE = 1000  # objects removed while freezes wait
-_IDLE_AT_ONCE = 500
+_WRITTEN_S = 30.0  # by then LMCache has written what it had to write
+BATCH = 1000  # objects deleted while freezes wait
+_SESSIONS_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What was really removed, a pin and its object counted once; `kept` are salts that are still needed."""
+class OrphansDeleted:
+    """What was deleted, a pin and its object counted once; `kept` counts the salts that are still needed."""
 
     blocks_deleted: int = 0
     space_freed_bytes: int = 0
     warnings: tuple[str, ...] = ()
     kept: int = 0
 
-    def __add__(self, other: "Forgotten") -> "Forgotten":
-        return Forgotten(
+    def __add__(self, other: "OrphansDeleted") -> "OrphansDeleted":
+        return OrphansDeleted(
             self.blocks_deleted + other.blocks_deleted,
             self.space_freed_bytes + other.space_freed_bytes,
             tuple(dict.fromkeys((*self.warnings, *other.warnings))),
@@ -42,99 +40,100 @@ class Forgotten:
 
 
 @instrumented
-async def delete_session(services: Services, tenant: str, session_id: str) -> Forgotten:
+async def delete_session(ctx: OperationContext, session_id: str) -> OrphansDeleted:
     """Delete a session, and the KV that only it needed. Raises `session_not_found`, `session_busy`."""
-    # A turn that is going on would make the session anew when it is recorded.
+    services, tenant = ctx.services, ctx.tenant
+    # A turn in flight would create the session again when it is recorded.
     await services.turns.wait_until_idle(tenant, session_id, services.settings.busy_wait_s)
     salts = set(await services.store.salts_of(tenant, session_id))
     if not await services.store.delete_session(tenant, session_id):
         raise session_not_found(session_id)
-    done = await forget(services, [one for one in await services.store.orphaned_salts() if one.salt in salts])
-    if done.kept:
+    deleted = await delete_orphans(services, salts)
+    if deleted.kept:
         shared = "another session of this lineage needs its cache: it stays until the last of them is deleted"
-        return replace(done, warnings=(shared, *done.warnings))
-    return done
+        return replace(deleted, warnings=(shared, *deleted.warnings))
+    return deleted
 
 
-async def forget_sessions(services: Services, *, expire: bool = True) -> tuple[int, int]:
+async def delete_idle_sessions(services: Services, *, expire: bool = True) -> tuple[int, int]:
     """Delete the sessions beyond `sessions_kept`, and those past `session_ttl_s`; return how many of each."""
     beyond = await services.store.forget_idle(services.settings.sessions_kept)
     expire = expire and bool(services.settings.session_ttl_s)
-    return beyond, await _expire(services, expired_by(services.settings)) if expire else 0
+    return beyond, await _delete_expired(services, expired_by(services.settings)) if expire else 0
 
 
 def expired_by(settings: Settings) -> float:
-    """Sessions that were last active before this are past `session_ttl_s`: the next sweep forgets them."""
+    """Sessions that were last active before this are past `session_ttl_s`: the next sweep deletes them."""
     return time.time() - settings.session_ttl_s if settings.session_ttl_s else 0.0
 
 
-async def _expire(services: Services, since: float) -> int:
+async def _delete_expired(services: Services, since: float) -> int:
     expired = 0
     while True:
-        idle = await services.store.idle_sessions(since, _IDLE_AT_ONCE)
-        gone = [
+        idle = await services.store.idle_sessions(since, _SESSIONS_BATCH)
+        deleted = [
             await services.store.delete_session(tenant, session_id, idle_since=since)
             for tenant, session_id in idle
             if not services.turns.has_turn_in_flight(tenant, session_id)
         ]
-        expired += sum(gone)
-        if not any(gone) or len(idle) < _IDLE_AT_ONCE:
+        expired += sum(deleted)
+        if not any(deleted) or len(idle) < _SESSIONS_BATCH:
             return expired
 
 
-async def forget_loose(services: Services) -> Forgotten:
-    """See to every salt that was let go of; what could not be done now is done at the next call."""
-    return await forget(services, await services.store.orphaned_salts())
+async def delete_orphans(services: Services, salts: Collection[str] | None = None) -> OrphansDeleted:
+    """Delete what has an orphaned salt, or one of `salts`, and is not needed. What fails now is left to the next call.
 
-
-async def forget(services: Services, salts: Sequence[OrphanedSalt]) -> Forgotten:
-    """Remove what lies under `salts` and is not needed; each tier is read once, however many they are."""
-    quiet = [one for one in salts if not services.turns.lineage_has_turn_in_flight(one.tenant, one.lineage)]
-    done = Forgotten(kept=len(salts) - len(quiet))
-    if not quiet:
-        return done
+    Each tier is read once, however many salts there are.
+    """
+    orphaned = [one for one in await services.store.orphaned_salts() if salts is None or one.salt in salts]
+    idle = [one for one in orphaned if not services.turns.lineage_has_turn_in_flight(one.tenant, one.lineage)]
+    deleted = OrphansDeleted(kept=len(orphaned) - len(idle))
+    if not idle:
+        return deleted
     began = time.time()
-    found, warnings = await services.pins.keys_with_salt({one.salt for one in quiet})
-    done += Forgotten(warnings=tuple(warnings))
-    by_salt = _by_salt(found)
-    for one in quiet:
-        part = await _forget(services, one, by_salt.get(one.salt, []))
-        done += part
-        # Where a session has it again, that session's end will bring it back.
-        if part.kept or (began - one.since > _LANDED_S and not warnings and not part.warnings):
+    found, warnings = await services.pins.keys_with_salt({one.salt for one in idle})
+    deleted += OrphansDeleted(warnings=tuple(warnings))
+    by_salt = group_by_salt(found)
+    for one in idle:
+        part = await _delete_salt(services, one.salt, by_salt.get(one.salt, []))
+        deleted += part
+        # If a session uses it again, the deletion of that session will mark it again.
+        if part.kept or (began - one.since > _WRITTEN_S and not warnings and not part.warnings):
             await services.store.clear_orphan(one)
-    return done
+    return deleted
 
 
-async def _forget(services: Services, gone: OrphanedSalt, keys: Sequence[ObjectKey]) -> Forgotten:
-    if await services.store.salt_in_use(gone.salt):
-        return Forgotten(kept=1)
-    done = Forgotten()
-    for start in range(0, len(keys), _AT_ONCE):
-        done += await _remove(services, gone.salt, keys[start : start + _AT_ONCE])
-        if done.kept:
-            return done
-    return done
+async def _delete_salt(services: Services, salt: str, keys: Sequence[ObjectKey]) -> OrphansDeleted:
+    if await services.store.salt_in_use(salt):
+        return OrphansDeleted(kept=1)
+    deleted = OrphansDeleted()
+    for start in range(0, len(keys), BATCH):
+        deleted += await _delete_batch(services, salt, keys[start : start + BATCH])
+        if deleted.kept:
+            return deleted
+    return deleted
 
 
-async def _remove(services: Services, salt: str, keys: Sequence[ObjectKey]) -> Forgotten:
+async def _delete_batch(services: Services, salt: str, keys: Sequence[ObjectKey]) -> OrphansDeleted:
     async with services.pins.lock.acquire(exclusive=True):
         if await services.store.salt_in_use(salt):
-            return Forgotten(kept=1)
+            return OrphansDeleted(kept=1)
         free = not_held(keys, await services.store.held_under(salt))
         freed, warnings = await services.pins.remove(free, originals=True)
     warnings += await drop_from_cache(services, free)
-    return Forgotten(len(free), freed, tuple(warnings))
+    return OrphansDeleted(len(free), freed, tuple(warnings))
 
 
 def not_held(keys: Iterable[ObjectKey], held: Iterable[ObjectKey]) -> list[ObjectKey]:
-    """Those of `keys` that are at none of the addresses of `held`."""
+    """Those of `keys` that have none of the addresses of `held`, what windows hold."""
     addresses = {key.address for key in held}
     return [key for key in keys if key.address not in addresses]
 
 
-def _by_salt(keys: Iterable[ObjectKey]) -> Mapping[str, list[ObjectKey]]:
-    found: dict[str, list[ObjectKey]] = {}
+def group_by_salt(keys: Iterable[ObjectKey]) -> dict[str, list[ObjectKey]]:
+    """The keys of each salt."""
+    groups: dict[str, list[ObjectKey]] = {}
     for key in keys:
-        found.setdefault(key.salt, []).append(key)
-    return found
+        groups.setdefault(key.salt, []).append(key)
+    return groups

@@ -1,7 +1,7 @@
-"""Budgets: a tier that is over its budget loses the KV of the longest idle sessions, never that of windows.
+"""Quotas: a tier over its budget loses the KV of the sessions idle longest, never that of windows.
 
 So does the disk tier, with or without a budget, when less than `disk_reserve_bytes` are free on its disk: the store may
-lie on the same one.
+be on the same one.
 """
 
 import logging
@@ -12,21 +12,19 @@ from gateway.kv.tiers.base import Tier
 from gateway.store.types import SaltUse
 from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
-from gateway.windows.retention.orphans import not_held
+from gateway.windows.retention.orphans import BATCH, group_by_salt, not_held
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 1000  # objects removed while freezes wait
 
-
-async def keep_budgets(services: Services) -> None:
-    """Bring every tier within its budget, as far as sessions that are idle have something to give."""
-    _, warnings = await services.pins.each(lambda tier: _keep(services, tier))
+async def enforce_quotas(services: Services) -> None:
+    """Bring every tier within its budget, as far as the KV of idle sessions allows."""
+    _, warnings = await services.pins.each(lambda tier: _enforce(services, tier))
     for warning in warnings:
         log.warning("could not check a budget: %s", warning)
 
 
-async def _keep(services: Services, tier: Tier) -> None:
+async def _enforce(services: Services, tier: Tier) -> None:
     settings = services.settings
     budget = {"disk": settings.disk_budget_bytes, "redis": settings.redis_budget_bytes}.get(tier.name, 0)
     free = await tier.free()
@@ -34,23 +32,21 @@ async def _keep(services: Services, tier: Tier) -> None:
     if not (budget or lacking):
         return
     stored = await tier.inventory()
-    held = sum(one.size for one in stored)
-    budget = min(budget or held, max(0, held - lacking))
-    if held <= budget:
+    size = sum(one.size for one in stored)
+    budget = min(budget or size, max(0, size - lacking))
+    if size <= budget:
         return
-    by_salt: dict[str, list[ObjectKey]] = {}
-    for one in stored:
-        by_salt.setdefault(one.key.salt, []).append(one.key)
+    by_salt = group_by_salt(one.key for one in stored)
     for salt, uses in _idle_first(await services.store.salt_uses()):
         if salt not in by_salt or any(
             services.turns.lineage_has_turn_in_flight(use.tenant, use.lineage) for use in uses
         ):
             continue
-        held -= await _take(services, tier, salt, by_salt[salt])
-        if held <= budget:
+        size -= await _delete_salt(services, tier, salt, by_salt[salt])
+        if size <= budget:
             return
     log.warning("the %s tier holds %d bytes, %d more than its budget, and no idle session has any of it that no window "
-                "holds", tier.name, held, held - budget)  # fmt: skip
+                "holds", tier.name, size, size - budget)  # fmt: skip
 
 
 def _idle_first(uses: Sequence[SaltUse]) -> list[tuple[str, list[SaltUse]]]:
@@ -61,13 +57,13 @@ def _idle_first(uses: Sequence[SaltUse]) -> list[tuple[str, list[SaltUse]]]:
     return sorted(by_salt.items(), key=lambda item: max(use.last_active_at for use in item[1]))
 
 
-async def _take(services: Services, tier: Tier, salt: str, keys: Sequence[ObjectKey]) -> int:
-    """Remove from a tier what lies under a salt and no window holds; return the bytes freed."""
+async def _delete_salt(services: Services, tier: Tier, salt: str, keys: Sequence[ObjectKey]) -> int:
+    """Delete the objects of one salt from a tier, except what windows hold; return the bytes freed."""
     freed = 0
-    for start in range(0, len(keys), _AT_ONCE):
+    for start in range(0, len(keys), BATCH):
         # No freeze is between its pins and its commit now, so what no window holds is not about to be held.
         async with services.pins.lock.acquire(exclusive=True):
-            free = not_held(keys[start : start + _AT_ONCE], await services.store.held_under(salt))
+            free = not_held(keys[start : start + BATCH], await services.store.held_under(salt))
             freed += await tier.remove(free)
         for warning in await drop_from_cache(services, free, [tier]):
             log.warning("the cache still has in memory what was deleted for a budget: %s", warning)

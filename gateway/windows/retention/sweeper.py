@@ -3,25 +3,26 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 
 from gateway.errors import GatewayError
 from gateway.kv.file_lock import FileLock
 from gateway.records import Window
 from gateway.runtime.clock import Clock
-from gateway.windows.context import Services
+from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import delete
 from gateway.windows.retention import orphans
-from gateway.windows.retention.quota import keep_budgets
+from gateway.windows.retention.quota import enforce_quotas
 
 log = logging.getLogger(__name__)
 
-_WINDOWS_AT_ONCE = 100
+_BATCH = 100  # windows
 
 
 async def run_sweeper(services: Services) -> None:
-    """Sweep every `sweep_every_s`, for ever."""
+    """Sweep every `sweep_every_s`, until it is cancelled."""
     every = services.settings.sweep_every_s
-    # Held for life: a worker that dies lets go of it, and another takes over.
+    # Held until this worker ends: then another takes over.
     async with FileLock(services.settings.data_path / "sweep.lock", poll_s=every).acquire(exclusive=True):
         clock, doubt = Clock(services.settings.clock_hold_s), ""
         clock.started_after(await services.store.newest())
@@ -34,45 +35,53 @@ async def run_sweeper(services: Services) -> None:
 
 
 async def sweep(services: Services, *, expire: bool = True) -> None:
-    """One round. A step that fails is logged and keeps the others from nothing; with `expire` age is a reason to go."""
+    """Sweep once; with `expire`, also what is too old. A step that fails is logged, and does not stop the others."""
     if expire:
-        await services.background.run_logged(_windows(services), "deleting expired windows")
-    await services.background.run_logged(_sessions(services, expire=expire), "forgetting idle sessions")
-    await services.background.run_logged(_loose(services), "removing KV that nobody needs")
-    await services.background.run_logged(keep_budgets(services), "keeping the budgets")
+        await _run_logged(_expire_windows(services), "deleting expired windows")
+    await _run_logged(_delete_sessions(services, expire=expire), "deleting idle sessions")
+    await _run_logged(_delete_orphans(services), "deleting KV that nobody needs")
+    await _run_logged(enforce_quotas(services), "enforcing the quotas")
 
 
-async def _windows(services: Services) -> None:
+async def _run_logged(step: Awaitable[None], name: str) -> None:
+    try:
+        await step
+    except Exception:
+        log.exception("%s failed", name)
+
+
+async def _expire_windows(services: Services) -> None:
     by = time.time() - services.settings.expiry_grace_s
-    while expired := await services.store.expired_windows(by, _WINDOWS_AT_ONCE):
+    while expired := await services.store.expired_windows(by, _BATCH):
         for window in expired:
             await _expire(services, window, by)
 
 
 async def _expire(services: Services, window: Window, by: float) -> None:
     try:
-        done = await delete(services, window.tenant, window.name, expired_by=by)
+        deleted = await delete(OperationContext(services, window.tenant), window.name, expired_by=by)
     except GatewayError as error:
-        if error.code != "window_not_found":  # else somebody was faster, or has given it more time
+        if error.code != "window_not_found":  # else it was deleted or its expiry was extended meanwhile
             raise
         return
-    freed = f"{done.blocks_deleted} KV objects, {done.space_freed_bytes} bytes"
+    freed = f"{deleted.blocks_deleted} KV objects, {deleted.space_freed_bytes} bytes"
     log.info("window %s has expired and was deleted: %s", window.name, freed)
-    for warning in done.warnings:
+    for warning in deleted.warnings:
         log.warning("window %s: %s", window.name, warning)
 
 
-async def _sessions(services: Services, *, expire: bool) -> None:
-    beyond, expired = await orphans.forget_sessions(services, expire=expire)
+async def _delete_sessions(services: Services, *, expire: bool) -> None:
+    beyond, expired = await orphans.delete_idle_sessions(services, expire=expire)
     if beyond:
-        log.info("forgot %d sessions that were idle longest: more than sessions_kept", beyond)
+        log.info("deleted %d sessions that were idle longest: more than sessions_kept", beyond)
     if expired:
-        log.info("forgot %d sessions that were idle longer than session_ttl_s", expired)
+        log.info("deleted %d sessions that were idle longer than session_ttl_s", expired)
 
 
-async def _loose(services: Services) -> None:
-    done = await orphans.forget_loose(services)
-    if done.blocks_deleted:
-        log.info("removed %d KV objects (%d bytes) that nobody needs", done.blocks_deleted, done.space_freed_bytes)
-    for warning in done.warnings:
-        log.warning("could not remove all KV that nobody needs: %s", warning)
+async def _delete_orphans(services: Services) -> None:
+    deleted = await orphans.delete_orphans(services)
+    if deleted.blocks_deleted:
+        freed = deleted.space_freed_bytes
+        log.info("deleted %d KV objects (%d bytes) that nobody needs", deleted.blocks_deleted, freed)
+    for warning in deleted.warnings:
+        log.warning("could not delete all KV that nobody needs: %s", warning)

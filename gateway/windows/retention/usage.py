@@ -1,7 +1,7 @@
-"""How many objects and bytes are in each tier, and whose; the sums are what disk and Redis would report."""
+"""How many objects and bytes are in each tier, and for whom; the sums are what disk and Redis would report."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from gateway.kv.tiers.base import Stored
@@ -16,16 +16,17 @@ class Share:
     bytes: int
 
     @classmethod
-    def of(cls, found: Collection[Stored]) -> "Share":
-        """Count them."""
-        return cls(len(found), sum(one.size for one in found))
+    def of(cls, objects: Collection[Stored]) -> "Share":
+        """The share that these objects are."""
+        return cls(len(objects), sum(one.size for one in objects))
 
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
-    """One tier. `windows`, `sessions`, `forgotten` and `unknown` add up to the whole.
+    """One tier. `windows`, `sessions`, `forgotten` and `unknown` add up to the total.
 
-    windows: held by one · sessions: under the salt of one · forgotten: goes at a sweep · unknown: of nobody we know.
+    windows: a window holds it · sessions: has the salt of a session · forgotten: the next sweep deletes it ·
+    unknown: none of these.
     """
 
     name: str
@@ -38,43 +39,37 @@ class TierUse:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Owners:
+    """What windows hold, by address, and the salts of sessions, and those that are orphaned."""
+
     held: frozenset[tuple[int, int, str, str]]
     used: frozenset[str]
-    loose: frozenset[str]
+    orphaned: frozenset[str]
 
     def owner(self, one: Stored) -> str:
         if one.key.address in self.held:
             return "windows"
         salt = one.key.salt
-        return "sessions" if salt in self.used else "forgotten" if salt in self.loose else "unknown"
+        return "sessions" if salt in self.used else "forgotten" if salt in self.orphaned else "unknown"
 
 
 async def usage(services: Services) -> tuple[list[TierUse], list[str]]:
-    """Look at each tier; return what it holds, and a warning for each that cannot be reached."""
-    known = await _known(services)
-    stored, warnings = await services.pins.each(lambda tier: tier.inventory())
-    return [await asyncio.to_thread(_use, tier, objects, known) for tier, objects in stored.items()], warnings
-
-
-async def _known(services: Services) -> _Known:
-    held = await services.store.held_objects() | await services.store.isolated_names()
-    used = frozenset(use.salt for use in await services.store.salt_uses())
-    return _Known(
+    """Return what each tier holds, and a warning for each that cannot be reached."""
+    store = services.store
+    held = await store.held_objects() | await store.isolated_names()
+    owners = _Owners(
         frozenset(key.address for key in held),
-        used,
-        frozenset(gone.salt for gone in await services.store.orphaned_salts()),
+        frozenset(use.salt for use in await store.salt_uses()),
+        frozenset(one.salt for one in await store.orphaned_salts()),
     )
+    stored, warnings = await services.pins.each(lambda tier: tier.inventory())
+    return [await asyncio.to_thread(_use, tier, objects, owners) for tier, objects in stored.items()], warnings
 
 
-def _use(name: str, found: Sequence[Stored], known: _Known) -> TierUse:
-    by_owner = {owner: Share.of(some) for owner, some in _grouped(found, known).items()}
-    pinned = [one for one in found if one.pin]
-    return TierUse(name, Share.of(found), Share(len(pinned), sum(one.pin for one in pinned)), **by_owner)
-
-
-def _grouped(found: Iterable[Stored], known: _Known) -> dict[str, list[Stored]]:
-    groups: dict[str, list[Stored]] = {"windows": [], "sessions": [], "forgotten": [], "unknown": []}
-    for one in found:
-        groups[known.owner(one)].append(one)
-    return groups
+def _use(name: str, stored: Sequence[Stored], owners: _Owners) -> TierUse:
+    by_owner: dict[str, list[Stored]] = {"windows": [], "sessions": [], "forgotten": [], "unknown": []}
+    for one in stored:
+        by_owner[owners.owner(one)].append(one)
+    pins = [one.pin for one in stored if one.pin]
+    shares = {owner: Share.of(objects) for owner, objects in by_owner.items()}
+    return TierUse(name, Share.of(stored), Share(len(pins), sum(pins)), **shares)

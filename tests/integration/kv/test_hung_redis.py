@@ -49,19 +49,19 @@ async def hung(
 async def test_every_verb_goes_on_without_it_and_says_so(hung: GatewayHarness) -> None:
     parts = hung.services
     async with asyncio.timeout(ALL_VERBS_S):
-        verdict = await verify(parts, "default", "w")
+        verdict = await verify(hung.ctx, "w")
         assert (verdict.tiers["redis"].checked, verdict.tiers["disk"].intact) == (False, CHUNKS)
         assert "redis tier: it hangs" in verdict.warnings[0]
-        _, _, receipt = await thaw(parts, "default", "w", new_session_id="t", warm="none")
+        _, _, receipt = await thaw(hung.ctx, "w", new_session_id="t", warm="none")
         assert receipt.chunks_found == CHUNKS
         assert "redis tier: it hangs" in receipt.warnings[0]
-        await clone(parts, "default", "w", Naming("again"))
-        assert [name async for name in (await export(parts, "default", "w")).pieces]
+        await clone(hung.ctx, "w", Naming("again"))
+        assert [name async for name in (await export(hung.ctx, "w")).pieces]
         tiers, warnings = await usage(parts)
         assert ([tier.name for tier in tiers], len(warnings)) == (["disk"], 1)
-        assert (await delete(parts, "default", "w")).warnings
-        assert (await orphans.delete_session(parts, "default", "t")).warnings
-        deleted = await delete(parts, "default", "again")
+        assert (await delete(hung.ctx, "w")).warnings
+        assert (await orphans.delete_session(hung.ctx, "t")).warnings
+        deleted = await delete(hung.ctx, "again")
         assert deleted.blocks_deleted == CHUNKS
         assert any("redis tier: it hangs" in warning for warning in deleted.warnings)
         assert await release_strays(parts) == 0
@@ -71,7 +71,7 @@ async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: G
     parts = hung.services
     async with asyncio.timeout(ALL_VERBS_S):
         async with asyncio.TaskGroup() as both:
-            both.create_task(delete(parts, "default", "w"))
+            both.create_task(delete(hung.ctx, "w"))
             await asyncio.sleep(0)  # it begins first
             both.create_task(_hold(parts))
 

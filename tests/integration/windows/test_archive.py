@@ -28,8 +28,8 @@ pytestmark = pytest.mark.anyio
 async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(harness: GatewayHarness) -> None:
     original = await window(harness.services)
     data = await file_of(harness.services)
-    imported, warnings = await import_window(harness.services, "default", stream(data), name="again")
-    assert warnings == []
+    imported, warnings = await import_window(harness.ctx, stream(data), name="again")
+    assert warnings == ()
     assert (imported.kv, imported.chunk_count, imported.token_count) == ("complete", CHUNKS, len(IDS))
     assert (imported.description, imported.tags, imported.model) == ("d", ("a",), MODEL)
     assert imported.salt != original.salt
@@ -39,13 +39,13 @@ async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(h
     assert await harness.services.store.messages(kept.transcript) == MESSAGES
     assert await harness.services.store.frame(kept.frame or b"") == FRAME
     manifest = await harness.services.store.manifest(kept)
-    assert manifest.token_ids == IDS
+    assert tuple(manifest.token_ids) == IDS
     assert len(manifest.objects) == 2 * CHUNKS
     for index, key in enumerate(object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)):
         assert (harness.kv / key.file_name).read_bytes() == value(index)
         assert (harness.kv / key.file_name).stat().st_nlink == 2  # and pinned
         assert harness.redis.live(key) == value(index)
-    _, _, receipt = await thaw(harness.services, "default", "again", new_session_id=None, warm="none")
+    _, _, receipt = await thaw(harness.ctx, "again", new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
 
 
@@ -53,13 +53,13 @@ async def test_a_window_comes_back_after_it_and_all_its_objects_were_deleted(har
     empty = harness.everything()
     await window(harness.services)
     data = await file_of(harness.services)
-    await delete(harness.services, "default", "w")
+    await delete(harness.ctx, "w")
     assert harness.everything() == empty
-    imported, _ = await import_window(harness.services, "default", stream(data))
+    imported, _ = await import_window(harness.ctx, stream(data))
     assert (imported.name, imported.kv) == ("w", "complete")
     assert imported.receipt["imported"]["name"] == "w"
     again = await file_of(harness.services)
-    await delete(harness.services, "default", "w")
+    await delete(harness.ctx, "w")
     assert harness.everything() == empty
     assert len(again) != 0
 
@@ -85,9 +85,9 @@ async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in
     with pytest.raises(GatewayError, match="1 of") as caught:
         await file_of(harness.services)
     assert caught.value.code == "window_corrupted"
-    text = await export(harness.services, "default", "w", as_text=True)
+    text = await export(harness.ctx, "w", as_text=True)
     data = b"".join([piece async for piece in text.pieces])
-    imported, _ = await import_window(harness.services, "default", stream(data), name="text")
+    imported, _ = await import_window(harness.ctx, stream(data), name="text")
     assert (imported.kv, imported.chunk_count) == ("absent", 0)
 
 
@@ -293,11 +293,9 @@ async def test_a_transcript_as_deep_as_may_be_can_be_read_and_exported_again(har
     deep = b'[{"role":"user","content":' + b"[" * 98 + b"]" * 98 + b"}]"
     receipt = nested(19)
     data = rebuilt(with_text(await file_of(harness.services), 1, deep), lambda m: m["window"].update(receipt=receipt))  # type: ignore[attr-defined]
-    imported, _ = await import_window(harness.services, "default", stream(data, 50_000), name="deep")
+    imported, _ = await import_window(harness.ctx, stream(data, 50_000), name="deep")
     assert orjson.dumps(serializers.window_fields(imported, 0.0))
-    again, _ = await import_window(
-        harness.services, "default", stream(await file_of(harness.services, "deep"), 50_000), name="2"
-    )
+    again, _ = await import_window(harness.ctx, stream(await file_of(harness.services, "deep"), 50_000), name="2")
     assert await harness.services.store.messages(again.transcript) == orjson.loads(deep)
 
 
@@ -307,7 +305,7 @@ async def test_a_long_transcript_is_in_memory_no_more_than_twice(harness: Gatewa
     data = with_text(await file_of(harness.services), 1, text)
     tracemalloc.start()
     try:
-        await import_window(harness.services, "default", stream(data, 2**18), name="long")
+        await import_window(harness.ctx, stream(data, 2**18), name="long")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

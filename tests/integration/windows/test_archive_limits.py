@@ -15,6 +15,7 @@ from gateway.windows.archive import file_format
 from gateway.windows.archive.export import pack
 from gateway.windows.archive.import_ import import_window
 from gateway.windows.archive.spool import Spool
+from gateway.windows.context import OperationContext
 from gateway.windows.thaw import thaw
 from tests.support.cli import cwg
 from tests.support.fakes.engine import MODEL, FakeEngine
@@ -34,9 +35,7 @@ async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_
     harness.services = replace(plain, settings=plain.settings.model_copy(update={"disk_reserve_bytes": 2**62}))
     head = data[: file_format.BLOCK + file_format.padded(int(data[124:135], 8))]
     assert "disk_reserve_bytes" in await refused(harness, head, "storage_full")
-    imported, _ = await import_window(
-        harness.services, "default", stream(data), name="t", as_text=True
-    )  # needs no room
+    imported, _ = await import_window(harness.ctx, stream(data), name="t", as_text=True)  # needs no room
     assert imported.kv == "absent"
 
 
@@ -68,7 +67,7 @@ async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
             read.set()
 
     async with parts.pins.lock.acquire(exclusive=alone):
-        going = asyncio.create_task(import_window(parts, "default", stream(data), name="x", progress=tell))
+        going = asyncio.create_task(import_window(OperationContext(parts, "default", tell), stream(data), name="x"))
         await read.wait()
         done, _ = await asyncio.wait({going}, timeout=0.3)
         assert not done
@@ -88,10 +87,10 @@ async def test_another_model_is_imported_as_text_only(harness: GatewayHarness) -
     await window(harness.services)
     data = rebuilt(await file_of(harness.services), lambda m: m["window"].update(fingerprint="other"))  # type: ignore[attr-defined]
     await refused(harness, data, "model_mismatch")
-    imported, warnings = await import_window(harness.services, "default", stream(data), name="text", as_text=True)
+    imported, warnings = await import_window(harness.ctx, stream(data), name="text", as_text=True)
     assert (imported.kv, imported.size_bytes) == ("absent", 0)
     assert "rendered again" in warnings[0]
-    session, _, receipt = await thaw(harness.services, "default", "text", new_session_id=None, warm="none")
+    session, _, receipt = await thaw(harness.ctx, "text", new_session_id=None, warm="none")
     assert (session.token_count, receipt.chunks_found) == (len(IDS), 0)
     # As text too, a damaged object is a damaged file.
     await refused(harness, data[:20_000], "window_corrupted", as_text=True)
@@ -115,7 +114,7 @@ async def test_past_the_tenants_budget_an_import_leaves_nothing(harness: Gateway
     harness.services = replace(plain, settings=plain.settings.model_copy(update={"tenant_budget_bytes": 2 * held - 1}))
     assert f"would hold {2 * held} bytes, 1 more than" in await refused(harness, data, "storage_full")
     harness.services = replace(plain, settings=plain.settings.model_copy(update={"tenant_budget_bytes": 2 * held}))
-    imported, _ = await import_window(harness.services, "default", stream(data, 50_000), name="x", as_text=False)
+    imported, _ = await import_window(harness.ctx, stream(data, 50_000), name="x", as_text=False)
     assert imported.kv == "complete"
 
 

@@ -11,15 +11,13 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
 from gateway.records import Session, Window
-from gateway.windows.clone import clone
+from gateway.windows.clone import clone, isolate
 from gateway.windows.delete import Deleted, delete
-from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming
-from gateway.windows.isolate import isolate
-from gateway.windows.resume import resume
+from gateway.windows.restore import restore_for_turn
 from gateway.windows.retention import orphans
 from gateway.windows.retention.usage import usage
-from gateway.windows.thaw import thaw
+from gateway.windows.thaw import fanout, thaw
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import FakeEngine
 from tests.support.harness import CHUNK, CHUNKS, IDS, GatewayHarness, cache_server, open_harness, value, window
@@ -33,40 +31,40 @@ SIZE = sum(len(value(index)) for index in range(CHUNKS))
 
 async def apart(harness: GatewayHarness, source: str = "w", name: str = "apart") -> Window:
     """An isolated clone."""
-    made, warnings = await isolate(harness.services, TENANT, source, Naming(name))
-    assert warnings == []
+    made, warnings = await isolate(harness.ctx, source, Naming(name))
+    assert warnings == ()
     return made
 
 
 async def verified(harness: GatewayHarness, *names: str) -> None:
     """Every byte of these windows is there."""
     for name in names:
-        verdict = await verify(harness.services, TENANT, name)
+        verdict = await verify(harness.ctx, name)
         assert (verdict.ok, verdict.chunks_usable) == (True, CHUNKS), verdict
 
 
 async def thawed(harness: GatewayHarness, name: str) -> Session:
     """Thaw, and find all of it."""
-    session, _, receipt = await thaw(harness.services, TENANT, name, new_session_id=None, warm="none")
+    session, _, receipt = await thaw(harness.ctx, name, new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.partial) == (CHUNKS, False)
     return session
 
 
 async def gone(harness: GatewayHarness, name: str) -> Deleted:
     """Delete a window."""
-    return await delete(harness.services, TENANT, name)
+    return await delete(harness.ctx, name)
 
 
 async def test_no_clone_and_no_branch_makes_a_file_or_a_key(harness: GatewayHarness) -> None:
     await window(harness.services)
     session = await thawed(harness, "w")
     before = harness.everything()
-    copy = await clone(harness.services, TENANT, "w", Naming("copy"))
+    copy = (await clone(harness.ctx, "w", Naming("copy"))).window
     made = await apart(harness)
     again = await apart(harness, "apart", "again")
-    sessions, _, warnings = await fanout(harness.services, TENANT, "copy", 3, None)
+    sessions, _, warnings = await fanout(harness.ctx, "copy", 3, None)
     assert harness.everything() == before
-    assert warnings == []
+    assert warnings == ()
     assert {one.salt for one in sessions} == {session.salt} == {copy.salt}
     assert len({session.salt, made.salt, again.salt}) == 3
     assert (made.kv, made.chunk_count, made.size_bytes) == (copy.kv, copy.chunk_count, copy.size_bytes)
@@ -79,19 +77,19 @@ async def test_the_first_turn_of_a_branch_puts_back_what_was_evicted_and_the_log
     kept = await window(harness.services)
     keys = object_keys(kept.model_root, IDS, CHUNK, 1, kept.salt)
     names = [str(key) for key in keys]
-    (first, second), _, _ = await fanout(harness.services, TENANT, "w", 2, None)
+    (first, second), _, _ = await fanout(harness.ctx, "w", 2, None)
     assert await _present(harness, names) == [0, 0]
-    await resume(harness.services, first)
+    await restore_for_turn(harness.services, first)
     assert await _present(harness, names) == [CHUNKS, CHUNKS]
     assert "lost" not in caplog.text
     disk, redis = harness.services.pins.tiers
     await disk.remove(keys[-1:])
-    await resume(harness.services, second)
+    await restore_for_turn(harness.services, second)
     assert await _present(harness, names) == [CHUNKS - 1, CHUNKS]
     assert f"session {second.id} goes on without all of its KV: disk tier: 1 of {CHUNKS} objects" in caplog.text
     await redis.remove(keys)
     went_on = replace(second, state="active")
-    await resume(harness.services, went_on)
+    await restore_for_turn(harness.services, went_on)
     assert await _present(harness, names) == [CHUNKS - 1, 0], "the engine has taken it over"
 
 
@@ -99,12 +97,12 @@ async def test_a_branch_begins_without_a_window_that_was_deleted_or_is_another_o
     harness: GatewayHarness,
 ) -> None:
     await window(harness.services)
-    (first,), made, _ = await fanout(harness.services, TENANT, "w", 1, None)
-    await delete(harness.services, TENANT, "w")
-    await resume(harness.services, first)
+    (first,), made, _ = await fanout(harness.ctx, "w", 1, None)
+    await delete(harness.ctx, "w")
+    await restore_for_turn(harness.services, first)
     other = await window(harness.services)
     names = [str(key) for key in object_keys(other.model_root, IDS, CHUNK, 1, other.salt)]
-    await resume(harness.services, replace(first, window_transcript=b"another"))
+    await restore_for_turn(harness.services, replace(first, window_transcript=b"another"))
     assert (other.salt, await _present(harness, names)) == (made.salt, [0, 0])
 
 
@@ -136,11 +134,11 @@ async def test_where_bytes_are_encrypted_by_salt_only_text_and_ids_are_isolated(
     with cache_server(serde="aesgcm") as url:
         async with open_harness(engine, url, redis_server, tmp_path) as harness:
             await window(harness.services)
-            made, warnings = await isolate(harness.services, TENANT, "w", Naming("apart"))
+            made, warnings = await isolate(harness.ctx, "w", Naming("apart"))
             assert (made.kv, made.chunk_count, made.size_bytes) == ("absent", 0, 0)
             assert "encrypts by salt (aesgcm)" in warnings[0]
-            assert (await harness.services.store.manifest(made)).token_ids == IDS
-            _, _, receipt = await thaw(harness.services, TENANT, "apart", new_session_id=None, warm="none")
+            assert tuple((await harness.services.store.manifest(made)).token_ids) == IDS
+            _, _, receipt = await thaw(harness.ctx, "apart", new_session_id=None, warm="none")
             assert (receipt.chunks_expected, receipt.chunks_found, receipt.partial) == (CHUNKS, 0, True)
 
 
@@ -150,22 +148,22 @@ async def test_each_deletion_leaves_the_others_whole_and_the_last_leaves_nothing
 ) -> None:
     empty = harness.everything()
     await window(harness.services)
-    await clone(harness.services, TENANT, "w", Naming("copy"))
+    await clone(harness.ctx, "w", Naming("copy"))
     await apart(harness)
     for name in ("w", "apart"):
         session = await thawed(harness, name)
-        await orphans.delete_session(harness.services, TENANT, session.id)
+        await orphans.delete_session(harness.ctx, session.id)
     left = list(order)
     for name in order[:-1]:
         assert (await gone(harness, name)).blocks_deleted == 0
         left.remove(name)
         await verified(harness, *left)
         for other in left:
-            await orphans.delete_session(harness.services, TENANT, (await thawed(harness, other)).id)
+            await orphans.delete_session(harness.ctx, (await thawed(harness, other)).id)
     last = await gone(harness, order[-1])
     assert last.blocks_deleted == CHUNKS
     assert last.space_freed_bytes >= 2 * SIZE
-    await orphans.forget_loose(harness.services)
+    await orphans.delete_orphans(harness.services)
     assert harness.everything() == empty
 
 
@@ -179,7 +177,7 @@ async def test_a_session_of_the_source_keeps_its_cache_when_the_clone_goes_last(
     assert done.blocks_deleted == 0
     assert [harness.redis.live(key) for key in keys] == [value(index) for index in range(CHUNKS)]
     assert await harness.services.store.held_objects() == set()
-    await orphans.delete_session(harness.services, TENANT, session.id)
+    await orphans.delete_session(harness.ctx, session.id)
     assert [harness.redis.live(key) for key in keys] == [None] * CHUNKS
 
 
@@ -187,10 +185,10 @@ async def test_clones_and_deletions_of_one_window_at_once_leave_whole_windows_on
     empty = harness.everything()
     await window(harness.services)
     outcomes = await asyncio.gather(
-        *(clone(harness.services, TENANT, "w", Naming(f"c{number}")) for number in range(4)),
-        *(isolate(harness.services, TENANT, "w", Naming("same")) for _ in range(4)),
-        *(delete(harness.services, TENANT, "w") for _ in range(2)),
-        *(isolate(harness.services, TENANT, "w", Naming(f"i{number}")) for number in range(4)),
+        *(clone(harness.ctx, "w", Naming(f"c{number}")) for number in range(4)),
+        *(isolate(harness.ctx, "w", Naming("same")) for _ in range(4)),
+        *(delete(harness.ctx, "w") for _ in range(2)),
+        *(isolate(harness.ctx, "w", Naming(f"i{number}")) for number in range(4)),
         return_exceptions=True,
     )
     for outcome in outcomes:
@@ -203,5 +201,5 @@ async def test_clones_and_deletions_of_one_window_at_once_leave_whole_windows_on
     await verified(harness, *made)
     for name in made:
         await gone(harness, name)
-    await orphans.forget_loose(harness.services)
+    await orphans.delete_orphans(harness.services)
     assert harness.everything() == empty

@@ -10,14 +10,11 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.store.types import Text
-from gateway.windows.clone import add, clone, copied
+from gateway.windows.clone import add_copy, clone, isolate, renamed
 from gateway.windows.delete import Deleted, delete
-from gateway.windows.fanout import fanout
-from gateway.windows.freeze import Naming, freeze
-from gateway.windows.isolate import isolate
-from gateway.windows.naming import freeze_automatically
+from gateway.windows.freeze import Naming, freeze, freeze_automatically
 from gateway.windows.retention import orphans, sweeper
-from gateway.windows.thaw import thaw
+from gateway.windows.thaw import fanout, thaw
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import Exchange, FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
@@ -46,9 +43,9 @@ async def test_what_is_frozen_is_pinned_and_outlives_what_the_cache_evicts(harne
     assert (window.kv, window.chunk_count) == ("complete", CHUNKS)
     assert harness.pinned == {key.file_name for key in harness.keys(window)}
     harness.cache.evict()
-    verdict = await verify(harness.services, TENANT, "w")
+    verdict = await verify(harness.ctx, "w")
     assert (verdict.ok, verdict.chunks_usable) == (True, CHUNKS)
-    _, _, receipt = await thaw(harness.services, TENANT, "w", new_session_id=None, warm="none")
+    _, _, receipt = await thaw(harness.ctx, "w", new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, CHUNKS, False)
 
 
@@ -83,7 +80,7 @@ async def test_chunks_behind_one_that_never_lands_are_not_claimed(harness: Cache
     session = await harness.session(stored=False)
     hole = harness.cache.keys(IDS, session.salt)[2].file_name
     harness.cache.before_write = lambda name: name != hole
-    window, warnings = await freeze(harness.services, TENANT, "s", Naming("w"))
+    window, warnings = await freeze(harness.ctx, "s", Naming("w"))
     assert (window.kv, window.chunk_count) == ("partial", 2)
     assert f"2 of {CHUNKS} chunks were seen" in warnings[0]
     assert {o.key for o in await harness.services.store.pinned(window)} == {
@@ -128,7 +125,7 @@ async def edited(harness: Cached) -> None:
 
 
 async def deleted(harness: Cached) -> None:
-    await orphans.delete_session(harness.services, TENANT, "s")
+    await orphans.delete_session(harness.ctx, "s")
 
 
 async def begun_anew(harness: Cached) -> None:
@@ -164,19 +161,19 @@ async def test_a_window_has_what_the_freeze_read_whatever_becomes_of_its_session
     goes_on.set()
     window = await freezing
     assert await harness.services.store.text(window) == Text(MESSAGES, {})
-    assert (await harness.services.store.manifest(window)).token_ids == tuple(IDS)
+    assert list((await harness.services.store.manifest(window)).token_ids) == IDS
     assert harness.pinned == {key.file_name for key in harness.keys(window)}
-    assert (await verify(harness.services, TENANT, "w")).ok
+    assert (await verify(harness.ctx, "w")).ok
     now = await harness.services.store.session(TENANT, "s")
     assert now is None or (now.state, now.frozen_at) == ("active", None)
-    session, _, receipt = await thaw(harness.services, TENANT, "w", new_session_id="t", warm="gpu")
+    session, _, receipt = await thaw(harness.ctx, "w", new_session_id="t", warm="gpu")
     assert (receipt.chunks_found, session.transcript) == (CHUNKS, before.transcript)
     # And nothing is left when both are gone.
-    await orphans.delete_session(harness.services, TENANT, "t")
-    await delete(harness.services, TENANT, "w")
+    await orphans.delete_session(harness.ctx, "t")
+    await delete(harness.ctx, "w")
     if now is not None:
         await deleted(harness)
-    await orphans.forget_loose(harness.services)
+    await orphans.delete_orphans(harness.services)
     assert (harness.pinned, list(harness.cache.folder.iterdir())) == (set(), [])
 
 
@@ -217,10 +214,10 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
     deletion = deleted(harness)
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
     with pytest.raises(GatewayError, match="deleted while it was being frozen") as caught:
-        await freeze_automatically(harness.services, TENANT, "s", Naming("auto"))
+        await freeze_automatically(harness.ctx, "s", Naming("auto"))
     assert caught.value.code == "session_not_found"
     assert (await harness.services.store.window(TENANT, "auto"), harness.pinned) == (None, set())
-    await orphans.forget_loose(harness.services)
+    await orphans.delete_orphans(harness.services)
     assert list(harness.cache.folder.iterdir()) == []
 
 
@@ -230,7 +227,7 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
 async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(harness: Cached) -> None:
     await harness.window()
     async with harness.services.pins.lock.acquire(exclusive=False):
-        deletion = asyncio.create_task(delete(harness.services, TENANT, "w"))
+        deletion = asyncio.create_task(delete(harness.ctx, "w"))
         for _ in range(5):  # writes are done in their order: had it not waited, its own would be done by now
             await harness.services.store.describe_window(TENANT, "other", {})
         assert await harness.services.store.window(TENANT, "w")
@@ -240,10 +237,10 @@ async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(harness
 
 async def test_a_source_that_is_another_window_by_now_is_not_cloned(harness: Cached) -> None:
     first = await harness.window()
-    await delete(harness.services, TENANT, "w")
+    await delete(harness.ctx, "w")
     for _ in range(2):
         with pytest.raises(GatewayError, match="just deleted") as caught:
-            await add(harness.services, copied(first, Naming("copy")), first, None)
+            await add_copy(harness.services, renamed(first, Naming("copy")), first, None)
         assert caught.value.code == "window_not_found"
         assert await harness.services.store.window(TENANT, "copy") is None
         if await harness.services.store.window(TENANT, "w") is None:
@@ -253,13 +250,13 @@ async def test_a_source_that_is_another_window_by_now_is_not_cloned(harness: Cac
 async def test_whoever_comes_after_a_deletion_makes_nothing_of_the_window(harness: Cached) -> None:
     """A deletion that has begun is done before what begins after it: both wait for the store's only writer."""
     makes: list[Callable[[], Coroutine[Any, Any, object]]] = [
-        lambda: clone(harness.services, TENANT, "w", Naming("made")),
-        lambda: isolate(harness.services, TENANT, "w", Naming("made")),
-        lambda: fanout(harness.services, TENANT, "w", 2, "made"),
+        lambda: clone(harness.ctx, "w", Naming("made")),
+        lambda: isolate(harness.ctx, "w", Naming("made")),
+        lambda: fanout(harness.ctx, "w", 2, "made"),
     ]
     for make in makes:
         await harness.window()
-        gone, refused = await asyncio.gather(delete(harness.services, TENANT, "w"), make(), return_exceptions=True)
+        gone, refused = await asyncio.gather(delete(harness.ctx, "w"), make(), return_exceptions=True)
         assert isinstance(gone, Deleted)
         assert isinstance(refused, GatewayError)
         assert refused.code == "window_not_found"
@@ -273,9 +270,9 @@ async def test_a_window_whose_tier_cannot_be_asked_is_not_verified(
 ) -> None:
     async with opened(engine, cache, tmp_path) as harness:
         await harness.window()
-        assert (await verify(harness.services, TENANT, "w")).ok
+        assert (await verify(harness.ctx, "w")).ok
     async with opened(engine, cache, tmp_path, kv_dir="") as harness:
-        verdict = await verify(harness.services, TENANT, "w")
+        verdict = await verify(harness.ctx, "w")
         assert (verdict.ok, verdict.tiers["disk"].checked, verdict.damaged) == (False, False, ())
         assert "not configured" in verdict.warnings[0]
 
@@ -283,7 +280,7 @@ async def test_a_window_whose_tier_cannot_be_asked_is_not_verified(
 async def test_a_window_without_text_fails_its_verification(harness: Cached) -> None:
     await harness.window()
     lose_text(harness.services.settings.store_path, "w")
-    verdict = await verify(harness.services, TENANT, "w")
+    verdict = await verify(harness.ctx, "w")
     assert (verdict.ok, verdict.damaged) == (False, ())
     assert "text of window 'w' is gone" in verdict.warnings[0]
     assert CHUNK * verdict.chunks_usable <= len(IDS)

@@ -3,7 +3,7 @@
 import pytest
 
 from gateway.kv.keys import object_keys
-from gateway.windows.evict import Place, evict
+from gateway.windows.residency import Residency, evict
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import Exchange, FakeEngine
 from tests.support.harness import CHUNK, CHUNKS, IDS, GatewayHarness, value, window
@@ -42,7 +42,7 @@ def answer(harness: GatewayHarness, exchange: Exchange) -> None:
 async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(harness: GatewayHarness) -> None:
     made = await window(harness.services)
     before = harness.everything()
-    verdict = await verify(harness.services, TENANT, "w", deep=True)
+    verdict = await verify(harness.ctx, "w", deep=True)
     assert harness.everything() == before
     assert verdict.ok
     assert verdict.deep is not None
@@ -53,7 +53,7 @@ async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(harness:
     key = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)[1]
     pin = f"cwg:{harness.services.store.store_id}:pin:{key}"
     harness.redis.client.set(pin, value(0) + b"x")
-    verdict = await verify(harness.services, TENANT, "w", deep=True)
+    verdict = await verify(harness.ctx, "w", deep=True)
     assert verdict.deep is not None
     disk, redis = verdict.deep
     assert (verdict.ok, disk.equal, redis.equal) == (False, True, False)
@@ -62,7 +62,7 @@ async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(harness:
     assert redis.first_difference.token_id == 105
     assert redis.largest_logprob_difference == pytest.approx(0.01)
     harness.redis.client.delete(pin)
-    (_, redis) = (await verify(harness.services, TENANT, "w", deep=True)).deep or ((), ())
+    (_, redis) = (await verify(harness.ctx, "w", deep=True)).deep or ((), ())
     assert (redis.equal, redis.cached_tokens, redis.first_difference) == (False, WHOLE - CHUNK, None)
 
 
@@ -73,18 +73,18 @@ async def test_what_a_deep_verification_lends_is_swept_where_it_is_stopped(
     before = harness.everything()
     engine.on_completion = lambda exchange: exchange.cut()
     with pytest.raises(Exception, match="engine"):
-        await verify(harness.services, TENANT, "w", deep=True)
+        await verify(harness.ctx, "w", deep=True)
     assert harness.everything() == before
 
 
 async def test_an_eviction_leaves_alone_what_no_durable_tier_has(harness: GatewayHarness) -> None:
     made = await window(harness.services)
-    done = await evict(harness.services, TENANT, "w")
-    assert done.tiers == {"cpu": Place(CHUNKS, 0), "disk": Place(0, CHUNKS), "redis": Place(0, CHUNKS)}
+    done = await evict(harness.ctx, "w")
+    assert done.tiers == {"cpu": Residency(CHUNKS, 0), "disk": Residency(0, CHUNKS), "redis": Residency(0, CHUNKS)}
     assert (done.objects, done.kept, done.warnings) == (CHUNKS, 0, ())
     last = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)[-1:]
     for tier in harness.services.pins.tiers:
         await tier.remove(last)
-    done = await evict(harness.services, TENANT, "w")
+    done = await evict(harness.ctx, "w")
     assert (done.tiers["cpu"].before, done.kept) == (CHUNKS - 1, 1)
     assert "in no durable tier" in done.warnings[0]

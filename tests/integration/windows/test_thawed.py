@@ -12,15 +12,12 @@ from gateway.kv.keys import ObjectKey
 from gateway.records import Session, Window
 from gateway.windows.archive import export as exporting
 from gateway.windows.ask import ask
+from gateway.windows.clone import isolate
 from gateway.windows.delete import delete
-from gateway.windows.evict import evict
-from gateway.windows.fanout import fanout
 from gateway.windows.freeze import Naming
-from gateway.windows.isolate import isolate
-from gateway.windows.prefetch import prefetch
-from gateway.windows.restore import Receipt, restore
-from gateway.windows.resume import resume
-from gateway.windows.thaw import thaw
+from gateway.windows.residency import evict, prefetch
+from gateway.windows.restore import Receipt, restore, restore_for_turn
+from gateway.windows.thaw import fanout, thaw
 from tests.support.fakes.engine import FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
 from tests.support.prefix_cache_model import CHUNKS, IDS, MESSAGES, TENANT, Cached, opened
@@ -60,7 +57,7 @@ def lose(harness: Cached, key: ObjectKey) -> None:
 
 
 async def thawed(harness: Cached, warm: str = "none") -> tuple[Session, Window, Receipt]:
-    return await thaw(harness.services, TENANT, "w", new_session_id=None, warm=warm)  # type: ignore[arg-type]
+    return await thaw(harness.ctx, "w", new_session_id=None, warm=warm)  # type: ignore[arg-type]
 
 
 async def test_a_damaged_chunk_is_lost_told_of_and_taken_from_everywhere(harness: Cached) -> None:
@@ -98,17 +95,17 @@ async def test_a_warm_thaw_loads_what_it_found_and_has_the_engine_use_it(engine:
 
 async def test_a_prefetch_loads_and_an_eviction_drops(harness: Cached) -> None:
     harness.cache.evict()
-    receipt = await prefetch(harness.services, TENANT, "w")
+    receipt = await prefetch(harness.ctx, "w")
     assert (receipt.chunks_found, receipt.chunks_prefetched, receipt.partial) == (CHUNKS, CHUNKS, False)
     assert len(harness.cache.memory) == CHUNKS
-    done = await evict(harness.services, TENANT, "w")
+    done = await evict(harness.ctx, "w")
     assert (done.tiers["cpu"].before, done.tiers["cpu"].after, done.kept) == (CHUNKS, 0, 0)
     assert harness.cache.memory == set()
 
 
 async def test_a_question_is_asked_on_what_was_put_back(harness: Cached) -> None:
     harness.cache.evict()
-    answer = await ask(harness.services, TENANT, "w", "and?")
+    answer = await ask(harness.ctx, "w", "and?")
     assert (answer.restored.chunks_relinked, answer.restored.partial) == (CHUNKS, False)
     assert len(harness.cache.prefetches) == 1
 
@@ -119,13 +116,13 @@ async def test_a_question_is_asked_on_what_was_put_back(harness: Cached) -> None
 async def test_a_first_turn_finds_its_windows_kv_loaded_and_is_not_loaded_for_twice(harness: Cached) -> None:
     session, window, _ = await thawed(harness)
     harness.cache.evict()
-    await resume(harness.services, session)
+    await restore_for_turn(harness.services, session)
     assert harness.cache.prefetches == [(window.salt, WHOLE)]
     assert harness.cache.memory == {key.file_name for key in harness.keys(window)}
-    await resume(harness.services, session)
+    await restore_for_turn(harness.services, session)
     assert len(harness.cache.prefetches) == 1, "it was loaded in the last seconds"
-    await evict(harness.services, TENANT, "w")
-    await resume(harness.services, session)
+    await evict(harness.ctx, "w")
+    await restore_for_turn(harness.services, session)
     assert len(harness.cache.prefetches) == 2, "it was evicted since"
 
 
@@ -133,13 +130,13 @@ async def test_a_frozen_session_that_goes_on_has_its_window_loaded(harness: Cach
     session = await harness.services.store.session(TENANT, "s")
     assert session is not None
     assert session.state == "frozen"
-    await resume(harness.services, session)
+    await restore_for_turn(harness.services, session)
     assert harness.cache.prefetches == [(session.salt, WHOLE)]
 
 
 async def test_a_session_under_another_salt_than_its_window_has_nothing_loaded(harness: Cached) -> None:
     session, _, _ = await thawed(harness)
-    await resume(harness.services, replace(session, salt="another"))
+    await restore_for_turn(harness.services, replace(session, salt="another"))
     assert harness.cache.prefetches == []
 
 
@@ -152,42 +149,42 @@ async def test_nothing_of_a_window_that_was_deleted_is_put_back(harness: Cached)
     assert window is not None
     manifest = await harness.services.store.manifest(window)
     session, _, _ = await thawed(harness)
-    await delete(harness.services, TENANT, "w")
+    await delete(harness.ctx, "w")
     assert all((harness.cache.folder / key.file_name).exists() for key in harness.keys(window)), "the session's cache"
     with pytest.raises(GatewayError, match="just deleted"):
-        await restore(harness.services, window, manifest, lambda *_: None)
-    await resume(harness.services, session)
+        await restore(harness.ctx, window, manifest)
+    await restore_for_turn(harness.services, session)
     assert harness.pinned == set()
 
 
 async def test_another_window_of_the_name_is_not_thawed_for_the_one_that_was_read(harness: Cached) -> None:
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
-    await delete(harness.services, TENANT, "w")
+    await delete(harness.ctx, "w")
     await harness.window()
     with pytest.raises(GatewayError, match="just deleted") as caught:
-        await thaw(harness.services, TENANT, "w", new_session_id="t", warm="none", seen=window)
+        await thaw(harness.ctx, "w", new_session_id="t", warm="none", window=window)
     assert caught.value.code == "window_not_found"
     assert await harness.services.store.session(TENANT, "t") is None
 
 
 async def test_a_window_that_is_deleted_while_it_warms_leaves_no_session(engine: FakeEngine, harness: Cached) -> None:
     loop = asyncio.get_running_loop()
-    deletion = delete(harness.services, TENANT, "w")
+    deletion = delete(harness.ctx, "w")
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
     with pytest.raises(GatewayError, match="just deleted"):
-        await thaw(harness.services, TENANT, "w", new_session_id="t", warm="gpu")
+        await thaw(harness.ctx, "w", new_session_id="t", warm="gpu")
     assert (await harness.services.store.session(TENANT, "t"), harness.pinned) == (None, set())
 
 
 async def test_an_isolated_clone_and_a_fanout_share_the_pins(harness: Cached) -> None:
     before = harness.pinned
-    made, _ = await isolate(harness.services, TENANT, "w", Naming("apart"))
-    await fanout(harness.services, TENANT, "apart", 2, "f")
+    made, _ = await isolate(harness.ctx, "w", Naming("apart"))
+    await fanout(harness.ctx, "apart", 2, "f")
     assert harness.pinned == before
     session = await harness.services.store.session(TENANT, "f-1")
     assert session is not None
-    await resume(harness.services, session)
+    await restore_for_turn(harness.services, session)
     assert harness.cache.prefetches == [(made.salt, WHOLE)]
 
 
@@ -195,7 +192,7 @@ async def test_an_export_of_a_window_that_is_deleted_meanwhile_tells_of_no_damag
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     manifest = await harness.services.store.manifest(window)
-    await delete(harness.services, TENANT, "w")
+    await delete(harness.ctx, "w")
     with pytest.raises(GatewayError) as caught:
         await exporting._sources(harness.services, window, manifest)
     assert caught.value.code == "window_not_found"

@@ -11,9 +11,8 @@ from gateway.records import MAX_MODEL, SessionState
 from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
 from gateway.validation.fields import or_null
-from gateway.windows import ask, fanout, tree
+from gateway.windows import ask, thaw, tree
 from gateway.windows.autofreeze import rules
-from gateway.windows.thaw import Warm
 
 SessionId = Annotated[str, Reads(fields.session_id)]
 WindowName = Annotated[str, Reads(fields.window_name)]
@@ -93,7 +92,7 @@ class FreezeRequest(Body):
 
 class ThawRequest(Body):
     new_session_id: SessionId | None = Field(None, description="generated if not given")
-    warm: Annotated[Warm, Reads(fields.one_of("none", "cpu", "gpu"))] = "none"
+    warm: Annotated[thaw.Warm, Reads(fields.one_of("none", "cpu", "gpu"))] = "none"
     continuation_prompt: Question | None = Field(None, description="sent at once as the new session's next user turn")
     max_tokens: MaxTokens | None = Field(None, description="of the answer to continuation_prompt")
 
@@ -121,7 +120,7 @@ class AskRequest(Body):
 
 
 class FanoutRequest(Body):
-    count: Annotated[int, Reads(fields.whole(1, fanout.MOST))] = Field(description="how many sessions")
+    count: Annotated[int, Reads(fields.whole(1, thaw.MAX_FANOUT))] = Field(description="how many sessions")
     prefix: SessionId | None = Field(None, description="sessions are named PREFIX-1, PREFIX-2 ...")
 
 

@@ -188,7 +188,7 @@ def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too
         disk.put(one, value(SIZE))
     eventually(lambda: not list(disk.kv.iterdir()), "the KV of an idle session is gone", more=lambda: gateway.log)
     eventually(lambda: gateway.http.get(f"/admin/sessions/{session}").status_code == 404, "the session is gone")
-    eventually(lambda: "removed 3 KV objects" in gateway.log, "the log says so")
+    eventually(lambda: "deleted 3 KV objects" in gateway.log, "the log says so")
 
 
 def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes_on(

@@ -25,12 +25,12 @@ async def test_a_deleted_session_takes_its_kv_along_from_every_tier(harness: Hou
     await harness.session("a", "salt-a")
     harness.stored(under("salt-a"))
     harness.stored(under("salt-b"))
-    done = await orphans.delete_session(harness.parts, TENANT, "a")
+    done = await orphans.delete_session(harness.ctx, "a")
     assert (done.blocks_deleted, done.space_freed_bytes, done.warnings) == (3, 2 * 3 * SIZE, ())
     assert harness.there(under("salt-a")) == [[], []]
     assert harness.there(under("salt-b")) == [under("salt-b")] * 2
     with pytest.raises(GatewayError, match="no session 'a'"):
-        await orphans.delete_session(harness.parts, TENANT, "a")
+        await orphans.delete_session(harness.ctx, "a")
 
 
 async def test_what_a_window_holds_stays_until_the_window_goes(harness: House) -> None:
@@ -38,11 +38,11 @@ async def test_what_a_window_holds_stays_until_the_window_goes(harness: House) -
     await harness.session("a", "salt-a")
     harness.stored(keys)
     await harness.window("w", keys[:2])
-    done = await orphans.delete_session(harness.parts, TENANT, "a")
+    done = await orphans.delete_session(harness.ctx, "a")
     assert done.blocks_deleted == 3
     assert harness.there(keys) == [keys[:2]] * 2
     assert [rig.live(one) for rig in harness.rigs for one in keys[:2]].count(None) == 0
-    assert (await delete(harness.parts, TENANT, "w")).blocks_deleted == 2
+    assert (await delete(harness.ctx, "w")).blocks_deleted == 2
     assert harness.there(keys) == [[], []]
 
 
@@ -50,11 +50,11 @@ async def test_the_kv_that_two_sessions_share_goes_with_the_last_of_them(harness
     await harness.session("a", "shared", lineage="a")
     await harness.session("b", "shared", lineage="a")
     harness.stored(under("shared"))
-    first = await orphans.delete_session(harness.parts, TENANT, "b")
+    first = await orphans.delete_session(harness.ctx, "b")
     assert (first.blocks_deleted, first.space_freed_bytes) == (0, 0)
     assert "another session" in first.warnings[0]
     assert harness.there(under("shared")) == [under("shared")] * 2
-    assert (await orphans.delete_session(harness.parts, TENANT, "a")).blocks_deleted == 3
+    assert (await orphans.delete_session(harness.ctx, "a")).blocks_deleted == 3
     assert harness.there(under("shared")) == [[], []]
 
 
@@ -62,10 +62,10 @@ async def test_a_window_that_was_deleted_first_leaves_nothing_when_its_session_g
     await harness.session("a", "salt-a", lineage="l")
     harness.stored(under("salt-a"))
     await harness.window("w", under("salt-a", 2))
-    kept = await delete(harness.parts, TENANT, "w")
+    kept = await delete(harness.ctx, "w")
     assert (kept.blocks_deleted, kept.space_freed_bytes) == (0, 2 * SIZE)  # the copies in Redis; links cost nothing
     assert harness.there(under("salt-a")) == [under("salt-a")] * 2
-    await orphans.delete_session(harness.parts, TENANT, "a")
+    await orphans.delete_session(harness.ctx, "a")
     assert harness.there(under("salt-a")) == [[], []]
 
 
@@ -74,7 +74,7 @@ async def test_a_turn_of_the_lineage_that_is_going_on_keeps_the_kv_until_the_nex
     harness.stored(under("salt-a"))
     fork = SessionMatch(Session(TENANT, "fork", "l"), "fork", b"")
     harness.parts.turns.begin(fork)
-    assert (await orphans.delete_session(harness.parts, TENANT, "a")).blocks_deleted == 0
+    assert (await orphans.delete_session(harness.ctx, "a")).blocks_deleted == 0
     assert harness.there(under("salt-a")) == [under("salt-a")] * 2
     harness.parts.turns.end(fork)
     await sweeper.sweep(harness.parts)
@@ -91,7 +91,7 @@ async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_k
         return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()].count(lock) > 1
 
     async with harness.parts.pins.lock.acquire(exclusive=False):
-        going = asyncio.create_task(orphans.forget_loose(harness.parts))
+        going = asyncio.create_task(orphans.delete_orphans(harness.parts))
         await asyncio.to_thread(eventually, waits, "it has looked, and waits for the lock")
         await harness.session("b", "salt-a", lineage="l")
     assert (await going).kept == 1
@@ -100,7 +100,7 @@ async def test_a_session_that_takes_a_salt_up_while_a_sweep_waits_for_the_pins_k
 
 async def test_what_lands_after_the_deletion_goes_at_the_next_sweep(harness: House) -> None:
     await harness.session("a", "salt-a")
-    await orphans.delete_session(harness.parts, TENANT, "a")
+    await orphans.delete_session(harness.ctx, "a")
     harness.stored(under("salt-a"))
     await sweeper.sweep(harness.parts)
     assert harness.there(under("salt-a")) == [[], []]
@@ -149,7 +149,7 @@ async def test_a_model_whose_name_a_file_cannot_tell_keeps_what_its_window_holds
     await harness.session("a", "s")
     harness.stored([held, free])
     await harness.window("w", [held])
-    await orphans.delete_session(harness.parts, TENANT, "a")
+    await orphans.delete_session(harness.ctx, "a")
     assert harness.there([held, free]) == [[held], [held]]
 
 
@@ -157,7 +157,7 @@ async def test_a_tier_that_cannot_be_read_is_told_and_seen_to_later(harness: Hou
     await harness.session("a", "salt-a")
     harness.stored(under("salt-a"))
     (tmp_path / "kv").rename(tmp_path / "away")
-    done = await orphans.delete_session(harness.parts, TENANT, "a")
+    done = await orphans.delete_session(harness.ctx, "a")
     assert "disk tier" in done.warnings[0]
     (tmp_path / "away").rename(tmp_path / "kv")
     await sweeper.sweep(harness.parts)
@@ -174,7 +174,7 @@ async def test_an_expired_window_is_deleted_when_its_grace_is_over_and_one_that_
         harness.stored(keys)
         await harness.window(name, keys, expires_at=expires_at)
     with pytest.raises(GatewayError, match="no window 'grace'"):
-        await delete(harness.parts, TENANT, "grace", expired_by=now - grace)
+        await delete(harness.ctx, "grace", expired_by=now - grace)
     await sweeper.sweep(harness.parts)
     left = [name for name in ("over", "grace", "alive", "for-ever") if await harness.parts.store.window(TENANT, name)]
     assert left == ["grace", "alive", "for-ever"]
