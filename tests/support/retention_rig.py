@@ -17,13 +17,13 @@ TENANT = "default"
 SIZE = 5000
 
 
-def under(salt: str, count: int = 3) -> list[ObjectKey]:
+def keys_of(salt: str, count: int = 3) -> list[ObjectKey]:
     """Objects of a conversation."""
     return [key(number, salt=salt) for number in range(count)]
 
 
-class House:
-    """The parts of a gateway on both tiers, and what stands behind those."""
+class RetentionHarness:
+    """The services of a gateway on both tiers, and the tiers' harnesses."""
 
     def __init__(self, services: Services, rigs: tuple[TierHarness, ...]) -> None:
         self.parts = services

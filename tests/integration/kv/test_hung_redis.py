@@ -1,4 +1,4 @@
-"""A Redis that hangs costs the verbs a couple of seconds between them, and a warning each; nothing waits for it."""
+"""A hung Redis costs all operations together a few seconds, and each a warning; nothing waits for it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -22,8 +22,8 @@ from tests.support.tier_harness import RedisServer
 
 pytestmark = pytest.mark.anyio
 
-# Each verb by itself would take ten seconds and more for one call that ends by its timeout.
-ALL_VERBS_S = 15
+# Each operation alone would take over ten seconds for one call that times out.
+ALL_OPERATIONS_S = 15
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def own_server(tmp_path: Path) -> Iterator[RedisServer]:
 async def hung(
     engine: FakeEngine, cache: str, own_server: RedisServer, tmp_path: Path
 ) -> AsyncIterator[GatewayHarness]:
-    """A harness with a window in both tiers, of which Redis hangs from now on."""
+    """A harness with a window in both tiers, whose Redis hangs."""
     async with open_harness(engine, cache, own_server, tmp_path) as harness:
         await window(harness.services)
         own_server.hang()
@@ -46,9 +46,9 @@ async def hung(
         own_server.resume()
 
 
-async def test_every_verb_goes_on_without_it_and_says_so(hung: GatewayHarness) -> None:
+async def test_every_operation_works_without_the_tier(hung: GatewayHarness) -> None:
     parts = hung.services
-    async with asyncio.timeout(ALL_VERBS_S):
+    async with asyncio.timeout(ALL_OPERATIONS_S):
         verdict = await verify(hung.ctx, "w")
         assert (verdict.tiers["redis"].checked, verdict.tiers["disk"].intact) == (False, CHUNKS)
         assert "redis tier: it hangs" in verdict.warnings[0]
@@ -67,9 +67,9 @@ async def test_every_verb_goes_on_without_it_and_says_so(hung: GatewayHarness) -
         assert await release_strays(parts) == 0
 
 
-async def test_while_a_deletion_finds_out_nobody_waits_long_for_the_pins(hung: GatewayHarness) -> None:
+async def test_deletion_holds_the_lock_only_briefly(hung: GatewayHarness) -> None:
     parts = hung.services
-    async with asyncio.timeout(ALL_VERBS_S):
+    async with asyncio.timeout(ALL_OPERATIONS_S):
         async with asyncio.TaskGroup() as both:
             both.create_task(delete(hung.ctx, "w"))
             await asyncio.sleep(0)  # it begins first
@@ -81,7 +81,7 @@ async def _hold(services: Services) -> None:
         pass
 
 
-async def test_health_says_which_tier_hangs(engine: FakeEngine, own_server: RedisServer, tmp_path: Path) -> None:
+async def test_health_reports_the_hung_tier(engine: FakeEngine, own_server: RedisServer, tmp_path: Path) -> None:
     redis = f"redis://127.0.0.1:{own_server.port}"
     with gateway_in_front_of(engine.url, tmp_path, kv_redis_url=redis) as gateway:
         own_server.hang()

@@ -1,4 +1,4 @@
-"""Windows as files: the round trip through both tiers, and every file that is not as it must be."""
+"""Windows as files: the round trip through both tiers, and invalid files."""
 
 import asyncio
 import subprocess
@@ -25,7 +25,7 @@ from tests.support.window_files import Change, _end, file_of, rebuilt, refused, 
 pytestmark = pytest.mark.anyio
 
 
-async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(harness: GatewayHarness) -> None:
+async def test_import_equals_export_under_its_own_salt(harness: GatewayHarness) -> None:
     original = await window(harness.services)
     data = await file_of(harness.services)
     imported, warnings = await import_window(harness.ctx, stream(data), name="again")
@@ -49,7 +49,7 @@ async def test_an_imported_window_is_what_was_exported_under_a_salt_of_its_own(h
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
 
 
-async def test_a_window_comes_back_after_it_and_all_its_objects_were_deleted(harness: GatewayHarness) -> None:
+async def test_deleted_window_can_be_imported_again(harness: GatewayHarness) -> None:
     empty = harness.everything()
     await window(harness.services)
     data = await file_of(harness.services)
@@ -64,7 +64,7 @@ async def test_a_window_comes_back_after_it_and_all_its_objects_were_deleted(har
     assert len(again) != 0
 
 
-async def test_a_standard_tar_reads_the_file(harness: GatewayHarness, tmp_path: Path) -> None:
+async def test_standard_tar_reads_the_file(harness: GatewayHarness, tmp_path: Path) -> None:
     await window(harness.services)
     (tmp_path / "w.cwg").write_bytes(await file_of(harness.services))
     names = await asyncio.to_thread(subprocess.check_output, ["tar", "tf", str(tmp_path / "w.cwg")], text=True)
@@ -72,7 +72,7 @@ async def test_a_standard_tar_reads_the_file(harness: GatewayHarness, tmp_path: 
     assert names.split() == [file_format.MANIFEST, *file_format.TEXTS, *objects, file_format.CHECKSUM]
 
 
-async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in_both_is_told(
+async def test_export_reads_lost_objects_from_the_other_tier(
     harness: GatewayHarness,
 ) -> None:
     original = await window(harness.services)
@@ -91,12 +91,12 @@ async def test_an_object_that_one_tier_lost_comes_from_the_other_and_one_lost_in
     assert (imported.kv, imported.chunk_count) == ("absent", 0)
 
 
-async def test_a_taken_name_is_refused(harness: GatewayHarness) -> None:
+async def test_taken_name_is_refused(harness: GatewayHarness) -> None:
     await window(harness.services)
     await refused(harness, await file_of(harness.services), "window_already_exists", name=None)
 
 
-async def test_a_file_cut_anywhere_leaves_nothing(harness: GatewayHarness) -> None:
+async def test_truncated_file_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
     for part in range(50):
@@ -105,7 +105,7 @@ async def test_a_file_cut_anywhere_leaves_nothing(harness: GatewayHarness) -> No
     assert "after the end" in await refused(harness, data + b"\0", "window_corrupted")
 
 
-async def test_a_flipped_bit_anywhere_leaves_nothing(harness: GatewayHarness) -> None:
+async def test_flipped_bit_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
     # A bit of every block: headers, members, what fills them up, and the end.
@@ -115,7 +115,7 @@ async def test_a_flipped_bit_anywhere_leaves_nothing(harness: GatewayHarness) ->
         await refused(harness, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
 
 
-async def test_a_wrong_checksum_of_the_whole_leaves_nothing_though_every_member_is_as_it_was(
+async def test_wrong_checksum_of_the_file_leaves_nothing(
     harness: GatewayHarness,
 ) -> None:
     await window(harness.services)
@@ -174,7 +174,7 @@ async def test_a_wrong_checksum_of_the_whole_leaves_nothing_though_every_member_
         (lambda m: m["texts"][0].update(size=2**40), "payload_too_large"),
     ],
 )
-async def test_a_manifest_that_lies_leaves_nothing(harness: GatewayHarness, change: Change, code: str) -> None:
+async def test_invalid_manifest_leaves_nothing(harness: GatewayHarness, change: Change, code: str) -> None:
     await window(harness.services)
     await refused(harness, rebuilt(await file_of(harness.services), change), code)
 
@@ -187,7 +187,7 @@ def nested(depth: int) -> dict[str, object]:
     return value
 
 
-async def test_a_manifest_that_is_too_large_is_refused_before_it_is_read() -> None:
+async def test_large_manifest_is_refused_before_it_is_read() -> None:
     asked = 0
 
     async def source() -> AsyncIterator[bytes]:
@@ -231,9 +231,7 @@ Members = list[tuple[str, bytes]]
     ],
     ids=["path", "absolute", "twice", "order", "manifest-second", "one-less", "one-more", "no-transcript"],
 )
-async def test_other_members_than_are_due_leave_nothing(
-    harness: GatewayHarness, harm: Callable[[Members], Members]
-) -> None:
+async def test_unexpected_members_leave_nothing(harness: GatewayHarness, harm: Callable[[Members], Members]) -> None:
     await window(harness.services)
     wanted = members(await file_of(harness.services))[:-1]
     whole = b"".join(b"".join(file_format.wrap(name, data)) for name, data in wanted)
@@ -243,7 +241,7 @@ async def test_other_members_than_are_due_leave_nothing(
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\3\4" + bytes(5000), b"\x1f\x8b" + bytes(5000), bytes(5000), b"{}" * 900])
-async def test_what_is_no_window_file_is_told_so(harness: GatewayHarness, data: bytes) -> None:
+async def test_other_files_are_refused_as_such(harness: GatewayHarness, data: bytes) -> None:
     await refused(harness, data, "invalid_request", "window_corrupted")
 
 
@@ -268,7 +266,7 @@ def with_text(data: bytes, index: int, text: bytes) -> bytes:
         (2, b'{"tools":' + b"[" * 100 + b"]" * 100 + b"}"),
     ],
 )  # fmt: skip
-async def test_text_that_is_none_leaves_nothing(harness: GatewayHarness, index: int, text: bytes) -> None:
+async def test_invalid_text_leaves_nothing(harness: GatewayHarness, index: int, text: bytes) -> None:
     await window(harness.services)
     await refused(harness, with_text(await file_of(harness.services), index, text), "window_corrupted")
 
@@ -283,12 +281,12 @@ async def test_text_that_is_none_leaves_nothing(harness: GatewayHarness, index: 
     ],
     ids=["messages", "containers", "values", "tools"],
 )
-async def test_text_with_too_much_in_it_leaves_nothing(harness: GatewayHarness, index: int, text: bytes) -> None:
+async def test_too_complex_text_leaves_nothing(harness: GatewayHarness, index: int, text: bytes) -> None:
     await window(harness.services)
     await refused(harness, with_text(await file_of(harness.services), index, text), "too_complex")
 
 
-async def test_a_transcript_as_deep_as_may_be_can_be_read_and_exported_again(harness: GatewayHarness) -> None:
+async def test_deepest_allowed_transcript_survives_a_round_trip(harness: GatewayHarness) -> None:
     await window(harness.services)
     deep = b'[{"role":"user","content":' + b"[" * 98 + b"]" * 98 + b"}]"
     receipt = nested(19)
@@ -299,7 +297,7 @@ async def test_a_transcript_as_deep_as_may_be_can_be_read_and_exported_again(har
     assert await harness.services.store.messages(again.transcript) == orjson.loads(deep)
 
 
-async def test_a_long_transcript_is_in_memory_no_more_than_twice(harness: GatewayHarness) -> None:
+async def test_long_transcript_is_in_memory_at_most_twice(harness: GatewayHarness) -> None:
     await window(harness.services)
     text = orjson.dumps([{"role": "user", "content": "x" * 2**18 + str(number)} for number in range(100)])
     data = with_text(await file_of(harness.services), 1, text)

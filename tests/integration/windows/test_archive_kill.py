@@ -1,4 +1,4 @@
-"""A gateway that is killed while a large window goes out or comes in: nothing half is left, the next start is clean."""
+"""A gateway killed during an export or import of a large window leaves nothing half done; the next start is clean."""
 
 import asyncio
 import http.client
@@ -71,7 +71,7 @@ def file_of(gateway: Gateway) -> bytes:
     return gateway.http.get("/admin/windows/w/export").content
 
 
-def test_a_kill_in_mid_export_is_seen_by_the_client_and_leaves_the_window_whole(gateway: Gateway) -> None:
+def test_kill_during_export_is_seen_by_the_client(gateway: Gateway) -> None:
     before = everything(gateway)
     size, seen = 0, 0
     with suppress(httpx.TransportError), gateway.http.stream("GET", "/admin/windows/w/export") as answer:
@@ -87,7 +87,7 @@ def test_a_kill_in_mid_export_is_seen_by_the_client_and_leaves_the_window_whole(
     assert len(file_of(gateway)) == size
 
 
-def test_a_kill_in_mid_export_leaves_the_cli_without_a_file(gateway: Gateway, tmp_path: Path) -> None:
+def test_kill_during_export_leaves_the_cli_no_file(gateway: Gateway, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-m", "gateway", "export", "w", str(out / "w.cwg")]
@@ -100,7 +100,7 @@ def test_a_kill_in_mid_export_leaves_the_cli_without_a_file(gateway: Gateway, tm
     assert list(out.iterdir()) == []
 
 
-def test_a_kill_while_an_import_is_read_leaves_nothing_of_it(gateway: Gateway) -> None:
+def test_kill_while_import_is_read_leaves_nothing(gateway: Gateway) -> None:
     data = file_of(gateway)
     before = everything(gateway)
     for share in (0.001, 0.5, 0.999):
@@ -125,7 +125,7 @@ def _kill_in_mid_import(gateway: Gateway, part: bytes, size: int) -> None:
 
 
 @pytest.mark.parametrize("stage", ["place", "commit"])
-def test_a_kill_while_an_import_is_placed_leaves_it_whole_or_not_at_all(gateway: Gateway, stage: str) -> None:
+def test_kill_while_import_is_pinned_leaves_all_or_nothing(gateway: Gateway, stage: str) -> None:
     data = file_of(gateway)
     before = everything(gateway)
     path, headers = "/admin/windows/import?window_name=again", {"accept": "application/x-ndjson"}

@@ -26,7 +26,7 @@ from tests.support.window_files import file_of, rebuilt, refused, stream
 pytestmark = pytest.mark.anyio
 
 
-async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_its_objects_are_read(
+async def test_import_without_room_is_refused_early(
     harness: GatewayHarness,
 ) -> None:
     await window(harness.services)
@@ -39,7 +39,7 @@ async def test_an_import_that_would_take_the_last_of_the_disk_is_refused_before_
     assert imported.kv == "absent"
 
 
-async def test_a_disk_that_fills_up_meanwhile_ends_an_import(tmp_path: Path) -> None:
+async def test_disk_filling_up_ends_an_import(tmp_path: Path) -> None:
     free = (await asyncio.to_thread(shutil.disk_usage, tmp_path)).free
     async with Spool(tmp_path, 1) as spool:
         await spool.expect(1)
@@ -52,9 +52,7 @@ async def test_a_disk_that_fills_up_meanwhile_ends_an_import(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("per_tenant", "alone"), [(False, True), (True, True), (True, False)])
-async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
-    harness: GatewayHarness, per_tenant: bool, alone: bool
-) -> None:
+async def test_import_waits_for_the_pins_lock(harness: GatewayHarness, per_tenant: bool, alone: bool) -> None:
     """A sweep holds them alone. A freeze shares them, and where a tenant has one salt it may be of the very objects."""
     await window(harness.services)
     data = await file_of(harness.services)
@@ -75,7 +73,7 @@ async def test_an_import_neither_pins_nor_commits_while_others_hold_the_pins(
     assert (await going)[0].kv == "complete"
 
 
-async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(harness: GatewayHarness) -> None:
+async def test_file_announcing_too_many_bytes_is_refused(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
     services = replace(harness.services, settings=harness.settings.model_copy(update={"max_import_bytes": 9000}))
@@ -83,7 +81,7 @@ async def test_a_file_beyond_the_bound_is_refused_by_what_it_says(harness: Gatew
     assert "9000" in await refused(small, data[:4096], "payload_too_large")
 
 
-async def test_another_model_is_imported_as_text_only(harness: GatewayHarness) -> None:
+async def test_other_model_is_imported_as_text_only(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = rebuilt(await file_of(harness.services), lambda m: m["window"].update(fingerprint="other"))  # type: ignore[attr-defined]
     await refused(harness, data, "model_mismatch")
@@ -96,7 +94,7 @@ async def test_another_model_is_imported_as_text_only(harness: GatewayHarness) -
     await refused(harness, data[:20_000], "window_corrupted", as_text=True)
 
 
-async def test_a_full_tier_leaves_nothing(harness: GatewayHarness) -> None:
+async def test_full_tier_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
     harness.redis.client.config_set("maxmemory", 1)  # the disk, which comes first, has taken all by then
@@ -106,7 +104,7 @@ async def test_a_full_tier_leaves_nothing(harness: GatewayHarness) -> None:
         harness.redis.client.config_set("maxmemory", 0)
 
 
-async def test_past_the_tenants_budget_an_import_leaves_nothing(harness: GatewayHarness) -> None:
+async def test_import_over_the_tenant_budget_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
     held = await harness.services.store.held_bytes("default", [])
@@ -118,7 +116,7 @@ async def test_past_the_tenants_budget_an_import_leaves_nothing(harness: Gateway
     assert imported.kv == "complete"
 
 
-async def test_pins_that_were_never_committed_go_at_the_next_start(harness: GatewayHarness) -> None:
+async def test_uncommitted_pins_are_removed_at_start(harness: GatewayHarness) -> None:
     await window(harness.services)
     before = harness.everything()
     model = await harness.services.engines.model(MODEL)
@@ -135,7 +133,7 @@ def test_token_ids_are_little_endian() -> None:
     assert pack([1, 258]) == b"\1\0\0\0\2\1\0\0"
 
 
-def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: Path) -> None:
+def test_http_and_cli_export_and_import(gateway: Gateway, session: str, tmp_path: Path) -> None:
     gateway.chat(session)
     name = f"w-{session}"
     gateway.freeze(session, name)
@@ -159,9 +157,7 @@ def test_the_doors_export_and_import(gateway: Gateway, session: str, tmp_path: P
     assert lines.json()["error"]["code"] == "invalid_request"
 
 
-def test_an_export_is_for_its_owner_alone_and_overwrites_nothing_unasked(
-    gateway: Gateway, session: str, tmp_path: Path
-) -> None:
+def test_exported_file_is_private_and_overwrites_nothing(gateway: Gateway, session: str, tmp_path: Path) -> None:
     gateway.chat(session)
     gateway.freeze(session, session)
     file = tmp_path / "w.cwg"
@@ -175,14 +171,14 @@ def test_an_export_is_for_its_owner_alone_and_overwrites_nothing_unasked(
     assert {f.name: f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {"w.cwg": 0o600, "fresh.cwg": 0o600}
 
 
-def test_a_file_that_cannot_be_had_leaves_no_file(gateway: Gateway, session: str, tmp_path: Path) -> None:
+def test_failed_export_leaves_no_file(gateway: Gateway, session: str, tmp_path: Path) -> None:
     failed = cwg("export", f"no-{session}", str(tmp_path / "w.cwg"), url=gateway.url)
     assert (failed.returncode, f"no-{session}" in failed.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []
     assert cwg("import", str(tmp_path / "none.cwg"), url=gateway.url).returncode == 1
 
 
-def test_a_body_beyond_the_bound_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
+def test_too_large_body_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, max_import_bytes=4000) as gateway:
         for content in (bytes(5000), iter([file_format.header(file_format.MANIFEST, 8000), *[b" " * 2000] * 2])):
             answer = gateway.http.post("/admin/windows/import", content=content)

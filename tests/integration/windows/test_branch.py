@@ -1,4 +1,4 @@
-"""A window as a base URL: every new conversation under it is a branch of its own, sent whole or only what is new."""
+"""A window as a base URL: each new conversation is a branch, whether sent as a whole or only its new messages."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def sent(engine: FakeEngine) -> list[dict[str, Any]]:
     return list(engine.seen(CHAT)[-1].json["messages"])
 
 
-def test_what_is_new_goes_on_from_the_window_and_each_conversation_is_a_branch(
+def test_new_messages_continue_the_window_in_a_branch(
     engine: FakeEngine, gateway: Gateway, session: str, window: str
 ) -> None:
     one = ask(gateway, f"/w/{window}", [user("first branch")]).headers["x-session-id"]
@@ -51,21 +51,21 @@ def test_what_is_new_goes_on_from_the_window_and_each_conversation_is_a_branch(
     assert len({request.json["cache_salt"] for request in engine.seen(CHAT)}) == 1
 
 
-def test_the_full_history_is_taken_as_it_is(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+def test_full_history_is_taken_as_it_is(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     history = [*BEGINNING, REPLY, user("on")]
     one = ask(gateway, f"/w/{window}", history).headers["x-session-id"]
     assert sent(engine) == history
     assert ask(gateway, f"/w/{window}", [*history, REPLY, user("more")]).headers["x-session-id"] == one
 
 
-def test_the_header_says_the_same_as_the_base_url(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+def test_window_header_equals_the_base_url(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     one = ask(gateway, "", [user("by header")], headers={"x-window": window}).headers["x-session-id"]
     assert sent(engine) == [*BEGINNING, REPLY, user("by header")]
     assert engine.seen(CHAT)[-1].header("x-window") == []
     assert ask(gateway, f"/w/{window}", [user("by header"), REPLY, user("on")]).headers["x-session-id"] == one
 
 
-def test_a_branch_can_have_a_name_of_its_own(engine: FakeEngine, gateway: Gateway, session: str, window: str) -> None:
+def test_branch_can_have_its_own_session_id(engine: FakeEngine, gateway: Gateway, session: str, window: str) -> None:
     named = {"x-session-id": f"{session}-mine"}
     assert ask(gateway, f"/w/{window}", [user("a")], headers=named).headers["x-session-id"] == f"{session}-mine"
     ask(gateway, f"/w/{window}", [user("a"), REPLY, user("b")], headers=named)
@@ -75,9 +75,7 @@ def test_a_branch_can_have_a_name_of_its_own(engine: FakeEngine, gateway: Gatewa
     assert sent(engine) == [*BEGINNING, REPLY, user("a"), REPLY, user("b"), REPLY, user("c")]
 
 
-def test_a_session_that_does_not_come_from_the_window_is_refused(
-    engine: FakeEngine, gateway: Gateway, session: str, window: str
-) -> None:
+def test_session_of_another_window_is_refused(engine: FakeEngine, gateway: Gateway, session: str, window: str) -> None:
     gateway.chat(f"{session}-other")
     gateway.turns(f"{session}-other")
     answer = ask(gateway, f"/w/{window}", [user("a")], headers={"x-session-id": f"{session}-other"})
@@ -85,7 +83,7 @@ def test_a_session_that_does_not_come_from_the_window_is_refused(
     assert window in answer.text
 
 
-def test_an_agent_and_its_side_conversation_under_a_window(gateway: Gateway, session: str, window: str) -> None:
+def test_agent_and_its_subconversation_under_a_window(gateway: Gateway, session: str, window: str) -> None:
     named = {"x-claude-code-session-id": f"{session}-cc"}
     assert ask(gateway, f"/w/{window}", [user("work")], headers=named).headers["x-session-id"] == f"{session}-cc"
     grown = [user("work"), REPLY, user("on")]
@@ -94,7 +92,7 @@ def test_an_agent_and_its_side_conversation_under_a_window(gateway: Gateway, ses
     assert side.startswith(f"{session}-cc:")
 
 
-def test_an_agent_that_had_a_session_before_goes_on_in_a_branch_beside_it(
+def test_agent_with_a_session_continues_in_a_branch(
     engine: FakeEngine, gateway: Gateway, session: str, window: str
 ) -> None:
     """Its id is that of its own session, as pi's `session_id` is, and it cannot leave it away."""
@@ -109,9 +107,7 @@ def test_an_agent_that_had_a_session_before_goes_on_in_a_branch_beside_it(
     assert ask(gateway, "", [user("before"), REPLY, user("on")], headers=named).headers["x-session-id"] == before
 
 
-def test_another_system_message_is_a_conflict_unless_it_is_said_which_to_use(
-    engine: FakeEngine, gateway: Gateway, window: str
-) -> None:
+def test_other_system_message_is_a_conflict_by_default(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     other = {"role": "system", "content": "Be verbose."}
     refused = ask(gateway, f"/w/{window}", [other, user("a")])
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "window_system_conflict")
@@ -121,18 +117,18 @@ def test_another_system_message_is_a_conflict_unless_it_is_said_which_to_use(
     assert sent(engine) == [other, *BEGINNING[1:], REPLY, user("b")]
 
 
-def test_a_window_that_is_not_there_is_not_found(engine: FakeEngine, gateway: Gateway) -> None:
+def test_missing_window_is_not_found(engine: FakeEngine, gateway: Gateway) -> None:
     answer = ask(gateway, "/w/nobody-made-it", [user("a")])
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "window_not_found")
     assert engine.seen(CHAT) == []
 
 
-def test_what_is_no_turn_passes_under_a_window(gateway: Gateway, window: str) -> None:
+def test_non_turns_pass_through_under_a_window(gateway: Gateway, window: str) -> None:
     assert gateway.http.get(f"/w/{window}/v1/models").status_code == 200
 
 
 @pytest.mark.parametrize("copy", ["thaw", "thaw of a clone"])
-def test_a_conversation_without_an_id_goes_on_in_its_own_session_after_a_thaw(
+def test_conversation_without_id_continues_after_a_thaw(
     engine: FakeEngine, gateway: Gateway, session: str, copy: str
 ) -> None:
     history = [user(session)]
@@ -156,7 +152,7 @@ def test_a_conversation_without_an_id_goes_on_in_its_own_session_after_a_thaw(
     assert [message["content"] for message in kept] == [m["content"] for m in [*history, REPLY]]
 
 
-def test_a_thawed_session_is_found_by_its_history_where_the_original_is_gone(gateway: Gateway, session: str) -> None:
+def test_thawed_session_is_found_by_its_history(gateway: Gateway, session: str) -> None:
     history = [user(session)]
     first = ask(gateway, "", history).headers["x-session-id"]
     assert gateway.freeze(first, f"w-{session}").status_code == 201

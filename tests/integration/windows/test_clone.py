@@ -1,4 +1,4 @@
-"""Clones, isolated or not, share pins: none copies a byte, none loses one when another goes, and the last takes all."""
+"""Clones, isolated or not, share pins: none copies bytes, deleting one keeps the others', and the last frees all."""
 
 import asyncio
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ async def gone(harness: GatewayHarness, name: str) -> Deleted:
     return await delete(harness.ctx, name)
 
 
-async def test_no_clone_and_no_branch_makes_a_file_or_a_key(harness: GatewayHarness) -> None:
+async def test_clones_and_branches_create_no_objects(harness: GatewayHarness) -> None:
     await window(harness.services)
     session = await thawed(harness, "w")
     before = harness.everything()
@@ -71,7 +71,7 @@ async def test_no_clone_and_no_branch_makes_a_file_or_a_key(harness: GatewayHarn
     await verified(harness, "w", "copy", "apart", "again")
 
 
-async def test_the_first_turn_of_a_branch_puts_back_what_was_evicted_and_the_log_tells_what_is_lost(
+async def test_first_turn_of_a_branch_restores_evicted_kv(
     harness: GatewayHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = await window(harness.services)
@@ -86,14 +86,14 @@ async def test_the_first_turn_of_a_branch_puts_back_what_was_evicted_and_the_log
     await disk.remove(keys[-1:])
     await restore_for_turn(harness.services, second)
     assert await _present(harness, names) == [CHUNKS - 1, CHUNKS]
-    assert f"session {second.id} goes on without all of its KV: disk tier: 1 of {CHUNKS} objects" in caplog.text
+    assert f"session {second.id} continues without all of its KV: disk tier: 1 of {CHUNKS} objects" in caplog.text
     await redis.remove(keys)
     went_on = replace(second, state="active")
     await restore_for_turn(harness.services, went_on)
     assert await _present(harness, names) == [CHUNKS - 1, 0], "the engine has taken it over"
 
 
-async def test_a_branch_begins_without_a_window_that_was_deleted_or_is_another_one_by_now(
+async def test_branch_of_a_replaced_window_restores_nothing(
     harness: GatewayHarness,
 ) -> None:
     await window(harness.services)
@@ -111,7 +111,7 @@ async def _present(harness: GatewayHarness, names: Sequence[str]) -> list[int]:
     return [sum(map(bool, await tier.sizes(names))) for tier in harness.services.pins.tiers]
 
 
-async def test_an_isolated_clone_is_found_under_its_own_names_once_it_is_thawed(harness: GatewayHarness) -> None:
+async def test_isolated_clone_gets_its_own_names_when_thawed(harness: GatewayHarness) -> None:
     source = await window(harness.services)
     made = await apart(harness)
     names = object_keys(made.model_root, IDS, CHUNK, 1, made.salt)
@@ -128,7 +128,7 @@ async def test_an_isolated_clone_is_found_under_its_own_names_once_it_is_thawed(
     assert by_name["redis"].total.bytes == by_name["redis"].windows.bytes == 2 * SIZE
 
 
-async def test_where_bytes_are_encrypted_by_salt_only_text_and_ids_are_isolated(
+async def test_encryption_by_salt_isolates_only_text_and_ids(
     engine: FakeEngine, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     with cache_server(serde="aesgcm") as url:
@@ -143,9 +143,7 @@ async def test_where_bytes_are_encrypted_by_salt_only_text_and_ids_are_isolated(
 
 
 @pytest.mark.parametrize("order", list(permutations(["w", "copy", "apart"])), ids="-".join)
-async def test_each_deletion_leaves_the_others_whole_and_the_last_leaves_nothing(
-    harness: GatewayHarness, order: tuple[str, ...]
-) -> None:
+async def test_deletions_keep_other_clones_and_last_frees_all(harness: GatewayHarness, order: tuple[str, ...]) -> None:
     empty = harness.everything()
     await window(harness.services)
     await clone(harness.ctx, "w", Naming("copy"))
@@ -167,7 +165,7 @@ async def test_each_deletion_leaves_the_others_whole_and_the_last_leaves_nothing
     assert harness.everything() == empty
 
 
-async def test_a_session_of_the_source_keeps_its_cache_when_the_clone_goes_last(harness: GatewayHarness) -> None:
+async def test_source_session_keeps_cache_after_last_clone(harness: GatewayHarness) -> None:
     source = await window(harness.services)
     session = await thawed(harness, "w")
     await apart(harness)
@@ -181,7 +179,7 @@ async def test_a_session_of_the_source_keeps_its_cache_when_the_clone_goes_last(
     assert [harness.redis.live(key) for key in keys] == [None] * CHUNKS
 
 
-async def test_clones_and_deletions_of_one_window_at_once_leave_whole_windows_only(harness: GatewayHarness) -> None:
+async def test_concurrent_clones_and_deletions_leave_whole_windows(harness: GatewayHarness) -> None:
     empty = harness.everything()
     await window(harness.services)
     outcomes = await asyncio.gather(

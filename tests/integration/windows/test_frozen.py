@@ -1,4 +1,4 @@
-"""A freeze pins what it claims, waits for what lands late, and commits what it has read: real files, real pins."""
+"""A freeze pins what it claims, waits for late objects, and commits what it has read: real files, real pins."""
 
 import asyncio
 import threading
@@ -38,7 +38,7 @@ async def harness(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> Asy
         yield harness
 
 
-async def test_what_is_frozen_is_pinned_and_outlives_what_the_cache_evicts(harness: Cached) -> None:
+async def test_frozen_window_survives_eviction(harness: Cached) -> None:
     window = await harness.window()
     assert (window.kv, window.chunk_count) == ("complete", CHUNKS)
     assert harness.pinned == {key.file_name for key in harness.keys(window)}
@@ -49,9 +49,7 @@ async def test_what_is_frozen_is_pinned_and_outlives_what_the_cache_evicts(harne
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, CHUNKS, False)
 
 
-async def test_a_freeze_waits_for_objects_that_land_after_the_engine_has_answered(
-    engine: FakeEngine, harness: Cached
-) -> None:
+async def test_freeze_waits_for_late_objects(engine: FakeEngine, harness: Cached) -> None:
     session, late = await harness.session(stored=False), []
     harness.cache.before_write = lambda name: bool(late.append(name))
 
@@ -62,12 +60,10 @@ async def test_a_freeze_waits_for_objects_that_land_after_the_engine_has_answere
 
     window = await harness.window(progress=seen)
     assert (window.kv, len(late)) == ("complete", CHUNKS)
-    assert len(engine.seen("/v1/completions")) == 1, "nothing had to be computed a second time"
+    assert len(engine.seen("/v1/completions")) == 1, "nothing had to be computed twice"
 
 
-async def test_what_did_not_land_is_dropped_from_memory_and_computed_once_more(
-    engine: FakeEngine, harness: Cached
-) -> None:
+async def test_missing_objects_are_computed_once_more(engine: FakeEngine, harness: Cached) -> None:
     await harness.session(stored=False)
     refused: set[str] = set()
     harness.cache.before_write = lambda name: name in refused or bool(refused.add(name))
@@ -76,7 +72,7 @@ async def test_what_did_not_land_is_dropped_from_memory_and_computed_once_more(
     assert len(engine.seen("/v1/completions")) == 2
 
 
-async def test_chunks_behind_one_that_never_lands_are_not_claimed(harness: Cached) -> None:
+async def test_chunks_after_a_missing_one_are_not_claimed(harness: Cached) -> None:
     session = await harness.session(stored=False)
     hole = harness.cache.keys(IDS, session.salt)[2].file_name
     harness.cache.before_write = lambda name: name != hole
@@ -87,18 +83,18 @@ async def test_chunks_behind_one_that_never_lands_are_not_claimed(harness: Cache
         str(key) for key in harness.keys(window)[:2]
     }
     assert harness.pinned == {key.file_name for key in harness.keys(window)[:2]}, (
-        "what lies behind the hole is let go of"
+        "what follows the missing one is unpinned"
     )
 
 
-async def test_nothing_can_be_unpinned_between_the_pins_and_the_commit(harness: Cached) -> None:
+async def test_lock_is_held_from_pins_to_commit(harness: Cached) -> None:
     held: dict[str, bool] = {}
     await harness.window(progress=lambda step, done, total: held.update({step: harness.locked}))
     assert held["commit"]
     assert not held["render"]
 
 
-async def test_a_disk_that_is_nearly_full_is_told_before_anything_is_computed(
+async def test_nearly_full_disk_is_refused_before_computing(
     engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
 ) -> None:
     async with opened(engine, cache, tmp_path, disk_reserve_bytes=2**62) as harness:
@@ -108,7 +104,7 @@ async def test_a_disk_that_is_nearly_full_is_told_before_anything_is_computed(
         assert (harness.pinned, engine.seen("/v1/completions")) == (set(), [])
 
 
-async def test_a_session_of_other_weights_is_frozen_under_the_salt_of_those_that_are_served(harness: Cached) -> None:
+async def test_session_of_other_weights_gets_the_served_salt(harness: Cached) -> None:
     session = await harness.session(fingerprint="older")
     window = await harness.window()
     model = await harness.services.engines.model(window.model)
@@ -117,7 +113,7 @@ async def test_a_session_of_other_weights_is_frozen_under_the_salt_of_those_that
     assert harness.pinned == {key.file_name for key in harness.keys(window)}
 
 
-# --- what has been read is committed
+# --- the snapshot is what is committed
 
 
 async def edited(harness: Cached) -> None:
@@ -128,7 +124,7 @@ async def deleted(harness: Cached) -> None:
     await orphans.delete_session(harness.ctx, "s")
 
 
-async def begun_anew(harness: Cached) -> None:
+async def recreated(harness: Cached) -> None:
     await deleted(harness)
     await edited(harness)
 
@@ -138,9 +134,9 @@ async def swept(harness: Cached) -> None:
     await sweeper.sweep(harness.services)
 
 
-@pytest.mark.parametrize("meanwhile", [edited, deleted, begun_anew, swept], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("meanwhile", [edited, deleted, recreated, swept], ids=lambda one: one.__name__)
 @pytest.mark.parametrize("where", ["/tokenize", "/v1/completions"])
-async def test_a_window_has_what_the_freeze_read_whatever_becomes_of_its_session(
+async def test_window_has_the_snapshot_despite_later_changes(
     engine: FakeEngine, harness: Cached, where: str, meanwhile: Callable[[Cached], Awaitable[None]]
 ) -> None:
     before = await harness.session(stored=False)
@@ -177,7 +173,7 @@ async def test_a_window_has_what_the_freeze_read_whatever_becomes_of_its_session
     assert (harness.pinned, list(harness.cache.folder.iterdir())) == (set(), [])
 
 
-async def test_a_freeze_that_is_cancelled_leaves_no_pin(engine: FakeEngine, harness: Cached) -> None:
+async def test_cancelled_freeze_leaves_no_pin(engine: FakeEngine, harness: Cached) -> None:
     await harness.session()
     freezing: asyncio.Task[object]
 
@@ -193,7 +189,7 @@ async def test_a_freeze_that_is_cancelled_leaves_no_pin(engine: FakeEngine, harn
 
 
 @pytest.mark.parametrize("failure", [GatewayError("storage_full", "no"), OSError("no"), asyncio.CancelledError()])
-async def test_what_a_freeze_computed_in_vain_is_looked_after(harness: Cached, failure: BaseException) -> None:
+async def test_failed_freeze_marks_its_salt_orphaned(harness: Cached, failure: BaseException) -> None:
     session = await harness.session(stored=False)
 
     def seen(step: str, done: int, total: int) -> None:
@@ -206,9 +202,7 @@ async def test_what_a_freeze_computed_in_vain_is_looked_after(harness: Cached, f
     assert harness.pinned == set()
 
 
-async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_window(
-    engine: FakeEngine, harness: Cached
-) -> None:
+async def test_automatic_freeze_of_deleted_session_makes_no_window(engine: FakeEngine, harness: Cached) -> None:
     await harness.session(stored=False)
     loop = asyncio.get_running_loop()
     deletion = deleted(harness)
@@ -221,10 +215,10 @@ async def test_a_session_that_is_deleted_while_it_is_frozen_by_itself_leaves_no_
     assert list(harness.cache.folder.iterdir()) == []
 
 
-# --- the verbs on what is there
+# --- operations on an existing window
 
 
-async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(harness: Cached) -> None:
+async def test_deletion_waits_for_uncommitted_pins(harness: Cached) -> None:
     await harness.window()
     async with harness.services.pins.lock.acquire(exclusive=False):
         deletion = asyncio.create_task(delete(harness.ctx, "w"))
@@ -235,7 +229,7 @@ async def test_a_deletion_waits_for_whoever_has_pinned_and_not_committed(harness
     assert (await harness.services.store.window(TENANT, "w"), harness.pinned) == (None, set())
 
 
-async def test_a_source_that_is_another_window_by_now_is_not_cloned(harness: Cached) -> None:
+async def test_replaced_source_is_not_cloned(harness: Cached) -> None:
     first = await harness.window()
     await delete(harness.ctx, "w")
     for _ in range(2):
@@ -247,7 +241,7 @@ async def test_a_source_that_is_another_window_by_now_is_not_cloned(harness: Cac
             await harness.window()
 
 
-async def test_whoever_comes_after_a_deletion_makes_nothing_of_the_window(harness: Cached) -> None:
+async def test_operations_after_a_deletion_find_no_window(harness: Cached) -> None:
     """A deletion that has begun is done before what begins after it: both wait for the store's only writer."""
     makes: list[Callable[[], Coroutine[Any, Any, object]]] = [
         lambda: clone(harness.ctx, "w", Naming("made")),
@@ -265,7 +259,7 @@ async def test_whoever_comes_after_a_deletion_makes_nothing_of_the_window(harnes
         assert harness.pinned == set()
 
 
-async def test_a_window_whose_tier_cannot_be_asked_is_not_verified(
+async def test_window_in_unconfigured_tier_is_not_verified(
     engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
 ) -> None:
     async with opened(engine, cache, tmp_path) as harness:
@@ -277,7 +271,7 @@ async def test_a_window_whose_tier_cannot_be_asked_is_not_verified(
         assert "not configured" in verdict.warnings[0]
 
 
-async def test_a_window_without_text_fails_its_verification(harness: Cached) -> None:
+async def test_window_without_text_fails_verification(harness: Cached) -> None:
     await harness.window()
     lose_text(harness.services.settings.store_path, "w")
     verdict = await verify(harness.ctx, "w")

@@ -1,4 +1,4 @@
-"""A window that an older version left without its text: everybody says so, and it can be deleted."""
+"""A window that an older version left without its text is reported everywhere, and can be deleted."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "and?"}]}
 
 
 @pytest.fixture
-def told(engine: FakeEngine, tmp_path: Path) -> Gateway:
+def damaged(engine: FakeEngine, tmp_path: Path) -> Gateway:
     """A gateway that starts with such a window, and with one that is whole."""
     with gateway_in_front_of(engine.url, tmp_path) as before:
         for name in ("whole", "lost"):
@@ -23,29 +23,29 @@ def told(engine: FakeEngine, tmp_path: Path) -> Gateway:
     return Gateway(tmp_path, engine.url)
 
 
-def test_a_window_without_text_is_named_and_refused_and_can_be_deleted(told: Gateway) -> None:
+def test_window_without_text_is_reported_and_deletable(damaged: Gateway) -> None:
     try:
-        told.start().wait()
+        damaged.start().wait()
         windows = "/admin/windows"
-        assert "1 windows have lost their text to an older version: lost;" in told.log
-        store = told.http.get("/admin/health?component=store").json()["components"]["store"]
+        assert "1 windows have lost their text to an older version: lost;" in damaged.log
+        store = damaged.http.get("/admin/health?component=store").json()["components"]["store"]
         assert (store["status"], "lost" in store["message"]) == ("degraded", True)
-        check = next(c for c in told.http.post("/admin/doctor").json()["checks"] if c["name"] == "windows")
+        check = next(c for c in damaged.http.post("/admin/doctor").json()["checks"] if c["name"] == "windows")
         assert (check["status"], "import an export" in check["remedy"]) == ("warning", True)
         for path, body in (
             ("thaw", {}), ("clone", {"target_window": "copy"}), ("clone", {"target_window": "copy", "isolate": True}),
             ("fanout", {"count": 2}), ("ask", {"question": "and?"}), ("thaw", {"continuation_prompt": "and?"}),
         ):  # fmt: skip
-            answer = told.http.post(f"{windows}/lost/{path}", json=body)
+            answer = damaged.http.post(f"{windows}/lost/{path}", json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (422, "window_corrupted"), path
         for path in ("messages", "export"):
-            answer = told.http.get(f"{windows}/lost/{path}")
+            answer = damaged.http.get(f"{windows}/lost/{path}")
             assert (answer.status_code, answer.json()["error"]["code"]) == (422, "window_corrupted"), path
-        assert told.http.post("/w/lost/v1/chat/completions", json=ASKED).status_code == 422
-        verdict = told.http.post(f"{windows}/lost/verify").json()
+        assert damaged.http.post("/w/lost/v1/chat/completions", json=ASKED).status_code == 422
+        verdict = damaged.http.post(f"{windows}/lost/verify").json()
         assert (verdict["ok"], "text of window 'lost' is gone" in verdict["warnings"][0]) == (False, True)
-        assert told.http.post(f"{windows}/whole/verify").json()["ok"] is True
-        assert told.http.delete(f"{windows}/lost").status_code == 200
-        assert told.http.get("/admin/health?component=store").json()["components"]["store"]["status"] == "healthy"
+        assert damaged.http.post(f"{windows}/whole/verify").json()["ok"] is True
+        assert damaged.http.delete(f"{windows}/lost").status_code == 200
+        assert damaged.http.get("/admin/health?component=store").json()["components"]["store"]["status"] == "healthy"
     finally:
-        told.close()
+        damaged.close()

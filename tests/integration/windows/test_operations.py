@@ -12,7 +12,7 @@ from tests.support.gateway_process import Gateway
 from tests.support.refusals import assert_refused
 
 
-def test_a_patch_changes_what_it_names_and_nothing_else(gateway: Gateway, window: str) -> None:
+def test_patch_changes_only_given_fields(gateway: Gateway, window: str) -> None:
     before = gateway.http.get(f"/admin/windows/{window}").json()
     answer = gateway.http.patch(f"/admin/windows/{window}", json={"tags": ["c"]})
     assert answer.status_code == 200
@@ -22,7 +22,7 @@ def test_a_patch_changes_what_it_names_and_nothing_else(gateway: Gateway, window
     assert gateway.http.get(f"/admin/windows?tags=a&search={window}").json()["total"] == 0
 
 
-def test_null_clears_and_a_new_ttl_counts_from_now(gateway: Gateway, window: str) -> None:
+def test_null_clears_and_new_ttl_counts_from_now(gateway: Gateway, window: str) -> None:
     cleared = gateway.http.patch(
         f"/admin/windows/{window}", json={"description": None, "tags": None, "ttl_seconds": None}
     ).json()
@@ -42,18 +42,18 @@ def test_null_clears_and_a_new_ttl_counts_from_now(gateway: Gateway, window: str
         ({"ttl_seconds": True}, "ttl_seconds"),
     ],
 )
-def test_a_patch_that_is_wrong_names_the_field(gateway: Gateway, window: str, body: dict[str, Any], says: str) -> None:
+def test_invalid_patch_names_the_field(gateway: Gateway, window: str, body: dict[str, Any], says: str) -> None:
     assert_refused(gateway.http.patch(f"/admin/windows/{window}", json=body), "invalid_request", says)
 
 
-def test_a_patch_cannot_change_what_a_window_holds(gateway: Gateway, window: str) -> None:
+def test_patch_cannot_change_window_content(gateway: Gateway, window: str) -> None:
     for field in ("token_count", "name", "desription"):
         assert_refused(gateway.http.patch(f"/admin/windows/{window}", json={field: "x"}), "unknown_parameter", field)
     missing = gateway.http.patch("/admin/windows/nobody", json={"description": "d"})
     assert error_of(missing) == (404, "window_not_found")
 
 
-def test_the_cli_describes(gateway: Gateway, window: str) -> None:
+def test_cli_describe(gateway: Gateway, window: str) -> None:
     done = cwg("describe", window, "--description", "new", "--tag", "x", "--no-ttl", "--json", url=gateway.url)
     answer = json.loads(done.stdout)
     assert (answer["description"], answer["tags"], answer["expires_at"]) == ("new", ["x"], None)
@@ -61,7 +61,7 @@ def test_the_cli_describes(gateway: Gateway, window: str) -> None:
     assert_failed(cwg("describe", window, url=gateway.url), "nothing to change")
 
 
-def test_a_window_without_kv_has_nothing_that_could_be_damaged(gateway: Gateway, window: str) -> None:
+def test_window_without_kv_has_no_damage(gateway: Gateway, window: str) -> None:
     verdict = gateway.http.post(f"/admin/windows/{window}/verify").json()
     assert (verdict["ok"], verdict["kv"], verdict["tiers"], verdict["damaged"]) == (True, "absent", {}, [])
     assert "0 of 0 chunks" in verdict["warnings"][0]
@@ -69,7 +69,7 @@ def test_a_window_without_kv_has_nothing_that_could_be_damaged(gateway: Gateway,
     assert (done.returncode, "chunks usable" in done.stdout) == (0, True)
 
 
-def test_without_kv_there_is_nothing_to_go_on_from(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+def test_window_without_kv_has_nothing_to_replay(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     verdict = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": True}).json()
     assert (verdict["ok"], verdict["deep"]) == (True, [])
     assert any("nothing to continue from" in warning for warning in verdict["warnings"])
@@ -77,7 +77,7 @@ def test_without_kv_there_is_nothing_to_go_on_from(engine: FakeEngine, gateway: 
     assert engine.seen("/v1/completions") == []
 
 
-def test_a_verification_takes_only_deep_and_needs_a_window(gateway: Gateway, window: str) -> None:
+def test_verify_takes_only_deep_and_needs_a_window(gateway: Gateway, window: str) -> None:
     for wrong in ("yes", 1, "true"):
         answer = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": wrong})
         assert_refused(answer, "invalid_request", "deep")
@@ -88,9 +88,7 @@ def test_a_verification_takes_only_deep_and_needs_a_window(gateway: Gateway, win
     assert_failed(cwg("verify", "nobody", url=gateway.url), "nobody")
 
 
-def test_a_question_is_answered_under_the_windows_salt_and_leaves_nothing_behind(
-    engine: FakeEngine, gateway: Gateway, window: str
-) -> None:
+def test_ask_uses_the_salt_and_stores_nothing(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     before = gateway.http.get(f"/admin/windows/{window}").json()
     sessions = gateway.http.get("/admin/sessions").json()["total"]
     answer = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "What was said?", "max_tokens": 7})
@@ -110,7 +108,7 @@ def test_a_question_is_answered_under_the_windows_salt_and_leaves_nothing_behind
     assert gateway.http.get("/admin/sessions").json()["total"] == sessions
 
 
-def test_tools_stay_in_the_prompt_and_are_not_called(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_ask_keeps_tools_in_prompt_but_calls_none(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     gateway.chat(session, tools=tools)
     gateway.freeze(session, f"w-{session}")
@@ -119,9 +117,7 @@ def test_tools_stay_in_the_prompt_and_are_not_called(engine: FakeEngine, gateway
     assert (asked["tools"], asked["tool_choice"]) == (tools, "none")
 
 
-def test_an_agent_that_froze_itself_by_a_tool_call_can_be_asked(
-    engine: FakeEngine, gateway: Gateway, session: str
-) -> None:
+def test_ask_after_an_unanswered_tool_call(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     reply = whole_reply("", usage_of(10, 1))
     calls = [{"id": f"c{n}", "type": "function", "function": {"name": "freeze", "arguments": "{}"}} for n in (1, 2)]
     reply["choices"][0]["message"]["tool_calls"] = calls
@@ -138,7 +134,7 @@ def test_an_agent_that_froze_itself_by_a_tool_call_can_be_asked(
     assert kept[-1]["tool_calls"] == calls
 
 
-def test_a_text_cannot_be_asked(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_ask_refuses_a_plain_text(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     headers = {"x-session-id": session}
     gateway.http.post("/v1/completions", json={"model": "demo", "prompt": "Once upon a time"}, headers=headers)
     assert gateway.freeze(session, f"w-{session}").status_code == 201
@@ -165,7 +161,7 @@ def test_a_text_cannot_be_asked(engine: FakeEngine, gateway: Gateway, session: s
         ({"question": "q", "max_tokens": 4090}, "max_tokens"),  # the window and so many are more than the model takes
     ],
 )
-def test_a_question_that_is_wrong_names_the_field_and_asks_nobody(
+def test_invalid_question_names_the_field(
     engine: FakeEngine, gateway: Gateway, window: str, body: dict[str, Any], says: str
 ) -> None:
     answer = gateway.http.post(f"/admin/windows/{window}/ask", json=body)
@@ -173,13 +169,13 @@ def test_a_question_that_is_wrong_names_the_field_and_asks_nobody(
     assert len(engine.seen("/v1/chat/completions")) == 1
 
 
-def test_asking_nobody_or_with_more_than_is_known_is_refused(gateway: Gateway, window: str) -> None:
+def test_ask_refuses_missing_window_and_unknown_fields(gateway: Gateway, window: str) -> None:
     wrong = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "q", "maxtokens": 1})
     assert_refused(wrong, "unknown_parameter", "max_tokens")
     assert error_of(gateway.http.post("/admin/windows/nobody/ask", json={"question": "q"})) == (404, "window_not_found")
 
 
-def test_what_the_engine_says_of_a_question_is_told(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+def test_ask_reports_the_engines_error(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
     answer = gateway.http.post(f"/admin/windows/{window}/ask", json={"question": "q"})
     assert_refused(answer, "invalid_request", "too long for me")
@@ -188,7 +184,7 @@ def test_what_the_engine_says_of_a_question_is_told(engine: FakeEngine, gateway:
     assert error_of(answer) == (502, "engine_unreachable")
 
 
-def test_the_cli_asks(gateway: Gateway, window: str) -> None:
+def test_cli_ask(gateway: Gateway, window: str) -> None:
     done = cwg("ask", window, "What was said?", url=gateway.url)
     assert (done.returncode, done.stdout) == (0, "Hello there!\n")
     assert "from the cache" in done.stderr
@@ -198,7 +194,7 @@ def test_the_cli_asks(gateway: Gateway, window: str) -> None:
     assert cwg("ask", window, url=gateway.url).returncode == 2
 
 
-def test_a_prefetch_without_a_cache_is_refused_with_the_remedy(gateway: Gateway, window: str) -> None:
+def test_prefetch_without_cache_is_refused(gateway: Gateway, window: str) -> None:
     answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={})
     assert error_of(answer) == (503, "cache_unavailable")
     assert "cache_url" in answer.text
@@ -208,7 +204,7 @@ def test_a_prefetch_without_a_cache_is_refused_with_the_remedy(gateway: Gateway,
     assert error_of(gateway.http.post("/admin/windows/nobody/prefetch")) == (404, "window_not_found")
 
 
-def test_an_eviction_without_a_cache_is_refused_with_the_remedy(gateway: Gateway, window: str) -> None:
+def test_evict_without_cache_is_refused(gateway: Gateway, window: str) -> None:
     answer = gateway.http.post(f"/admin/windows/{window}/evict", json={})
     assert error_of(answer) == (503, "cache_unavailable")
     assert "cache_url" in answer.text
@@ -217,7 +213,7 @@ def test_an_eviction_without_a_cache_is_refused_with_the_remedy(gateway: Gateway
     assert error_of(gateway.http.post("/admin/windows/nobody/evict")) == (404, "window_not_found")
 
 
-def test_the_cli_evicts_and_verifies_deep(gateway: Gateway, window: str) -> None:
+def test_cli_evict_and_deep_verify(gateway: Gateway, window: str) -> None:
     assert_failed(cwg("evict", window, url=gateway.url), "cache_url")
     done = cwg("verify", window, "--deep", "--json", url=gateway.url)
     assert (done.returncode, json.loads(done.stdout)["deep"]) == (0, [])

@@ -1,4 +1,4 @@
-"""When the context is full: what the client is told, what the engine gets to see, and that nothing is lost."""
+"""When the context is full: what the client and the engine get, and that nothing is lost."""
 
 import secrets
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def going_on(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def full(engine: FakeEngine, going_on: Gateway) -> Gateway:
-    """A gateway whose full sessions go on, before an engine with a bound."""
+    """A gateway whose full sessions continue, in front of an engine with a context limit."""
     bounded(engine)
     return going_on
 
@@ -63,9 +63,9 @@ def ask(gateway: Gateway, messages: list[dict[str, Any]], session: str = "", **m
 
 
 def until_full(gateway: Gateway, session: str, **more: Any) -> tuple[list[dict[str, Any]], httpx.Response]:
-    """Talk until a session goes on in another; return the whole history, the last reply included, and the answer."""
+    """Talk until a session continues in another; return the whole history with the last reply, and the answer."""
     said: list[dict[str, Any]] = [SYSTEM]
-    opening = f"this is {secrets.token_hex(6)}: "  # without an id, the same words would go on where another test ended
+    opening = f"this is {secrets.token_hex(6)}: "  # without an id, the same words would continue another test's session
     for number in range(20):
         said.append(u(number, opening=opening if number == 0 else ""))
         answer = ask(gateway, said, session, **more)
@@ -82,7 +82,7 @@ def seen(engine: FakeEngine) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_full_session_is_a_window_and_goes_on_in_a_successor(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_full_session_is_frozen_and_gets_a_successor(engine: FakeEngine, full: Gateway, session: str) -> None:
     said, answer = until_full(full, session)
     assert answer.headers["x-session-id"] == f"{session}.2"
     dropped = int(answer.headers["x-context-dropped-messages"])
@@ -104,9 +104,7 @@ def test_a_full_session_is_a_window_and_goes_on_in_a_successor(engine: FakeEngin
 
 
 @pytest.mark.parametrize("named", ["old id", "new id", "no id"])
-def test_later_turns_leave_the_same_out_so_that_the_cache_hits(
-    engine: FakeEngine, full: Gateway, session: str, named: str
-) -> None:
+def test_later_turns_drop_the_same_messages(engine: FakeEngine, full: Gateway, session: str, named: str) -> None:
     said, answer = until_full(full, session if named != "no id" else "")
     successor, first = answer.headers["x-session-id"], seen(engine)
     sent = {"old id": session, "new id": successor, "no id": ""}[named]
@@ -121,7 +119,7 @@ def test_later_turns_leave_the_same_out_so_that_the_cache_hits(
     assert full.turns(successor, 2)[0]["miss"] == "none"
 
 
-def test_a_successor_that_is_full_has_one_too(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_full_successor_gets_a_successor(engine: FakeEngine, full: Gateway, session: str) -> None:
     said, answer = until_full(full, session)
     while answer.headers["x-session-id"] == f"{session}.2":
         said.append(u(len(said)))
@@ -136,14 +134,14 @@ def test_a_successor_that_is_full_has_one_too(engine: FakeEngine, full: Gateway,
     assert ask(full, [*said, u(99, 20)], session).headers["x-session-id"] == f"{session}.3"
 
 
-def test_streams_go_on_too_and_show_nothing_of_the_refusal(full: Gateway, session: str) -> None:
+def test_streams_continue_without_the_refusal(full: Gateway, session: str) -> None:
     _, answer = until_full(full, session, stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert "maximum context length" not in answer.text
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_a_call_is_never_parted_from_its_result(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_tool_call_stays_with_its_result(engine: FakeEngine, full: Gateway, session: str) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     loop = [
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -156,13 +154,13 @@ def test_a_call_is_never_parted_from_its_result(engine: FakeEngine, full: Gatewa
     assert seen(engine)[1] in (u(1, 100), u(2, 100))
 
 
-def test_a_reply_that_wants_room_gets_it(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_reply_limit_is_left_free(engine: FakeEngine, full: Gateway, session: str) -> None:
     _, answer = until_full(full, session, max_tokens=2500)
     assert len(render(seen(engine), generation_prompt=True)) + 2500 <= LIMIT
     assert answer.status_code == 200
 
 
-def test_what_cannot_be_cut_gets_the_engines_own_answer_and_a_hint(full: Gateway, session: str) -> None:
+def test_uncuttable_request_gets_the_engines_answer(full: Gateway, session: str) -> None:
     first = ask(full, [SYSTEM, u(0, 5000)], session)
     assert (first.status_code, first.json()) == (400, REFUSAL)
     assert "first turn" in first.headers["x-context-hint"]
@@ -174,7 +172,7 @@ def test_what_cannot_be_cut_gets_the_engines_own_answer_and_a_hint(full: Gateway
     assert full.http.get(f"/admin/sessions/{session}").json()["successor"] is None
 
 
-def test_a_session_that_cannot_be_frozen_does_not_go_on(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_unfreezable_session_gets_no_successor(engine: FakeEngine, full: Gateway, session: str) -> None:
     said = [SYSTEM]
     for number in range(4):
         said += [u(number), REPLY]
@@ -190,7 +188,7 @@ def test_a_session_that_cannot_be_frozen_does_not_go_on(engine: FakeEngine, full
     assert ask(full, [*said, u(9)], session).headers["x-session-id"] == f"{session}.2"
 
 
-def test_an_edited_history_stays_with_its_own_session(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_edited_history_stays_in_its_session(engine: FakeEngine, full: Gateway, session: str) -> None:
     said, _ = until_full(full, session)
     compacted = [SYSTEM, {"role": "user", "content": "what happened so far: nothing"}, REPLY, u(1)]
     answer = ask(full, compacted, session)
@@ -200,7 +198,7 @@ def test_an_edited_history_stays_with_its_own_session(engine: FakeEngine, full: 
 
 
 @pytest.mark.parametrize("edited", [1, 3])
-def test_what_no_window_holds_is_never_left_out(full: Gateway, session: str, edited: int) -> None:
+def test_unrecorded_messages_are_never_dropped(full: Gateway, session: str, edited: int) -> None:
     said: list[dict[str, Any]] = [SYSTEM]
     for number in range(3):
         said.append(u(number))
@@ -218,7 +216,7 @@ def test_what_no_window_holds_is_never_left_out(full: Gateway, session: str, edi
     assert window["messages"][:3] == said[:3]
 
 
-def test_the_windows_of_one_conversation_are_each_others_ancestors(full: Gateway, session: str) -> None:
+def test_windows_of_a_conversation_are_ancestors(full: Gateway, session: str) -> None:
     said, answer = until_full(full, session)
     first = second = answer.headers["x-context-ancestor"]
     while second == first:
@@ -233,7 +231,7 @@ def test_the_windows_of_one_conversation_are_each_others_ancestors(full: Gateway
 
 
 @pytest.mark.parametrize("named", ["old id", "new id"])
-def test_a_thawed_session_goes_on_with_only_what_is_new(
+def test_thawed_session_continues_with_new_messages(
     engine: FakeEngine, full: Gateway, session: str, named: str
 ) -> None:
     said: list[dict[str, Any]] = [SYSTEM]
@@ -256,7 +254,7 @@ def test_a_thawed_session_goes_on_with_only_what_is_new(
     assert seen(engine) == [SYSTEM, *[*said[1:], *new][dropped:], u(99, 300)]
 
 
-def test_what_is_counted_is_what_the_engine_would_get(engine: FakeEngine, full: Gateway, session: str) -> None:
+def test_token_count_equals_the_engines_prompt(engine: FakeEngine, full: Gateway, session: str) -> None:
     said, answer = until_full(full, session)
     body = {"model": MODEL, "system": "be terse", "messages": [*said[1:], u(97)]}
     full.http.post(f"/s/{session}/v1/messages/count_tokens", json=body)
@@ -265,7 +263,7 @@ def test_what_is_counted_is_what_the_engine_would_get(engine: FakeEngine, full: 
     assert MessagesDialect().read(asked.json, b"").messages == [SYSTEM, *left, u(97)]
 
 
-def test_two_turns_at_once_find_one_successor(full: Gateway, session: str) -> None:
+def test_concurrent_turns_find_one_successor(full: Gateway, session: str) -> None:
     said = [SYSTEM]
     for number in range(4):
         said += [u(number), REPLY]
@@ -276,7 +274,7 @@ def test_two_turns_at_once_find_one_successor(full: Gateway, session: str) -> No
     assert any(answer.status_code == 200 for answer in answers)
 
 
-def test_who_loses_its_successor_has_another(full: Gateway, session: str) -> None:
+def test_deleted_successor_is_replaced(full: Gateway, session: str) -> None:
     said, _ = until_full(full, session)
     assert full.http.delete(f"/admin/sessions/{session}.2").status_code == 200
     assert full.http.get(f"/admin/sessions/{session}").json()["successor"] is None
@@ -284,7 +282,7 @@ def test_who_loses_its_successor_has_another(full: Gateway, session: str) -> Non
     assert again.headers["x-session-id"] == f"{session}.2"
 
 
-def test_by_default_the_engines_answer_passes_with_a_hint(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_overflow_error_passes_with_a_hint_by_default(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     bounded(engine)
     answer = ask(gateway, [SYSTEM, u(0, 5000)], session)
     assert (answer.status_code, answer.json()) == (400, REFUSAL)
@@ -295,13 +293,13 @@ def test_by_default_the_engines_answer_passes_with_a_hint(engine: FakeEngine, ga
     assert "x-context-hint" not in other.headers
 
 
-def test_another_refusal_passes_whole_however_long_it_is(engine: FakeEngine, gateway: Gateway, session: str) -> None:
+def test_other_engine_errors_pass_unchanged(engine: FakeEngine, gateway: Gateway, session: str) -> None:
     long = {"error": {"message": "x" * 1_000_000, "code": 400}}
     engine.on_chat = lambda exchange: exchange.json(long, 400)
     assert ask(gateway, [SYSTEM], session).json() == long
 
 
-def test_it_is_remembered_over_a_restart(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_successor_is_kept_over_a_restart(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     bounded(engine)
     with gateway_in_front_of(engine.url, tmp_path, on_full="successor") as gateway:
         said, answer = until_full(gateway, session)
@@ -312,9 +310,7 @@ def test_it_is_remembered_over_a_restart(engine: FakeEngine, tmp_path: Path, ses
         assert following.headers["x-context-ancestor"] == answer.headers["x-context-ancestor"]
 
 
-def test_a_thawed_session_that_gets_only_what_is_new_goes_on_in_its_successor(
-    engine: FakeEngine, full: Gateway, session: str
-) -> None:
+def test_new_messages_only_continue_in_the_successor(engine: FakeEngine, full: Gateway, session: str) -> None:
     assert ask(full, [SYSTEM, u(0)], session).status_code == 200
     assert full.freeze(session, f"w-{session}").status_code == 201
     thawed = full.http.post(f"/admin/windows/w-{session}/thaw", json={}).json()["session_id"]

@@ -1,4 +1,4 @@
-"""Deep verification and eviction, as far as they show without a real engine: what is lent, compared and left behind."""
+"""Deep verification and eviction without a real engine: what is exposed, compared and cleaned up."""
 
 import pytest
 
@@ -32,14 +32,14 @@ def answer(harness: GatewayHarness, exchange: Exchange) -> None:
     ids = [100 + wrong * (n > 3) + n for n in range(asked["max_tokens"])]
     likely = [-1.0 - wrong * 0.01] * len(ids)
     tokens = [str(one) for one in ids]
-    told = {"tokens": tokens, "token_logprobs": likely, "top_logprobs": [{token: likely[0]} for token in tokens]}
-    choice = {"text": "x", "token_ids": ids, "logprobs": told}
+    logprobs = {"tokens": tokens, "token_logprobs": likely, "top_logprobs": [{token: likely[0]} for token in tokens]}
+    choice = {"text": "x", "token_ids": ids, "logprobs": logprobs}
     usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": len(ids),
              "prompt_tokens_details": {"cached_tokens": there * CHUNK}}  # fmt: skip
     exchange.json({"choices": [choice], "usage": usage})
 
 
-async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(harness: GatewayHarness) -> None:
+async def test_deep_verify_uses_each_tiers_own_bytes(harness: GatewayHarness) -> None:
     made = await window(harness.services)
     before = harness.everything()
     verdict = await verify(harness.ctx, "w", deep=True)
@@ -66,9 +66,7 @@ async def test_each_tiers_own_bytes_are_used_and_nothing_is_left_behind(harness:
     assert (redis.equal, redis.cached_tokens, redis.first_difference) == (False, WHOLE - CHUNK, None)
 
 
-async def test_what_a_deep_verification_lends_is_swept_where_it_is_stopped(
-    harness: GatewayHarness, engine: FakeEngine
-) -> None:
+async def test_interrupted_deep_verify_is_swept(harness: GatewayHarness, engine: FakeEngine) -> None:
     await window(harness.services)
     before = harness.everything()
     engine.on_completion = lambda exchange: exchange.cut()
@@ -77,7 +75,7 @@ async def test_what_a_deep_verification_lends_is_swept_where_it_is_stopped(
     assert harness.everything() == before
 
 
-async def test_an_eviction_leaves_alone_what_no_durable_tier_has(harness: GatewayHarness) -> None:
+async def test_evict_keeps_what_no_durable_tier_has(harness: GatewayHarness) -> None:
     made = await window(harness.services)
     done = await evict(harness.ctx, "w")
     assert done.tiers == {"cpu": Residency(CHUNKS, 0), "disk": Residency(0, CHUNKS), "redis": Residency(0, CHUNKS)}

@@ -1,4 +1,4 @@
-"""Operations that make sessions or windows of a window: thaw with a prompt, fan-out, clone; and the tree."""
+"""Operations that make sessions or windows from a window: thaw with a prompt, fanout, clone; and the tree."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.refusals import assert_refused
 
 
-def test_the_cli_goes_on_at_once(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+def test_cli_thaw_with_prompt(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     done = cwg("thaw", window, "--warm", "none", "--continue", "And then?", "--max-tokens", "9", url=gateway.url)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "Hello there!")
     assert engine.seen("/v1/chat/completions")[-1].json["max_tokens"] == 9
@@ -24,7 +24,7 @@ def test_the_cli_goes_on_at_once(engine: FakeEngine, gateway: Gateway, window: s
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
 
 
-def test_a_thaw_with_a_prompt_goes_on_as_a_turn_of_the_new_session(
+def test_thaw_with_prompt_is_a_turn_of_the_session(
     engine: FakeEngine, gateway: Gateway, window: str, session: str
 ) -> None:
     body = {"new_session_id": f"t-{session}", "continuation_prompt": "And then?", "max_tokens": 9}
@@ -38,15 +38,13 @@ def test_a_thaw_with_a_prompt_goes_on_as_a_turn_of_the_new_session(
     kept = gateway.http.get(f"/admin/sessions/t-{session}").json()
     assert (kept["state"], kept["turn_count"], kept["window"]) == ("active", 1, window)
     gateway.freeze(f"t-{session}", f"on-{window}")
-    told = gateway.http.get(f"/admin/windows/on-{window}/messages").json()["messages"]
-    assert [m["content"] for m in told] == ["hi", "Hello there!", "And then?", "Hello there!"]
+    messages = gateway.http.get(f"/admin/windows/on-{window}/messages").json()["messages"]
+    assert [m["content"] for m in messages] == ["hi", "Hello there!", "And then?", "Hello there!"]
     plain = gateway.http.post(f"/admin/windows/{window}/thaw", json={}).json()
     assert plain["continuation"] is None
 
 
-def test_a_continuation_that_fails_does_not_undo_the_thaw(
-    engine: FakeEngine, gateway: Gateway, window: str, session: str
-) -> None:
+def test_failed_continuation_keeps_the_thaw(engine: FakeEngine, gateway: Gateway, window: str, session: str) -> None:
     engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
     body = {"new_session_id": f"t-{session}", "continuation_prompt": "And then?"}
     answer = gateway.http.post(f"/admin/windows/{window}/thaw", json=body)
@@ -71,7 +69,7 @@ def test_a_continuation_that_fails_does_not_undo_the_thaw(
         ({"max_tokens": 5}, "continuation_prompt"),
     ],
 )
-def test_a_continuation_that_is_wrong_is_refused_before_anything_is_thawed(
+def test_invalid_continuation_is_refused_before_thaw(
     gateway: Gateway, window: str, session: str, body: dict[str, Any], says: str
 ) -> None:
     answer = gateway.http.post(f"/admin/windows/{window}/thaw", json={"new_session_id": f"t-{session}", **body})
@@ -79,7 +77,7 @@ def test_a_continuation_that_is_wrong_is_refused_before_anything_is_thawed(
     assert gateway.http.get(f"/admin/sessions/t-{session}").status_code == 404
 
 
-def test_a_text_has_nobody_who_could_go_on(gateway: Gateway, session: str) -> None:
+def test_plain_text_has_no_continuation(gateway: Gateway, session: str) -> None:
     headers = {"x-session-id": session}
     gateway.http.post("/v1/completions", json={"model": "demo", "prompt": "Once upon a time"}, headers=headers)
     gateway.freeze(session, f"w-{session}")
@@ -89,7 +87,7 @@ def test_a_text_has_nobody_who_could_go_on(gateway: Gateway, session: str) -> No
     assert gateway.http.get(f"/admin/sessions/t-{session}").status_code == 404
 
 
-def test_a_continuation_is_let_in_by_the_callers_own_key(engine: FakeEngine, tmp_path: Path) -> None:
+def test_continuation_uses_the_callers_key(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, api_key="k" * 20) as gateway:
         freeze(gateway, "s", "w")
         body = {"new_session_id": "t", "continuation_prompt": "And then?"}
@@ -97,7 +95,7 @@ def test_a_continuation_is_let_in_by_the_callers_own_key(engine: FakeEngine, tmp
         assert said["message"]["content"] == "Hello there!"
 
 
-def test_a_fanout_makes_sessions_of_their_own_that_share_the_windows_salt(
+def test_fanout_sessions_share_the_windows_salt(
     engine: FakeEngine, gateway: Gateway, window: str, session: str
 ) -> None:
     answer = gateway.http.post(f"/admin/windows/{window}/fanout", json={"count": 3, "prefix": f"b-{session}"})
@@ -113,13 +111,13 @@ def test_a_fanout_makes_sessions_of_their_own_that_share_the_windows_salt(
         assert (kept["window"], kept["turn_count"]) == (window, 1)
 
 
-def test_a_fanout_without_a_prefix_names_them_after_the_window(gateway: Gateway, window: str) -> None:
+def test_fanout_without_prefix_is_named_after_the_window(gateway: Gateway, window: str) -> None:
     one, two = (gateway.http.post(f"/admin/windows/{window}/fanout", json={"count": 2}).json() for _ in range(2))
     assert len({*one["sessions"], *two["sessions"]}) == 4
     assert all(name.startswith(window) for name in one["sessions"])
 
 
-def test_a_fanout_that_meets_a_session_makes_none(gateway: Gateway, window: str, session: str) -> None:
+def test_fanout_with_taken_id_makes_no_session(gateway: Gateway, window: str, session: str) -> None:
     gateway.chat(f"b-{session}-2")
     gateway.turns(f"b-{session}-2")
     answer = gateway.http.post(f"/admin/windows/{window}/fanout", json={"count": 3, "prefix": f"b-{session}"})
@@ -142,20 +140,20 @@ def test_a_fanout_that_meets_a_session_makes_none(gateway: Gateway, window: str,
         ({"count": 2, "prefx": "p"}, "unknown_parameter", "prefix"),
     ],
 )
-def test_a_fanout_that_is_wrong_names_the_field(
+def test_invalid_fanout_names_the_field(
     gateway: Gateway, window: str, body: dict[str, Any], code: str, says: str
 ) -> None:
     assert_refused(gateway.http.post(f"/admin/windows/{window}/fanout", json=body), code, says)
 
 
-def test_the_cli_fans_out(gateway: Gateway, window: str, session: str) -> None:
+def test_cli_fanout(gateway: Gateway, window: str, session: str) -> None:
     done = cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url)
     assert (done.returncode, done.stdout) == (0, f"c-{session}-1\nc-{session}-2\n")
     assert_failed(cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url), "already")
     assert_failed(cwg("fanout", "nobody", "2", url=gateway.url), "nobody")
 
 
-def test_an_isolated_clone_goes_on_under_another_salt(
+def test_isolated_clone_continues_under_another_salt(
     engine: FakeEngine, gateway: Gateway, window: str, session: str
 ) -> None:
     salts = set()
@@ -179,7 +177,7 @@ def test_an_isolated_clone_goes_on_under_another_salt(
     assert [m["content"] for m in left] == ["hi", "Hello there!"]
 
 
-def test_an_isolated_clone_that_is_wrong_is_refused(gateway: Gateway, window: str) -> None:
+def test_invalid_isolated_clone_is_refused(gateway: Gateway, window: str) -> None:
     for wrong in ("yes", 1, "true"):
         body = {"target_window": "x", "isolate": wrong}
         assert_refused(gateway.http.post(f"/admin/windows/{window}/clone", json=body), "invalid_request", "isolate")
@@ -189,12 +187,12 @@ def test_an_isolated_clone_that_is_wrong_is_refused(gateway: Gateway, window: st
     assert error_of(missing) == (404, "window_not_found")
 
 
-def test_the_cli_clones_isolated(gateway: Gateway, window: str) -> None:
+def test_cli_clone_isolated(gateway: Gateway, window: str) -> None:
     done = cwg("clone", window, f"i-{window}", "--isolate", "--json", url=gateway.url)
     assert (done.returncode, json.loads(done.stdout)["isolated"]) == (0, True)
 
 
-def test_an_isolated_clone_is_apart_even_where_a_tenant_shares_one_salt(engine: FakeEngine, tmp_path: Path) -> None:
+def test_isolated_clone_ignores_the_tenant_wide_salt(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, isolation="tenant") as gateway:
         freeze(gateway, "s", "w")
         gateway.http.post("/admin/windows/w/clone", json={"target_window": "i", "isolate": True})
@@ -205,7 +203,7 @@ def test_an_isolated_clone_is_apart_even_where_a_tenant_shares_one_salt(engine: 
         assert first == shared != apart
 
 
-def test_the_tree_tells_what_came_from_what(engine: FakeEngine, tmp_path: Path) -> None:
+def test_tree_shows_origins(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         assert gateway.http.get("/admin/tree").json()["nodes"] == []
         freeze(gateway, "root", "first")
@@ -244,7 +242,7 @@ def test_the_tree_tells_what_came_from_what(engine: FakeEngine, tmp_path: Path) 
         assert cwg("tree", "--limit", "1", url=gateway.url).returncode == 0
 
 
-def test_a_session_that_takes_the_id_of_its_own_ancestor_makes_no_circle(engine: FakeEngine, tmp_path: Path) -> None:
+def test_reused_id_makes_no_cycle_in_the_tree(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         freeze(gateway, "s", "w")
         gateway.http.delete("/admin/sessions/s")
@@ -260,7 +258,7 @@ def test_a_session_that_takes_the_id_of_its_own_ancestor_makes_no_circle(engine:
     ("limit=0", "invalid_request", "limit"), ("limit=10001", "invalid_request", "limit"),
     ("limits=3", "unknown_parameter", "limit"),
 ])  # fmt: skip
-def test_a_tree_that_is_wrong_names_the_field(gateway: Gateway, query: str, code: str, says: str) -> None:
+def test_invalid_tree_query_names_the_field(gateway: Gateway, query: str, code: str, says: str) -> None:
     assert_refused(gateway.http.get(f"/admin/tree?{query}"), code, says)
 
 
@@ -274,7 +272,7 @@ def test_a_tree_that_is_wrong_names_the_field(gateway: Gateway, query: str, code
         ("DELETE", "/{w}", None, [200, 404]),
     ],
 )
-def test_of_two_that_do_the_same_at_once_one_does_it(
+def test_concurrent_duplicates_succeed_once(
     gateway: Gateway, window: str, session: str, method: str, path: str, body: dict[str, Any] | None,
     outcomes: list[int],
 ) -> None:  # fmt: skip
@@ -290,7 +288,7 @@ def test_of_two_that_do_the_same_at_once_one_does_it(
         assert gateway.chat(one, "go on").status_code == 200
 
 
-def test_a_thaw_and_a_deletion_at_once_leave_a_whole_session_or_none(
+def test_concurrent_thaw_and_delete_is_all_or_nothing(
     engine: FakeEngine, gateway: Gateway, window: str, session: str
 ) -> None:
     url = f"/admin/windows/{window}"

@@ -1,4 +1,4 @@
-"""A thaw tells what it finds, and a first turn finds in the cache's memory what its window holds."""
+"""A thaw reports what it finds, and a first turn finds its window's KV in the cache's memory."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -60,7 +60,7 @@ async def thawed(harness: Cached, warm: str = "none") -> tuple[Session, Window, 
     return await thaw(harness.ctx, "w", new_session_id=None, warm=warm)  # type: ignore[arg-type]
 
 
-async def test_a_damaged_chunk_is_lost_told_of_and_taken_from_everywhere(harness: Cached) -> None:
+async def test_damaged_chunk_is_reported_and_deleted(harness: Cached) -> None:
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     bad = harness.keys(window)[3]
@@ -74,7 +74,7 @@ async def test_a_damaged_chunk_is_lost_told_of_and_taken_from_everywhere(harness
     assert f"the KV of {CHUNKS - 3} of {CHUNKS} chunks is lost" in " ".join(receipt.warnings)
 
 
-async def test_a_window_that_has_lost_a_chunk_is_thawed_in_part(harness: Cached) -> None:
+async def test_window_with_lost_chunk_is_partially_thawed(harness: Cached) -> None:
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     lose(harness, harness.keys(window)[-1])
@@ -84,7 +84,7 @@ async def test_a_window_that_has_lost_a_chunk_is_thawed_in_part(harness: Cached)
     assert await harness.services.store.messages(session.transcript or b"") == MESSAGES
 
 
-async def test_a_warm_thaw_loads_what_it_found_and_has_the_engine_use_it(engine: FakeEngine, harness: Cached) -> None:
+async def test_warm_thaw_loads_and_prefills(engine: FakeEngine, harness: Cached) -> None:
     harness.cache.evict()
     _, window, receipt = await thawed(harness, "gpu")
     assert (receipt.chunks_relinked, receipt.chunks_prefetched, receipt.partial) == (CHUNKS, CHUNKS, False)
@@ -93,7 +93,7 @@ async def test_a_warm_thaw_loads_what_it_found_and_has_the_engine_use_it(engine:
     assert receipt.prompt_tokens == len(IDS)
 
 
-async def test_a_prefetch_loads_and_an_eviction_drops(harness: Cached) -> None:
+async def test_prefetch_loads_and_evict_drops(harness: Cached) -> None:
     harness.cache.evict()
     receipt = await prefetch(harness.ctx, "w")
     assert (receipt.chunks_found, receipt.chunks_prefetched, receipt.partial) == (CHUNKS, CHUNKS, False)
@@ -103,17 +103,17 @@ async def test_a_prefetch_loads_and_an_eviction_drops(harness: Cached) -> None:
     assert harness.cache.memory == set()
 
 
-async def test_a_question_is_asked_on_what_was_put_back(harness: Cached) -> None:
+async def test_ask_restores_kv_first(harness: Cached) -> None:
     harness.cache.evict()
     answer = await ask(harness.ctx, "w", "and?")
     assert (answer.restored.chunks_relinked, answer.restored.partial) == (CHUNKS, False)
     assert len(harness.cache.prefetches) == 1
 
 
-# --- a session goes on
+# --- a session continues
 
 
-async def test_a_first_turn_finds_its_windows_kv_loaded_and_is_not_loaded_for_twice(harness: Cached) -> None:
+async def test_first_turn_loads_window_kv_once(harness: Cached) -> None:
     session, window, _ = await thawed(harness)
     harness.cache.evict()
     await restore_for_turn(harness.services, session)
@@ -126,7 +126,7 @@ async def test_a_first_turn_finds_its_windows_kv_loaded_and_is_not_loaded_for_tw
     assert len(harness.cache.prefetches) == 2, "it was evicted since"
 
 
-async def test_a_frozen_session_that_goes_on_has_its_window_loaded(harness: Cached) -> None:
+async def test_next_turn_of_frozen_session_loads_its_window(harness: Cached) -> None:
     session = await harness.services.store.session(TENANT, "s")
     assert session is not None
     assert session.state == "frozen"
@@ -134,7 +134,7 @@ async def test_a_frozen_session_that_goes_on_has_its_window_loaded(harness: Cach
     assert harness.cache.prefetches == [(session.salt, WHOLE)]
 
 
-async def test_a_session_under_another_salt_than_its_window_has_nothing_loaded(harness: Cached) -> None:
+async def test_session_with_other_salt_loads_nothing(harness: Cached) -> None:
     session, _, _ = await thawed(harness)
     await restore_for_turn(harness.services, replace(session, salt="another"))
     assert harness.cache.prefetches == []
@@ -143,8 +143,8 @@ async def test_a_session_under_another_salt_than_its_window_has_nothing_loaded(h
 # --- another window by now
 
 
-async def test_nothing_of_a_window_that_was_deleted_is_put_back(harness: Cached) -> None:
-    """What has lost its pin is pinned anew when it is put back: nobody would ever let go of that."""
+async def test_deleted_window_is_not_restored(harness: Cached) -> None:
+    """Restoring an object also restores its pin, which nothing would ever remove."""
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     manifest = await harness.services.store.manifest(window)
@@ -157,7 +157,7 @@ async def test_nothing_of_a_window_that_was_deleted_is_put_back(harness: Cached)
     assert harness.pinned == set()
 
 
-async def test_another_window_of_the_name_is_not_thawed_for_the_one_that_was_read(harness: Cached) -> None:
+async def test_thaw_refuses_a_replaced_window(harness: Cached) -> None:
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     await delete(harness.ctx, "w")
@@ -168,7 +168,7 @@ async def test_another_window_of_the_name_is_not_thawed_for_the_one_that_was_rea
     assert await harness.services.store.session(TENANT, "t") is None
 
 
-async def test_a_window_that_is_deleted_while_it_warms_leaves_no_session(engine: FakeEngine, harness: Cached) -> None:
+async def test_window_deleted_while_warming_leaves_no_session(engine: FakeEngine, harness: Cached) -> None:
     loop = asyncio.get_running_loop()
     deletion = delete(harness.ctx, "w")
     engine.before_completion = lambda: asyncio.run_coroutine_threadsafe(deletion, loop).result(20)
@@ -177,7 +177,7 @@ async def test_a_window_that_is_deleted_while_it_warms_leaves_no_session(engine:
     assert (await harness.services.store.session(TENANT, "t"), harness.pinned) == (None, set())
 
 
-async def test_an_isolated_clone_and_a_fanout_share_the_pins(harness: Cached) -> None:
+async def test_isolated_clone_and_fanout_share_pins(harness: Cached) -> None:
     before = harness.pinned
     made, _ = await isolate(harness.ctx, "w", Naming("apart"))
     await fanout(harness.ctx, "apart", 2, "f")
@@ -188,7 +188,7 @@ async def test_an_isolated_clone_and_a_fanout_share_the_pins(harness: Cached) ->
     assert harness.cache.prefetches == [(made.salt, WHOLE)]
 
 
-async def test_an_export_of_a_window_that_is_deleted_meanwhile_tells_of_no_damage(harness: Cached) -> None:
+async def test_export_of_deleted_window_reports_no_damage(harness: Cached) -> None:
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     manifest = await harness.services.store.manifest(window)

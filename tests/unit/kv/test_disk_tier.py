@@ -58,7 +58,7 @@ def fill(rig: DiskTierHarness, count: int, size: int = 5000) -> list[bytes]:
     return values
 
 
-async def test_a_pin_is_a_hard_link_and_no_byte_is_copied(rig: DiskTierHarness) -> None:
+async def test_pin_is_a_hard_link(rig: DiskTierHarness) -> None:
     fill(rig, 3, size=2**20)
     objects = await rig.tier.pin(keys(3), {})
     assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
@@ -68,7 +68,7 @@ async def test_a_pin_is_a_hard_link_and_no_byte_is_copied(rig: DiskTierHarness) 
     assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
 
 
-async def test_a_model_with_slashes_is_one_flat_name_in_both_directories(rig: DiskTierHarness) -> None:
+async def test_model_with_slashes_is_one_flat_file_name(rig: DiskTierHarness) -> None:
     one = key(1, model="/models/org/some-model")
     rig.put(one, b"x")
     (pinned,) = await rig.tier.pin([one], {})
@@ -80,7 +80,7 @@ async def test_a_model_with_slashes_is_one_flat_name_in_both_directories(rig: Di
     assert names(rig.pins) == names(rig.kv) == [name]
 
 
-async def test_the_pins_directory_is_made_and_is_for_us_alone(tmp_path: Path) -> None:
+async def test_pins_directory_is_created_private(tmp_path: Path) -> None:
     rig = DiskTierHarness(tmp_path, tmp_path / "deep" / "er" / "pins")
     async with rig.tier:
         assert rig.pins.stat().st_mode & 0o777 == 0o700
@@ -88,7 +88,7 @@ async def test_the_pins_directory_is_made_and_is_for_us_alone(tmp_path: Path) ->
         assert rig.pins.is_dir()
 
 
-async def test_damage_in_place_is_damage_to_both_and_takes_both_away(rig: DiskTierHarness) -> None:
+async def test_damage_in_place_removes_both_links(rig: DiskTierHarness) -> None:
     values = fill(rig, 3)
     objects = await rig.tier.pin(keys(3), {})
     rig.flip(key(0))
@@ -100,7 +100,7 @@ async def test_damage_in_place_is_damage_to_both_and_takes_both_away(rig: DiskTi
     assert [rig.pinned(one) for one in keys(3)] == [None, values[1], None]
 
 
-async def test_truncation_in_place_is_found_and_an_original_written_anew_since_is_kept(rig: DiskTierHarness) -> None:
+async def test_truncated_pin_is_found_and_new_original_kept(rig: DiskTierHarness) -> None:
     (content,) = fill(rig, 1)
     objects = await rig.tier.pin(keys(1), {})
     os.truncate(rig.kv / key(0).file_name, len(content) - 1)
@@ -111,7 +111,7 @@ async def test_truncation_in_place_is_found_and_an_original_written_anew_since_i
     assert rig.pinned(key(0)) == content
 
 
-async def test_a_relinked_original_replaces_the_wrong_one_in_one_step(rig: DiskTierHarness) -> None:
+async def test_relinking_replaces_the_damaged_file_atomically(rig: DiskTierHarness) -> None:
     (content,) = fill(rig, 1)
     objects = await rig.tier.pin(keys(1), {})
     wrong = value()
@@ -153,7 +153,7 @@ asyncio.run(main())
 """
 
 
-def test_a_file_that_is_truncated_while_it_is_read_is_corrupt_and_harms_nobody(tmp_path: Path) -> None:
+def test_file_truncated_while_read_is_corrupt(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _TRUNCATED, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "corrupt\n"), done.stderr
@@ -162,28 +162,28 @@ def test_a_file_that_is_truncated_while_it_is_read_is_corrupt_and_harms_nobody(t
 # --- bytes freed
 
 
-async def test_remove_tells_the_bytes_it_freed_each_time(rig: DiskTierHarness) -> None:
+async def test_remove_returns_bytes_freed(rig: DiskTierHarness) -> None:
     for count in [1, 2, 3, 5, 8] * 30:
         values = fill(rig, count, size=100)
         await rig.tier.pin(keys(count), {})
         assert await rig.tier.remove(keys(count)) == sum(map(len, values))
 
 
-async def test_unpin_frees_nothing_while_the_original_is_there(rig: DiskTierHarness) -> None:
+async def test_unpin_frees_nothing_while_original_exists(rig: DiskTierHarness) -> None:
     values = fill(rig, 2)
     await rig.tier.pin(keys(2), {})
     await rig.tier.drop_original([key(1)])
     assert await rig.tier.unpin(keys(2)) == len(values[1])
 
 
-async def test_bytes_that_somebody_else_links_are_not_freed(rig: DiskTierHarness, tmp_path: Path) -> None:
+async def test_bytes_with_other_links_are_not_freed(rig: DiskTierHarness, tmp_path: Path) -> None:
     fill(rig, 1)
     await rig.tier.pin(keys(1), {})
     (tmp_path / "elsewhere").hardlink_to(rig.kv / key(0).file_name)  # another gateway's pin, or a backup
     assert await rig.tier.remove(keys(1)) == 0
 
 
-async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskTierHarness) -> None:
+async def test_two_stores_on_one_cache_keep_pins_apart(rig: DiskTierHarness) -> None:
     (content,) = fill(rig, 1)
     async with DiskTier(rig.kv, rig.pins.with_name("ba9876543210")) as other:
         await rig.tier.pin(keys(1), {})
@@ -197,7 +197,7 @@ async def test_two_stores_over_one_cache_keep_their_pins_apart(rig: DiskTierHarn
 # --- directories in trouble
 
 
-async def test_a_kv_dir_that_is_not_there_holds_nothing_and_pins_nothing(rig: DiskTierHarness) -> None:
+async def test_missing_kv_dir_has_nothing_to_pin(rig: DiskTierHarness) -> None:
     rig.kv.rmdir()
     assert await rig.tier.sizes(spelled(*keys(3))) == [0] * 3
     assert await rig.tier.pin(keys(3), {}) == []
@@ -205,7 +205,7 @@ async def test_a_kv_dir_that_is_not_there_holds_nothing_and_pins_nothing(rig: Di
     await rig.tier.drop_original(keys(3))
 
 
-async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(rig: DiskTierHarness) -> None:
+async def test_restore_into_missing_kv_dir_keeps_pins(rig: DiskTierHarness) -> None:
     values = fill(rig, 2)
     objects = await rig.tier.pin(keys(2), {})
     await rig.tier.drop_original(keys(2))
@@ -219,7 +219,7 @@ async def test_a_restore_into_a_kv_dir_that_is_gone_says_so_and_keeps_the_pins(r
     assert [rig.live(one) for one in keys(2)] == values
 
 
-async def test_a_pins_dir_that_is_gone_is_no_false_word(rig: DiskTierHarness) -> None:
+async def test_missing_pins_dir_is_reported(rig: DiskTierHarness) -> None:
     fill(rig, 1)
     rig.pins.rmdir()
     with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.pins}"):
@@ -228,19 +228,19 @@ async def test_a_pins_dir_that_is_gone_is_no_false_word(rig: DiskTierHarness) ->
         await rig.tier.sweep([])
 
 
-async def test_a_pins_dir_that_cannot_be_made_is_told_at_the_start(tmp_path: Path) -> None:
+async def test_uncreatable_pins_dir_fails_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TierUnavailable, match=r"disk tier: Not a directory"):
         async with DiskTier(tmp_path, tmp_path / "file" / "pins"):
             pass
 
 
-async def test_a_name_that_no_file_can_have_is_told_and_not_taken_for_absent(rig: DiskTierHarness) -> None:
+async def test_impossible_file_name_is_not_taken_for_absent(rig: DiskTierHarness) -> None:
     with pytest.raises(TierUnavailable, match="File name too long"):
         await rig.tier.sizes(spelled(key(1, model="m" * 300)))
 
 
-async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: DiskTierHarness) -> None:
+async def test_failure_is_raised_after_all_work_ended(rig: DiskTierHarness) -> None:
     fill(rig, 1)
     slow = rig.kv / key(1).file_name
     os.mkfifo(slow)  # opening it waits for a writer: a thread that takes its time
@@ -253,7 +253,7 @@ async def test_a_failure_is_told_only_when_nothing_is_going_on_any_more(rig: Dis
     assert not done
 
 
-async def test_pins_on_another_file_system_are_refused_in_words(tmp_path: Path, elsewhere: Path) -> None:
+async def test_pins_on_another_file_system_are_refused(tmp_path: Path, elsewhere: Path) -> None:
     rig = DiskTierHarness(tmp_path, elsewhere)
     async with rig.tier:
         fill(rig, 1)
@@ -265,7 +265,7 @@ async def test_pins_on_another_file_system_are_refused_in_words(tmp_path: Path, 
         assert rig.live(key(0)) is not None
 
 
-async def test_a_full_file_system_is_told_as_full_and_harms_nothing(few_inodes: Path) -> None:
+async def test_full_file_system_raises_tier_full(few_inodes: Path) -> None:
     rig = DiskTierHarness(few_inodes)
     async with rig.tier:
         values = fill(rig, 20, size=10)
@@ -277,7 +277,7 @@ async def test_a_full_file_system_is_told_as_full_and_harms_nothing(few_inodes: 
         assert await rig.tier.verify(objects) == [Restored.INTACT] * 5
 
 
-async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) -> None:
+async def test_restore_on_full_file_system_keeps_pins(few_inodes: Path) -> None:
     rig = DiskTierHarness(few_inodes)
     async with rig.tier:
         values = fill(rig, 10, size=10)
@@ -299,7 +299,7 @@ async def test_a_restore_on_a_full_file_system_loses_no_pin(few_inodes: Path) ->
         assert [rig.live(one) for one in keys(10)] == values
 
 
-async def test_an_object_under_another_name_than_its_pin_takes_no_bytes(tmp_path: Path) -> None:
+async def test_object_named_unlike_its_pin_takes_no_bytes(tmp_path: Path) -> None:
     rig = DiskTierHarness(tmp_path)
     async with rig.tier:
         rig.put(key(0), value(5000))

@@ -33,7 +33,7 @@ print(json.dumps([hashes, files, strings, kv_ranks]))
 """
 
 
-def test_the_hashes_of_known_tokens() -> None:
+def test_hashes_match_known_vectors() -> None:
     first, second = chunk_hashes(TOKENS, 256)
     assert first.startswith(HASH)
     assert second.startswith("e5ffee45c2b9db32")
@@ -45,7 +45,7 @@ def test_only_whole_chunks_are_hashed(count: int, chunks: int) -> None:
     assert len(list(chunk_hashes(TOKENS[:count], 256))) == chunks
 
 
-def test_a_chunk_depends_on_all_before_it_and_on_nothing_behind_it() -> None:
+def test_chunk_hash_depends_on_its_prefix_only() -> None:
     whole = list(chunk_hashes(TOKENS, 100))
     changed = list(chunk_hashes([*TOKENS[:250], 7, *TOKENS[251:]], 100))
     assert [a == b for a, b in zip(whole, changed, strict=True)] == [True, True, False, False, False, False]
@@ -53,14 +53,14 @@ def test_a_chunk_depends_on_all_before_it_and_on_nothing_behind_it() -> None:
     assert len(set(whole)) == 6
 
 
-def test_ids_are_hashed_as_32_bits_and_larger_ones_are_refused() -> None:
+def test_ids_beyond_32_bits_are_refused() -> None:
     assert len(list(chunk_hashes([2**32 - 1], 1))) == 1
     for bad in (2**32, -1):
         with pytest.raises(Exception, match=r"argument|format|range"):
             list(chunk_hashes([bad], 1))
 
 
-def test_a_key_is_spelt_one_way_in_redis_and_another_on_disk() -> None:
+def test_key_has_one_name_in_redis_and_one_on_disk() -> None:
     assert str(KEY) == f"org/some-model@02010200@0@{'ab' * 32}@5a17"
     assert KEY.file_name == f"org-SEP-some-model@0x02010200@0@{'ab' * 32}@5a17.data"
     assert KEY.wire() == {
@@ -71,12 +71,12 @@ def test_a_key_is_spelt_one_way_in_redis_and_another_on_disk() -> None:
 
 @pytest.mark.parametrize("model", ["plain", "org/model", "/a/b/c", "with space", "a@b", "x-SEP-y", "日本"])
 @pytest.mark.parametrize(("rank", "group"), [(0, 0), (0x01000100, 0), (0xFFFFFFFF, 31)])
-def test_what_str_writes_parse_reads(model: str, rank: int, group: int) -> None:
+def test_parse_reads_what_str_writes(model: str, rank: int, group: int) -> None:
     one = ObjectKey(model, rank, group, "cd" * 32, "salt")
     assert ObjectKey.parse(str(one)) == one
 
 
-def test_the_ranks_of_a_chunk_stand_side_by_side_in_chunk_order() -> None:
+def test_object_keys_are_in_chunk_order_ranks_together() -> None:
     assert ranks(1) == [0x01000100]
     assert ranks(4) == [0x04000400, 0x04010401, 0x04020402, 0x04030403]
     made = object_keys("m", TOKENS, 256, 2, "s")
@@ -89,7 +89,7 @@ def test_the_ranks_of_a_chunk_stand_side_by_side_in_chunk_order() -> None:
 
 
 @pytest.mark.skipif(find_spec("lmcache") is None, reason="LMCache is not installed")
-def test_lmcache_itself_names_the_same_objects() -> None:
+def test_keys_match_lmcache() -> None:
     chunks: list[tuple[list[int], int]] = [(TOKENS, 256), (TOKENS, 16), ([2**32 - 1] * 9, 4), ([0] * 16, 16), ([1], 16)]
     keys = [ObjectKey(m, r, 0, "ef" * 32, "5a17") for m in ("org/some-model", "/a/b", "plain") for r in ranks(2)]
     asked = {

@@ -1,4 +1,4 @@
-"""Loads into LMCache's memory: of one salt one after the other, and one for all who want the same."""
+"""Loads into LMCache's memory: one at a time for a salt, and one for all calls that want the same."""
 
 import asyncio
 import json
@@ -95,7 +95,7 @@ async def asked(server: _Server, *expected: tuple[str, int]) -> None:
     assert server.loads.asked == list(expected)
 
 
-async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server, tmp_path: Path) -> None:
+async def test_load_in_progress_is_shared(server: _Server, tmp_path: Path) -> None:
     async with client(server, tmp_path) as cache:
         tasks = [load(cache) for _ in range(5)]
         await asked(server, ("s", 3))
@@ -107,7 +107,7 @@ async def test_who_wants_what_is_on_its_way_waits_for_it(server: _Server, tmp_pa
         assert await later == (2, 2)
 
 
-async def test_what_was_loaded_lately_is_known_until_it_is_evicted(
+async def test_recent_load_is_remembered_until_evicted(
     server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with client(server, tmp_path) as cache:
@@ -124,9 +124,7 @@ async def test_what_was_loaded_lately_is_known_until_it_is_evicted(
         assert not cache.has_loaded_lately("w", 3, "t")
 
 
-async def test_another_window_of_the_salt_follows_and_another_salt_does_not_wait(
-    server: _Server, tmp_path: Path
-) -> None:
+async def test_loads_of_one_salt_are_sequential(server: _Server, tmp_path: Path) -> None:
     async with client(server, tmp_path) as cache:
         first = load(cache)
         await asked(server, ("s", 3))
@@ -151,9 +149,7 @@ async def test_two_workers_wait_for_each_other(server: _Server, tmp_path: Path) 
         assert await second == (2, 2)
 
 
-async def test_whoever_waits_for_a_cache_that_hangs_waits_no_longer_than_the_first(
-    server: _Server, tmp_path: Path
-) -> None:
+async def test_waiting_for_a_hung_cache_times_out_once(server: _Server, tmp_path: Path) -> None:
     async with client(server, tmp_path) as cache:
         began = time.monotonic()
         waiting = [asyncio.create_task(cache.prefetch("m", 1, "w", SAME, "s", 1.0, silent)) for _ in range(8)]
@@ -163,7 +159,7 @@ async def test_whoever_waits_for_a_cache_that_hangs_waits_no_longer_than_the_fir
         assert time.monotonic() - began < 4, "one after the other they would take eight seconds"
 
 
-async def test_a_load_that_failed_or_was_given_up_is_nobodys(server: _Server, tmp_path: Path) -> None:
+async def test_failed_or_cancelled_load_is_not_shared(server: _Server, tmp_path: Path) -> None:
     async with client(server, tmp_path) as cache:
         given_up, waits = load(cache), load(cache)
         await asked(server, ("s", 3))

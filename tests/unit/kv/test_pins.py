@@ -63,7 +63,7 @@ async def half(disk: DiskTierHarness, tmp_path: Path) -> AsyncIterator[Pins]:
 # --- both tiers
 
 
-async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness) -> None:
+async def test_each_tier_answers_separately(pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness) -> None:
     disk.put(key(0), b"on disk")
     redis.put(key(1), b"in redis")
     for rig in (disk, redis):
@@ -79,9 +79,7 @@ async def test_each_tier_has_its_own_answer(pins: Pins, disk: DiskTierHarness, r
     assert warnings == []
 
 
-async def test_a_tier_is_told_only_of_what_is_known_in_it(
-    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
-) -> None:
+async def test_tier_gets_only_its_own_existing_pins(pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness) -> None:
     # The same chunk computed twice need not have the same bytes in both tiers.
     values = {"disk": value(), "redis": value()}
     disk.put(key(0), values["disk"])
@@ -96,7 +94,7 @@ async def test_a_tier_is_told_only_of_what_is_known_in_it(
     assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
 
 
-async def test_missing_is_what_is_not_there_in_each_tier_or_not_of_its_size(
+async def test_missing_compares_presence_and_size_by_tier(
     pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
 ) -> None:
     for rig in (disk, redis):
@@ -111,7 +109,7 @@ async def test_missing_is_what_is_not_there_in_each_tier_or_not_of_its_size(
     assert await pins.missing({}) == {}
 
 
-async def test_what_one_tier_lost_the_other_does_not_hide(
+async def test_loss_in_one_tier_is_reported_despite_the_other(
     pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
 ) -> None:
     for rig in (disk, redis):
@@ -125,7 +123,7 @@ async def test_what_one_tier_lost_the_other_does_not_hide(
 
 
 @pytest.mark.parametrize("originals", [True, False])
-async def test_removing_frees_the_bytes_of_all_tiers(
+async def test_remove_frees_bytes_in_all_tiers(
     pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness, originals: bool
 ) -> None:
     for rig in (disk, redis):
@@ -138,9 +136,7 @@ async def test_removing_frees_the_bytes_of_all_tiers(
     assert (redis.live(key(0)) is None) is originals
 
 
-async def test_a_sweep_counts_what_it_took_from_all_tiers(
-    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
-) -> None:
+async def test_sweep_counts_removals_of_all_tiers(pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness) -> None:
     for rig in (disk, redis):
         for one in keys(3):
             rig.put(one, value(10))
@@ -149,13 +145,11 @@ async def test_a_sweep_counts_what_it_took_from_all_tiers(
     assert await pins.sweep({key(0)}) == (0, [])
 
 
-async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_their_work(
-    half: Pins, disk: DiskTierHarness
-) -> None:
+async def test_unreachable_tier_is_a_warning(half: Pins, disk: DiskTierHarness) -> None:
     content = value(1000)
     disk.put(key(0), content)
     found, warnings = await half.present(spelled(*keys(1)))
-    assert found == {"disk": {str(key(0))}}  # not an empty set for Redis: nobody has looked
+    assert found == {"disk": {str(key(0))}}  # no empty set for Redis: it was not read
     assert len(warnings) == 1
     assert warnings[0].startswith("redis tier: ")
     pinned, warnings = await half.pin(keys(1), [])
@@ -171,9 +165,7 @@ async def test_a_tier_that_cannot_be_reached_is_a_warning_and_the_others_do_thei
     assert (freed, len(warnings)) == (1000, 1)
 
 
-async def test_a_full_tier_fails_the_pinning_as_a_whole(
-    pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness
-) -> None:
+async def test_full_tier_fails_the_pinning(pins: Pins, disk: DiskTierHarness, redis: RedisTierHarness) -> None:
     for rig in (disk, redis):
         rig.put(key(0), value(200_000))
     redis.client.config_set("maxmemory", 1)  # what is there stays, nothing more may come
@@ -223,7 +215,7 @@ async def taken(path: Path, *, alone: bool, within: float) -> bool:
     ("theirs", "alone", "both"),
     [("shared", False, True), ("shared", True, False), ("alone", False, False), ("alone", True, False)],
 )
-async def test_freezes_share_the_lock_and_a_deletion_has_it_alone(
+async def test_lock_is_shared_or_exclusive_across_processes(
     tmp_path: Path, theirs: str, alone: bool, both: bool
 ) -> None:
     path = tmp_path / "lock"
@@ -235,7 +227,7 @@ async def test_freezes_share_the_lock_and_a_deletion_has_it_alone(
 
 
 @pytest.mark.parametrize("theirs", ["shared", "alone"])
-async def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, theirs: str) -> None:
+async def test_lock_of_killed_process_is_free(tmp_path: Path, theirs: str) -> None:
     path = tmp_path / "lock"
     with holder(path, theirs) as other:
         wait_held(other)
@@ -245,7 +237,7 @@ async def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, theirs: str)
         assert await waiting
 
 
-async def test_who_waits_gets_it_when_the_last_reader_lets_go(tmp_path: Path) -> None:
+async def test_exclusive_lock_waits_for_the_last_reader(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with holder(path, "shared") as one, holder(path, "shared") as other:
         wait_held(one)
@@ -257,7 +249,7 @@ async def test_who_waits_gets_it_when_the_last_reader_lets_go(tmp_path: Path) ->
         assert await waiting
 
 
-async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Path) -> None:
+async def test_tasks_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "lock")
     inside = most = 0
 
@@ -278,7 +270,7 @@ async def test_two_tasks_of_one_process_exclude_each_other_as_well(tmp_path: Pat
         assert most == 5
 
 
-async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_path: Path) -> None:
+async def test_cancelled_wait_leaks_no_file(tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "lock")
     async with lock.acquire(exclusive=True):
         before = open_files()
@@ -289,13 +281,13 @@ async def test_giving_up_waiting_leaves_nothing_open_and_the_lock_to_others(tmp_
 
 
 @pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
-async def test_a_failure_inside_lets_the_lock_go(tmp_path: Path, end: Callable[[], BaseException]) -> None:
+async def test_failure_inside_releases_the_lock(tmp_path: Path, end: Callable[[], BaseException]) -> None:
     with pytest.raises((ValueError, asyncio.CancelledError)):
         async with FileLock(tmp_path / "lock").acquire(exclusive=True):
             raise end()
     assert await taken(tmp_path / "lock", alone=True, within=5)
 
 
-async def test_the_lock_file_is_for_its_owner_only(tmp_path: Path) -> None:
+async def test_lock_file_is_private(tmp_path: Path) -> None:
     async with FileLock(tmp_path / "lock").acquire(exclusive=True):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600

@@ -1,4 +1,4 @@
-"""The Redis tier before a real redis-server: copies, full memory, many objects, other stores, a server that dies."""
+"""The Redis tier on a real redis-server: copies, full memory, many objects, other stores, a server that dies."""
 
 import asyncio
 import gc
@@ -44,7 +44,7 @@ def fill(rig: RedisTierHarness, count: int, size: int = 5000) -> list[bytes]:
     return values
 
 
-async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisTierHarness) -> None:
+async def test_pin_is_a_copy_that_outlives_the_original(rig: RedisTierHarness) -> None:
     (content,) = fill(rig, 1)
     await rig.tier.pin(keys(1), {})
     assert sorted(rig.client.scan_iter()) == sorted(
@@ -54,15 +54,13 @@ async def test_a_pin_is_a_copy_that_outlives_its_original(rig: RedisTierHarness)
     assert rig.pinned(key(0)) == content
 
 
-async def test_a_pin_never_expires_even_where_the_original_does(rig: RedisTierHarness) -> None:
+async def test_pin_never_expires_even_if_original_does(rig: RedisTierHarness) -> None:
     rig.client.set(str(key(0)), value(), ex=1000)
     await rig.tier.pin(keys(1), {})
     assert rig.client.ttl(f"cwg:0123456789ab:pin:{key(0)}") == -1
 
 
-async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(
-    rig: RedisTierHarness, redis_server: RedisServer
-) -> None:
+async def test_sizes_work_without_scripting_permission(rig: RedisTierHarness, redis_server: RedisServer) -> None:
     fill(rig, 2)
     rig.client.acl_setuser("plain", enabled=True, passwords=["+word"], keys=["*"], commands=["+@all", "-@scripting"])
     async with RedisTier(f"redis://plain:word@127.0.0.1:{redis_server.port}", "other", 5.0) as tier:
@@ -70,7 +68,7 @@ async def test_a_user_who_may_run_no_scripts_is_told_the_sizes_too(
     rig.client.acl_deluser("plain")
 
 
-async def test_hundreds_of_objects_go_through_every_verb(rig: RedisTierHarness) -> None:
+async def test_many_objects_pass_every_operation(rig: RedisTierHarness) -> None:
     count = 1203  # more than one call of names, and no whole number of calls of values
     values = fill(rig, count, size=100)
     assert await rig.tier.sizes(spelled(*keys(count))) == [100] * count
@@ -89,13 +87,13 @@ async def test_hundreds_of_objects_go_through_every_verb(rig: RedisTierHarness) 
     assert rig.client.dbsize() == 0
 
 
-async def test_bytes_freed_are_those_of_every_copy(rig: RedisTierHarness) -> None:
+async def test_bytes_freed_count_every_copy(rig: RedisTierHarness) -> None:
     fill(rig, 2, size=1000)
     await rig.tier.pin(keys(1), {})
     assert await rig.tier.remove(keys(2)) == 3000
 
 
-async def test_two_stores_in_one_redis_keep_their_pins_apart(rig: RedisTierHarness, redis_server: RedisServer) -> None:
+async def test_two_stores_in_one_redis_keep_pins_apart(rig: RedisTierHarness, redis_server: RedisServer) -> None:
     values = fill(rig, 3)
     async with RedisTier(f"redis://127.0.0.1:{redis_server.port}", "ba9876543210", 5) as other:
         await rig.tier.pin(keys(3), {})
@@ -118,13 +116,13 @@ async def test_foreign_keys_are_never_touched(rig: RedisTierHarness) -> None:
     assert {name: rig.client.get(name) for name in rig.client.scan_iter()} == foreign
 
 
-async def test_a_value_that_is_no_object_is_told_as_unavailable(rig: RedisTierHarness) -> None:
+async def test_value_of_another_type_is_unavailable(rig: RedisTierHarness) -> None:
     rig.client.lpush(str(key(0)), "x")
     with pytest.raises(TierUnavailable, match=r"redis tier: .*WRONGTYPE"):
         await rig.tier.sizes(spelled(*keys(1)))
 
 
-async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisTierHarness) -> None:
+async def test_full_memory_raises_tier_full(rig: RedisTierHarness) -> None:
     values = fill(rig, 20, size=200_000)
     rig.client.config_set("maxmemory-policy", "noeviction")
     rig.client.config_set("maxmemory", int(rig.client.info("memory")["used_memory"]) + 1_000_000)
@@ -136,7 +134,7 @@ async def test_full_memory_is_told_as_full_and_harms_nothing(rig: RedisTierHarne
     assert len(await rig.tier.pin(keys(20), {})) == 20
 
 
-async def test_a_restore_into_full_memory_loses_no_pin(rig: RedisTierHarness) -> None:
+async def test_restore_into_full_memory_keeps_pins(rig: RedisTierHarness) -> None:
     values = fill(rig, 5, size=200_000)
     objects = await rig.tier.pin(keys(5), {})
     await rig.tier.drop_original(keys(5))
@@ -148,8 +146,8 @@ async def test_a_restore_into_full_memory_loses_no_pin(rig: RedisTierHarness) ->
     assert await rig.tier.restore(objects) == [Restored.RELINKED] * 5
 
 
-async def every_verb(tier: RedisTier) -> None:
-    """Each verb has to say that it cannot reach the server."""
+async def every_operation(tier: RedisTier) -> None:
+    """Each operation reports that it cannot reach the server."""
     objects = [PinnedObject(str(key(0)), "redis", 1, b"")]
     for call in (
         tier.sizes(spelled(*keys(1))), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
@@ -161,14 +159,14 @@ async def every_verb(tier: RedisTier) -> None:
         assert not isinstance(refused.value, TierFull)
 
 
-async def test_a_server_that_is_down_is_told_by_every_verb_and_at_once() -> None:
+async def test_server_down_fails_every_operation_at_once() -> None:
     async with RedisTier(f"redis://127.0.0.1:{free_port()}", "s", 5) as tier:
         clock = time.monotonic()
-        await every_verb(tier)
+        await every_operation(tier)
         assert time.monotonic() - clock < 3
 
 
-async def test_a_server_that_comes_back_is_found_again(own_server: RedisServer) -> None:
+async def test_server_that_comes_back_is_used_again(own_server: RedisServer) -> None:
     rig = RedisTierHarness(own_server.port)
     async with rig.tier:
         fill(rig, 1)
@@ -186,7 +184,7 @@ async def test_a_server_that_comes_back_is_found_again(own_server: RedisServer) 
 _REST_S = 30
 
 
-async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing(own_server: RedisServer) -> None:
+async def test_hung_server_delays_only_one_call(own_server: RedisServer) -> None:
     now = time.monotonic()
     async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 5, lambda: now) as tier:
         assert await tier.sizes(spelled(*keys(1))) == [0]
@@ -195,7 +193,7 @@ async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing
             with pytest.raises(TierUnavailable, match=r"redis tier: it hangs .* skipped for 30 s"):
                 await tier.sizes(spelled(*keys(1)))
             assert tier.suspended
-            await every_verb(tier)
+            await every_operation(tier)
         own_server.resume()
         with pytest.raises(TierUnavailable, match="skipped for 30 s"):
             await tier.sizes(spelled(*keys(1)))
@@ -204,7 +202,7 @@ async def test_a_server_that_hangs_costs_one_call_seconds_and_the_others_nothing
         assert not tier.suspended
 
 
-async def test_a_server_that_still_hangs_after_its_rest_has_another(own_server: RedisServer) -> None:
+async def test_server_still_hung_is_suspended_again(own_server: RedisServer) -> None:
     now = time.monotonic()
     async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 0.5, lambda: now) as tier:
         own_server.hang()
@@ -215,7 +213,7 @@ async def test_a_server_that_still_hangs_after_its_rest_has_another(own_server: 
             now += _REST_S
 
 
-async def test_a_server_that_stops_in_the_middle_of_a_long_call_is_noticed(own_server: RedisServer) -> None:
+async def test_server_that_hangs_during_a_call_is_noticed(own_server: RedisServer) -> None:
     rig = RedisTierHarness(own_server.port)
     fill(rig, 40, size=2**20)
     async with rig.tier:
@@ -231,7 +229,7 @@ async def test_a_server_that_stops_in_the_middle_of_a_long_call_is_noticed(own_s
     rig.client.close()
 
 
-async def test_a_slow_call_to_a_server_that_lives_is_waited_for() -> None:
+async def test_slow_call_to_responsive_server_is_awaited() -> None:
     slow = asyncio.Event()
     asked = 0
 
@@ -246,7 +244,7 @@ async def test_a_slow_call_to_a_server_that_lives_is_waited_for() -> None:
     assert not liveness.suspended
 
 
-async def test_a_stall_of_our_own_is_not_the_servers() -> None:
+async def test_own_stall_does_not_suspend_the_server() -> None:
     answered = asyncio.Event()
     asked = 0
 
@@ -254,7 +252,7 @@ async def test_a_stall_of_our_own_is_not_the_servers() -> None:
         nonlocal asked
         asked += 1
         if asked == 1:
-            time.sleep(0.6)  # noqa: ASYNC251 - nothing else of this process goes on
+            time.sleep(0.6)  # noqa: ASYNC251 - the whole process stalls
             await asyncio.sleep(0.01)
         answered.set()
 
@@ -264,7 +262,7 @@ async def test_a_stall_of_our_own_is_not_the_servers() -> None:
     assert asked == 2
 
 
-async def test_a_call_that_fails_while_the_sign_of_life_does_is_nobodys_forgotten_error() -> None:
+async def test_failure_during_a_probe_is_retrieved() -> None:
     asked = asyncio.Event()
 
     async def call() -> None:
@@ -280,11 +278,11 @@ async def test_a_call_that_fails_while_the_sign_of_life_does_is_nobodys_forgotte
     asyncio.get_running_loop().set_exception_handler(lambda _, context: forgotten.append(context))
     with pytest.raises(Hung):
         await Liveness(probe, 5.0).run(call)
-    gc.collect()  # asyncio tells of an exception that nobody has looked at when its task goes
+    gc.collect()  # asyncio logs an exception never retrieved when its task is collected
     assert forgotten == []
 
 
-async def test_whoever_stops_waiting_ends_the_call() -> None:
+async def test_cancelling_the_caller_cancels_the_call() -> None:
     ended = asyncio.Event()
 
     async def call() -> None:

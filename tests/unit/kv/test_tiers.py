@@ -1,4 +1,4 @@
-"""What every tier promises, asked of each one: nothing here knows whether a pin is a link or a copy."""
+"""What every tier promises, tested on each: nothing here depends on whether a pin is a link or a copy."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -52,7 +52,7 @@ def known(objects: list[PinnedObject]) -> dict[str, PinnedObject]:
 # --- sizes
 
 
-async def test_sizes_are_those_of_exactly_what_is_there(rig: TierHarness) -> None:
+async def test_sizes_are_those_of_existing_objects(rig: TierHarness) -> None:
     there = [key(1), key(2), key(3, rank=0x02010200), key(4, model="plain")]
     for one in there:
         rig.put(one, value(10))
@@ -67,7 +67,7 @@ async def test_sizes_are_those_of_exactly_what_is_there(rig: TierHarness) -> Non
     assert await rig.tier.sizes([]) == []
 
 
-async def test_a_pin_alone_has_no_size(rig: TierHarness) -> None:
+async def test_pin_alone_has_no_size(rig: TierHarness) -> None:
     await pinned(rig, 1)
     await rig.tier.drop_original(keys(1))
     assert await rig.tier.sizes(spelled(*keys(1))) == [0]
@@ -76,7 +76,7 @@ async def test_a_pin_alone_has_no_size(rig: TierHarness) -> None:
 # --- pin
 
 
-async def test_pins_come_in_the_order_asked_with_size_and_checksum_and_without_what_is_missing(
+async def test_pins_keep_order_and_skip_missing_objects(
     rig: TierHarness,
 ) -> None:
     sizes = [1, 5000, 3, 70_000, 2]
@@ -94,7 +94,7 @@ async def test_pins_come_in_the_order_asked_with_size_and_checksum_and_without_w
     assert await rig.tier.pin([], {}) == []
 
 
-async def test_a_known_pin_that_still_matches_is_kept_even_when_the_original_is_other_by_now(rig: TierHarness) -> None:
+async def test_matching_pin_is_kept_if_original_changed(rig: TierHarness) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put(key(0), value())
     assert await rig.tier.pin(keys(1), known(objects)) == objects
@@ -104,7 +104,7 @@ async def test_a_known_pin_that_still_matches_is_kept_even_when_the_original_is_
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "empty"])
-async def test_a_known_pin_that_is_damaged_is_made_anew_from_a_good_original(rig: TierHarness, harm: str) -> None:
+async def test_damaged_pin_is_replaced_from_good_original(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put_pin(key(0), harmed(content, harm))
     (again,) = await rig.tier.pin(keys(1), known(objects))
@@ -112,7 +112,7 @@ async def test_a_known_pin_that_is_damaged_is_made_anew_from_a_good_original(rig
     assert rig.pinned(key(0)) == rig.live(key(0)) == content
 
 
-async def test_a_known_pin_whose_damage_is_in_the_original_too_takes_both_away(rig: TierHarness) -> None:
+async def test_damage_in_pin_and_original_removes_both(rig: TierHarness) -> None:
     (content, other), objects = await pinned(rig, 2)
     bad = harmed(content, "flip")
     if isinstance(rig, DiskTierHarness):
@@ -126,7 +126,7 @@ async def test_a_known_pin_whose_damage_is_in_the_original_too_takes_both_away(r
     assert rig.live(key(1)) == rig.pinned(key(1)) == other
 
 
-async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: TierHarness) -> None:
+async def test_unknown_pin_is_replaced_from_the_original(rig: TierHarness) -> None:
     content = value()
     rig.put(key(0), content)
     rig.put_pin(key(0), value())
@@ -135,7 +135,7 @@ async def test_a_pin_that_no_window_knows_is_made_anew_from_the_original(rig: Ti
     assert rig.pinned(key(0)) == content
 
 
-async def test_a_pin_that_another_freeze_has_just_made_outlives_a_second_one_whose_original_is_gone(
+async def test_pin_of_another_freeze_survives_lost_original(
     rig: TierHarness,
 ) -> None:
     # Two freezes of one lineage hold the lock together; between them LMCache evicts. The first is about to commit.
@@ -149,14 +149,14 @@ async def test_a_pin_that_another_freeze_has_just_made_outlives_a_second_one_who
 # --- restore
 
 
-async def test_what_was_not_touched_is_intact(rig: TierHarness) -> None:
+async def test_untouched_object_is_intact(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
     assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
     assert [rig.live(one) for one in keys(9)] == values
     assert await rig.tier.restore([]) == []
 
 
-async def test_pins_outlive_the_originals_and_are_put_back_byte_for_byte(rig: TierHarness) -> None:
+async def test_evicted_originals_are_restored_from_pins(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
     await rig.tier.drop_original(keys(9))
     assert await rig.tier.sizes(spelled(*keys(9))) == [0] * 9
@@ -186,7 +186,7 @@ HARMS = ["flip", "flip at the end", "truncate", "empty", "grow", "another object
 
 
 @pytest.mark.parametrize("harm", HARMS)
-async def test_a_damaged_original_is_replaced_by_the_pin(rig: TierHarness, harm: str) -> None:
+async def test_damaged_original_is_replaced_by_the_pin(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put(key(0), harmed(content, harm))
     assert await rig.tier.restore(objects) == [Restored.RELINKED]
@@ -194,7 +194,7 @@ async def test_a_damaged_original_is_replaced_by_the_pin(rig: TierHarness, harm:
 
 
 @pytest.mark.parametrize("harm", [*HARMS, "gone"])
-async def test_a_damaged_or_lost_pin_is_mended_from_a_good_original(rig: TierHarness, harm: str) -> None:
+async def test_damaged_or_lost_pin_is_restored_from_original(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     if harm == "gone":
         rig.drop_pin(key(0))
@@ -206,9 +206,7 @@ async def test_a_damaged_or_lost_pin_is_mended_from_a_good_original(rig: TierHar
 
 
 @pytest.mark.parametrize("harm", HARMS)
-async def test_what_is_damaged_in_both_places_is_taken_away_so_that_nobody_loads_it(
-    rig: TierHarness, harm: str
-) -> None:
+async def test_damage_in_both_places_is_deleted(rig: TierHarness, harm: str) -> None:
     (content, other), objects = await pinned(rig, 2)
     rig.put(key(0), harmed(content, harm))
     rig.put_pin(key(0), harmed(content, "truncate"))
@@ -218,7 +216,7 @@ async def test_what_is_damaged_in_both_places_is_taken_away_so_that_nobody_loads
     assert await rig.tier.restore(objects) == [Restored.MISSING, Restored.INTACT]
 
 
-async def test_the_damaged_rest_of_a_pair_is_taken_away_too(rig: TierHarness) -> None:
+async def test_damaged_remainder_of_a_pair_is_deleted(rig: TierHarness) -> None:
     contents, objects = await pinned(rig, 2)
     rig.drop_pin(key(0))
     rig.put(key(0), harmed(contents[0], "flip"))
@@ -228,7 +226,7 @@ async def test_the_damaged_rest_of_a_pair_is_taken_away_too(rig: TierHarness) ->
     assert [rig.live(one) for one in keys(2)] == [rig.pinned(one) for one in keys(2)] == [None, None]
 
 
-async def test_what_is_in_neither_place_is_missing(rig: TierHarness) -> None:
+async def test_object_in_neither_place_is_missing(rig: TierHarness) -> None:
     _, objects = await pinned(rig, 1)
     await rig.tier.remove(keys(1))
     assert await rig.tier.restore(objects) == [Restored.MISSING]
@@ -238,7 +236,7 @@ async def test_what_is_in_neither_place_is_missing(rig: TierHarness) -> None:
 # --- verify
 
 
-async def test_verify_tells_the_state_of_each_pin_and_changes_nothing(rig: TierHarness) -> None:
+async def test_verify_reports_pin_states_and_changes_nothing(rig: TierHarness) -> None:
     contents, objects = await pinned(rig, 5)
     rig.put_pin(key(1), harmed(contents[1], "flip"))
     rig.put_pin(key(2), harmed(contents[2], "truncate"))
@@ -255,7 +253,7 @@ async def test_verify_tells_the_state_of_each_pin_and_changes_nothing(rig: TierH
 # --- letting go
 
 
-async def test_unpin_leaves_the_originals_and_remove_leaves_nothing(rig: TierHarness) -> None:
+async def test_unpin_keeps_originals_and_remove_does_not(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 6)
     await rig.tier.unpin(keys(3))
     assert [rig.pinned(one) for one in keys(6)] == [None] * 3 + values[3:]
@@ -264,7 +262,7 @@ async def test_unpin_leaves_the_originals_and_remove_leaves_nothing(rig: TierHar
     assert [rig.live(one) for one in keys(6)] == [rig.pinned(one) for one in keys(6)] == [None] * 6
 
 
-async def test_what_is_not_there_frees_nothing_and_is_no_error(rig: TierHarness) -> None:
+async def test_missing_object_frees_nothing(rig: TierHarness) -> None:
     assert await rig.tier.unpin([key(7)]) == 0
     assert await rig.tier.remove([key(7)]) == 0
     assert await rig.tier.unpin([]) == await rig.tier.remove([]) == 0
@@ -272,13 +270,13 @@ async def test_what_is_not_there_frees_nothing_and_is_no_error(rig: TierHarness)
     await rig.tier.drop_original([])
 
 
-async def test_the_last_holder_of_the_bytes_frees_them(rig: TierHarness) -> None:
+async def test_last_link_frees_the_bytes(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 3)
     await rig.tier.drop_original(keys(3))
     assert await rig.tier.unpin(keys(3)) == sum(map(len, values))
 
 
-async def test_lose_takes_the_originals_and_leaves_the_pins(rig: TierHarness) -> None:
+async def test_drop_original_keeps_the_pins(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 3)
     await rig.tier.drop_original(keys(2))
     assert [rig.live(one) for one in keys(3)] == [None, None, values[2]]
@@ -288,7 +286,7 @@ async def test_lose_takes_the_originals_and_leaves_the_pins(rig: TierHarness) ->
 # --- sweep
 
 
-async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is_called(rig: TierHarness) -> None:
+async def test_sweep_removes_strays_of_any_model_name(rig: TierHarness) -> None:
     models = ["org/model", "a/b/c", "plain", "/abs/path/to/model", "with space", "x-SEP-y", "é/ü", "[glob]*?"]
     held = [key(1, model=model) for model in models]
     strays = [key(2, model=model) for model in models] + [key(1, model="org/model", salt="other")]
@@ -302,7 +300,7 @@ async def test_a_sweep_keeps_what_is_held_and_takes_strays_whatever_the_model_is
     assert await rig.tier.sweep(set(held)) == 0
 
 
-async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: TierHarness) -> None:
+async def test_sweep_keeping_nothing_removes_only_pins(rig: TierHarness) -> None:
     values, _ = await pinned(rig, 30)
     assert await rig.tier.sweep([]) == 30
     assert [rig.pinned(one) for one in keys(30)] == [None] * 30
@@ -312,7 +310,7 @@ async def test_a_sweep_with_nothing_held_takes_every_pin_and_no_original(rig: Ti
 # --- pins that go by other names
 
 
-async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: TierHarness) -> None:
+async def test_pin_is_restored_under_another_name(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 3)
     names = [key(number, salt="other") for number in range(3)]
     apart = [o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
@@ -331,7 +329,7 @@ async def test_a_pin_is_put_back_under_another_name_than_its_own(rig: TierHarnes
     assert rig.live(names[1]) == values[1]
 
 
-async def test_pins_are_lent_as_they_are(rig: TierHarness) -> None:
+async def test_expose_pin_does_not_check_bytes(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 3)
     rig.put_pin(key(1), harmed(values[1], "flip"))
     rig.drop_pin(key(2))
@@ -346,7 +344,7 @@ async def test_pins_are_lent_as_they_are(rig: TierHarness) -> None:
 # --- under
 
 
-async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: TierHarness) -> None:
+async def test_keys_with_salt_finds_objects_and_pins(rig: TierHarness) -> None:
     models = ["org/model", "plain", "/abs/path", "with space", "é/ü", "[glob]*?"]
     live = {key(1, model=model, salt=salt) for model in models for salt in ("a", "b", "xa")}
     pins = {key(2, model="plain", salt="a"), key(2, model="plain", salt="b")}
@@ -362,12 +360,12 @@ async def test_under_names_objects_and_pins_of_the_salts_and_nothing_else(rig: T
 # --- inventory
 
 
-async def test_the_inventory_has_every_object_and_pin_once_with_its_bytes(rig: TierHarness) -> None:
+async def test_inventory_has_every_object_once(rig: TierHarness) -> None:
     for number, size in enumerate((10, 20, 30, 40)):
         rig.put(key(number), value(size))
     await rig.tier.pin([key(1), key(2), key(3)], {})
     await rig.tier.drop_original([key(2)])
-    rig.put(key(3), value(45))  # LMCache has written it anew
+    rig.put(key(3), value(45))  # LMCache has written it again
     both = 20 if isinstance(rig, DiskTierHarness) else 40
     assert sorted(await rig.tier.inventory(), key=lambda one: str(one.key)) == [
         Stored(key(0), 10, 0, 10), Stored(key(1), 20, 20, both), Stored(key(2), 0, 30, 30), Stored(key(3), 45, 40, 85),

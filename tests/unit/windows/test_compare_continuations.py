@@ -25,25 +25,25 @@ def parting(ids: Sequence[int], tokens: Sequence[str], second: dict[str, float])
     return replace(SAME, ids=ids, tokens=tokens, logprobs=[-1.0, -1.02, -0.1], likeliest=likeliest)
 
 
-def test_the_same_is_equal_and_counts_only_if_the_kv_was_used() -> None:
+def test_same_tokens_are_equal_only_if_kv_was_used() -> None:
     assert compare_continuations("disk", CONTROL, SAME, WHOLE).equal
     assert compare_continuations("disk", CONTROL, SAME, WHOLE).tokens_compared == 3
     assert not compare_continuations("disk", CONTROL, replace(SAME, cached_tokens=WHOLE - 16), WHOLE).equal
 
 
-def test_a_near_tie_may_go_either_way_and_what_follows_is_not_compared() -> None:
+def test_near_tie_ends_the_comparison() -> None:
     seen = compare_continuations("disk", CONTROL, parting([1, 9, 9], ["a", "y", "q"], {"b": -1.04, "y": -1.02}), WHOLE)
     assert (seen.equal, seen.first_difference, seen.tokens_compared) == (True, None, 2)
 
 
 @pytest.mark.parametrize("second", [{"b": -1.9, "y": -1.02}, {"y": -1.02}, {"b": -1.0, "y": -0.2}])
-def test_another_token_that_was_not_as_likely_is_a_difference(second: dict[str, float]) -> None:
+def test_less_likely_token_is_a_difference(second: dict[str, float]) -> None:
     seen = compare_continuations("disk", CONTROL, parting([1, 9, 9], ["a", "y", "q"], second), WHOLE)
     assert not seen.equal
     assert seen.first_difference is not None
     assert (seen.first_difference.position, seen.first_difference.token_id) == (1, 9)
 
 
-def test_the_same_tokens_with_other_probabilities_are_a_difference() -> None:
+def test_other_probabilities_are_a_difference() -> None:
     seen = compare_continuations("disk", CONTROL, replace(SAME, logprobs=[-1.0, -1.2, -1.0]), WHOLE)
     assert (seen.equal, seen.first_difference.position if seen.first_difference else None) == (False, 1)

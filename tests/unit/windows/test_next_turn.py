@@ -1,4 +1,4 @@
-"""The token ids that every next turn begins with, asked of an engine whose template does what real ones do."""
+"""The token ids that every next turn begins with, from an engine whose templates do what real ones do."""
 
 import re
 import zlib
@@ -67,18 +67,14 @@ def text(ids: Sequence[int]) -> str:
     return "".join(map(chr, ids))
 
 
-async def test_a_template_that_only_appends_gives_the_whole_conversation(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_appending_template_gives_whole_conversation(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, append_only)
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     assert text(ids) == "<user>hi</><assistant>hello</>"
     assert len(engine.seen(RENDER)) == 2
 
 
-async def test_a_template_that_drops_earlier_reasoning_gives_what_the_next_turn_keeps(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_template_dropping_reasoning_gives_the_kept_part(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, forgets_reasoning)
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     assert text(ids) == "<user>hi</><assistant>hello</><user>"
@@ -88,7 +84,7 @@ async def test_a_template_that_drops_earlier_reasoning_gives_what_the_next_turn_
         assert whole.startswith(text(ids))
 
 
-async def test_what_was_called_is_followed_by_its_result(engine: FakeEngine, asks: HttpEngineClient) -> None:
+async def test_tool_call_is_followed_by_its_result(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, append_only)
     ids = await next_turn_ids(asks, MODEL, {}, TOOLS)
     assert text(ids) == append_only(TOOLS)
@@ -96,17 +92,13 @@ async def test_what_was_called_is_followed_by_its_result(engine: FakeEngine, ask
     assert probe.json["messages"][-1] == {"role": "tool", "tool_call_id": "call-7", "content": "a"}
 
 
-async def test_a_template_that_closes_a_turn_only_at_its_end_shares_no_end(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_template_closing_late_shares_no_end(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, lambda messages: append_only(messages) + "<eos>")
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     assert text(ids) == append_only(TALK) + "<user>"
 
 
-async def test_probes_that_begin_alike_in_a_template_still_share_only_what_is_common(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_probes_with_common_start_share_only_that(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, lambda messages: f"{len(messages)}:" + append_only(messages))
     ids = await next_turn_ids(asks, MODEL, {}, TALK)
     one, other = (f"3:{append_only([*TALK, {'role': 'user', 'content': c}])}" for c in ("yes", "no"))
@@ -114,7 +106,7 @@ async def test_probes_that_begin_alike_in_a_template_still_share_only_what_is_co
     assert text(ids) == shared
 
 
-async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: HttpEngineClient) -> None:
+async def test_frame_is_sent_with_every_rendering(engine: FakeEngine, asks: HttpEngineClient) -> None:
     rendering(engine, append_only)
     frame = {"tools": [{"type": "function"}], "chat_template_kwargs": {"thinking": False}}
     await next_turn_ids(asks, MODEL, frame, TALK)
@@ -124,9 +116,7 @@ async def test_the_frame_is_part_of_every_rendering(engine: FakeEngine, asks: Ht
         assert "cache_salt" not in request.json
 
 
-async def test_a_template_that_wants_the_system_message_first_gets_all_of_them_there(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_system_messages_stay_first(engine: FakeEngine, asks: HttpEngineClient) -> None:
     def answer(exchange: Exchange) -> None:
         messages = exchange.request.json["messages"]
         if any(message["role"] == "system" for message in messages[1:]):
@@ -141,7 +131,7 @@ async def test_a_template_that_wants_the_system_message_first_gets_all_of_them_t
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_an_engine_without_rendering_is_asked_to_tokenize(
+async def test_engine_without_render_is_asked_to_tokenize(
     engine: FakeEngine, asks: HttpEngineClient, status: int
 ) -> None:
     engine.on_other = lambda exchange: exchange.json({"error": {"message": "no"}}, status)
@@ -153,7 +143,7 @@ async def test_an_engine_without_rendering_is_asked_to_tokenize(
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "invalid_request"), (422, "invalid_request"), (500, "engine_unreachable")]
 )
-async def test_an_engine_that_cannot_render_is_no_guess(
+async def test_engine_that_cannot_render_raises(
     engine: FakeEngine, asks: HttpEngineClient, status: int, code: str
 ) -> None:
     engine.on_other = lambda exchange: exchange.json({"error": {"message": "the template failed"}}, status)
@@ -180,7 +170,7 @@ def merging(engine: FakeEngine) -> None:
 @pytest.mark.parametrize(
     ("text", "certain"), [("a b c", "a b"), ("a b.", "a b"), ("a b ", "a b"), ("a 12", "a"), ("word", "")]
 )
-async def test_the_end_of_a_text_that_may_grow_into_another_token_is_left_out(
+async def test_text_end_that_may_merge_is_left_out(
     engine: FakeEngine, asks: HttpEngineClient, text: str, certain: str
 ) -> None:
     merging(engine)
@@ -190,9 +180,7 @@ async def test_the_end_of_a_text_that_may_grow_into_another_token_is_left_out(
         assert (await asks.tokenize(MODEL, text + following))[: len(ids)] == ids
 
 
-async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_special_tokens_are_added_as_in_the_turns(engine: FakeEngine, asks: HttpEngineClient) -> None:
     merging(engine)
     conversation = [{"role": "text", "content": "a b c"}]
     with_them = await next_turn_ids(asks, MODEL, {"add_special_tokens": True}, conversation)
@@ -200,9 +188,7 @@ async def test_special_tokens_are_added_to_a_text_as_its_turns_added_them(
     assert with_them == [1, *without]
 
 
-async def test_token_ids_are_what_they_are_and_a_reply_in_text_is_put_behind_them(
-    engine: FakeEngine, asks: HttpEngineClient
-) -> None:
+async def test_token_ids_stay_and_text_reply_is_appended(engine: FakeEngine, asks: HttpEngineClient) -> None:
     row = {"role": "tokens", "content": [7, 8, 9]}
     assert await next_turn_ids(asks, MODEL, {}, [row]) == [7, 8, 9]
     assert engine.asked == []

@@ -1,4 +1,4 @@
-"""Usage, budgets and expiry, and what the admin API says of them."""
+"""Usage, budgets and expiry, also over the admin API."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -14,13 +14,13 @@ from gateway.windows.retention import sweeper
 from gateway.windows.retention.usage import Share, TierUse, usage
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
-from tests.support.retention_rig import SIZE, TENANT, House, settings, under
+from tests.support.retention_rig import SIZE, TENANT, RetentionHarness, keys_of, settings
 from tests.support.tier_harness import DiskTierHarness, RedisServer, RedisTierHarness, key, value
 
 pytestmark = pytest.mark.anyio
 
 
-def redis_of(harness: House) -> RedisTierHarness:
+def redis_of(harness: RetentionHarness) -> RedisTierHarness:
     """The second of its rigs."""
     rig = harness.rigs[1]
     assert isinstance(rig, RedisTierHarness)
@@ -32,12 +32,12 @@ def on_disk(folder: Path) -> int:
     return sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("kv*/**/*.data")}.values())
 
 
-async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(harness: House, tmp_path: Path) -> None:
+async def test_usage_adds_up_to_disk_and_redis(harness: RetentionHarness, tmp_path: Path) -> None:
     await harness.session("a", "salt-a")
     await harness.session("b", "salt-b")
     for salt in ("salt-a", "salt-b", "salt-unknown"):
-        harness.stored(under(salt, 4))
-    await harness.window("w", under("salt-a", 2))
+        harness.stored(keys_of(salt, 4))
+    await harness.window("w", keys_of("salt-a", 2))
     for tier in harness.parts.pins.tiers:
         await tier.drop_original([key(1, salt="salt-a")])  # evicted: the pin alone holds the bytes
     assert await harness.parts.store.delete_session(TENANT, "b")
@@ -60,7 +60,7 @@ async def test_the_numbers_add_up_to_what_lies_on_disk_and_in_redis(harness: Hou
     assert redis.total.bytes == sum(client.strlen(name) for name in client.scan_iter("*"))  # type: ignore[misc]
 
 
-async def test_a_tier_that_cannot_be_read_is_a_warning_and_the_other_is_told(harness: House, tmp_path: Path) -> None:
+async def test_usage_warns_of_unreadable_tier(harness: RetentionHarness, tmp_path: Path) -> None:
     (tmp_path / "kv").rename(tmp_path / "away")
     tiers, warnings = await usage(harness.parts)
     assert [tier.name for tier in tiers] == ["redis"]
@@ -68,7 +68,7 @@ async def test_a_tier_that_cannot_be_read_is_a_warning_and_the_other_is_told(har
 
 
 @pytest.fixture
-async def tight(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[House]:
+async def tight(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -> AsyncIterator[RetentionHarness]:
     """A budget of ten objects on disk and of twelve in Redis."""
     more = {"disk_budget_bytes": 10 * SIZE, "redis_budget_bytes": 12 * SIZE}
     async with AsyncExitStack() as stack:
@@ -77,74 +77,74 @@ async def tight(tmp_path: Path, engine: FakeEngine, redis_server: RedisServer) -
         disk.pins = tmp_path / "kv-pins" / parts.store.store_id
         redis = RedisTierHarness(redis_server.port, parts.store.store_id)
         stack.callback(redis.client.close)
-        yield House(parts, (disk, redis))
+        yield RetentionHarness(parts, (disk, redis))
 
 
-async def test_past_its_budget_a_tier_loses_the_kv_of_the_sessions_that_were_idle_longest(tight: House) -> None:
+async def test_budget_deletes_kv_of_longest_idle_sessions(tight: RetentionHarness) -> None:
     for number in range(5):
         await tight.session(f"s{number}", f"salt-{number}", idle_s=100 - number)
-        tight.stored(under(f"salt-{number}"))
+        tight.stored(keys_of(f"salt-{number}"))
     await sweeper.sweep(tight.parts)
-    left = [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
+    left = [[len(tier) for tier in tight.there(keys_of(f"salt-{number}"))] for number in range(5)]
     # The disk has room for three sessions, Redis for four.
     assert left == [[0, 0], [0, 3], [3, 3], [3, 3], [3, 3]]
     assert await tight.parts.store.session(TENANT, "s0") is not None
     await sweeper.sweep(tight.parts)
-    assert left == [[len(tier) for tier in tight.there(under(f"salt-{number}"))] for number in range(5)]
+    assert left == [[len(tier) for tier in tight.there(keys_of(f"salt-{number}"))] for number in range(5)]
 
 
-async def test_windows_sessions_in_a_turn_and_what_is_unknown_are_left_alone_and_the_log_says_so(
-    tight: House, caplog: pytest.LogCaptureFixture
+async def test_budget_spares_windows_and_active_sessions(
+    tight: RetentionHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     await tight.session("idle", "salt-idle", idle_s=100)
     await tight.session("turning", "salt-turning", idle_s=200)
     for salt in ("salt-idle", "salt-turning", "salt-unknown"):
-        tight.stored(under(salt, 6))
-    await tight.window("w", under("salt-idle", 2))
+        tight.stored(keys_of(salt, 6))
+    await tight.window("w", keys_of("salt-idle", 2))
     turning = await tight.parts.store.session(TENANT, "turning")
     assert turning
     tight.parts.turns.begin(SessionMatch(turning, "", b""))
     await sweeper.sweep(tight.parts)
-    assert tight.there(under("salt-idle", 6)) == [under("salt-idle", 2)] * 2
+    assert tight.there(keys_of("salt-idle", 6)) == [keys_of("salt-idle", 2)] * 2
     for salt in ("salt-turning", "salt-unknown"):
-        assert tight.there(under(salt, 6)) == [under(salt, 6)] * 2
+        assert tight.there(keys_of(salt, 6)) == [keys_of(salt, 6)] * 2
     assert f"disk tier holds {14 * SIZE} bytes, {4 * SIZE} more than its budget" in caplog.text
 
 
-async def test_a_disk_that_is_nearly_full_loses_the_kv_of_idle_sessions_without_a_budget_too(harness: House) -> None:
+async def test_nearly_full_disk_deletes_idle_kv_without_budget(harness: RetentionHarness) -> None:
     await harness.session("idle", "salt-idle", idle_s=100)
-    harness.stored(under("salt-idle", 6))
-    await harness.window("w", under("salt-idle", 2))
+    harness.stored(keys_of("salt-idle", 6))
+    await harness.window("w", keys_of("salt-idle", 2))
     await sweeper.sweep(harness.parts)
-    assert harness.there(under("salt-idle", 6)) == [under("salt-idle", 6)] * 2
+    assert harness.there(keys_of("salt-idle", 6)) == [keys_of("salt-idle", 6)] * 2
     more_than_any_disk_has = harness.parts.settings.model_copy(update={"disk_reserve_bytes": 2**60})
     await sweeper.sweep(replace(harness.parts, settings=more_than_any_disk_has))
-    assert harness.there(under("salt-idle", 6)) == [under("salt-idle", 2), under("salt-idle", 6)]
+    assert harness.there(keys_of("salt-idle", 6)) == [keys_of("salt-idle", 2), keys_of("salt-idle", 6)]
 
 
-async def test_a_shared_salt_is_as_old_as_the_last_of_its_sessions(tight: House) -> None:
+async def test_shared_salt_is_as_old_as_its_latest_session(tight: RetentionHarness) -> None:
     await tight.session("old", "shared", lineage="l", idle_s=300)
     await tight.session("fork", "shared", lineage="l", idle_s=1)
     await tight.session("middle", "salt-middle", idle_s=100)
-    tight.stored(under("shared", 6))
-    tight.stored(under("salt-middle", 6))
+    tight.stored(keys_of("shared", 6))
+    tight.stored(keys_of("salt-middle", 6))
     await sweeper.sweep(tight.parts)
-    assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
-    assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
+    assert tight.there(keys_of("shared", 6)) == [keys_of("shared", 6)] * 2
+    assert tight.there(keys_of("salt-middle", 6)) == [[], keys_of("salt-middle", 6)]
 
 
-async def test_a_salt_of_a_whole_tenant_is_as_old_as_the_last_of_all_its_sessions(tight: House) -> None:
+async def test_tenant_salt_is_as_old_as_its_latest_session(tight: RetentionHarness) -> None:
     await tight.session("old", "shared", lineage="one", idle_s=300)
     await tight.session("new", "shared", lineage="another", idle_s=1)
     await tight.session("middle", "salt-middle", idle_s=100)
-    tight.stored(under("shared", 6))
-    tight.stored(under("salt-middle", 6))
+    tight.stored(keys_of("shared", 6))
+    tight.stored(keys_of("salt-middle", 6))
     await sweeper.sweep(tight.parts)
-    assert tight.there(under("shared", 6)) == [under("shared", 6)] * 2
-    assert tight.there(under("salt-middle", 6)) == [[], under("salt-middle", 6)]
+    assert tight.there(keys_of("shared", 6)) == [keys_of("shared", 6)] * 2
+    assert tight.there(keys_of("salt-middle", 6)) == [[], keys_of("salt-middle", 6)]
 
 
-async def test_below_the_reserve_there_is_no_room(harness: House) -> None:
+async def test_check_room_fails_below_the_reserve(harness: RetentionHarness) -> None:
     await harness.parts.pins.check_room(1)
     with pytest.raises(TierFull, match="disk_reserve_bytes"):
         await harness.parts.pins.check_room(2**62)
@@ -165,12 +165,12 @@ def salt_of(engine: FakeEngine) -> str:
     return str(engine.seen("/v1/chat/completions")[-1].json["cache_salt"])
 
 
-def test_deleting_a_session_over_http_says_what_was_freed(
+def test_http_session_delete_reports_freed_bytes(
     engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str
 ) -> None:
     gateway, disk = swept
     gateway.chat(session)
-    for one in under(salt_of(engine)):
+    for one in keys_of(salt_of(engine)):
         disk.put(one, value(SIZE))
     assert gateway.http.delete(f"/admin/sessions/{session}").json() == {
         "session_id": session, "deleted": True, "blocks_deleted": 3, "space_freed_bytes": 3 * SIZE, "warnings": [],
@@ -178,22 +178,20 @@ def test_deleting_a_session_over_http_says_what_was_freed(
     assert list(disk.kv.iterdir()) == []
 
 
-def test_an_idle_session_goes_by_itself_with_its_kv_and_a_failed_turn_counts_too(
+def test_idle_session_and_its_kv_are_deleted(
     engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str
 ) -> None:
     gateway, disk = swept
     engine.on_chat = lambda exchange: exchange.json({"error": {"message": "no", "type": "x", "code": 500}}, 500)
     gateway.chat(session)
-    for one in under(salt_of(engine)):
+    for one in keys_of(salt_of(engine)):
         disk.put(one, value(SIZE))
     eventually(lambda: not list(disk.kv.iterdir()), "the KV of an idle session is gone", more=lambda: gateway.log)
     eventually(lambda: gateway.http.get(f"/admin/sessions/{session}").status_code == 404, "the session is gone")
     eventually(lambda: "deleted 3 KV objects" in gateway.log, "the log says so")
 
 
-def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes_on(
-    engine: FakeEngine, tmp_path: Path
-) -> None:
+def test_w7_session_past_ttl_is_expired_until_swept(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path, sweep_every_s=600, session_ttl_s=0.5) as gateway:
 
         def states() -> dict[str, set[str]]:
@@ -214,7 +212,7 @@ def test_w7_a_session_past_its_time_is_expired_until_a_sweep_takes_it_or_it_goes
         assert gateway.http.get("/admin/sessions/b").json()["turn_count"] == 2
 
 
-def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+def test_expired_window_is_shown_then_deleted(engine: FakeEngine, tmp_path: Path, session: str) -> None:
     with gateway_in_front_of(engine.url, tmp_path, sweep_every_s=0.1, expiry_grace_s=1.5) as gateway:
         gateway.chat(session)
         assert gateway.freeze(session, "w", ttl_seconds=0.2).json()["state"] == "frozen"
@@ -241,7 +239,7 @@ def test_an_expired_window_is_told_as_such_and_then_gone(engine: FakeEngine, tmp
 def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str) -> None:
     gateway, disk = swept
     gateway.chat(session)
-    for one in under(salt_of(engine)):
+    for one in keys_of(salt_of(engine)):
         disk.put(one, value(SIZE))
     gateway.http.get(f"/admin/sessions/{session}")  # waits until the turn is recorded
     answer = gateway.http.get("/admin/cache").json()
