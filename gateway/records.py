@@ -1,9 +1,11 @@
 """The records that the gateway stores, as frozen dataclasses. Times are seconds since the epoch, UTC."""
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 from gateway.errors import GatewayError
 from gateway.validation.shown import shown
@@ -237,13 +239,13 @@ class Window:
     world_size: int
     token_count: int
     chunk_size: int
-    chunk_count: int
-    size_bytes: int
-    kv: KvState
-    transcript: bytes
-    frame: bytes | None
-    manifest: str
-    created_at: float
+    chunk_count: int = 0
+    size_bytes: int = 0
+    kv: KvState = "absent"
+    transcript: bytes = b""
+    frame: bytes | None = None
+    manifest: str = field(default_factory=lambda: uuid4().hex)
+    created_at: float = field(default_factory=time.time)
     description: str = ""
     tags: tuple[str, ...] = ()
     parent: str | None = None

@@ -17,7 +17,6 @@ from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from uuid import uuid4
 
 from gateway.dialects import transcripts
 from gateway.engines.client import Model
@@ -110,12 +109,11 @@ async def all_or_nothing(services: Services) -> AsyncIterator[None]:
     """If the block fails to make a window, unpin what it has pinned. Raises `storage_full` for a full tier."""
     try:
         yield
-    except TierFull as error:
+    except BaseException as error:  # whatever it was: what nobody will commit must not stay pinned
         await release_strays(services)
-        hint = "free space, or delete windows that are not needed"
-        raise GatewayError("storage_full", str(error), hint=hint) from error
-    except BaseException:  # whatever it was: what nobody will commit must not stay pinned
-        await release_strays(services)
+        if isinstance(error, TierFull):
+            hint = "free space, or delete windows that are not needed"
+            raise GatewayError("storage_full", str(error), hint=hint) from error
         raise
 
 
@@ -255,12 +253,6 @@ class _Freeze:
             world_size=self.plan.world_size if self.plan else 1,
             token_count=len(self.snapshot.ids),
             chunk_size=self.plan.chunk_size if self.plan else 0,
-            chunk_count=0,
-            size_bytes=0,
-            kv="absent",
-            transcript=b"",
-            frame=None,
-            manifest=uuid4().hex,
             created_at=now,
             description=naming.description,
             tags=naming.tags,

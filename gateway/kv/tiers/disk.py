@@ -89,7 +89,9 @@ class DiskTier:
 
     async def keys_with_salt(self, salts: Collection[str]) -> set[ObjectKey]:
         wanted = frozenset(salts)
-        return await self._run(lambda: {key for key in self._all_keys() if key.salt in wanted})
+        return await self._run(
+            lambda: {key for folder in (self._kv, self._pins) for key, _ in _scan(folder) if key.salt in wanted}
+        )
 
     async def inventory(self) -> list[Stored]:
         return await self._run(self._inventory)
@@ -102,11 +104,6 @@ class DiskTier:
         stray = await self._run(lambda: [path for path in self._pins.iterdir() if path.name not in names])
         await self._each(stray, _unlink)
         return len(stray)
-
-    def _all_keys(self) -> Iterator[ObjectKey]:
-        for folder in (self._kv, self._pins):
-            with os.scandir(folder) as entries:
-                yield from filter(None, (ObjectKey.parse_file_name(entry.name) for entry in entries))
 
     def _inventory(self) -> list[Stored]:
         originals, pins = _stats(self._kv), _stats(self._pins)
@@ -210,14 +207,18 @@ class DiskTier:
             raise kind(f"disk tier: {error.strerror} ({error.filename2 or error.filename or self._kv})") from error
 
 
-def _stats(folder: Path) -> dict[ObjectKey, os.stat_result]:
-    found: dict[ObjectKey, os.stat_result] = {}
+def _scan(folder: Path) -> Iterator[tuple[ObjectKey, "os.DirEntry[str]"]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            key = ObjectKey.parse_file_name(entry.name)
-            if key is not None:
-                with suppress(FileNotFoundError):  # removed since
-                    found[key] = entry.stat()
+            if key := ObjectKey.parse_file_name(entry.name):
+                yield key, entry
+
+
+def _stats(folder: Path) -> dict[ObjectKey, os.stat_result]:
+    found: dict[ObjectKey, os.stat_result] = {}
+    for key, entry in _scan(folder):
+        with suppress(FileNotFoundError):  # removed since
+            found[key] = entry.stat()
     return found
 
 

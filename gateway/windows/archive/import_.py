@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,12 +160,6 @@ def _window(ctx: OperationContext, name: str, record: Record, target: _Target) -
         token_count=record.token_count,
         chunk_size=record.chunk_size,
         chunk_count=record.chunk_count if target.keeps_kv else 0,
-        size_bytes=0,
-        kv="absent",
-        transcript=b"",
-        frame=None,
-        manifest=uuid4().hex,
-        created_at=time.time(),
         description=record.description,
         tags=tuple(dict.fromkeys(record.tags)),
     )
