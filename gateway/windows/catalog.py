@@ -2,12 +2,13 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
+from gateway.kv.keys import ObjectKey, object_keys
 from gateway.records import MAX_NAME, Session, Window
 from gateway.windows.context import OperationContext, Services, instrumented
 
@@ -66,6 +67,12 @@ async def served_model(services: Services, window: Window) -> Model:
         hint="serve the same weights again; the text is still there: `GET /admin/windows/{name}/messages`",
         details={"frozen": window.fingerprint, "served": model.fingerprint},
     )
+
+
+def pinned_keys(window: Window, token_ids: Sequence[int]) -> list[ObjectKey]:
+    """The keys of a window's pinned objects, computed from its token ids, in chunk order."""
+    ids = token_ids[: window.chunk_count * window.chunk_size]
+    return object_keys(window.model_root, ids, window.chunk_size, window.world_size, window.salt) if ids else []
 
 
 @instrumented

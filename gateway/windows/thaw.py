@@ -68,7 +68,8 @@ async def thaw(
     # A client that sends the whole history without an id continues this session.
     last_reply_hash = prefix_chain.chain((await store.text(window)).messages, b"")[-1] if source == "thaw" else None
     manifest = await store.manifest(window)
-    receipt = await (restore if warm == "none" else restore_and_load)(ctx, window, manifest)
+    restore_kv = restore if warm == "none" else restore_and_load
+    receipt = await restore_kv(ctx, window, manifest)
     session = replace(
         session_from_window(window, session_id, source),
         first_message_hash=first_message_hash,

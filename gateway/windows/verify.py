@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Restored, Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
-from gateway.windows.catalog import get_window
+from gateway.windows.catalog import get_window, pinned_keys
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.replay import Replay, replay
 
@@ -126,7 +126,7 @@ def _verdict(window: Window, manifest: Manifest, states: States, present: Mappin
         name: _report([o for o in manifest.objects if o.tier == name], states.get(name), present.get(name, set()))
         for name in dict.fromkeys(o.tier for o in manifest.objects)
     }
-    keys = _pinned_keys(window, manifest)
+    keys = pinned_keys(window, manifest.token_ids)
     damaged = tuple(_damage(window, manifest, keys, states))
     incomplete = f"the window was frozen with {window.chunk_count} of {expected} chunks"
     return Verdict(
@@ -141,14 +141,6 @@ def _verdict(window: Window, manifest: Manifest, states: States, present: Mappin
         warnings=() if window.kv == "complete" else (incomplete,),
         duration_ms=0.0,
     )
-
-
-def _pinned_keys(window: Window, manifest: Manifest) -> list[ObjectKey]:
-    """The keys of the pinned objects, computed from the token ids, in chunk order."""
-    if not window.chunk_count:
-        return []
-    ids = manifest.token_ids[: window.chunk_count * window.chunk_size]
-    return object_keys(window.model_root, ids, window.chunk_size, window.world_size, window.salt)
 
 
 def _report(objects: Sequence[PinnedObject], by_key: Mapping[str, Restored] | None, present: set[str]) -> TierReport:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.store.types import Text
@@ -24,7 +24,7 @@ from gateway.windows.archive.file_format import Reader, object_name
 from gateway.windows.archive.manifest import Contents, Record
 from gateway.windows.archive.spool import Spool
 from gateway.windows.archive.transcript import FiledText, read_text
-from gateway.windows.catalog import NewWindow
+from gateway.windows.catalog import NewWindow, pinned_keys
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.freeze import all_or_nothing, check_budget, window_name_taken
 from gateway.windows.materialize import with_receipt
@@ -59,7 +59,8 @@ async def import_window(
     record = contents.record
     await _refuse_too_large(contents, settings.max_import_bytes)
     await _refuse_taken(ctx, name or record.name)
-    target, warnings = await (_text_target if as_text else _full_target)(services, record)
+    find_target = _text_target if as_text else _full_target
+    target, warnings = await find_target(services, record)
     async with Spool(settings.data_path, settings.disk_reserve_bytes) as spool:
         if target.keeps_kv:
             await spool.expect(sum(member.size for member in contents.objects))
@@ -196,12 +197,11 @@ class _Import:
         """Pin every object in each tier that can be reached. Raises TierFull, `cache_unavailable` if none can."""
         if not window.chunk_count:
             return (), []
-        ids, services = self.text.ids[: window.chunk_count * window.chunk_size], self.ctx.services
-        keys = await asyncio.to_thread(
-            object_keys, window.model_root, ids, window.chunk_size, window.world_size, window.salt
+        keys = await asyncio.to_thread(pinned_keys, window, self.text.ids)
+        existing = {(o.tier, o.key): o for o in await self.ctx.services.store.objects(keys)}
+        by_tier, warnings = await self.ctx.services.pins.each(
+            lambda tier: self._pin_in(tier, keys, existing), raise_full=True
         )
-        existing = {(o.tier, o.key): o for o in await services.store.objects(keys)}
-        by_tier, warnings = await services.pins.each(lambda tier: self._pin_in(tier, keys, existing), raise_full=True)
         if not by_tier:
             raise GatewayError(
                 "cache_unavailable", warnings[-1], hint="try again, or import it as text (`as_text=true`)"

@@ -13,14 +13,7 @@ import orjson
 from blake3 import blake3
 
 from gateway.errors import GatewayError
-from gateway.records import (
-    MAX_DESCRIPTION,
-    MAX_MODEL,
-    MAX_TAGS,
-    SESSION_ID,
-    TAG,
-    WINDOW_NAME,
-)
+from gateway.records import MAX_DESCRIPTION, MAX_MODEL, MAX_TAGS, SESSION_ID, TAG, WINDOW_NAME
 from gateway.validation import json_scan
 from gateway.validation.json_limits import MAX_DEPTH, TooDeep, TooMany, check_value
 from gateway.validation.json_scan import Budget
