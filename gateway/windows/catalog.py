@@ -87,7 +87,7 @@ async def describe(ctx: OperationContext, name: str, changes: Mapping[str, Any])
             "nothing to change",
             hint="give `description`, `tags` or `ttl_seconds`; `null` clears one",
         )
-    fields = {name: _CLEARED[name] if changes[name] is None else changes[name] for name in _CLEARED if name in changes}
+    fields = {key: _CLEARED[key] if changes[key] is None else changes[key] for key in _CLEARED if key in changes}
     if "ttl_seconds" in changes:
         ttl = changes["ttl_seconds"]
         fields["expires_at"] = None if ttl is None else time.time() + ttl
