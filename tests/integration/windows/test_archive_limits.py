@@ -1,4 +1,4 @@
-"""Imports that meet a limit: of the disk, of a tier, of a budget, of a body; and files at the CLI."""
+"""Imports that exceed a limit of the disk, a tier, a budget or a body; and files at the CLI."""
 
 import asyncio
 import json
