@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api.connection import ClientConnection, client_of
 from gateway.errors import GatewayError
+from gateway.settings import Settings
 from gateway.validation import json_limits
 from gateway.validation.shown import shown
 
@@ -24,51 +25,42 @@ class ClientGone(Exception):
 _MIN_RATE = 64 * 1024  # bytes per second on average, after `body_timeout_s`
 
 
-async def read_body(scope: Scope, receive: Receive, *, limit: int, timeout_s: float, body_timeout_s: float) -> bytes:
-    """Read the whole request body. Raises `payload_too_large`, `request_timeout`, ClientGone.
+async def read_body(scope: Scope, receive: Receive, settings: Settings, max_bytes: int | None = None) -> bytes:
+    """Read the whole request body, within `max_body_bytes` or a lower limit.
 
-    `timeout_s` bounds the time without data, `body_timeout_s` the time for all of it, plus 1 s for each 64 KiB
-    received.
+    Raises `payload_too_large`; `request_timeout` if no data arrives for `client_timeout_s`, or not all of it within
+    `body_timeout_s` plus 1 s for each 64 KiB; ClientGone.
     """
-    _check_length(scope, limit, "max_body_bytes")
+    limit = min(max_bytes or settings.max_body_bytes, settings.max_body_bytes)
     body = client_of(scope).body()
+    if body is not None and len(body) > limit:
+        raise _too_large(limit, "max_body_bytes")
     if body is not None:
-        if len(body) > limit:
-            raise _too_large(limit, "max_body_bytes")
         return body
-    pieces = [piece async for piece in _pieces(receive, limit, "max_body_bytes", timeout_s, body_timeout_s)]
+    pieces = [piece async for piece in _pieces(scope, receive, settings, limit, "max_body_bytes")]
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-async def stream_body(
-    scope: Scope, receive: Receive, *, limit: int, timeout_s: float, body_timeout_s: float
-) -> AsyncIterator[bytes]:
-    """Read the request body piece by piece. Raises as `read_body` does."""
-    _check_length(scope, limit, "max_import_bytes")
-    async for piece in _pieces(receive, limit, "max_import_bytes", timeout_s, body_timeout_s):
-        yield piece
+def stream_body(scope: Scope, receive: Receive, settings: Settings) -> AsyncIterator[bytes]:
+    """Read the request body piece by piece, within `max_import_bytes`. Raises as `read_body` does."""
+    return _pieces(scope, receive, settings, settings.max_import_bytes, "max_import_bytes")
 
 
-def _check_length(scope: Scope, limit: int, setting: str) -> None:
-    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+async def _pieces(scope: Scope, receive: Receive, settings: Settings, limit: int, setting: str) -> AsyncIterator[bytes]:
+    """The non-empty parts of a body as they arrive."""
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if int(declared) > limit:  # httptools has checked that it is a number
         raise _too_large(limit, setting)
-
-
-async def _pieces(
-    receive: Receive, limit: int, setting: str, timeout_s: float, body_timeout_s: float
-) -> AsyncIterator[bytes]:
-    """The non-empty parts of a body as they arrive."""
     size, more = 0, True
     began = time.monotonic()
     while more:
-        message = await _next(receive, timeout_s)
+        message = await _next(receive, settings.client_timeout_s)
         piece, more = message.get("body", b""), message.get("more_body", False)
         size += len(piece)
         if size > limit:
             raise _too_large(limit, setting)
-        if more and time.monotonic() - began > body_timeout_s + size / _MIN_RATE:
-            raise GatewayError("request_timeout", f"the body did not arrive within {body_timeout_s:g} s")
+        if more and time.monotonic() - began > settings.body_timeout_s + size / _MIN_RATE:
+            raise GatewayError("request_timeout", f"the body did not arrive within {settings.body_timeout_s:g} s")
         if piece:
             yield piece
 

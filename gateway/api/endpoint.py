@@ -71,27 +71,13 @@ class Call:
 
     async def _body(self, operation: Operation) -> requests.Body:
         """The JSON body; without one, an empty object."""
-        limits, request = self.services.settings, self._request
-        raw = await read_body(
-            request.scope,
-            request.receive,
-            limit=min(MAX_JSON_BYTES, limits.max_body_bytes),
-            timeout_s=limits.client_timeout_s,
-            body_timeout_s=limits.body_timeout_s,
-        )
-        given = parse_object(raw, limits.max_json_values) if raw else {}
-        return requests.read(operation.body, given)
+        settings = self.services.settings
+        raw = await read_body(self._request.scope, self._request.receive, settings, MAX_JSON_BYTES)
+        return requests.read(operation.body, parse_object(raw, settings.max_json_values) if raw else {})
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body of a request, piece by piece, where it may be too large for memory."""
-        limits, request = self.services.settings, self._request
-        return stream_body(
-            request.scope,
-            request.receive,
-            limit=limits.max_import_bytes,
-            timeout_s=limits.client_timeout_s,
-            body_timeout_s=limits.body_timeout_s,
-        )
+        return stream_body(self._request.scope, self._request.receive, self.services.settings)
 
     @property
     def keys(self) -> Headers:

@@ -24,7 +24,6 @@ from gateway.api.inference.request import (
     TURNS,
     WINDOW_HEADER,
     InferenceRequest,
-    RouteTarget,
     error_dialect,
     read_target,
 )
@@ -97,7 +96,8 @@ class Inference:
         route = self._routes.check(scope["method"], base.known)
         if route.needs_json:
             require_json(scope["headers"])
-        incoming = await self._read(scope, receive, send, tenant, base)
+        body = await read_body(scope, receive, settings)
+        incoming = InferenceRequest(scope, receive, send, tenant, base, body)
         if dialect := TURNS.get(base.path):
             await self._turn(incoming, dialect)
         elif base.path == COUNT:
@@ -108,19 +108,6 @@ class Inference:
             await send_answer(send, 200, kept)
         else:
             raise not_found(scope["path"])
-
-    async def _read(
-        self, scope: Scope, receive: Receive, send: Send, tenant: str, base: RouteTarget
-    ) -> InferenceRequest:
-        settings = self._services.settings
-        body = await read_body(
-            scope,
-            receive,
-            limit=settings.max_body_bytes,
-            timeout_s=settings.client_timeout_s,
-            body_timeout_s=settings.body_timeout_s,
-        )
-        return InferenceRequest(scope, receive, send, tenant, base, body)
 
     async def _turn(self, incoming: InferenceRequest, dialect: Dialect) -> None:
         """Relay a turn of a session, and hand it over when it is over, however it ended."""

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AliasChoices, GetJsonSchemaHandler
-from pydantic import Field as Default
+from pydantic import AliasChoices, Field, GetJsonSchemaHandler
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema
 
@@ -15,7 +14,7 @@ from gateway.api.mcp.admin_request import Json
 from gateway.api.requests import Reads, Request, read
 from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
-from gateway.validation.fields import Field, or_null, reads
+from gateway.validation.fields import or_null, reads
 from gateway.windows.autofreeze import rules
 from gateway.windows.thaw import Warm
 from policies.token_threshold import MOST_TOKENS
@@ -29,7 +28,7 @@ def schema_of(model: type[Request]) -> Json:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def _one_of(*choices: str, **synonyms: str) -> Field[str]:
+def _one_of(*choices: str, **synonyms: str) -> fields.Field[str]:
     """One of some words, or of others that mean one of them."""
     inner = fields.one_of(*choices)
 
@@ -83,7 +82,7 @@ class Session(Request):
 
 
 class Thaw(requests.ThawRequest, Window):
-    warm: Annotated[Warm, Reads(_warm)] = Default(
+    warm: Annotated[Warm, Reads(_warm)] = Field(
         "gpu",
         validation_alias=AliasChoices("warm_cache", "warm"),
         description="how far up to load now: true or `gpu`: into the engine, and measured; `cpu`: into memory; false "
@@ -97,7 +96,7 @@ class Ask(requests.AskRequest, Window):
 
 class Clone(requests.CloneRequest):
     source_window: WindowName
-    target_window: WindowName = Default(
+    target_window: WindowName = Field(
         validation_alias=AliasChoices("target_window", "new_window_name"), description="name of the clone"
     )
 
@@ -107,9 +106,9 @@ class FanOut(requests.FanoutRequest, Window):
 
 
 class WindowList(requests.WindowFilters):
-    created_after: Annotated[str, Reads(fields.text(64))] | None = Default(None, description="ISO 8601 date or time")
-    created_before: Annotated[str, Reads(fields.text(64))] | None = Default(None, description="ISO 8601 date or time")
-    sort_by: Annotated[str, Reads(_one_of(*SORT_COLUMNS, total_size_bytes="size"))] = Default(
+    created_after: Annotated[str, Reads(fields.text(64))] | None = Field(None, description="ISO 8601 date or time")
+    created_before: Annotated[str, Reads(fields.text(64))] | None = Field(None, description="ISO 8601 date or time")
+    sort_by: Annotated[str, Reads(_one_of(*SORT_COLUMNS, total_size_bytes="size"))] = Field(
         "created_at", description="what to sort by"
     )
 
@@ -117,7 +116,7 @@ class WindowList(requests.WindowFilters):
 class Status(requests.StatusQuery):
     window_name: WindowName | None = None
     session_id: SessionId | None = None
-    include_cache_stats: Flag = Default(False, exclude=True, description="accepted; the answer always has the cache")
+    include_cache_stats: Flag = Field(False, exclude=True, description="accepted; the answer always has the cache")
 
 
 class Tree(requests.TreeQuery):
@@ -129,45 +128,45 @@ class Verify(requests.VerifyRequest, Window):
 
 
 class Describe(Window):
-    description: requests.Description | None = Default(None, description="the new one; empty to clear it")
-    tags: requests.Tags | None = Default(None, description="the new ones, all of them; empty to clear them")
-    ttl_seconds: Annotated[float, Reads(_seconds_or_zero)] | None = Default(
+    description: requests.Description | None = Field(None, description="the new one; empty to clear it")
+    tags: requests.Tags | None = Field(None, description="the new ones, all of them; empty to clear them")
+    ttl_seconds: Annotated[float, Reads(_seconds_or_zero)] | None = Field(
         None, description="seconds it is kept for from now on; 0: for ever"
     )
 
 
 class Delete(Window):
-    delete_blocks: Annotated[bool, Reads(_true)] = Default(
+    delete_blocks: Annotated[bool, Reads(_true)] = Field(
         True, exclude=True, description="KV that nobody else holds always goes with it"
     )
-    force: Flag = Default(False, exclude=True, description="accepted; nothing asks for confirmation")
+    force: Flag = Field(False, exclude=True, description="accepted; nothing asks for confirmation")
 
 
 class SessionList(requests.SessionsQuery):
-    state: requests.State | None = Default(None, validation_alias=AliasChoices("state_filter", "state"))
+    state: requests.State | None = Field(None, validation_alias=AliasChoices("state_filter", "state"))
 
 
 class HealthCheck(requests.HealthQuery):
     component: Annotated[str, Reads(_one_of(*COMPONENTS, kv_store="cache", vllm="engine", registry="store"))] | None = (
-        Default(None, description="only this one")
+        Field(None, description="only this one")
     )
 
 
 class AutoFreezeCheck(requests.PolicyCheckRequest):
-    token_count: SkipJsonSchema[Annotated[int, Reads(fields.whole(0, MOST_TOKENS))]] = Default(0, exclude=True)
+    token_count: SkipJsonSchema[Annotated[int, Reads(fields.whole(0, MOST_TOKENS))]] = Field(0, exclude=True)
 
 
 class RuleChanges(requests.PolicyChanges):
     """The rules, some of them also under the names and with the values that the replaced system had."""
 
-    token_threshold: Annotated[Any, Reads(_tokens_or_share)] = Default(
+    token_threshold: Annotated[Any, Reads(_tokens_or_share)] = Field(
         None, description="freeze at this many tokens; a number up to 1 means context_share; null: off"
     )
-    naming_pattern: Annotated[Any, Reads(rules.READERS["naming_pattern"])] = Default(
+    naming_pattern: Annotated[Any, Reads(rules.READERS["naming_pattern"])] = Field(
         None, validation_alias=AliasChoices("naming_pattern", "window_name_pattern")
     )
     token_count_threshold: SkipJsonSchema[Annotated[Any, Reads(_tokens_or_zero)]] = None
-    include_prompt: SkipJsonSchema[Annotated[bool, Reads(_true)]] = Default(True, exclude=True)
+    include_prompt: SkipJsonSchema[Annotated[bool, Reads(_true)]] = Field(True, exclude=True)
 
 
 @reads(schema_of(RuleChanges))
@@ -181,8 +180,8 @@ class AutoFreezeConfig(RuleChanges):
     """Rules are also accepted without `policy` around them, which is not documented."""
 
     nulls: ClassVar[bool] = False
-    policy: Annotated[Json, Reads(_policy)] | None = Default(None, description="the rules to change")
-    reset: Flag = Default(False, description="back to the settings that the gateway was started with")
+    policy: Annotated[Json, Reads(_policy)] | None = Field(None, description="the rules to change")
+    reset: Flag = Field(False, description="back to the settings that the gateway was started with")
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:

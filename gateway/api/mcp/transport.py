@@ -77,13 +77,7 @@ class McpTransport:
         if scope["method"] != "POST":
             why = "the server starts no streams, and has no sessions to end"
             raise GatewayError("method_not_allowed", f"{scope['method']} is not served here: {why}", hint="use POST")
-        body = await read_body(
-            scope,
-            receive,
-            limit=self._limit,
-            timeout_s=self._settings.client_timeout_s,
-            body_timeout_s=self._settings.body_timeout_s,
-        )
+        body = await read_body(scope, receive, self._settings, MAX_JSON_BYTES)
         with suppress(orjson.JSONDecodeError):  # MCP has its own error for that
             json_limits.parse(body, self._settings.max_json_values)
         return body
