@@ -19,7 +19,7 @@ from gateway.api.health import Health
 from gateway.api.inference.handler import Inference
 from gateway.api.inference.request import TOKENIZER_PATHS
 from gateway.api.mcp.transport import PATH, McpTransport
-from gateway.api.workers import Patience, Report
+from gateway.api.workers import Report
 from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
 from gateway.engines.node import EngineNode
@@ -249,8 +249,10 @@ def _serve(settings: Settings, sock: socket.socket) -> None:
         _run(run(settings, sock, report, Shared(folder, slot)))
 
     gc.freeze()  # objects that exist now stay shared between the workers
-    patience = Patience(settings.shutdown_freeze_s, settings.worker_timeout_s)
-    workers.Supervisor(settings.workers, sock, serve, lambda slot: forget(folder, slot), patience).run()
+    workers.Supervisor(
+        settings.workers, sock, serve, lambda slot: forget(folder, slot), extra_s=settings.shutdown_freeze_s,
+        silent_s=settings.worker_timeout_s,
+    ).run()  # fmt: skip
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

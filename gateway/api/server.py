@@ -182,7 +182,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def close_idle(self) -> None:
-        """See `gateway.api.client_connections.Closable.close_idle`."""
         if self.reserved and self.cycle is None:
             self.refuse(http_parser.TOO_MANY_CONNECTIONS)
         self.transport.close()
@@ -192,7 +191,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, served)
 
     def refuse(self, answer: bytes) -> None:
-        """See `gateway.api.http_parser.Owner.refuse`."""
         if self.refused:
             return
         if self.cycle is None or self.cycle.response_complete:
@@ -281,7 +279,7 @@ class _Unframed:
 
 
 class UvicornClient:
-    """See `gateway.api.connection.ClientConnection`."""
+    """A `gateway.api.connection.ClientConnection` of uvicorn."""
 
     __slots__ = ("_cycle", "_protocol")
 
@@ -291,16 +289,13 @@ class UvicornClient:
 
     @property
     def gone(self) -> bool:
-        """See `ClientConnection.gone`."""
         return self._protocol.lost
 
     @property
     def is_chunked(self) -> bool:
-        """See `ClientConnection.is_chunked`."""
         return bool(self._cycle.chunked_encoding)
 
     def body(self) -> bytes | None:
-        """See `ClientConnection.body`."""
         cycle = self._cycle
         if cycle.more_body or cycle.waiting_for_100_continue:
             return None
@@ -311,12 +306,10 @@ class UvicornClient:
         return body
 
     def watch(self, on_gone: Callable[[], None] | None, on_writable: Callable[[], None] | None) -> None:
-        """See `ClientConnection.watch`."""
         self._protocol.on_gone = on_gone
         self._protocol.on_writable = on_writable
 
     def write(self, data: bytes, *, hold: bool = False) -> bool:
-        """See `ClientConnection.write`."""
         transport = cast(GatheringTransport, self._protocol.transport)
         if hold:
             transport.write(data)

@@ -79,25 +79,19 @@ class _Worker:
     aborted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Seconds that a worker has: more than usual to close, and between two signs of life."""
-
-    longer_s: float = 0.0
-    silent_s: float = 30.0
-
-
 class Supervisor:
     """Runs `count` workers on the address of `sock`.
 
-    `on_exit` is called with the number of a worker that has ended, before another replaces it.
+    `on_exit` is called with the number of a worker that has ended, before another replaces it. A worker has `extra_s`
+    more than usual to close, and is killed if it does not respond for `silent_s`.
     """
 
     def __init__(
-        self, count: int, sock: socket.socket, serve: Serve, on_exit: Callable[[int], None], patience: Patience
-    ) -> None:
-        self._end_s = _END_S + patience.longer_s
-        self._silent_s = patience.silent_s
+        self, count: int, sock: socket.socket, serve: Serve, on_exit: Callable[[int], None], *, extra_s: float = 0.0,
+        silent_s: float = 30.0,
+    ) -> None:  # fmt: skip
+        self._end_s = _END_S + extra_s
+        self._silent_s = silent_s
         self._socks = {0: sock}  # by slot; that of a dead worker is kept for the next one, unless that is delayed
         self._serve = serve
         self._on_exit = on_exit

@@ -147,7 +147,6 @@ class EnginePool(EngineClient):
         return self._differing
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
-        """See `EngineClient.ask`."""
         return await self.for_lineage("").ask(method, path, json=json, quick=quick)
 
     async def probe(self) -> None:
@@ -182,7 +181,6 @@ class AffinityClient(EngineClient):
         self._prefer = prefer
 
     async def models(self) -> dict[str, Model]:
-        """See `EngineClient.models`."""
         return await self._engines.models()
 
     async def ask(self, method: str, path: str, *, json: Mapping[str, Any] | None = None, quick: bool = False) -> Reply:
@@ -248,7 +246,6 @@ class Route:
         raise failed or UpstreamError("engine_unreachable", self._engines.trouble(), began=False)
 
     def release(self, connection: Connection) -> None:
-        """See `Upstream.release`."""
         if self._member is None:
             return
         if connection.broken:

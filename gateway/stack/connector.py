@@ -122,7 +122,6 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> Any:
-        """See the base class."""
         return _Metrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 

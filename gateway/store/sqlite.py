@@ -86,21 +86,18 @@ class SqliteStore(Store):
         await asyncio.to_thread(self._ballast.restore)
 
     async def run_inline(self, work: Work[T]) -> T:
-        """See `Database.run_inline`."""
         try:
             return work(self._inline)
         except sqlite3.DatabaseError as error:
             raise read_failure(self._path, error) from error
 
     async def run_read(self, work: Work[T]) -> T:
-        """See `Database.run_read`."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._reader, _read, self._slow, work)
         except sqlite3.DatabaseError as error:
             raise read_failure(self._path, error) from error
 
     async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
-        """See `Database.run_write`."""
         return await self._writer.write(work, reserve)
 
 

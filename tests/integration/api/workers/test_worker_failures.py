@@ -121,7 +121,7 @@ def test_a_suspended_parent_does_not_blame_its_workers(engine: FakeEngine, tmp_p
 
 def test_a_long_lived_worker_is_replaced_at_once_whatever_happened_before() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        crew = workers.Supervisor(1, sock, lambda *_: None, lambda _: None, workers.Patience())
+        crew = workers.Supervisor(1, sock, lambda *_: None, lambda _: None)
 
         def waits(lived_s: float) -> bool:
             now = time.monotonic()
