@@ -27,7 +27,7 @@ from gateway.sessions.resolver import session_not_found
 from gateway.store.types import Text
 from gateway.windows.catalog import NewWindow
 from gateway.windows.context import OperationContext, Services, instrumented
-from gateway.windows.materialize import Plan, ensure_stored, pin, plan, with_receipt
+from gateway.windows.materialize import NO_CACHE, Plan, ensure_stored, pin, plan, with_receipt
 from gateway.windows.next_turn import next_turn_ids
 
 log = logging.getLogger(__name__)
@@ -174,9 +174,7 @@ async def _snapshot(ctx: OperationContext, session_id: str) -> _Snapshot:
 async def _plan(services: Services, snapshot: _Snapshot) -> tuple[Plan | None, list[str]]:
     """Name the objects to pin, or say why there are none."""
     if services.cache is None or not services.pins.tiers:
-        return None, [
-            "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
-        ]
+        return None, [NO_CACHE]
     if transcripts.has_media(snapshot.text.messages):
         return None, [
             "media in the conversation: its KV cannot be named by token ids, only text and token ids were kept"

@@ -14,6 +14,7 @@ from gateway.kv.lmcache import CacheInfo
 from gateway.records import KvState, PinnedObject, Usage, Window
 from gateway.windows.context import OperationContext, Services
 
+NO_CACHE = "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
 _POLL_S = 0.02
 # LMCache writes to all tiers at once but not at one speed. An object that only some tiers have is waited for only while
 # the others still make progress: LMCache does not backfill a tier that was added or emptied later.

@@ -27,7 +27,7 @@ from gateway.windows.archive.transcript import FiledText, read_text
 from gateway.windows.catalog import NewWindow, pinned_keys
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.freeze import all_or_nothing, check_budget, window_name_taken
-from gateway.windows.materialize import with_receipt
+from gateway.windows.materialize import NO_CACHE, with_receipt
 from gateway.windows.next_turn import next_turn_ids
 
 
@@ -102,8 +102,7 @@ async def _full_target(services: Services, record: Record) -> tuple[_Target, lis
     if not record.chunk_count:
         return target, ["the file has no KV: a thaw computes it"]
     if services.cache is None or not services.pins.tiers:
-        without = "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
-        return replace(target, keeps_kv=False), [without]
+        return replace(target, keeps_kv=False), [NO_CACHE]
     info = await services.cache.info()
     served = services.cache.chunk_size, info.world_sizes.get(model.root, 1), info.hash_algorithm
     if served != (record.chunk_size, record.world_size, "blake3"):
