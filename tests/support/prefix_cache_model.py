@@ -32,7 +32,7 @@ CHUNKS = len(IDS) // CHUNK
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """The parts, the cache behind them, and what they leave in the file system."""
+    """The services, the cache behind them, and what they leave in the file system."""
 
     services: Services
     cache: FakeLMCache
@@ -85,7 +85,7 @@ class Cached:
         return found
 
     async def window(self, name: str = "w", *, session: str = "s", progress: Progress = silent) -> Window:
-        """A window of a session, which is made if it is not there."""
+        """A window of a session, which is created if it does not exist."""
         if await self.services.store.session(TENANT, session) is None:
             await self.session(session)
         ctx = OperationContext(self.services, TENANT, progress)
@@ -98,7 +98,7 @@ class Cached:
 
 @asynccontextmanager
 async def opened(engine: FakeEngine, cache: FakeLMCache, folder: Path, **more: Any) -> AsyncIterator[Cached]:
-    """The parts over what is in `folder`."""
+    """The services on what is in `folder`."""
     given = {"cache_url": cache.url, "kv_dir": str(cache.folder), "freeze_timeout_s": 0.3} | more
     settings = Settings(engine_urls=(engine.url,), data_dir=str(folder / "own"), **given)
     (folder / "own").mkdir(exist_ok=True)

@@ -23,7 +23,7 @@ async def file_of(services: Services, name: str = "w") -> bytes:
 
 
 async def stream(data: bytes, step: int = 777) -> AsyncIterator[bytes]:
-    """A file as a network brings it."""
+    """A file in pieces, as from a network."""
     for start in range(0, len(data), step):
         yield data[start : start + step]
 
@@ -31,7 +31,7 @@ async def stream(data: bytes, step: int = 777) -> AsyncIterator[bytes]:
 async def refused(
     harness: GatewayHarness, data: bytes, *codes: str, name: str | None = "x", as_text: bool = False
 ) -> str:
-    """The import fails with one of `codes`, and nothing is there that was not there before."""
+    """The import fails with one of `codes`, and leaves nothing behind."""
     before = harness.everything()
     with pytest.raises(GatewayError) as caught:
         await import_window(harness.ctx, stream(data, 50_000), name=name, as_text=as_text)
@@ -45,7 +45,7 @@ Change = Callable[[dict[str, object]], object]
 
 
 def rebuilt(data: bytes, change: Change) -> bytes:
-    """The file with another manifest, its own checksum right."""
+    """The file with another manifest and a matching checksum."""
     size = int(data[124:135], 8)
     manifest = orjson.loads(data[file_format.BLOCK : file_format.BLOCK + size])
     change(manifest)

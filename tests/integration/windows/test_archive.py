@@ -180,7 +180,7 @@ async def test_invalid_manifest_leaves_nothing(harness: GatewayHarness, change: 
 
 
 def nested(depth: int) -> dict[str, object]:
-    """An object with so many others in it, one in another."""
+    """An object with that many others nested in it."""
     value: dict[str, object] = {}
     for _ in range(depth):
         value = {"a": value}

@@ -40,19 +40,19 @@ async def _fill(settings: Settings) -> None:
 
 
 def started(gateway: Gateway) -> Gateway:
-    """Started, and answering. It is never ready: its self-test looks for more of LMCache than there is here."""
+    """Started, and responding. It is never ready: its self-test needs more of LMCache than there is here."""
     return gateway.start().wait("/healthz")
 
 
 def everything(gateway: Gateway) -> set[str]:
-    """Every file of the tiers and of the gateway, but SQLite's own, and the self-test's lock, which comes later."""
+    """Every file of the tiers and of the gateway, except SQLite's own and the self-test's lock, which comes later."""
     folder = gateway.data_dir.parent
     files = {str(f) for f in folder.rglob("*") if f.is_file()}
     return {f for f in files if not f.endswith(("-wal", "-shm", "proof.lock"))}
 
 
 def windows(gateway: Gateway) -> list[str]:
-    """The windows that are there, each of them whole."""
+    """The existing windows, each of them complete."""
     names = [w["name"] for w in gateway.http.get("/admin/windows?sort_by=name&sort_order=asc").json()["windows"]]
     for name in names:
         verdict = gateway.http.post(f"/admin/windows/{name}/verify").json()

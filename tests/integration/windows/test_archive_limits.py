@@ -53,7 +53,7 @@ async def test_disk_filling_up_ends_an_import(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("per_tenant", "alone"), [(False, True), (True, True), (True, False)])
 async def test_import_waits_for_the_pins_lock(harness: GatewayHarness, per_tenant: bool, alone: bool) -> None:
-    """A sweep holds them alone. A freeze shares them, and where a tenant has one salt it may be of the very objects."""
+    """A sweep holds the lock exclusively, a freeze shared; with one salt for a tenant it may pin the same objects."""
     await window(harness.services)
     data = await file_of(harness.services)
     parts = replace(harness.services, salts=replace(harness.services.salts, per_tenant=per_tenant))

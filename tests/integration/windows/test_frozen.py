@@ -242,7 +242,7 @@ async def test_replaced_source_is_not_cloned(harness: Cached) -> None:
 
 
 async def test_operations_after_a_deletion_find_no_window(harness: Cached) -> None:
-    """A deletion that has begun is done before what begins after it: both wait for the store's only writer."""
+    """A deletion that has begun ends before an operation that begins after it: both wait for the store's one writer."""
     makes: list[Callable[[], Coroutine[Any, Any, object]]] = [
         lambda: clone(harness.ctx, "w", Naming("made")),
         lambda: isolate(harness.ctx, "w", Naming("made")),

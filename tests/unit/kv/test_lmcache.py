@@ -24,7 +24,7 @@ SAME = (1, 2, 3)
 
 @dataclass
 class Loads:
-    """What was asked of the cache, in order, and how many of it may be done."""
+    """The loads requested of the cache, in order, and how many of them may finish."""
 
     asked: list[tuple[str, int]] = field(default_factory=list)
     done: int = 0
@@ -36,7 +36,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Cache(BaseHTTPRequestHandler):
-    """LMCache as far as a load goes; each is on its way until the test says that it is done."""
+    """As much of LMCache as a load needs; each is in progress until the test finishes it."""
 
     server: _Server
 
@@ -65,7 +65,7 @@ class _Cache(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[_Server]:
-    """A cache that loads nothing until it is told to."""
+    """A cache that finishes no load until the test does."""
     server = _Server(("127.0.0.1", 0), _Cache)
     server.loads = Loads()
     thread = threading.Thread(target=server.serve_forever)
@@ -87,7 +87,7 @@ def load(cache: LMCache, salt: str = "s", ids: tuple[int, ...] = SAME) -> asynci
 
 
 async def asked(server: _Server, *expected: tuple[str, int]) -> None:
-    """Wait until the cache was asked for these, and see that it is not asked for more."""
+    """Wait until these loads were requested, and check that no others are."""
     async with asyncio.timeout(10):
         while len(server.loads.asked) < len(expected):  # noqa: ASYNC110 - another thread's list
             await asyncio.sleep(0.01)

@@ -178,7 +178,7 @@ async def test_full_tier_fails_the_pinning(pins: Pins, disk: DiskTierHarness, re
 
 @contextmanager
 def holder(path: Path, how: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that wants the lock."""
+    """Another process that acquires the lock."""
     argv = [sys.executable, "-c", HOLDER, str(path), how]
     process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -192,7 +192,7 @@ def holder(path: Path, how: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_held(process: subprocess.Popen[bytes]) -> None:
-    """Wait until it says that it holds the lock."""
+    """Wait until the process holds the lock."""
     assert process.stdout is not None
     assert process.stdout.readline() == b"held\n"
 
@@ -203,7 +203,7 @@ def open_files() -> int:
 
 
 async def taken(path: Path, *, alone: bool, within: float) -> bool:
-    """Whether this process gets the lock in so many seconds."""
+    """Whether this process gets the lock within `within` seconds."""
     try:
         async with asyncio.timeout(within), FileLock(path).acquire(exclusive=alone):
             return True

@@ -45,7 +45,7 @@ async def pinned(rig: TierHarness, count: int) -> tuple[list[bytes], list[Pinned
 
 
 def known(objects: list[PinnedObject]) -> dict[str, PinnedObject]:
-    """What windows hold, as the store tells it."""
+    """The pins of windows, as the store returns them."""
     return {o.key: o for o in objects}
 
 
