@@ -37,9 +37,9 @@ from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.in_flight import TurnLocks
 from gateway.sessions.recorder import TurnRecorder
-from gateway.sessions.resolver import SaltRule, SessionResolver
+from gateway.sessions.resolver import SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
-from gateway.sessions.secret_check import checked_secret
+from gateway.sessions.salts import SaltRule, checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings
 from gateway.store.failures import StoreDamaged
@@ -117,7 +117,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
         tiers = await _tiers(stack, settings, store.store_id)
         recorder = await stack.enter_async_context(
-            TurnRecorder(store, turns, reviews, telemetry, locks, room=settings.turn_queue)
+            TurnRecorder(store, turns, reviews, telemetry, locks, max_pending=settings.turn_queue)
         )
         services = Services(
             settings=settings,

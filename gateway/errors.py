@@ -163,6 +163,11 @@ class GatewayError(Exception):
         return CODES[self.code].retryable
 
 
+def invalid_field(field: str, message: str, hint: str = "") -> GatewayError:
+    """The error `invalid_request` about one field of a request."""
+    return GatewayError("invalid_request", message, hint=hint, details={"field": field})
+
+
 @dataclass(frozen=True, slots=True)
 class HintWords:
     """The words in which one API says what hints name in backticks.

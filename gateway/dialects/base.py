@@ -1,21 +1,22 @@
 """The interface of a dialect, and what dialects share."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from gateway.dialects import transcripts
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, invalid_field
 from gateway.records import MAX_MODEL, Front, Message, Usage
 
 # What a client may not send to the engine as it likes: the salt is ours, transfer parameters can name token ids and
 # cache tags, and priority and session belong to the operator (STACK: vLLM takes them from the body). vLLM makes the
 # answer's id of the request's, and answers are kept under their ids.
 PRIVATE_FIELDS = ("cache_salt", "kv_transfer_params", "ec_transfer_params", "priority", "session_id", "request_id")
-
+_SANITISED = frozenset({*PRIVATE_FIELDS, "vllm_xargs"})
 
 # Request fields that a chat template sees besides the messages (vllm 0.32, chat_completion/protocol.py).
 RENDER_FIELDS = (
@@ -37,7 +38,7 @@ INHERITED_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a request says of stored answers: which one it continues, whether its own is kept, and with what.
+    """What a request asks of stored responses: which one it continues, whether its own is kept, and with which items.
 
     `conversation`: it continues everything that its session holds.
     """
@@ -53,10 +54,10 @@ class Storage:
 class Call:
     """One request of a session: the parsed body, and what the gateway needs of it.
 
-    `raw` is the body as it came, b"" where something in it has been changed since. `messages` and `frame` are what
-    the client sent, in the words of the chat dialect whatever its own: the one form of a transcript, so that any
-    dialect can continue what another began. `POST /v1/chat/completions/render` takes them, and renders them to the
-    tokens of the request itself. No messages: not a turn that can be recorded; the engine will say why.
+    `raw` is the body as it came, b"" if it has been changed since. `messages` and `frame` are what the client sent,
+    converted to the chat dialect: the one form of a transcript, so that any dialect can continue what another began.
+    `POST /v1/chat/completions/render` takes them, and renders them to the tokens of the request itself. A call without
+    messages is not a turn that can be recorded; the engine will say why.
     """
 
     body: dict[str, Any]
@@ -64,33 +65,29 @@ class Call:
     model: str
     messages: list[Message]
     frame: Mapping[str, Any]
-    hide_usage: bool
-    client_salt: str
+    hide_usage: bool = False  # the client did not ask for the usage event of its stream
+    client_salt: str = ""
     front: Front | None = None
     echoes: bool = False  # the reply's text begins with the prompt's
     storage: Storage | None = None
 
     @property
     def whole(self) -> list[Message]:
-        """The conversation as the engine gets to see it."""
+        """The conversation as the engine sees it."""
         return self.messages if self.front is None else transcripts.merged(self.front, self.messages)
 
     @property
     def whole_frame(self) -> Mapping[str, Any]:
-        """What besides the messages its prompt is rendered from."""
+        """Everything but the messages that its prompt is rendered from."""
         return self.frame if self.front is None else {**self.front.frame, **self.frame}
-
-    def followed_by(self, reply: Message) -> list[Message]:
-        """The conversation with its reply."""
-        return transcripts.followed(self.whole, reply, echoes=self.echoes)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a finished answer said. `message` is None when it was cut, an error, or is not to be sent back as it is.
+    """A finished answer. `message` is None if it was cut, is an error, or cannot be sent back as it is.
 
-    It is in the words of the chat dialect, as a client of this dialect will send it back and the dialect then reads it.
-    `answer` is the answer as it is, in an API where a client can ask for it again by its `id`.
+    The message is converted to the chat dialect, as this dialect will read it when a client sends it back.
+    `answer` is the original, in an API where a client can get it again by its `id`.
     """
 
     message: Message | None
@@ -99,37 +96,65 @@ class Reply:
     answer: Mapping[str, Any] | None = None
 
 
-class Dialect(Protocol):
-    """One client API."""
+class Dialect(ABC):
+    """One client API. Errors have OpenAI's shape unless the API has its own."""
 
     name: str
     """As metrics have it."""
 
-    last_event: tuple[bytes, ...]
+    last_event: tuple[bytes, ...] = (b"data: [DONE]",)
     """The beginning of a stream's last event: a client that has read it has read the reply."""
 
+    @abstractmethod
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
-        """Take a request apart; `body` is `raw` parsed, and the caller's to give away."""
-        ...
+        """Take a request apart; `body` is `raw` parsed, and is changed in place.
 
+        A body that the engine will refuse is left for the engine to refuse. Raises `invalid_request`.
+        """
+
+    @abstractmethod
     def write(self, call: Call, salt: str) -> bytes:
         """Return the body for the engine: the client's, with `call.front`, the salt, and with usage requested.
 
         Raises `invalid_request` where the front cannot be expressed in this dialect.
         """
-        ...
 
     def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
         """Read a recorded answer, after the request."""
-        ...
+        if streamed:
+            return self._read_stream(chunks)
+        answer = json_object(b"".join(chunks))
+        return Reply(None, None, "the reply is not a JSON object") if answer is None else self._read_answer(answer)
+
+    @abstractmethod
+    def _read_stream(self, chunks: Iterable[bytes]) -> Reply: ...
+
+    @abstractmethod
+    def _read_answer(self, answer: dict[str, Any]) -> Reply: ...
 
     def error(self, error: GatewayError) -> bytes:
         """Render an error in the dialect's own shape."""
-        ...
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        field = error.details.get("field")
+        return orjson.dumps({"error": {"message": sentence(error), "type": kind, "param": field, "code": error.code}})
 
     def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """Render an error as the last event of a stream that has begun, of which `sent` was kept."""
-        ...
+        return b"data: " + self.error(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def sentence(error: GatewayError) -> str:
+    """What is wrong, and what to do about it."""
+    return f"{error.message} ({error.hint})" if error.hint else error.message
+
+
+def json_object(data: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; None for any other value."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
@@ -143,32 +168,30 @@ def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
 
 
 def _count(value: object) -> int | None:
-    """A number of tokens; None for anything else an engine may send."""
+    """A number of tokens; None for anything else that an engine may send."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def model_of(body: Mapping[str, Any]) -> str:
-    """The model that a body names, "" without one. Raises `invalid_request` for a name that none can have."""
+    """The model that a body names, "" without one. Raises `invalid_request` for a name that is too long."""
     model = body.get("model")
     if not isinstance(model, str):
         return ""
     if len(model) > MAX_MODEL:
-        raise GatewayError(
-            "invalid_request",
-            f"model has {len(model)} characters; the name of a model has at most {MAX_MODEL}",
-            hint="`GET /v1/models` lists the served models",
-            details={"field": "model"},
-        )
+        problem = f"model has {len(model)} characters; the name of a model has at most {MAX_MODEL}"
+        raise invalid_field("model", problem, "`GET /v1/models` lists the served models")
     return model
 
 
 def is_clean(body: Mapping[str, Any]) -> bool:
-    """Whether `sanitise` would find nothing to take out."""
-    return "vllm_xargs" not in body and not any(name in body for name in PRIVATE_FIELDS)
+    """Whether `sanitise` would find nothing to remove."""
+    return _SANITISED.isdisjoint(body)
 
 
 def sanitise(body: dict[str, Any]) -> str:
-    """Take out of `body` what a client may not send to the engine; return the client's own salt, or ""."""
+    """Remove from `body` what a client may not send to the engine; return the client's own salt, or ""."""
+    if is_clean(body):
+        return ""
     client_salt = body.get("cache_salt")
     for name in PRIVATE_FIELDS:
         body.pop(name, None)

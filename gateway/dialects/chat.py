@@ -1,14 +1,14 @@
 """OpenAI chat completions: `/v1/chat/completions`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
 
-from gateway.dialects import sse
 from gateway.dialects.base import (
     RENDER_FIELDS,
     Call,
+    Dialect,
     Reply,
     is_clean,
     model_of,
@@ -17,37 +17,32 @@ from gateway.dialects.base import (
     with_fields,
     write_json,
 )
-from gateway.dialects.events import json_object, objects
-from gateway.dialects.openai import error_body
-from gateway.errors import GatewayError
-from gateway.records import Message, Usage
+from gateway.dialects.stream_reader import StreamReader
+from gateway.records import Message
 
-_DONE = b"[DONE]"
 # Names under which vLLM has sent a model's reasoning; a template that wants it back reads the same name.
 _REASONING = ("reasoning", "reasoning_content")
+_TEXTS = frozenset({"content", *_REASONING})
 _BEFORE_TEXT = b'"choices":[{"index":0,"delta":{"content":"'
 _RUN = 8  # events; fewer are not worth it
-_TEXTS = frozenset({"content", *_REASONING})
 
 
-class ChatDialect:
+class ChatDialect(Dialect):
     """See `gateway.dialects.base.Dialect`."""
 
     name = "chat"
-    last_event: tuple[bytes, ...] = (b"data: [DONE]",)
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
-        """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
+        """See `Dialect.read`."""
         clean = is_clean(body)
         client_salt = sanitise(body)
         messages = body.get("messages")
-        sound = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
         options = body.get("stream_options")
         return Call(
             body=body,
             raw=raw if clean else b"",
             model=model_of(body),
-            messages=messages if sound and messages else [],
+            messages=messages if isinstance(messages, list) and {*map(type, messages)} <= {dict} else [],
             frame={name: body[name] for name in RENDER_FIELDS if body.get(name) is not None},
             hide_usage=body.get("stream") is True and not (isinstance(options, dict) and options.get("include_usage")),
             client_salt=client_salt,
@@ -55,89 +50,73 @@ class ChatDialect:
 
     def write(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
-        body, raw = dict(call.body), call.raw
+        body, raw = call.body, call.raw
         if call.front is not None:
             body, raw = {**body, **call.front.frame, "messages": call.whole}, b""
         if not call.hide_usage:
             return with_fields(raw, body, {"cache_salt": salt})
         # Without the client's include_usage, vLLM would not have sent continuous usage either.
         usage = {"include_usage": True, "continuous_usage_stats": False}
-        options = body.get("stream_options")
         if "stream_options" not in body:
             return with_fields(raw, body, {"cache_salt": salt, "stream_options": usage})
+        options = body["stream_options"]
         if isinstance(options, dict) or options is None:
-            body["stream_options"] = {**(options or {}), **usage}
+            body = {**body, "stream_options": {**(options or {}), **usage}}
         return write_json({**body, "cache_salt": salt})
 
-    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
-        """See `Dialect.reply`."""
-        return _streamed(chunks) if streamed else _whole(chunks)
+    def _read_answer(self, answer: dict[str, Any]) -> Reply:
+        choices = answer.get("choices")
+        first = choices[0].get("message") if isinstance(choices, list) and choices else None
+        message = _clean(first) if isinstance(first, dict) else None
+        return Reply(message, usage_of(answer.get("usage")), "" if message else "the reply holds no message")
 
-    def error(self, error: GatewayError) -> bytes:
-        """See `Dialect.error`."""
-        return error_body(error)
-
-    def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
-        """See `Dialect.error_event`."""
-        return b"data: " + self.error(error) + b"\n\ndata: [DONE]\n\n"
+    def _read_stream(self, chunks: Iterable[bytes]) -> Reply:
+        return _ChatStream().read(chunks)
 
 
-def _whole(chunks: Iterable[bytes]) -> Reply:
-    answer = json_object(b"".join(chunks))
-    if answer is None:
-        return Reply(None, None, "the reply is not a JSON object")
-    choices = answer.get("choices")
-    first = choices[0].get("message") if isinstance(choices, list) and choices else None
-    message = _clean(first) if isinstance(first, dict) else None
-    return Reply(message, usage_of(answer.get("usage")), "" if message else "the reply holds no message")
-
-
-def _streamed(chunks: Iterable[bytes]) -> Reply:
-    message = _Assembled()
-    usage: Usage | None = None
-    error = ""
-    events = list(sse.events(chunks))
-    done = events[-1:] == [_DONE]
-    for event in _read(events[:-1] if done else events):
-        if event is None:
-            error = "the stream holds an event that is not a JSON object"
-        elif "error" in event:
-            error = str(event["error"])
-        else:
-            if "usage" in event:
-                usage = usage_of(event["usage"]) or usage
-            for choice in event.get("choices") or ():
-                if choice.get("index", 0) == 0:
-                    message.add(choice.get("delta") or {})
-    if not error and not done:
-        error = "the stream ended before [DONE]"
-    return Reply(None if error else message.whole(), usage, error)
-
-
-class _Assembled:
-    """A message put together from its deltas."""
+class _ChatStream(StreamReader):
+    """Puts the message of the first choice together from its deltas."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._texts: dict[str, list[str]] = {}
         self._tools: dict[int, dict[str, Any]] = {}
 
-    def add(self, delta: dict[str, Any]) -> None:
+    def parse(self, events: list[bytes]) -> list[dict[str, Any] | None]:
+        """See `StreamReader.parse`. A long run of events that differ in nothing but their text becomes one event.
+
+        That run is nearly all of a long reply: it takes half of the time to read a reply.
+        """
+        texts = _texts(events[1:])
+        if len(texts) < _RUN:
+            return super().parse(events)
+        merged = {"choices": [{"index": 0, "delta": {"content": "".join(texts)}}]}
+        return [*super().parse(events[:1]), merged, *super().parse(events[1 + len(texts) :])]
+
+    def add(self, event: dict[str, Any]) -> None:
+        if "usage" in event:
+            self.usage = usage_of(event["usage"]) or self.usage
+        for choice in event.get("choices") or ():
+            if choice.get("index", 0) == 0:
+                self._add_delta(choice.get("delta") or {})
+
+    def _add_delta(self, delta: dict[str, Any]) -> None:
         for name, value in delta.items():
             if name in _TEXTS:
                 if isinstance(value, str):
                     self._texts.setdefault(name, []).append(value)
             elif name == "tool_calls":
                 for part in value or ():
-                    self._add_tool(part)
+                    self._add_tool_call(part)
 
-    def _add_tool(self, part: dict[str, Any]) -> None:
+    def _add_tool_call(self, part: dict[str, Any]) -> None:
         call = self._tools.setdefault(part.get("index", 0), {"function": {"name": "", "arguments": ""}})
         call |= {name: part[name] for name in ("id", "type") if part.get(name)}
         function = part.get("function") or {}
         for name in ("name", "arguments"):
             call["function"][name] += function.get(name) or ""
 
-    def whole(self) -> Message:
+    def message(self) -> Message:
         message: Message = {name: "".join(parts) for name, parts in self._texts.items()}
         return _clean({**message, "tool_calls": [self._tools[i] for i in sorted(self._tools)]})
 
@@ -149,20 +128,8 @@ def _clean(message: dict[str, Any]) -> Message:
     return clean
 
 
-def _read(events: list[bytes]) -> list[dict[str, Any] | None]:
-    """Read the data of all events; the long run of them that differ in nothing but their text becomes one event.
-
-    That run is nearly all of a long reply, and what follows it is what counts: half of the time to read a reply.
-    """
-    texts = _texts(events[1:])
-    if len(texts) < _RUN:
-        return objects(events)
-    merged = {"choices": [{"index": 0, "delta": {"content": "".join(texts)}}]}
-    return [*objects(events[:1]), merged, *objects(events[1 + len(texts) :])]
-
-
 def _texts(events: list[bytes]) -> list[str]:
-    """The texts of the events that differ from the first in nothing else; none where that cannot be told for sure."""
+    """The texts of the first events, as far as they differ in nothing else; none where that is not certain."""
     start = events[0].find(_BEFORE_TEXT) + len(_BEFORE_TEXT) if events else 0
     end = events[0].find(b'"', start) if start >= len(_BEFORE_TEXT) else -1
     if end < 0 or events[0][end - 1 : end] == b"\\":

@@ -1,33 +1,34 @@
 """Convert chat messages to the Messages API, so that the engine renders the same prompt from them.
 
-`gateway.dialects.messages_to_chat` is the way back, and what it would not make the same of raises `invalid_request`:
-a prompt that differs is another conversation, and its KV is not found.
+`gateway.dialects.messages_to_chat` is the way back. Whatever would come back different raises `invalid_request`: a
+prompt that differs is another conversation, and its KV is not found.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gateway.dialects.messages_to_chat import BILLING, converted, tool_changes
+from gateway.dialects.messages_to_chat import converted, tool_changes
+from gateway.dialects.prompt_filters import BILLING_HEADER
 from gateway.errors import GatewayError
 from gateway.records import Front, Message
 from gateway.validation.shown import shown
 
-# Besides these, what a message holds either never reaches a prompt, or cannot be expressed.
-_SAID = {
+# Every other field of a message either never reaches a prompt, or cannot be expressed.
+_FIELDS = {
     "system": frozenset({"role", "content"}),
     "user": frozenset({"role", "content"}),
     "assistant": frozenset({"role", "content", "tool_calls", "reasoning", "reasoning_content"}),
     "tool": frozenset({"role", "content", "tool_call_id"}),
 }
-_UNSEEN = frozenset({"refusal", "annotations", "audio", "function_call"})
+_NOT_IN_PROMPT = frozenset({"refusal", "annotations", "audio", "function_call"})
 _FUNCTION = frozenset({"name", "description", "parameters", "strict", "defer_loading"})
-_SAID_IN_FRAME = frozenset({"tools", "chat_template_kwargs"})
+_FRAME_FIELDS = frozenset({"tools", "chat_template_kwargs"})
 _EFFORTS = frozenset({"low", "medium", "high", "xhigh", "max"})  # vllm 0.32, anthropic/protocol.py
 
 
 def in_front(front: Front, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request body with `front` put before its own messages. Raises `invalid_request`."""
+    """Return a request body with `front` in front of its own messages. Raises `invalid_request`."""
     sent = body["messages"]
     count = next((i for i, message in enumerate(sent) if not _is_system(message)), len(sent))
     leading, rest = sent[:count], sent[count:]
@@ -37,51 +38,51 @@ def in_front(front: Front, body: Mapping[str, Any]) -> dict[str, Any]:
         whole.pop("system", None)
         if systems:
             whole["system"] = systems.pop(0)["content"]
-        # What replaces the text of the client's system messages does not take back the tools that they add.
+        # Replacing the text of the client's system messages does not undo the changes to tools that they make.
         changed = [{"role": "system", "content": changes} for m in leading if (changes := tool_changes(m))]
         leading = [*systems, *changed]
     whole["messages"] = [*leading, *messages(front.history), *rest]
     frame = dict(front.frame)
-    return whole | _thought(frame.pop("reasoning_effort", None), body) | _fields(frame)
+    return whole | _thinking(frame.pop("reasoning_effort", None), body) | _fields(frame)
 
 
 def messages(sent: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return canonical messages as the Messages API says them. Raises `invalid_request`."""
-    said: list[dict[str, Any]] = []
+    """Return canonical messages as messages of the Messages API. Raises `invalid_request`."""
+    made: list[dict[str, Any]] = []
     for message in sent:
         role = message.get("role")
-        if role not in _SAID:
-            raise _unsayable(f"a message of role {shown(role, 40)}")
-        for name in message.keys() - _SAID[role] - _UNSEEN:
+        if role not in _FIELDS:
+            raise _inexpressible(f"a message of role {shown(role, 40)}")
+        for name in message.keys() - _FIELDS[role] - _NOT_IN_PROMPT:
             if message[name] not in (None, "", [], {}):
-                raise _unsayable(f"{shown(name, 40)} of a message of role {role}")
-        _ROLES[role](message, said)
-    return said
+                raise _inexpressible(f"{shown(name, 40)} of a message of role {role}")
+        _ROLES[role](message, made)
+    return made
 
 
 def _is_system(message: Mapping[str, Any]) -> bool:
-    """Whether the engine makes nothing of a message but system messages, or nothing at all."""
-    return all(made["role"] == "system" for made in converted(message))
+    """Whether the engine makes only system messages of a message, or nothing at all."""
+    return all(one["role"] == "system" for one in converted(message))
 
 
-def _system(message: Message, said: list[dict[str, Any]]) -> None:
+def _system(message: Message, made: list[dict[str, Any]]) -> None:
     text = _plain(message.get("content"), "a system message")
     if not text:
-        raise _unsayable("a system message that is empty")
-    if text.startswith(BILLING):
-        raise _unsayable("a system message that begins as a billing header")
-    said.append({"role": "system", "content": text})
+        raise _inexpressible("a system message that is empty")
+    if text.startswith(BILLING_HEADER):
+        raise _inexpressible("a system message that begins as a billing header")
+    made.append({"role": "system", "content": text})
 
 
-def _user(message: Message, said: list[dict[str, Any]]) -> None:
+def _user(message: Message, made: list[dict[str, Any]]) -> None:
     content = message.get("content")
     if isinstance(content, list) and content and not _is_plain(content):
-        said.append({"role": "user", "content": [_part(part) for part in content]})
+        made.append({"role": "user", "content": [_part(part) for part in content]})
     else:
-        said.append({"role": "user", "content": _plain(content, "a user's message")})
+        made.append({"role": "user", "content": _plain(content, "a user's message")})
 
 
-def _assistant(message: Message, said: list[dict[str, Any]]) -> None:
+def _assistant(message: Message, made: list[dict[str, Any]]) -> None:
     content, calls = message.get("content"), message.get("tool_calls") or []
     blocks: list[dict[str, Any]] = []
     reasoning = message.get("reasoning") or message.get("reasoning_content")
@@ -92,30 +93,31 @@ def _assistant(message: Message, said: list[dict[str, Any]]) -> None:
     elif text := _plain(content, "an assistant's message"):
         blocks.append({"type": "text", "text": text})
     blocks += [_tool_use(call) for call in calls]
-    said.append({"role": "assistant", "content": blocks})
+    made.append({"role": "assistant", "content": blocks})
 
 
-def _tool(message: Message, said: list[dict[str, Any]]) -> None:
-    """A tool's result; results one after the other are one message, as clients of this API send them."""
+def _tool(message: Message, made: list[dict[str, Any]]) -> None:
+    """A tool's result; consecutive results are one message, as clients of this API send them."""
     call_id, content = message.get("tool_call_id") or "", message.get("content")
-    results = said[-1]["content"] if said and _has_results(said[-1]) else []
+    results = made[-1]["content"] if made and _has_results(made[-1]) else []
     if not results:
-        said.append({"role": "user", "content": results})
+        made.append({"role": "user", "content": results})
     if isinstance(content, list) and any(_kind(part) == "tool_reference" for part in content):
-        _refer(results, call_id, content)
+        _add_references(results, call_id, content)
         return
     if isinstance(content, list):
         content = "\n".join(_part_text(part, "a tool's result") for part in content)
     results.append({"type": "tool_result", "tool_use_id": call_id, "content": _plain(content, "a tool's result")})
 
 
-def _refer(results: list[dict[str, Any]], call_id: str, content: list[Any]) -> None:
-    """Name tools in the result before, which belongs to the same call if it came through the Messages API."""
-    named = [{"type": "tool_reference", "tool_name": part.get("name")} for part in content if isinstance(part, dict)]
+def _add_references(results: list[dict[str, Any]], call_id: str, content: list[Any]) -> None:
+    """Add references to tools to the preceding result, which is of the same call if it came by the Messages API."""
+    names = [part.get("name") for part in content if isinstance(part, dict)]
     before = results[-1] if results else {}
     if before.get("tool_use_id") != call_id or not isinstance(before.get("content"), str):
-        raise _unsayable("a tool's result that names tools and has no text before it")
-    before["content"] = [{"type": "text", "text": before["content"]}, *named]
+        raise _inexpressible("a tool's result that names tools and has no text before it")
+    before["content"] = [{"type": "text", "text": before["content"]}]
+    before["content"] += [{"type": "tool_reference", "tool_name": name} for name in names]
 
 
 def _has_results(message: Mapping[str, Any]) -> bool:
@@ -137,13 +139,13 @@ def _part(part: Any) -> dict[str, Any]:
         return {"type": "image", "source": {"type": "url", "url": image["url"]}}
     text = _part_text(part, "a message")
     if not text:
-        raise _unsayable("a part that is an empty text")
+        raise _inexpressible("a part that is an empty text")
     return {"type": "text", "text": text}
 
 
 def _part_text(part: Any, where: str) -> str:
     if _kind(part) != "text" or not isinstance(part.get("text"), str):
-        raise _unsayable(f"a part of type {shown(_kind(part), 40)} in {where}")
+        raise _inexpressible(f"a part of type {shown(_kind(part), 40)} in {where}")
     text: str = part["text"]
     return text
 
@@ -163,18 +165,18 @@ def _plain(content: Any, where: str) -> str:
         return content
     if isinstance(content, list) and len(content) == 1:
         return _part_text(content[0], where)
-    raise _unsayable(f"{where} in several parts")
+    raise _inexpressible(f"{where} in several parts")
 
 
 def _tool_use(call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not call.get("id"):
-        raise _unsayable("a tool call that has no id, or no function")
+        raise _inexpressible("a tool call that has no id, or no function")
     return {"type": "tool_use", "id": call["id"], "name": function.get("name") or "", "input": _input(function)}
 
 
 def _input(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as an object; the engine takes anything else for an empty one in either API."""
+    """The arguments as an object; the engine reads anything else as an empty one, in either API."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -184,22 +186,22 @@ def _input(function: Mapping[str, Any]) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def _thought(effort: object, body: Mapping[str, Any]) -> dict[str, Any]:
-    """How much the window's replies were thought over, where the client does not say so itself."""
+def _thinking(effort: object, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The reasoning effort of the window's replies, if the client does not set its own."""
     if effort is None or "thinking" in body:
         return {}
     if effort == "none":
         return {"thinking": {"type": "disabled"}}
     if effort not in _EFFORTS:
-        raise _unsayable(f"the window's reasoning_effort {shown(effort, 40)}")
+        raise _inexpressible(f"the window's reasoning_effort {shown(effort, 40)}")
     return {"output_config": {**(body.get("output_config") or {}), "effort": effort}}
 
 
 def _fields(frame: Mapping[str, Any]) -> dict[str, Any]:
-    for name in frame.keys() - _SAID_IN_FRAME:
+    for name in frame.keys() - _FRAME_FIELDS:
         if frame[name]:
-            raise _unsayable(f"{shown(name, 40)} of the window")
-    fields = {name: frame[name] for name in _SAID_IN_FRAME if frame.get(name)}
+            raise _inexpressible(f"{shown(name, 40)} of the window")
+    fields = {name: frame[name] for name in _FRAME_FIELDS if frame.get(name)}
     if "tools" in fields:
         fields["tools"] = [_declared(tool) for tool in fields["tools"]]
     return fields
@@ -209,17 +211,17 @@ def _declared(tool: Any) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, dict) else None
     schema = function.get("parameters") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(schema, dict) or "type" not in schema:
-        raise _unsayable("a tool of the window whose parameters are not a schema with a type", _OWN_TOOLS)
+        raise _inexpressible("a tool of the window whose parameters are not a schema with a type", _OWN_TOOLS)
     if tool.get("defer_loading") is not None:
-        raise _unsayable("'defer_loading' next to a tool's function", _OWN_TOOLS)
-    said = {name: value for name, value in function.items() if name in _FUNCTION and value is not None}
-    said["input_schema"] = said.pop("parameters")
-    return said
+        raise _inexpressible("'defer_loading' next to a tool's function", _OWN_TOOLS)
+    declared = {name: value for name, value in function.items() if name in _FUNCTION and value is not None}
+    declared["input_schema"] = declared.pop("parameters")
+    return declared
 
 
 _OTHER_API = "continue it through /v1/chat/completions"
 _OWN_TOOLS = f"send `tools` with the request, or {_OTHER_API}"
 
 
-def _unsayable(what: str, hint: str = _OTHER_API) -> GatewayError:
+def _inexpressible(what: str, hint: str = _OTHER_API) -> GatewayError:
     return GatewayError("invalid_request", f"the Messages API cannot express {what}", hint=hint)

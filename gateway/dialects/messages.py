@@ -5,13 +5,25 @@ from typing import Any
 
 import orjson
 
-from gateway.dialects import chat_to_messages, messages_to_chat, sse
-from gateway.dialects.base import Call, Reply, is_clean, model_of, sanitise, usage_of, with_fields, write_json
-from gateway.dialects.events import json_object, objects
+from gateway.dialects import chat_to_messages, messages_to_chat
+from gateway.dialects.base import (
+    Call,
+    Dialect,
+    Reply,
+    is_clean,
+    json_object,
+    model_of,
+    sanitise,
+    sentence,
+    usage_of,
+    with_fields,
+    write_json,
+)
+from gateway.dialects.stream_reader import StreamReader
 from gateway.errors import GatewayError
-from gateway.records import Usage
+from gateway.records import Message, Usage
 
-# What Anthropic calls the errors of a status; 400 and everything else below 500 is the request's fault.
+# Anthropic's types of errors by status; everything else below 500 is an invalid request.
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -26,16 +38,17 @@ _KINDS = {
 # Anthropic, and vLLM with it, counts a prompt in three parts.
 _PROMPT = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 _TEXT_OF = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+_UNREADABLE = "the reply holds what cannot be sent back"
 
 
-class MessagesDialect:
+class MessagesDialect(Dialect):
     """See `gateway.dialects.base.Dialect`."""
 
     name = "messages"
-    last_event: tuple[bytes, ...] = (b"event: message_stop",)
+    last_event = (b"event: message_stop",)
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
-        """See `Dialect.read`. A body that the engine will refuse is left for the engine to refuse."""
+        """See `Dialect.read`."""
         clean = is_clean(body)
         client_salt = sanitise(body)
         try:
@@ -48,7 +61,6 @@ class MessagesDialect:
             model=model_of(body),
             messages=messages,
             frame=frame,
-            hide_usage=False,  # it is part of the protocol
             client_salt=client_salt,
         )
 
@@ -60,84 +72,63 @@ class MessagesDialect:
         """Return the body that asks how many tokens the prompt of this call has. Raises as `write` does."""
         return (call.raw if call.front is None else b"") or write_json(_whole(call))
 
-    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
-        """See `Dialect.reply`."""
-        return _streamed(chunks) if streamed else _in_one_piece(chunks)
-
     def error(self, error: GatewayError) -> bytes:
         """See `Dialect.error`; newer clients of Anthropic's show the code as `error_code`."""
-        message = f"{error.message} ({error.hint})" if error.hint else error.message
         kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-        told = {"type": kind, "message": message, "code": error.code, "details": {"error_code": error.code}}
-        return orjson.dumps({"type": "error", "error": told, "request_id": None})
+        details = {"error_code": error.code}
+        shown = {"type": kind, "message": sentence(error), "code": error.code, "details": details}
+        return orjson.dumps({"type": "error", "error": shown, "request_id": None})
 
     def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
         return b"event: error\ndata: " + self.error(error) + b"\n\n"
+
+    def _read_answer(self, answer: dict[str, Any]) -> Reply:
+        usage, content = _usage(answer.get("usage")), answer.get("content")
+        if not isinstance(content, list):
+            return Reply(None, usage, "the reply holds no message")
+        message = _message(content)
+        return Reply(message, usage, "" if message else _UNREADABLE)
+
+    def _read_stream(self, chunks: Iterable[bytes]) -> Reply:
+        return _MessageStream().read(chunks)
 
 
 def _whole(call: Call) -> Mapping[str, Any]:
     return call.body if call.front is None else chat_to_messages.in_front(call.front, call.body)
 
 
-def _in_one_piece(chunks: Iterable[bytes]) -> Reply:
-    answer = json_object(b"".join(chunks))
-    if answer is None:
-        return Reply(None, None, "the reply is not a JSON object")
-    return _reply(answer.get("content"), _usage(answer.get("usage")))
-
-
-def _reply(content: Any, usage: Usage | None) -> Reply:
-    if not isinstance(content, list):
-        return Reply(None, usage, "the reply holds no message")
+def _message(content: list[Any]) -> Message | None:
     try:
-        return Reply(messages_to_chat.assistant(content), usage)
+        return messages_to_chat.assistant(content)
     except messages_to_chat.Unreadable:
-        return Reply(None, usage, "the reply holds what cannot be sent back")
+        return None
 
 
-def _streamed(chunks: Iterable[bytes]) -> Reply:
-    message = _Assembled()
-    for event in objects(list(sse.events(chunks))):
-        if event is None:
-            return Reply(None, message.usage, "the stream holds an event that is not a JSON object")
-        message.add(event)
-    if not message.error and not message.complete:
-        message.error = "the stream ended before message_stop"
-    if message.error:
-        return Reply(None, message.usage, message.error)
-    content = message.content()
-    if content is None:
-        return Reply(None, message.usage, "the arguments of a tool call are not a JSON object")
-    return _reply(content, message.usage)
+class _MessageStream(StreamReader):
+    """Puts a message together from the events of its content blocks."""
 
-
-class _Assembled:
-    """A message put together from its events."""
+    last = "message_stop"
 
     def __init__(self) -> None:
+        super().__init__()
         self._blocks: dict[int, dict[str, Any]] = {}
         self._texts: dict[int, list[str]] = {}
-        self.usage: Usage | None = None
-        self.complete = False
-        self.error = ""
 
     def add(self, event: dict[str, Any]) -> None:
         match event.get("type"):
             case "content_block_delta":
-                self._delta(event.get("index"), event.get("delta"))
+                self._add_delta(event.get("index"), event.get("delta"))
             case "content_block_start":
                 self._start(event.get("index"), event.get("content_block"))
             case "message_start":
                 message = event.get("message")
                 self.usage = _usage(message.get("usage")) if isinstance(message, dict) else None
             case "message_delta":
-                # How much of the prompt was cached is known here only, and then the first count was another.
+                # Only here is it known how much of the prompt was cached; the count before was another one.
                 self.usage = _usage(event.get("usage"), self.usage) or self.usage
             case "message_stop":
                 self.complete = True
-            case "error":
-                self.error = str(event.get("error"))
 
     def _start(self, index: Any, block: Any) -> None:
         if isinstance(index, int) and isinstance(block, dict):
@@ -146,18 +137,17 @@ class _Assembled:
         else:
             self.error = "the stream starts an invalid content block"
 
-    def _delta(self, index: Any, delta: Any) -> None:
+    def _add_delta(self, index: Any, delta: Any) -> None:
         name = _TEXT_OF.get(str(delta.get("type"))) if isinstance(delta, dict) else ""
         if name is None:
-            return  # a signature, a citation: nothing that a prompt holds
+            return  # a signature, a citation: not part of a prompt
         piece = delta.get(name) if name else None
         if index in self._texts and isinstance(piece, str):
             self._texts[index].append(piece)
         else:
             self.error = "the stream holds a delta that belongs to no block"
 
-    def content(self) -> list[dict[str, Any]] | None:
-        """The blocks in their order; None where a tool's input is not an object."""
+    def message(self) -> Message | None:
         for index, block in self._blocks.items():
             text, kind = "".join(self._texts[index]), block.get("type")
             if kind in ("text", "thinking"):
@@ -165,12 +155,15 @@ class _Assembled:
             elif text:
                 block["input"] = json_object(text.encode())
                 if block["input"] is None:
+                    self.error = "the arguments of a tool call are not a JSON object"
                     return None
-        return [self._blocks[index] for index in sorted(self._blocks)]
+        message = _message([self._blocks[index] for index in sorted(self._blocks)])
+        self.error = "" if message else _UNREADABLE
+        return message
 
 
 def _usage(usage: Any, before: Usage | None = None) -> Usage | None:
-    """Read a `usage` object; where it tells the completion alone, the prompt is that of `before`."""
+    """Read a `usage` object; if it counts the completion only, the prompt is that of `before`."""
     if not isinstance(usage, dict):
         return None
     counts = [usage.get(name) or 0 for name in _PROMPT]

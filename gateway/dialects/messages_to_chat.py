@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.dialects.prompt_filters import BILLING_HEADER
 from gateway.records import Message
 
 Block = Mapping[str, Any]
 
-BILLING = "x-anthropic-billing-header"
-"""Claude Code's line about itself, another one in each request: vLLM drops the block that begins with it."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _TOOL_CHANGES = frozenset({"tool_addition", "tool_removal"})
 
@@ -30,25 +29,25 @@ def conversation(body: Mapping[str, Any]) -> list[Message]:
     sent = body.get("messages")
     if not isinstance(sent, list):
         raise Unreadable
-    found = _system(body.get("system"))
+    messages = _system(body.get("system"))
     for message in sent:
-        found += converted(message)
-    return found
+        messages += converted(message)
+    return messages
 
 
 def frame(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what besides the messages the prompt is rendered from. Raises Unreadable."""
-    found: dict[str, Any] = {}
+    """Return everything but the messages that the prompt is rendered from. Raises Unreadable."""
+    frame: dict[str, Any] = {}
     if tools := _tools(body):
-        found |= {"tools": [_tool(tool) for tool in tools], **_tool_choice(body.get("tool_choice"))}
+        frame |= {"tools": [_tool(tool) for tool in tools], **_tool_choice(body.get("tool_choice"))}
     effort = _dict(body, "output_config").get("effort")
-    # "none" is what vLLM takes for it, unless the template does not know that; then no effort changes the prompt.
+    # vLLM reads that as "none", unless the template does not know that; then no effort changes the prompt.
     effort = "none" if _dict(body, "thinking").get("type") == "disabled" else effort
     if effort is not None:
-        found["reasoning_effort"] = effort
+        frame["reasoning_effort"] = effort
     if kwargs := _dict(body, "chat_template_kwargs"):
-        found["chat_template_kwargs"] = kwargs
-    return found
+        frame["chat_template_kwargs"] = kwargs
+    return frame
 
 
 def converted(message: object) -> list[Message]:
@@ -59,7 +58,7 @@ def converted(message: object) -> list[Message]:
     if role not in ("user", "assistant", "system"):
         raise Unreadable
     if role == "system":
-        return [] if isinstance(content, str) and content.startswith(BILLING) else _system(content)
+        return [] if isinstance(content, str) and content.startswith(BILLING_HEADER) else _system(content)
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     parts = _Parts(role)
@@ -75,7 +74,7 @@ def assistant(blocks: Sequence[Block]) -> Message:
 
 
 def tool_changes(message: Mapping[str, Any]) -> list[Block]:
-    """The blocks of a system message that say no text, but change the tools."""
+    """The blocks of a system message that are not text, but change the tools."""
     content = message.get("content")
     blocks = [] if isinstance(content, str) else _blocks(content)
     return [block for block in blocks if block.get("type") in _TOOL_CHANGES]
@@ -90,7 +89,7 @@ def _system(system: object) -> list[Message]:
 
 def _system_texts(blocks: Iterable[Block]) -> Iterable[str]:
     texts = (_text(block, "text") for block in blocks if block.get("type") == "text")
-    return (text for text in texts if not text.startswith(BILLING))
+    return (text for text in texts if not text.startswith(BILLING_HEADER))
 
 
 @dataclass(slots=True)
@@ -146,20 +145,20 @@ def _call(block: Block) -> dict[str, Any]:
 
 
 def _result(block: Block) -> list[Message]:
-    """A tool's text, then its images as if the user had sent them, then the tools that it names."""
+    """A tool's text, then its images as if the user had sent them, then the tools that it refers to."""
     content, call_id = block.get("content"), _text(block, "tool_use_id")
     items = [] if isinstance(content, str) else _items(content)
     text = content if isinstance(content, str) else "\n".join(_text(i, "text") for i in items if i["type"] == "text")
     images = [_image(item.get("source") or {}) for item in items if item["type"] == "image"]
     images = [image for image in images if image["image_url"]["url"]]
-    named = [item.get("tool_name") or item.get("name") for item in items if item["type"] == "tool_reference"]
-    references = [{"type": "tool_reference", "name": name} for name in named if name]
-    found: list[Message] = [{"role": "tool", "tool_call_id": call_id, "content": text}]
+    names = [item.get("tool_name") or item.get("name") for item in items if item["type"] == "tool_reference"]
+    references = [{"type": "tool_reference", "name": name} for name in names if name]
+    messages: list[Message] = [{"role": "tool", "tool_call_id": call_id, "content": text}]
     if images:
-        found.append({"role": "user", "content": images})
+        messages.append({"role": "user", "content": images})
     if references:
-        found.append({"role": "tool", "tool_call_id": call_id, "content": references})
-    return found
+        messages.append({"role": "tool", "tool_call_id": call_id, "content": references})
+    return messages
 
 
 def _image(source: object) -> dict[str, Any]:
@@ -223,7 +222,7 @@ def _tool_choice(choice: object) -> dict[str, Any]:
 
 
 def _items(content: object) -> list[dict[str, Any]]:
-    """The parts of a tool's result that have a type; vLLM overlooks all others."""
+    """The parts of a tool's result that have a type; vLLM ignores all others."""
     return [item for item in _blocks(content) if isinstance(item.get("type"), str)]
 
 

@@ -1,25 +1,29 @@
 """Remove volatile lines that agents put in front of the prompt.
 
-A prefix cache holds nothing for a prompt whose first line is another one in every request. A rule takes such a line out
-only if it means nothing to the model, and only from the very front of the leading system or developer messages. What a
-user or the model said is never touched. A clock that the prompt tells the model ("Current time is 15:09:20") stays
-where it is: it is meant to be read.
+A prefix cache holds nothing for a prompt whose first line differs in every request. A rule removes such a line only if
+it means nothing to the model, and only from the very front of the leading system or developer messages. Messages of the
+user and the model are never touched. A clock that the prompt shows the model ("Current time is 15:09:20") stays: it is
+meant to be read.
 
 The rules, and where they come from:
 
 - `claude-billing-header`: Claude Code's `x-anthropic-billing-header: cc_version=...; cc_entrypoint=...; cch=...;`, the
   first block of its system prompt or the first line of a joined one; `cch` and the version's suffix are hashes of the
-  request (anthropics/claude-code#24168, #68900). vLLM 0.32 takes it out of system messages too, not out of a
-  developer's, and a conversation is recognised here by what it begins with.
-- `request-id-line`: a first line with nothing but a request, trace or correlation id, as some frameworks stamp it.
+  request (anthropics/claude-code#24168, #68900). vLLM 0.32 removes it from system messages too, not from a developer's,
+  and a conversation is recognised here by what it begins with.
+- `request-id-line`: a first line with nothing but a request, trace or correlation id, as some frameworks add.
 - `timestamp-line`: a first line with nothing but a time stamp of the request, to the second or finer, in ISO 8601.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from gateway.dialects.transcripts import SYSTEM_ROLES
 from gateway.records import Message
+
+BILLING_HEADER = "x-anthropic-billing-header"
+"""Claude Code's line about itself, different in each request: vLLM drops the block that begins with it."""
 
 _UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _ID = rf"(?:{_UUID}|[0-9a-f]{{16,64}}|(?:req|trace)[_-][0-9a-z]{{8,64}})"
@@ -39,7 +43,7 @@ def _rule(line: str, end: str) -> re.Pattern[str]:
 _RULES: dict[str, re.Pattern[str]] = {
     # A value is a word. Blocks are sometimes joined without a line break, so what follows may begin right behind it.
     "claude-billing-header": _rule(
-        rf"x-anthropic-billing-header:(?:{_BLANK}cc[a-z_]{{1,30}}=[^\s;]{{0,200}}(?:;|(?=\s|\Z)))++",
+        rf"{BILLING_HEADER}:(?:{_BLANK}cc[a-z_]{{1,30}}=[^\s;]{{0,200}}(?:;|(?=\s|\Z)))++",
         f"(?:{_NEXT_LINE})?",
     ),
     "request-id-line": _rule(rf"\[?{_BLANK}{_ID_NAME}{_BLANK}[:=]{_BLANK}{_ID}{_BLANK}\]?", rf"(?:{_NEXT_LINE}|\Z)"),
@@ -50,18 +54,17 @@ _RULES: dict[str, re.Pattern[str]] = {
 RULES = tuple(_RULES)
 """The names of all rules, as the setting `normalise` takes them."""
 
-_SYSTEM_ROLES = ("system", "developer")  # no sets: a client may send a list for a role, which has no hash
-_TEXT_PARTS = ("text", "input_text")
+_TEXT_PARTS = ("text", "input_text")  # not a set: a client may send a list for a type, which has no hash
 
 Applied = tuple[str, ...]
 Rules = frozenset[str]
 
 
 def apply(messages: list[Message], rules: Rules) -> tuple[list[Message], Applied]:
-    """Return `messages` without what `rules` take out, and the names of those that did, in order.
+    """Return `messages` without what `rules` remove, and the names of the rules that applied, in order.
 
-    The same list where nothing was found. A message of which nothing is left is left out, unless it is the only one.
-    No message is changed in place.
+    The same list if none did. A message that becomes empty is dropped, unless it is the only one. No message is changed
+    in place.
     """
     applied: Applied = ()
     for place, message in enumerate(messages):
@@ -77,35 +80,26 @@ def apply(messages: list[Message], rules: Rules) -> tuple[list[Message], Applied
 def in_body(body: dict[str, Any], path: bytes, rules: Rules) -> tuple[dict[str, Any], Applied]:
     """Apply `rules` to the front of a request in its own dialect; `path` is that of the engine, `/v1/...`.
 
-    The same body where nothing was found, else a new one, which has to be serialised again (`Call.raw` is b"").
-    A path that has no system prompt of its own is left alone.
+    The same body if no rule applied, else a new one, which has to be serialised again (`Call.raw` is b""). The bodies
+    of other paths have no system prompt and are left alone.
     """
-    front = _FRONTS.get(path)
-    return front(body, rules) if front and rules else (body, ())
+    if not rules or path not in _PROMPT_FIELDS:
+        return body, ()
+    system, messages = _PROMPT_FIELDS[path]
+    return _in_field(body, system, messages, rules) if system else _in_list(body, messages, rules)
 
 
-def _chat(body: dict[str, Any], rules: Rules) -> tuple[dict[str, Any], Applied]:
-    return _in_list(body, "messages", rules)
-
-
-def _messages(body: dict[str, Any], rules: Rules) -> tuple[dict[str, Any], Applied]:
-    return _in_field(body, "system", "messages", rules)
-
-
-def _responses(body: dict[str, Any], rules: Rules) -> tuple[dict[str, Any], Applied]:
-    return _in_field(body, "instructions", "input", rules)
-
-
-_FRONTS: Mapping[bytes, Callable[[dict[str, Any], Rules], tuple[dict[str, Any], Applied]]] = {
-    b"/v1/chat/completions": _chat,
-    b"/v1/messages": _messages,
-    b"/v1/messages/count_tokens": _messages,
-    b"/v1/responses": _responses,
+# The fields with the system prompt, "" where it is a message, and with the messages.
+_PROMPT_FIELDS: Mapping[bytes, tuple[str, str]] = {
+    b"/v1/chat/completions": ("", "messages"),
+    b"/v1/messages": ("system", "messages"),
+    b"/v1/messages/count_tokens": ("system", "messages"),
+    b"/v1/responses": ("instructions", "input"),
 }
 
 
 def _in_field(body: dict[str, Any], name: str, then: str, rules: Rules) -> tuple[dict[str, Any], Applied]:
-    """The system prompt in a field of its own; the list `then` is the front only where that field says nothing."""
+    """The system prompt in a field of its own; the list `then` is the front only if that field is empty."""
     kept, applied = _content(body.get(name), rules)
     if kept:
         return ({**body, name: kept}, applied) if applied else (body, ())
@@ -121,7 +115,7 @@ def _in_list(body: dict[str, Any], name: str, rules: Rules) -> tuple[dict[str, A
 
 
 def _content(content: Any, rules: Rules) -> tuple[Any, Applied]:
-    """A system prompt, a string or a list of parts, without what is taken out; empty when nothing is left."""
+    """A system prompt, a string or a list of parts, without what is removed."""
     if isinstance(content, str):
         return _text(content, rules)
     if isinstance(content, list):
@@ -142,7 +136,7 @@ def _parts(parts: list[Any], rules: Rules) -> tuple[list[Any], Applied]:
 
 
 def _text(text: str, rules: Rules) -> tuple[str, Applied]:
-    """Take lines from the front until no rule finds one."""
+    """Remove lines from the front until no rule finds one."""
     start = 0
     applied: Applied = ()
     while found := _found(text, start, rules):
@@ -152,10 +146,10 @@ def _text(text: str, rules: Rules) -> tuple[str, Applied]:
 
 
 def _found(text: str, start: int, rules: Rules) -> tuple[str, int] | None:
-    """The first rule that takes something from `start` on, and where the rest begins."""
+    """The first rule that removes something at `start`, and where the rest begins."""
     for name in RULES:
-        if name in rules and (taken := _RULES[name].match(text, start)):
-            return name, taken.end()
+        if name in rules and (match := _RULES[name].match(text, start)):
+            return name, match.end()
     return None
 
 
@@ -164,7 +158,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _is_system(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES
+    return isinstance(message, dict) and message.get("role") in SYSTEM_ROLES
 
 
 def _joined(one: Applied, other: Applied) -> Applied:

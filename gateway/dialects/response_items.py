@@ -1,8 +1,8 @@
 """Convert items of the Responses API to canonical chat messages and back.
 
-`read` puts items together into the chat messages from which vLLM (0.32, openai/responses) renders the prompt: what
-belongs to one assistant message (reasoning, text, tool calls) comes as several items. `write` says messages as items
-that read back as the same. Tools are said differently too: `chat_tools`, `response_tools`.
+`read` joins items into the chat messages from which vLLM (0.32, openai/responses) renders the prompt: the parts of one
+assistant message (reasoning, text, tool calls) are several items. `write` makes items of messages that read back as the
+same. Tools differ too: `chat_tools`, `response_tools`.
 """
 
 import json
@@ -15,14 +15,14 @@ from gateway.records import Message
 
 Item = dict[str, Any]
 
-# Tuples, not sets: what a client sends in such a place may be anything, and not everything has a hash.
+# Tuples, not sets: a client may send anything in these places, and not everything has a hash.
 _PLAIN_ROLES = ("user", "system", "developer")
 _CALLS = ("function_call", "custom_tool_call")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
 _TEXTS = ("input_text", "output_text", "text")
 _UNFINISHED = ("in_progress", "incomplete")
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict", "defer_loading")
-# What the model is shown of a tool whose input is plain text: a function with one argument.
+# The model sees a tool whose input is plain text as a function with one argument.
 _CUSTOM_INPUT = "input"
 _CUSTOM_PARAMETERS = {
     "type": "object",
@@ -32,28 +32,28 @@ _CUSTOM_PARAMETERS = {
 }
 
 
-class _Unsayable(Exception):
-    """An item or a message that the other API has no words for."""
+class _Inexpressible(Exception):
+    """An item or a message that the other API cannot express."""
 
 
 # --- items to messages
 
 
 def read(items: Iterable[object]) -> list[Message] | None:
-    """Return items as the model sees them, as chat messages; None where one cannot be expressed as such."""
+    """Return items as the chat messages that the model sees; None if one of them cannot be expressed as such."""
     messages: list[Message] = []
     try:
         for item in items:
             if not isinstance(item, dict):
                 return None
             _add(messages, item)
-    except _Unsayable:
+    except _Inexpressible:
         return None
     return messages
 
 
 def continues_reply(items: Sequence[object]) -> bool:
-    """Whether the last item is one that the model is to write on; as a message it would be a reply before the reply."""
+    """Whether the model is to continue the last item; as a message it would be a reply before the reply."""
     last = items[-1] if items else None
     if not isinstance(last, dict) or last.get("type", "message") not in ("message", "reasoning"):
         return False
@@ -74,15 +74,15 @@ def _add(messages: list[Message], item: Item) -> None:
     elif kind == "reasoning":
         _join(messages, "reasoning", _reasoning(item))
     elif kind == "message" and item.get("role") == "assistant":
-        _join(messages, "content", _said(item.get("content")))
+        _join(messages, "content", _reply_text(item.get("content")))
     elif kind == "message" and item.get("role") in _PLAIN_ROLES:
         messages.append({"role": item["role"], "content": _content(item.get("content"))})
     else:
-        raise _Unsayable
+        raise _Inexpressible
 
 
 def _join(messages: list[Message], name: str, text: str) -> None:
-    """Add to the assistant message before, or begin a new one where that has such a part already."""
+    """Add to the preceding assistant message, or begin a new one if that has such a part already."""
     if messages and messages[-1].get("role") == "assistant" and messages[-1].get(name) is None:
         messages[-1][name] = text
     else:
@@ -101,20 +101,20 @@ def _call(item: Item) -> dict[str, Any]:
 
 def _reasoning(item: Item) -> str:
     if item.get("encrypted_content"):
-        raise _Unsayable
+        raise _Inexpressible
     for parts in (item.get("content"), item.get("summary")):
         if isinstance(parts, list) and parts:
             return _text(parts[0], "text")
     return ""
 
 
-def _said(content: object) -> str:
-    """The text of an assistant's message: of several parts the engine reads the first."""
+def _reply_text(content: object) -> str:
+    """The text of an assistant's message: the engine reads the first of several parts."""
     if isinstance(content, list):
         return _text(content[0], "text") if content else ""
     if isinstance(content, str):
         return content
-    raise _Unsayable
+    raise _Inexpressible
 
 
 def _content(content: object) -> str | list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def _content(content: object) -> str | list[dict[str, Any]]:
         return content
     if isinstance(content, list):
         return [_part(part) for part in content]
-    raise _Unsayable
+    raise _Inexpressible
 
 
 def _part(part: object) -> dict[str, Any]:
@@ -130,14 +130,14 @@ def _part(part: object) -> dict[str, Any]:
         return {"type": "text", "text": _text(part, "text")}
     if isinstance(part, dict) and part.get("type") == "input_image":
         image = {"url": _text(part, "image_url")}
-        return {"type": "image_url", "image_url": image | _given(part, ("detail",))}
-    raise _Unsayable
+        return {"type": "image_url", "image_url": image | _present(part, ("detail",))}
+    raise _Inexpressible
 
 
 def _text(part: object, name: str) -> str:
     value = part.get(name) if isinstance(part, dict) else None
     if not isinstance(value, str):
-        raise _Unsayable
+        raise _Inexpressible
     return value
 
 
@@ -145,12 +145,12 @@ def _text(part: object, name: str) -> str:
 
 
 def write(messages: Sequence[Message]) -> list[Item]:
-    """Say messages as items. Raises `invalid_request` where they would not read back as the same messages."""
+    """Return messages as items. Raises `invalid_request` if they would not read back as the same messages."""
     items: list[Item] = []
     for number, message in enumerate(messages):
         try:
             items += _items(message)
-        except _Unsayable as error:
+        except _Inexpressible as error:
             raise _refused(number) from error
     again = read(items) or []
     shared = transcripts.common(messages, again)
@@ -170,12 +170,12 @@ def _refused(number: int) -> GatewayError:
 def _items(message: Message) -> list[Item]:
     role = message.get("role")
     if role in _PLAIN_ROLES:
-        return [{"type": "message", "role": role, "content": _said_by_client(message.get("content"))}]
+        return [{"type": "message", "role": role, "content": _client_content(message.get("content"))}]
     if role == "tool":
-        call_id, output = _text(message, "tool_call_id"), _said_by_client(message.get("content"))
+        call_id, output = _text(message, "tool_call_id"), _client_content(message.get("content"))
         return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     if role != "assistant":
-        raise _Unsayable
+        raise _Inexpressible
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     calls = message.get("tool_calls") or []
     items: list[Item] = [] if not reasoning else [_reasoning_item(reasoning)]
@@ -191,7 +191,7 @@ def _reasoning_item(text: str) -> Item:
 def _reply_item(content: object) -> Item:
     if isinstance(content, list):
         if len(content) != 1:
-            raise _Unsayable
+            raise _Inexpressible
         content = _text(content[0], "text")
     return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": content}]}
 
@@ -202,12 +202,12 @@ def _call_item(call: object) -> Item:
     return {"type": "function_call", "call_id": _text(call, "id"), "name": name, "arguments": arguments}
 
 
-def _said_by_client(content: object) -> str | list[dict[str, Any]]:
+def _client_content(content: object) -> str | list[dict[str, Any]]:
     if isinstance(content, list):
         return [_part_of_item(part) for part in content]
     if isinstance(content, str):
         return content
-    raise _Unsayable
+    raise _Inexpressible
 
 
 def _part_of_item(part: object) -> dict[str, Any]:
@@ -217,14 +217,14 @@ def _part_of_item(part: object) -> dict[str, Any]:
     image = part.get("image_url") if isinstance(part, dict) else None
     if kind == "image_url" and isinstance(image, dict):
         return {"type": "input_image", "image_url": _text(image, "url"), "detail": image.get("detail") or "auto"}
-    raise _Unsayable
+    raise _Inexpressible
 
 
 # --- tools
 
 
 def chat_tools(tools: object) -> list[dict[str, Any]]:
-    """Return the tools that the model is shown, as chat says them; tools that run elsewhere are not among them."""
+    """Return the tools that the model sees as tools of the chat API; tools that run elsewhere are not among them."""
     known = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
     return [{"type": "function", "function": function} for tool in known for function in _functions(tool)]
 
@@ -232,13 +232,13 @@ def chat_tools(tools: object) -> list[dict[str, Any]]:
 def _functions(tool: Mapping[str, Any]) -> list[dict[str, Any]]:
     match tool.get("type"):
         case "function":
-            return [_given(tool, _FUNCTION_FIELDS)]
+            return [_present(tool, _FUNCTION_FIELDS)]
         case "custom":
-            return [{**_given(tool, ("name", "description")), "parameters": _CUSTOM_PARAMETERS}]
+            return [{**_present(tool, ("name", "description")), "parameters": _CUSTOM_PARAMETERS}]
         case "namespace":
             inner = tool.get("tools")
             return [
-                {**_given(one, _FUNCTION_FIELDS), "name": f"{tool.get('name')}__{one.get('name')}"}
+                {**_present(one, _FUNCTION_FIELDS), "name": f"{tool.get('name')}__{one.get('name')}"}
                 for one in (inner if isinstance(inner, list) else [])
                 if isinstance(one, dict) and one.get("type") == "function"
             ]
@@ -247,12 +247,13 @@ def _functions(tool: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def response_tools(tools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return chat's tools as the Responses API says them."""
+    """Return tools of the chat API as those of the Responses API."""
     return [{"type": "function", **tool["function"]} for tool in tools]
 
 
 def chat_tool_choice(choice: object) -> Any:
-    """Return a choice of tools as chat says it; None where chat has no such choice, or the engine would refuse it."""
+    """Return a choice of tools as that of the chat API; None if that has no such choice, or the engine would refuse
+    it."""
     if choice in ("auto", "none", "required"):
         return choice
     if isinstance(choice, dict) and choice.get("type") in ("function", "custom") and choice.get("name"):
@@ -260,5 +261,5 @@ def chat_tool_choice(choice: object) -> Any:
     return None
 
 
-def _given(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _present(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if values.get(name) is not None}

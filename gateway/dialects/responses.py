@@ -1,7 +1,7 @@
 """OpenAI Responses: `/v1/responses`.
 
-Answers are kept by the gateway, never by the engine: `previous_response_id` becomes a front of input items, `store`
-is false on the way to the engine, and `conversation` names a session of ours.
+Responses are stored by the gateway, never by the engine: `previous_response_id` becomes input items in front of the
+request's own, the engine gets `store: false`, and `conversation` names a session of the gateway.
 """
 
 import re
@@ -11,10 +11,20 @@ from typing import Any
 import orjson
 
 from gateway.dialects import response_items, sse
-from gateway.dialects.base import Call, Reply, Storage, is_clean, model_of, sanitise, usage_of, with_fields
-from gateway.dialects.events import json_object
-from gateway.dialects.openai import error_body, sentence
-from gateway.errors import GatewayError
+from gateway.dialects.base import (
+    Call,
+    Dialect,
+    Reply,
+    Storage,
+    is_clean,
+    json_object,
+    model_of,
+    sanitise,
+    sentence,
+    usage_of,
+    with_fields,
+)
+from gateway.errors import GatewayError, invalid_field
 from gateway.records import Message, Usage
 from gateway.validation.shown import shown
 
@@ -28,14 +38,14 @@ _LAST_EVENT = b"\n\nevent: response.completed\n"
 _NUMBER = re.compile(rb'"sequence_number":(\d+)')
 
 
-class ResponsesDialect:
+class ResponsesDialect(Dialect):
     """See `gateway.dialects.base.Dialect`."""
 
     name = "responses"
-    last_event: tuple[bytes, ...] = tuple(f"event: {kind}\n".encode() for kind in (*_FINAL, "response.failed"))
+    last_event = tuple(f"event: {kind}\n".encode() for kind in (*_FINAL, "response.failed"))
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
-        """See `Dialect.read`. Raises `invalid_request` for what the gateway itself cannot do."""
+        """See `Dialect.read`."""
         clean = is_clean(body)
         client_salt = sanitise(body)
         sent = _items(body.get("input"))
@@ -47,7 +57,6 @@ class ResponsesDialect:
             model=model_of(body),
             messages=_messages(body, sent),
             frame=_frame(body),
-            hide_usage=False,
             client_salt=client_salt,
             storage=storage,
         )
@@ -55,19 +64,8 @@ class ResponsesDialect:
     def write(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
         body, raw = (call.body, call.raw) if call.front is None else (_with_front(call), b"")
-        unsaid = {} if "store" in body else {"store": False}
-        return with_fields(raw, body, {"cache_salt": salt, **unsaid})
-
-    def reply(self, chunks: Iterable[bytes], *, streamed: bool) -> Reply:
-        """See `Dialect.reply`."""
-        if streamed:
-            return _streamed(b"".join(chunks))
-        answer = json_object(b"".join(chunks))
-        return _read(answer) if answer else Reply(None, None, "the reply is not a JSON object")
-
-    def error(self, error: GatewayError) -> bytes:
-        """See `Dialect.error`."""
-        return error_body(error)
+        store = {} if "store" in body else {"store": False}
+        return with_fields(raw, body, {"cache_salt": salt, **store})
 
     def error_event(self, error: GatewayError, sent: Sequence[bytes] = ()) -> bytes:
         """See `Dialect.error_event`."""
@@ -80,40 +78,59 @@ class ResponsesDialect:
         }
         return b"event: error\ndata: " + orjson.dumps(shown) + b"\n\n"
 
+    def _read_answer(self, answer: Mapping[str, Any]) -> Reply:
+        usage, output = _usage(answer.get("usage")), answer.get("output")
+        if answer.get("status") in ("failed", "cancelled"):
+            return Reply(None, usage, str(answer.get("error") or f"the response is {answer['status']}"))
+        if not isinstance(output, list):
+            return Reply(None, usage, "the reply holds no output")
+        return Reply(_message(output), usage, answer=answer)
+
+    def _read_stream(self, chunks: Iterable[bytes]) -> Reply:
+        # The event at the end holds the whole response; what came before it need not be read.
+        stream = b"".join(chunks)
+        end = stream[max(stream.rfind(_LAST_EVENT), 0) :]
+        events = [data for data in sse.events([end]) if data != b"[DONE]"]
+        last = json_object(events[-1]) if events else {}
+        if last is None:
+            return Reply(None, None, "the stream ended with an event that is not a JSON object")
+        answer = last.get("response")
+        if last.get("type") in _FINAL and isinstance(answer, dict):
+            return self._read_answer(answer)
+        return Reply(None, None, _error_in(last) or "the stream ended before response.completed")
+
 
 # --- requests
 
 
 def instructions_message(instructions: str) -> Message:
-    """The message that `instructions` are to the model."""
+    """The message that the engine makes of `instructions`."""
     return {"role": "system", "content": instructions}
 
 
 def _storage(body: dict[str, Any], sent: list[Any] | None) -> Storage:
-    """Take out of `body` what is the gateway's own to do, and say what it is."""
+    """Remove from `body` what the gateway does itself, and return it."""
     if body.get("background"):
-        raise _refused("background", "background responses are not supported", "leave it out, or use stream")
+        raise invalid_field("background", "background responses are not supported", "leave it out, or use stream")
     previous, conversation, store = body.get("previous_response_id"), body.get("conversation"), body.get("store")
     if previous is not None and not isinstance(previous, str):
-        raise _refused("previous_response_id", "previous_response_id must be a string", "send the id of a response")
+        raise invalid_field(
+            "previous_response_id", "previous_response_id must be a string", "send the id of a response"
+        )
     if store is not None and not isinstance(store, bool):
-        raise _refused("store", f"store must be true or false, not {shown(store, 50)}", "leave it out for true")
+        raise invalid_field("store", f"store must be true or false, not {shown(store, 50)}", "leave it out for true")
     if previous is not None and conversation is not None:
-        raise _refused(
+        raise invalid_field(
             "previous_response_id",
             "previous_response_id and conversation exclude each other",
             "send the one that the input continues",
         )
     for name, value in (("previous_response_id", previous), ("conversation", conversation), ("store", store)):
-        if value:  # what is null or false says to the engine what we want it to hear
+        if value:  # null and false mean to the engine what we mean
             del body[name]
-    instructions = body.get("instructions")
-    said = instructions if isinstance(instructions, str) else ""
-    return Storage(previous, conversation is not None, store is not False, said, sent or [])
-
-
-def _refused(field: str, message: str, hint: str) -> GatewayError:
-    return GatewayError("invalid_request", message, hint=hint, details={"field": field})
+    given = body.get("instructions")
+    instructions = given if isinstance(given, str) else ""
+    return Storage(previous, conversation is not None, store is not False, instructions, sent or [])
 
 
 def _items(sent: object) -> list[Any] | None:
@@ -123,7 +140,7 @@ def _items(sent: object) -> list[Any] | None:
 
 
 def _messages(body: Mapping[str, Any], sent: list[Any] | None) -> list[Message]:
-    """What the prompt is rendered from; nothing where chat has no words for it, or the engine will refuse it."""
+    """What the prompt is rendered from; empty if chat cannot express it, or the engine will refuse it."""
     instructions = body.get("instructions")
     plain = instructions is None or isinstance(instructions, str)
     if (
@@ -133,8 +150,8 @@ def _messages(body: Mapping[str, Any], sent: list[Any] | None) -> list[Message]:
         or any(body.get(name) for name in _OTHER_PROMPTS)
     ):
         return []
-    said = response_items.read(sent)
-    return [*([instructions_message(instructions)] if instructions else []), *said] if said else []
+    messages = response_items.read(sent)
+    return [*([instructions_message(instructions)] if instructions else []), *messages] if messages else []
 
 
 def _frame(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,9 +169,8 @@ def _frame(body: Mapping[str, Any]) -> dict[str, Any]:
 def _with_front(call: Call) -> dict[str, Any]:
     """The body with the whole conversation as its input."""
     inherited = dict(call.front.frame) if call.front else {}
-    unsayable = next((name for name in _CHAT_ONLY if name in inherited), None)
-    if unsayable:
-        raise _refused(unsayable, f"the window's {unsayable} cannot be expressed in the Responses API", "use chat")
+    if name := next((name for name in _CHAT_ONLY if name in inherited), None):
+        raise invalid_field(name, f"the window's {name} cannot be expressed in the Responses API", "use chat")
     if "tools" in inherited:
         inherited["tools"] = response_items.response_tools(inherited["tools"])
     if effort := inherited.pop("reasoning_effort", None):
@@ -168,19 +184,6 @@ def _with_front(call: Call) -> dict[str, Any]:
 # --- replies
 
 
-def _streamed(stream: bytes) -> Reply:
-    # The event at the end says everything; what came before it need not be read.
-    start = stream.rfind(_LAST_EVENT)
-    events = [data for data in sse.events([stream[start:] if start >= 0 else stream]) if data != b"[DONE]"]
-    last = json_object(events[-1]) if events else {}
-    if last is None:
-        return Reply(None, None, "the stream ended with an event that is not a JSON object")
-    answer = last.get("response")
-    if last.get("type") in _FINAL and isinstance(answer, dict):
-        return _read(answer)
-    return Reply(None, None, _error_in(last) or "the stream ended before response.completed")
-
-
 def _error_in(event: Mapping[str, Any]) -> str:
     if event.get("type") == "error" or "error" in event:
         return str(event.get("message") or event.get("error"))
@@ -190,22 +193,12 @@ def _error_in(event: Mapping[str, Any]) -> str:
     return ""
 
 
-def _read(answer: Mapping[str, Any]) -> Reply:
-    usage = _usage(answer.get("usage"))
-    output = answer.get("output")
-    if answer.get("status") in ("failed", "cancelled"):
-        return Reply(None, usage, str(answer.get("error") or f"the response is {answer['status']}"))
-    if not isinstance(output, list):
-        return Reply(None, usage, "the reply holds no output")
-    return Reply(_message(output), usage, answer=answer)
-
-
 def _message(output: list[Any]) -> Message | None:
-    """The output as one assistant message; None where it is more than that."""
-    said = response_items.read(output)
-    if said is None or len(said) > 1:
+    """The output as one assistant message; None if it is more than that."""
+    messages = response_items.read(output)
+    if messages is None or len(messages) > 1:
         return None
-    return said[0] if said else {"role": "assistant", "content": ""}
+    return messages[0] if messages else {"role": "assistant", "content": ""}
 
 
 def _usage(usage: object) -> Usage | None:

@@ -1,71 +1,67 @@
-"""Server-sent events: bytes in, event data out. Nothing else in the gateway knows SSE.
-
-Two readers, for two needs. `events` reads a whole recorded stream, after the request. `UsageFilter` works on the
-path: it hands every byte on untouched but for the one event that the gateway asked for and the client did not.
-"""
+"""Server-sent events: `events` reads a recorded stream; `UsageFilter` removes the usage event from one on its way."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 # An event ends at an empty line; a line ends at CRLF, LF or CR (WHATWG HTML, "Server-sent events", 9.2.6).
-# A CR at the very end of what has come may be half of a CRLF, so it is not an end yet.
-# Spelled out twice and not as `{2}`: only so does `re` see which bytes a match can begin with, and skip the others.
+# A CR at the very end of the data so far may be half of a CRLF, so it is not an end yet.
+# Written twice and not as `{2}`: only then does `re` know which bytes a match can begin with, and skip the others.
 _LINE_END = rb"(?:\r\n|\n|\r(?=[^\n]))"
 _END_OF_EVENT = re.compile(_LINE_END + _LINE_END)
 
 
-def events(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the `data` of every complete event of a recorded stream, wherever its chunks were cut."""
+def events(chunks: Iterable[bytes]) -> list[bytes]:
+    """Return the `data` of every complete event of a recorded stream, wherever its chunks were cut."""
     whole = b"".join(chunks)
-    regular = _plain(whole) or _named(whole)
-    if regular:
-        yield from regular
-        return
+    if regular := _plain(whole) or _named(whole):
+        return regular
+    found: list[bytes] = []
     data: list[bytes] = []
     lines = whole.splitlines()
     if not whole.endswith((b"\n", b"\r")):
-        del lines[-1:]  # what follows the last line end is not a line yet
+        del lines[-1:]  # not a line yet
     for line in lines:
         if not line:
             if data:
-                yield b"\n".join(data)
+                found.append(b"\n".join(data))
                 data = []
         elif line.startswith(b"data:"):
             data.append(line[5:].removeprefix(b" "))
+    return found
 
 
 def _plain(whole: bytes) -> list[bytes]:
-    """The data of a stream as every engine writes it, each event one line of data; empty if it is another.
+    """The data of a stream as every engine writes it, each event one line of data; empty if it is different.
 
-    Found in a few passes over all of it: a fraction of the time that line by line would take.
+    A few passes over the stream take a fraction of the time that reading it line by line does.
     """
     data = whole[6:-2].split(b"\n\ndata: ")
     return data if _is_regular(whole, b"data: ", lines=2 * len(data)) else []
 
 
 def _named(whole: bytes) -> list[bytes]:
-    """The data of a stream whose every event is one line of name and one of data; empty if it is another."""
+    """The data of a stream whose every event is a line of name and one of data; empty if it is different."""
     data = [event.partition(b"\ndata: ")[2] for event in whole[7:-2].split(b"\n\nevent: ")]
     return data if all(data) and _is_regular(whole, b"event: ", lines=3 * len(data)) else []
 
 
 def _is_regular(whole: bytes, begin: bytes, *, lines: int) -> bool:
-    """Whether a stream begins and ends with an event, and has just so many lines, each of which ends with LF."""
+    """Whether a stream begins and ends with an event, and has exactly so many lines, each ending with LF."""
     return whole.startswith(begin) and whole.endswith(b"\n\n") and whole.count(b"\n") == lines and b"\r" not in whole
 
 
 class UsageFilter:
-    """Takes the final usage event out of a stream for a client that did not ask for it, and leaves no trace of it.
+    """Removes the final usage event from a stream, for a client that did not ask for it, without a trace.
 
-    A chunk that ends with an event and holds no mark (all but two of a stream) is passed on as it is; only an event
-    that the network cut is held back until its end is there. An event of more than `MOST_HELD` bytes is passed on
-    unexamined.
+    A chunk that ends with an event and holds neither mark (all but two of a stream) is passed on as it is; only an
+    event that the network split is held back until its end is there. An event of more than `MOST_HELD` bytes is passed
+    on unexamined.
 
     OpenAI's API marks the usage event with an empty `choices` list, which no event of a reply has. Inside a JSON string
     the quotes would be escaped, so a model that talks about `"choices":[]` does not trigger it. vLLM stamps its
     `system_fingerprint` on the usage event if there is one, else on the event that finishes a choice
-    (`chat_completion/serving.py`); so what finishes a choice gets the stamp that it would have had. The stamp is the
-    same for every answer of an engine: `stamp` is what an earlier stream had (b"" for none), None if there was none
+    (`chat_completion/serving.py`); so that event gets the stamp that it would have had. The stamp is the same for every
+    answer of an engine: `stamp` is the one of an earlier stream (b"" if that had none), None if there was no stream
     yet, and then the last events wait for the usage event, which follows at once.
     """
 
@@ -82,12 +78,12 @@ class UsageFilter:
         self._tail: bytes | None = None  # the last bytes of an event that is passed on unexamined
 
     def pass_on(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
-        """Return what may go to the client now of these chunks, each still apart."""
+        """Return the chunks that may go to the client now."""
         free = self._free(chunks)
         return chunks if free == len(chunks) else [*chunks[:free], *filter(None, map(self.feed, chunks[free:]))]
 
     def _free(self, chunks: Sequence[bytes]) -> int:
-        """How many of the first chunks are whole events that may go as they are, so that none needs to be fed."""
+        """How many of the first chunks are whole events that may go as they are."""
         if self._size or self._tail is not None:
             return 0
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -99,19 +95,19 @@ class UsageFilter:
         return len(chunks)
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return what may go to the client now of a chunk; empty if it is held back."""
+        """Return the part of a chunk that may go to the client now; empty if it is held back."""
         if self._tail is not None:
             return self._feed_oversized(self._tail, chunk)
         if not self._held and chunk.endswith(b"\n\n") and b"\n\n" not in chunk[:-1] and b"\r" not in chunk:
-            return self._event(chunk)  # one event, and whole
-        # Only what is new can hold an end, but for the few bytes of one that were there before.
+            return self._event(chunk)  # one whole event
+        # An end can only be in the new bytes, but for the few bytes of one that were there before.
         before = b"".join(self._held[-3:])[-3:] if self._held else b""
         if _end_of_event(before + chunk) < 0:
             return self._hold(chunk)
         return self._feed_whole(b"".join((*self._held, chunk)))
 
     def flush(self) -> bytes:
-        """Return what is still held when the stream has ended."""
+        """Return the bytes that are still held when the stream has ended."""
         held = b"".join((*self._waiting, *self._held))
         self._waiting, self._held, self._size = [], [], 0
         return held
@@ -140,7 +136,7 @@ class UsageFilter:
         return chunk[: len(chunk) - len(rest)] + (self.feed(rest) if rest else b"")
 
     def _hold(self, piece: bytes) -> bytes:
-        """Hold a piece of an event, or pass on all that is held where it is too much."""
+        """Hold a piece of an event, or pass on everything held if it is too much."""
         self._held.append(piece)
         self._size += len(piece)
         if self._size <= self.MOST_HELD:

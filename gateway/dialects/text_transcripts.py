@@ -24,16 +24,17 @@ _Row = TypeVar("_Row", str, list[int])
 
 
 def kind(messages: Sequence[Message]) -> str:
-    """What a conversation begins as: `text`, `tokens`, or "" for one of chat messages."""
-    raw = bool(messages) and all(message.get("role") in (TEXT, TOKENS) for message in messages)
-    return str(messages[0]["role"]) if raw else ""
+    """The kind of a conversation: `text`, `tokens`, or "" for chat messages."""
+    role = messages[0].get("role") if messages else ""
+    if role not in (TEXT, TOKENS) or any(message.get("role") not in (TEXT, TOKENS) for message in messages):
+        return ""
+    return str(role)
 
 
 def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
-    """Whether `sent` begins with a window's text, or with more than half of it (then the client edited it further on,
-    or trimmed its end).
+    """Whether `sent` begins with a window's text, or with more than half of it: then the client edited the rest.
 
-    Raises `invalid_request` where one is a text and the other is token ids or a chat.
+    Raises `invalid_request` if the two are not of one kind.
     """
     had, has = kind(window), kind(sent)
     if had != has:
@@ -49,21 +50,21 @@ def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
 def missing(
     window: Sequence[Message], sent: Sequence[Message], current: Sequence[Message] | None = None
 ) -> Front | None:
-    """Return what a turn in a thawed session lacks of its text; None where it was sent whole.
+    """Return what a turn in a thawed session lacks of its text; None if it was sent whole.
 
-    `current` is the session's text by now, None where that is still the window's. Raises what `is_whole` raises.
+    `current` is the session's text by now, None if that is still the window's. Raises as `is_whole` does.
     """
     if is_whole(window, sent):
         return None
     if current is None or kind(current) != kind(sent) or len(window) > 1:
         return Front(None, window, origin="window")
     new = sent[0]["content"]
-    again = current[0]["content"][len(window[0]["content"]) :][: len(new)] == new
-    return Front(None, window, origin="window", unsure=True) if again else Front(None, current, origin="session")
+    repeated = current[0]["content"][len(window[0]["content"]) :][: len(new)] == new
+    return Front(None, window, origin="window", unsure=True) if repeated else Front(None, current, origin="session")
 
 
 def joined(parts: Iterable[Message]) -> list[Message]:
-    """The conversation of these parts: neighbours of one kind are one message."""
+    """Join consecutive parts of one kind into one message."""
     conversation: list[Message] = []
     for part in parts:
         before = conversation[-1] if conversation else {}
@@ -85,7 +86,7 @@ def followed(conversation: Sequence[Message], reply: Message, *, echoes: bool) -
 
 
 def shared(one: _Row, other: _Row) -> int:
-    """How long a beginning two texts, or two rows of ids, have in common."""
+    """How many leading characters two texts, or ids two lists, have in common."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -15,14 +15,14 @@ from gateway.validation import json_limits
 
 SystemRule = Literal["", "keep", "replace"]
 
-_SYSTEM_ROLES = ("system", "developer")  # no set: a client may send a list for a role, which has no hash
-# Fields of a reply that the next turn's prompt does not hold, or that say nothing when they are empty.
+SYSTEM_ROLES = ("system", "developer")  # not a set: a client may send a list for a role, which has no hash
+# Fields of a reply that the next turn's prompt does not hold, or that mean nothing when they are empty.
 _IGNORED = frozenset(
     {"reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call", "provider_specific_fields"}
 )  # the last is litellm's
 
 _64_BIT = 2.0**63
-_TELLING = 24  # characters of a reply that two conversations hardly have in common by chance
+_DISTINCTIVE = 24  # characters of a reply that two conversations are unlikely to share by chance
 
 
 def canonical(message: Message) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def canonical(message: Message) -> dict[str, Any]:
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         kept["content"] = content = "".join(str(part.get("text", "")) for part in content)
     if isinstance(content, str) and message.get("role") == "assistant":
-        kept["content"] = _unthought(content).strip()  # many clients trim a reply
+        kept["content"] = _without_reasoning(content).strip()  # many clients trim a reply
     if kept.get("content") == "":
         del kept["content"]
     if isinstance(kept.get("tool_calls"), list):
@@ -40,13 +40,13 @@ def canonical(message: Message) -> dict[str, Any]:
     return kept
 
 
-def _unthought(text: str) -> str:
-    """A reply without the reasoning in front, which engines and clients put there and take away."""
+def _without_reasoning(text: str) -> str:
+    """A reply without the reasoning in front, which engines and clients add and remove."""
     return text.partition("</think>")[2] or text if text.lstrip().startswith("<think>") else text
 
 
 def _canonical_call(call: Any) -> Any:
-    """A tool call with its arguments as a value: clients parse them and write them down again with other spaces.
+    """A tool call with its arguments parsed: clients parse them and serialise them again with other spaces.
 
     A call in a stream has an index, which some clients keep.
     """
@@ -64,7 +64,7 @@ def _canonical_call(call: Any) -> Any:
 def _whole_numbers(value: Any) -> Any:
     """A JSON value in which 1.0 is written as 1, as other languages do.
 
-    Beyond 64 bits a number is a float however it was written, and has to stay one: no such integer can be hashed.
+    Beyond 64 bits a number is a float however it was written, and stays one: no such integer can be hashed.
     """
     if isinstance(value, dict):
         return {name: _whole_numbers(one) for name, one in value.items()}
@@ -79,11 +79,11 @@ def same(a: Message, b: Message) -> bool:
     return a == b or canonical(a) == canonical(b)
 
 
-def telling(reply: Message) -> bool:
+def is_distinctive(reply: Message) -> bool:
     """Whether a reply is unlikely to occur in another conversation: it is long, or calls tools (ids are random)."""
-    said = canonical(reply)  # the same however the client sends it back
-    content = said.get("content")
-    return "tool_calls" in said or (isinstance(content, str) and len(content) >= _TELLING)
+    kept = canonical(reply)  # the same however the client sends it back
+    content = kept.get("content")
+    return "tool_calls" in kept or (isinstance(content, str) and len(content) >= _DISTINCTIVE)
 
 
 def common(a: Sequence[Message], b: Sequence[Message]) -> int:
@@ -99,23 +99,20 @@ def common(a: Sequence[Message], b: Sequence[Message]) -> int:
 def is_whole(window: Sequence[Message], sent: Sequence[Message]) -> bool:
     """Whether `sent` holds a window's transcript, apart perhaps from the system messages.
 
-    So it is if it begins with the window's messages, or shares at least the first exchange with them: then the client
-    edited it later on, and with the window in front it would be there twice. The first reply stands for the exchange
-    where it is hardly said twice: many clients take out of a question what they had put around it (a reminder,
-    passages).
+    It does if it begins with the window's messages, or shares at least the first exchange with them: then the client
+    edited it later on, and with the window in front it would be there twice. A distinctive first reply stands for the
+    exchange: many clients remove from a question what they had put around it (a reminder, passages).
     """
     if text_transcripts.kind(window) or text_transcripts.kind(sent):
         return text_transcripts.is_whole(window, sent)
     rest, theirs = split(window)[1], split(sent)[1]
     shared = common(rest, theirs)
-    return shared == len(rest) or shared >= 2 or _same_first_reply(rest, theirs)
-
-
-def _same_first_reply(window: Sequence[Message], sent: Sequence[Message]) -> bool:
-    place = _first_reply(window)
-    if place is None or place != _first_reply(sent):
+    if shared == len(rest) or shared >= 2:
+        return True
+    place = _first_reply(rest)
+    if place is None or place != _first_reply(theirs):
         return False
-    return telling(sent[place]) and same(window[place], sent[place])
+    return is_distinctive(theirs[place]) and same(rest[place], theirs[place])
 
 
 def _first_reply(messages: Sequence[Message]) -> int | None:
@@ -127,12 +124,12 @@ def missing(
 ) -> Front | None:
     """Return what a turn in a thawed session lacks of its conversation; None where it was sent whole.
 
-    `current` is the session's transcript by now, None where that is still the window's. If `sent` is not whole
-    (`is_whole`), it is taken up where it overlaps with the transcript, so that the last turns are not there twice where
-    a client keeps only those; what is all new comes after the whole transcript. A client that sends replies of the
+    `current` is the session's transcript by now, None if that is still the window's. If `sent` is not whole
+    (`is_whole`), it is joined to the transcript where the two overlap, so that the last turns are not there twice if a
+    client keeps only those; messages that are all new follow the whole transcript. A client that sends replies of the
     transcript keeps its conversation itself, and its own system message counts: it may tell the time, or be that of a
-    sub-agent. Raises `window_system_conflict` when what is all new brings another system message and `rule` does not
-    say which to use, and `invalid_request` where one is a chat and the other is not.
+    sub-agent. Raises `window_system_conflict` if messages that are all new bring another system message and `rule` does
+    not say which to use, and `invalid_request` if one is a chat and the other is not.
     """
     if text_transcripts.kind(window) or text_transcripts.kind(sent):
         return text_transcripts.missing(window, sent, current)
@@ -142,7 +139,7 @@ def missing(
     agree = len(system) == len(theirs) and common(system, theirs) == len(system)
     if full and (agree or (theirs and not rule)):
         return None
-    if theirs and not agree and not rule and not _holds_a_reply(split(had)[1], split(sent)[1]):
+    if theirs and not agree and not rule and _overlap(split(had)[1], split(sent)[1]) is None:
         raise GatewayError(
             "window_system_conflict",
             "the request's system message differs from the window's",
@@ -152,46 +149,41 @@ def missing(
     if full:
         return Front(kept, [])
     rest = split(window)[1]
-    history, unsure = _taken_up(rest, split(had)[1], split(sent)[1])
+    history, unsure = _history_before(rest, split(had)[1], split(sent)[1])
     within = len(history) <= len(rest) and common(history, rest) == len(history)
     return Front(kept, history, origin="window" if within else "session", unsure=unsure)
 
 
-def _taken_up(window: list[Message], current: list[Message], sent: Sequence[Message]) -> tuple[list[Message], bool]:
+def _history_before(
+    window: list[Message], current: list[Message], sent: Sequence[Message]
+) -> tuple[list[Message], bool]:
     """What stands in front of `sent`, and whether the client may have meant otherwise.
 
     All of these are without their leading system messages.
     """
     since = current[len(window) :] if common(window, current) == len(window) else []
-    again = common(since, sent)
-    said = _first_reply(sent)
-    if again and (said is not None or _questions(since) == 1):
-        # The client keeps what was said since the window, or asks the first question again.
-        return window, again == len(sent)
-    if said is None:
-        return current, again > 0
-    place = _overlap(current, sent, said)
+    repeated = common(since, sent)
+    reply = _first_reply(sent)
+    if repeated and (reply is not None or sum(message.get("role") == "assistant" for message in since) == 1):
+        # The client keeps the turns since the window, or asks the first question again.
+        return window, repeated == len(sent)
+    if reply is None:
+        return current, repeated > 0
+    start = _overlap(current, sent)
     # At its very beginning: a successor, which has what was left out from the window.
-    return (current[:place], False) if place else (window, bool(since) and place is None)
+    return (current[:start], False) if start else (window, bool(since) and start is None)
 
 
-def _holds_a_reply(current: Sequence[Message], sent: Sequence[Message]) -> bool:
-    """Whether the first reply in `sent` is one of the transcript, after the same question."""
-    said = _first_reply(sent)
-    return said is not None and _overlap(current, sent, said) is not None
-
-
-def _questions(messages: Sequence[Message]) -> int:
-    """How many replies there are, each to a question."""
-    return sum(message.get("role") == "assistant" for message in messages)
-
-
-def _overlap(current: Sequence[Message], sent: Sequence[Message], said: int) -> int | None:
-    """Where in a transcript `sent` begins, whose first reply is at `said`: with most messages shared, latest."""
-    starts = [at - said for at in range(said, len(current)) if same(current[at], sent[said])]
+def _overlap(current: Sequence[Message], sent: Sequence[Message]) -> int | None:
+    """Where in a transcript `sent` begins, judged by its first reply and what precedes that: the place with most
+    messages shared, the latest of several. None if it has no reply, or none of the transcript's."""
+    reply = _first_reply(sent)
+    if reply is None:
+        return None
+    starts = [at - reply for at in range(reply, len(current)) if same(current[at], sent[reply])]
     shared = {start: common(current[start:], sent) for start in starts}
-    found = [start for start, length in shared.items() if length > said]
-    return max(found, key=lambda start: (shared[start], start), default=None)
+    fitting = [start for start, length in shared.items() if length > reply]
+    return max(fitting, key=lambda start: (shared[start], start), default=None)
 
 
 def merged(front: Front, sent: Sequence[Message]) -> list[Message]:
@@ -223,8 +215,8 @@ def has_media(messages: Sequence[Message]) -> bool:
 def hoisted(messages: Sequence[Message]) -> list[Message] | None:
     """Return the conversation with the text of all its system messages in one, in front.
 
-    So vLLM makes a prompt of an Anthropic conversation where the template wants the system message first. None where
-    none is elsewhere, or where one is of several parts, which that conversation never has.
+    vLLM does so with an Anthropic conversation if the template wants the system message first. None if all of them are
+    in front already, or if one has several parts, which that conversation never has.
     """
     texts = [message.get("content") for message in messages if message.get("role") == "system"]
     rest = [message for message in messages if message.get("role") != "system"]
@@ -236,7 +228,7 @@ def hoisted(messages: Sequence[Message]) -> list[Message] | None:
 def leading(messages: Sequence[Message]) -> int:
     """How many system messages a conversation begins with."""
     count = 0
-    while count < len(messages) and messages[count].get("role") in _SYSTEM_ROLES:
+    while count < len(messages) and messages[count].get("role") in SYSTEM_ROLES:
         count += 1
     return count
 

@@ -1,10 +1,9 @@
-"""Turns in flight: from their beginning until they are recorded, by session, lineage and question.
+"""Turns in flight, from their beginning until they are recorded: by session, lineage and request.
 
 Turns of other workers are known by the locks that they hold (`gateway.sessions.in_flight`).
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
@@ -22,73 +21,63 @@ Key = TypeVar("Key")
 
 
 class ActiveTurns:
-    """Turns in flight as this process sees them. `locks` is None where it is the only worker."""
+    """Turns in flight, as this process knows them. `locks` is None if it is the only worker."""
 
     def __init__(self, store: Store, locks: TurnLocks | None = None) -> None:
         self._store = store
         self._locks = locks
-        self._in_flight: Counter[tuple[str, str]] = Counter()
-        self._lineages: Counter[tuple[str, str]] = Counter()  # the same turns, by the lineage that they belong to
-        self._heads: dict[tuple[str, str], bytes] = {}  # of what is in flight: the store may not know it yet
-        self._asking: dict[tuple[str, str], list[bytes | None]] = {}  # of the same: the link of what each turn asks
-        self._questions: Counter[tuple[str, bytes | None]] = Counter()  # the same links, by themselves
-        self._turn_ended = asyncio.Event()  # set and replaced whenever a turn ends
+        self._by_session: dict[tuple[str, str], list[SessionMatch]] = {}
+        self._lineages: dict[tuple[str, str], int] = {}  # turns in each lineage
+        self._requests: dict[tuple[str, bytes | None], int] = {}  # turns by the hash of their request
+        self._turn_ended = asyncio.Event()
 
     def begin(self, match: SessionMatch) -> None:
         """A turn begins."""
         session = match.session
-        key = session.tenant, session.id
         if self._locks is not None:
             self._locks.acquire(_lock_keys(match))
-        self._in_flight[key] += 1
-        self._lineages[session.tenant, session.lineage] += 1
-        asked = match.asked
-        self._asking.setdefault(key, []).append(asked)
-        self._questions[session.tenant, asked] += 1
-        if session.first_message_hash is not None:
-            self._heads.setdefault(key, session.first_message_hash)
+        self._by_session.setdefault((session.tenant, session.id), []).append(match)
+        _add(self._lineages, (session.tenant, session.lineage))
+        _add(self._requests, (session.tenant, match.request_hash))
 
     def end(self, match: SessionMatch) -> None:
-        """A turn is over and recorded."""
+        """The turn that began with this match has been recorded."""
         session = match.session
-        key = session.tenant, session.id
-        asked = match.asked
-        self._asking[key].remove(asked)
-        _drop(self._questions, (session.tenant, asked))
-        if _drop(self._in_flight, key):
-            del self._asking[key]
-            self._heads.pop(key, None)
+        turns = self._by_session[session.tenant, session.id]
+        turns.remove(match)
+        if not turns:
+            del self._by_session[session.tenant, session.id]
             self._turn_ended.set()
-            self._turn_ended = asyncio.Event()
-        _drop(self._lineages, (session.tenant, session.lineage))
+        _remove(self._lineages, (session.tenant, session.lineage))
+        _remove(self._requests, (session.tenant, match.request_hash))
         if self._locks is not None:
             self._locks.release(_lock_keys(match))
 
     @contextmanager
     def under_way(self, tenant: str, lineage: str) -> Iterator[None]:
-        """In the block KV is made under a salt of the lineage, though by no turn of a session: none of it is swept."""
-        mark: LockKey = ("lineage", tenant, lineage)
+        """In the block KV is made under a salt of the lineage, though not by a turn of a session: none is swept."""
+        key: LockKey = ("lineage", tenant, lineage)
         if self._locks is not None:
-            self._locks.acquire([mark])
-        self._lineages[tenant, lineage] += 1
+            self._locks.acquire([key])
+        _add(self._lineages, (tenant, lineage))
         try:
             yield
         finally:
-            _drop(self._lineages, (tenant, lineage))
+            _remove(self._lineages, (tenant, lineage))
             if self._locks is not None:
-                self._locks.release([mark])
+                self._locks.release([key])
 
     def has_turn_in_flight(self, tenant: str, session_id: str) -> bool:
         """Whether the session is in a turn, or has one that waits to be recorded."""
-        return (tenant, session_id) in self._in_flight or self._held_elsewhere(("session", tenant, session_id))
+        return (tenant, session_id) in self._by_session or self._held_elsewhere(("session", tenant, session_id))
 
     @property
     def in_flight(self) -> int:
-        """Turns that are going on or wait to be recorded."""
-        return self._in_flight.total()
+        """Turns that are running or wait to be recorded."""
+        return sum(map(len, self._by_session.values()))
 
     async def is_active(self, tenant: str, lineage: str) -> bool:
-        """Whether a session of the lineage is going on: in a turn just now, or not frozen since its last."""
+        """Whether a session of the lineage is in a turn, or has not been frozen since its last."""
         return self.lineage_has_turn_in_flight(tenant, lineage) or await self._store.lineage_in_use(tenant, lineage)
 
     def lineage_has_turn_in_flight(self, tenant: str, lineage: str) -> bool:
@@ -96,10 +85,16 @@ class ActiveTurns:
         return (tenant, lineage) in self._lineages or self._held_elsewhere(("lineage", tenant, lineage))
 
     async def wait_until_idle(self, tenant: str, session_id: str, wait_s: float) -> None:
-        """Return when no turn of the session is going on in any worker. Raises `session_busy` after `wait_s`."""
+        """Return when no worker has a turn of the session in flight. Raises `session_busy` after `wait_s`."""
         try:
             async with asyncio.timeout(wait_s):
-                await self._wait_until_idle(tenant, session_id)
+                # A lock is held until the turn is recorded: if there is none, the store has every turn of all workers.
+                while self.has_turn_in_flight(tenant, session_id):
+                    if (tenant, session_id) in self._by_session:
+                        self._turn_ended.clear()
+                        await self._turn_ended.wait()
+                    else:
+                        await asyncio.sleep(_POLL_S)
         except TimeoutError as error:
             raise GatewayError(
                 "session_busy",
@@ -107,71 +102,63 @@ class ActiveTurns:
                 hint="try again when its reply is complete",
             ) from error
 
-    async def _wait_until_idle(self, tenant: str, session_id: str) -> None:
-        # The lock is held until the turn is recorded: who finds none here finds every turn in the store, those of the
-        # other workers too.
-        while self._in_flight[tenant, session_id] or self._held_elsewhere(("session", tenant, session_id)):
-            if self._in_flight[tenant, session_id]:
-                await self._turn_ended.wait()
-            else:
-                await asyncio.sleep(_POLL_S)
-
-    def is_in_turn(self, session: Session | None) -> bool:
-        return session is not None and self.has_turn_in_flight(session.tenant, session.id)
-
-    def is_asked(self, tenant: str, asked: bytes) -> bool:
-        """Whether a turn that is going on, of whatever session, asks the very same."""
-        return self._questions[tenant, asked] > 0 or self._held_elsewhere(("question", tenant, asked.hex()))
+    def has_request_in_flight(self, tenant: str, request_hash: bytes) -> bool:
+        """Whether a turn of any session sends the same request right now."""
+        here = (tenant, request_hash) in self._requests
+        return here or self._held_elsewhere(("request", tenant, request_hash.hex()))
 
     def busy_with_other_request(self, session: Session | None, request: ConversationPrefix) -> bool:
-        """Whether a session is asking just now, and nothing that `request` repeats or goes on from."""
-        if session is None or not self.is_in_turn(session):
+        """Whether a session is in a turn, but none that `request` repeats or continues."""
+        if session is None or not self.has_turn_in_flight(session.tenant, session.id):
             return False
-        here = self._asking.get((session.tenant, session.id), ())
-        if any(one in request.prefix_hashes for one in here):
+        here = self._by_session.get((session.tenant, session.id), ())
+        if any(match.request_hash in request.prefix_hashes for match in here):
             return False
-        return not any(
-            self._held_elsewhere(_of(session.tenant, "asked", session.id, link)) for link in request.prefix_hashes
-        )
+        keys = (_of(session.tenant, "session request", session.id, one) for one in request.prefix_hashes)
+        return not any(map(self._held_elsewhere, keys))
 
     def first_message_hash(self, tenant: str, session_id: str) -> bytes | None:
-        """The hash of the first message of a session that is in flight here, None where it is not known."""
-        return self._heads.get((tenant, session_id))
+        """The hash of the first message of a session in flight in this worker, None if it is not known."""
+        here = self._by_session.get((tenant, session_id), ())
+        heads = (match.session.first_message_hash for match in here)
+        return next((head for head in heads if head is not None), None)
 
     def first_message_elsewhere(self, tenant: str, session_id: str, head: bytes) -> bool:
         """Whether another worker is in a turn of the session, which began with this message."""
-        return self._held_elsewhere(_of(tenant, "head", session_id, head))
+        return self._held_elsewhere(_of(tenant, "first message", session_id, head))
 
     def has_turn_elsewhere(self, tenant: str, session_id: str) -> bool:
         """Whether another worker is in a turn of the session."""
         return self._held_elsewhere(("session", tenant, session_id))
 
-    def _held_elsewhere(self, mark: LockKey) -> bool:
-        return self._locks is not None and self._locks.held_elsewhere(mark)
+    def _held_elsewhere(self, key: LockKey) -> bool:
+        return self._locks is not None and self._locks.held_elsewhere(key)
 
 
 def _lock_keys(match: SessionMatch) -> list[LockKey]:
-    """What tells other workers of a turn: whose it is, and what they would have to know of a session they do not."""
+    """What other workers have to know of a turn: whose it is, and how its session is recognised."""
     session = match.session
     keys: list[LockKey] = [
         ("session", session.tenant, session.id),
         ("lineage", session.tenant, session.lineage),
     ]
-    if match.asked is not None:
-        keys.append(_of(session.tenant, "asked", session.id, match.asked))
-        keys.append(("question", session.tenant, match.asked.hex()))
+    if match.request is not None:
+        keys.append(_of(session.tenant, "session request", session.id, match.request.request_hash))
+        keys.append(("request", session.tenant, match.request.request_hash.hex()))
     if match.is_new and session.first_message_hash is not None:
-        keys.append(_of(session.tenant, "head", session.id, session.first_message_hash))
+        keys.append(_of(session.tenant, "first message", session.id, session.first_message_hash))
     return keys
 
 
-def _of(tenant: str, what: Literal["asked", "head"], session_id: str, digest: bytes) -> LockKey:
+def _of(tenant: str, what: Literal["session request", "first message"], session_id: str, digest: bytes) -> LockKey:
     return what, tenant, f"{session_id}\0{digest.hex()}"
 
 
-def _drop(counter: Counter[Key], key: Key) -> bool:
-    counter[key] -= 1
-    if counter[key] > 0:
-        return False
-    del counter[key]
-    return True
+def _add(counts: dict[Key, int], key: Key) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _remove(counts: dict[Key, int], key: Key) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

@@ -1,10 +1,12 @@
-"""A finished turn: what its reply says, and the record that the store keeps of it."""
+"""A completed turn: its parsed reply, and the record that the store keeps of it."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gateway.dialects import transcripts
 from gateway.dialects.base import Reply
+from gateway.dialects.responses import instructions_message
 from gateway.errors import GatewayError
 from gateway.records import Message, StoredResponse, Trace, Turn
 from gateway.sessions import prefix_chain
@@ -19,9 +21,9 @@ _MAX_DETAIL = 1000  # an engine repeats what it refuses
 
 @dataclass(frozen=True, slots=True)
 class ParsedTurn:
-    """A turn with its reply. `whole` is what was asked, `messages` the conversation with the reply, None without one.
+    """A turn with its reply. `whole` is the request's conversation, `messages` the same with the reply.
 
-    Without the reply the next turn's prompt is not known, so the transcript stays where it was.
+    Without a reply `messages` is None: the next turn's prompt is not known, so the transcript stays as it was.
     """
 
     turn: TurnContext
@@ -32,73 +34,88 @@ class ParsedTurn:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What was to be expected of a turn's prompt, see `gateway.sessions.cache_review`."""
+    """How a turn's prompt compares with what was expected, see `gateway.sessions.cache_review`."""
 
     estimated: int | None = None
     expected: int | None = None
     miss: str = ""
 
 
-def parse(ended: TurnContext) -> ParsedTurn:
-    """Parse what was recorded of the reply."""
-    is_turn = bool(ended.call.messages or ended.call.front)
-    whole = ended.call.whole if is_turn else []
+def parse(turn: TurnContext) -> ParsedTurn:
+    """Parse the recorded reply."""
+    is_turn = bool(turn.call.messages or turn.call.front)
+    whole = turn.call.whole if is_turn else []
     try:
-        reply = _reply(ended)
-        messages = ended.call.followed_by(reply.message) if reply.message and is_turn else None
+        reply = _reply(turn)
+        messages = None
+        if reply.message and is_turn:
+            messages = transcripts.followed(whole, reply.message, echoes=turn.call.echoes)
     except Exception:
         # An engine may send anything; one odd reply must not cost the other turns of the batch.
-        log.exception("could not read a reply of session %s", ended.match.session.id)
-        return ParsedTurn(ended, Reply(None, None, "the reply could not be read"), whole, None)
-    return ParsedTurn(ended, reply, whole, messages)
+        log.exception("could not read a reply of session %s", turn.match.session.id)
+        return ParsedTurn(turn, Reply(None, None, "the reply could not be read"), whole, None)
+    return ParsedTurn(turn, reply, whole, messages)
 
 
-def to_record(turn: ParsedTurn, review: Review) -> TurnRecord:
-    """What the store is to keep of a turn."""
-    ended, reply, session = turn.turn, turn.reply, turn.turn.match.session
-    response = _response(turn)
+def _reply(turn: TurnContext) -> Reply:
+    result = turn.result
+    if result.chunks is not None and result.outcome == "completed":
+        return turn.dialect.reply(result.chunks, streamed=result.streamed)
+    if result.chunks is not None and result.outcome == "client_gone" and result.streamed:
+        # Codex closes the connection at the last event, before the stream has ended: it has its whole reply.
+        reply = turn.dialect.reply(result.chunks, streamed=True)
+        if reply.message and not reply.error:
+            return reply
+    return Reply(None, None)
+
+
+def to_record(parsed: ParsedTurn, review: Review) -> TurnRecord:
+    """The record that the store keeps of a turn."""
+    turn, reply, session = parsed.turn, parsed.reply, parsed.turn.match.session
+    response = _stored_response(parsed)
     return TurnRecord(
         turn=Turn(
             tenant=session.tenant,
             session_id=session.id,
-            # What the engine does not serve is a client's own text, as long as it likes.
-            model=ended.call.model if ended.fingerprint or reply.message else "",
-            outcome="engine_error" if reply.error else "completed" if reply.message else ended.result.outcome,
-            status=ended.result.status,
-            started_at=ended.started_at,
-            duration_ms=ended.duration_ms,
+            # A name that the engine does not serve is a client's own text, however long.
+            model=turn.call.model if turn.fingerprint or reply.message else "",
+            outcome="engine_error" if reply.error else "completed" if reply.message else turn.result.outcome,
+            status=turn.result.status,
+            started_at=turn.started_at,
+            duration_ms=turn.duration_ms,
             usage=reply.usage,
-            detail=(ended.result.detail or reply.error)[:_MAX_DETAIL],
-            source=_recognised(ended),
-            engine=ended.engine,
+            detail=(turn.result.detail or reply.error)[:_MAX_DETAIL],
+            source=_source(turn),
+            engine=turn.engine,
             estimated_tokens=review.estimated,
             expected_tokens=review.expected,
             miss=review.miss,
         ),
         session=session,
-        fingerprint=ended.fingerprint,
-        salt=ended.salt,
-        messages=turn.messages,
-        frame=ended.call.whole_frame,
-        trace=_trace(turn),
-        normalised=" ".join(ended.normalised),
+        fingerprint=turn.fingerprint,
+        salt=turn.salt,
+        messages=parsed.messages,
+        frame=turn.call.whole_frame,
+        trace=_trace(parsed),
+        normalised=" ".join(turn.normalised),
         response=response,
-        request_input=ended.call.storage.items if ended.call.storage and response else (),
+        request_input=turn.call.storage.items if turn.call.storage and response else (),
     )
 
 
-def _recognised(ended: TurnContext) -> str:
-    """How the session was found, and what of it was put in front of the request."""
-    front, source = ended.call.front, ended.match.source
+def _source(turn: TurnContext) -> str:
+    """How the session was found, and which history was put in front of the request."""
+    front, source = turn.call.front, turn.match.source
     if front is None or not front.origin:
         return source
     doubt = ", the client may have meant otherwise" if front.unsure else ""
     return f"{source}; follows what the {front.origin} holds{doubt}"
 
 
-def _response(turn: ParsedTurn) -> StoredResponse | None:
-    """The answer to keep, where its API keeps answers and the client did not say otherwise."""
-    storage, answer, session = turn.turn.call.storage, turn.reply.answer, turn.turn.match.session
+def _stored_response(parsed: ParsedTurn) -> StoredResponse | None:
+    """The response to store, if its API stores responses and the client did not opt out."""
+    turn, answer, session = parsed.turn, parsed.reply.answer, parsed.turn.match.session
+    storage = turn.call.storage
     if storage is None or not storage.keep or answer is None or not isinstance(answer.get("id"), str):
         return None
     return StoredResponse(
@@ -106,36 +123,19 @@ def _response(turn: ParsedTurn) -> StoredResponse | None:
         id=answer["id"],
         session_id=session.id,
         lineage=session.lineage,
-        created_at=turn.turn.started_at,
+        created_at=turn.started_at,
         answer={**answer, "previous_response_id": storage.previous, "store": True},
-        instructed=turn.whole[:1] == [{"role": "system", "content": storage.instructions}],
+        instructed=parsed.whole[:1] == [instructions_message(storage.instructions)],
     )
 
 
-def _trace(turn: ParsedTurn) -> Trace:
-    match = turn.turn.match
+def _trace(parsed: ParsedTurn) -> Trace:
+    match, whole = parsed.turn.match, parsed.whole
+    request = match.request
     try:
-        return prefix_chain.trace(
-            match.seed, turn.whole, turn.reply.message, _beginning(turn), match.session.first_message_hash
-        )
+        if request is not None and request.messages != whole:  # history was put in front since
+            request = ConversationPrefix.of(Prompt(whole, request.seed, request.frame))
+        return prefix_chain.trace(match.seed, whole, parsed.reply.message, request, match.session.first_message_hash)
     except GatewayError:
-        # Who names the session need not send messages that can be told apart.
+        # With a session id from the client, messages may be such as cannot be hashed.
         return Trace(b"", b"", None)
-
-
-def _beginning(turn: ParsedTurn) -> ConversationPrefix | None:
-    """The beginning that the turn is: made anew where more was put in front than was known when its session was."""
-    request = turn.turn.match.request
-    if request is None or request.messages == turn.whole:
-        return request
-    return ConversationPrefix.of(Prompt(turn.whole, request.seed, request.frame))
-
-
-def _reply(ended: TurnContext) -> Reply:
-    if ended.result.chunks is None or ended.result.outcome not in ("completed", "client_gone"):
-        return Reply(None, None)
-    if ended.result.outcome == "completed":
-        return ended.dialect.reply(ended.result.chunks, streamed=ended.result.streamed)
-    # Codex closes the connection at the last event, before the stream has ended: it has had its answer.
-    reply = ended.dialect.reply(ended.result.chunks, streamed=True) if ended.result.streamed else Reply(None, None)
-    return reply if reply.message and not reply.error else Reply(None, None)

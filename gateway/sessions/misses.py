@@ -1,15 +1,15 @@
 """Explain cache misses: what a turn should have found in the cache, what it found, and why they differ.
 
-Expected are all whole chunks of what the turn before has computed - its prompt and its reply, but for the last token,
-which no engine computes - as far as this prompt reaches, whose own last token is always computed. A chunk is the unit
-of the cache behind the engine; the engine's own blocks divide it, so they never find less.
+Expected are all whole chunks of the previous turn - its prompt and its reply, without the last token, which no engine
+computes - up to the length of this prompt, whose own last token is always computed. A chunk is the unit of the cache
+behind the engine; it is a multiple of the engine's own blocks, so they never find less.
 
-Nothing here tells what was said: roles, places, names of fields and counts are all that a detail holds.
+Details never contain text of a conversation: only roles, positions, names of fields and counts.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import orjson
 
@@ -17,23 +17,20 @@ from gateway.dialects import text_transcripts, transcripts
 from gateway.records import Message
 
 Reason = Literal[
-    "none",  # all that was expected was found
-    "first-turn",  # nothing came before
-    "shorter-than-chunk",  # what came before fills no chunk
-    "message-changed",  # the history is another
-    "frame-changed",  # tools or template arguments are others
-    "reply-rerendered",  # the template writes a reply otherwise than it was sampled, or than it stood before
-    "other-engine",  # the turn before went to another
-    "new-salt",  # the salt, or the model's fingerprint in it, is another
+    "none",  # everything expected was found
+    "first-turn",  # there is no previous turn
+    "shorter-than-chunk",  # the previous turn fills no chunk
+    "message-changed",  # the history changed
+    "frame-changed",  # tools or template arguments changed
+    "reply-rerendered",  # the template renders a reply differently than it was sampled, or than before
+    "other-engine",  # the previous turn went to another one
+    "new-salt",  # the salt, or the model's fingerprint in it, changed
     "evicted",  # nothing else explains it
-    "unknown",  # the engine does not say what it found, or what came before is not known
+    "unknown",  # the engine does not report what it found, or the previous turn is not known
 ]
-REASONS: tuple[str, ...] = get_args(Reason)
 
 MAX_DETAIL = 200
-_NOT_IN_PROMPT = frozenset(
-    {"tool_choice", "parallel_tool_calls"}
-)  # vLLM: they steer what is sampled, not what is asked
+_NOT_IN_PROMPT = frozenset({"tool_choice", "parallel_tool_calls"})  # vLLM: they affect sampling only
 _GENEROUS, _FRONT_TOKENS = 1.5, 256
 _CAREFUL = 0.85  # of what is estimated
 _ENDING = 16  # tokens at most that a generation prompt adds to a prompt and the next one may not have
@@ -43,9 +40,9 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 
 @dataclass(frozen=True, slots=True)
 class PreviousTurn:
-    """What the turn before has left: its tokens with the reply, and what they were made from.
+    """The tokens of the previous turn, with its reply, and what they were rendered from.
 
-    `messages` has the reply at its end; it and `frame` are None where they are not known.
+    `messages` ends with the reply; it and `frame` are None if they are not known.
     """
 
     tokens: int
@@ -59,7 +56,7 @@ class PreviousTurn:
 
 @dataclass(frozen=True, slots=True)
 class TurnCacheStats:
-    """A turn as the engine counted it, and what came before; "" is an engine or salt that is not known."""
+    """A turn as the engine counted it, and the previous one; "" is an engine or salt that is not known."""
 
     prompt: int
     cached: int | None
@@ -81,13 +78,13 @@ class TurnCacheStats:
 
     @property
     def missed(self) -> bool:
-        """Whether fewer were found: only then the messages of the turn before are looked at."""
+        """Whether fewer were found: only then are the messages of the previous turn compared."""
         return self.cached is not None and self.cached < self.expected
 
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """The verdict on one turn. `str` is how a turn keeps it: the reason, and the detail behind a colon."""
+    """What one turn found, and why. `str` is how it is stored: the reason, and the detail after a colon."""
 
     expected: int
     cached: int | None
@@ -99,23 +96,23 @@ class Miss:
 
 
 def explain_miss(e: TurnCacheStats) -> Miss:
-    """Say why a turn found what it found. Pure; looks at messages only if fewer tokens were found than expected."""
-    reason, detail = _verdict(e)
+    """Explain what a turn found. Pure; compares messages only if fewer tokens were found than expected."""
+    reason, detail = _explain(e)
     return Miss(e.expected, e.cached, reason, detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}...")
 
 
-def _verdict(e: TurnCacheStats) -> tuple[Reason, str]:
+def _explain(e: TurnCacheStats) -> tuple[Reason, str]:
     if e.before is None:
         return "first-turn", ""
     if e.cached is None:
         return "unknown", "the engine does not report what it found; vLLM does with --enable-prompt-tokens-details"
     if not e.expected and not e.cached:
         return "shorter-than-chunk", f"{min(e.before.tokens, e.prompt)} tokens, a chunk has {e.chunk_size}"
-    return _of_miss(e, e.before, e.cached) if e.missed else ("none", "")
+    return _explain_missing(e, e.before, e.cached) if e.missed else ("none", "")
 
 
-def _of_miss(e: TurnCacheStats, before: PreviousTurn, cached: int) -> tuple[Reason, str]:
-    """The first of these that is so explains it: each makes all that follow it impossible to tell."""
+def _explain_missing(e: TurnCacheStats, before: PreviousTurn, cached: int) -> tuple[Reason, str]:
+    """The first reason that applies, in this order: each hides all that follow it."""
     if _differ(e.salt, before.salt):
         fingerprint = _differ(e.fingerprint, before.fingerprint)
         return "new-salt", "the model's fingerprint changed" if fingerprint else "the salt changed"
@@ -129,26 +126,26 @@ def _of_miss(e: TurnCacheStats, before: PreviousTurn, cached: int) -> tuple[Reas
         return "other-engine", "the previous turn went to another engine"
     if change is not None:
         return "message-changed", change.detail
-    return _of_same(e, before, before.messages, cached)
+    return _explain_unchanged(e, before, before.messages, cached)
 
 
 def frame_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the fields of a frame that differ and are part of a prompt, in order."""
     changed = [name for name in sorted({*before, *now}) if _written(before.get(name)) != _written(now.get(name))]
-    # vLLM can be told to leave the tools out where none may be called: --exclude-tools-when-tool-choice-none.
+    # vLLM can leave out the tools if none may be called: --exclude-tools-when-tool-choice-none.
     none = (before.get("tool_choice") == "none") != (now.get("tool_choice") == "none")
     kept = [name[:_NAME] for name in changed if name not in _NOT_IN_PROMPT]
     return kept or (["tool_choice"] if none and before.get("tools") else [])
 
 
 def _written(value: Any) -> bytes:
-    """A field as a template writes it: in the order of its keys, and nothing where it is empty."""
+    """A field as a template writes it: in the order of its keys, and nothing if it is empty."""
     return orjson.dumps(value) if value else b""
 
 
 def _front(before: PreviousTurn) -> float:
-    """Tokens, generously, up to which a prompt is made of system messages and its frame: what is found beyond them has
-    the same ones, or a template that writes them further on."""
+    """A generous estimate of the tokens of system messages and frame: if more were found, these are the same, or the
+    template writes them later."""
     messages = before.messages or ()
     system = messages[: transcripts.leading(messages)]
     frame = sum(len(_written(value)) for value in (before.frame or {}).values())
@@ -163,7 +160,7 @@ def _size(messages: Sequence[Message]) -> int:
 
 
 def shared(before: PreviousTurn, now: Sequence[Message], frame: Mapping[str, Any]) -> PreviousTurn | None:
-    """What a fork finds of the conversation that it left, carefully estimated; None if that is nothing, or unknown."""
+    """A low estimate of what a fork finds of its parent's conversation; None if that is nothing, or unknown."""
     messages = before.messages or ()
     if before.frame is None or frame_changes(before.frame, frame):
         return None
@@ -177,8 +174,10 @@ def shared(before: PreviousTurn, now: Sequence[Message], frame: Mapping[str, Any
     return replace(before, tokens=tokens, prompt=tokens, messages=part)
 
 
-def _of_same(e: TurnCacheStats, before: PreviousTurn, messages: Sequence[Message], cached: int) -> tuple[Reason, str]:
-    """The conversation goes on as it was, and yet less of it was found."""
+def _explain_unchanged(
+    e: TurnCacheStats, before: PreviousTurn, messages: Sequence[Message], cached: int
+) -> tuple[Reason, str]:
+    """The history is unchanged, and yet less of it was found."""
     shorter = e.prompt <= before.prompt if text_transcripts.kind(messages) else len(e.messages) < len(messages)
     if not shorter and cached >= _whole(min(before.prompt, e.prompt) - _ENDING, e.chunk_size):
         return "reply-rerendered", f"found up to the last reply of {before.tokens - before.prompt} tokens"
@@ -189,14 +188,14 @@ def _of_same(e: TurnCacheStats, before: PreviousTurn, messages: Sequence[Message
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Where a history differs first from what it was, and how; `system`: before any tools of its prompt."""
+    """The first difference between two histories; `system`: it precedes any tools in the prompt."""
 
     detail: str
     system: bool = False
 
 
 def first_change(before: Sequence[Message], now: Sequence[Message]) -> Change | None:
-    """Where a history differs first from what it was, and how; None where it goes on, or asks the last turn again."""
+    """The first difference between two histories; None if one continues the other, or repeats its last request."""
     if text_transcripts.kind(before) or text_transcripts.kind(now):
         change = _change_of_text(before, now)
         return Change(change) if change else None
@@ -206,14 +205,12 @@ def first_change(before: Sequence[Message], now: Sequence[Message]) -> Change | 
 
 
 def alike(one: Message, other: Message) -> bool:
-    """Whether two messages make the same tokens in a usual template: reasoning aside, to the last blank."""
-    if one == other:
-        return True
-    return transcripts.same(one, other) and _text(one) == _text(other)
+    """Whether a usual template renders two messages to the same tokens, apart from reasoning."""
+    return one == other or (transcripts.same(one, other) and _text(one) == _text(other))
 
 
 def _text(message: Message) -> str:
-    """The text of a message as it is written into a prompt; vLLM writes each part on a line of its own."""
+    """The text of a message in a prompt; vLLM writes each part on a line of its own."""
     content = message.get("content")
     if not isinstance(content, list):
         return str(content or "")
@@ -227,23 +224,23 @@ def _change_of_chat(before: Sequence[Message], now: Sequence[Message], place: in
         return f"the last {len(before) - place} of {len(before)} messages are gone"
     old, new = before[place], now[place]
     if place + 1 < len(now) and transcripts.same(old, now[place + 1]):
-        return f"{_named(place, new)} was inserted"
+        return f"{_message_name(place, new)} was inserted"
     if place + 1 < len(before) and transcripts.same(before[place + 1], new):
-        return f"{_named(place, old)} is gone"
+        return f"{_message_name(place, old)} is gone"
     if _role(old) != _role(new):
         return f"message {place}: {_role(new)} in place of {_role(old)}"
     what = "the reply was sent back differently" if old.get("role") == "assistant" else "differs"
-    return f"{_named(place, old)}: {what} ({_how(old, new)})"
+    return f"{_message_name(place, old)}: {what} ({_how(old, new)})"
 
 
 def _change_of_text(before: Sequence[Message], now: Sequence[Message]) -> str | None:
-    """The same of a conversation that is one text, or one row of token ids."""
+    """The same for a conversation that is one text, or one list of token ids."""
     had, has = text_transcripts.kind(before), text_transcripts.kind(now)
     if had != has:
         return f"{has or 'a chat'} in place of {had or 'a chat'}"
     one, other = before[0]["content"], now[0]["content"]
     place = text_transcripts.shared(one, other)
-    if place in (len(one), len(other)):  # it goes on, or its last prompt is sent again
+    if place in (len(one), len(other)):  # it is continued, or its last prompt is repeated
         return None
     return f"the text differs from character {place} on" if had == text_transcripts.TEXT else f"token {place} differs"
 
@@ -254,18 +251,14 @@ def _how(old: Message, new: Message) -> str:
             return "white space"
         return "reasoning in its text" if old.get("role") == "assistant" else "the same text in other parts"
     one, other = transcripts.canonical(old), transcripts.canonical(new)
-    fields, text, changed = _changed(one, other), one.get("content"), other.get("content")
+    fields = [str(name)[:_NAME] for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    text, changed = one.get("content"), other.get("content")
     if fields == ["content"] and isinstance(text, str) and isinstance(changed, str):
         return f"content, from character {text_transcripts.shared(text, changed)} on"
     return ", ".join(fields)
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that are not the same."""
-    return [str(name)[:_NAME] for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-
-
-def _named(place: int, message: Message) -> str:
+def _message_name(place: int, message: Message) -> str:
     return f"message {place} ({_role(message)})"
 
 

@@ -1,16 +1,16 @@
 """Record finished turns off the request path: one bounded queue, one task, one transaction per batch.
 
-A turn is put here exactly once, whether it completed, failed or was abandoned. Parsing the recorded reply happens
-here too: on the path its bytes were only kept.
+Every turn gets here exactly once, whether it completed, failed or was abandoned. Its reply is parsed here too; the
+request path only keeps the bytes.
 
-While the store cannot be written (a full disk), finished turns wait in memory and are tried again, and no new turn
-begins: what was answered is recorded, and what could not be recorded is not answered.
+While the store cannot be written (a full disk), finished turns wait in memory and are retried, and new turns are
+refused: the gateway answers only turns that it can record.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -29,20 +29,20 @@ from gateway.store.types import StoreUnavailable, TurnRecord
 log = logging.getLogger(__name__)
 
 _TURNS_PER_RECORD = 256
-# A turn that is recorded alone costs six times one of a burst (a commit, and threads that hand over to each other), and
-# the next request pays for it.
+# A turn that is recorded alone costs six times one of a burst (a commit, and switches between threads), and the next
+# request pays for it.
 _GATHER_S = 0.02
 _OTHERS_S = 1.0  # far more than an engine needs to end a stream, or another worker for `_GATHER_S` and a commit
 _POLL_S = 0.005
-_READ_AT_ONCE = 4  # replies read before streams have their turn again
+_PARSED_AT_ONCE = 4  # replies that are parsed before the event loop serves streams again
 _STOP_S = 10.0
-_TRY_AGAIN_S = 0.5  # between two attempts while the store cannot be written
-_COMPLAIN_EVERY_S = 60.0
-_NO_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
+_RETRY_S = 0.5  # between two attempts while the store cannot be written
+_LOG_EVERY_S = 60.0
+_NOT_MISSES = frozenset({"", "none", "first-turn", "shorter-than-chunk"})  # nothing could have been found
 
 
 class TurnRecorder:
-    """Takes finished turns to the store."""
+    """Records finished turns in the store. At most `max_pending` may wait for it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TurnRecorder:
         telemetry: Metrics,
         locks: TurnLocks | None,
         *,
-        room: int,
+        max_pending: int,
     ) -> None:
         self._store = store
         self._reviews = reviews
@@ -60,17 +60,17 @@ class TurnRecorder:
         self._turns = turns
         self._telemetry = telemetry
         self._locks = locks
-        self._batch = 0  # that of the turns which are over now, where there are other workers
-        self._batch_is_told = False
+        self._batch = 0  # the number of the batch that turns which end now belong to, for the other workers
+        self._batch_is_marked = False
         self._queue: asyncio.Queue[TurnContext] = asyncio.Queue()
-        self._replied: set[TurnContext] = set()  # clients have their replies, the store has not
+        self._replied: set[TurnContext] = set()  # clients have the replies, the store has not
         self._recorded = 0  # turns that have left the queue, ever
         self._finished = 0  # turns that have entered it
         self._progress = asyncio.Condition()
-        self._flush_requested = asyncio.Event()  # somebody waits for the record
-        self._capacity = room
-        self._trouble: StoreUnavailable | None = None  # why the store does not take turns just now
-        self._complained = -_COMPLAIN_EVERY_S
+        self._flush_requested = asyncio.Event()
+        self._max_pending = max_pending
+        self._trouble: StoreUnavailable | None = None  # why the store does not accept turns
+        self._logged = -_LOG_EVERY_S
         self._ending = asyncio.Event()
         self._on_recorded: Callable[[str, str], None] = lambda tenant, session_id: None
 
@@ -91,16 +91,16 @@ class TurnRecorder:
             await self._task
 
     def watch(self, on_recorded: Callable[[str, str], None]) -> None:
-        """Have `on_recorded` called with tenant and session of each turn that is recorded; it must not wait."""
+        """Call `on_recorded` with the tenant and session of each recorded turn; it must not block."""
         self._on_recorded = on_recorded
 
     def begin(self, turn: TurnContext) -> None:
-        """A turn begins. Raises `rate_limited` when too many wait for the store, `storage_full` when it takes none."""
+        """A turn begins. Raises `rate_limited` if too many wait for the store, `storage_full` if it accepts none."""
         if (trouble := self._trouble) is not None:
             full = trouble.code == "storage_full"
             hint = "free space there, or delete windows and sessions that are not needed" if full else ""
             raise GatewayError(trouble.code, f"the turn could not be recorded: {trouble.message}", hint=hint)
-        if self.unrecorded >= self._capacity:
+        if self.unrecorded >= self._max_pending:
             raise GatewayError(
                 "rate_limited",
                 f"{self.unrecorded} finished turns wait for the store",
@@ -110,30 +110,30 @@ class TurnRecorder:
 
     @property
     def trouble(self) -> str:
-        """Why turns cannot be recorded just now; empty where they can."""
+        """Why turns cannot be recorded; empty if they can."""
         return self._trouble.message if self._trouble else ""
 
     def mark_reply_sent(self, turn: TurnContext) -> None:
-        """A client gets the last event of its reply just now; the engine has still to end the stream."""
+        """A client gets the last event of its reply; the engine has yet to end the stream."""
         self._replied.add(turn)
-        self._tell_others()
+        self._mark_batch()
 
     def enqueue(self, turn: TurnContext) -> None:
         """A turn is over. Never waits, so it may be called from a cancelled request's clean-up."""
         self._finished += 1
-        self._tell_others()
+        self._mark_batch()
         self._queue.put_nowait(turn)
 
-    def _tell_others(self) -> None:
-        if self._locks and not self._batch_is_told:
+    def _mark_batch(self) -> None:
+        if self._locks and not self._batch_is_marked:
             self._locks.mark_ended(self._batch)
-            self._batch_is_told = True
+            self._batch_is_marked = True
 
     async def flush(self) -> None:
-        """Return when every turn that is over by now has been recorded: who has read a reply, finds its turn.
+        """Wait until all turns that are over by now are recorded: a client that has read a reply finds its turn.
 
-        That goes for streams that have yet to be ended, and for the turns of other workers, unless one of those does
-        not get on. While the store cannot be written nobody waits for it.
+        Streams that the engine has yet to end count, and turns of other workers; both are waited for at most 1 s. Does
+        not wait while the store cannot be written.
         """
         theirs = self._locks.ended_elsewhere() if self._locks else set()
         goal, replied = self._finished, self._replied.copy()
@@ -145,14 +145,14 @@ class TurnRecorder:
                 try:
                     async with asyncio.timeout(_OTHERS_S):
                         await self._progress.wait_for(lambda: not replied & self._replied or self._trouble is not None)
-                except TimeoutError:  # an engine that hangs: nobody waits for it again
+                except TimeoutError:  # an engine that hangs: it is not waited for again
                     self._replied -= replied
         if self._locks and theirs:
             await _recorded_elsewhere(self._locks, theirs)
 
     @property
     def unrecorded(self) -> int:
-        """Turns that are over and wait for the store."""
+        """The number of turns that are over and wait for the store."""
         return self._finished - self._recorded
 
     async def _run(self) -> None:
@@ -162,7 +162,11 @@ class TurnRecorder:
             while len(batch) < _TURNS_PER_RECORD and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closed = self._close_batch(set(batch))
-            finished = [await self._to_store(turn) async for turn in _all(batch)]
+            finished = []
+            for number, turn in enumerate(batch, 1):
+                finished.append(await self._to_record(turn))
+                if number % _PARSED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             await self._record(finished)
             self._reviews.recorded()
             for turn, one in zip(batch, finished, strict=True):
@@ -180,37 +184,36 @@ class TurnRecorder:
     def _count(self, turn: TurnContext, finished: TurnRecord) -> None:
         self._telemetry.count_turn(finished.turn, turn.dialect.name, turn.overhead_s, served=bool(turn.fingerprint))
         reason, _, _ = finished.turn.miss.partition(":")
-        if reason not in _NO_MISSES:
+        if reason not in _NOT_MISSES:
             self._telemetry.count_miss(reason)
 
     def _close_batch(self, taken: set[TurnContext]) -> int | None:
-        """End the batch that others know of, unless turns of it are still to come; return which it was."""
+        """End the batch that other workers see and return its number; None if turns of it are yet to come."""
         if not self._locks or self._queue.qsize() or self._replied - taken:
             return None
-        self._batch, self._batch_is_told, closed = self._batch + 1, False, self._batch
+        self._batch, self._batch_is_marked, closed = self._batch + 1, False, self._batch
         return closed
 
     async def _gather(self) -> None:
-        """Wait a moment for more turns, unless enough are there or somebody is waiting for one."""
+        """Wait a moment for more turns, unless there are enough or a flush is requested."""
         if self._queue.qsize() < _TURNS_PER_RECORD:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_GATHER_S):
-                    await self._flush_requested.wait()
+            timer = asyncio.get_running_loop().call_later(_GATHER_S, self._flush_requested.set)
+            await self._flush_requested.wait()
+            timer.cancel()
         self._flush_requested.clear()
 
-    async def _to_store(self, turn: TurnContext) -> TurnRecord:
-        """What the store is to keep of a turn; a large one is read and hashed beside the event loop."""
-        if not turn.heavy:
-            parsed = completed_turn.parse(turn)
-            return completed_turn.to_record(parsed, await self._review(parsed))
-        parsed = await self._offload.run(True, completed_turn.parse, turn)
-        return await self._offload.run(True, completed_turn.to_record, parsed, await self._review(parsed))
+    async def _to_record(self, turn: TurnContext) -> TurnRecord:
+        """The record of a turn; a large one is parsed and hashed in a thread."""
+        heavy = turn.heavy
+        parsed = await self._offload.run(heavy, completed_turn.parse, turn)
+        review = await self._review(parsed, heavy=heavy)
+        return await self._offload.run(heavy, completed_turn.to_record, parsed, review)
 
-    async def _review(self, turn: ParsedTurn) -> Review:
+    async def _review(self, turn: ParsedTurn, *, heavy: bool) -> Review:
         try:
-            return await self._reviews.review(turn)
+            return await self._reviews.review(turn, heavy=heavy)
         except Exception:
-            # What it came after may be taken away at any time, and no review is worth a turn.
+            # The turn before may be deleted at any time, and a turn matters more than its review.
             log.exception("could not review a turn of session %s", turn.turn.match.session.id)
             return Review()
 
@@ -219,16 +222,16 @@ class TurnRecorder:
             await self._record_when_possible(finished)
         except Exception:
             if len(finished) > 1:
-                for one in finished:  # one that cannot be recorded must not cost the others
+                for one in finished:  # one that cannot be recorded must not affect the others
                     await self._record([one])
                 return
             (one,) = finished
-            if self._may_complain():
+            if self._should_log():
                 log.exception("could not record a turn of session %s", one.turn.session_id)
             if one.messages is None and not one.response:
                 self._telemetry.count_lost_turn()
                 return
-            # Perhaps it is the transcript that cannot be kept: the turn was, all the same.
+            # Perhaps only the transcript cannot be stored.
             turn = replace(one.turn, detail="the transcript could not be kept")
             await self._record([replace(one, turn=turn, messages=None, response=None)])
 
@@ -242,15 +245,12 @@ class TurnRecorder:
             else:
                 await self._set_trouble(None)
                 return
-            await self._wait_to_try_again()
-
-    async def _wait_to_try_again(self) -> None:
-        if self._ending.is_set():
-            await asyncio.sleep(_TRY_AGAIN_S)
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_TRY_AGAIN_S):
-                await self._ending.wait()
+            if self._ending.is_set():
+                await asyncio.sleep(_RETRY_S)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_S):
+                    await self._ending.wait()
 
     async def _set_trouble(self, error: StoreUnavailable | None) -> None:
         if error is None and self._trouble is None:
@@ -263,12 +263,12 @@ class TurnRecorder:
         async with self._progress:
             self._progress.notify_all()
 
-    def _may_complain(self) -> bool:
-        """Whether the last complaint is a while ago: what one turn fails for, many may."""
+    def _should_log(self) -> bool:
+        """Whether the last error was logged a while ago: many turns may fail for one reason."""
         now = time.monotonic()
-        if now - self._complained < _COMPLAIN_EVERY_S:
+        if now - self._logged < _LOG_EVERY_S:
             return False
-        self._complained = now
+        self._logged = now
         return True
 
 
@@ -277,10 +277,3 @@ async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
         async with asyncio.timeout(_OTHERS_S):
             while turns & locks.ended_elsewhere():  # noqa: ASYNC110 - the kernel wakes no task
                 await asyncio.sleep(_POLL_S)
-
-
-async def _all(batch: Sequence[TurnContext]) -> AsyncIterator[TurnContext]:
-    for number, one in enumerate(batch, 1):
-        yield one
-        if number % _READ_AT_ONCE == 0:
-            await asyncio.sleep(0)

@@ -3,10 +3,10 @@
 The prefix chain (`prefix_chain`) finds a conversation only while every message before the last reply stays the same.
 Many clients change some of them on purpose: a system prompt tells the time, a reminder or retrieved passages are part
 of the last question and are removed from it in the next request, the oldest turns are trimmed away. So each reply is
-also recorded by what was said in it, together with digests of the history and of the question that it answers. It is
-looked for with both, with the history, and alone: each `Kind` leaves more out. What the system prompt, the tools and
-the lines of the question were is kept beside it in short (`marks`) and compared when it is found. Sub-agents are told
-apart the same way: they send the conversation of their parent, under another system prompt and with other tools.
+also recorded by its own hash, together with digests of the history and of the question that it answers. It is looked
+for with both, with the history, and alone: each `Kind` leaves more out. Digests of the system prompt, the tools and the
+lines of the question are stored with it (`marks`) and compared when it is found. They also tell sub-agents apart, which
+send the conversation of their parent under another system prompt and with other tools.
 """
 
 import re
@@ -21,7 +21,7 @@ from blake3 import blake3
 from gateway.dialects import transcripts
 from gateway.records import Alias, Message
 
-# What is left out when a reply is looked for. In order of how much the rest says:
+# What is left out when a reply is looked for, the least first:
 # system: the system prompt · question: that, and the last question · history: that, and everything before it
 Kind = Literal["system", "question", "history"]
 KINDS: tuple[Kind, ...] = ("system", "question", "history")
@@ -39,9 +39,7 @@ _TAG = re.compile(r"</?[\w-]{1,60}>")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a reply answers, in short. `history` is what stands between the system prompt and the question, b"" where
-    that is nothing.
-    """
+    """What a reply answers, as digests. `history` is all between the system prompt and the question, b"" if nothing."""
 
     start: bytes
     system: bytes
@@ -52,7 +50,7 @@ class Context:
 
     @classmethod
     def of(cls, start: bytes, messages: Sequence[Message], digests: Sequence[bytes], tools: bytes) -> "Context":
-        """The context that `messages` are, of which `digests` are the digests; `tools` is `tool_names`."""
+        """The context that consists of `messages`, with their `digests`; `tools` is what `tool_names` returns."""
         system = transcripts.leading(messages)
         asked = len(messages)
         while asked > system and messages[asked - 1].get("role") != "assistant":
@@ -60,38 +58,38 @@ class Context:
         return cls(
             start,
             _undated(messages[:system], digests[:system]),
-            _mark([_hash(tools)]) if tools else _NONE,
+            _mark([digest(tools)]) if tools else _NONE,
             _mark(digests[system:asked]),
             _mark(digests[asked:]),
             frozenset(_lines(messages[asked:])),
         )
 
-    def aliases(self, reply: Message, said: bytes) -> tuple[Alias, ...]:
-        """The names of a reply to this; `said` is its digest.
+    def aliases(self, reply: Message, reply_hash: bytes) -> tuple[Alias, ...]:
+        """The aliases of a reply to this.
 
-        A short reply is said too often to be looked for by its words alone: it has a second name, which holds the
-        system prompt and the tools too.
+        A short reply occurs too often to be looked for by its text alone: it has a second alias, which includes the
+        system prompt and the tools.
         """
         own = self.system + self.tools
         marks = own + struct.pack(f">{len(self.lines)}I", *self.lines)
-        links = [_hash(self.start + said)]
-        if not transcripts.telling(reply):
-            links.append(_hash(self.start + own + said))
-        return tuple(Alias(link, self.history, self.question, marks) for link in links)
+        alias = Alias(digest(self.start + reply_hash), self.history, self.question, marks)
+        if transcripts.is_distinctive(reply):
+            return (alias,)
+        return alias, alias._replace(link=digest(self.start + own + reply_hash))
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A reply in a request: how many messages there are with it, what it answers, and its further names."""
+    """A reply in a request: how many messages there are up to it and with it, what it answers, and its aliases."""
 
     depth: int
     context: Context
-    names: Sequence[Alias]
+    aliases: Sequence[Alias]
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What is kept beside a name."""
+    """What is stored with an alias."""
 
     system: bytes
     tools: bytes
@@ -104,32 +102,29 @@ class Marks:
         return cls(marks[:_MARK], marks[_MARK : 2 * _MARK], frozenset(line for (line,) in lines))
 
 
-def is_named(kind: Kind, names: Sequence[Alias], there: Alias) -> bool:
-    """Whether a reply recorded as `there` is one that goes by `names`, with that left out."""
-    said, alone = names[0], names[-1]
+def has_alias(kind: Kind, aliases: Sequence[Alias], there: Alias) -> bool:
+    """Whether a reply recorded as `there` has one of `aliases`, with `kind` left out."""
+    full, alone = aliases[0], aliases[-1]
     if kind == "history":
         return there.link == alone.link
     if kind == "question":
-        return there.link == (said if said.history else alone).link and there.history == said.history
-    return there[:3] == said[:3]
+        return there.link == (full if full.history else alone).link and there.history == full.history
+    return there[:3] == full[:3]
 
 
 Match = Literal["", "same", "side"]
 
 
 def compare(kind: Kind, here: Context, there: Marks) -> Match:
-    """Whether a name found at another place means the same conversation, a side conversation of it, or nothing.
+    """Whether an alias found elsewhere means the same conversation, a side conversation of it, or nothing.
 
-    Where neither the system prompt nor the tools are those of the session, it is a sub-agent that speaks.
+    If neither the system prompt nor the tools are those of the session, the request is a sub-agent's.
     """
     same_system, same_tools = here.system == there.system, here.tools == there.tools
-    if kind == "history" or (kind == "question" and not here.history):
-        if not _alike(here.lines, there.lines):
-            return ""
-        if same_system != same_tools:
-            return ""
-    # Before the first reply nothing else is left to know the conversation by.
-    if kind == "question" and not here.history and not same_system:
+    first_reply = kind == "question" and not here.history
+    if (kind == "history" or first_reply) and (same_system != same_tools or not _alike(here.lines, there.lines)):
+        return ""
+    if first_reply and not same_system:  # nothing else identifies the conversation
         return ""
     return "same" if same_system or same_tools else "side"
 
@@ -137,7 +132,7 @@ def compare(kind: Kind, here: Context, there: Marks) -> Match:
 def _alike(one: frozenset[int], other: frozenset[int]) -> bool:
     """Whether two questions share half of the lines of the shorter one: the rest was put around it, or removed.
 
-    Neither may have any, as the result of a tool that said nothing.
+    Both may be empty, as the results of a tool.
     """
     shorter = min(len(one), len(other))
     return 2 * len(one & other) >= shorter if shorter else one == other
@@ -153,8 +148,8 @@ def _tool_name(tool: Any) -> str:
     if not isinstance(tool, dict):
         return ""
     function = tool.get("function")
-    named = function if isinstance(function, dict) else tool
-    return str(named.get("name") or named.get("type"))
+    definition = function if isinstance(function, dict) else tool
+    return str(definition.get("name") or definition.get("type"))
 
 
 def _lines(messages: Sequence[Message]) -> Iterator[int]:
@@ -191,17 +186,18 @@ def _bare(line: str) -> str:
 
 
 def _undated(messages: Sequence[Message], digests: Sequence[bytes]) -> bytes:
-    """What tells a system prompt from another, be it that of another minute: its text without digits, in short."""
+    """A digest of the system prompt's text without digits, so that it is the same a minute later."""
     text = "\0".join(_texts(messages)).encode(errors="replace").translate(None, _DIGITS)
-    return _hash(text)[:_MARK] if text else _mark(digests) or _NONE
+    return digest(text)[:_MARK] if text else _mark(digests) or _NONE
 
 
 def _mark(digests: Sequence[bytes]) -> bytes:
-    """What the messages of these digests are, in short; b"" for none."""
+    """A short digest of messages; b"" for none."""
     if len(digests) > 1:
-        return _hash(b"".join(digests))[:_MARK]
+        return digest(b"".join(digests))[:_MARK]
     return digests[0][:_MARK] if digests else b""
 
 
-def _hash(data: bytes) -> bytes:
+def digest(data: bytes) -> bytes:
+    """The hash that chains and aliases are made of."""
     return blake3(data).digest(_DIGEST)

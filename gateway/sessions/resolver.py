@@ -1,193 +1,180 @@
-"""Resolve which session a request belongs to, and the salt of its KV."""
+"""Resolve which session a request belongs to."""
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from gateway.errors import GatewayError
 from gateway.records import Session, StoredResponse
-from gateway.sessions import alias_match, prefix_chain, salts
 from gateway.sessions.active_turns import ActiveTurns
-from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, PrefixMatch, Prompt
+from gateway.sessions.client_ids import ClientSessionId, subconversation_id
+from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from gateway.sessions.recorder import TurnRecorder
-from gateway.sessions.session_match import SessionMatch
+from gateway.sessions.session_match import (
+    NO_MATCH,
+    PrefixMatch,
+    SessionMatch,
+    match_reply,
+    match_session,
+    more_likely,
+    was_answered,
+)
 from gateway.sessions.turn_context import TurnContext
 from gateway.store.store import Store
 
-PREVIOUS_RESPONSE = "body previous_response_id"  # how a session that was found by a response is recognised
-ISOLATED = "isolated/"  # begins the lineage of an isolated clone; no session id has a slash, so no other does
-
-
-@dataclass(frozen=True, slots=True)
-class SaltRule:
-    """How salts are made: the secret, and whether a lineage or a whole tenant shares one."""
-
-    secret: bytes
-    per_tenant: bool
-
-    def of(self, tenant: str, lineage: str, fingerprint: str, client_salt: str = "") -> str:
-        """Return the salt of a lineage; an isolated one never shares its tenant's."""
-        shared = self.per_tenant and not lineage.startswith(ISOLATED)
-        return salts.salt(self.secret, tenant, "" if shared else lineage, fingerprint, client_salt)
+_PREVIOUS_RESPONSE = "body previous_response_id"  # the source of a session that was found by a response
 
 
 class SessionResolver:
-    """Says which session a request belongs to, by its id, the response it continues, or its own beginning."""
+    """Finds the session of a request by its id, by the response that it continues, or by its prefix."""
 
     def __init__(self, store: Store, turns: ActiveTurns, recorder: TurnRecorder, *, by_prefix: bool = True) -> None:
         self._store = store
         self._turns = turns
         self._recorder = recorder
-        self._by_beginning = by_prefix
+        self._by_prefix = by_prefix
 
     async def open(self, tenant: str, session_id: str, source: str = "") -> Session:
         """Return the session, or what it will be once its first turn is recorded.
 
-        A session that nobody has seen begins its own lineage, named after it, so that two first requests at once agree.
+        A new session begins its own lineage, named after it, so that two first requests at once agree.
         """
-        known = await self._store.session(tenant, session_id)
-        return known or Session(tenant, session_id, lineage=session_id, source=source)
+        stored = await self._store.session(tenant, session_id)
+        return stored or Session(tenant, session_id, lineage=session_id, source=source)
 
     async def resolve(self, turn: TurnContext) -> SessionMatch:
-        """Say which session a turn belongs to. A new one's first turn is not in the store until it is recorded."""
-        tenant, named, prompt = turn.tenant, turn.client_id, turn.prompt
-        seed = prompt.seed
+        """Return the session that a turn belongs to. A new one is not in the store until its first turn is recorded."""
+        tenant, client_id, prompt = turn.tenant, turn.client_id, turn.prompt
+        kind = client_id.kind if client_id else ""
         if turn.previous is not None:
-            return await self._after_response(turn.previous, named, seed)
-        if named and named.kind == "session":
-            return self._named(await self.open(tenant, named.id, named.source), named, seed)
-        if not prompt.messages:
-            new = named.id if named and named.kind == "agent" else new_id()
-            session = await self.open(tenant, new, named.source if named else "new")
-            return SessionMatch(session, session.source, seed, is_new=not session.created_at)
-        if named and named.kind == "agent":
-            session = await self._of_agent(tenant, named, prompt.head)
+            return await self._after_response(turn.previous, client_id, prompt.seed)
+        if prompt.messages and kind in ("", "key"):
+            return await self._find_by_prefix(tenant, client_id, prompt)
+        if client_id is None or kind == "key":
+            session = await self.open(tenant, new_id(), client_id.source if client_id else "new")
+        elif kind == "session" or not prompt.messages:
+            session = await self.open(tenant, client_id.id, client_id.source)
+        else:
+            session = await self._of_agent(tenant, client_id, prompt.head)
             if not session.created_at:
-                session = await self._forked(session, prompt.beginning)
-            return self._named(session, named, seed)
-        return await self._by_prefix(tenant, named, prompt)
+                session = await self._in_lineage_of_stem(session, prompt.prefix)
+        source = client_id.source if client_id else session.source
+        return SessionMatch(session, source, prompt.seed, is_new=not session.created_at)
 
-    async def _after_response(self, before: StoredResponse, named: ClientSessionId | None, seed: bytes) -> SessionMatch:
-        """The session of a response while that is its last answer and no turn follows it yet, else a fork: another
-        session in the same lineage, so that what both share is found in the cache. A session id from the client wins.
+    async def _after_response(
+        self, before: StoredResponse, client_id: ClientSessionId | None, seed: bytes
+    ) -> SessionMatch:
+        """The session of a response while that is its last and has no successor yet, else a fork: another session in
+        the same lineage, so that their common history is found in the cache. A session id from the client wins.
         """
         tenant = before.tenant
-        by_client = named if named and named.kind == "session" else None
-        given = by_client or ClientSessionId("session", before.session_id, PREVIOUS_RESPONSE)
-        if self._turns.has_turn_in_flight(tenant, given.id):
-            await self._recorder.flush()  # where the session is by now decides whether this is a fork
-        session = await self.open(tenant, given.id, given.source)
-        in_turn = self._turns.has_turn_in_flight(tenant, given.id)
-        if not session.created_at and not in_turn:  # nobody has seen it yet
-            return SessionMatch(replace(session, lineage=before.lineage), given.source, seed, is_new=True)
+        by_client = client_id if client_id and client_id.kind == "session" else None
+        target = by_client or ClientSessionId("session", before.session_id, _PREVIOUS_RESPONSE)
+        if self._turns.has_turn_in_flight(tenant, target.id):
+            await self._recorder.flush()  # whether this is a fork depends on the session's last turn
+        session = await self.open(tenant, target.id, target.source)
+        in_turn = self._turns.has_turn_in_flight(tenant, target.id)
+        if not session.created_at and not in_turn:
+            return SessionMatch(replace(session, lineage=before.lineage), target.source, seed, is_new=True)
         if by_client or (session.transcript == before.transcript and not in_turn):
-            return SessionMatch(session, given.source, seed)
-        fork = Session(
-            tenant, new_id(), lineage=before.lineage, source="fork", parent=session.id, engine=session.engine
-        )
+            return SessionMatch(session, target.source, seed)
+        fork = Session(tenant, new_id(), before.lineage, source="fork", parent=session.id, engine=session.engine)
         return SessionMatch(fork, "fork", seed, is_new=True)
 
-    @staticmethod
-    def _named(session: Session, named: ClientSessionId, seed: bytes) -> SessionMatch:
-        return SessionMatch(session, named.source, seed, is_new=not session.created_at)
+    async def _of_agent(self, tenant: str, client_id: ClientSessionId, head: bytes) -> Session:
+        """The session of an agent's id, or that of a side conversation: agents have them under the same id.
 
-    async def _of_agent(self, tenant: str, named: ClientSessionId, head: bytes) -> Session:
-        """The session of an agent's id, or one beside it: an agent holds side conversations under the same id.
-
-        What is beside it is the same client's, so it shares the lineage.
+        A side conversation is the same client's, so it shares the lineage.
         """
-        # Asked before the store: what is recorded in between, is found there.
-        elsewhere = self._turns.has_turn_elsewhere(tenant, named.id)
-        as_there = elsewhere and self._turns.first_message_elsewhere(tenant, named.id, head)
-        session = await self.open(tenant, named.id, named.source)
-        began_with = session.first_message_hash or self._turns.first_message_hash(tenant, named.id)
-        if began_with is None and (as_there or not elsewhere):
-            return await self._of_parent(replace(session, first_message_hash=head), named.parent)
+        # Checked before the store is read: a turn that is recorded in between is found there.
+        elsewhere = self._turns.has_turn_elsewhere(tenant, client_id.id)
+        same_elsewhere = elsewhere and self._turns.first_message_elsewhere(tenant, client_id.id, head)
+        session = await self.open(tenant, client_id.id, client_id.source)
+        began_with = session.first_message_hash or self._turns.first_message_hash(tenant, client_id.id)
+        if began_with is None and (same_elsewhere or not elsewhere):
+            return await self._in_lineage_of(replace(session, first_message_hash=head), client_id.parent)
         if began_with == head:
             return session
-        beside = await self.open(
-            tenant, prefix_chain.subconversation_id(named.id, head), f"{named.source}, beside {named.id}"
-        )
-        return await self._of_parent(beside, named.id)
+        side_id = subconversation_id(client_id.id, head)
+        side = await self.open(tenant, side_id, f"{client_id.source}, beside {client_id.id}")
+        return await self._in_lineage_of(side, client_id.id)
 
-    async def _of_parent(self, session: Session, parent_id: str) -> Session:
+    async def _in_lineage_of(self, session: Session, parent_id: str) -> Session:
         """A new session in the lineage of the one that it is a side conversation of."""
         if session.created_at or not parent_id:
             return session
-        parent = await self.open(session.tenant, parent_id)
-        return replace(session, lineage=parent.lineage, parent=parent.id, engine=parent.engine)
+        return _child(session, await self.open(session.tenant, parent_id))
 
-    async def _forked(self, new: Session, request: ConversationPrefix) -> Session:
+    async def _in_lineage_of_stem(self, new: Session, request: ConversationPrefix) -> Session:
         """An agent's new session, in the lineage of the conversation that it is a fork of, if it is one."""
         stem = (await self.look_up(new.tenant, request)).session
         if stem is None or stem.id == new.id:  # itself: its first turn was recorded just now
             return stem or new
-        return replace(new, lineage=stem.lineage, parent=stem.id, engine=stem.engine)
+        return _child(new, stem)
 
-    async def _by_prefix(self, tenant: str, key: ClientSessionId | None, prompt: Prompt) -> SessionMatch:
-        request = prompt.beginning
-        verdict = await self.look_up(tenant, request)
-        if verdict.session and not verdict.forks:
-            return SessionMatch(verdict.session, verdict.how, prompt.seed, request)
-        session = await self._fresh(tenant, key, verdict)
+    async def _find_by_prefix(self, tenant: str, key: ClientSessionId | None, prompt: Prompt) -> SessionMatch:
+        request = prompt.prefix
+        match = await self.look_up(tenant, request)
+        if match.session and not match.forks:
+            return SessionMatch(match.session, match.how, prompt.seed, request)
+        session = await self._new_session(tenant, key, match)
         return SessionMatch(session, session.source, prompt.seed, request, is_new=True)
 
     async def look_up(self, tenant: str, request: ConversationPrefix) -> PrefixMatch:
-        """Judge a request by what the store knows of its beginning, and by what is going on just now."""
-        if not self._by_beginning:  # who knows what others said could go on with it
-            return PrefixMatch(None)
-        verdict = await self._judge(tenant, request)
+        """Match a request by what the store knows of its prefix, and by the turns in flight."""
+        if not self._by_prefix:  # anybody who knows a conversation could continue it
+            return NO_MATCH
+        match = await self._match(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
-        asked_now = self._turns.is_asked(tenant, request.asked) or self._turns.is_in_turn(verdict.session)
-        if verdict.forks or verdict.depth < last_reply or asked_now:
-            await (
-                self._recorder.flush()
-            )  # the turn that it goes on from, or that has gone on from there, may not be recorded yet
-            verdict = await self._judge(tenant, request)
-        # Two questions at once after the same reply: one of them is a branch.
-        branches = not verdict.forks and self._turns.busy_with_other_request(verdict.session, request)
-        return replace(verdict, forks=True, how="fork") if branches else verdict
+        if match.forks or match.depth < last_reply or self._is_in_flight(tenant, request, match.session):
+            # The turn before this one, or another one after that, may not be recorded yet.
+            await self._recorder.flush()
+            match = await self._match(tenant, request)
+        # Of two questions at once after the same reply, one is a branch.
+        branches = not match.forks and self._turns.busy_with_other_request(match.session, request)
+        return replace(match, forks=True, how="fork") if branches else match
 
-    async def _judge(self, tenant: str, request: ConversationPrefix) -> PrefixMatch:
-        verdict = await self._judge_links(tenant, request, request.candidates)
-        if prefix_chain.was_answered(request, verdict):
-            # Another session may stand where this was asked: the same script, run once more, gets the same replies and
-            # asks the same.
-            standing = await self._judge_links(tenant, request, request.candidates[1:])
-            if request.replies and (standing.forks or not standing.session):
-                standing = await self._judge_changed(tenant, request, request.replies[-1] - 1)
-            verdict = prefix_chain.likelier(verdict, standing)
-        if (verdict.session and not verdict.forks) or not request.replies or verdict.depth >= request.replies[-1]:
-            return verdict
-        changed = await self._judge_changed(tenant, request, verdict.depth)
-        return changed if changed.session or not verdict.session else verdict
+    def _is_in_flight(self, tenant: str, request: ConversationPrefix, session: Session | None) -> bool:
+        same_request = self._turns.has_request_in_flight(tenant, request.request_hash)
+        return same_request or (session is not None and self._turns.has_turn_in_flight(tenant, session.id))
 
-    async def _judge_links(self, tenant: str, request: ConversationPrefix, links: Sequence[bytes]) -> PrefixMatch:
-        known, candidates = await self._store.sessions_by_prefix(tenant, links)
-        # Of sessions at the same point, one that is asking something else just now is the least likely.
-        return prefix_chain.match_session(
+    async def _match(self, tenant: str, request: ConversationPrefix) -> PrefixMatch:
+        match = await self._match_prefix(tenant, request, request.candidates)
+        if was_answered(request, match):
+            # Another session may have reached the point before this request: the same script, run once more, gets the
+            # same replies and sends the same requests.
+            continued = await self._match_prefix(tenant, request, request.candidates[1:])
+            if request.replies and (continued.forks or not continued.session):
+                continued = await self._match_replies(tenant, request, request.replies[-1] - 1)
+            match = more_likely(match, continued)
+        if (match.session and not match.forks) or not request.replies or match.depth >= request.replies[-1]:
+            return match
+        changed = await self._match_replies(tenant, request, match.depth)
+        return changed if changed.session or not match.session else match
+
+    async def _match_prefix(self, tenant: str, request: ConversationPrefix, hashes: Sequence[bytes]) -> PrefixMatch:
+        known, candidates = await self._store.sessions_by_prefix(tenant, hashes)
+        # Of sessions at the same point, one that is busy with another request is the least likely.
+        return match_session(
             request, known, sorted(candidates, key=lambda one: self._turns.busy_with_other_request(one, request))
         )
 
-    async def _judge_changed(self, tenant: str, request: ConversationPrefix, known: int) -> PrefixMatch:
-        """Judge a request of which no more than `known` messages are."""
+    async def _match_replies(self, tenant: str, request: ConversationPrefix, known: int) -> PrefixMatch:
+        """Match a request by its replies after the first `known` messages."""
         for reply in request.answered(known):
-            found = await self._store.sessions_by_reply_alias(tenant, reply.names)
-            if verdict := alias_match.judge(reply, found):
-                return verdict
-        return PrefixMatch(None)
+            sessions = await self._store.sessions_by_reply_alias(tenant, reply.aliases)
+            if match := match_reply(reply, sessions):
+                return match
+        return NO_MATCH
 
-    async def _fresh(self, tenant: str, key: ClientSessionId | None, verdict: PrefixMatch) -> Session:
-        """A session for a conversation that nobody has seen: named after the key that it brought, if that is free."""
-        if verdict.session:
-            parent = verdict.session
-            return Session(
-                tenant, new_id(), lineage=parent.lineage, source=verdict.how, parent=parent.id, engine=parent.engine
-            )
+    async def _new_session(self, tenant: str, key: ClientSessionId | None, match: PrefixMatch) -> Session:
+        """A session for a new conversation or a fork; a new one is named after the client's key, if that is free."""
+        if match.session:
+            return _child(Session(tenant, new_id(), lineage="", source=match.how), match.session)
         if key and await self._is_free(tenant, key.id):
             return Session(tenant, key.id, lineage=key.id, source=key.source)
         session_id = new_id()
-        return Session(tenant, session_id, lineage=session_id, source=key.source if key else verdict.how)
+        return Session(tenant, session_id, lineage=session_id, source=key.source if key else match.how)
 
     async def _is_free(self, tenant: str, session_id: str) -> bool:
         if self._turns.has_turn_in_flight(tenant, session_id):
@@ -195,13 +182,17 @@ class SessionResolver:
         return await self._store.session(tenant, session_id) is None
 
 
+def _child(session: Session, parent: Session) -> Session:
+    return replace(session, lineage=parent.lineage, parent=parent.id, engine=parent.engine)
+
+
 def new_id() -> str:
-    """Name a session that came without an id."""
+    """An id for a session that came without one."""
     return f"s-{secrets.token_hex(12)}"
 
 
 def session_not_found(session_id: str) -> GatewayError:
-    """The error for a session that is not there."""
+    """The error for a session that does not exist."""
     return GatewayError(
         "session_not_found",
         f"there is no session {session_id!r}",

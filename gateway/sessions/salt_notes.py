@@ -1,10 +1,10 @@
 """Register temporary salts up front, so that a crash leaves their KV to the sweeper.
 
-A turn is recorded when it is over, and what merely passes through never is. Were the gateway killed meanwhile, nobody
-would know whose KV the engine has made, and nobody would ever remove it. So such a salt is noted when the work begins:
-as loose, which the next sweep looks at when the work is over, or as another salt of a session that is there already.
-Nobody waits for a note. It is written some milliseconds later, with those of others, and no KV can have landed by then;
-a turn that is over before that is recorded about as soon, and its note is withdrawn.
+A turn is recorded when it is over, and a request that passes through never is. If the gateway were killed meanwhile,
+the KV that the engine has stored for it would never be removed. So the salt is noted when the work begins: as orphaned,
+which the next sweep checks when the work is over, or as another salt of an existing session. Requests do not wait for
+their notes. These are written some milliseconds later, many at once, before the engine can have stored any KV; a turn
+that is over before that is recorded about as soon, and its note is withdrawn.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _GATHER_S = 0.025  # a note is written when it is once to twice as old
 
 
 class SaltNotes:
-    """Takes notes of salts to the store."""
+    """Writes notes of salts to the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -40,7 +40,7 @@ class SaltNotes:
         await self._write(list(self._due))
 
     def begin(self, session: Session, salt: str) -> SaltNote | None:
-        """Note the salt of a turn that begins; return the note, None where the store has that salt already."""
+        """Note the salt of a turn that begins; return the note, None if the store has that salt already."""
         if salt == session.salt:
             return None
         note = SaltNote(salt, session.tenant, session.lineage, session.id)
@@ -48,12 +48,12 @@ class SaltNotes:
         return note
 
     def withdraw(self, note: SaltNote | None) -> None:
-        """Take back a note that is not written yet."""
+        """Drop a note that has not been written yet."""
         if note is not None:
             self._due.pop(note, None)
 
     def add(self, note: SaltNote) -> None:
-        """Note a salt. Never waits."""
+        """Note a salt. Does not block."""
         self._due[note] = None
         self._wake.set()
 
@@ -73,7 +73,7 @@ class SaltNotes:
         try:
             await self._store.note_salts(notes)
         except StoreUnavailable as error:
-            # A full disk, say. The KV is that of turns which are recorded all the same, unless we are killed first.
+            # A full disk, say. The turns are recorded all the same, unless the gateway is killed first.
             log.warning("could not note %d salts: %s", len(notes), error)
         except Exception:
             log.exception("could not note %d salts", len(notes))

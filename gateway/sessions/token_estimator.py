@@ -1,8 +1,8 @@
 """Estimate how many tokens a prompt will have, before the engine has counted them.
 
-What a session has had so far is known exactly (`Session.token_count`); only what is new is estimated: its text with the
-served model's own encoding where that can be had on this machine, else by bytes per token, and what a template puts
-around a message. Both of these are learned from the engine's own counts, and so is how wrong the estimates are.
+The tokens of a session so far are known exactly (`Session.token_count`); only new messages are estimated: their text
+with the served model's tokenizer if it is on this machine, else by bytes per token, and the tokens that a template adds
+to a message. Both are learned from the engine's own counts, and so is the error of the estimates.
 """
 
 import logging
@@ -23,15 +23,13 @@ from gateway.sessions.tokenizer import Encoding, NoEncoding, read
 
 log = logging.getLogger(__name__)
 
-QUICK_CHARS = 4 * 1024
-"""As much text as may be encoded while a client waits: some 0.1 to 0.3 ms."""
-_ENCODED_CHARS = 16 * 1024  # off the path, but on the loop that serves streams; what is longer is scaled up
+_ENCODED_CHARS = 16 * 1024  # on the loop that serves streams; the tokens of longer text are extrapolated
 _BYTES_PER_TOKEN = 4.0  # until the engine has counted
 _AROUND = 4.0
-_NEWEST = 1 / 32  # what the newest count weighs in an average, at least
+_NEWEST = 1 / 32  # the least weight of the newest count in an average
 _PLAUSIBLE_AROUND = range(-8, 65)
 _PLAUSIBLE_BYTES = range(1, 17)
-_SHORT_BYTES = 64  # less text says nothing of the bytes per token
+_SHORT_BYTES = 64  # the bytes per token cannot be learned from less text
 _ERRORS_KEPT = 512
 _MODELS = 64
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -39,14 +37,14 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A prompt: `known` tokens that the engine has counted before, and what is new."""
+    """A prompt: `known` tokens that the engine has counted before, and the new ones."""
 
     known: int
     text: int
     size: int  # bytes of the new text
     messages: int
     around: float  # tokens around each message
-    framed: bool  # tools are part of it, and whatever the template says of them
+    framed: bool  # tools are part of it, with whatever the template adds to them
 
     @property
     def new(self) -> int:
@@ -63,7 +61,7 @@ class Estimate:
 class _Model:
     """What is known of one model's tokens."""
 
-    looked: bool = False
+    looked_up: bool = False
     why: str = "its tokenizer has not been read yet"
     encoding: Encoding | None = None
     bytes_per_token: float = _BYTES_PER_TOKEN
@@ -75,7 +73,7 @@ class _Model:
 
 
 class Estimator:
-    """Estimates prompts and learns from what the engine then counts. Of this process alone."""
+    """Estimates prompts, and learns from the engine's counts. Each process has its own."""
 
     def __init__(self, *, file: Path | None = None, folders: Sequence[Path] = (), hub: Path | None = None) -> None:
         self._file = file
@@ -85,7 +83,7 @@ class Estimator:
         self._read: dict[Path, Encoding] = {}
 
     def check(self) -> None:
-        """Read the tokenizer that was given by hand, if one was. Raises StartError."""
+        """Read the tokenizer that the settings name, if they do. Raises StartError."""
         if self._file is None:
             return
         try:
@@ -95,12 +93,12 @@ class Estimator:
 
     def knows(self, model: str) -> bool:
         """Whether the model's tokenizer has been looked for."""
-        return model in self._models and self._models[model].looked
+        return model in self._models and self._models[model].looked_up
 
     def learn(self, model: str, root: str) -> None:
-        """Look for the tokenizer of a model. For a thread: a large vocabulary takes seconds."""
+        """Look for the tokenizer of a model. Call it in a thread: a large vocabulary takes seconds."""
         state = self._state(model)
-        state.looked = True
+        state.looked_up = True
         try:
             state.encoding, state.why = self._encoding(root), ""
         except NoEncoding as error:
@@ -108,38 +106,26 @@ class Estimator:
             log.info("tokens of %s are estimated by the bytes of a text: %s", model, error)
 
     def estimate_next_turn(
-        self,
-        model: str,
-        counted: int,
-        messages: Sequence[Message],
-        frame: Mapping[str, Any],
-        most: int = _ENCODED_CHARS,
+        self, model: str, counted: int, messages: Sequence[Message], frame: Mapping[str, Any]
     ) -> Estimate:
         """Estimate the prompt of a session's next turn, whose tokens up to its last reply are `counted`.
 
-        Where no reply comes before it, nothing is taken as counted: it is another conversation, or its first turn.
+        If there is no reply in it, `counted` is ignored: it is another conversation, or its first turn.
         """
         new = unseen(messages)
         if counted and len(new) < len(messages):
-            return self.estimate(model, new, {}, counted, most)
-        return self.estimate(model, messages, frame, 0, most)
+            return self.estimate(model, new, {}, counted)
+        return self.estimate(model, messages, frame)
 
-    def estimate(
-        self,
-        model: str,
-        messages: Sequence[Message],
-        frame: Mapping[str, Any],
-        known: int = 0,
-        most: int = _ENCODED_CHARS,
-    ) -> Estimate:
+    def estimate(self, model: str, messages: Sequence[Message], frame: Mapping[str, Any], known: int = 0) -> Estimate:
         """Estimate a prompt of which `known` tokens have been counted, and `messages` and `frame` have not.
 
-        At most `most` characters are encoded; the rest is taken to be alike. Media count nothing.
+        The tokens of a very long text are extrapolated from its beginning. Media count nothing.
         """
         state = self._models.get(model) or _Model()
         texts = [text for message in messages for text in _texts(message)]
         tools = [orjson.dumps(tool).decode() for tool in _list(frame.get("tools"))]
-        size, text = _counted(state, [*texts, *tools], most)
+        size, text = _count(state, [*texts, *tools])
         ids = sum(len(m["content"]) for m in messages if m.get("role") == TOKENS)
         wrapped = 0 if kind(messages) else len(messages)  # no template writes anything around a text
         return Estimate(known, text + ids, size, wrapped, state.around, bool(tools))
@@ -152,14 +138,14 @@ class Estimator:
         state.seen += 1
         state.errors.append(abs(estimate.tokens - actual) / actual)
         new = actual - estimate.known
-        if new <= 0 or not estimate.messages:  # a retry, or a history that was cut: it says nothing of what is new
+        if new <= 0 or not estimate.messages:  # a retry, or a shortened history: nothing to learn from
             return
         state.new_errors.append(abs(estimate.new - new) / new)
         if not estimate.framed:
             _learn(state, estimate, new)
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """How each model's tokens are estimated, and how wrong that was for the last prompts: |error| / tokens."""
+        """How each model's tokens are estimated, and the relative error of the last estimates."""
         return {name: _report(state) for name, state in self._models.items()}
 
     def _encoding(self, root: str) -> Encoding:
@@ -180,7 +166,7 @@ class Estimator:
 
 
 def unseen(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages behind the last reply: what a session's next turn brings."""
+    """The messages after the last reply."""
     start = len(messages)
     while start and messages[start - 1].get("role") != "assistant":
         start -= 1
@@ -188,8 +174,8 @@ def unseen(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def find(root: str, folders: Sequence[Path] = (), hub: Path | None = None) -> Path | None:
-    """The tokenizer.json of a model: a directory, perhaps below one of `folders` if the engine was started there, or
-    a repository in Hugging Face's cache on this machine."""
+    """The tokenizer.json of a model: in a directory, which may be relative to one of `folders`, or in a repository in
+    Hugging Face's cache on this machine."""
     for folder in (Path(root), *(folder / root for folder in folders)):
         if folder.is_dir():
             return _file(folder / "tokenizer.json")
@@ -202,9 +188,9 @@ def find(root: str, folders: Sequence[Path] = (), hub: Path | None = None) -> Pa
 
 
 def hub_folder(environment: Mapping[str, str]) -> Path:
-    """Where Hugging Face's libraries keep what they downloaded (huggingface_hub, "Environment variables")."""
-    if named := environment.get("HF_HUB_CACHE"):
-        return Path(named).expanduser()
+    """The download cache of Hugging Face's libraries (huggingface_hub, "Environment variables")."""
+    if cache := environment.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
     if home := environment.get("HF_HOME"):
         return Path(home).expanduser() / "hub"
     return Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
@@ -215,7 +201,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _texts(message: Message) -> Iterator[str]:
-    """What a template writes of a message. Reasoning is not: templates drop that of earlier turns."""
+    """The text that a template writes for a message, without reasoning: templates drop that of earlier turns."""
     content = message.get("content")
     if isinstance(content, str):
         yield content
@@ -229,18 +215,18 @@ def _texts(message: Message) -> Iterator[str]:
 
 
 def _list(value: Any) -> list[Any]:
-    """A list that a client sent; nothing where it sent something else, which the engine refuses."""
+    """A list that a client sent; empty if it sent anything else, which the engine refuses."""
     return value if isinstance(value, list) else []
 
 
-def _counted(state: _Model, texts: Sequence[str], most: int) -> tuple[int, int]:
+def _count(state: _Model, texts: Sequence[str]) -> tuple[int, int]:
     """Bytes and tokens of `texts`."""
     size = sum(len(text.encode(errors="replace")) for text in texts)
     if state.encoding is None:
         return size, round(size / state.bytes_per_token)
     chars = tokens = 0
     for text in texts:
-        part = text[: most - chars]
+        part = text[: _ENCODED_CHARS - chars]
         tokens += state.encoding.count(part)
         chars += len(part)
     whole = sum(map(len, texts))
@@ -248,7 +234,7 @@ def _counted(state: _Model, texts: Sequence[str], most: int) -> tuple[int, int]:
 
 
 def _learn(state: _Model, estimate: Estimate, new: int) -> None:
-    """Move the averages. One count cannot tell both apart: without an encoding only the bytes per token are learned."""
+    """Update the averages. One count cannot separate both: without a tokenizer only the bytes per token are learned."""
     weight = max(1 / (state.learned + 1), _NEWEST)
     if state.encoding is not None:
         around = (new - estimate.text) / estimate.messages

@@ -1,9 +1,9 @@
 """Build a tiktoken encoding from the served model's own tokenizer.json. Nothing is ever downloaded.
 
-Only byte-level BPE can be had so (GPT-2, Llama 3, Qwen, ...: merges over bytes). tiktoken has ranks of byte strings
+Only byte-level BPE is supported (GPT-2, Llama 3, Qwen, ...: merges over bytes). tiktoken has ranks of byte strings
 where the file has merges of pairs. The two agree on every text if a token's rank is that of the merge which completes
 it when it is encoded alone, and tokens that do not encode to themselves are left out: inside a longer text a token's
-bytes go through the same merges as alone, unless a merge crosses their border, and then they become no such token.
+bytes go through the same merges as alone, unless a merge crosses their border, and then they do not become that token.
 """
 
 import re
@@ -20,7 +20,7 @@ import tiktoken
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# The split patterns of GPT-2, Llama 3 and Qwen 2: seen to cut every text of the tests as `tokenizers` does.
+# The split patterns of GPT-2, Llama 3 and Qwen 2: the tests show that they split texts as `tokenizers` does.
 _KNOWN = frozenset({_GPT2, _WORDS + r"\p{N}{1,3}" + _OTHERS, _WORDS + r"\p{N}" + _OTHERS})
 _NORMAL_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 _BYTES = 256
@@ -32,23 +32,19 @@ class NoEncoding(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Counts tokens as the model does. `exact` is False where something in the file is only come near to."""
+    """Counts tokens as the model does. `exact` is False if something in the file could only be approximated."""
 
     exact: bool
     _core: tiktoken.Encoding
     _form: str
     _cut: re.Pattern[str] | None
 
-    def tokens(self, text: str) -> Iterator[bytes]:
-        """Yield the bytes of each token of `text`. Takes time like the text's length; some 5 MB/s."""
-        for ids in self._ids(text):
-            yield from self._core.decode_tokens_bytes(ids)
-
     def count(self, text: str) -> int:
-        """How many tokens `text` has."""
-        return sum(map(len, self._ids(text)))
+        """Count the tokens of `text`, some 5 MB/s."""
+        return sum(map(len, self.ids(text)))
 
-    def _ids(self, text: str) -> Iterator[list[int]]:
+    def ids(self, text: str) -> Iterator[list[int]]:
+        """Yield the tokens of each part of `text`."""
         normal = unicodedata.normalize(self._form, text) if self._form else text  # type: ignore[arg-type]
         pieces = self._cut.split(normal) if self._cut else (normal,)
         return (self._core.encode(piece, allowed_special="all") for piece in pieces if piece)
@@ -90,7 +86,7 @@ def _check(model: Mapping[str, Any]) -> None:
             raise NoEncoding(f"its BPE has a {name}")
 
 
-# --- how a text is cut before anything is merged
+# --- how a text is split before anything is merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +123,7 @@ def _split(steps: Sequence[Mapping[str, Any]]) -> _Split:
 
 
 def _joined(patterns: Sequence[str]) -> str:
-    """One pattern for all; tiktoken drops what a pattern leaves out, so that is cut into runs of its own."""
+    """One pattern for all; tiktoken drops text that a pattern does not match, so that becomes pieces of its own."""
     if not patterns:
         return r"[\s\S]+"
     if len(patterns) == 1 and patterns[0] in _KNOWN:
@@ -137,7 +133,7 @@ def _joined(patterns: Sequence[str]) -> str:
 
 
 def _literal(step: Mapping[str, Any]) -> str | None:
-    """The text at which a step cuts, if it is that simple."""
+    """The text at which a step splits, if it is that simple."""
     if step["type"] != "Split":
         return None
     ((kind, text),) = step["pattern"].items()
@@ -153,12 +149,12 @@ def _pattern(step: Mapping[str, Any]) -> str:
 
 
 def _is_isolating(step: Mapping[str, Any]) -> bool:
-    """Whether what is matched becomes a piece of its own and nothing is thrown away."""
+    """Whether every match becomes a piece of its own and nothing is dropped."""
     return bool(step.get("behavior", "Isolated") == "Isolated" or (step["behavior"] == "Removed" and step["invert"]))
 
 
 def _form(normalizer: Mapping[str, Any] | None) -> tuple[str, bool]:
-    """The Unicode form that a text is brought into first, and whether that is all."""
+    """The Unicode form of the normalizer, and whether it does nothing else."""
     if normalizer is None or normalizer == {"type": "Sequence", "normalizers": []}:
         return "", True
     kind = normalizer["type"]
@@ -171,7 +167,7 @@ Order = Mapping[tuple[str, str], int]
 
 
 def _ranks(model: Mapping[str, Any], added: Container[str]) -> tuple[dict[bytes, int], bool]:
-    """Ranks of all tokens that a text can become, and whether that is all there is to it."""
+    """Ranks of all tokens that a text can become, and whether they are exact."""
     byte_of = {char: byte for byte, char in enumerate(_alphabet())}
     vocab = model["vocab"]
     missing = _BYTES - len(byte_of.keys() & vocab.keys())
@@ -188,16 +184,16 @@ def _ranks(model: Mapping[str, Any], added: Container[str]) -> tuple[dict[bytes,
 
 
 def _words(tokens: Iterable[str], added: Container[str], order: Order) -> tuple[list[str], bool]:
-    """Tokens that merges do not reach, but that a whole word becomes at once where the model has `ignore_merges`.
+    """Tokens that no merges lead to, but that a whole word becomes at once if the model has `ignore_merges`.
 
-    Behind all merges they change nothing inside a longer word, but for one that merges leave in just two parts.
+    Ranked after all merges they change nothing inside a longer word, unless merges leave a token in just two parts.
     """
     left = {token: _alone(token, order)[1] for token in tokens if token not in added}
     return [token for token, parts in left.items() if parts > 2], all(parts > 2 for parts in left.values())
 
 
 def _alone(token: str, order: Order) -> tuple[int, int]:
-    """Encode a token alone: the merge that completes it (-1 where it does not become one), and the parts left of it."""
+    """Encode a token alone: the merge that completes it (-1 if none does), and how many parts are left."""
     parts, never = list(token), len(order)
     number = -1
     while len(parts) > 1:
@@ -211,7 +207,7 @@ def _alone(token: str, order: Order) -> tuple[int, int]:
 
 
 def _alphabet() -> list[str]:
-    """The character that stands for each byte: itself where it can be seen, else the next one past them all."""
+    """The character that stands for each byte: itself if it is printable, else the next one after 255."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     unseen = iter(range(_BYTES, 2 * _BYTES))
     return [chr(byte if byte in seen else next(unseen)) for byte in range(_BYTES)]

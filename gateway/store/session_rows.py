@@ -156,7 +156,7 @@ def sessions_by_reply_alias(db: sqlite3.Connection, tenant: str, aliases: Sequen
     If there are many, only some of them. Those whose last reply it is come first, then the last active ones.
     """
     full, bare = aliases[0], aliases[-1]
-    by_history = full if full.history else bare  # see `gateway.sessions.reply_aliases.is_named`
+    by_history = full if full.history else bare  # see `gateway.sessions.reply_aliases.has_alias`
     rows = db.execute(
         f"""SELECT a.link, a.history, a.question, a.marks, a.reply_hash IS s.last_reply_hash AS current,
             {JOINED_COLUMNS}

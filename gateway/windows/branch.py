@@ -13,7 +13,8 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Window
 from gateway.runtime.offload import is_heavy
 from gateway.sessions import prefix_chain
-from gateway.sessions.prefix_chain import ClientSessionId, ConversationPrefix, Prompt
+from gateway.sessions.client_ids import ClientSessionId, subconversation_id
+from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import TurnContext
 from gateway.windows.catalog import get_usable_window
@@ -82,7 +83,7 @@ async def _resolve_id(
 
 async def _agent_branch(services: Services, turn: TurnContext, match: SessionMatch, window: Window) -> SessionMatch:
     """The branch of an agent that had a session before it was sent to the window, and cannot omit that session's id."""
-    branch_id = prefix_chain.subconversation_id(match.session.id, _seed(window))
+    branch_id = subconversation_id(match.session.id, _seed(window))
     session = await services.sessions.open(turn.tenant, branch_id)
     is_new = not session.created_at
     return SessionMatch(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from uuid import uuid4
 
 from gateway.records import Manifest, Window
-from gateway.sessions.resolver import ISOLATED
+from gateway.sessions.salts import ISOLATED
 from gateway.windows.catalog import NewWindow, get_usable_window
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.freeze import Naming, window_name_taken

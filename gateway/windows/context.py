@@ -15,8 +15,9 @@ from gateway.runtime.progress import Progress, silent
 from gateway.runtime.stalls import Stalls
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.recorder import TurnRecorder
-from gateway.sessions.resolver import SaltRule, SessionResolver
+from gateway.sessions.resolver import SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
+from gateway.sessions.salts import SaltRule
 from gateway.sessions.token_estimator import Estimator
 from gateway.settings import Settings
 from gateway.store.store import Store

@@ -1,7 +1,7 @@
 """The inference API: `/v1/*`, and the same under `/s/{session_id}` and `/w/{window}`, in front of the engine.
 
-A turn of a session (`TURNS`) is read once, salted, relayed, and handed to the recorder when it is over
-(`gateway.sessions.recorder`). What else is allowed (`passthrough_routes`) passes through (`passthrough`).
+A turn of a session (`TURNS`) is read once, salted, relayed, and given to the recorder when it is over
+(`gateway.sessions.recorder`). Other allowed requests (`passthrough_routes`) pass through (`passthrough`).
 """
 
 import logging
@@ -15,10 +15,10 @@ from starlette.types import Receive, Scope, Send
 from gateway.api import auth
 from gateway.api.asgi import ClientGone, not_found, parse_object, read_body, require_json, send_answer
 from gateway.api.connection import client_of
-from gateway.api.inference import history, item_references, stored_responses
+from gateway.api.inference import history, stored_responses
 from gateway.api.inference.passthrough import Passthrough
 from gateway.api.inference.passthrough_routes import COUNT, Routes
-from gateway.api.inference.relay import FingerprintCache, Outgoing, RelayOptions, relay, request_headers, send_full
+from gateway.api.inference.relay import FingerprintCache, Outgoing, RelayOptions, relay, request_headers, send_refusal
 from gateway.api.inference.request import (
     SYSTEM_HEADER,
     TURNS,
@@ -32,7 +32,7 @@ from gateway.dialects.base import Call, Dialect
 from gateway.engines.connection import Headers
 from gateway.errors import GatewayError
 from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
-from gateway.sessions import prefix_chain
+from gateway.sessions import client_ids, prefix_chain
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.windows import branch
@@ -43,7 +43,7 @@ from gateway.windows.restore import restore_for_turn
 log = logging.getLogger(__name__)
 
 # The engine gets its own host, length and key; a compressed answer could not be read afterwards; sessions and priority
-# are between the client and us.
+# are for the gateway only.
 _DROPPED = frozenset(
     {
         b"host",
@@ -54,13 +54,13 @@ _DROPPED = frozenset(
         WINDOW_HEADER,
         b"x-vllm-priority",
         b"x-data-parallel-rank",
-        *prefix_chain.HEADERS,
+        *client_ids.HEADERS,
     }
 )
 
 
 class Inference:
-    """The ASGI application of the inference door."""
+    """The ASGI application of the inference API."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -69,11 +69,11 @@ class Inference:
         self._dropped = _DROPPED | frozenset(auth.KEY_HEADERS) if own_key else _DROPPED
         key = settings.engine_api_key
         self._stamps = FingerprintCache()
-        self._successors = Overflow(services)
+        self._overflow = Overflow(services)
         self._rules = frozenset(settings.normalise)
         self._added: Headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
         self._routes = Routes(settings.extra_paths)
-        self._passing = Passthrough(services, self._successors, self._outgoing)
+        self._passthrough = Passthrough(services, self._overflow, self._outgoing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -101,61 +101,64 @@ class Inference:
         if dialect := TURNS.get(base.path):
             await self._turn(incoming, dialect)
         elif base.path == COUNT:
-            await self._passing.count(incoming)
-        elif not route.kept:
-            await self._passing.serve(incoming, route)
-        elif kept := await stored_responses.serve(self._services, tenant, scope["method"], incoming.target):
-            await send_answer(send, 200, kept)
+            await self._passthrough.count(incoming)
+        elif not route.from_store:
+            await self._passthrough.serve(incoming, route)
+        elif answer := await stored_responses.serve(self._services, tenant, scope["method"], incoming.target):
+            await send_answer(send, 200, answer)
         else:
             raise not_found(scope["path"])
 
     async def _turn(self, incoming: InferenceRequest, dialect: Dialect) -> None:
-        """Relay a turn of a session, and hand it over when it is over, however it ended."""
+        """Serve a turn of a session."""
         services, arrived = self._services, time.monotonic()
-        if incoming.heavy:
-            turn = await services.offload.run(True, self._read_turn, incoming, dialect, arrived)
-        else:
-            turn = self._read_turn(incoming, dialect, arrived)
-        call = await item_references.resolve(services, incoming.tenant, turn.call, dialect)
-        if call is not turn.call:
-            turn.call, turn.prompt = call, self._prompt(incoming, call, turn.client_id)
-        turn.model = model = await services.engines.look_up(call.model)
-        if model and not call.model:  # the engine takes its own; a freeze will have to ask for it by name
+        turn = await services.offload.run(incoming.heavy, self._read_turn, incoming, dialect, arrived)
+        turn.model = model = await services.engines.look_up(turn.call.model)
+        if turn.call.storage is not None:
+            await self._read_stored(incoming, turn)
+        call = turn.call
+        if model and not call.model:  # the engine uses its own; a freeze has to request it by name
             call = replace(call, model=model.id)
-        call, turn.previous = await stored_responses.resume(services, incoming.tenant, call)
         turn.match = await self._match(incoming, turn)
         turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
         if turn.match.session.successor and history.leaves_history(turn.call):
-            turn.match = await self._successors.newest(turn.match)
+            turn.match = await self._overflow.newest(turn.match)
             turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
-        if followed := await self._successors.successor_turn_for(turn.match, turn.call):
+        if followed := await self._overflow.successor_turn_for(turn.match, turn.call):
             _follow(turn, followed)
-        await self._relayed(incoming, turn)
+        await self._relay_turn(incoming, turn)
+
+    async def _read_stored(self, incoming: InferenceRequest, turn: TurnContext) -> None:
+        """Read the stored items and the stored response that a turn refers to."""
+        call = await stored_responses.insert_items(self._services, incoming.tenant, turn.call, turn.dialect)
+        if call is not turn.call:
+            turn.prompt = self._prompt(incoming, call, turn.client_id)
+        turn.call, turn.previous = await stored_responses.resume(self._services, incoming.tenant, call)
 
     async def _retry_in_successor(
-        self, incoming: InferenceRequest, full: TurnContext, held: tuple[Headers, bytes]
+        self, incoming: InferenceRequest, full: TurnContext, refusal: tuple[Headers, bytes]
     ) -> None:
-        """A full session goes on in its successor; where it cannot, the client gets the engine's answer."""
+        """Continue a full session in its successor; if that is impossible, the client gets the engine's refusal."""
         arrived = time.monotonic()
         try:
-            followed = await self._successors.continue_in_successor(full.match, full.call, full.model)
+            followed = await self._overflow.continue_in_successor(full.match, full.call, full.model)
         except GatewayError as error:
             log.warning("session %s is full and cannot continue: %s", full.match.session.id, error.message)
-            await send_full(incoming.send, held, "; ".join(filter(None, (error.message, error.hint))))
+            await send_refusal(incoming.send, refusal, "; ".join(filter(None, (error.message, error.hint))))
             return
         turn = replace(full, arrived=arrived, result=RelayResult())
         _follow(turn, followed)
-        await self._relayed(incoming, turn, hold_full=False)
+        await self._relay_turn(incoming, turn, hold_refusal=False)
 
-    async def _relayed(self, incoming: InferenceRequest, turn: TurnContext, *, hold_full: bool = True) -> None:
-        """Relay a turn, and hand it over when it is over, however it ended."""
+    async def _relay_turn(self, incoming: InferenceRequest, turn: TurnContext, *, hold_refusal: bool = True) -> None:
+        """Relay a turn, and give it to the recorder when it is over, however it ended."""
         services, dialect, call = self._services, turn.dialect, turn.call
         session = turn.match.session
         await restore_for_turn(services, session)
         turn.fingerprint = turn.model.fingerprint if turn.model else ""
         turn.salt = salt = services.salts.of(session.tenant, session.lineage, turn.fingerprint, call.client_salt)
-        heavy = incoming.heavy or (call.front is not None and is_heavy(call.front.history))
-        written = await services.offload.run(True, dialect.write, call, salt) if heavy else dialect.write(call, salt)
+        heavy = turn.heavy_body or (call.front is not None and is_heavy(call.front.history))
+        written = await services.offload.run(heavy, dialect.write, call, salt)
         outgoing = self._outgoing(incoming, written, may_load=True)
         options = RelayOptions(
             dialect,
@@ -165,7 +168,7 @@ class Inference:
             self._stamps,
             (incoming.base.path, call.model),
             may_be_full=True,
-            hold_full=hold_full and services.settings.on_full == "successor",
+            hold_refusal=hold_refusal and services.settings.on_full == "successor",
             on_last=partial(services.recorder.mark_reply_sent, turn),
         )
         turn.started_at, clock = time.time(), time.monotonic()
@@ -178,15 +181,14 @@ class Inference:
         finally:
             services.salt_notes.withdraw(note)  # the record comes as soon as the note would
             turn.duration_ms, turn.engine = (time.monotonic() - clock) * 1000, route.engine
-            if incoming.heavy and turn.result.held is None:
-                # A large body takes memory until the turn is recorded, which has no need of it.
+            if turn.heavy_body and turn.result.refusal is None:
+                # A large body would take memory until the turn is recorded, and is not needed for that.
                 turn.call = replace(call, raw=b"", body={})
             services.recorder.enqueue(turn)
-        if turn.result.held is not None and options.hold_full:
-            await self._retry_in_successor(incoming, turn, turn.result.held)
+        if turn.result.refusal is not None and options.hold_refusal:
+            await self._retry_in_successor(incoming, turn, turn.result.refusal)
 
     async def _match(self, incoming: InferenceRequest, turn: TurnContext) -> SessionMatch:
-        """Say which session the turn belongs to."""
         services, window, messages = self._services, incoming.base.window, turn.prompt.messages
         if turn.previous is None and window is not None and messages:
             return await branch.resolve(services, turn, window, incoming.system_rule)
@@ -195,17 +197,17 @@ class Inference:
         return await services.sessions.resolve(turn)
 
     def _read_turn(self, incoming: InferenceRequest, dialect: Dialect, arrived: float) -> TurnContext:
-        """Parse a request and take it apart. Raises `invalid_request`, `invalid_session_id`, `too_complex`."""
+        """Parse a request. Raises `invalid_request`, `invalid_session_id`, `too_complex`."""
         settings = self._services.settings
         parsed = parse_object(incoming.body, settings.max_json_values)
         body, normalised = prompt_filters.in_body(parsed, incoming.base.path, self._rules)
-        client_id = prefix_chain.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
+        client_id = client_ids.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
         call = dialect.read(body, b"" if normalised else incoming.body)
         prompt = self._prompt(incoming, call, client_id)
         return TurnContext(incoming.tenant, dialect, call, client_id, prompt, normalised, incoming.heavy, arrived)
 
     def _prompt(
-        self, incoming: InferenceRequest, call: Call, client_id: prefix_chain.ClientSessionId | None
+        self, incoming: InferenceRequest, call: Call, client_id: client_ids.ClientSessionId | None
     ) -> prefix_chain.Prompt:
         limit = self._services.settings.max_messages
         if len(call.messages) > limit:
@@ -223,7 +225,6 @@ class Inference:
 
 
 def _follow(turn: TurnContext, followed: SuccessorTurn) -> None:
-    """Move the turn to its session's successor."""
     turn.call, turn.match, turn.ancestor = followed.call, followed.match, followed.window
     turn.dropped += followed.dropped
 
@@ -231,7 +232,7 @@ def _follow(turn: TurnContext, followed: SuccessorTurn) -> None:
 def _headers(turn: TurnContext) -> Headers:
     session, model = turn.match.session, turn.model
     headers: Headers = [
-        (prefix_chain.SESSION_HEADER, session.id.encode()),
+        (client_ids.SESSION_HEADER, session.id.encode()),
         (b"x-session-match", turn.match.header.encode()),
         (b"x-context-tokens", b"%d" % session.token_count),
     ]

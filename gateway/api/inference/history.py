@@ -15,15 +15,17 @@ from gateway.windows.context import Services
 
 
 async def prepend_session_history(services: Services, call: Call, session: Session, incoming: InferenceRequest) -> Call:
-    """The call with what its session has in front of what is new: the window's transcript, or the conversation's."""
-    if not call.messages:
+    """The call with its session's history in front of the new messages: that of a window, or of a conversation."""
+    front = call.front
+    if front is None and call.messages:
+        front = await _missing(services, call, session, incoming)
+    if front is None:
         return call
-    front = call.front or await _missing(services, call, session, incoming)
-    return await _inheriting(services, call, front, None if session.window_transcript is None else session.frame)
+    return await _with_front(services, call, front, None if session.window_transcript is None else session.frame)
 
 
 def leaves_history(call: Call) -> bool:
-    """Whether the client leaves its history to us: then a session's successor goes on, if it has one."""
+    """Whether the client leaves its history to the gateway: then a session continues in its successor, if any."""
     conversed = call.storage is not None and call.storage.conversation
     return conversed or (call.front is not None and call.front.origin == "session")
 
@@ -33,18 +35,18 @@ async def prepend_window_history(services: Services, call: Call, name: str, inco
     window = await get_usable_window(services, incoming.tenant, name)
     history = (await services.store.text(window)).messages
     front = await _lacking(services, call, history, incoming.system_rule)
-    return await _inheriting(services, call, front, window.frame)
+    return call if front is None else await _with_front(services, call, front, window.frame)
 
 
 async def _missing(services: Services, call: Call, session: Session, incoming: InferenceRequest) -> Front | None:
     if call.storage is not None and call.storage.conversation:
         if session.transcript is None:
             return None
-        history = await _held(services, session, session.transcript)
+        history = await _messages(services, session, session.transcript)
         return await _lacking(services, call, history, incoming.system_rule or "replace")
     if session.window_transcript is None:
         return None
-    window = await _held(services, session, session.window_transcript)
+    window = await _messages(services, session, session.window_transcript)
     heavy = is_heavy(window) or is_heavy(call.messages)
     whole = await services.offload.run(heavy, transcripts.is_whole, window, call.messages)
     return await _lacking(
@@ -59,34 +61,31 @@ async def _lacking(
     rule: SystemRule,
     current: Sequence[Message] | None = None,
 ) -> Front | None:
-    """See `transcripts.missing`."""
     heavy = is_heavy(history) or is_heavy(call.messages)
     return await services.offload.run(heavy, transcripts.missing, history, call.messages, rule, current)
 
 
-async def _held(services: Services, session: Session, transcript: bytes) -> list[Message]:
-    """The messages of a session's transcript. Raises `session_not_found` where it was deleted just now: what is new
-    would go to the engine without what it goes on from."""
-    held = await services.store.messages(transcript)
-    if not held:
+async def _messages(services: Services, session: Session, transcript: bytes) -> list[Message]:
+    """The messages of a session's transcript. Raises `session_not_found` if it was deleted just now, rather than send
+    the new messages without their history."""
+    messages = await services.store.messages(transcript)
+    if not messages:
         raise session_not_found(session.id)
-    return held
+    return messages
 
 
 async def _current(services: Services, session: Session) -> list[Message] | None:
-    """A thawed session's transcript, with the turn that is over just now; None where it is still the window's."""
+    """A thawed session's transcript, with the turn that has just ended; None if it is still the window's."""
     if services.turns.has_turn_in_flight(session.tenant, session.id):
         await services.recorder.flush()
         session = await services.sessions.open(session.tenant, session.id)
     if session.transcript is None or session.transcript == session.window_transcript:
         return None
-    return await _held(services, session, session.transcript)
+    return await _messages(services, session, session.transcript)
 
 
-async def _inheriting(services: Services, call: Call, front: Front | None, frame_id: bytes | None) -> Call:
-    """The call with `front`, and with what of a window's frame the client left out."""
-    if front is None:
-        return call
+async def _with_front(services: Services, call: Call, front: Front, frame_id: bytes | None) -> Call:
+    """The call with `front`, and with the fields of a window's frame that the client left out."""
     if frame_id is None:
         return replace(call, front=front)
     frame = await services.store.frame(frame_id)

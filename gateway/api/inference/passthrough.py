@@ -16,7 +16,7 @@ from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, is_clean, model_of, sanitise, with_fields, write_json
 from gateway.engines.connection import Headers
 from gateway.records import Session
-from gateway.sessions import prefix_chain
+from gateway.sessions import client_ids
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import RelayResult
 from gateway.store.types import SaltNote
@@ -27,13 +27,13 @@ _ANONYMOUS = "anonymous/"  # begins the lineage of a request without a session; 
 
 
 class Passthrough:
-    """Relays what is no turn; `outgoing` makes the engine's request of a client's and a body."""
+    """Relays requests that are not turns; `outgoing` makes the engine's request from the client's and a body."""
 
     def __init__(
-        self, services: Services, successors: Overflow, outgoing: Callable[[InferenceRequest, bytes], Outgoing]
+        self, services: Services, overflow: Overflow, outgoing: Callable[[InferenceRequest, bytes], Outgoing]
     ) -> None:
         self._services = services
-        self._successors = successors
+        self._overflow = overflow
         self._outgoing = outgoing
         self._rules = frozenset(services.settings.normalise)
 
@@ -42,42 +42,42 @@ class Passthrough:
         engines = self._services.engines
         if len(engines.members) > 1 and incoming.base.path == b"/v1/models" and incoming.scope["method"] == "GET":
             cards = write_json({"object": "list", "data": engines.cards()})
-            await send_answer(incoming.send, 200, cards, _named(incoming))
+            await send_answer(incoming.send, 200, cards, _session_header(incoming))
             return
         body, session, model = incoming.body, None, ""
-        made: SaltNote | None = None
+        note: SaltNote | None = None
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body, session, model, made = await self._sanitised(incoming, route)
+            body, session, model, note = await self._sanitised(incoming, route)
         elif len(engines.members) > 1:
             session = await self._session_of(incoming, {})
-        with self._making_kv(made) if made else nullcontext():
+        with self._making_kv(note) if note else nullcontext():
             await self._relay(incoming, body, session, model, may_load=route.salted)
 
     async def count(self, incoming: InferenceRequest) -> None:
-        """Relay the question how many tokens a turn would have: with what the engine would get in front of it."""
+        """Relay a request to count the tokens of a turn, with the history that the engine would get in front of it."""
         services = self._services
-        body, call = await services.offload.run(incoming.heavy, self._counted, incoming)
+        body, call = await services.offload.run(incoming.heavy, self._read, incoming)
         session = await self._session_of(incoming, body)
         if session and session.window_transcript is not None:
             call = await history.prepend_session_history(services, call, session, incoming)
         elif incoming.base.window is not None and call.messages:
             call = await history.prepend_window_history(services, call, incoming.base.window, incoming)
-        if session and (onward := await self._successors.successor_turn_for(SessionMatch(session, "", b""), call)):
-            call = onward.call
+        if session and (followed := await self._overflow.successor_turn_for(SessionMatch(session, "", b""), call)):
+            call = followed.call
         await self._relay(incoming, MESSAGES.question(call), session, call.model)
 
     @contextmanager
-    def _making_kv(self, made: SaltNote) -> Iterator[None]:
-        """In the block the engine makes KV that no turn's record will tell of; it may land for a while after it."""
+    def _making_kv(self, note: SaltNote) -> Iterator[None]:
+        """In the block the engine computes KV that is not recorded with a turn; it may be stored a while later."""
         services = self._services
-        services.salt_notes.add(made)
+        services.salt_notes.add(note)
         try:
-            with services.turns.under_way(made.tenant, made.lineage):
+            with services.turns.under_way(note.tenant, note.lineage):
                 yield
         finally:
-            services.salt_notes.add(made)  # as of now: what lands after a look at it is looked for again
+            services.salt_notes.add(note)  # with the time of now: KV that is stored late is searched for again
 
-    def _counted(self, incoming: InferenceRequest) -> tuple[dict[str, Any], Call]:
+    def _read(self, incoming: InferenceRequest) -> tuple[dict[str, Any], Call]:
         body, normalised = self._parsed(incoming)
         return body, MESSAGES.read(body, b"" if normalised else incoming.body)
 
@@ -90,35 +90,35 @@ class Passthrough:
     ) -> None:
         engines = self._services.engines
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
-        options = RelayOptions(error_dialect(incoming.scope), _named(incoming), limit=0)
+        options = RelayOptions(error_dialect(incoming.scope), _session_header(incoming), limit=0)
         outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
         await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, RelayResult())
 
     async def _sanitised(
         self, incoming: InferenceRequest, route: Route
     ) -> tuple[bytes, Session | None, str, SaltNote | None]:
-        """The body as the engine gets it, whose it is and for which model as far as that is of use, and its salt."""
+        """The body for the engine, its session and model if they are needed, and the note of its salt."""
         body, normalised = await self._services.offload.run(incoming.heavy, self._parsed, incoming)
         raw = incoming.body if is_clean(body) and not normalised else b""
         client_salt = sanitise(body)
-        named = model_of(body)
+        model_name = model_of(body)
         salted = route.salted
         several = len(self._services.engines.members) > 1
         session = await self._session_of(incoming, body) if salted or several else None
         if not salted:
-            return raw or write_json(body), session, named, None
-        model = await self._services.engines.look_up(named)
-        # Who names no session shares KV with nobody: nothing tells that the next request is theirs too.
+            return raw or write_json(body), session, model_name, None
+        model = await self._services.engines.look_up(model_name)
+        # Without a session no KV is shared: nothing shows that the next request is from the same client.
         lineage = session.lineage if session else f"{_ANONYMOUS}{secrets.token_hex(16)}"
         salt = self._services.salts.of(incoming.tenant, lineage, model.fingerprint if model else "", client_salt)
-        made = SaltNote(salt, incoming.tenant, lineage, session.id if session else "")
-        return with_fields(raw, body, {"cache_salt": salt}), session, named, made
+        note = SaltNote(salt, incoming.tenant, lineage, session.id if session else "")
+        return with_fields(raw, body, {"cache_salt": salt}), session, model_name, note
 
     async def _session_of(self, incoming: InferenceRequest, body: dict[str, Any]) -> Session | None:
-        given = prefix_chain.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
-        return await self._services.sessions.open(incoming.tenant, given.id) if given else None
+        client_id = client_ids.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
+        return await self._services.sessions.open(incoming.tenant, client_id.id) if client_id else None
 
 
-def _named(incoming: InferenceRequest) -> Headers:
+def _session_header(incoming: InferenceRequest) -> Headers:
     session_id = incoming.base.session_id
-    return [(prefix_chain.SESSION_HEADER, session_id.encode())] if session_id else []
+    return [(client_ids.SESSION_HEADER, session_id.encode())] if session_id else []

@@ -1,7 +1,7 @@
-"""The allow-list of engine paths that pass through. What a newer engine adds is closed until it is listed.
+"""The allow-list of engine paths that pass through. Paths that a newer engine adds are refused until they are listed.
 
-The paths are those of vLLM 0.32 (vllm/entrypoints, the routers) that serve clients. Left out are those that steer the
-engine: LoRA adapters, sleep, profiling, weights. A setting (`extra_paths`) names more.
+The paths are those of vLLM 0.32 (vllm/entrypoints, the routers) that serve clients, not those that control the engine:
+LoRA adapters, sleep, profiling, weights. The setting `extra_paths` adds more.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,19 +17,19 @@ _ANY = _GET | _POST | {"PUT", "PATCH", "DELETE"}
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which methods of a path pass. `salted`: its JSON body takes a `cache_salt`, since KV may come of it.
+    """The allowed methods of a path. `salted`: its JSON body gets a `cache_salt`, since the engine may store KV.
 
-    `needs_json`: a body of another content type is refused, as vLLM does (`validate_json_request`). A page of another
-    site can make a browser send a text, but JSON only after asking us. `kept`: the gateway answers from its own store.
+    `needs_json`: a body of another content type is refused, as vLLM does (`validate_json_request`): a page of another
+    site can make a browser send text, but JSON only after a preflight. `from_store`: the gateway answers it itself.
     """
 
     methods: frozenset[str]
     salted: bool = False
     needs_json: bool = False
-    kept: bool = False
+    from_store: bool = False
 
 
-_QUESTION = Route(_GET)
+_READING = Route(_GET)
 _RENDERING = Route(_POST, needs_json=True)  # between text and tokens, on the CPU
 _COMPUTING = Route(_POST, salted=True, needs_json=True)
 _FORM = Route(_POST)
@@ -37,11 +37,11 @@ _FORM = Route(_POST)
 TURNS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 RESPONSES = b"/v1/responses/"
 COUNT = b"/v1/messages/count_tokens"
-STATE = (b"/health", b"/ping", b"/version", b"/load")  # load generators ask before they start
+STATE = (b"/health", b"/ping", b"/version", b"/load")  # load generators request them before they start
 ROUTES: Mapping[bytes, Route] = {
     **dict.fromkeys(TURNS, _COMPUTING),
     COUNT: _RENDERING,
-    b"/v1/models": _QUESTION,
+    b"/v1/models": _READING,
     b"/v1/chat/completions/batch": _COMPUTING,
     b"/v1/embeddings": _COMPUTING,
     b"/v1/rerank": _COMPUTING,
@@ -54,13 +54,13 @@ ROUTES: Mapping[bytes, Route] = {
     b"/v1/audio/translations": _FORM,
     b"/tokenize": _RENDERING,
     b"/detokenize": _RENDERING,
-    **dict.fromkeys(STATE, _QUESTION),
+    **dict.fromkeys(STATE, _READING),
 }
-_BELOW: Mapping[bytes, Route] = {b"/v1/models/": _QUESTION, RESPONSES: Route(_ANY, kept=True)}
+_BELOW: Mapping[bytes, Route] = {b"/v1/models/": _READING, RESPONSES: Route(_ANY, from_store=True)}
 
 
 class Routes:
-    """The allow-list: what is known, and `extra` as the setting has it: "POST /v1/x", "GET /v1/y/*", "* /v1/z"."""
+    """The allow-list with `extra` from the setting: "POST /v1/x", "GET /v1/y/*", "* /v1/z"."""
 
     def __init__(self, extra: Collection[str]) -> None:
         self._exact = dict(ROUTES)
@@ -72,8 +72,8 @@ class Routes:
 
     def of(self, path: bytes) -> Route | None:
         """The route of a decoded path without a slash at its end."""
-        found = self._exact.get(path)
-        return found or next((route for start, route in self._below.items() if path.startswith(start)), None)
+        exact = self._exact.get(path)
+        return exact or next((route for start, route in self._below.items() if path.startswith(start)), None)
 
     def check(self, method: str, path: bytes) -> Route:
         """Return the route of a request. Raises `not_found`, `method_not_allowed`."""

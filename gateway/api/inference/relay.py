@@ -1,8 +1,8 @@
 """Relay the engine's response to the client chunk by chunk, and keep a copy for after the request.
 
-Nothing in here waits for anything but the engine and the client. A client that leaves, before the first byte or after
-it, closes the engine's connection, which aborts its work; where that could end the engine, only once its reply has
-begun (`Upstream.send`).
+It waits for the engine and the client only. When a client leaves, before the first byte or after it, the engine's
+connection is closed, which aborts its work; if that could crash the engine, only once its reply has begun
+(`Connection.abandon`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from gateway.engines.connection import Connection, Headers, UpstreamError, as_ga
 from gateway.engines.pool import Route
 from gateway.sessions.turn_context import RelayResult
 
-# RFC 9110, 7.6.1: these speak of one connection, not of the message. Length and encoding of the body are set anew.
+# RFC 9110, 7.6.1: these are about one connection, not the message. Length and encoding of the body are set again.
 HOP_BY_HOP = frozenset(
     {
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -27,16 +27,16 @@ HOP_BY_HOP = frozenset(
 )  # fmt: skip
 
 
-# So vLLM 0.32 begins to say that a prompt, with the reply it asks for, has no room (renderers/params.py).
+# In vLLM 0.32's error for a prompt that has no room with the requested reply (renderers/params.py).
 FULL = b"maximum context length is"
 HINT_HEADER = b"x-context-hint"
 FULL_HINT = (
     "the context is full: freeze the session and ask its window, or begin a new one; "
-    "with on_full=successor the gateway goes on by itself"
+    "with on_full=successor the gateway continues in a successor"
 )
 _HINT_BYTES = 500
-_CORS = b"access-control-"  # who may read our answers in a browser is not the engine's to say
-_REFUSAL_BYTES = 64 * 1024  # what is longer says something else
+_CORS = b"access-control-"  # the gateway decides which pages may read its answers
+_REFUSAL_BYTES = 64 * 1024  # a longer answer is not that refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class Outgoing:
     target: bytes
     headers: Headers
     body: bytes
-    may_load: bool = False  # it has a salt; what KV there is under it, the gateway knows only in part
+    may_load: bool = False  # the engine may load KV for it: it has a salt
 
 
 class FingerprintCache:
-    """What `UsageFilter` has learnt of the engines: the stamp of each, by path and model. The oldest make room."""
+    """The stamps that `UsageFilter` found, by engine, path and model. The oldest are dropped."""
 
-    ROOM = 1024  # clients choose the models' names
+    MAX = 1024  # clients choose the models' names
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, bytes, str], bytes] = {}
@@ -63,32 +63,32 @@ class FingerprintCache:
         return self._known.get((engine, *about))
 
     def learn(self, engine: str, about: tuple[bytes, str], stamp: bytes | None) -> None:
-        """Keep a stamp that a stream had, if it came as far."""
+        """Keep the stamp of a stream, if it came that far."""
         key = (engine, *about)
         if stamp is None or self._known.get(key) == stamp:
             return
         self._known[key] = stamp
-        if len(self._known) > self.ROOM:
+        if len(self._known) > self.MAX:
             del self._known[next(iter(self._known))]
 
 
 @dataclass(slots=True)
 class RelayOptions:
-    """How to answer a client, whatever the engine says."""
+    """How to answer a client."""
 
     dialect: Dialect
     extra_headers: Headers
-    limit: int  # bytes of the reply that are kept
+    limit: int  # of bytes of the reply that are kept
     hide_usage: bool = False
     stamps: FingerprintCache = field(default_factory=FingerprintCache)
     about: tuple[bytes, str] = (b"", "")  # path and model, for `stamps`
-    may_be_full: bool = False  # the prompt is a conversation's: an engine that has no room for it is told apart
-    hold_full: bool = False  # whether that answer is kept in `RelayResult.held`, and not sent
+    may_be_full: bool = False  # the prompt is a conversation: the refusal of one that is too long gets a hint
+    hold_refusal: bool = False  # that refusal is not sent, but kept in `RelayResult.refusal`
     on_last: Callable[[], None] = lambda: None  # called before a client gets the last event of a stream
 
 
 class StreamForwarder:
-    """What a client gets to see of the chunks that come from the engine, each still an HTTP chunk of its own."""
+    """Passes the engine's chunks on to a client, each as an HTTP chunk of its own."""
 
     def __init__(self, client: ClientConnection, options: RelayOptions, result: RelayResult, engine: str) -> None:
         self._client = client
@@ -97,23 +97,23 @@ class StreamForwarder:
         self.hidden: UsageFilter | None = None
         if result.streamed and options.hide_usage:
             self.hidden = UsageFilter(options.stamps.of(engine, options.about))
-        self.mid_event = False  # whether the last byte shown was in the middle of an event
+        self.mid_event = False  # the last byte sent was in the middle of an event
         self._last = options.dialect.last_event if result.streamed else ()
 
     def write(self, chunks: Sequence[bytes]) -> bool:
-        """Pass chunks on; tell whether the client keeps up."""
+        """Pass chunks on; return whether the client keeps up."""
         shown = self.filter(chunks)
         return self._client.write(_framed(shown)) if shown else True
 
     def finish(self, chunks: Sequence[bytes]) -> bytes:
-        """Pass the last chunks on with what is sent next; return the one of them that the end may go with."""
+        """Pass the last chunks on, held until the next send; return the very last one, to be sent with the end."""
         shown = self.filter(chunks)
         if len(shown) > 1:
             self._client.write(_framed(shown[:-1]), hold=True)
         return shown[-1] if shown else b""
 
     def filter(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
-        """Keep chunks, and return what may be shown of them."""
+        """Keep chunks, and return those that the client gets."""
         self._result.keep(chunks, self._options.limit)
         if chunks and chunks[-1].startswith(self._last):
             self._options.on_last()
@@ -126,7 +126,7 @@ class StreamForwarder:
 async def relay(
     route: Route, outgoing: Outgoing, client: ClientConnection, send: Send, options: RelayOptions, result: RelayResult
 ) -> None:
-    """Send `outgoing` to the engine and its answer to the client; `result` tells afterwards how it went."""
+    """Send `outgoing` to the engine and its answer to the client; `result` has the outcome afterwards."""
     try:
         with ClientWatch(client) as watch:
             connection = await route.send(
@@ -152,38 +152,38 @@ async def _forward(
 ) -> None:  # fmt: skip
     kept = [(k, v) for k, v in connection.headers if k not in HOP_BY_HOP and not k.startswith(_CORS)]
     result.status = connection.status
-    result.streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in kept)
+    result.streamed = dict(kept).get(b"content-type", b"").startswith(b"text/event-stream")
     if connection.status == 400 and options.may_be_full:
-        await _refused(connection, kept, send, options, result)
+        await _forward_refusal(connection, kept, send, options, result)
         return
     await send({"type": "http.response.start", "status": connection.status, "headers": kept + options.extra_headers})
-    pipe = StreamForwarder(client, options, result, engine)
+    forwarder = StreamForwarder(client, options, result, engine)
     try:
         last = (
-            pipe.finish(await connection.stream_to(pipe.write))
+            forwarder.finish(await connection.stream_to(forwarder.write))
             if client.is_chunked
-            else await _read(connection, pipe, send)
+            else await _read(connection, forwarder, send)
         )
     except UpstreamError as error:
         result.outcome, result.detail = "engine_cut", str(error)
         if not result.streamed:
             return  # the client sees the connection close before the promised length: that is the truth
         # Half an event may have gone out already; the error must not become its other half.
-        end = b"\n\n" if pipe.mid_event else b""
+        end = b"\n\n" if forwarder.mid_event else b""
         event = options.dialect.error_event(as_gateway_error(error), result.chunks or ())
         await send({"type": "http.response.body", "body": end + event})
         return
     result.outcome = "completed" if connection.status < 400 else "engine_error"
-    if pipe.hidden:
-        last += pipe.hidden.flush()
-        options.stamps.learn(engine, options.about, pipe.hidden.stamp)
+    if forwarder.hidden:
+        last += forwarder.hidden.flush()
+        options.stamps.learn(engine, options.about, forwarder.hidden.stamp)
     await send({"type": "http.response.body", "body": last})
 
 
-async def _refused(
+async def _forward_refusal(
     connection: Connection, kept: Headers, send: Send, options: RelayOptions, result: RelayResult
 ) -> None:
-    """Pass on a refusal as it is, but for one that says that the context is full: that is held, or gets a hint."""
+    """Pass on a refusal; one that says that the context is full gets a hint, or is held."""
     body = b""
     while (chunk := await connection.read()) and len(body) < _REFUSAL_BYTES:
         body += chunk
@@ -197,27 +197,23 @@ async def _refused(
         await send({"type": "http.response.body", "body": body})
         return
     result.detail = "the context is full"
-    result.held = [*kept, *options.extra_headers], body
-    if not options.hold_full:
-        await send_full(send, result.held, FULL_HINT)
+    result.refusal = [*kept, *options.extra_headers], body
+    if not options.hold_refusal:
+        await send_refusal(send, result.refusal, FULL_HINT)
 
 
-async def send_full(send: Send, held: tuple[Headers, bytes], hint: str) -> None:
-    """Send a held answer after all, with a hint that the engine does not give."""
-    headers, body = held
-    said = " ".join(hint.split()).encode("ascii", "replace")[:_HINT_BYTES]
-    await _send_whole(send, 400, [*headers, (HINT_HEADER, said)], body)
-
-
-async def _send_whole(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def send_refusal(send: Send, refusal: tuple[Headers, bytes], hint: str) -> None:
+    """Send the refusal of a full context, with a hint that the engine does not give."""
+    headers, body = refusal
+    value = " ".join(hint.split()).encode("ascii", "replace")[:_HINT_BYTES]
+    await send({"type": "http.response.start", "status": 400, "headers": [*headers, (HINT_HEADER, value)]})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _read(connection: Connection, pipe: StreamForwarder, send: Send) -> bytes:
-    """Pass on a body of known length; return the last of it."""
+async def _read(connection: Connection, forwarder: StreamForwarder, send: Send) -> bytes:
+    """Pass on a body of known length; return its last chunk."""
     while chunk := await connection.read():
-        (shown,) = pipe.filter((chunk,)) or (b"",)
+        (shown,) = forwarder.filter((chunk,)) or (b"",)
         if connection.exhausted:
             return shown
         await send({"type": "http.response.body", "body": shown, "more_body": True})
@@ -230,8 +226,8 @@ def _framed(chunks: Sequence[bytes]) -> bytes:
 
 def request_headers(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:
     """The client's headers without those of the connection, those it names there, and `dropped`."""
-    named: set[bytes] = set()
+    hop_by_hop: set[bytes] = set()
     for name, value in headers:
         if name == b"connection":
-            named.update(part.strip().lower() for part in value.split(b","))
-    return [(k, v) for k, v in headers if k not in HOP_BY_HOP and k not in dropped and k not in named]
+            hop_by_hop.update(part.strip().lower() for part in value.split(b","))
+    return [(k, v) for k, v in headers if k not in HOP_BY_HOP and k not in dropped and k not in hop_by_hop]

@@ -20,6 +20,7 @@ from gateway.validation.shown import shown
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
+_SYSTEM_RULES: dict[bytes, SystemRule] = {b"": "", b"keep": "keep", b"replace": "replace"}
 _CHAT = ChatDialect()
 MESSAGES = MessagesDialect()
 TURNS: dict[bytes, Dialect] = {
@@ -28,13 +29,13 @@ TURNS: dict[bytes, Dialect] = {
     b"/v1/responses": ResponsesDialect(),
     b"/v1/messages": MESSAGES,
 }
-# What vLLM has beside `/v1` and clients ask for: no KV comes of it.
+# What clients request of vLLM outside `/v1`: it stores no KV.
 TOKENIZER_PATHS = (b"/tokenize", b"/detokenize", *STATE)
 
 
 @dataclass(frozen=True, slots=True)
 class RouteTarget:
-    """What the base URL says: the engine's path, and the session or the window that all under it belongs to.
+    """What the base URL says: the engine's path, and the session or the window of all requests under it.
 
     `known` is the path as the engine routes it: decoded, and without a slash at its end.
     """
@@ -47,7 +48,7 @@ class RouteTarget:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A request as it came: from whom, for which session, and how to answer it."""
+    """A request as it came, and how to answer it."""
 
     scope: Scope
     receive: Receive
@@ -58,7 +59,7 @@ class InferenceRequest:
 
     @property
     def heavy(self) -> bool:
-        """Whether its body takes so long to parse that it is done beside the event loop."""
+        """Whether its body takes so long to parse that it is done in a thread."""
         return len(self.body) > HEAVY_BYTES
 
     @property
@@ -73,19 +74,15 @@ class InferenceRequest:
 
     @property
     def system_rule(self) -> SystemRule:
-        """What X-Window-System says of a window's system prompt and the client's. Raises `invalid_request`."""
+        """Which system prompt X-Window-System chooses, the window's or the client's. Raises `invalid_request`."""
         sent = (self.header(SYSTEM_HEADER) or b"").strip().lower()
-        if sent == b"keep":
-            return "keep"
-        if sent == b"replace":
-            return "replace"
-        if sent:
+        if sent not in _SYSTEM_RULES:
             raise GatewayError("invalid_request", f"X-Window-System is {shown(sent, 50)}", hint="use keep or replace")
-        return ""
+        return _SYSTEM_RULES[sent]
 
 
 def read_target(scope: Scope) -> RouteTarget:
-    """Read the base URL, and what a header says in its place."""
+    """Read the base URL, and the header that may name a window instead."""
     raw: bytes = scope["raw_path"]
     session_id = window = None
     if raw.startswith((b"/s/", b"/w/")):
@@ -96,7 +93,7 @@ def read_target(scope: Scope) -> RouteTarget:
         else:
             window = check_window_name(name, "window name in the URL")
         raw = b"/" + rest
-    # The engine routes by the decoded path: however a client spells it, a completion must not get past its salt.
+    # The engine routes by the decoded path: however a client writes it, no completion may avoid its salt.
     path = unquote(raw.decode("latin-1")).encode()
     if not (path.startswith(b"/v1/") or path in TOKENIZER_PATHS) or b".." in path.split(b"/"):
         raise not_found(scope["path"])
@@ -110,7 +107,7 @@ def read_target(scope: Scope) -> RouteTarget:
 
 
 def error_dialect(scope: Scope) -> Dialect:
-    """The dialect whose errors the client of a path can read, whatever else is wrong with the request."""
+    """The dialect in which the client of a path reads errors."""
     path: str = scope["path"]
     if path.startswith(("/s/", "/w/")):
         path = "/" + path.split("/", 3)[-1]

@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from gateway.dialects import transcripts
 from gateway.dialects.base import Call, Reply
 from gateway.dialects.completions import CompletionsDialect
 from gateway.errors import GatewayError
@@ -127,7 +128,8 @@ def test_a_history_is_prepended_to_the_prompt(sent: Any) -> None:
         "prompt": "king. He", "max_tokens": 3, "echo": True, "suffix": None, "n": 2, "logprobs": 1,
         "add_special_tokens": False, "cache_salt": SALT,
     }  # fmt: skip
-    assert made.followed_by({"role": "text", "content": "king. He was"}) == text("king. He was")
+    reply = {"role": "text", "content": "king. He was"}
+    assert transcripts.followed(made.whole, reply, echoes=made.echoes) == text("king. He was")
 
 
 def test_ids_cannot_be_put_behind_a_reply_that_is_known_as_text_only() -> None:

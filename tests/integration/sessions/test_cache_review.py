@@ -163,7 +163,7 @@ async def test_a_turn_is_not_compared_with_a_concurrent_one(tmp_path: Path) -> N
         turn = TurnContext("t", ChatDialect(), call, None, Prompt(call.messages, b""), (), False, 0.0, fingerprint="f")
         turn.match, turn.salt, turn.started_at = SessionMatch(known, "", b""), "salt", started_at
         turn.duration_ms, turn.result = (ended_at - started_at) * 1000, RelayResult("completed", 200)
-        return ParsedTurn(turn, Reply(REPLY, Usage(1100, 5, 0)), call.whole, call.followed_by(REPLY))
+        return ParsedTurn(turn, Reply(REPLY, Usage(1100, 5, 0)), call.whole, [*call.whole, REPLY])
 
     first = Turn("t", "s", "demo", "completed", 200, 1.0, 1000.0, Usage(1000, 5, 0))
     new = Session("t", "s", lineage="s")

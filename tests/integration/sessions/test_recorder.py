@@ -29,7 +29,7 @@ class Desk:
         self.store = store
         self.telemetry = Metrics()
         reviews = CacheReviewer(store, Estimator(), lambda: 64)
-        self.turns = TurnRecorder(store, ActiveTurns(store), reviews, self.telemetry, None, room=_ROOM)
+        self.turns = TurnRecorder(store, ActiveTurns(store), reviews, self.telemetry, None, max_pending=_ROOM)
 
     def finish(self, session_id: str) -> None:
         """Begin and end a turn of a session."""

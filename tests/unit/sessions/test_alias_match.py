@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.records import Alias, AliasMatch, Session
-from gateway.sessions import alias_match, prefix_chain, reply_aliases
+from gateway.sessions import prefix_chain, reply_aliases, session_match
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from tests.integration.sessions.test_changing_clients import Message, assistant, system, tools, user
 
@@ -20,10 +20,10 @@ def known(
     return [AliasMatch(Session("t", lineage, lineage), alias, current=True) for alias in trace.aliases]
 
 
-def judged(messages: list[Message], found: list[AliasMatch], names: Sequence[str] = ()) -> prefix_chain.PrefixMatch:
+def judged(messages: list[Message], found: list[AliasMatch], names: Sequence[str] = ()) -> session_match.PrefixMatch:
     request = ConversationPrefix.of(Prompt(messages, b"", {"tools": tools(*names)}))
-    verdicts = (alias_match.judge(reply, found) for reply in request.answered())
-    return next((verdict for verdict in verdicts if verdict), prefix_chain.STRANGER)
+    verdicts = (session_match.match_reply(reply, found) for reply in request.answered())
+    return next((verdict for verdict in verdicts if verdict), session_match.NO_MATCH)
 
 
 REPLY = assistant("this is what was said in reply to it")
