@@ -83,7 +83,7 @@ def main() -> None:
     """Compare, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="a checkout of the tree to compare with")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30, help="at least 2 (default 30)")
     options = parser.parse_args()
     other = options.other.resolve()
     spent: dict[tuple[str, str], list[float]] = {}

@@ -123,6 +123,8 @@ async def _dialects(url: str, model: str) -> Collection[str]:
     bodies = {RESPONSES: {"input": "x", "max_output_tokens": 1}, MESSAGES: {"messages": [_HELLO], "max_tokens": 1}}
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         answers = {path: await http.post(path, json={"model": model, **body}) for path, body in bodies.items()}
+        for answer in answers.values():  # lists leave out a session all of whose turns failed
+            await http.delete(f"/admin/sessions/{answer.headers['x-session-id']}")
     return [path for path, answer in answers.items() if answer.status_code == 200]
 
 
