@@ -185,7 +185,7 @@ def _with_front(call: Call) -> dict[str, Any]:
 
 
 def _error_in(event: Mapping[str, Any]) -> str:
-    if event.get("type") == "error" or "error" in event:
+    if event.get("type") == "error" or event.get("error") is not None:
         return str(event.get("message") or event.get("error"))
     answer = event.get("response")
     if event.get("type") == "response.failed" and isinstance(answer, dict):

@@ -33,8 +33,8 @@ class StreamReader(ABC):
         for event in self.parse(events):
             if event is None:
                 self.error = "the stream holds an event that is not a JSON object"
-            elif "error" in event:
-                self.error = str(event["error"])
+            elif (error := event.get("error")) is not None:
+                self.error = str(error)
             else:
                 self.add(event)
         if not self.error and not self.complete:

@@ -141,6 +141,11 @@ def test_an_error_event_in_a_stream_gives_no_reply() -> None:
     assert "EngineCore died" in reply.error
 
 
+def test_a_null_error_in_an_event_is_no_error() -> None:
+    reply = streamed(event({"choices": [{"index": 0, "delta": {"content": "x"}}], "error": None}), finish("stop"), DONE)
+    assert (reply.error, reply.message) == ("", {"role": "assistant", "content": "x"})
+
+
 @pytest.mark.parametrize("events", [WEATHER, PARALLEL, stream_of(["a", "b"], USAGE)])
 def test_a_cut_stream_gives_no_reply(events: list[bytes]) -> None:
     stream = b"".join(events)
