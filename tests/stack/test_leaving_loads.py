@@ -23,8 +23,8 @@ from tests.stack.driver import Gateway, chat, until
 pytestmark = pytest.mark.stack
 
 _TOKENS = 7000  # of the window, so that its load takes a while
-_LEAVES, _CLIENTS = 5, 5  # times that so many clients go at once while the engine loads
-_KILLS, _CUT = 8, 2  # times that the gateway is killed, and turns that it has then
+_LEAVES, _CLIENTS = 10, 5  # times that so many clients go at once while the engine loads
+_KILLS, _CUT = 20, 2  # times that the gateway is killed, and turns that it has then
 _SEEN_WITHIN_S = 3.0
 _TRIES = 3  # for each time: not every load is seen before it is over
 _LOADING = re.compile(r"^vllm:num_requests_kv_fetch_by_stage\{[^}]*stage=\"in_progress\"[^}]*\} (\S+)$", re.MULTILINE)

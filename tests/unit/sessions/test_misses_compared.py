@@ -23,7 +23,7 @@ from gateway.stack import demo_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TURNS = 600
+TURNS = 2_000
 CHUNK = 32
 PROSE = "the cache holds what was read before and a prefix that is shared costs nothing twice look at this\n"
 WORDS = re.findall(r"\S+|\n", PROSE)
