@@ -8,7 +8,7 @@ import difflib
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -318,16 +318,31 @@ def load(
         if name.startswith(PREFIX) and name not in CLIENT_VARIABLES
     }
     table = _read(file) if file else {}
-    origins = (
-        dict.fromkeys(table, str(file))
-        | {name: f"environment variable {PREFIX}{name.upper()}" for name in variables}
-        | {name: f"option --{name.replace('_', '-')}" for name in options}
-    )
-    sources = tuple(InitSettingsSource(Settings, values) for values in (options, variables, table))
+    in_file = dict.fromkeys(table, str(file))
+    in_environment = {name: f"environment variable {PREFIX}{name.upper()}" for name in variables}
+    on_command_line = {name: f"option --{name.replace('_', '-')}" for name in options}
     try:
-        return Settings(_build_sources=(sources, {}))  # type: ignore[call-arg] # mypy sees the fields only
+        settings = _build(options, variables, table)
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(e, origins) for e in error.errors())) from error
+        origins = in_file | in_environment | on_command_line
+        raise SettingsError(_explain(error.errors(), origins)) from error
+    _check_overridden({name: value for name, value in variables.items() if name in options}, in_environment)
+    _check_overridden({name: value for name, value in table.items() if name in {*variables, *options}}, in_file)
+    return settings
+
+
+def _build(*values: dict[str, Any]) -> Settings:
+    sources = tuple(InitSettingsSource(Settings, some) for some in values)
+    return Settings(_build_sources=(sources, {}))  # type: ignore[call-arg] # mypy sees the fields only
+
+
+def _check_overridden(values: dict[str, Any], origins: Mapping[str, str]) -> None:
+    """Refuse a wrong value that another source overrides: it would stop the start once the other is gone."""
+    try:
+        _build(values)
+    except ValidationError as error:
+        if wrong := [e for e in error.errors() if e["loc"]]:  # the rest is about several settings at once
+            raise SettingsError(_explain(wrong, origins)) from error
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -339,7 +354,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file} is not TOML: {error}") from error
 
 
-def _explain(error: ErrorDetails, origins: Mapping[str, str]) -> str:
+def _explain(errors: Iterable[ErrorDetails], origins: Mapping[str, str]) -> str:
+    return "; ".join(_explain_one(error, origins) for error in errors)
+
+
+def _explain_one(error: ErrorDetails, origins: Mapping[str, str]) -> str:
     if not error["loc"]:  # about several settings
         return str(error["ctx"]["error"])
     name = str(error["loc"][0])

@@ -31,7 +31,7 @@ class Admin:
 
     def __init__(self, url: str, api_key: str, timeout_s: float = 600) -> None:
         self.url = url
-        if not url.startswith(("http://", "https://")):
+        if not url.lower().startswith(("http://", "https://")):
             raise AdminError(f"CWG_URL {url!r} must start with http:// or https://")
         if not api_key.isascii() or not api_key.isprintable():
             raise AdminError("CWG_API_KEY has characters that a header cannot carry")

@@ -29,20 +29,24 @@ class ObjectKey:
     salt: str
 
     def __str__(self) -> str:
-        """The key in Redis; also how the gateway's store spells it."""
-        return f"{self.model}@{self.rank:08x}@{self.group:x}@{self.chunk_hash}@{self.salt}"
+        """The key in Redis; also how the gateway's store spells it. One without a salt ends with the hash."""
+        name = f"{self.model}@{self.rank:08x}@{self.group:x}@{self.chunk_hash}"
+        return f"{name}@{self.salt}" if self.salt else name
 
     @classmethod
     def parse(cls, text: str) -> "ObjectKey":
         """Parse what `str` wrote."""
-        model, rank, group, chunk_hash, salt = text.rsplit("@", 4)
+        *start, rank, group, chunk_hash, salt = text.rsplit("@", 4)
+        if len(chunk_hash) != _HASH_CHARS:  # no salt: what looks like one is the hash
+            *start, rank, group, chunk_hash, salt = *text.rsplit("@", 3), ""
+        (model,) = start
         return cls(model, int(rank, 16), int(group, 16), chunk_hash, salt)
 
     @property
     def file_name(self) -> str:
         """The name in LMCache's disk tier."""
-        model = self.model.replace("/", "-SEP-")
-        return f"{model}@0x{self.rank:08x}@{self.group:x}@{self.chunk_hash}@{self.salt}{DISK_SUFFIX}"
+        name = f"{self.model.replace('/', '-SEP-')}@0x{self.rank:08x}@{self.group:x}@{self.chunk_hash}"
+        return f"{name}@{self.salt}{DISK_SUFFIX}" if self.salt else f"{name}{DISK_SUFFIX}"
 
     @classmethod
     def parse_file_name(cls, name: str) -> "ObjectKey | None":

@@ -58,7 +58,7 @@ class SessionResolver:
             session = await self._of_agent(tenant, client_id, prompt.head)
             if not session.created_at:
                 session = await self._in_lineage_of_stem(session, prompt.prefix)
-        source = client_id.source if client_id else session.source
+        source = client_id.source if client_id and (prompt.messages or kind == "session") else session.source
         return SessionMatch(session, source, prompt.seed, is_new=not session.created_at)
 
     async def _after_response(

@@ -51,7 +51,7 @@ def test_w04_windows_are_found_by_tags_sorted_and_paged_and_a_wrong_word_is_refu
 def test_w09_a_session_that_is_not_there_is_refused_with_a_hint_and_nothing_is_made(shared: Gateway) -> None:
     refused = mcp_refused(shared, "window_freeze", session_id="nobody-made-it", window_name="of-nobody")
     assert (refused["code"], refused["retryable"]) == ("session_not_found", False)
-    assert "sessions" in refused["hint"]
+    assert "session_list" in refused["hint"]
     sessions = mcp(shared, "session_list", limit=100)["sessions"]
     assert "nobody-made-it" not in [session["id"] for session in sessions]
     assert mcp_refused(shared, "window_status", session_id="nobody-made-it")["code"] == "session_not_found"

@@ -153,6 +153,19 @@ def test_each_mistake_is_named_with_its_source_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_a_wrong_value_that_is_overridden_stops_the_start(tmp_path: Path) -> None:
+    file = toml(tmp_path, "port = 1.5\nhost = '0.0.0.0'")
+    with pytest.raises(SettingsError, match=r"gateway\.toml: port must be a valid integer, not 1\.5"):
+        load(file=file, environment={"CWG_PORT": "1"}, overrides={"host": "localhost"})
+    with pytest.raises(SettingsError, match=r"^environment variable CWG_PORT: port must be a valid integer, not 'x'$"):
+        load(environment={"CWG_PORT": "x"}, overrides={"port": 5})
+
+
+def test_a_host_that_needs_a_key_may_be_overridden(tmp_path: Path) -> None:
+    file = toml(tmp_path, "host = '0.0.0.0'")
+    assert load(file=file, environment={"CWG_HOST": "localhost"}).host == "localhost"
+
+
 @pytest.mark.parametrize("line", ["api_key = 53137", "engine_api_key = [53137]", "kv_redis_url = 'redis://:53137@'"])
 def test_a_secret_is_not_repeated(tmp_path: Path, line: str) -> None:
     with pytest.raises(SettingsError, match=line.partition(" ")[0]) as refused:

@@ -1,5 +1,6 @@
 """The admin API's operations and its table of routes. `gateway.api.endpoint` serves them."""
 
+import asyncio
 from dataclasses import asdict
 
 from starlette.responses import Response
@@ -19,6 +20,7 @@ from gateway.api.admin import (
 from gateway.api.admin.models import requests, responses, status
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation
+from gateway.api.schemas import Json
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import WindowQuery
 from gateway.windows import catalog, clone, delete, freeze, thaw
@@ -88,20 +90,23 @@ async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Wi
     return responses.Windows(windows=lines, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
-@operation("GET", "/admin/windows/{name}")
-async def window_status(call: Call, query: requests.StatusQuery) -> responses.WindowStatus:
+@operation("GET", "/admin/windows/{name}", answer=responses.WindowStatus)
+async def window_status(call: Call, query: requests.StatusQuery) -> Json:
     """Describe a window, and where its bytes are now."""
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     pinned = await call.services.store.sizes(window)
     keys = dict.fromkeys(key for sizes in pinned.values() for key in sizes)
     present, warnings = await call.services.pins.present([*keys])
     fields = serializers.window_status_fields(window, call.now, pinned, present)
-    if query.include_blocks:
-        fields["blocks"] = serializers.blocks(await call.services.store.pinned(window), present)
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         fields["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
-    return responses.WindowStatus(**fields, warnings=warnings)
+    answer = responses.WindowStatus(**fields, warnings=warnings).model_dump(exclude_unset=True)
+    if query.include_blocks:  # tens of thousands: plain objects, made in a thread
+        answer["blocks"] = await asyncio.to_thread(
+            serializers.blocks, await call.services.store.pinned(window), present
+        )
+    return answer
 
 
 @operation("DELETE", "/admin/windows/{name}")

@@ -71,9 +71,21 @@ def test_key_has_one_name_in_redis_and_one_on_disk() -> None:
 
 @pytest.mark.parametrize("model", ["plain", "org/model", "/a/b/c", "with space", "a@b", "x-SEP-y", "日本"])
 @pytest.mark.parametrize(("rank", "group"), [(0, 0), (0x01000100, 0), (0xFFFFFFFF, 31)])
-def test_parse_reads_what_str_writes(model: str, rank: int, group: int) -> None:
-    one = ObjectKey(model, rank, group, "cd" * 32, "salt")
+@pytest.mark.parametrize("salt", ["salt", "", "ab" * 32])
+def test_parse_reads_what_str_writes(model: str, rank: int, group: int, salt: str) -> None:
+    one = ObjectKey(model, rank, group, "cd" * 32, salt)
     assert ObjectKey.parse(str(one)) == one
+
+
+@pytest.mark.parametrize("salt", ["salt", ""])
+def test_file_name_reads_back_with_and_without_salt(salt: str) -> None:
+    one = ObjectKey("org/some-model", 0x01000100, 0, "cd" * 32, salt)
+    assert ObjectKey.parse_file_name(one.file_name) == one
+
+
+@pytest.mark.parametrize("name", ["", "m", "m@0@0", "m@0@0@ab@salt", f"{'cd' * 32}@salt", f"0@0@{'cd' * 32}"])
+def test_what_is_no_key_is_not_parsed(name: str) -> None:
+    assert ObjectKey.parse_or_none(name) is None
 
 
 def test_object_keys_are_in_chunk_order_ranks_together() -> None:
@@ -91,7 +103,8 @@ def test_object_keys_are_in_chunk_order_ranks_together() -> None:
 @pytest.mark.skipif(find_spec("lmcache") is None, reason="LMCache is not installed")
 def test_keys_match_lmcache() -> None:
     chunks: list[tuple[list[int], int]] = [(TOKENS, 256), (TOKENS, 16), ([2**32 - 1] * 9, 4), ([0] * 16, 16), ([1], 16)]
-    keys = [ObjectKey(m, r, 0, "ef" * 32, "5a17") for m in ("org/some-model", "/a/b", "plain") for r in ranks(2)]
+    models, salts = ("org/some-model", "/a/b", "plain"), ("5a17", "")
+    keys = [ObjectKey(m, r, 0, "ef" * 32, salt) for m in models for r in ranks(2) for salt in salts]
     asked = {
         "chunks": chunks,
         "keys": [(k.model, k.rank, k.group, k.chunk_hash, k.salt) for k in keys],
