@@ -164,7 +164,7 @@ class Settings(BaseSettings):
     engine_timeout_s: Seconds = setting(600.0, "seconds the engine may be silent, before its first byte or between two")
     abort_grace_s: SecondsOrNone = setting(
         10.0,
-        "seconds that an engine which an abort may crash has to begin its reply after a disconnect; 0: none",
+        "seconds to wait for the first output after a disconnect, on an engine that an abort might crash; 0: none",
     )
     client_timeout_s: Seconds = setting(
         30.0, "seconds a client may take for its headers, between two parts of a body, and to read some of its response"
@@ -266,7 +266,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _require_key_beyond_loopback(self) -> "Settings":
         if self.host not in LOOPBACK and not self.api_key:
-            raise ValueError(f"host {self.host!r} is beyond loopback: set api_key (CWG_API_KEY) first")
+            raise ValueError(f"host {self.host!r} is reachable from other machines: set api_key (CWG_API_KEY)")
         return self
 
     @property

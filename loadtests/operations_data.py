@@ -14,7 +14,7 @@ from gateway.records import Manifest, PinnedObject, Window
 from gateway.settings import Settings
 from gateway.store.types import Text
 from gateway.windows.context import Services
-from gateway.windows.materialize import with_receipt
+from gateway.windows.ensure_stored import with_receipt
 
 TENANT = "default"
 LARGE = "large"

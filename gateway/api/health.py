@@ -16,7 +16,7 @@ from gateway.errors import GatewayError
 from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierUnavailable
-from gateway.runtime.stalls import is_ours
+from gateway.runtime.stalls import caused_by_own_stall
 from gateway.store.failures import RESCUE, find_damage
 from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
 from gateway.windows.context import Services
@@ -185,7 +185,7 @@ class Health:
                 await self._test(member)
             for model in member.engine.served:
                 if not self._services.estimator.knows(model.id):
-                    await asyncio.to_thread(self._services.estimator.learn, model.id, model.root)
+                    await asyncio.to_thread(self._services.estimator.load_tokenizer, model.id, model.root)
 
     async def _engine(self) -> tuple[str, str]:
         engines = self._services.engines
@@ -208,7 +208,7 @@ class Health:
             return "degraded", "no cache is configured"
         began = time.monotonic()
         healthy = await cache.healthy()
-        if not healthy and is_ours(self._services.stalls.lost_since, began):
+        if not healthy and caused_by_own_stall(self._services.stalls.lost_since, began):
             healthy = await cache.healthy()
         return ("healthy", "answers") if healthy else ("unhealthy", "LMCache does not answer")
 

@@ -13,9 +13,9 @@ from typing import Literal
 from gateway.engines.client import HttpEngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.base import Restored, Tier, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, Tier, TierUnavailable
 from gateway.windows.context import Services
-from gateway.windows.materialize import Plan, plan
+from gateway.windows.ensure_stored import Plan, plan
 
 Status = Literal["ok", "warning", "failed"]
 _ENGINE = "engine"
@@ -181,7 +181,7 @@ class _SelfTest:
         if len(pinned) < len(keys):
             message = f"{len(pinned)} of {len(keys)} objects could be pinned"
             self._add(name, "failed", message, "give LMCache's storage more room")
-        elif all(state is Restored.RELINKED for state in states):
+        elif all(state is ObjectState.RELINKED for state in states):
             self._add(name, "ok", f"{len(pinned)} objects survived the removal of their originals")
         else:
             message = f"after the removal of the originals: {', '.join(state.value for state in states)}"

@@ -17,7 +17,7 @@ from gateway.api.client_connections import Connections, detect_dead_peer
 from gateway.api.connection import EXTENSION
 from gateway.errors import StartError
 from gateway.runtime import open_files
-from gateway.runtime.stalls import LostSince, is_ours
+from gateway.runtime.stalls import LostSince, caused_by_own_stall
 from gateway.settings import Settings
 
 _BACKLOG = 2048
@@ -228,7 +228,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unsent = self.loop.call_later(self.head_timeout_s, self._check_progress, pending, since)
 
     def _check_progress(self, before: int, since: float) -> None:
-        if self.transport.get_write_buffer_size() < before or is_ours(self.lost_since, since):
+        if self.transport.get_write_buffer_size() < before or caused_by_own_stall(self.lost_since, since):
             self._expect_progress()
         else:
             self.transport.abort()

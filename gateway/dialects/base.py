@@ -113,7 +113,7 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def write(self, call: Call, salt: str) -> bytes:
+    def write_with_salt(self, call: Call, salt: str) -> bytes:
         """Return the body for the engine: the client's, with `call.front`, the salt, and with usage requested.
 
         Raises `invalid_request` where the front cannot be expressed in this dialect.

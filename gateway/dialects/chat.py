@@ -48,7 +48,7 @@ class ChatDialect(Dialect):
             client_salt=client_salt,
         )
 
-    def write(self, call: Call, salt: str) -> bytes:
+    def write_with_salt(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
         body, raw = call.body, call.raw
         if call.front is not None:

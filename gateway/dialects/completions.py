@@ -30,12 +30,12 @@ class CompletionsDialect(ChatDialect):
             echoes=_echoes(body) is True,
         )
 
-    def write(self, call: Call, salt: str) -> bytes:
+    def write_with_salt(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
         if call.front is not None:
             body = {**call.body, **call.front.frame, "prompt": _prompt(call.whole)}
             call = replace(call, body=body, raw=b"", front=None)
-        return super().write(call, salt)
+        return super().write_with_salt(call, salt)
 
     def _read_answer(self, answer: dict[str, Any]) -> Reply:
         text = _TextStream()

@@ -64,7 +64,7 @@ class MessagesDialect(Dialect):
             client_salt=client_salt,
         )
 
-    def write(self, call: Call, salt: str) -> bytes:
+    def write_with_salt(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
         return with_fields(call.raw if call.front is None else b"", _whole(call), {"cache_salt": salt})
 

@@ -61,7 +61,7 @@ class ResponsesDialect(Dialect):
             storage=storage,
         )
 
-    def write(self, call: Call, salt: str) -> bytes:
+    def write_with_salt(self, call: Call, salt: str) -> bytes:
         """See `Dialect.write`."""
         body, raw = (call.body, call.raw) if call.front is None else (_with_front(call), b"")
         store = {} if "store" in body else {"store": False}

@@ -20,7 +20,7 @@ from gateway.engines.connection import UNREACHABLE_HINT
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 from gateway.runtime.open_files import OutOfFiles
-from gateway.runtime.stalls import LostSince, is_ours, never_lost
+from gateway.runtime.stalls import LostSince, caused_by_own_stall, never_lost
 
 _MODELS_EVERY_S = 1.0
 _UNSTORED: Mapping[str, Any] = {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
@@ -310,7 +310,9 @@ class HttpEngineClient(EngineClient):
                 return await self._with_grace(request, grace_s)
             return await request
         except httpx.TimeoutException as error:
-            if retry and quick and is_ours(self._lost_since, began):  # such a request costs an engine nothing
+            if (
+                retry and quick and caused_by_own_stall(self._lost_since, began)
+            ):  # such a request costs an engine nothing
                 return await self._ask(method, path, json, quick=quick, retry=False)
             code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
             raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from gateway.engines.connection import Connection, Headers, UpstreamError
 from gateway.runtime.open_files import OutOfFiles
-from gateway.runtime.stalls import LostSince, is_ours, never_lost
+from gateway.runtime.stalls import LostSince, caused_by_own_stall, never_lost
 
 _MAX_IDLE = 256
 
@@ -103,7 +103,7 @@ class Upstream:
         try:
             return await self._open()
         except TimeoutError as error:
-            if retry and is_ours(self._lost_since, began):
+            if retry and caused_by_own_stall(self._lost_since, began):
                 return await self._connect(retry=False)
             raise self._unreachable(f"no connection within {self._connect_timeout_s:g} s") from error
         except OSError as error:

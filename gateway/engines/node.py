@@ -12,7 +12,7 @@ from gateway.engines.breaker import LIMIT, CircuitBreaker
 from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
 from gateway.errors import GatewayError
-from gateway.runtime.stalls import LostSince, is_ours, never_lost
+from gateway.runtime.stalls import LostSince, caused_by_own_stall, never_lost
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class EngineNode:
         try:
             await self.engine.check()
         except GatewayError as error:
-            if error.code == "rate_limited" or is_ours(self._lost_since, clock):
+            if error.code == "rate_limited" or caused_by_own_stall(self._lost_since, clock):
                 self._probe_soon.set()
             else:
                 self._slow_to_fail = time.monotonic() - clock > _SLOW_S

@@ -245,7 +245,7 @@ class Route:
             return connection
         raise failed or UpstreamError("engine_unreachable", self._engines.trouble(), began=False)
 
-    def release(self, connection: Connection) -> None:
+    def release_or_abort(self, connection: Connection) -> None:
         if self._member is None:
             return
         if connection.broken:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.base import Restored, Tier, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, Tier, TierFull, TierUnavailable
 from gateway.records import PinnedObject, Sizes
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Pins:
         )
         return {tier: {o.key: o for o in objects} for tier, objects in pinned.items()}, warnings
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[str, Restored]], list[str]]:
+    async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[str, ObjectState]], list[str]]:
         """Restore what LMCache lost, checking every byte; return the states by tier and key."""
         by_tier = {tier.name: [o for o in objects if o.tier == tier.name] for tier in self.tiers}
         states, warnings = await self.each(lambda tier: tier.restore(by_tier[tier.name]))

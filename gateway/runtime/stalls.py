@@ -19,7 +19,7 @@ _NOTABLE_SHARE = 0.1
 _KEPT = 256
 
 
-def is_ours(lost_since: LostSince, began: float) -> bool:
+def caused_by_own_stall(lost_since: LostSince, began: float) -> bool:
     """Whether a timeout of something that began then is our own fault: we did not run for much of the time."""
     return lost_since(began) > _NOTABLE_SHARE * (time.monotonic() - began)
 

@@ -54,7 +54,7 @@ class ActiveTurns:
             self._locks.release(_lock_keys(match))
 
     @contextmanager
-    def under_way(self, tenant: str, lineage: str) -> Iterator[None]:
+    def protect_lineage(self, tenant: str, lineage: str) -> Iterator[None]:
         """In the block KV is made under a salt of the lineage, though not by a turn of a session: none is swept."""
         key: LockKey = ("lineage", tenant, lineage)
         if self._locks is not None:

@@ -99,11 +99,11 @@ class TurnRecorder:
         if (trouble := self._trouble) is not None:
             full = trouble.code == "storage_full"
             hint = "free space there, or delete windows and sessions that are not needed" if full else ""
-            raise GatewayError(trouble.code, f"the turn could not be recorded: {trouble.message}", hint=hint)
+            raise GatewayError(trouble.code, f"no new turns: they could not be recorded: {trouble.message}", hint=hint)
         if self.unrecorded >= self._max_pending:
             raise GatewayError(
                 "rate_limited",
-                f"{self.unrecorded} finished turns wait for the store",
+                f"too many finished turns ({self.unrecorded}) wait for the store",
                 hint="try again in a moment; turn_queue sets the maximum",
             )
         self._turns.begin(turn.match)

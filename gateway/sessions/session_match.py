@@ -102,7 +102,7 @@ def was_answered(request: ConversationPrefix, match: PrefixMatch) -> bool:
 
 
 def more_likely(repeated: PrefixMatch, continued: PrefixMatch) -> PrefixMatch:
-    """Choose between the match of a request that was answered before, and the match without that.
+    """Choose between a request repeated after its answer, and the next turn of another session.
 
     An old request is repeated soon, so it is the session that was active last. A fork, from a session that has
     continued since, comes after both.

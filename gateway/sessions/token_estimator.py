@@ -95,7 +95,7 @@ class Estimator:
         """Whether the model's tokenizer has been looked for."""
         return model in self._models and self._models[model].looked_up
 
-    def learn(self, model: str, root: str) -> None:
+    def load_tokenizer(self, model: str, root: str) -> None:
         """Look for the tokenizer of a model. Call it in a thread: a large vocabulary takes seconds."""
         state = self._state(model)
         state.looked_up = True

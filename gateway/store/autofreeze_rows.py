@@ -7,7 +7,7 @@ from collections.abc import Collection
 from gateway.records import AUTO_TAG, Session
 from gateway.store.session_rows import JOINED_COLUMNS
 from gateway.store.sql import get_meta, set_meta
-from gateway.store.types import Unfrozen
+from gateway.store.types import FreezeCandidate
 
 _UNFROZEN = f"""SELECT coalesce(f.covered_tokens, 0), coalesce(f.not_before, 0), coalesce(f.failures, 0),
     {JOINED_COLUMNS}
@@ -15,7 +15,9 @@ _UNFROZEN = f"""SELECT coalesce(f.covered_tokens, 0), coalesce(f.not_before, 0),
 _RULES = "auto_freeze"  # in `meta`
 
 
-def unfrozen(db: sqlite3.Connection, since: float, before: tuple[float, str, str] | None, limit: int) -> list[Unfrozen]:
+def unfrozen(
+    db: sqlite3.Connection, since: float, before: tuple[float, str, str] | None, limit: int
+) -> list[FreezeCandidate]:
     """Return sessions active since `since` that have had a turn since they were last frozen, last active first.
 
     `before` is where the previous page ended: when its last session was active, its tenant and its id.
@@ -26,13 +28,13 @@ def unfrozen(db: sqlite3.Connection, since: float, before: tuple[float, str, str
         ORDER BY s.last_active_at DESC, s.tenant DESC, s.id DESC LIMIT ?""",
         (since, *(before or ()), limit),
     )
-    return [Unfrozen(Session(*row[3:]), *row[:3]) for row in rows]
+    return [FreezeCandidate(Session(*row[3:]), *row[:3]) for row in rows]
 
 
-def unfrozen_sessions(db: sqlite3.Connection, keys: Collection[tuple[str, str]]) -> list[Unfrozen]:
+def unfrozen_sessions(db: sqlite3.Connection, keys: Collection[tuple[str, str]]) -> list[FreezeCandidate]:
     """Return the sessions that exist of these tenants and ids, whatever their state."""
     rows = (db.execute(f"{_UNFROZEN} WHERE s.tenant = ? AND s.id = ?", key).fetchone() for key in keys)
-    return [Unfrozen(Session(*row[3:]), *row[:3]) for row in rows if row]
+    return [FreezeCandidate(Session(*row[3:]), *row[:3]) for row in rows if row]
 
 
 def claim_freeze(
@@ -79,7 +81,7 @@ def report_freeze(db: sqlite3.Connection, session: Session, *, window: str | Non
     )
 
 
-def uncover(db: sqlite3.Connection, session: Session) -> None:
+def lower_covered_tokens(db: sqlite3.Connection, session: Session) -> None:
     """Record that a session has shrunk: windows cover at most what it has now."""
     db.execute(
         """UPDATE auto_freezes SET covered_tokens = ?1

@@ -125,7 +125,7 @@ class Store(Database):
     unfrozen_sessions = read(autofreeze_rows.unfrozen_sessions)
     claim_freeze = write(autofreeze_rows.claim_freeze)
     report_freeze = write(autofreeze_rows.report_freeze)
-    uncover = write(autofreeze_rows.uncover)
+    lower_covered_tokens = write(autofreeze_rows.lower_covered_tokens)
     auto_windows = read(autofreeze_rows.auto_windows)
     auto_freeze = read(autofreeze_rows.auto_freeze)
     set_auto_freeze = write(autofreeze_rows.set_auto_freeze)

@@ -36,7 +36,7 @@ class WindowQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class Unfrozen:
+class FreezeCandidate:
     """A session, and the state of its automatic freezes.
 
     `covered_tokens`: see `policies.contract.Observation`. It is not frozen before `not_before`, because of a cool-down

@@ -19,7 +19,7 @@ from gateway.windows.restore import Receipt, restore_and_load
 
 MAX_QUESTION = 10_000  # characters
 MAX_TOKENS = 4096  # of an answer
-USUAL_TOKENS = 512
+DEFAULT_TOKENS = 512
 _NO_RESULT = "No result: the conversation was frozen before there was one."
 
 
@@ -73,7 +73,7 @@ def _max_tokens(window: Window, model: Model, max_tokens: int | None) -> int:
             details={"field": "max_tokens"},
         )
     # At most half of what is left: the question needs some of it too.
-    return max_tokens or min(USUAL_TOKENS, max(left // 2, 1))
+    return max_tokens or min(DEFAULT_TOKENS, max(left // 2, 1))
 
 
 async def conversation(services: Services, window: Window) -> Text:

@@ -27,7 +27,7 @@ from gateway.sessions.resolver import session_not_found
 from gateway.store.types import Text
 from gateway.windows.catalog import NewWindow
 from gateway.windows.context import OperationContext, Services, instrumented
-from gateway.windows.materialize import NO_CACHE, Plan, ensure_stored, pin, plan, with_receipt
+from gateway.windows.ensure_stored import NO_CACHE, Plan, ensure_stored, pin, plan, with_receipt
 from gateway.windows.next_turn import next_turn_ids
 
 log = logging.getLogger(__name__)

@@ -94,7 +94,7 @@ class Overflow:
                 if existing is not None:
                     return existing
             if session is None or session.transcript is None:
-                raise _cannot("even its first turn does not fit", "send less of it")
+                raise _cannot("its first turn is already too long for the context", "shorten the request")
             if model is None or not model.context_limit:
                 raise _cannot("the engine does not say how much fits", "see max_model_len of GET /v1/models")
             successor = await self._begin_successor(session, call, model)
@@ -138,7 +138,7 @@ class Overflow:
         recorded = transcripts.common(rest, history)  # what the client has changed since is in no window
         starts = [i for i, message in enumerate(rest[: recorded + 1]) if i and message.get("role") == "user"]
         if not starts:
-            raise _cannot("it does not begin with a whole turn of the session", "send less, or the history as it was")
+            raise _cannot("the request begins with no turn of the session", "send less, or the history as it was")
         reply = _reply_tokens(call)
         limit = min(int(model.context_limit * _KEPT), model.context_limit - reply - 1)
         engine = self._services.engines.for_lineage(session.lineage, session.engine)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
-from gateway.kv.tiers.base import Restored
+from gateway.kv.tiers.base import ObjectState
 from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.store.types import WindowQuery
 from gateway.windows.context import OperationContext, Services
 
 log = logging.getLogger(__name__)
 
-States = Mapping[str, Mapping[str, Restored]]
+States = Mapping[str, Mapping[str, ObjectState]]
 """The state of each object, by tier and key."""
 
 
@@ -34,7 +34,7 @@ class Receipt:
     warnings: tuple[str, ...] = ()
 
 
-async def restore(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
+async def check_and_restore(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
     """Put back what was evicted from the tiers, checking every byte; the receipt says what is lost.
 
     Raises `window_not_found` if the window has been deleted since it was read.
@@ -53,7 +53,7 @@ async def restore_and_load(ctx: OperationContext, window: Window, manifest: Mani
 
     Raises what `restore` raises.
     """
-    receipt = await restore(ctx, window, manifest)
+    receipt = await check_and_restore(ctx, window, manifest)
     if not receipt.chunks_found or ctx.services.cache is None:
         return receipt
     try:
@@ -94,22 +94,22 @@ def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -
     """The receipt of what was restored, and the objects that were damaged in some tier."""
     keys = list(dict.fromkeys(one.key for one in objects))  # in chunk order
     chunk_of = {key: index // window.world_size for index, key in enumerate(keys)}
-    with_state: dict[Restored, set[str]] = {state: set() for state in Restored}
+    with_state: dict[ObjectState, set[str]] = {state: set() for state in ObjectState}
     for states in by_tier.values():
         for key, state in states.items():
             with_state[state].add(key)
-    usable = with_state[Restored.INTACT] | with_state[Restored.RELINKED]
+    usable = with_state[ObjectState.INTACT] | with_state[ObjectState.RELINKED]
     # What follows a lost chunk cannot be hit: LMCache matches from the front.
     found = min((chunk_of[key] for key in keys if key not in usable), default=window.chunk_count)
     receipt = Receipt(
         chunks_expected=window.whole_chunks,
         chunks_found=found,
-        chunks_relinked=len({chunk_of[key] for key in with_state[Restored.RELINKED]}),
-        chunks_corrupt=len({chunk_of[key] for key in with_state[Restored.CORRUPT]}),
+        chunks_relinked=len({chunk_of[key] for key in with_state[ObjectState.RELINKED]}),
+        chunks_corrupt=len({chunk_of[key] for key in with_state[ObjectState.CORRUPT]}),
         prompt_tokens=window.token_count,
         partial=window.kv != "complete" or found < window.whole_chunks,
     )
-    return receipt, [ObjectKey.parse(key) for key in with_state[Restored.CORRUPT]]
+    return receipt, [ObjectKey.parse(key) for key in with_state[ObjectState.CORRUPT]]
 
 
 async def _drop_from_memory(services: Services, keys: Sequence[ObjectKey]) -> list[str]:

@@ -19,7 +19,7 @@ from gateway.records import Manifest, Session, Window, check_session_id
 from gateway.sessions import prefix_chain
 from gateway.windows.catalog import get_usable_window, served_model, session_exists, session_from_window, session_id_for
 from gateway.windows.context import OperationContext, instrumented
-from gateway.windows.restore import Receipt, missing_kv, restore, restore_and_load
+from gateway.windows.restore import Receipt, check_and_restore, missing_kv, restore_and_load
 
 Warm = Literal["none", "cpu", "gpu"]
 MAX_FANOUT = 100  # sessions
@@ -68,7 +68,7 @@ async def thaw(
     # A client that sends the whole history without an id continues this session.
     last_reply_hash = prefix_chain.chain((await store.text(window)).messages, b"")[-1] if source == "thaw" else None
     manifest = await store.manifest(window)
-    restore_kv = restore if warm == "none" else restore_and_load
+    restore_kv = check_and_restore if warm == "none" else restore_and_load
     receipt = await restore_kv(ctx, window, manifest)
     session = replace(
         session_from_window(window, session_id, source),
@@ -93,7 +93,7 @@ async def _through_engine(
     if usage.cached is None:
         warnings += ("the engine does not report cached_tokens: start it with --enable-prompt-tokens-details",)
     elif usage.cached < min(receipt.chunks_found * window.chunk_size, window.token_count - 1):
-        warnings += (f"the engine found {usage.cached} tokens of the {receipt.chunks_found} chunks in the tiers",)
+        warnings += (f"the engine reused only {usage.cached} tokens; the tiers have {receipt.chunks_found} chunks",)
     ctx.progress("prefill", window.token_count, window.token_count)
     return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt, warnings=warnings)
 

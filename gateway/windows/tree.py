@@ -11,7 +11,7 @@ from gateway.windows.context import Services
 Kind = Literal["session", "window"]
 Relation = Literal["frozen from", "cloned from", "thawed from", "forked from", "went on from"]
 Origin = tuple[tuple[Kind, str] | None, Relation | None]
-MOST = 10_000  # nodes of a kind
+MAX_NODES = 10_000  # nodes of a kind
 
 
 @dataclass(frozen=True, slots=True)

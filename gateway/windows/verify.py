@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.base import Restored, Tier
+from gateway.kv.tiers.base import ObjectState, Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
 from gateway.windows.catalog import get_window, pinned_keys
@@ -64,7 +64,7 @@ class Verdict:
     deep: tuple[Replay, ...] | None = None
 
 
-States = dict[str, dict[str, Restored]]
+States = dict[str, dict[str, ObjectState]]
 
 
 @instrumented
@@ -109,8 +109,8 @@ async def _lost_text(services: Services, window: Window) -> list[str]:
     return []
 
 
-async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progress) -> dict[str, Restored]:
-    states: dict[str, Restored] = {}
+async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progress) -> dict[str, ObjectState]:
+    states: dict[str, ObjectState] = {}
     for start in range(0, len(objects), _BATCH):
         progress(f"verify {tier.name}", start, len(objects))
         batch = objects[start : start + _BATCH]
@@ -143,16 +143,16 @@ def _verdict(window: Window, manifest: Manifest, states: States, present: Mappin
     )
 
 
-def _report(objects: Sequence[PinnedObject], by_key: Mapping[str, Restored] | None, present: set[str]) -> TierReport:
+def _report(objects: Sequence[PinnedObject], by_key: Mapping[str, ObjectState] | None, present: set[str]) -> TierReport:
     if by_key is None:
         return TierReport(checked=False, objects=len(objects))
     states = list(by_key.values())
     return TierReport(
         checked=True,
         objects=len(objects),
-        intact=states.count(Restored.INTACT),
-        damaged=states.count(Restored.CORRUPT),
-        missing=states.count(Restored.MISSING),
+        intact=states.count(ObjectState.INTACT),
+        damaged=states.count(ObjectState.CORRUPT),
+        missing=states.count(ObjectState.MISSING),
         present=sum(o.key in present for o in objects),
     )
 
@@ -165,14 +165,14 @@ def _damage(window: Window, manifest: Manifest, keys: Sequence[ObjectKey], state
         if str(key) not in sizes:
             yield Damage(key.chunk_hash, key.rank, chunk, None, "missing", None)
         for tier, by_key in states.items():
-            state = by_key.get(str(key), Restored.INTACT)
-            if state is not Restored.INTACT:
-                word = "missing" if state is Restored.MISSING else "damaged"
+            state = by_key.get(str(key), ObjectState.INTACT)
+            if state is not ObjectState.INTACT:
+                word = "missing" if state is ObjectState.MISSING else "damaged"
                 yield Damage(key.chunk_hash, key.rank, chunk, tier, word, sizes[str(key)])
 
 
 def _usable(window: Window, keys: Sequence[ObjectKey], states: States) -> int:
     for index, key in enumerate(keys):
-        if not any(by_key.get(str(key)) is Restored.INTACT for by_key in states.values()):
+        if not any(by_key.get(str(key)) is ObjectState.INTACT for by_key in states.values()):
             return index // window.world_size
     return window.chunk_count

@@ -34,7 +34,7 @@ async def delete_policies(call: Call) -> responses.Policies:
 @operation("POST", "/admin/policies/check", errors=("session_not_found",))
 async def check_policies(call: Call, body: requests.PolicyCheckRequest) -> responses.PolicyCheck:
     """Evaluate the policies for a session now; nothing is frozen."""
-    check = await call.autofreeze.check(call.tenant, body.session_id)
+    check = await call.autofreeze.preview(call.tenant, body.session_id)
     if check is None:
         raise session_not_found(body.session_id)
     session, decision = check.observation, next((one.decision for one in check.opinions if one.decision), None)

@@ -31,7 +31,7 @@ async def send_prompt(call: Call, session: Session, prompt: str, max_tokens: int
     body = {
         "model": session.model,
         "messages": ask.following(history, prompt),
-        "max_tokens": max_tokens or ask.USUAL_TOKENS,
+        "max_tokens": max_tokens or ask.DEFAULT_TOKENS,
     }
     path = f"/s/{session.id}/v1/chat/completions"
     headers = [*call.keys, (b"content-type", b"application/json")]

@@ -53,7 +53,7 @@ async def get_session(call: Call) -> responses.Session:
         estimates=serializers.estimates(call.services.estimator.report().get(session.model)),
         turns=[serializers.turn(t) for t in turns],
         windows=[w.name for w in windows],
-        warnings=serializers.crowding(session.token_count, model.context_limit if model else None),
+        warnings=serializers.context_limit_warnings(session.token_count, model.context_limit if model else None),
     )
 
 

@@ -48,7 +48,7 @@ def session_fields(s: Session, expired_by: float) -> dict[str, Any]:
     }
 
 
-def crowding(tokens: int, limit: int | None) -> list[str]:
+def context_limit_warnings(tokens: int, limit: int | None) -> list[str]:
     """A warning if a context is near its limit, or full."""
     if not limit or tokens < limit * _NEARLY_FULL:
         return []

@@ -7,7 +7,7 @@ from gateway.api.admin.models import requests, responses
 from gateway.api.endpoint import Call
 from gateway.api.operation import ENGINE, operation
 from gateway.api.schemas import Json
-from gateway.windows import ask, catalog, residency, thaw, tree, verify
+from gateway.windows import ask, catalog, prefetch_evict, thaw, tree, verify
 
 
 @operation("PATCH", "/admin/windows/{name}")
@@ -51,7 +51,7 @@ async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answere
 @operation("POST", "/admin/windows/{name}/prefetch", errors=("cache_unavailable", *ENGINE))
 async def prefetch_window(call: Call) -> responses.Prefetched:
     """Load a window's KV into the cache's memory."""
-    receipt = await residency.prefetch(call.context, call.window_name)
+    receipt = await prefetch_evict.prefetch(call.context, call.window_name)
     restored = responses.Restored.model_validate(receipt)
     return responses.Prefetched(window_name=call.window_name, receipt=restored, warnings=list(receipt.warnings))
 
@@ -59,7 +59,7 @@ async def prefetch_window(call: Call) -> responses.Prefetched:
 @operation("POST", "/admin/windows/{name}/evict", errors=("cache_unavailable",))
 async def evict_window(call: Call) -> responses.Evicted:
     """Move a window's KV out of the cache's memory, down to the durable tiers."""
-    return responses.Evicted.model_validate(await residency.evict(call.context, call.window_name))
+    return responses.Evicted.model_validate(await prefetch_evict.evict(call.context, call.window_name))
 
 
 @operation(

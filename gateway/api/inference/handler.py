@@ -158,7 +158,7 @@ class Inference:
         turn.fingerprint = turn.model.fingerprint if turn.model else ""
         turn.salt = salt = services.salts.of(session.tenant, session.lineage, turn.fingerprint, call.client_salt)
         heavy = turn.heavy_body or (call.front is not None and is_heavy(call.front.history))
-        written = await services.offload.run(heavy, dialect.write, call, salt)
+        written = await services.offload.run(heavy, dialect.write_with_salt, call, salt)
         outgoing = self._outgoing(incoming, written, may_load=True)
         options = RelayOptions(
             dialect,

@@ -47,7 +47,7 @@ class Passthrough:
         body, session, model = incoming.body, None, ""
         note: SaltNote | None = None
         if body and b"json" in (incoming.header(b"content-type") or b"json").lower():
-            body, session, model, note = await self._sanitised(incoming, route)
+            body, session, model, note = await self._sanitise_and_salt(incoming, route)
         elif len(engines.members) > 1:
             session = await self._session_of(incoming, {})
         with self._making_kv(note) if note else nullcontext():
@@ -72,7 +72,7 @@ class Passthrough:
         services = self._services
         services.salt_notes.add(note)
         try:
-            with services.turns.under_way(note.tenant, note.lineage):
+            with services.turns.protect_lineage(note.tenant, note.lineage):
                 yield
         finally:
             services.salt_notes.add(note)  # with the time of now: KV that is stored late is searched for again
@@ -94,7 +94,7 @@ class Passthrough:
         outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
         await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, RelayResult())
 
-    async def _sanitised(
+    async def _sanitise_and_salt(
         self, incoming: InferenceRequest, route: Route
     ) -> tuple[bytes, Session | None, str, SaltNote | None]:
         """The body for the engine, its session and model if they are needed, and the note of its salt."""

@@ -136,7 +136,7 @@ async def relay(
             try:
                 await _forward(connection, client, send, options, result, route.engine)
             finally:
-                route.release(connection)
+                route.release_or_abort(connection)
     except ClientGone:
         result.outcome = "client_gone"
     except UpstreamError as error:  # nothing was sent yet

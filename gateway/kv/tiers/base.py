@@ -9,7 +9,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.records import PinnedObject
 
 
-class Restored(Enum):
+class ObjectState(Enum):
     """What `restore` found of one object, and what it did."""
 
     INTACT = "intact"  # under LMCache's name, bytes as pinned
@@ -20,7 +20,7 @@ class Restored(Enum):
     @property
     def usable(self) -> bool:
         """Whether LMCache will now find the right bytes in this tier."""
-        return self in (Restored.INTACT, Restored.RELINKED)
+        return self in (ObjectState.INTACT, ObjectState.RELINKED)
 
 
 class TierUnavailable(Exception):
@@ -70,13 +70,13 @@ class Tier(Protocol):
         TierUnavailable.
         """
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         """Restore what LMCache has lost from the pins, and the reverse, checking every byte. Raises TierUnavailable."""
 
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         """Let LMCache find the pins by its names, unchecked, until `drop_original`. Raises TierUnavailable."""
 
-    async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def verify(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         """Check the pins against their checksums and change nothing. Raises TierUnavailable."""
 
     async def read(self, item: PinnedObject) -> bytes | None:

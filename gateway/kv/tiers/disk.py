@@ -20,7 +20,7 @@ from typing import TypeVar
 from blake3 import blake3
 
 from gateway.kv.keys import ObjectKey, file_names
-from gateway.kv.tiers.base import Restored, Stored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, Stored, TierFull, TierUnavailable
 from gateway.records import PinnedObject
 
 Item = TypeVar("Item")
@@ -62,13 +62,13 @@ class DiskTier:
         await self._run(lambda: _sync_directory(self._pins))
         return [p for p in pinned if p is not None]
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         return await self._each(objects, self._restore)
 
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         await self._each(objects, self._expose)
 
-    async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def verify(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         return await self._each(objects, self._verify)
 
     async def read(self, item: PinnedObject) -> bytes | None:
@@ -138,22 +138,22 @@ class DiskTier:
             os.fsync(file.fileno())  # LMCache does not; "frozen" must survive a power cut
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
 
-    def _restore(self, item: PinnedObject) -> Restored:
+    def _restore(self, item: PinnedObject) -> ObjectState:
         original, pin = self._paths(item)
         pin_good = _matches(pin, item)
         original_good = pin_good if _same_file(pin, original) else _matches(original, item)
         if pin_good and original_good:
-            return Restored.INTACT
+            return ObjectState.INTACT
         if pin_good:
             self._link_over(pin, original)
-            return Restored.RELINKED
+            return ObjectState.RELINKED
         if original_good:
             self._link_over(original, pin)
-            return Restored.INTACT
+            return ObjectState.INTACT
         found = pin.exists() or original.exists()
         original.unlink(missing_ok=True)
         pin.unlink(missing_ok=True)
-        return Restored.CORRUPT if found else Restored.MISSING
+        return ObjectState.CORRUPT if found else ObjectState.MISSING
 
     def _expose(self, item: PinnedObject) -> None:
         original, pin = self._paths(item)
@@ -180,11 +180,11 @@ class DiskTier:
         _sync_directory(self._pins)
         return PinnedObject(str(key), self.name, len(value), blake3(value).digest())
 
-    def _verify(self, item: PinnedObject) -> Restored:
+    def _verify(self, item: PinnedObject) -> ObjectState:
         _, pin = self._paths(item)
         if not pin.exists():
-            return Restored.MISSING
-        return Restored.INTACT if _matches(pin, item) else Restored.CORRUPT
+            return ObjectState.MISSING
+        return ObjectState.INTACT if _matches(pin, item) else ObjectState.CORRUPT
 
     async def _each(self, items: Sequence[Item], work: Callable[[Item], T]) -> list[T]:
         """Do `work` on every item, in parallel slices; the order is kept."""

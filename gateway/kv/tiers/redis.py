@@ -17,7 +17,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as SilentError
 
 from gateway.kv.keys import ObjectKey
-from gateway.kv.tiers.base import Restored, Stored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, Stored, TierFull, TierUnavailable
 from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.records import PinnedObject
 
@@ -80,8 +80,8 @@ class RedisTier:
         }
         return [good[name] for name in names if name in good]
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[Restored]:
-        states: list[Restored] = []
+    async def restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
+        states: list[ObjectState] = []
         for batch in _batches(objects, _VALUES_PER_CALL):
             originals = await self._digests([o.key for o in batch])
             pins = await self._digests([self._pin_name(o.pin_key) for o in batch])
@@ -91,7 +91,7 @@ class RedisTier:
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         await self._copy([(self._pin_name(one.pin_key), one.key) for one in objects])
 
-    async def verify(self, objects: Sequence[PinnedObject]) -> list[Restored]:
+    async def verify(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         pins = await self._digests([self._pin_name(o.pin_key) for o in objects])
         return [_state(pin, one) for pin, one in zip(pins, objects, strict=True)]
 
@@ -165,18 +165,18 @@ class RedisTier:
             await self._unlink([*(self._pin_name(key) for key, _ in bad), *damaged])
         return good
 
-    async def _restore(self, item: PinnedObject, original: Digest, pin: Digest) -> Restored:
+    async def _restore(self, item: PinnedObject, original: Digest, pin: Digest) -> ObjectState:
         name, pin_name = item.key, self._pin_name(item.pin_key)
         original_good, pin_good = _state(original, item).usable, _state(pin, item).usable
         if pin_good and not original_good:
             await self._copy([(pin_name, name)])
-            return Restored.RELINKED
+            return ObjectState.RELINKED
         if original_good and not pin_good:
             await self._copy([(name, pin_name)])
         if original_good:
-            return Restored.INTACT
+            return ObjectState.INTACT
         await self._unlink([name, pin_name])
-        return Restored.MISSING if original is None and pin is None else Restored.CORRUPT
+        return ObjectState.MISSING if original is None and pin is None else ObjectState.CORRUPT
 
     async def _copy(self, pairs: Sequence[tuple[str, str]]) -> None:
         for batch in _batches(pairs, _NAMES_PER_CALL):
@@ -235,7 +235,7 @@ def _digest_all(values: Iterable[bytes | None]) -> list[Digest]:
     return [None if value is None else (len(value), blake3(value).digest()) for value in values]
 
 
-def _state(digest: Digest, item: PinnedObject) -> Restored:
+def _state(digest: Digest, item: PinnedObject) -> ObjectState:
     if digest is None:
-        return Restored.MISSING
-    return Restored.INTACT if digest == (item.size, item.checksum) else Restored.CORRUPT
+        return ObjectState.MISSING
+    return ObjectState.INTACT if digest == (item.size, item.checksum) else ObjectState.CORRUPT

@@ -26,8 +26,8 @@ from gateway.windows.archive.spool import Spool
 from gateway.windows.archive.transcript import FiledText, read_text
 from gateway.windows.catalog import NewWindow, pinned_keys
 from gateway.windows.context import OperationContext, Services, instrumented
+from gateway.windows.ensure_stored import NO_CACHE, with_receipt
 from gateway.windows.freeze import all_or_nothing, check_budget, window_name_taken
-from gateway.windows.materialize import NO_CACHE, with_receipt
 from gateway.windows.next_turn import next_turn_ids
 
 

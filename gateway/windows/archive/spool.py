@@ -71,4 +71,4 @@ class Spool:
 
 def _full(why: str) -> GatewayError:
     hint = "free space, or import it without its KV (`as_text=true`)"
-    return GatewayError("storage_full", f"no room to read the file into: {why}", hint=hint)
+    return GatewayError("storage_full", f"not enough disk space for the file: {why}", hint=hint)

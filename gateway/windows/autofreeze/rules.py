@@ -21,9 +21,9 @@ _DAY = 86400.0
 _SUFFIX = 4  # room for "-999", where a name is taken
 LONGEST_PATTERN = 80
 _NAMES = ("session_id", "timestamp", "turns")
-MOST_POLICIES = 32
-MOST_KEPT = 100
-MOST_COOLDOWN_S = 7 * _DAY
+MAX_POLICIES = 32
+MAX_KEPT = 100
+MAX_COOLDOWN_S = 7 * _DAY
 MOST_TTL_S = 1e9
 _SPEC = {"type": "object", "properties": {"use": {"type": "string"}}, "required": ["use"]}
 
@@ -164,13 +164,13 @@ def _pattern(name: str, value: object) -> str:
     {
         "type": "array",
         "items": _SPEC,
-        "maxItems": MOST_POLICIES,
+        "maxItems": MAX_POLICIES,
         "description": 'further policies, such as {"use": "token_threshold", "tokens": 8000}',
     }
 )
 def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(value, list | tuple) or len(value) > MOST_POLICIES:
-        raise fields.invalid(name, f"a list of at most {MOST_POLICIES} policies", value)
+    if not isinstance(value, list | tuple) or len(value) > MAX_POLICIES:
+        raise fields.invalid(name, f"a list of at most {MAX_POLICIES} policies", value)
     return tuple(value)
 
 
@@ -183,8 +183,8 @@ READERS: Mapping[str, Field[Any]] = MappingProxyType(
         "at_shutdown": fields.boolean.about("freeze every session when the gateway stops"),
         "policies": _specs,
         "naming_pattern": _pattern,
-        "cooldown_seconds": fields.number(MOST_COOLDOWN_S).about("least time between two windows of a session"),
-        "keep": fields.whole(1, MOST_KEPT).about("how many automatic windows of a session are kept"),
+        "cooldown_seconds": fields.number(MAX_COOLDOWN_S).about("least time between two windows of a session"),
+        "keep": fields.whole(1, MAX_KEPT).about("how many automatic windows of a session are kept"),
         "ttl_seconds": or_null(fields.number(MOST_TTL_S)).about("how long an automatic window is kept; null: for ever"),
     }
 )

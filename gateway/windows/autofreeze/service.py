@@ -15,7 +15,7 @@ import orjson
 
 from gateway.errors import GatewayError, StartError
 from gateway.records import AUTO_TAG, Session
-from gateway.store.types import Unfrozen
+from gateway.store.types import FreezeCandidate
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.policy_runner import NamedPolicy, Opinion, PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
@@ -59,7 +59,7 @@ class AutofreezeService:
         self._configured = rules.from_settings(services.settings)
         self._touched: set[Key] = set()
         self._has_touched = asyncio.Event()
-        self._due: asyncio.Queue[tuple[Unfrozen, str]] = asyncio.Queue(_MAX_DUE)
+        self._due: asyncio.Queue[tuple[FreezeCandidate, str]] = asyncio.Queue(_MAX_DUE)
         self._pending: set[Key] = set()  # in that queue, or being frozen
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
@@ -156,7 +156,7 @@ class AutofreezeService:
 
     # Checking.
 
-    async def check(self, tenant: str, session_id: str) -> Check | None:
+    async def preview(self, tenant: str, session_id: str) -> Check | None:
         """Evaluate the policies for a session, and change nothing. None: there is no such session."""
         await self._reload()
         await self._services.recorder.flush()
@@ -168,7 +168,7 @@ class AutofreezeService:
         opinions = await self._runner.opinions(self._policies, observation)
         return Check(observation, opinions, self._window_name(rows[0].session), self._held_back(rows[0], now))
 
-    def _held_back(self, row: Unfrozen, now: float) -> str:
+    def _held_back(self, row: FreezeCandidate, now: float) -> str:
         if not self._rules.enabled:
             return "automatic freezing is off"
         if row.session.transcript is None:
@@ -180,7 +180,7 @@ class AutofreezeService:
             return f"{reason}: not for {row.not_before - now:.0f} s"
         return ""
 
-    def _must_wait(self, row: Unfrozen, now: float) -> bool:
+    def _must_wait(self, row: FreezeCandidate, now: float) -> bool:
         """Whether a cool-down, or a wait after a failure, is in progress; one that would end too late is ignored."""
         return now < row.not_before <= self._latest(now)
 
@@ -231,15 +231,17 @@ class AutofreezeService:
             await asyncio.sleep(_GATHER_S)
         return time.monotonic() - started
 
-    def _put(self, row: Unfrozen, reason: str) -> None:
+    def _put(self, row: FreezeCandidate, reason: str) -> None:
         self._pending.add(_key(row))
         self._due.put_nowait((row, reason))
 
-    async def _sessions_to_freeze(self, rows: Sequence[Unfrozen], event: Event) -> AsyncIterator[tuple[Unfrozen, str]]:
+    async def _sessions_to_freeze(
+        self, rows: Sequence[FreezeCandidate], event: Event
+    ) -> AsyncIterator[tuple[FreezeCandidate, str]]:
         now = time.time()
         for row in rows:
             if row.session.token_count < row.covered_tokens:
-                await self._services.store.uncover(row.session)
+                await self._services.store.lower_covered_tokens(row.session)
         ready = [r for r in rows if _key(r) not in self._pending and (self._ending or not self._must_wait(r, now))]
         observations = [self._observation(row, event, now) for row in ready]
         decisions = await self._runner.evaluate(self._policies, observations) if ready else []
@@ -247,7 +249,7 @@ class AutofreezeService:
             if decision is not None:
                 yield row, decision.reason
 
-    def _observation(self, row: Unfrozen, event: Event, now: float) -> Observation:
+    def _observation(self, row: FreezeCandidate, event: Event, now: float) -> Observation:
         session = row.session
         model = self._services.engines.known(session.model)
         return Observation(
@@ -275,7 +277,7 @@ class AutofreezeService:
             self._pending.discard(_key(row))
             self._due.task_done()
 
-    async def _freeze(self, row: Unfrozen, reason: str) -> None:
+    async def _freeze(self, row: FreezeCandidate, reason: str) -> None:
         session, store = row.session, self._services.store
         if self._services.turns.has_turn_in_flight(session.tenant, session.id):
             return  # it is checked again when that is recorded
@@ -299,7 +301,7 @@ class AutofreezeService:
         log.info("session %s was frozen as %s: %s", session.id, window.name, reason)
         await self._supersede(session.tenant, session.id)
 
-    async def _report_failure(self, row: Unfrozen) -> float:
+    async def _report_failure(self, row: FreezeCandidate) -> float:
         """Release the claim; return the seconds until the session is tried again."""
         wait = retry_after(row.failures)
         await self._services.store.report_freeze(row.session, window=None, not_before=time.time() + wait)
@@ -325,7 +327,7 @@ def retry_after(failures: int) -> float:
     return min(_FIRST_RETRY_S * 2.0 ** min(failures, 16), _LAST_RETRY_S)
 
 
-def _key(row: Unfrozen) -> Key:
+def _key(row: FreezeCandidate) -> Key:
     return row.session.tenant, row.session.id
 
 

@@ -63,7 +63,7 @@ def test_one_prompt_is_a_turn_and_anything_else_goes_through_as_it_is(prompt: An
     made, raw = read({"model": "demo", "prompt": prompt})
     assert made.messages == messages
     assert made.model == "demo"
-    written = DIALECT.write(made, SALT)
+    written = DIALECT.write_with_salt(made, SALT)
     assert written == raw[:-1] + b',"cache_salt":"' + SALT.encode() + b'"}'
 
 
@@ -80,7 +80,7 @@ def test_one_prompt_is_a_turn_and_anything_else_goes_through_as_it_is(prompt: An
 def test_a_reply_that_does_not_follow_its_prompt_is_not_recorded(more: dict[str, Any]) -> None:
     made, raw = read({"model": "demo", "prompt": "Once", **more})
     assert made.messages == []
-    assert DIALECT.write(made, SALT).startswith(raw[:-1])
+    assert DIALECT.write_with_salt(made, SALT).startswith(raw[:-1])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_frame_is_whether_special_tokens_are_added() -> None:
 def test_usage_is_asked_for_and_hidden_as_in_chat() -> None:
     made, raw = read({"prompt": "x", "stream": True})
     assert made.hide_usage
-    written = DIALECT.write(made, SALT)
+    written = DIALECT.write_with_salt(made, SALT)
     assert written.startswith(raw[:-1])
     assert json.loads(written)["stream_options"] == {"include_usage": True, "continuous_usage_stats": False}
     assert not read({"prompt": "x", "stream": True, "stream_options": {"include_usage": True}})[0].hide_usage
@@ -124,7 +124,7 @@ def test_a_history_is_prepended_to_the_prompt(sent: Any) -> None:
     made, _ = read({"prompt": sent, "max_tokens": 3, "echo": True, "suffix": None, "n": 2, "logprobs": 1})
     front = Front(None, text("king."), {"add_special_tokens": False})
     made = Call(**{name: getattr(made, name) for name in Call.__slots__} | {"front": front})
-    assert json.loads(DIALECT.write(made, SALT)) == {
+    assert json.loads(DIALECT.write_with_salt(made, SALT)) == {
         "prompt": "king. He", "max_tokens": 3, "echo": True, "suffix": None, "n": 2, "logprobs": 1,
         "add_special_tokens": False, "cache_salt": SALT,
     }  # fmt: skip
@@ -138,7 +138,7 @@ def test_ids_cannot_be_put_behind_a_reply_that_is_known_as_text_only() -> None:
         **{name: getattr(made, name) for name in Call.__slots__} | {"front": Front(None, [*row(1), *text("x")])}
     )
     with pytest.raises(GatewayError, match="stored as text only") as refused:
-        DIALECT.write(made, SALT)
+        DIALECT.write_with_salt(made, SALT)
     assert refused.value.code == "invalid_request"
     assert "return_token_ids" in refused.value.hint
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.records import Session
-from gateway.store.types import Unfrozen
+from gateway.store.types import FreezeCandidate
 from gateway.windows.autofreeze.service import AutofreezeService, retry_after
 from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import FakeEngine
@@ -276,7 +276,10 @@ async def test_policies_are_not_asked_about_a_session_that_has_to_wait(harness: 
         asked = [
             name
             for name, not_before in waits.items()
-            if [one async for one in autofreeze._sessions_to_freeze([Unfrozen(session, 0, not_before, 0)], "turn")]
+            if [
+                one
+                async for one in autofreeze._sessions_to_freeze([FreezeCandidate(session, 0, not_before, 0)], "turn")
+            ]
         ]
     assert asked == ["over", "a wrong clock's"]
 
@@ -286,5 +289,5 @@ async def test_a_session_whose_last_turn_lies_in_the_future_is_idle(harness: Gat
     now = time.time()
     autofreeze = AutofreezeService(harness.services)
     for last in (now - 3600, now + 3600):
-        one = Unfrozen(Session("t", "s", lineage="s", last_active_at=last), 0, 0.0, 0)
+        one = FreezeCandidate(Session("t", "s", lineage="s", last_active_at=last), 0, 0.0, 0)
         assert autofreeze._observation(one, "sweep", now).idle_s == pytest.approx(3600)

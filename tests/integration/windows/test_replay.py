@@ -3,7 +3,7 @@
 import pytest
 
 from gateway.kv.keys import object_keys
-from gateway.windows.residency import Residency, evict
+from gateway.windows.prefetch_evict import Residency, evict
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import Exchange, FakeEngine
 from tests.support.harness import CHUNK, CHUNKS, IDS, GatewayHarness, value, window

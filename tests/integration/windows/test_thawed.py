@@ -15,8 +15,8 @@ from gateway.windows.ask import ask
 from gateway.windows.clone import isolate
 from gateway.windows.delete import delete
 from gateway.windows.freeze import Naming
-from gateway.windows.residency import evict, prefetch
-from gateway.windows.restore import Receipt, restore, restore_for_turn
+from gateway.windows.prefetch_evict import evict, prefetch
+from gateway.windows.restore import Receipt, check_and_restore, restore_for_turn
 from gateway.windows.thaw import fanout, thaw
 from tests.support.fakes.engine import FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
@@ -152,7 +152,7 @@ async def test_deleted_window_is_not_restored(harness: Cached) -> None:
     await delete(harness.ctx, "w")
     assert all((harness.cache.folder / key.file_name).exists() for key in harness.keys(window)), "the session's cache"
     with pytest.raises(GatewayError, match="just deleted"):
-        await restore(harness.ctx, window, manifest)
+        await check_and_restore(harness.ctx, window, manifest)
     await restore_for_turn(harness.services, session)
     assert harness.pinned == set()
 

@@ -242,14 +242,14 @@ PLAIN = b'{ "model":"demo",\n"messages" : [{"role":"user","content":"\\u0068i"}]
 
 def test_an_unchanged_request_keeps_every_byte_and_gets_the_salt_appended() -> None:
     made, raw = read(PLAIN)
-    written = CHAT.write(made, SALT)
+    written = CHAT.write_with_salt(made, SALT)
     assert written == raw.rstrip()[:-1] + b',"cache_salt":"' + SALT.encode() + b'"}'
     assert json.loads(written) == {**json.loads(PLAIN), "cache_salt": SALT}
 
 
 def test_a_stream_without_usage_gets_it_asked_for_and_keeps_every_byte() -> None:
     made, raw = read(PLAIN.replace(b'"seed"', b'"stream": true, "seed"'))
-    written = CHAT.write(made, SALT)
+    written = CHAT.write_with_salt(made, SALT)
     assert written.startswith(raw.rstrip()[:-1])
     assert json.loads(written)["stream_options"] == {"include_usage": True, "continuous_usage_stats": False}
     assert made.hide_usage
@@ -269,9 +269,9 @@ def test_a_stream_without_usage_gets_it_asked_for_and_keeps_every_byte() -> None
 def test_usage_is_hidden_from_a_client_that_did_not_ask_for_it(options: Any, hide: bool) -> None:
     made, raw = read({"messages": HI, "stream": True, "stream_options": options})
     assert made.hide_usage is hide
-    sent = json.loads(CHAT.write(made, SALT))
+    sent = json.loads(CHAT.write_with_salt(made, SALT))
     if not hide:
-        assert CHAT.write(made, SALT).startswith(raw[:-1])
+        assert CHAT.write_with_salt(made, SALT).startswith(raw[:-1])
         assert sent["stream_options"] == options
     else:
         assert sent["stream_options"] == {
@@ -283,13 +283,13 @@ def test_usage_is_hidden_from_a_client_that_did_not_ask_for_it(options: Any, hid
 def test_only_a_stream_has_hidden_usage(stream: Any) -> None:
     made, _ = read({"messages": HI, "stream": stream})
     assert not made.hide_usage
-    assert "stream_options" not in json.loads(CHAT.write(made, SALT))
+    assert "stream_options" not in json.loads(CHAT.write_with_salt(made, SALT))
 
 
 @pytest.mark.parametrize("options", ["x", 7, ["include_usage"], True])
 def test_stream_options_that_the_engine_will_refuse_are_left_for_it_to_refuse(options: Any) -> None:
     made, _ = read({"messages": HI, "stream": True, "stream_options": options})
-    assert json.loads(CHAT.write(made, SALT))["stream_options"] == options
+    assert json.loads(CHAT.write_with_salt(made, SALT))["stream_options"] == options
 
 
 @pytest.mark.parametrize("name", PRIVATE_FIELDS)
@@ -302,7 +302,7 @@ def test_a_private_field_is_taken_out_wherever_the_engine_would_look_for_it(name
         b'{"messages":[],"%s":1,"%s":"mine"}' % (name.encode(), name.encode()),
     ):
         made, _ = read(body)
-        written = CHAT.write(made, SALT)
+        written = CHAT.write_with_salt(made, SALT)
         assert b"mine" not in written
         sent = json.loads(written)
         assert sent.pop("cache_salt") == SALT
@@ -327,20 +327,20 @@ def test_only_the_clients_salt_is_remembered_and_only_from_its_own_field() -> No
 def test_names_deeper_down_are_the_clients_own() -> None:
     deep = {"messages": [{"role": "user", "content": "x", "cache_salt": "a"}], "tools": [{"priority": 1}]}
     made, raw = read(deep)
-    assert CHAT.write(made, SALT).startswith(raw[:-1])
+    assert CHAT.write_with_salt(made, SALT).startswith(raw[:-1])
 
 
 @pytest.mark.parametrize("xargs", [None, "x", 7, ["cache_salt"], {}])
 def test_odd_xargs_are_left_for_the_engine_to_refuse(xargs: Any) -> None:
     made, _ = read({"messages": HI, "vllm_xargs": xargs})
-    assert json.loads(CHAT.write(made, SALT))["vllm_xargs"] == xargs
+    assert json.loads(CHAT.write_with_salt(made, SALT))["vllm_xargs"] == xargs
 
 
 @pytest.mark.parametrize("messages", [None, [], "x", 7, {"role": "user"}, [1], [None], ["x"], [[]]])
 def test_messages_that_the_engine_will_refuse_are_relayed_unread(messages: Any) -> None:
     made, raw = read({"model": "demo", "messages": messages})
     assert made.messages == []
-    assert CHAT.write(made, SALT).startswith(raw[:-1])
+    assert CHAT.write_with_salt(made, SALT).startswith(raw[:-1])
 
 
 @pytest.mark.parametrize(("model", "known"), [("demo", "demo"), (None, ""), (7, ""), (["demo"], ""), ("", "")])
@@ -370,7 +370,7 @@ def test_a_body_too_deep_to_write_is_refused_in_words() -> None:
         deep = {"a": deep}
     made = CHAT.read({"messages": HI, "metadata": deep, "priority": 1}, b"")
     with pytest.raises(GatewayError, match="cannot be forwarded") as refused:
-        CHAT.write(made, SALT)
+        CHAT.write_with_salt(made, SALT)
     assert refused.value.code == "invalid_request"
 
 

@@ -179,7 +179,7 @@ def test_a_final_usage_of_the_reply_alone_keeps_the_prompts_count() -> None:
 
 def test_a_request_keeps_every_byte_and_gets_the_salt_behind_them() -> None:
     made, raw = read(AS_SENT)
-    assert MESSAGES.write(made, SALT) == raw.rstrip()[:-1] + b',"cache_salt":"' + SALT.encode() + b'"}'
+    assert MESSAGES.write_with_salt(made, SALT) == raw.rstrip()[:-1] + b',"cache_salt":"' + SALT.encode() + b'"}'
     assert MESSAGES.question(made) == raw
     assert made.messages == HI
     assert not made.hide_usage
@@ -187,7 +187,7 @@ def test_a_request_keeps_every_byte_and_gets_the_salt_behind_them() -> None:
 
 def test_a_streamed_request_needs_no_usage_option() -> None:
     made, raw = read({**BODY, "stream": True})
-    assert MESSAGES.write(made, SALT).startswith(raw[:-1])
+    assert MESSAGES.write_with_salt(made, SALT).startswith(raw[:-1])
     assert not made.hide_usage
 
 
@@ -195,7 +195,7 @@ def test_a_streamed_request_needs_no_usage_option() -> None:
 def test_a_private_field_is_taken_out(name: str) -> None:
     for body in ({**BODY, name: "mine"}, {**BODY, "vllm_xargs": {name: "mine", "kept": 1}}):
         made, _ = read(body)
-        for written in (MESSAGES.write(made, SALT), MESSAGES.question(made)):
+        for written in (MESSAGES.write_with_salt(made, SALT), MESSAGES.question(made)):
             assert b"mine" not in written
             assert json.loads(written).get("vllm_xargs", {"kept": 1}) == {"kept": 1}
         assert made.client_salt == ("mine" if name == "cache_salt" and name in body else "")
@@ -212,7 +212,7 @@ def test_a_private_field_is_taken_out(name: str) -> None:
 def test_a_request_that_the_engine_will_refuse_is_relayed_unread(change: dict[str, Any]) -> None:
     made, raw = read({**BODY, **change})
     assert (made.messages, made.frame) == ([], {})
-    assert MESSAGES.write(made, SALT).startswith(raw[:-1])
+    assert MESSAGES.write_with_salt(made, SALT).startswith(raw[:-1])
 
 
 @pytest.mark.parametrize(("model", "known"), [("demo", "demo"), (None, ""), (7, ""), (["demo"], "")])
@@ -224,7 +224,7 @@ def test_a_history_is_prepended_and_the_clients_messages_are_unchanged() -> None
     made, _ = read(AS_SENT)
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     fronted = replace(made, front=Front(None, history))
-    written = json.loads(MESSAGES.write(fronted, SALT))
+    written = json.loads(MESSAGES.write_with_salt(fronted, SALT))
     before = [history[0], {"role": "assistant", "content": [text("b")]}]
     assert written == {
         **json.loads(AS_SENT), "messages": [*before, *json.loads(AS_SENT)["messages"]], "cache_salt": SALT,

@@ -26,7 +26,7 @@ def read(value: Any) -> tuple[Call, bytes]:
 
 def sent(value: Any) -> dict[str, Any]:
     """What the engine gets of a request."""
-    written: dict[str, Any] = json.loads(RESPONSES.write(read(value)[0], SALT))
+    written: dict[str, Any] = json.loads(RESPONSES.write_with_salt(read(value)[0], SALT))
     assert written.pop("cache_salt") == SALT
     return written
 
@@ -60,14 +60,14 @@ def test_a_text_is_a_users_message_and_instructions_come_before_it() -> None:
 def test_what_has_no_words_in_chat_goes_through_as_it_is_and_is_not_recorded(body: Any) -> None:
     made, raw = read(body)
     assert made.messages == []
-    assert RESPONSES.write(made, SALT).startswith(raw[:-1])
+    assert RESPONSES.write_with_salt(made, SALT).startswith(raw[:-1])
 
 
 @pytest.mark.parametrize("body", [{"input": "hi"}, {"input": "hi", "store": False}, {"input": "hi", "store": None}])
 def test_the_clients_own_items_are_not_rewritten(body: Any) -> None:
     raw = json.dumps({**body, "top_p": 1, "big": 12345678901234567890123, "unknown": {"deep": [1]}}, indent=1).encode()
     made, _ = read(raw)
-    written = RESPONSES.write(made, SALT)
+    written = RESPONSES.write_with_salt(made, SALT)
     assert written.startswith(raw.rstrip()[:-1].rstrip())
     assert json.loads(written)["store"] is body.get("store", False)
 
@@ -132,7 +132,7 @@ def fronted(body: Any, front: Front) -> dict[str, Any]:
     """What the engine gets of a request with something in front."""
     made, _ = read(body)
     call = Call(made.body, made.raw, made.model, made.messages, made.frame, False, "", front, storage=made.storage)
-    written: dict[str, Any] = json.loads(RESPONSES.write(call, SALT))
+    written: dict[str, Any] = json.loads(RESPONSES.write_with_salt(call, SALT))
     return written
 
 

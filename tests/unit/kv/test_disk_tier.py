@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, TierFull, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
 from tests.support.gateway_process import ROOT
 from tests.support.tier_harness import DiskTierHarness, key, keys, small_disk, spelled, value
@@ -75,7 +75,7 @@ async def test_model_with_slashes_is_one_flat_file_name(rig: DiskTierHarness) ->
     name = f"-SEP-models-SEP-org-SEP-some-model@0x01000100@0@{1:064x}@salt.data"
     assert names(rig.pins) == names(rig.kv) == [name]
     await rig.tier.drop_original([one])
-    assert await rig.tier.restore([pinned]) == [Restored.RELINKED]
+    assert await rig.tier.restore([pinned]) == [ObjectState.RELINKED]
     assert await rig.tier.sweep({one}) == 0
     assert names(rig.pins) == names(rig.kv) == [name]
 
@@ -94,8 +94,8 @@ async def test_damage_in_place_removes_both_links(rig: DiskTierHarness) -> None:
     rig.flip(key(0))
     rig.flip(key(2), pin=True)
     assert rig.inodes(key(0))[0] == rig.inodes(key(0))[1]
-    assert await rig.tier.verify(objects) == [Restored.CORRUPT, Restored.INTACT, Restored.CORRUPT]
-    assert await rig.tier.restore(objects) == [Restored.CORRUPT, Restored.INTACT, Restored.CORRUPT]
+    assert await rig.tier.verify(objects) == [ObjectState.CORRUPT, ObjectState.INTACT, ObjectState.CORRUPT]
+    assert await rig.tier.restore(objects) == [ObjectState.CORRUPT, ObjectState.INTACT, ObjectState.CORRUPT]
     assert [rig.live(one) for one in keys(3)] == [None, values[1], None]
     assert [rig.pinned(one) for one in keys(3)] == [None, values[1], None]
 
@@ -105,7 +105,7 @@ async def test_truncated_pin_is_found_and_new_original_kept(rig: DiskTierHarness
     objects = await rig.tier.pin(keys(1), {})
     os.truncate(rig.kv / key(0).file_name, len(content) - 1)
     rig.put(key(0), content)  # LMCache computed it again: another inode, the right bytes
-    assert await rig.tier.verify(objects) == [Restored.CORRUPT]
+    assert await rig.tier.verify(objects) == [ObjectState.CORRUPT]
     assert await rig.tier.pin(keys(1), {objects[0].key: objects[0]}) == objects
     assert rig.inodes(key(0))[0] == rig.inodes(key(0))[1]
     assert rig.pinned(key(0)) == content
@@ -117,7 +117,7 @@ async def test_relinking_replaces_the_damaged_file_atomically(rig: DiskTierHarne
     wrong = value()
     rig.put(key(0), wrong)
     with (rig.kv / key(0).file_name).open("rb") as reader:  # LMCache is loading it
-        assert await rig.tier.restore(objects) == [Restored.RELINKED]
+        assert await rig.tier.restore(objects) == [ObjectState.RELINKED]
         assert reader.read() == wrong
     assert rig.live(key(0)) == content
     assert names(rig.kv) == names(rig.pins) == [key(0).file_name]
@@ -190,7 +190,7 @@ async def test_two_stores_on_one_cache_keep_pins_apart(rig: DiskTierHarness) -> 
         objects = await other.pin(keys(1), {})
         assert await rig.tier.sweep([]) == 1
         assert await rig.tier.remove(keys(1)) == 0
-        assert await other.restore(objects) == [Restored.RELINKED]
+        assert await other.restore(objects) == [ObjectState.RELINKED]
     assert rig.live(key(0)) == content
 
 
@@ -274,7 +274,7 @@ async def test_full_file_system_raises_tier_full(few_inodes: Path) -> None:
         assert [rig.live(one) for one in keys(20)] == values
         assert await rig.tier.sweep([]) > 0
         objects = await rig.tier.pin(keys(5), {})  # there is room again
-        assert await rig.tier.verify(objects) == [Restored.INTACT] * 5
+        assert await rig.tier.verify(objects) == [ObjectState.INTACT] * 5
 
 
 async def test_restore_on_full_file_system_keeps_pins(few_inodes: Path) -> None:

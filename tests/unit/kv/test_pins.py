@@ -11,7 +11,7 @@ import pytest
 
 from gateway.kv.file_lock import FileLock
 from gateway.kv.pins import Pins
-from gateway.kv.tiers.base import Restored, TierFull
+from gateway.kv.tiers.base import ObjectState, TierFull
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.support.gateway_process import ROOT, free_port
@@ -90,7 +90,7 @@ async def test_tier_gets_only_its_own_existing_pins(pins: Pins, disk: DiskTierHa
     again, _ = await pins.pin(keys(1), known)
     assert again == first
     restored, _ = await pins.restore(known)
-    assert restored == {"disk": {str(key(0)): Restored.INTACT}, "redis": {str(key(0)): Restored.INTACT}}
+    assert restored == {"disk": {str(key(0)): ObjectState.INTACT}, "redis": {str(key(0)): ObjectState.INTACT}}
     assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
 
 
@@ -118,7 +118,7 @@ async def test_loss_in_one_tier_is_reported_despite_the_other(
     await disk.tier.remove(keys(1))
     await redis.tier.drop_original(keys(1))
     restored, warnings = await pins.restore([o for have in pinned.values() for o in have.values()])
-    assert restored == {"disk": {str(key(0)): Restored.MISSING}, "redis": {str(key(0)): Restored.RELINKED}}
+    assert restored == {"disk": {str(key(0)): ObjectState.MISSING}, "redis": {str(key(0)): ObjectState.RELINKED}}
     assert warnings == []
 
 
@@ -158,7 +158,7 @@ async def test_unreachable_tier_is_a_warning(half: Pins, disk: DiskTierHarness) 
     held = {tier: {one.key: one.size} for tier in ("disk", "redis", "a tier of former days")}
     assert await half.missing(held) == {"redis": {one.key}, "a tier of former days": {one.key}}
     restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
-    assert (restored, len(warnings)) == ({"disk": {str(key(0)): Restored.INTACT}}, 1)
+    assert (restored, len(warnings)) == ({"disk": {str(key(0)): ObjectState.INTACT}}, 1)
     assert (await half.sweep([key(0)]))[0] == 0
     await disk.tier.drop_original(keys(1))
     freed, warnings = await half.remove(keys(1), originals=False)

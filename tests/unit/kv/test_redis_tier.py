@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.kv.tiers.base import Restored, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, TierFull, TierUnavailable
 from gateway.kv.tiers.liveness import Hung, Liveness
 from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
@@ -77,10 +77,10 @@ async def test_many_objects_pass_every_operation(rig: RedisTierHarness) -> None:
     assert await rig.tier.pin(keys(count), {o.key: o for o in objects}) == objects
     lost = [one for number, one in enumerate(keys(count)) if number % 3 == 0]
     await rig.tier.drop_original(lost)
-    wanted = [Restored.RELINKED if number % 3 == 0 else Restored.INTACT for number in range(count)]
+    wanted = [ObjectState.RELINKED if number % 3 == 0 else ObjectState.INTACT for number in range(count)]
     assert await rig.tier.restore(objects) == wanted
     assert [rig.live(one) for one in keys(count)] == values
-    assert await rig.tier.verify(objects) == [Restored.INTACT] * count
+    assert await rig.tier.verify(objects) == [ObjectState.INTACT] * count
     assert await rig.tier.sweep(set(keys(count))) == 0
     assert await rig.tier.unpin(keys(count)) == count * 100
     assert await rig.tier.remove(keys(count)) == count * 100
@@ -100,8 +100,8 @@ async def test_two_stores_in_one_redis_keep_pins_apart(rig: RedisTierHarness, re
         objects = await other.pin(keys(3), {})
         assert await rig.tier.sweep([]) == 3
         assert await rig.tier.remove(keys(3)) == sum(map(len, values))
-        assert await other.verify(objects) == [Restored.INTACT] * 3
-        assert await other.restore(objects) == [Restored.RELINKED] * 3
+        assert await other.verify(objects) == [ObjectState.INTACT] * 3
+        assert await other.restore(objects) == [ObjectState.RELINKED] * 3
         assert await other.sweep([]) == 3
     assert [rig.live(one) for one in keys(3)] == values
 
@@ -143,7 +143,7 @@ async def test_restore_into_full_memory_keeps_pins(rig: RedisTierHarness) -> Non
         await rig.tier.restore(objects)
     assert [rig.pinned(one) for one in keys(5)] == values
     rig.client.config_set("maxmemory", 0)
-    assert await rig.tier.restore(objects) == [Restored.RELINKED] * 5
+    assert await rig.tier.restore(objects) == [ObjectState.RELINKED] * 5
 
 
 async def every_operation(tier: RedisTier) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from gateway.kv.tiers.base import Restored, Stored
+from gateway.kv.tiers.base import ObjectState, Stored
 from gateway.records import PinnedObject
 from tests.support.tier_harness import (
     DiskTierHarness,
@@ -143,7 +143,7 @@ async def test_pin_of_another_freeze_survives_lost_original(
     await rig.tier.drop_original(keys(1))
     await rig.tier.pin(keys(1), {})
     assert rig.pinned(key(0)) == content
-    assert await rig.tier.restore(objects) == [Restored.RELINKED]
+    assert await rig.tier.restore(objects) == [ObjectState.RELINKED]
 
 
 # --- restore
@@ -151,7 +151,7 @@ async def test_pin_of_another_freeze_survives_lost_original(
 
 async def test_untouched_object_is_intact(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
-    assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
+    assert await rig.tier.restore(objects) == [ObjectState.INTACT] * 9
     assert [rig.live(one) for one in keys(9)] == values
     assert await rig.tier.restore([]) == []
 
@@ -160,9 +160,9 @@ async def test_evicted_originals_are_restored_from_pins(rig: TierHarness) -> Non
     values, objects = await pinned(rig, 9)
     await rig.tier.drop_original(keys(9))
     assert await rig.tier.sizes(spelled(*keys(9))) == [0] * 9
-    assert await rig.tier.restore(objects) == [Restored.RELINKED] * 9
+    assert await rig.tier.restore(objects) == [ObjectState.RELINKED] * 9
     assert [rig.live(one) for one in keys(9)] == values
-    assert await rig.tier.restore(objects) == [Restored.INTACT] * 9
+    assert await rig.tier.restore(objects) == [ObjectState.INTACT] * 9
 
 
 def harmed(content: bytes, harm: str) -> bytes:
@@ -189,7 +189,7 @@ HARMS = ["flip", "flip at the end", "truncate", "empty", "grow", "another object
 async def test_damaged_original_is_replaced_by_the_pin(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put(key(0), harmed(content, harm))
-    assert await rig.tier.restore(objects) == [Restored.RELINKED]
+    assert await rig.tier.restore(objects) == [ObjectState.RELINKED]
     assert rig.live(key(0)) == rig.pinned(key(0)) == content
 
 
@@ -200,9 +200,9 @@ async def test_damaged_or_lost_pin_is_restored_from_original(rig: TierHarness, h
         rig.drop_pin(key(0))
     else:
         rig.put_pin(key(0), harmed(content, harm))
-    assert await rig.tier.restore(objects) == [Restored.INTACT]
+    assert await rig.tier.restore(objects) == [ObjectState.INTACT]
     assert rig.live(key(0)) == rig.pinned(key(0)) == content
-    assert await rig.tier.verify(objects) == [Restored.INTACT]
+    assert await rig.tier.verify(objects) == [ObjectState.INTACT]
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -210,10 +210,10 @@ async def test_damage_in_both_places_is_deleted(rig: TierHarness, harm: str) -> 
     (content, other), objects = await pinned(rig, 2)
     rig.put(key(0), harmed(content, harm))
     rig.put_pin(key(0), harmed(content, "truncate"))
-    assert await rig.tier.restore(objects) == [Restored.CORRUPT, Restored.INTACT]
+    assert await rig.tier.restore(objects) == [ObjectState.CORRUPT, ObjectState.INTACT]
     assert rig.live(key(0)) is rig.pinned(key(0)) is None
     assert rig.live(key(1)) == rig.pinned(key(1)) == other
-    assert await rig.tier.restore(objects) == [Restored.MISSING, Restored.INTACT]
+    assert await rig.tier.restore(objects) == [ObjectState.MISSING, ObjectState.INTACT]
 
 
 async def test_damaged_remainder_of_a_pair_is_deleted(rig: TierHarness) -> None:
@@ -222,15 +222,15 @@ async def test_damaged_remainder_of_a_pair_is_deleted(rig: TierHarness) -> None:
     rig.put(key(0), harmed(contents[0], "flip"))
     await rig.tier.drop_original([key(1)])
     rig.put_pin(key(1), harmed(contents[1], "flip"))
-    assert await rig.tier.restore(objects) == [Restored.CORRUPT] * 2
+    assert await rig.tier.restore(objects) == [ObjectState.CORRUPT] * 2
     assert [rig.live(one) for one in keys(2)] == [rig.pinned(one) for one in keys(2)] == [None, None]
 
 
 async def test_object_in_neither_place_is_missing(rig: TierHarness) -> None:
     _, objects = await pinned(rig, 1)
     await rig.tier.remove(keys(1))
-    assert await rig.tier.restore(objects) == [Restored.MISSING]
-    assert [state.usable for state in Restored] == [True, True, False, False]
+    assert await rig.tier.restore(objects) == [ObjectState.MISSING]
+    assert [state.usable for state in ObjectState] == [True, True, False, False]
 
 
 # --- verify
@@ -244,7 +244,7 @@ async def test_verify_reports_pin_states_and_changes_nothing(rig: TierHarness) -
     rig.put(key(4), value())
     before = [(rig.live(one), rig.pinned(one)) for one in keys(5)]
     assert await rig.tier.verify(objects) == [
-        Restored.INTACT, Restored.CORRUPT, Restored.CORRUPT, Restored.MISSING, Restored.INTACT,
+        ObjectState.INTACT, ObjectState.CORRUPT, ObjectState.CORRUPT, ObjectState.MISSING, ObjectState.INTACT,
     ]  # fmt: skip
     assert [(rig.live(one), rig.pinned(one)) for one in keys(5)] == before
     assert await rig.tier.verify([]) == []
@@ -314,18 +314,18 @@ async def test_pin_is_restored_under_another_name(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 3)
     names = [key(number, salt="other") for number in range(3)]
     apart = [o._replace(key=str(name), pin=o.key) for o, name in zip(objects, names, strict=True)]
-    assert await rig.tier.verify(apart) == [Restored.INTACT] * 3
+    assert await rig.tier.verify(apart) == [ObjectState.INTACT] * 3
     assert [await rig.tier.read(one) for one in apart] == values
     assert await rig.tier.sizes(spelled(*names)) == [0] * 3  # LMCache finds them once they are restored
-    assert await rig.tier.restore(apart) == [Restored.RELINKED] * 3
-    assert await rig.tier.restore(apart) == [Restored.INTACT] * 3
+    assert await rig.tier.restore(apart) == [ObjectState.RELINKED] * 3
+    assert await rig.tier.restore(apart) == [ObjectState.INTACT] * 3
     assert [rig.live(name) for name in names] == values
     await rig.tier.drop_original(keys(3))
     rig.drop_pin(key(0))
-    assert await rig.tier.restore(apart[:1]) == [Restored.INTACT]
+    assert await rig.tier.restore(apart[:1]) == [ObjectState.INTACT]
     assert rig.pinned(key(0)) == values[0]  # what LMCache had under the other name has mended the pin
     rig.put(names[1], harmed(values[1], "flip"))
-    assert await rig.tier.restore(apart[1:2]) == [Restored.RELINKED]
+    assert await rig.tier.restore(apart[1:2]) == [ObjectState.RELINKED]
     assert rig.live(names[1]) == values[1]
 
 

@@ -29,7 +29,7 @@ def a(content: Any, **more: Any) -> dict[str, Any]:
 def estimator(demo_folder: Path) -> Estimator:
     """One that knows the demo model's tokenizer."""
     made = Estimator()
-    made.learn(MODEL, str(demo_folder))
+    made.load_tokenizer(MODEL, str(demo_folder))
     return made
 
 
@@ -96,7 +96,7 @@ def test_what_a_template_adds_to_a_message_is_learned(estimator: Estimator) -> N
 
 def test_the_bytes_of_a_token_are_learned_where_there_is_no_tokenizer() -> None:
     estimator = Estimator()
-    estimator.learn(MODEL, "nobody/nothing")
+    estimator.load_tokenizer(MODEL, "nobody/nothing")
     assert estimator.estimate(MODEL, [u("x" * 400)], {}).text == 100
     for _ in range(50):
         estimate = estimator.estimate(MODEL, [u("é" * 400)], {}, 10)
@@ -152,7 +152,7 @@ def test_memory_is_bounded_whatever_models_are_named() -> None:
 def test_a_tokenizer_named_by_hand_is_taken_or_stops_the_start(demo_folder: Path, tmp_path: Path) -> None:
     estimator = Estimator(file=demo_folder / "tokenizer.json")
     estimator.check()
-    estimator.learn(MODEL, "nobody/nothing")
+    estimator.load_tokenizer(MODEL, "nobody/nothing")
     assert estimator.report()[MODEL]["source"] == "tokenizer"
     for content in (None, "{}"):
         path = tmp_path / "tokenizer.json"

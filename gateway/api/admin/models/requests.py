@@ -23,9 +23,11 @@ ModelName = Annotated[str, Reads(fields.text(MAX_MODEL).about("only of this mode
 Moment = Annotated[float, Reads(fields.moment)]
 State = Annotated[SessionState, Reads(fields.one_of(*get_args(SessionState)).about("only in this state"))]
 Flag = Annotated[bool, Reads(fields.boolean)]
-NodeCount = Annotated[int, Reads(fields.whole(1, tree.MOST).about("at most so many windows, and so many sessions"))]
+NodeCount = Annotated[
+    int, Reads(fields.whole(1, tree.MAX_NODES).about("at most so many windows, and so many sessions"))
+]
 MaxTokens = Annotated[
-    int, Reads(fields.whole(1, ask.MAX_TOKENS).about(f"most tokens of the answer; default {ask.USUAL_TOKENS}"))
+    int, Reads(fields.whole(1, ask.MAX_TOKENS).about(f"most tokens of the answer; default {ask.DEFAULT_TOKENS}"))
 ]
 Question = Annotated[str, Reads(fields.non_blank(ask.MAX_QUESTION))]
 

@@ -13,7 +13,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
 from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
-from gateway.windows.restore import Receipt, load, put_back, restore
+from gateway.windows.restore import Receipt, check_and_restore, load, put_back
 
 
 @instrumented
@@ -28,7 +28,7 @@ async def prefetch(ctx: OperationContext, name: str) -> Receipt:
     await served_model(services, window)
     cache = _cache(services, "load into")
     manifest = await services.store.manifest(window)
-    receipt = await restore(ctx, window, manifest)
+    receipt = await check_and_restore(ctx, window, manifest)
     loaded = await load(ctx, cache, window, manifest, receipt.chunks_found) if receipt.chunks_found else None
     partial = (loaded or 0) < receipt.chunks_expected
     return replace(receipt, chunks_prefetched=loaded, partial=partial, duration_ms=ctx.duration_ms())
