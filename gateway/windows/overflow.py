@@ -138,7 +138,7 @@ class Overflow:
         recorded = transcripts.common(rest, history)  # what the client has changed since is in no window
         starts = [i for i, message in enumerate(rest[: recorded + 1]) if i and message.get("role") == "user"]
         if not starts:
-            raise _cannot("the request begins with no turn of the session", "send less, or the history as it was")
+            raise _cannot("the request does not begin with a recorded turn", "send less, or the history as it was")
         reply = _reply_tokens(call)
         limit = min(int(model.context_limit * _KEPT), model.context_limit - reply - 1)
         engine = self._services.engines.for_lineage(session.lineage, session.engine)

@@ -209,7 +209,7 @@ def test_unrecorded_messages_are_never_dropped(full: Gateway, session: str, edit
     found = full.http.get("/admin/windows", params={"session_id": session}).json()["windows"]
     if edited == 1:
         assert (answer.status_code, answer.json(), found) == (400, REFUSAL, [])
-        assert "whole turn" in answer.headers["x-context-hint"]
+        assert "recorded turn" in answer.headers["x-context-hint"]
         return
     assert answer.headers["x-context-dropped-messages"] == "2"  # of three turns that would have gone, the unchanged one
     window = full.http.get(f"/admin/windows/{answer.headers['x-context-ancestor']}/messages").json()
