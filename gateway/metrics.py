@@ -73,11 +73,7 @@ METRICS = (
     ),
     Metric("cwg_verbs_total", "counter", ("result", "verb"), "window operations, by result: `ok` or the error code"),
     Metric(
-        "cwg_verb_seconds",
-        "histogram",
-        ("verb",),
-        "duration of the window operations that were `ok`",
-        buckets=_VERB_S,
+        "cwg_verb_seconds", "histogram", ("verb",), "duration of the window operations that were `ok`", buckets=_VERB_S
     ),
     Metric("cwg_turns_in_flight", "gauge", (), "turns in progress or waiting to be recorded"),
     Metric("cwg_turns_unrecorded", "gauge", (), "finished turns waiting for the store"),

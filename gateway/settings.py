@@ -91,8 +91,7 @@ RedisUrl = Annotated[Secret, _check(lambda url: not url or _is_url(url, "redis r
 StoreUrl = Annotated[str, _check(re.compile(r"sqlite:///|\Z").match, "{!r} is not sqlite:///PATH")]
 PromptFilter = Annotated[str, AfterValidator(_check_filter)]
 ExtraPath = Annotated[
-    str,
-    _check(re.compile(r"(\*|[A-Z]+) /v1/").match, "{!r} is not a method and a path below /v1/, as in 'POST /v1/x'"),
+    str, _check(re.compile(r"(\*|[A-Z]+) /v1/").match, "{!r} is not a method and a path below /v1/, as in 'POST /v1/x'")
 ]
 Origin = Annotated[
     str, _check(re.compile(r"\*|.+?://[^/]+").fullmatch, "{!r} is not an origin, as in 'https://app.example'")
@@ -118,8 +117,7 @@ class Settings(BaseSettings):
         30.0, "seconds for which one of several workers may not respond before it is killed and replaced"
     )
     api_key: Secret = setting(
-        "",
-        "one key for every API (`Authorization: Bearer` or `x-api-key`); without it no public name is served",
+        "", "one key for every API (`Authorization: Bearer` or `x-api-key`); without it no public name is served"
     )
     allowed_origins: tuple[Origin, ...] = setting(
         (), "origins, as `https://app.example`, whose pages may call the gateway; `*`: all. No CORS headers are sent"
@@ -143,8 +141,7 @@ class Settings(BaseSettings):
     store_url: StoreUrl = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
     secret_file: str = setting("", "secret of the salts, created on first use; empty: `<data_dir>/secret`")
     accept_new_secret: bool = setting(
-        False,
-        "start with a secret other than the store's, once: KV stored under the old one is not found again",
+        False, "start with a secret other than the store's, once: KV stored under the old one is not found again"
     )
     isolation: Literal["session", "tenant"] = setting(
         "session", "`session`: a salt for each lineage; `tenant`: one for all of a tenant"
@@ -163,8 +160,7 @@ class Settings(BaseSettings):
     connect_timeout_s: Seconds = setting(5.0, "seconds to connect to the engine, the cache or Redis")
     engine_timeout_s: Seconds = setting(600.0, "seconds the engine may be silent, before its first byte or between two")
     abort_grace_s: SecondsOrNone = setting(
-        10.0,
-        "seconds to wait for the first output after a disconnect, on an engine that an abort might crash; 0: none",
+        10.0, "seconds to wait for the first output after a disconnect, on an engine that an abort might crash; 0: none"
     )
     client_timeout_s: Seconds = setting(
         30.0, "seconds a client may take for its headers, between two parts of a body, and to read some of its response"
@@ -272,36 +268,38 @@ class Settings(BaseSettings):
     @property
     def data_path(self) -> Path:
         """`data_dir` as an absolute path."""
-        return Path(self.data_dir).expanduser().absolute()
+        return _absolute(self.data_dir)
 
     @property
     def store_path(self) -> Path:
         """File of the SQLite store."""
-        if not self.store_url:
-            return self.data_path / "gateway.db"
-        return Path(self.store_url.removeprefix("sqlite:///")).expanduser().absolute()
+        return _absolute(self.store_url.removeprefix("sqlite:///") or f"{self.data_dir}/gateway.db")
 
     @property
     def secret_path(self) -> Path:
         """File of the secret."""
-        return Path(self.secret_file).expanduser().absolute() if self.secret_file else self.data_path / "secret"
+        return _absolute(self.secret_file or f"{self.data_dir}/secret")
 
     @property
     def tokenizer_path(self) -> Path | None:
         """File of the tokenizer, if it is set."""
-        return Path(self.tokenizer_file).expanduser().absolute() if self.tokenizer_file else None
+        return _absolute(self.tokenizer_file) if self.tokenizer_file else None
 
     @property
     def kv_path(self) -> Path | None:
         """Directory of the disk tier."""
-        return Path(self.kv_dir).expanduser().absolute() if self.kv_dir else None
+        return _absolute(self.kv_dir) if self.kv_dir else None
 
     @property
     def pins_path(self) -> Path | None:
         """Directory of the pins on disk."""
         if self.pins_dir:
-            return Path(self.pins_dir).expanduser().absolute()
+            return _absolute(self.pins_dir)
         return self.kv_path.with_name(f"{self.kv_path.name}-pins") if self.kv_path else None
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def load(

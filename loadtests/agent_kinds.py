@@ -190,11 +190,7 @@ class Codex(Agent):
         return {"CODEX_HOME": str(self.home), "OPENAI_API_KEY": "x"}
 
     def command(self, run: AgentRun) -> tuple[Sequence[str], str]:
-        flags = {
-            "": [],
-            "continue": ["resume", "--last"],
-            "fork": ["fork", self._last() if run.resume else ""],
-        }
+        flags = {"": [], "continue": ["resume", "--last"], "fork": ["fork", self._last() if run.resume else ""]}
         options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
         return [str(self.path), "exec", *flags[run.resume], *options, run.prompt], ""
 

@@ -169,10 +169,7 @@ OTHER_SHAPES: Mapping[str, tuple[str, Shape]] = {
         "/v1/messages",
         repeated(_HEAD + b'"max_tokens":9,' + _MESSAGES + b',"metadata":{"user_id":"', b"_session_", b'"}}', b""),
     ),
-    "count_tokens of messages": (
-        "/v1/messages/count_tokens",
-        repeated(_HEAD + b'"messages":[', _USER, b"]}"),
-    ),
+    "count_tokens of messages": ("/v1/messages/count_tokens", repeated(_HEAD + b'"messages":[', _USER, b"]}")),
     "embeddings": ("/v1/embeddings", repeated(_HEAD + b'"input":[', b'"a"', b"]}")),
     "embeddings of {}": ("/v1/embeddings", repeated(_HEAD + b'"input":[', b"{}", b"]}")),
     "batch": ("/v1/chat/completions/batch", repeated(_HEAD + b'"messages":[[', _USER, b"]]}")),

@@ -98,10 +98,7 @@ def _table(scores: Mapping[str, Score]) -> str:
 
 
 def _cached(run: Run) -> str:
-    rows = [
-        ["", "prompt tokens", "engine alone", "through the gateway", "turns below"],
-        ["---", *["---:"] * 4],
-    ]
+    rows = [["", "prompt tokens", "engine alone", "through the gateway", "turns below"], ["---", *["---:"] * 4]]
     for name, hits in run.cached.items():
         shares = (f"{part / hits.tokens:.1%}" for part in (hits.alone, hits.gateway))
         rows.append([name, f"{hits.tokens:,}", *shares, f"{hits.below:,} of {hits.turns:,}"])

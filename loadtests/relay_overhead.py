@@ -103,15 +103,7 @@ def _options() -> Options:
     args = parser.parse_args()
     paths = {kind.name: getattr(args, kind.name.replace("-", "_")) for kind in PEERS}
     only = frozenset(filter(None, args.only.split(",")))
-    return Options(
-        max(1, args.rounds),
-        max(1, args.seconds),
-        args.minutes,
-        max(0, args.streams),
-        args.out,
-        only,
-        paths,
-    )
+    return Options(max(1, args.rounds), max(1, args.seconds), args.minutes, max(0, args.streams), args.out, only, paths)
 
 
 def _start(stack: ExitStack, work: Path, options: Options) -> tuple[list[Contender], dict[str, str]]:

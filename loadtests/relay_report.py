@@ -146,13 +146,7 @@ def _yes_no_targets(run: Run) -> Iterator[list[str]]:
         outcome = f"{crowd.failed} failed, {crowd.concurrent} overlapping"
         yield [f"{crowd.streams} concurrent streams", "none failed", outcome, "", _yes_no(crowd.failed == 0)]
         growth = crowd.after_bytes[-1] / crowd.after_bytes[0] - 1
-        yield [
-            "memory growth",
-            f"<= {_FLAT:.0%}",
-            f"{growth:+.1%}",
-            _memory(crowd),
-            _yes_no(growth <= _FLAT),
-        ]
+        yield ["memory growth", f"<= {_FLAT:.0%}", f"{growth:+.1%}", _memory(crowd), _yes_no(growth <= _FLAT)]
 
 
 def _streams(run: Run) -> str:

@@ -59,12 +59,7 @@ class Cache:
 
     def prefetch_ms(self, window: WindowFiles) -> float:
         """Load the window from the disk tier into LMCache's memory."""
-        body = {
-            "model_name": window.model,
-            "world_size": 1,
-            "token_ids": list(window.ids),
-            "cache_salt": window.salt,
-        }
+        body = {"model_name": window.model, "world_size": 1, "token_ids": list(window.ids), "cache_salt": window.salt}
         began = time.perf_counter()
         job = self._http.post("/cache/prefetches", json=body).raise_for_status().json()
         while (status := self._status(job["request_id"]))["status"] != "completed":

@@ -146,9 +146,7 @@ def _too_large(limit: int, setting: str) -> GatewayError:
 def not_found(path: str) -> GatewayError:
     """The error for a path that no API serves."""
     return GatewayError(
-        "not_found",
-        f"nothing is served at {shown(path, 200)}",
-        hint="see /admin/openapi.json and /v1/models",
+        "not_found", f"nothing is served at {shown(path, 200)}", hint="see /admin/openapi.json and /v1/models"
     )
 
 

@@ -43,8 +43,7 @@ def _rule(line: str, end: str) -> re.Pattern[str]:
 _RULES: dict[str, re.Pattern[str]] = {
     # A value is a word. Blocks are sometimes joined without a line break, so what follows may begin right behind it.
     "claude-billing-header": _rule(
-        rf"{BILLING_HEADER}:(?:{_BLANK}cc[a-z_]{{1,30}}=[^\s;]{{0,200}}(?:;|(?=\s|\Z)))++",
-        f"(?:{_NEXT_LINE})?",
+        rf"{BILLING_HEADER}:(?:{_BLANK}cc[a-z_]{{1,30}}=[^\s;]{{0,200}}(?:;|(?=\s|\Z)))++", f"(?:{_NEXT_LINE})?"
     ),
     "request-id-line": _rule(rf"\[?{_BLANK}{_ID_NAME}{_BLANK}[:=]{_BLANK}{_ID}{_BLANK}\]?", rf"(?:{_NEXT_LINE}|\Z)"),
     "timestamp-line": _rule(

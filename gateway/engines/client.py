@@ -138,14 +138,7 @@ class EngineClient(ABC):
 
         Raises `invalid_request` if the engine refuses it, `engine_unreachable`, `engine_timeout`.
         """
-        body = {
-            **frame,
-            "model": model,
-            "cache_salt": salt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            **_UNSTORED,
-        }
+        body = {**frame, "model": model, "cache_salt": salt, "max_tokens": max_tokens, "temperature": 0, **_UNSTORED}
 
         async def send(full: dict[str, Any]) -> Reply:
             return await self.ask("POST", "/v1/chat/completions", json=full)

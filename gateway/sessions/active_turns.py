@@ -138,10 +138,7 @@ class ActiveTurns:
 def _lock_keys(match: SessionMatch) -> list[LockKey]:
     """What other workers have to know of a turn: whose it is, and how its session is recognised."""
     session = match.session
-    keys: list[LockKey] = [
-        ("session", session.tenant, session.id),
-        ("lineage", session.tenant, session.lineage),
-    ]
+    keys: list[LockKey] = [("session", session.tenant, session.id), ("lineage", session.tenant, session.lineage)]
     if match.request is not None:
         keys.append(_of(session.tenant, "session request", session.id, match.request.request_hash))
         keys.append(("request", session.tenant, match.request.request_hash.hex()))

@@ -110,14 +110,7 @@ def non_blank(max_length: int) -> Field[str]:
     return read
 
 
-@reads(
-    {
-        "type": "array",
-        "items": _matching(TAG),
-        "maxItems": MAX_TAGS,
-        "description": "tags to find it by",
-    }
-)
+@reads({"type": "array", "items": _matching(TAG), "maxItems": MAX_TAGS, "description": "tags to find it by"})
 def tags(name: str, value: object) -> tuple[str, ...]:
     """A list of tags, without duplicates."""
     if not isinstance(value, list) or len(value) > MAX_TAGS:

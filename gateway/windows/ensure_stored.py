@@ -126,10 +126,7 @@ def with_receipt(
 ) -> Window:
     """The window with its `chunks` pinned leading chunks, and a receipt of them that includes `more`."""
     pinned = replace(
-        window,
-        chunk_count=chunks,
-        size_bytes=sum({o.key: o.size for o in objects}.values()),
-        kv=_state(chunks, window),
+        window, chunk_count=chunks, size_bytes=sum({o.key: o.size for o in objects}.values()), kv=_state(chunks, window)
     )
     receipt = {
         "tokens": pinned.token_count,

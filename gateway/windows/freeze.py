@@ -120,9 +120,7 @@ async def all_or_nothing(services: Services) -> AsyncIterator[None]:
 def window_name_taken(name: str) -> GatewayError:
     """The error for a window name that is in use."""
     return GatewayError(
-        "window_already_exists",
-        f"window {name!r} already exists",
-        hint="choose another name, or delete that window",
+        "window_already_exists", f"window {name!r} already exists", hint="choose another name, or delete that window"
     )
 
 

@@ -185,9 +185,7 @@ def test_ec001_two_freezes_of_one_session_at_once_are_two_whole_windows(
 
 
 @pytest.mark.anyio
-async def test_ec020b_objects_are_kept_up_to_the_last_byte_of_the_budget(
-    harness: GatewayHarness,
-) -> None:
+async def test_ec020b_objects_are_kept_up_to_the_last_byte_of_the_budget(harness: GatewayHarness) -> None:
     kept = await window(harness.services)
     objects = (await harness.services.store.manifest(kept)).objects
     held = await harness.services.store.held_bytes("default", objects)

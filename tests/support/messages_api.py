@@ -49,12 +49,7 @@ def tool(index: int, call_id: str, name: str, *pieces: str) -> bytes:
 
 
 # As vLLM counts: the whole prompt at first, at the end without what was cached or is cached now.
-USAGE = {
-    "input_tokens": 8,
-    "output_tokens": 9,
-    "cache_creation_input_tokens": 16,
-    "cache_read_input_tokens": 96,
-}
+USAGE = {"input_tokens": 8, "output_tokens": 9, "cache_creation_input_tokens": 16, "cache_read_input_tokens": 96}
 
 
 def end(reason: str = "end_turn", usage: Any = USAGE) -> bytes:

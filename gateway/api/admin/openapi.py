@@ -18,10 +18,7 @@ Windows and sessions of a Context Window Gateway. Errors have one of the codes t
 tells whether the same request may succeed later. Parameters that are not listed here are refused. A request that sends
 `Accept: application/x-ndjson` gets progress: status 200 with lines of JSON, `{"progress": {...}}`, and as the last
 `{"status": ..., "result": ...}` or `{"status": ..., "error": ...}`."""
-_KEYS = {
-    "bearer": {"type": "http", "scheme": "bearer"},
-    "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-}
+_KEYS = {"bearer": {"type": "http", "scheme": "bearer"}, "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}
 
 
 def documented(operations: Sequence[Operation]) -> Operation:

@@ -7,16 +7,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.api.admin import (
-    archives,
-    autofreeze,
-    cache,
-    continuation,
-    metrics,
-    openapi,
-    serializers,
-    windows,
-)
+from gateway.api.admin import archives, autofreeze, cache, continuation, metrics, openapi, serializers, windows
 from gateway.api.admin.models import requests, responses, status
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation

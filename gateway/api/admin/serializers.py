@@ -103,11 +103,7 @@ def window_line_fields(w: Window, now: float) -> dict[str, Any]:
 
 def window_fields(w: Window, now: float) -> dict[str, Any]:
     """A window with its receipt."""
-    return {
-        **window_line_fields(w, now),
-        "block_count": w.chunk_count * w.world_size,
-        "receipt": dict(w.receipt),
-    }
+    return {**window_line_fields(w, now), "block_count": w.chunk_count * w.world_size, "receipt": dict(w.receipt)}
 
 
 def window_status_fields(w: Window, now: float, pinned: Sizes, present: Present) -> dict[str, Any]:

@@ -173,7 +173,8 @@ class RuleChanges(requests.PolicyChanges):
 def _policy(name: str, value: object) -> Json:
     if not isinstance(value, dict):
         raise fields.invalid(name, "an object", value)
-    return read(RuleChanges, value).given()
+    changes: Json = read(RuleChanges, value).given()
+    return changes
 
 
 class AutoFreezeConfig(RuleChanges):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from gateway.errors import GatewayError
 from gateway.records import MAX_DESCRIPTION, MAX_NAME, WINDOW_NAME
@@ -28,20 +28,69 @@ MOST_TTL_S = 1e9
 _SPEC = {"type": "object", "properties": {"use": {"type": "string"}}, "required": ["use"]}
 
 
+@reads(
+    {
+        "type": "string",
+        "maxLength": LONGEST_PATTERN,
+        "description": "names of the windows, with {session_id} and {timestamp}, and {turns} if you like",
+    }
+)
+def _pattern(name: str, value: object) -> str:
+    pattern = fields.text(LONGEST_PATTERN).read(name, value)
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise fields.invalid(name, f"a pattern with balanced braces ({error})", value) from error
+    used = [field for _, field, _, _ in parts if field is not None]
+    if any(field not in _NAMES or spec or how for _, field, spec, how in parts if field is not None):
+        raise fields.invalid(name, "a pattern with no other fields than {session_id}, {timestamp} and {turns}", value)
+    if used.count("session_id") != 1 or used.count("timestamp") != 1:
+        raise fields.invalid(name, "a pattern with {session_id} and {timestamp}, each once: names must differ", value)
+    if not WINDOW_NAME.fullmatch(window_name(pattern, "s", 1, 0.0)):
+        raise fields.invalid(
+            name, "a pattern that makes window names: a letter or digit, then A-Z a-z 0-9 _ . -", value
+        )
+    return pattern
+
+
+@reads(
+    {
+        "type": "array",
+        "items": _SPEC,
+        "maxItems": MAX_POLICIES,
+        "description": 'further policies, such as {"use": "token_threshold", "tokens": 8000}',
+    }
+)
+def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list | tuple) or len(value) > MAX_POLICIES:
+        raise fields.invalid(name, f"a list of at most {MAX_POLICIES} policies", value)
+    return tuple(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """When sessions are frozen automatically, and how their windows are named and kept. None: that rule is off."""
 
-    enabled: bool = True
-    idle_timeout_minutes: float | None = 15.0
-    token_threshold: int | None = None
-    context_share: float | None = 0.9
-    at_shutdown: bool = False
-    policies: tuple[Mapping[str, Any], ...] = ()
-    naming_pattern: str = "auto-{session_id}-{timestamp}"
-    cooldown_seconds: float = 60.0
-    keep: int = 3
-    ttl_seconds: float | None = 30 * _DAY
+    enabled: Annotated[bool, fields.boolean.about("whether sessions are frozen automatically")] = True
+    idle_timeout_minutes: Annotated[
+        float | None, or_null(fields.number(MOST_MINUTES)).about("freeze after this idle time; null: off")
+    ] = 15.0
+    token_threshold: Annotated[
+        int | None, or_null(fields.whole(1, MOST_TOKENS)).about("freeze at this many tokens; null: off")
+    ] = None
+    context_share: Annotated[
+        float | None, or_null(fields.number(1)).about("freeze at this share of the context limit; null: off")
+    ] = 0.9
+    at_shutdown: Annotated[bool, fields.boolean.about("freeze every session when the gateway stops")] = False
+    policies: Annotated[tuple[Mapping[str, Any], ...], _specs] = ()
+    naming_pattern: Annotated[str, _pattern] = "auto-{session_id}-{timestamp}"
+    cooldown_seconds: Annotated[
+        float, fields.number(MAX_COOLDOWN_S).about("least time between two windows of a session")
+    ] = 60.0
+    keep: Annotated[int, fields.whole(1, MAX_KEPT).about("how many automatic windows of a session are kept")] = 3
+    ttl_seconds: Annotated[
+        float | None, or_null(fields.number(MOST_TTL_S)).about("how long an automatic window is kept; null: for ever")
+    ] = 30 * _DAY
 
     def specs(self) -> list[tuple[str, Mapping[str, Any]]]:
         """The specs of all policies that are on, each with the field that asks for it."""
@@ -55,17 +104,20 @@ class Rules:
         return [*on, *((f"policies[{i}]", spec) for i, spec in enumerate(self.policies))]
 
 
+READERS: Mapping[str, Field[Any]] = MappingProxyType(
+    {name: hint.__metadata__[0] for name, hint in get_type_hints(Rules, include_extras=True).items()}
+)
 _SETTINGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    # setting: the rule, and the conversion of its value
-    "auto_freeze": ("enabled", lambda value: value),
-    "auto_freeze_idle_minutes": ("idle_timeout_minutes", lambda value: value or None),
-    "auto_freeze_tokens": ("token_threshold", lambda value: value or None),
-    "auto_freeze_share": ("context_share", lambda value: value or None),
-    "auto_freeze_at_shutdown": ("at_shutdown", lambda value: value),
-    "auto_freeze_name": ("naming_pattern", lambda value: value),
-    "auto_freeze_cooldown_s": ("cooldown_seconds", lambda value: value),
-    "auto_freeze_keep": ("keep", lambda value: value),
-    "auto_freeze_ttl_days": ("ttl_seconds", lambda value: value * _DAY or None),
+    # rule: the setting, and the conversion of its value
+    "enabled": ("auto_freeze", bool),
+    "idle_timeout_minutes": ("auto_freeze_idle_minutes", lambda minutes: minutes or None),
+    "token_threshold": ("auto_freeze_tokens", lambda tokens: tokens or None),
+    "context_share": ("auto_freeze_share", lambda share: share or None),
+    "at_shutdown": ("auto_freeze_at_shutdown", bool),
+    "naming_pattern": ("auto_freeze_name", str),
+    "cooldown_seconds": ("auto_freeze_cooldown_s", float),
+    "keep": ("auto_freeze_keep", int),
+    "ttl_seconds": ("auto_freeze_ttl_days", lambda days: days * _DAY or None),
 }
 
 
@@ -73,8 +125,8 @@ def from_settings(settings: Settings) -> Rules:
     """Return the rules that the settings ask for. Raises SettingsError."""
     values: dict[str, Any] = {}
     try:
-        for name, (rule, convert) in _SETTINGS.items():
-            values[rule] = READERS[rule](name, convert(getattr(settings, name)))
+        for rule, (setting, convert) in _SETTINGS.items():
+            values[rule] = READERS[rule](setting, convert(getattr(settings, setting)))
     except GatewayError as error:
         raise SettingsError(error.message) from error
     return Rules(policies=tuple({"use": name} for name in settings.auto_freeze_policies), **values)
@@ -133,58 +185,3 @@ def window_name(pattern: str, session_id: str, turns: int, at: float) -> str:
 def description(reason: str) -> str:
     """Return the description of an automatic window."""
     return f"Frozen automatically: {reason}"[:MAX_DESCRIPTION].replace("\0", "")
-
-
-@reads(
-    {
-        "type": "string",
-        "maxLength": LONGEST_PATTERN,
-        "description": "names of the windows, with {session_id} and {timestamp}, and {turns} if you like",
-    }
-)
-def _pattern(name: str, value: object) -> str:
-    pattern = fields.text(LONGEST_PATTERN).read(name, value)
-    try:
-        parts = list(string.Formatter().parse(pattern))
-    except ValueError as error:
-        raise fields.invalid(name, f"a pattern with balanced braces ({error})", value) from error
-    used = [field for _, field, _, _ in parts if field is not None]
-    if any(field not in _NAMES or spec or how for _, field, spec, how in parts if field is not None):
-        raise fields.invalid(name, "a pattern with no other fields than {session_id}, {timestamp} and {turns}", value)
-    if used.count("session_id") != 1 or used.count("timestamp") != 1:
-        raise fields.invalid(name, "a pattern with {session_id} and {timestamp}, each once: names must differ", value)
-    if not WINDOW_NAME.fullmatch(window_name(pattern, "s", 1, 0.0)):
-        raise fields.invalid(
-            name, "a pattern that makes window names: a letter or digit, then A-Z a-z 0-9 _ . -", value
-        )
-    return pattern
-
-
-@reads(
-    {
-        "type": "array",
-        "items": _SPEC,
-        "maxItems": MAX_POLICIES,
-        "description": 'further policies, such as {"use": "token_threshold", "tokens": 8000}',
-    }
-)
-def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(value, list | tuple) or len(value) > MAX_POLICIES:
-        raise fields.invalid(name, f"a list of at most {MAX_POLICIES} policies", value)
-    return tuple(value)
-
-
-READERS: Mapping[str, Field[Any]] = MappingProxyType(
-    {
-        "enabled": fields.boolean.about("whether sessions are frozen automatically"),
-        "idle_timeout_minutes": or_null(fields.number(MOST_MINUTES)).about("freeze after this idle time; null: off"),
-        "token_threshold": or_null(fields.whole(1, MOST_TOKENS)).about("freeze at this many tokens; null: off"),
-        "context_share": or_null(fields.number(1)).about("freeze at this share of the context limit; null: off"),
-        "at_shutdown": fields.boolean.about("freeze every session when the gateway stops"),
-        "policies": _specs,
-        "naming_pattern": _pattern,
-        "cooldown_seconds": fields.number(MAX_COOLDOWN_S).about("least time between two windows of a session"),
-        "keep": fields.whole(1, MAX_KEPT).about("how many automatic windows of a session are kept"),
-        "ttl_seconds": or_null(fields.number(MOST_TTL_S)).about("how long an automatic window is kept; null: for ever"),
-    }
-)

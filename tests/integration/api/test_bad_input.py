@@ -8,12 +8,7 @@ import pytest
 
 from tests.support.chat_apis import MB, USAGE, Api, apis, streaming
 from tests.support.fakes import engine as fake
-from tests.support.fakes.engine import (
-    DONE,
-    Exchange,
-    FakeEngine,
-    event,
-)
+from tests.support.fakes.engine import DONE, Exchange, FakeEngine, event
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
 

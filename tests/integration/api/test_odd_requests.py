@@ -12,13 +12,7 @@ import pytest
 
 from tests.support.chat_apis import APIS, MB, TYPE, USAGE, Api, apis, streaming
 from tests.support.fakes import engine as fake
-from tests.support.fakes.engine import (
-    MODEL,
-    Exchange,
-    FakeEngine,
-    text_event,
-    usage_of,
-)
+from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, text_event, usage_of
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 
 

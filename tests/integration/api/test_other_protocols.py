@@ -12,12 +12,7 @@ import pytest
 
 from tests.support.chat_apis import APIS, TYPE, Api, apis
 from tests.support.fakes import engine as fake
-from tests.support.fakes.engine import (
-    MODEL,
-    Exchange,
-    FakeEngine,
-    delta,
-)
+from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
 

@@ -9,17 +9,7 @@ import pytest
 from gateway.errors import CODES, GatewayError
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway, gateway_in_front_of
-from tests.support.messages_api import (
-    AS_SENT,
-    BODY,
-    HI,
-    MESSAGES,
-    PARALLEL,
-    PARALLEL_MESSAGE,
-    USAGE,
-    start,
-    words,
-)
+from tests.support.messages_api import AS_SENT, BODY, HI, MESSAGES, PARALLEL, PARALLEL_MESSAGE, USAGE, start, words
 from tests.support.raw_http import RawHttpClient
 from tests.unit.dialects.test_messages_to_chat import call, text
 

@@ -260,9 +260,7 @@ async def test_choosing_from_one_engine_is_cheap(engines: list[FakeEngine]) -> N
 
 
 @pytest.mark.anyio
-async def test_own_request_is_retried_on_another_engine(
-    engines: list[FakeEngine],
-) -> None:
+async def test_own_request_is_retried_on_another_engine(engines: list[FakeEngine]) -> None:
     async with members(*(engine.url for engine in engines)) as several:
         await several.probe()
         home = several.choose("lineage")[0]

@@ -337,8 +337,7 @@ def test_two_clients_with_the_same_question_and_empty_reply_stay_apart(
 
 
 @pytest.mark.parametrize(
-    ("headers", "match"),
-    [({"x-session-id": "mine"}, "id"), ({"x-claude-code-session-id": "c"}, "id"), ({}, "new")],
+    ("headers", "match"), [({"x-session-id": "mine"}, "id"), ({"x-claude-code-session-id": "c"}, "id"), ({}, "new")]
 )
 def test_the_answer_says_how_its_session_was_recognised(
     gateway: Gateway, session: str, headers: dict[str, str], match: str

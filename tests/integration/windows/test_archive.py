@@ -72,9 +72,7 @@ async def test_standard_tar_reads_the_file(harness: GatewayHarness, tmp_path: Pa
     assert names.split() == [file_format.MANIFEST, *file_format.TEXTS, *objects, file_format.CHECKSUM]
 
 
-async def test_export_reads_lost_objects_from_the_other_tier(
-    harness: GatewayHarness,
-) -> None:
+async def test_export_reads_lost_objects_from_the_other_tier(harness: GatewayHarness) -> None:
     original = await window(harness.services)
     whole = await file_of(harness.services)
     key = object_keys(original.model_root, IDS, CHUNK, 1, original.salt)[1]
@@ -115,9 +113,7 @@ async def test_flipped_bit_leaves_nothing(harness: GatewayHarness) -> None:
         await refused(harness, bytes(harmed), "window_corrupted", "invalid_request", "model_mismatch")
 
 
-async def test_wrong_checksum_of_the_file_leaves_nothing(
-    harness: GatewayHarness,
-) -> None:
+async def test_wrong_checksum_of_the_file_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = bytearray(await file_of(harness.services))
     at = len(data) - len(file_format.END) - file_format.BLOCK  # its first digit

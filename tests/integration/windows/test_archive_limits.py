@@ -26,9 +26,7 @@ from tests.support.window_files import file_of, rebuilt, refused, stream
 pytestmark = pytest.mark.anyio
 
 
-async def test_import_without_room_is_refused_early(
-    harness: GatewayHarness,
-) -> None:
+async def test_import_without_room_is_refused_early(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)
     plain = harness.services

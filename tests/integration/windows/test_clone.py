@@ -93,9 +93,7 @@ async def test_first_turn_of_a_branch_restores_evicted_kv(
     assert await _present(harness, names) == [CHUNKS - 1, 0], "the engine has taken it over"
 
 
-async def test_branch_of_a_replaced_window_restores_nothing(
-    harness: GatewayHarness,
-) -> None:
+async def test_branch_of_a_replaced_window_restores_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     (first,), made, _ = await fanout(harness.ctx, "w", 1, None)
     await delete(harness.ctx, "w")

@@ -195,9 +195,7 @@ def test_another_system_message_is_a_conflict_unless_a_rule_decides(sent: list[d
 
 
 @pytest.mark.parametrize("sent", [WINDOW[1:], WINDOW[3:]])
-def test_a_client_with_its_own_history_keeps_its_own_system_message(
-    sent: list[dict[str, Any]],
-) -> None:
+def test_a_client_with_its_own_history_keeps_its_own_system_message(sent: list[dict[str, Any]]) -> None:
     """It tells the time, holds retrieved passages, or is that of a sub-agent."""
     assert continued(WINDOW, [OTHER, *sent, u("3")], "") == [OTHER, *WINDOW[1:], u("3")]
     assert continued(WINDOW, [OTHER, *sent, u("3")], "keep") == [*WINDOW, u("3")]

@@ -76,9 +76,7 @@ async def test_pin_alone_has_no_size(rig: TierHarness) -> None:
 # --- pin
 
 
-async def test_pins_keep_order_and_skip_missing_objects(
-    rig: TierHarness,
-) -> None:
+async def test_pins_keep_order_and_skip_missing_objects(rig: TierHarness) -> None:
     sizes = [1, 5000, 3, 70_000, 2]
     values = {number: value(size) for number, size in enumerate(sizes)}
     for number, content in values.items():
@@ -135,9 +133,7 @@ async def test_unknown_pin_is_replaced_from_the_original(rig: TierHarness) -> No
     assert rig.pinned(key(0)) == content
 
 
-async def test_pin_of_another_freeze_survives_lost_original(
-    rig: TierHarness,
-) -> None:
+async def test_pin_of_another_freeze_survives_lost_original(rig: TierHarness) -> None:
     # Two freezes of one lineage hold the lock together; between them LMCache evicts. The first is about to commit.
     (content,), objects = await pinned(rig, 1)
     await rig.tier.drop_original(keys(1))

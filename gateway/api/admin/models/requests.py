@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from gateway.api.admin.models.responses import absent
 from gateway.api.health import COMPONENTS
@@ -126,17 +126,11 @@ class FanoutRequest(Body):
     prefix: SessionId | None = Field(None, description="sessions are named PREFIX-1, PREFIX-2 ...")
 
 
-class PolicyChanges(Changes):
-    enabled: Annotated[Any, Reads(rules.READERS["enabled"])] = absent()
-    idle_timeout_minutes: Annotated[Any, Reads(rules.READERS["idle_timeout_minutes"])] = absent()
-    token_threshold: Annotated[Any, Reads(rules.READERS["token_threshold"])] = absent()
-    context_share: Annotated[Any, Reads(rules.READERS["context_share"])] = absent()
-    at_shutdown: Annotated[Any, Reads(rules.READERS["at_shutdown"])] = absent()
-    policies: Annotated[Any, Reads(rules.READERS["policies"])] = absent()
-    naming_pattern: Annotated[Any, Reads(rules.READERS["naming_pattern"])] = absent()
-    cooldown_seconds: Annotated[Any, Reads(rules.READERS["cooldown_seconds"])] = absent()
-    keep: Annotated[Any, Reads(rules.READERS["keep"])] = absent()
-    ttl_seconds: Annotated[Any, Reads(rules.READERS["ttl_seconds"])] = absent()
+_RULES: Any = {name: (Annotated[Any, Reads(reader)], absent()) for name, reader in rules.READERS.items()}
+
+
+class PolicyChanges(create_model("PolicyChanges", __base__=Changes, **_RULES)):  # type: ignore[misc] # a dynamic base
+    pass
 
 
 class PolicyCheckRequest(Body):

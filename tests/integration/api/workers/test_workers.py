@@ -9,17 +9,7 @@ from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import MODEL, WITHIN, FakeEngine
 from tests.support.gateway_process import Gateway, eventually
 from tests.support.raw_http import RawHttpClient
-from tests.support.worker_crew import (
-    COUNT,
-    Held,
-    ask,
-    begin_stream,
-    chat,
-    crew,
-    pid_of,
-    two_workers,
-    workers_of,
-)
+from tests.support.worker_crew import COUNT, Held, ask, begin_stream, chat, crew, pid_of, two_workers, workers_of
 
 
 def test_connections_are_spread_evenly_over_the_workers(gateway: Gateway) -> None:

@@ -164,9 +164,7 @@ async def test_unreadable_tier_is_swept_later(harness: RetentionHarness, tmp_pat
     assert harness.there(keys_of("salt-a")) == [[], []]
 
 
-async def test_expired_window_is_deleted_after_its_grace(
-    harness: RetentionHarness,
-) -> None:
+async def test_expired_window_is_deleted_after_its_grace(harness: RetentionHarness) -> None:
     grace = harness.parts.settings.expiry_grace_s
     now = time.time()
     for name, expires_at in (("over", now - grace - 1), ("grace", now - 1), ("alive", now + 60), ("for-ever", None)):
