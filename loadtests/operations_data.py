@@ -30,7 +30,7 @@ async def fill(settings: Settings, model: str, *, chunks: int, chunk_size: int, 
         ids = tuple(index % 50_000 for index in range(large.token_count))
         objects = await _pinned(services, large, ids, object_bytes)
         await _add(services, with_receipt(large, chunks, objects, 0.0, {}), ids, objects)
-        await services.pins.restore(objects)  # into LMCache's tiers
+        await services.pins.check_and_restore(objects)  # into LMCache's tiers
         for start in range(0, windows, _CONCURRENCY):
             await asyncio.gather(*(_small(services, large, number) for number in range(start, start + _CONCURRENCY)))
         return sum(pinned.size for pinned in objects if pinned.tier == "disk")

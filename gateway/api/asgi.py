@@ -95,7 +95,7 @@ async def send_answer(send: Send, status: int, body: bytes, headers: Iterable[tu
     await send({"type": "http.response.body", "body": body})
 
 
-class ClientWatch:
+class CancelOnDisconnect:
     """Cancels the block when the client disconnects, and raises ClientGone instead.
 
     Other cancellations are recognised the way `asyncio.timeout` does it.
@@ -106,7 +106,7 @@ class ClientWatch:
         self._gone = False
         self.on_writable: Callable[[], None] | None = None
 
-    def __enter__(self) -> "ClientWatch":
+    def __enter__(self) -> "CancelOnDisconnect":
         if self._client.gone:
             raise ClientGone
         self._task = cast("asyncio.Task[None]", asyncio.current_task())  # ASGI always runs in one

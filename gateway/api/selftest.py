@@ -174,7 +174,7 @@ class _SelfTest:
         try:
             pinned = await tier.pin(keys, {})
             await tier.drop_original(keys)
-            states = await tier.restore(pinned)
+            states = await tier.check_and_restore(pinned)
         except TierUnavailable as error:
             self._add(name, "failed", str(error), "pins_dir must be writable and on the file system of kv_dir")
             return

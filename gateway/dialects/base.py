@@ -157,7 +157,7 @@ def json_object(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
+def engine_token_counts(usage: Mapping[str, Any] | None) -> Usage | None:
     """Read a `usage` object of the chat or completions API."""
     prompt = _count(usage.get("prompt_tokens")) if isinstance(usage, Mapping) else None
     if usage is None or prompt is None:

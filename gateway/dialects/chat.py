@@ -10,10 +10,10 @@ from gateway.dialects.base import (
     Call,
     Dialect,
     Reply,
+    engine_token_counts,
     is_clean,
     model_of,
     sanitise,
-    usage_of,
     with_fields,
     write_json,
 )
@@ -49,7 +49,7 @@ class ChatDialect(Dialect):
         )
 
     def write_with_salt(self, call: Call, salt: str) -> bytes:
-        """See `Dialect.write`."""
+        """See `Dialect.write_with_salt`."""
         body, raw = call.body, call.raw
         if call.front is not None:
             body, raw = {**body, **call.front.frame, "messages": call.whole}, b""
@@ -68,7 +68,7 @@ class ChatDialect(Dialect):
         choices = answer.get("choices")
         first = choices[0].get("message") if isinstance(choices, list) and choices else None
         message = _clean(first) if isinstance(first, dict) else None
-        return Reply(message, usage_of(answer.get("usage")), "" if message else "the reply holds no message")
+        return Reply(message, engine_token_counts(answer.get("usage")), "" if message else "the reply holds no message")
 
     def _read_stream(self, chunks: Iterable[bytes]) -> Reply:
         return _ChatStream().read(chunks)
@@ -95,7 +95,7 @@ class _ChatStream(StreamReader):
 
     def add(self, event: dict[str, Any]) -> None:
         if "usage" in event:
-            self.usage = usage_of(event["usage"]) or self.usage
+            self.usage = engine_token_counts(event["usage"]) or self.usage
         for choice in event.get("choices") or ():
             if choice.get("index", 0) == 0:
                 self._add_delta(choice.get("delta") or {})

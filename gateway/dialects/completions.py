@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from gateway.dialects import text_transcripts
-from gateway.dialects.base import Call, Reply, usage_of
+from gateway.dialects.base import Call, Reply, engine_token_counts
 from gateway.dialects.chat import ChatDialect
 from gateway.dialects.stream_reader import StreamReader
 from gateway.errors import GatewayError
@@ -31,7 +31,7 @@ class CompletionsDialect(ChatDialect):
         )
 
     def write_with_salt(self, call: Call, salt: str) -> bytes:
-        """See `Dialect.write`."""
+        """See `Dialect.write_with_salt`."""
         if call.front is not None:
             body = {**call.body, **call.front.frame, "prompt": _prompt(call.whole)}
             call = replace(call, body=body, raw=b"", front=None)
@@ -56,7 +56,7 @@ class _TextStream(StreamReader):
         self._ids: list[int] | None = []
 
     def add(self, event: dict[str, Any]) -> None:
-        self.usage = usage_of(event.get("usage")) or self.usage
+        self.usage = engine_token_counts(event.get("usage")) or self.usage
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice.get("text"), str) and choice.get("index", 0) == 0:

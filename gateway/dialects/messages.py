@@ -10,12 +10,12 @@ from gateway.dialects.base import (
     Call,
     Dialect,
     Reply,
+    engine_token_counts,
     is_clean,
     json_object,
     model_of,
     sanitise,
     sentence,
-    usage_of,
     with_fields,
     write_json,
 )
@@ -65,7 +65,7 @@ class MessagesDialect(Dialect):
         )
 
     def write_with_salt(self, call: Call, salt: str) -> bytes:
-        """See `Dialect.write`."""
+        """See `Dialect.write_with_salt`."""
         return with_fields(call.raw if call.front is None else b"", _whole(call), {"cache_salt": salt})
 
     def question(self, call: Call) -> bytes:
@@ -175,4 +175,6 @@ def _usage(usage: Any, before: Usage | None = None) -> Usage | None:
             return None
         prompt = {"prompt_tokens": before.prompt, "cached": before.cached}
     details = {"cached_tokens": prompt.pop("cached")}
-    return usage_of({**prompt, "completion_tokens": usage.get("output_tokens"), "prompt_tokens_details": details})
+    return engine_token_counts(
+        {**prompt, "completion_tokens": usage.get("output_tokens"), "prompt_tokens_details": details}
+    )

@@ -16,12 +16,12 @@ from gateway.dialects.base import (
     Dialect,
     Reply,
     Storage,
+    engine_token_counts,
     is_clean,
     json_object,
     model_of,
     sanitise,
     sentence,
-    usage_of,
     with_fields,
 )
 from gateway.errors import GatewayError, invalid_field
@@ -62,7 +62,7 @@ class ResponsesDialect(Dialect):
         )
 
     def write_with_salt(self, call: Call, salt: str) -> bytes:
-        """See `Dialect.write`."""
+        """See `Dialect.write_with_salt`."""
         body, raw = (call.body, call.raw) if call.front is None else (_with_front(call), b"")
         store = {} if "store" in body else {"store": False}
         return with_fields(raw, body, {"cache_salt": salt, **store})
@@ -204,7 +204,7 @@ def _message(output: list[Any]) -> Message | None:
 def _usage(usage: object) -> Usage | None:
     if not isinstance(usage, Mapping):
         return None
-    return usage_of(
+    return engine_token_counts(
         {
             "prompt_tokens": usage.get("input_tokens"),
             "completion_tokens": usage.get("output_tokens"),

@@ -15,7 +15,7 @@ import httpx
 from blake3 import blake3
 
 from gateway.dialects import transcripts
-from gateway.dialects.base import usage_of
+from gateway.dialects.base import engine_token_counts
 from gateway.engines.connection import UNREACHABLE_HINT
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
@@ -115,7 +115,7 @@ class EngineClient(ABC):
         """
         extra = {} if store else _UNSTORED
         answer = await self.complete(model, token_ids, salt, max_tokens=1, **extra)
-        return usage_of(answer.get("usage")) or Usage(len(token_ids), 1)
+        return engine_token_counts(answer.get("usage")) or Usage(len(token_ids), 1)
 
     async def complete(
         self, model: str, token_ids: Sequence[int], salt: str, *, max_tokens: int, **extra: Any
@@ -150,7 +150,7 @@ class EngineClient(ABC):
             message.get("content") or "",
             message.get("reasoning") or message.get("reasoning_content"),
             choice.get("finish_reason"),
-            usage_of(answer.get("usage")) or Usage(0, 0),
+            engine_token_counts(answer.get("usage")) or Usage(0, 0),
         )
 
 

@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
             self._closed = True
             self._transport.abort()
 
-    def abandon(self) -> bool:
+    def abort_after_grace(self) -> bool:
         """Close, at once or when the request's grace is over; return whether that is still pending (see `closed`).
 
         An engine whose KV connector reports two completions for a request that is aborted during its load crashes at

@@ -81,7 +81,7 @@ class Upstream:
             self._abandon(connection)
 
     def _abandon(self, connection: Connection) -> None:
-        if connection.abandon():
+        if connection.abort_after_grace():
             self._abandoned.add(connection)
             connection.closed.add_done_callback(lambda _: self._abandoned.discard(connection))
 

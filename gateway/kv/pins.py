@@ -53,8 +53,11 @@ class Pins:
         return present, warnings
 
     async def missing(self, expected: Sizes) -> dict[str, set[str]]:
-        """Return by tier what LMCache would not find, by name and size; everything of a tier that cannot be reached."""
-        found, _ = await self.each(lambda tier: tier.sizes(list(expected[tier.name])), only=expected)  # `restore` warns
+        """Return by tier what LMCache would not find, by name and size; everything of a tier that cannot be reached.
+
+        Without a warning: `check_and_restore` has it.
+        """
+        found, _ = await self.each(lambda tier: tier.sizes(list(expected[tier.name])), only=expected)
         missing: dict[str, set[str]] = {}
         for tier, objects in expected.items():
             sizes = found.get(tier, [0] * len(objects))  # no object is empty
@@ -74,10 +77,12 @@ class Pins:
         )
         return {tier: {o.key: o for o in objects} for tier, objects in pinned.items()}, warnings
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> tuple[dict[str, dict[str, ObjectState]], list[str]]:
+    async def check_and_restore(
+        self, objects: Sequence[PinnedObject]
+    ) -> tuple[dict[str, dict[str, ObjectState]], list[str]]:
         """Restore what LMCache lost, checking every byte; return the states by tier and key."""
         by_tier = {tier.name: [o for o in objects if o.tier == tier.name] for tier in self.tiers}
-        states, warnings = await self.each(lambda tier: tier.restore(by_tier[tier.name]))
+        states, warnings = await self.each(lambda tier: tier.check_and_restore(by_tier[tier.name]))
         return {
             tier: dict(zip((o.key for o in by_tier[tier]), found, strict=True)) for tier, found in states.items()
         }, warnings

@@ -14,8 +14,8 @@ from gateway.sessions.session_match import (
     NO_MATCH,
     PrefixMatch,
     SessionMatch,
+    match_by_prefix,
     match_reply,
-    match_session,
     more_likely,
     was_answered,
 )
@@ -155,7 +155,7 @@ class SessionResolver:
     async def _match_prefix(self, tenant: str, request: ConversationPrefix, hashes: Sequence[bytes]) -> PrefixMatch:
         known, candidates = await self._store.sessions_by_prefix(tenant, hashes)
         # Of sessions at the same point, one that is busy with another request is the least likely.
-        return match_session(
+        return match_by_prefix(
             request, known, sorted(candidates, key=lambda one: self._turns.busy_with_other_request(one, request))
         )
 

@@ -49,7 +49,7 @@ class PrefixMatch:
 NO_MATCH = PrefixMatch(None)
 
 
-def match_session(request: ConversationPrefix, known: bytes | None, candidates: Sequence[Session]) -> PrefixMatch:
+def match_by_prefix(request: ConversationPrefix, known: bytes | None, candidates: Sequence[Session]) -> PrefixMatch:
     """Match a request to one of `candidates`: the sessions that have been at `known`, its longest known hash.
 
     - At a session's last reply: the next turn.

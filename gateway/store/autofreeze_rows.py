@@ -31,7 +31,7 @@ def unfrozen(
     return [FreezeCandidate(Session(*row[3:]), *row[:3]) for row in rows]
 
 
-def unfrozen_sessions(db: sqlite3.Connection, keys: Collection[tuple[str, str]]) -> list[FreezeCandidate]:
+def freeze_candidates(db: sqlite3.Connection, keys: Collection[tuple[str, str]]) -> list[FreezeCandidate]:
     """Return the sessions that exist of these tenants and ids, whatever their state."""
     rows = (db.execute(f"{_UNFROZEN} WHERE s.tenant = ? AND s.id = ?", key).fetchone() for key in keys)
     return [FreezeCandidate(Session(*row[3:]), *row[:3]) for row in rows if row]

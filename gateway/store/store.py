@@ -122,7 +122,7 @@ class Store(Database):
     # Automatic freezing.
 
     unfrozen = read(autofreeze_rows.unfrozen)
-    unfrozen_sessions = read(autofreeze_rows.unfrozen_sessions)
+    freeze_candidates = read(autofreeze_rows.freeze_candidates)
     claim_freeze = write(autofreeze_rows.claim_freeze)
     report_freeze = write(autofreeze_rows.report_freeze)
     lower_covered_tokens = write(autofreeze_rows.lower_covered_tokens)

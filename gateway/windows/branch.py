@@ -22,7 +22,7 @@ from gateway.windows.context import OperationContext, Services
 from gateway.windows.thaw import thaw
 
 
-async def resolve(services: Services, turn: TurnContext, name: str, rule: SystemRule) -> SessionMatch:
+async def resolve_in_window(services: Services, turn: TurnContext, name: str, rule: SystemRule) -> SessionMatch:
     """Return the branch of window `name` that a turn belongs to, thawed now if it is new.
 
     Raises `window_not_found`, `window_system_conflict`, `model_mismatch`, and `invalid_request` for the id of a session

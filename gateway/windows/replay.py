@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from gateway.dialects.base import usage_of
+from gateway.dialects.base import engine_token_counts
 from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, with_salt
@@ -147,7 +147,7 @@ async def _continue_from_tier(
 
 
 def _read(answer: dict[str, Any]) -> Continuation:
-    choice, usage = answer["choices"][0], usage_of(answer.get("usage"))
+    choice, usage = answer["choices"][0], engine_token_counts(answer.get("usage"))
     return Continuation(
         choice["token_ids"],
         choice["logprobs"]["tokens"],

@@ -51,7 +51,7 @@ async def check_and_restore(ctx: OperationContext, window: Window, manifest: Man
 async def restore_and_load(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
     """Restore a window's KV and load it into LMCache's memory; if that fails, the receipt has a warning.
 
-    Raises what `restore` raises.
+    Raises what `check_and_restore` raises.
     """
     receipt = await check_and_restore(ctx, window, manifest)
     if not receipt.chunks_found or ctx.services.cache is None:
@@ -77,7 +77,7 @@ async def put_back(services: Services, window: Window, objects: Sequence[PinnedO
     # This restores lost pins too: nothing would remove those of a window that was deleted before or during it.
     async with services.pins.lock.acquire(exclusive=False):
         await services.store.check_exists(window)
-        return await services.pins.restore(objects)
+        return await services.pins.check_and_restore(objects)
 
 
 def missing_kv(window: Window, chunks_found: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 It waits for the engine and the client only. When a client leaves, before the first byte or after it, the engine's
 connection is closed, which aborts its work; if that could crash the engine, only once its reply has begun
-(`Connection.abandon`).
+(`Connection.abort_after_grace`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Send
 
-from gateway.api.asgi import ClientGone, ClientWatch, send_answer
+from gateway.api.asgi import CancelOnDisconnect, ClientGone, send_answer
 from gateway.api.connection import ClientConnection
 from gateway.dialects.base import Dialect
 from gateway.dialects.sse import UsageFilter
@@ -128,7 +128,7 @@ async def relay(
 ) -> None:
     """Send `outgoing` to the engine and its answer to the client; `result` has the outcome afterwards."""
     try:
-        with ClientWatch(client) as watch:
+        with CancelOnDisconnect(client) as watch:
             connection = await route.send(
                 outgoing.method, outgoing.target, outgoing.headers, outgoing.body, may_load=outgoing.may_load
             )

@@ -10,7 +10,7 @@ from gateway.records import PinnedObject
 
 
 class ObjectState(Enum):
-    """What `restore` found of one object, and what it did."""
+    """What `check_and_restore` found of one object, and what it did."""
 
     INTACT = "intact"  # under LMCache's name, bytes as pinned
     RELINKED = "relinked"  # was missing or damaged there; restored from the pin
@@ -70,7 +70,7 @@ class Tier(Protocol):
         TierUnavailable.
         """
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
+    async def check_and_restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         """Restore what LMCache has lost from the pins, and the reverse, checking every byte. Raises TierUnavailable."""
 
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
@@ -83,7 +83,7 @@ class Tier(Protocol):
         """Return the bytes of a pin, None where they are not what was pinned. Raises TierUnavailable."""
 
     async def put(self, key: ObjectKey, value: bytes) -> PinnedObject:
-        """Pin bytes that LMCache has not written; `restore` shows them to it. Raises TierFull, TierUnavailable."""
+        """Pin bytes that LMCache has not written; `check_and_restore` links them. Raises TierFull, TierUnavailable."""
 
     async def unpin(self, keys: Iterable[ObjectKey]) -> int:
         """Remove pins and return the bytes that this freed; LMCache's own objects stay. Unknown keys are ignored.

@@ -62,8 +62,8 @@ class DiskTier:
         await self._run(lambda: _sync_directory(self._pins))
         return [p for p in pinned if p is not None]
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
-        return await self._each(objects, self._restore)
+    async def check_and_restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
+        return await self._each(objects, self._check_and_restore)
 
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         await self._each(objects, self._expose)
@@ -138,7 +138,7 @@ class DiskTier:
             os.fsync(file.fileno())  # LMCache does not; "frozen" must survive a power cut
         return PinnedObject(str(key), self.name, pin.stat().st_size, _checksum(pin))
 
-    def _restore(self, item: PinnedObject) -> ObjectState:
+    def _check_and_restore(self, item: PinnedObject) -> ObjectState:
         original, pin = self._paths(item)
         pin_good = _matches(pin, item)
         original_good = pin_good if _same_file(pin, original) else _matches(original, item)

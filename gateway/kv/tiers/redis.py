@@ -80,12 +80,12 @@ class RedisTier:
         }
         return [good[name] for name in names if name in good]
 
-    async def restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
+    async def check_and_restore(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
         states: list[ObjectState] = []
         for batch in _batches(objects, _VALUES_PER_CALL):
             originals = await self._digests([o.key for o in batch])
             pins = await self._digests([self._pin_name(o.pin_key) for o in batch])
-            states += [await self._restore(*one) for one in zip(batch, originals, pins, strict=True)]
+            states += [await self._check_and_restore(*one) for one in zip(batch, originals, pins, strict=True)]
         return states
 
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
@@ -165,7 +165,7 @@ class RedisTier:
             await self._unlink([*(self._pin_name(key) for key, _ in bad), *damaged])
         return good
 
-    async def _restore(self, item: PinnedObject, original: Digest, pin: Digest) -> ObjectState:
+    async def _check_and_restore(self, item: PinnedObject, original: Digest, pin: Digest) -> ObjectState:
         name, pin_name = item.key, self._pin_name(item.pin_key)
         original_good, pin_good = _state(original, item).usable, _state(pin, item).usable
         if pin_good and not original_good:

@@ -82,11 +82,11 @@ class Reader:
     async def text(self, name: str, size: int, checksum: str) -> bytearray:
         """Read a member of `size` bytes, and check it against its blake3."""
         data = bytearray()
-        async for piece in self.pieces(name, size, checksum):
+        async for piece in self.checked_pieces(name, size, checksum):
             data += piece
         return data
 
-    async def pieces(self, name: str, size: int, checksum: str) -> AsyncIterator[memoryview]:
+    async def checked_pieces(self, name: str, size: int, checksum: str) -> AsyncIterator[memoryview]:
         """Read a member in pieces. The checksum is checked after the last one: exhaust the iterator."""
         await self._begin(name, size)
         digest, left = blake3(), size
@@ -99,7 +99,7 @@ class Reader:
             raise corrupted(f"the checksum of {name} is wrong")
         await self._zeros(-size % BLOCK, name)
 
-    async def finish(self) -> None:
+    async def check_end(self) -> None:
         """Check the whole file, and that nothing comes after it."""
         expected = self._whole.hexdigest().encode()
         await self._begin(CHECKSUM, len(expected))

@@ -59,14 +59,14 @@ async def import_window(
     record = contents.record
     await _refuse_too_large(contents, settings.max_import_bytes)
     await _refuse_taken(ctx, name or record.name)
-    find_target = _text_target if as_text else _full_target
+    find_target = _target_for_text if as_text else _check_fits_here
     target, warnings = await find_target(services, record)
     async with Spool(settings.data_path, settings.disk_reserve_bytes) as spool:
         if target.keeps_kv:
             await spool.expect(sum(member.size for member in contents.objects))
         text = await read_text(reader, contents.texts)
         await _read_objects(ctx, reader, contents, spool if target.keeps_kv else None)
-        await reader.finish()
+        await reader.check_end()
         window = _window(ctx, name or record.name, record, target)
         if target.model is not None:
             engine = services.engines.for_lineage(window.lineage)
@@ -91,7 +91,7 @@ async def _refuse_too_large(contents: Contents, limit: int) -> None:
         )
 
 
-async def _full_target(services: Services, record: Record) -> tuple[_Target, list[str]]:
+async def _check_fits_here(services: Services, record: Record) -> tuple[_Target, list[str]]:
     model = await services.engines.model(record.model)
     if (model.fingerprint, model.root) != (record.fingerprint, record.model_root):
         raise _mismatch(
@@ -113,7 +113,7 @@ async def _full_target(services: Services, record: Record) -> tuple[_Target, lis
     return target, []
 
 
-async def _text_target(services: Services, record: Record) -> tuple[_Target, list[str]]:
+async def _target_for_text(services: Services, record: Record) -> tuple[_Target, list[str]]:
     unchanged = _Target(record.fingerprint, record.model_root, keeps_kv=False)
     try:
         model = await services.engines.model(record.model)
@@ -137,7 +137,7 @@ async def _read_objects(ctx: OperationContext, reader: Reader, contents: Content
     """Check every object, and store it in `spool` if there is one."""
     count = len(contents.objects)
     for index, member in enumerate(contents.objects):
-        async for piece in reader.pieces(object_name(index), member.size, member.blake3):
+        async for piece in reader.checked_pieces(object_name(index), member.size, member.blake3):
             if spool is not None:
                 await spool.write(piece)
         ctx.progress("read", index + 1, count)
@@ -189,7 +189,7 @@ class _Import:
             committed = await services.store.add_window(window, manifest, Text(text.messages, text.frame))
             if committed is None:
                 raise window_name_taken(window.name)
-            _, more = await services.pins.restore(objects)
+            _, more = await services.pins.check_and_restore(objects)
             return NewWindow(committed, (*warnings, *more))
 
     async def _pin(self, window: Window) -> tuple[tuple[PinnedObject, ...], list[str]]:

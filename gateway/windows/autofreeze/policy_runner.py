@@ -42,9 +42,7 @@ class PolicyRunner:
         self._running: Future[object] | None = None
         self._logged_at: dict[str, float] = {}
 
-    async def evaluate(
-        self, policies: Sequence[NamedPolicy], observations: Sequence[Observation]
-    ) -> list[Freeze | None]:
+    async def decide(self, policies: Sequence[NamedPolicy], observations: Sequence[Observation]) -> list[Freeze | None]:
         """For each session the first decision to freeze it; an empty list if the policies did not return in time."""
 
         def first(observation: Observation) -> Freeze | None:

@@ -160,7 +160,7 @@ class AutofreezeService:
         """Evaluate the policies for a session, and change nothing. None: there is no such session."""
         await self._reload()
         await self._services.recorder.flush()
-        rows = await self._services.store.unfrozen_sessions([(tenant, session_id)])
+        rows = await self._services.store.freeze_candidates([(tenant, session_id)])
         if not rows:
             return None
         now = time.time()
@@ -201,7 +201,7 @@ class AutofreezeService:
         await self._reload()
         if not self._rules.enabled:
             return
-        rows = await self._services.store.unfrozen_sessions(touched)
+        rows = await self._services.store.freeze_candidates(touched)
         active = [row for row in rows if row.session.state == "active" and row.session.transcript is not None]
         async for row, reason in self._sessions_to_freeze(active, "turn"):
             if not self._due.full():
@@ -244,7 +244,7 @@ class AutofreezeService:
                 await self._services.store.lower_covered_tokens(row.session)
         ready = [r for r in rows if _key(r) not in self._pending and (self._ending or not self._must_wait(r, now))]
         observations = [self._observation(row, event, now) for row in ready]
-        decisions = await self._runner.evaluate(self._policies, observations) if ready else []
+        decisions = await self._runner.decide(self._policies, observations) if ready else []
         for row, decision in zip(ready, decisions, strict=False):
             if decision is not None:
                 yield row, decision.reason

@@ -64,7 +64,7 @@ async def test_pin_is_a_hard_link(rig: DiskTierHarness) -> None:
     assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
     assert {(rig.pins / one.file_name).stat().st_nlink for one in keys(3)} == {2}
     await rig.tier.drop_original(keys(3))
-    await rig.tier.restore(objects)
+    await rig.tier.check_and_restore(objects)
     assert all(live == pin for live, pin in map(rig.inodes, keys(3)))
 
 
@@ -75,7 +75,7 @@ async def test_model_with_slashes_is_one_flat_file_name(rig: DiskTierHarness) ->
     name = f"-SEP-models-SEP-org-SEP-some-model@0x01000100@0@{1:064x}@salt.data"
     assert names(rig.pins) == names(rig.kv) == [name]
     await rig.tier.drop_original([one])
-    assert await rig.tier.restore([pinned]) == [ObjectState.RELINKED]
+    assert await rig.tier.check_and_restore([pinned]) == [ObjectState.RELINKED]
     assert await rig.tier.sweep({one}) == 0
     assert names(rig.pins) == names(rig.kv) == [name]
 
@@ -95,7 +95,7 @@ async def test_damage_in_place_removes_both_links(rig: DiskTierHarness) -> None:
     rig.flip(key(2), pin=True)
     assert rig.inodes(key(0))[0] == rig.inodes(key(0))[1]
     assert await rig.tier.verify(objects) == [ObjectState.CORRUPT, ObjectState.INTACT, ObjectState.CORRUPT]
-    assert await rig.tier.restore(objects) == [ObjectState.CORRUPT, ObjectState.INTACT, ObjectState.CORRUPT]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.CORRUPT, ObjectState.INTACT, ObjectState.CORRUPT]
     assert [rig.live(one) for one in keys(3)] == [None, values[1], None]
     assert [rig.pinned(one) for one in keys(3)] == [None, values[1], None]
 
@@ -117,7 +117,7 @@ async def test_relinking_replaces_the_damaged_file_atomically(rig: DiskTierHarne
     wrong = value()
     rig.put(key(0), wrong)
     with (rig.kv / key(0).file_name).open("rb") as reader:  # LMCache is loading it
-        assert await rig.tier.restore(objects) == [ObjectState.RELINKED]
+        assert await rig.tier.check_and_restore(objects) == [ObjectState.RELINKED]
         assert reader.read() == wrong
     assert rig.live(key(0)) == content
     assert names(rig.kv) == names(rig.pins) == [key(0).file_name]
@@ -190,7 +190,7 @@ async def test_two_stores_on_one_cache_keep_pins_apart(rig: DiskTierHarness) -> 
         objects = await other.pin(keys(1), {})
         assert await rig.tier.sweep([]) == 1
         assert await rig.tier.remove(keys(1)) == 0
-        assert await other.restore(objects) == [ObjectState.RELINKED]
+        assert await other.check_and_restore(objects) == [ObjectState.RELINKED]
     assert rig.live(key(0)) == content
 
 
@@ -211,9 +211,9 @@ async def test_restore_into_missing_kv_dir_keeps_pins(rig: DiskTierHarness) -> N
     await rig.tier.drop_original(keys(2))
     rig.kv.rmdir()
     with pytest.raises(TierUnavailable, match=f"disk tier: No such file.*{rig.kv}"):
-        await rig.tier.restore(objects)
+        await rig.tier.check_and_restore(objects)
     rig.kv.mkdir()
-    assert all(state.usable for state in await rig.tier.restore(objects))
+    assert all(state.usable for state in await rig.tier.check_and_restore(objects))
     await rig.tier.sweep(set(keys(2)))  # what the failed ones left on their way
     assert sorted(names(rig.pins)) == sorted(one.file_name for one in keys(2))
     assert [rig.live(one) for one in keys(2)] == values
@@ -291,11 +291,11 @@ async def test_restore_on_full_file_system_keeps_pins(few_inodes: Path) -> None:
         except OSError:
             pass
         with pytest.raises(TierFull):
-            await rig.tier.restore(objects)
+            await rig.tier.check_and_restore(objects)
         assert [rig.pinned(one) for one in keys(10)] == values
         for number in range(crowd):
             (few_inodes / f"crowd{number}").unlink()
-        assert all(state.usable for state in await rig.tier.restore(objects))
+        assert all(state.usable for state in await rig.tier.check_and_restore(objects))
         assert [rig.live(one) for one in keys(10)] == values
 
 
@@ -305,7 +305,7 @@ async def test_object_named_unlike_its_pin_takes_no_bytes(tmp_path: Path) -> Non
         rig.put(key(0), value(5000))
         (pin,) = await rig.tier.pin([key(0)], {})
         other = key(0, salt="other")
-        await rig.tier.restore([pin._replace(key=str(other), pin=pin.key)])
+        await rig.tier.check_and_restore([pin._replace(key=str(other), pin=pin.key)])
         assert len({file.stat().st_ino for file in (*rig.pins.iterdir(), *rig.kv.iterdir())}) == 1
         assert sum(one.size for one in await rig.tier.inventory()) == 5000
         assert await rig.tier.remove([key(0)]) == 0

@@ -89,7 +89,7 @@ async def test_tier_gets_only_its_own_existing_pins(pins: Pins, disk: DiskTierHa
     assert known[0].checksum != known[1].checksum
     again, _ = await pins.pin(keys(1), known)
     assert again == first
-    restored, _ = await pins.restore(known)
+    restored, _ = await pins.check_and_restore(known)
     assert restored == {"disk": {str(key(0)): ObjectState.INTACT}, "redis": {str(key(0)): ObjectState.INTACT}}
     assert (disk.live(key(0)), redis.live(key(0))) == (values["disk"], values["redis"])
 
@@ -117,7 +117,7 @@ async def test_loss_in_one_tier_is_reported_despite_the_other(
     pinned, _ = await pins.pin(keys(1), [])
     await disk.tier.remove(keys(1))
     await redis.tier.drop_original(keys(1))
-    restored, warnings = await pins.restore([o for have in pinned.values() for o in have.values()])
+    restored, warnings = await pins.check_and_restore([o for have in pinned.values() for o in have.values()])
     assert restored == {"disk": {str(key(0)): ObjectState.MISSING}, "redis": {str(key(0)): ObjectState.RELINKED}}
     assert warnings == []
 
@@ -157,7 +157,7 @@ async def test_unreachable_tier_is_a_warning(half: Pins, disk: DiskTierHarness) 
     (one,) = pinned["disk"].values()
     held = {tier: {one.key: one.size} for tier in ("disk", "redis", "a tier of former days")}
     assert await half.missing(held) == {"redis": {one.key}, "a tier of former days": {one.key}}
-    restored, warnings = await half.restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
+    restored, warnings = await half.check_and_restore([one, PinnedObject(one.key, "redis", one.size, one.checksum)])
     assert (restored, len(warnings)) == ({"disk": {str(key(0)): ObjectState.INTACT}}, 1)
     assert (await half.sweep([key(0)]))[0] == 0
     await disk.tier.drop_original(keys(1))

@@ -78,7 +78,7 @@ async def test_many_objects_pass_every_operation(rig: RedisTierHarness) -> None:
     lost = [one for number, one in enumerate(keys(count)) if number % 3 == 0]
     await rig.tier.drop_original(lost)
     wanted = [ObjectState.RELINKED if number % 3 == 0 else ObjectState.INTACT for number in range(count)]
-    assert await rig.tier.restore(objects) == wanted
+    assert await rig.tier.check_and_restore(objects) == wanted
     assert [rig.live(one) for one in keys(count)] == values
     assert await rig.tier.verify(objects) == [ObjectState.INTACT] * count
     assert await rig.tier.sweep(set(keys(count))) == 0
@@ -101,7 +101,7 @@ async def test_two_stores_in_one_redis_keep_pins_apart(rig: RedisTierHarness, re
         assert await rig.tier.sweep([]) == 3
         assert await rig.tier.remove(keys(3)) == sum(map(len, values))
         assert await other.verify(objects) == [ObjectState.INTACT] * 3
-        assert await other.restore(objects) == [ObjectState.RELINKED] * 3
+        assert await other.check_and_restore(objects) == [ObjectState.RELINKED] * 3
         assert await other.sweep([]) == 3
     assert [rig.live(one) for one in keys(3)] == values
 
@@ -140,10 +140,10 @@ async def test_restore_into_full_memory_keeps_pins(rig: RedisTierHarness) -> Non
     await rig.tier.drop_original(keys(5))
     rig.client.config_set("maxmemory", 1_000_000)
     with pytest.raises(TierFull):
-        await rig.tier.restore(objects)
+        await rig.tier.check_and_restore(objects)
     assert [rig.pinned(one) for one in keys(5)] == values
     rig.client.config_set("maxmemory", 0)
-    assert await rig.tier.restore(objects) == [ObjectState.RELINKED] * 5
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.RELINKED] * 5
 
 
 async def every_operation(tier: RedisTier) -> None:
@@ -151,7 +151,7 @@ async def every_operation(tier: RedisTier) -> None:
     objects = [PinnedObject(str(key(0)), "redis", 1, b"")]
     for call in (
         tier.sizes(spelled(*keys(1))), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
-        tier.restore(objects), tier.verify(objects), tier.unpin(keys(1)), tier.remove(keys(1)),
+        tier.check_and_restore(objects), tier.verify(objects), tier.unpin(keys(1)), tier.remove(keys(1)),
         tier.drop_original(keys(1)), tier.sweep([]),
     ):  # fmt: skip
         with pytest.raises(TierUnavailable, match="redis tier: ") as refused:

@@ -139,7 +139,7 @@ async def test_pin_of_another_freeze_survives_lost_original(rig: TierHarness) ->
     await rig.tier.drop_original(keys(1))
     await rig.tier.pin(keys(1), {})
     assert rig.pinned(key(0)) == content
-    assert await rig.tier.restore(objects) == [ObjectState.RELINKED]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.RELINKED]
 
 
 # --- restore
@@ -147,18 +147,18 @@ async def test_pin_of_another_freeze_survives_lost_original(rig: TierHarness) ->
 
 async def test_untouched_object_is_intact(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
-    assert await rig.tier.restore(objects) == [ObjectState.INTACT] * 9
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.INTACT] * 9
     assert [rig.live(one) for one in keys(9)] == values
-    assert await rig.tier.restore([]) == []
+    assert await rig.tier.check_and_restore([]) == []
 
 
 async def test_evicted_originals_are_restored_from_pins(rig: TierHarness) -> None:
     values, objects = await pinned(rig, 9)
     await rig.tier.drop_original(keys(9))
     assert await rig.tier.sizes(spelled(*keys(9))) == [0] * 9
-    assert await rig.tier.restore(objects) == [ObjectState.RELINKED] * 9
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.RELINKED] * 9
     assert [rig.live(one) for one in keys(9)] == values
-    assert await rig.tier.restore(objects) == [ObjectState.INTACT] * 9
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.INTACT] * 9
 
 
 def harmed(content: bytes, harm: str) -> bytes:
@@ -185,7 +185,7 @@ HARMS = ["flip", "flip at the end", "truncate", "empty", "grow", "another object
 async def test_damaged_original_is_replaced_by_the_pin(rig: TierHarness, harm: str) -> None:
     (content,), objects = await pinned(rig, 1)
     rig.put(key(0), harmed(content, harm))
-    assert await rig.tier.restore(objects) == [ObjectState.RELINKED]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.RELINKED]
     assert rig.live(key(0)) == rig.pinned(key(0)) == content
 
 
@@ -196,7 +196,7 @@ async def test_damaged_or_lost_pin_is_restored_from_original(rig: TierHarness, h
         rig.drop_pin(key(0))
     else:
         rig.put_pin(key(0), harmed(content, harm))
-    assert await rig.tier.restore(objects) == [ObjectState.INTACT]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.INTACT]
     assert rig.live(key(0)) == rig.pinned(key(0)) == content
     assert await rig.tier.verify(objects) == [ObjectState.INTACT]
 
@@ -206,10 +206,10 @@ async def test_damage_in_both_places_is_deleted(rig: TierHarness, harm: str) -> 
     (content, other), objects = await pinned(rig, 2)
     rig.put(key(0), harmed(content, harm))
     rig.put_pin(key(0), harmed(content, "truncate"))
-    assert await rig.tier.restore(objects) == [ObjectState.CORRUPT, ObjectState.INTACT]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.CORRUPT, ObjectState.INTACT]
     assert rig.live(key(0)) is rig.pinned(key(0)) is None
     assert rig.live(key(1)) == rig.pinned(key(1)) == other
-    assert await rig.tier.restore(objects) == [ObjectState.MISSING, ObjectState.INTACT]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.MISSING, ObjectState.INTACT]
 
 
 async def test_damaged_remainder_of_a_pair_is_deleted(rig: TierHarness) -> None:
@@ -218,14 +218,14 @@ async def test_damaged_remainder_of_a_pair_is_deleted(rig: TierHarness) -> None:
     rig.put(key(0), harmed(contents[0], "flip"))
     await rig.tier.drop_original([key(1)])
     rig.put_pin(key(1), harmed(contents[1], "flip"))
-    assert await rig.tier.restore(objects) == [ObjectState.CORRUPT] * 2
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.CORRUPT] * 2
     assert [rig.live(one) for one in keys(2)] == [rig.pinned(one) for one in keys(2)] == [None, None]
 
 
 async def test_object_in_neither_place_is_missing(rig: TierHarness) -> None:
     _, objects = await pinned(rig, 1)
     await rig.tier.remove(keys(1))
-    assert await rig.tier.restore(objects) == [ObjectState.MISSING]
+    assert await rig.tier.check_and_restore(objects) == [ObjectState.MISSING]
     assert [state.usable for state in ObjectState] == [True, True, False, False]
 
 
@@ -313,15 +313,15 @@ async def test_pin_is_restored_under_another_name(rig: TierHarness) -> None:
     assert await rig.tier.verify(apart) == [ObjectState.INTACT] * 3
     assert [await rig.tier.read(one) for one in apart] == values
     assert await rig.tier.sizes(spelled(*names)) == [0] * 3  # LMCache finds them once they are restored
-    assert await rig.tier.restore(apart) == [ObjectState.RELINKED] * 3
-    assert await rig.tier.restore(apart) == [ObjectState.INTACT] * 3
+    assert await rig.tier.check_and_restore(apart) == [ObjectState.RELINKED] * 3
+    assert await rig.tier.check_and_restore(apart) == [ObjectState.INTACT] * 3
     assert [rig.live(name) for name in names] == values
     await rig.tier.drop_original(keys(3))
     rig.drop_pin(key(0))
-    assert await rig.tier.restore(apart[:1]) == [ObjectState.INTACT]
+    assert await rig.tier.check_and_restore(apart[:1]) == [ObjectState.INTACT]
     assert rig.pinned(key(0)) == values[0]  # what LMCache had under the other name has mended the pin
     rig.put(names[1], harmed(values[1], "flip"))
-    assert await rig.tier.restore(apart[1:2]) == [ObjectState.RELINKED]
+    assert await rig.tier.check_and_restore(apart[1:2]) == [ObjectState.RELINKED]
     assert rig.live(names[1]) == values[1]
 
 

@@ -102,7 +102,7 @@ def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> No
 
 def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> session_match.PrefixMatch:
     beginning = ConversationPrefix.of(Prompt(request, b""))
-    return session_match.match_session(beginning, beginning.prefix_hashes[known - 1] if known else None, candidates)
+    return session_match.match_by_prefix(beginning, beginning.prefix_hashes[known - 1] if known else None, candidates)
 
 
 FIRST = [SYSTEM, user("one"), assistant("1")]

@@ -171,7 +171,7 @@ def test_a_name_is_always_a_windows_name_with_room_for_a_number(pattern: str, se
 async def test_a_policy_that_fails_or_lies_does_not_keep_the_others_from_deciding(caplog: Any) -> None:
     named = [("failing", Failing()), ("lying", Lying()), ("turns", Turns(1))]
     deciding = PolicyRunner()
-    decisions = await deciding.evaluate(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
+    decisions = await deciding.decide(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
     assert [d and d.reason for d in decisions] == ["1 turns", None]
     failing, lying, turns = await deciding.opinions(named, SEEN)  # type: ignore[arg-type]
     assert failing.error == "RuntimeError: no idea what to do with s"
@@ -185,7 +185,7 @@ async def test_a_policy_that_would_exit_keeps_nothing_from_being_decided_now_or_
     named = [("exiting", Exiting()), ("turns", Turns(1))]
     deciding = PolicyRunner()
     for _ in range(2):
-        decisions = await deciding.evaluate(named, [SEEN])  # type: ignore[arg-type]
+        decisions = await deciding.decide(named, [SEEN])  # type: ignore[arg-type]
         assert [d and d.reason for d in decisions] == ["1 turns"]
     exiting, _ = await deciding.opinions(named, SEEN)  # type: ignore[arg-type]
     assert exiting.error == "SystemExit: 3"
@@ -195,7 +195,7 @@ async def test_a_policy_that_would_exit_keeps_nothing_from_being_decided_now_or_
 async def test_unprintable_policy_leaves_others_deciding() -> None:
     named = [("unprintable", Unprintable()), ("turns", Turns(1))]
     runner = PolicyRunner()
-    decisions = await runner.evaluate(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
+    decisions = await runner.decide(named, [SEEN, replace(SEEN, turn_count=0)])  # type: ignore[arg-type]
     assert [d and d.reason for d in decisions] == ["1 turns", None]
     answered, _ = await runner.opinions(named, SEEN)  # type: ignore[arg-type]
     assert "must return Freeze(reason) or None" in answered.error
