@@ -1,9 +1,11 @@
 """The cost of a change on the request path: two checkouts of the gateway in front of one canned engine, interleaved.
 
-`python -m loadtests.relay_compare OTHER_CHECKOUT [--rounds 30]` compares this tree with another one. Each round sends
-the same requests to every gateway, alternating, and measures the CPU time of its threads (from /proc), which other
-load on the machine affects far less than latency. A second gateway of the other checkout shows the noise. Prints the
-median of the ratios over the rounds, with their quartiles.
+`python -m loadtests.relay_compare OTHER_CHECKOUT [--starts 10] [--rounds 3]` compares this tree with another one. Each
+round sends the same requests to every gateway, alternating, and measures the CPU time of its threads (from /proc),
+which other load on the machine affects far less than latency. A second gateway of the other checkout shows the noise.
+Two processes of the same code differ by several percent for as long as they run (where their memory lies, the seed of
+their hashes), so all are restarted several times. Prints the median of the ratios over all rounds, with their
+quartiles.
 """
 
 import argparse
@@ -16,9 +18,11 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from loadtests import contenders
 
+T = TypeVar("T")
 HERE = Path(__file__).parents[1]
 PER_ROUND = {"json": 100, "stream": 50, "500 KB": 30, "session": 100}
 
@@ -83,20 +87,31 @@ def main() -> None:
     """Compare, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="a checkout of the tree to compare with")
-    parser.add_argument("--rounds", type=int, default=30, help="at least 2 (default 30)")
+    parser.add_argument("--starts", type=int, default=10, help="how often every gateway is started (default 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds for each start (default 3)")
     options = parser.parse_args()
-    other = options.other.resolve()
+    sources = {"other": options.other.resolve(), "again": options.other.resolve(), "this": HERE}
     spent: dict[tuple[str, str], list[float]] = {}
-    with gateways({"other": other, "again": other, "this": HERE}) as running:
-        for number in range(options.rounds + 1):
-            names = list(running)[number % 3 :] + list(running)[: number % 3]
-            for kind, count in PER_ROUND.items():
-                payloads = [body(kind, number * count + i) for i in range(count)]
-                for name in names:
-                    took = running[name].cpu_s_per_request(kind, payloads)
+    for start in range(options.starts):
+        with gateways(_rotated(sources, start)) as running:
+            for number in range(options.rounds + 1):
+                for name, kind, took in _round(_rotated(running, start + number), start * options.rounds + number):
                     if number:  # the first round warms up
                         spent.setdefault((name, kind), []).append(took)
     print(f"| request | other, ms | this / other | other / other |\n|---|---:|---:|---:|\n{_rows(spent)}")
+
+
+def _rotated(of: dict[str, T], by: int) -> dict[str, T]:
+    items = list(of.items())
+    return dict(items[by % len(items) :] + items[: by % len(items)])
+
+
+def _round(running: dict[str, Gateway], number: int) -> Iterator[tuple[str, str, float]]:
+    """Send one round of requests to each; yield the name, the kind and the CPU seconds per request."""
+    for kind, count in PER_ROUND.items():
+        payloads = [body(kind, number * count + i) for i in range(count)]
+        for name, gateway in running.items():
+            yield name, kind, gateway.cpu_s_per_request(kind, payloads)
 
 
 def _rows(spent: dict[tuple[str, str], list[float]]) -> str:

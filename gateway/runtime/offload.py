@@ -39,5 +39,7 @@ def is_heavy(messages: Sequence[Message]) -> bool:
 def _size(message: Message) -> int:
     """Characters of a message, about: its text, or the texts of its parts."""
     content: Any = message.get("content")
-    texts = [part.get("text") for part in content if type(part) is dict] if isinstance(content, list) else [content]
+    if isinstance(content, str):
+        return len(content)
+    texts = [part.get("text") for part in content if type(part) is dict] if isinstance(content, list) else ()
     return sum(len(text) for text in texts if isinstance(text, str))
