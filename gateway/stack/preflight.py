@@ -61,7 +61,8 @@ def check_packages(names: tuple[str, ...]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise StackError(
-                f"{name} is not installed; pip install 'context-window-gateway[local]', or [gpu] on a machine with one"
+                f"{name} is not installed; in a clone of the gateway's repository run `make up`, "
+                "or `pip install '.[gpu]'` on a machine with a GPU"
             )
 
 

@@ -69,7 +69,9 @@ def test_an_address_of_another_machine_is_not_called_a_port_in_use(tmp_path: Pat
 
 
 def test_a_missing_package_names_the_extra() -> None:
-    with pytest.raises(StackError, match=r"no_such_engine is not installed; pip install .*\[local\].*\[gpu\]"):
+    with pytest.raises(
+        StackError, match=r"no_such_engine is not installed; in a clone .*`make up`, or `pip install '\.\[gpu\]'`"
+    ):
         preflight.check_packages(("json", "no_such_engine"))
 
 
