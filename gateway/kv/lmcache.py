@@ -30,7 +30,7 @@ class CacheInfo:
     chunk_size: int
     hash_algorithm: str
     world_sizes: dict[str, int]  # of each model that an engine has registered
-    adapters: tuple[dict[str, Any], ...]  # configuration of each L2 adapter, in the order in which they are read
+    adapters: tuple[str, ...]  # the type of each L2 adapter, in the order in which they are read
 
 
 class _Load(NamedTuple):
@@ -74,14 +74,15 @@ class LMCache:
     async def info(self) -> CacheInfo:
         """Ask for chunk size, hash algorithm, registered models and storage adapters."""
         status = await self._call("GET", "/status")
-        adapters = await self.adapters()
+        # Their configuration does not tell their types (`http_apis/config_api.py`).
+        adapters = await self._call("GET", "/config/adapters")
         registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
         self._reported_chunk_size = int(status["chunk_size"])
         return CacheInfo(
             chunk_size=self._reported_chunk_size,
             hash_algorithm=str(status["hash_algorithm"]),
             world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
-            adapters=adapters,
+            adapters=tuple(str(adapter["type_name"]) for adapter in adapters["adapters"]),
         )
 
     async def adapters(self, *, within_s: float = 0.0) -> tuple[dict[str, Any], ...]:

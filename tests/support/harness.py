@@ -57,8 +57,11 @@ class _CacheServer(ThreadingHTTPServer):
 def cache_server(serde: str | None = None) -> Iterator[str]:
     """The URL of an LMCache that writes objects through `serde`."""
     server = _CacheServer(("127.0.0.1", 0), _Cache)
-    adapter = {"type": "fs", "serde": serde and {"type": serde}}
-    server.config = {"storage_manager": {"l2_adapter_config": {"adapters": [adapter]}}}
+    adapter = {"base_path": "/kv", "serde": serde and {"type": serde}}
+    server.config = {
+        "storage_manager": {"l2_adapter_config": {"adapters": [adapter]}},
+        "adapters": [{"index": 0, "type_name": "fs"}],
+    }
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"

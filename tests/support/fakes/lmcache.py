@@ -22,7 +22,8 @@ CHUNK = 16
 _SIZE = 200  # bytes of an object
 _STATIC: Mapping[str, Mapping[str, Any]] = {
     "status": {},
-    "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"type": "fs", "serde": None}]}}},
+    "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"base_path": "/kv", "serde": None}]}}},
+    "config/adapters": {"adapters": [{"index": 0, "type_name": "fs", "tier": "l2", "primary": True}]},
     "healthcheck": {"status": "healthy"},
 }
 
@@ -112,7 +113,7 @@ class FakeLMCache:
         """Answer one request."""
         self.before_answer(method, path)
         match method, path.strip("/").split("/"):
-            case "GET", [name] if name in _STATIC:
+            case "GET", names if (name := "/".join(names)) in _STATIC:
                 return 200, self._status() if name == "status" else _STATIC[name]
             case "DELETE", ["cache", "objects"]:
                 return 200, self._delete(body)
