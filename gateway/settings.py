@@ -26,7 +26,7 @@ from gateway.validation.shown import shown
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
 # Variables of ours that are not settings of the server: the client side of the CLI.
-CLIENT_VARIABLES = frozenset({"CWG_URL"})
+CLIENT_VARIABLES = frozenset({"CWG_URL", "CWG_SESSION_ID"})
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _FROM_TEXT: Mapping[Any, Callable[[str], Any]] = MappingProxyType(
     {int: int, float: float, bool: lambda text: _WORDS[text.lower()]}
@@ -230,6 +230,7 @@ class Settings(BaseSettings):
     auto_freeze_name: str = setting(
         "auto-{session_id}-{timestamp}", "names of automatic windows; may also contain `{turns}`"
     )
+    auto_freeze_tags: tuple[str, ...] = setting(("auto",), "tags of automatic windows; `auto` is always among them")
     auto_freeze_cooldown_s: Seconds = setting(60.0, "seconds between two automatic freezes of a session")
     auto_freeze_keep: int = setting(3, "automatic windows kept of each session; older ones are deleted")
     auto_freeze_ttl_days: float = setting(30.0, "days until an automatic window expires; 0: never")

@@ -69,6 +69,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "auto_freeze_at_shutdown": ("true", "true", True),
     "auto_freeze_policies": ("a.b:C,d:E", '["a.b:C", "d:E"]', ("a.b:C", "d:E")),
     "auto_freeze_name": ("x-{timestamp}-{session_id}", '"x-{timestamp}-{session_id}"', "x-{timestamp}-{session_id}"),
+    "auto_freeze_tags": ("a,auto", '["a", "auto"]', ("a", "auto")),
     "auto_freeze_cooldown_s": ("6", "6", 6.0),
     "auto_freeze_keep": ("7", "7", 7),
     "auto_freeze_ttl_days": ("0", "0", 0.0),
@@ -210,6 +211,7 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("auto_freeze", "maybe"), ("auto_freeze_idle_minutes", "-1"),
         ("auto_freeze_tokens", "-1"), ("auto_freeze_share", "1.1"), ("auto_freeze_name", "auto"),
         ("auto_freeze_name", "auto-{session_id}-{timestamp}-{nope}"), ("auto_freeze_keep", "0"),
+        ("auto_freeze_tags", "not a tag"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_and_named(name: str, text: str) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, get_type_hints
 
 from gateway.errors import GatewayError
-from gateway.records import MAX_DESCRIPTION, MAX_NAME, WINDOW_NAME
+from gateway.records import AUTO_TAG, MAX_DESCRIPTION, MAX_NAME, MAX_TAGS, WINDOW_NAME
 from gateway.settings import Settings, SettingsError
 from gateway.validation import fields
 from gateway.validation.fields import Field, or_null, reads
@@ -20,7 +20,7 @@ from policies.token_threshold import MOST_TOKENS
 _DAY = 86400.0
 _SUFFIX = 4  # room for "-999", where a name is taken
 LONGEST_PATTERN = 80
-_NAMES = ("session_id", "timestamp", "turns")
+_NAMES = ("session_id", "timestamp", "turns", "count")  # `count`: the replaced system's name of `turns`
 MAX_POLICIES = 32
 MAX_KEPT = 100
 MAX_COOLDOWN_S = 7 * _DAY
@@ -67,6 +67,16 @@ def _specs(name: str, value: object) -> tuple[Mapping[str, Any], ...]:
     return tuple(value)
 
 
+@reads({**fields.tags.schema, "description": f"tags of the windows; `{AUTO_TAG}` is always among them"})
+def _tags(name: str, value: object) -> tuple[str, ...]:
+    """Tags, with the one by which `keep` knows automatic windows."""
+    given = fields.tags.read(name, [*value] if isinstance(value, tuple) else value)
+    tags = tuple(dict.fromkeys((*given, AUTO_TAG)))
+    if len(tags) > MAX_TAGS:
+        raise fields.invalid(name, f"a list of at most {MAX_TAGS} tags, {AUTO_TAG!r} among them", value)
+    return tags
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """When sessions are frozen automatically, and how their windows are named and kept. None: that rule is off."""
@@ -84,6 +94,7 @@ class Rules:
     at_shutdown: Annotated[bool, fields.boolean.about("freeze every session when the gateway stops")] = False
     policies: Annotated[tuple[Mapping[str, Any], ...], _specs] = ()
     naming_pattern: Annotated[str, _pattern] = "auto-{session_id}-{timestamp}"
+    tags: Annotated[tuple[str, ...], _tags] = (AUTO_TAG,)
     cooldown_seconds: Annotated[
         float, fields.number(MAX_COOLDOWN_S).about("least time between two windows of a session")
     ] = 60.0
@@ -115,6 +126,7 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "context_share": ("auto_freeze_share", lambda share: share or None),
     "at_shutdown": ("auto_freeze_at_shutdown", bool),
     "naming_pattern": ("auto_freeze_name", str),
+    "tags": ("auto_freeze_tags", list),
     "cooldown_seconds": ("auto_freeze_cooldown_s", float),
     "keep": ("auto_freeze_keep", int),
     "ttl_seconds": ("auto_freeze_ttl_days", lambda days: days * _DAY or None),
@@ -134,7 +146,7 @@ def from_settings(settings: Settings) -> Rules:
 
 def as_json(rules: Rules) -> dict[str, Any]:
     """The rules as the admin API shows them."""
-    return {**asdict(rules), "policies": list(rules.policies)}
+    return {**asdict(rules), "policies": list(rules.policies), "tags": list(rules.tags)}
 
 
 def with_changes(rules: Rules, changes: Mapping[str, Any]) -> Rules:
@@ -175,7 +187,7 @@ def window_name(pattern: str, session_id: str, turns: int, at: float) -> str:
     """Return a window's name from `pattern`, short enough for a suffix."""
     stamp = datetime.fromtimestamp(at, UTC).strftime("%Y%m%d-%H%M%S")
     plain = session_id.replace(":", "-")
-    values = {"timestamp": stamp, "turns": str(turns), "session_id": ""}
+    values = {"timestamp": stamp, "turns": str(turns), "count": str(turns), "session_id": ""}
     parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(pattern)]
     rest = sum(len(literal) + len(values[name or "session_id"]) for literal, name in parts)
     values["session_id"] = plain[: MAX_NAME - _SUFFIX - rest]

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import GatewayError, StartError
-from gateway.records import AUTO_TAG, Session
+from gateway.records import Session
 from gateway.store.types import FreezeCandidate
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.policy_runner import NamedPolicy, Opinion, PolicyRunner
@@ -286,7 +286,8 @@ class AutofreezeService:
         if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=not self._ending):
             return
         try:
-            naming = Naming(self._window_name(session), rules.description(reason), (AUTO_TAG,), self._rules.ttl_seconds)
+            about = rules.description(reason)
+            naming = Naming(self._window_name(session), about, self._rules.tags, self._rules.ttl_seconds)
             ctx = OperationContext(self._services, session.tenant)
             window, _ = await freeze_automatically(ctx, session.id, naming)
         except GatewayError as error:

@@ -60,12 +60,14 @@ def check(gateway: Gateway, session: str) -> dict[str, Any]:
 
 def test_w5_a_session_left_alone_is_a_window_and_is_frozen_once(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(
-        engine.url, tmp_path, **QUICK | {"auto_freeze_idle_minutes": _SOON, "workers": 2}
+        engine.url,
+        tmp_path,
+        **QUICK | {"auto_freeze_idle_minutes": _SOON, "workers": 2, "auto_freeze_tags": "auto-freeze"},
     ) as gateway:
         gateway.chat("user:7")
         (window,) = wait_for(gateway, 1)
         assert window["name"].startswith("auto-user-7-20")
-        assert (window["session_id"], window["tags"]) == ("user:7", ["auto"])
+        assert (window["session_id"], window["tags"]) == ("user:7", ["auto-freeze", "auto"])
         assert window["description"].startswith("Frozen automatically: idle for")
         eventually(lambda: check(gateway, "user:7")["held_back"] is not None, "the session is marked")
         assert gateway.http.get("/admin/sessions/user:7").json()["state"] == "frozen"

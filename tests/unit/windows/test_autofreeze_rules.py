@@ -209,3 +209,14 @@ def test_at_shutdown_takes_what_was_active_up_to_the_very_minute() -> None:
     assert policy.decide(replace(ending, idle_s=120.0)) is not None
     assert policy.decide(replace(ending, idle_s=120.1)) is None
     assert policy.decide(replace(SEEN, event="sweep", idle_s=1.0)) is None
+
+
+def test_the_replaced_systems_name_of_the_turns_is_understood() -> None:
+    pattern = rules.READERS["naming_pattern"]("naming_pattern", "{session_id}-{timestamp}-{count}")
+    assert rules.window_name(pattern, "s", 7, 1.8e9).endswith("-7")
+
+
+def test_tags_always_hold_the_one_that_keep_goes_by() -> None:
+    read = rules.READERS["tags"]
+    assert read("tags", []) == ("auto",)
+    assert read("tags", ["a", "auto"]) == read("tags", read("tags", ["a"])) == ("a", "auto")

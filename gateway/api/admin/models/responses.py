@@ -373,6 +373,7 @@ class Rules(Answer):
     at_shutdown: bool
     policies: list[Json]
     naming_pattern: str
+    tags: list[str]
     cooldown_seconds: Number
     keep: int
     ttl_seconds: Number | None
