@@ -18,7 +18,7 @@ from gateway.api.admin import routes
 from gateway.api.health import Health
 from gateway.api.inference.handler import Inference
 from gateway.api.inference.request import TOKENIZER_PATHS
-from gateway.api.mcp.transport import PATH, McpTransport
+from gateway.api.mcp.transport import PATHS, McpTransport
 from gateway.api.workers import Report
 from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
@@ -82,7 +82,7 @@ class Gateway:
         """Serve one request."""
         if scope["path"].startswith(_INFERENCE) or scope["path"] in _TOKENIZER:
             await self._inference(scope, receive, send)
-        elif scope["path"] == PATH:
+        elif scope["path"] in PATHS:
             await self._mcp(scope, receive, send)
         else:
             await self._admin(scope, receive, send)

@@ -80,9 +80,15 @@ class Call:
         return stream_body(self._request.scope, self._request.receive, self.services.settings)
 
     @property
+    def headers(self) -> Headers:
+        """The headers of the request."""
+        headers: Headers = self._request.scope["headers"]
+        return headers
+
+    @property
     def keys(self) -> Headers:
         """The headers with the caller's key."""
-        return [(name, value) for name, value in self._request.scope["headers"] if name in auth.KEY_HEADERS]
+        return [(name, value) for name, value in self.headers if name in auth.KEY_HEADERS]
 
     @property
     def context(self) -> OperationContext:

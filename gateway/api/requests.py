@@ -76,7 +76,7 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 def read(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
     """Validate what was sent. Raises `unknown_parameter`, and `invalid_request` and its kin, naming the field."""
-    names = {alias: name for name, field in model.model_fields.items() for alias in _aliases(name, field)}
+    names = names_of(model)
     fields.refuse_unknown(given, names)
     used: dict[str, str] = {}
     for alias in given:
@@ -88,6 +88,11 @@ def read(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
         if field.is_required() and name not in used:
             raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
     return model.model_validate({alias: given[alias] for alias in used.values()}, context=used)
+
+
+def names_of(model: type[Request]) -> dict[str, str]:
+    """The names under which each field may be sent, with the field's own."""
+    return {alias: name for name, field in model.model_fields.items() for alias in _aliases(name, field)}
 
 
 def _aliases(name: str, field: FieldInfo) -> Iterable[Any]:

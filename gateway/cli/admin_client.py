@@ -10,6 +10,7 @@ import httpx
 import orjson
 
 from gateway.api.mcp.admin_request import AdminRequest, Json, ReportProgress
+from gateway.records import SESSION_ID
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 _CHUNK_BYTES = 2**18
@@ -27,15 +28,18 @@ class AdminError(Exception):
 
 
 class Admin:
-    """A client of one gateway's admin API."""
+    """A client of one gateway's admin API. `session_id`: the caller's own session, where it is known."""
 
-    def __init__(self, url: str, api_key: str, timeout_s: float = 600) -> None:
+    def __init__(self, url: str, api_key: str, timeout_s: float = 600, session_id: str = "") -> None:
         self.url = url
         if not url.lower().startswith(("http://", "https://")):
             raise AdminError(f"CWG_URL {url!r} must start with http:// or https://")
         if not api_key.isascii() or not api_key.isprintable():
             raise AdminError("CWG_API_KEY has characters that a header cannot carry")
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        if session_id and not SESSION_ID.fullmatch(session_id):
+            raise AdminError(f"CWG_SESSION_ID {session_id!r:.200} is no session id", "use A-Z a-z 0-9 _ . : -")
+        sent = {"authorization": api_key and f"Bearer {api_key}", "x-session-id": session_id}
+        headers = {name: value for name, value in sent.items() if value}
         try:
             self._http = httpx.Client(
                 base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5))

@@ -56,10 +56,10 @@ def operation(command: Callable[..., Result]) -> click.Command:
     return click.command(command.__name__.rstrip("_"))(option(run))
 
 
-def admin(timeout_s: float = 600) -> Admin:
-    """The gateway's admin API. Raises AdminError for an invalid address or key."""
+def admin(timeout_s: float = 600, session_id: str = "") -> Admin:
+    """The gateway's admin API. Raises AdminError for an invalid address, key or session id."""
     url = os.environ.get("CWG_URL", "http://127.0.0.1:8700").rstrip("/")
-    return Admin(url, os.environ.get("CWG_API_KEY", ""), timeout_s)
+    return Admin(url, os.environ.get("CWG_API_KEY", ""), timeout_s, session_id)
 
 
 @contextmanager

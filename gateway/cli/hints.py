@@ -15,6 +15,7 @@ WORDS = HintWords(
             "description": "--description",
             "max_tokens": "--max-tokens",
             "new_session_id": "--session",
+            "prefix": "--prefix",
             "null": "an empty description, --no-tags or --no-ttl",
             "tags": "--tag",
             "ttl_seconds": "--ttl",

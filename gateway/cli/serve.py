@@ -62,11 +62,11 @@ def serve(config: Path | None, **options: Any) -> None:
 
 @click.command()
 def mcp() -> None:
-    """Serve MCP on stdio for a running gateway (CWG_URL, CWG_API_KEY)."""
+    """Serve MCP on stdio for a running gateway (CWG_URL, CWG_API_KEY, CWG_SESSION_ID)."""
     from gateway.api.mcp.server import over_stdio  # noqa: PLC0415 - see `serve`
 
     with connection.failures():
-        admin = connection.admin()
+        admin = connection.admin(session_id=os.environ.get("CWG_SESSION_ID", ""))
     if sys.stdin.isatty():
         say("cwg mcp: waiting for MCP on stdin; a client should start this, not a person", err=True)
     threading.Thread(target=_check_reachable, args=[admin], daemon=True).start()

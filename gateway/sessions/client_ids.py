@@ -129,4 +129,9 @@ def valid_id(name: str) -> str:
 
 def subconversation_id(session_id: str, first_message_hash: bytes) -> str:
     """The id of another conversation that an agent has under the same id: titles, a skill, or after a compaction."""
-    return f"{session_id[: MAX_NAME - _SUFFIX]}:{first_message_hash.hex()[: _SUFFIX - 1]}"
+    return f"{subconversation_stem(session_id)}:{first_message_hash.hex()[: _SUFFIX - 1]}"
+
+
+def subconversation_stem(session_id: str) -> str:
+    """What the ids of all other conversations that an agent has under the same id begin with, before a colon."""
+    return session_id[: MAX_NAME - _SUFFIX]

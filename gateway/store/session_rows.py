@@ -50,6 +50,19 @@ def list_sessions(
     return [Session(*row) for row in page], total
 
 
+def sessions_beside(db: sqlite3.Connection, tenant: str, session_id: str, stem: str, limit: int) -> list[Session]:
+    """Return the session with an id, and the side conversations whose ids begin with `stem`: last active first.
+
+    Without a stem there are none. Sessions without a finished turn are left out.
+    """
+    rows = db.execute(
+        f"""{_SESSION} WHERE tenant = ?1 AND (id = ?2 OR (id > ?3 AND id < ?4 AND source LIKE '%, beside %'))
+        AND (turn_count > 0 OR transcript IS NOT NULL) ORDER BY last_active_at DESC, id LIMIT ?5""",
+        (tenant, session_id, f"{stem}:", f"{stem};", limit),
+    )
+    return [Session(*row) for row in rows]
+
+
 def add_session(db: sqlite3.Connection, new: Session) -> bool:
     """Add a session, which others may be forked from at once; False if its id is taken."""
     cursor = db.execute(

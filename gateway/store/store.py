@@ -41,6 +41,7 @@ class Store(Database):
     sessions_by_reply_alias = point_read(session_rows.sessions_by_reply_alias)
     list_sessions = read(session_rows.list_sessions)
     idle_sessions = read(session_rows.idle_sessions)
+    sessions_beside = read(session_rows.sessions_beside)
     lineage_in_use = read(session_rows.lineage_in_use)
     newest = read(session_rows.newest)
     turns = read(session_rows.turns)

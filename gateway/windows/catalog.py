@@ -135,10 +135,10 @@ def session_id_for(name: str, suffix_length: int = 0) -> str:
     return name[: MAX_NAME - len(suffix) - suffix_length] + suffix
 
 
-def session_exists(session_id: str) -> GatewayError:
-    """The error for a session id that is taken."""
+def session_exists(session_id: str, parameter: str = "`new_session_id`") -> GatewayError:
+    """The error for a session id that is taken, which came from `parameter`, a name in backticks."""
     return GatewayError(
         "session_already_exists",
         f"session {session_id!r} already exists",
-        hint="choose another `new_session_id`, or omit it",
+        hint=f"choose another {parameter}, or omit it",
     )

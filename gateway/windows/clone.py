@@ -22,7 +22,7 @@ _CONFIG_AGE_S = 5.0  # LMCache changes its serde only by a restart, which takes 
 
 @instrumented
 async def clone(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
-    """Give a window a second name with a life of its own; what `naming` leaves empty is copied.
+    """Give a window a second name with a life of its own; what `naming` leaves out is copied.
 
     Raises `window_not_found`, `window_already_exists`.
     """
@@ -32,7 +32,7 @@ async def clone(ctx: OperationContext, source: str, naming: Naming) -> NewWindow
 
 @instrumented
 async def isolate(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
-    """Clone a window into a lineage of its own; what `naming` leaves empty is copied.
+    """Clone a window into a lineage of its own; what `naming` leaves out is copied.
 
     Raises `window_not_found`, `window_already_exists`, `cache_unavailable`.
     """
@@ -57,8 +57,8 @@ def renamed(original: Window, naming: Naming) -> Window:
     return replace(
         original,
         name=naming.name,
-        description=naming.description or original.description,
-        tags=naming.tags or original.tags,
+        description=original.description if naming.description is None else naming.description,
+        tags=original.tags if naming.tags is None else naming.tags,
         parent=original.name,
         created_at=time.time(),
         expires_at=None,

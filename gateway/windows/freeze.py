@@ -37,11 +37,11 @@ _NAMES_TRIED = 100  # sessions may share a shortened name within a second
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """The name of a new window, and what else its caller chooses."""
+    """The name of a new window, and what else its caller chooses. None: nothing, or in a clone as its source has it."""
 
     name: str
-    description: str = ""
-    tags: tuple[str, ...] = ()
+    description: str | None = None
+    tags: tuple[str, ...] | None = None
     ttl_seconds: float | None = None
 
 
@@ -250,8 +250,8 @@ class _Freeze:
             token_count=len(self.snapshot.ids),
             chunk_size=self.plan.chunk_size if self.plan else 0,
             created_at=now,
-            description=naming.description,
-            tags=naming.tags,
+            description=naming.description or "",
+            tags=naming.tags or (),
             parent=session.window,
             expires_at=now + naming.ttl_seconds if naming.ttl_seconds is not None else None,
         )

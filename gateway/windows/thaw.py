@@ -114,5 +114,5 @@ async def fanout(ctx: OperationContext, name: str, count: int, prefix: str | Non
         await served_model(services, window)
     sessions = [session_from_window(window, f"{stem}-{number}", "fanout") for number in range(1, count + 1)]
     if taken := await services.store.add_sessions(sessions, source=window):
-        raise session_exists(taken)
+        raise session_exists(taken, "`prefix`")
     return FannedOut(sessions, window, tuple(missing_kv(window, window.chunk_count)))

@@ -255,7 +255,7 @@ def outage(stack: Stack, folder: Path) -> Generator[Outage | None]:
             outage.refused.append((answer.status_code, answer.json()["error"]["code"]))
         outage.half_thawed = gateway.get_status("/admin/sessions/half")
         outage.was_unready = comes_true(lambda: gateway.get_status("/readyz") == 503)
-        outage.engine_status = mcp(gateway, "health_check", component="vllm")["components"]["engine"]["status"]
+        outage.engine_status = mcp(gateway, "health_check", component="vllm")["by_name"]["engine"]["status"]
         yield None
     finally:
         gateway.close()

@@ -79,13 +79,13 @@ def test_w07_sessions_are_listed_by_state_and_a_status_says_where_the_bytes_are(
 def test_w13_a_broken_part_is_named_and_an_unknown_one_is_refused(broken: Gateway) -> None:
     report = mcp(broken, "health_check")
     assert report["status"] == "degraded"
-    cache = report["components"].pop("cache")
+    cache = report["by_name"].pop("cache")
     assert (cache["status"], cache["message"]) == ("unhealthy", "LMCache does not answer")
-    assert report["components"].pop("isolation")["status"] == "degraded", "it could not be proved without the cache"
-    assert {name: part["status"] for name, part in report["components"].items()} == dict.fromkeys(
+    assert report["by_name"].pop("isolation")["status"] == "degraded", "it could not be proved without the cache"
+    assert {name: part["status"] for name, part in report["by_name"].items()} == dict.fromkeys(
         ("engine", "tiers", "store"), "healthy"
     )
-    assert list(mcp(broken, "health_check", component="kv_store")["components"]) == ["cache"]
+    assert list(mcp(broken, "health_check", component="kv_store")["by_name"]) == ["cache"]
     refused = mcp_refused(broken, "health_check", component="gpu_fan")
     assert (refused["code"], "engine" in refused["message"]) == ("invalid_request", True)
 

@@ -18,6 +18,8 @@ async def answer(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     assert not result.is_error, result.content
     structured = result.structured_content
     assert isinstance(structured, dict)
+    assert structured["success"] is True
+    jsonschema.validate(structured, tool_named(tool).output_schema)
     assert json.loads(text_of(result)) == structured
     return structured
 
@@ -27,7 +29,8 @@ async def refusal(client: Client, tool: str, **arguments: Any) -> tuple[str, str
     result = await client.call_tool(tool, arguments)
     assert result.is_error, result.structured_content
     assert result.structured_content is not None
-    assert set(result.structured_content) == {"error"}
+    assert set(result.structured_content) == {"success", "error"}
+    assert result.structured_content["success"] is False
     error = result.structured_content["error"]
     assert set(error) == {"code", "message", "hint", "retryable", "details"}
     jsonschema.validate(result.structured_content, tool_named(tool).output_schema)  # as clients in TypeScript do
@@ -47,9 +50,9 @@ def text_of(result: CallToolResult) -> str:
 ACCEPT = {"accept": "application/json, text/event-stream"}
 
 
-def post(gateway: Gateway, body: Any, **headers: str) -> httpx.Response:
+def post(gateway: Gateway, body: Any, path: str = "/mcp", **headers: str) -> httpx.Response:
     given = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return gateway.http.post("/mcp", content=given, headers={"content-type": "application/json", **ACCEPT, **headers})
+    return gateway.http.post(path, content=given, headers={"content-type": "application/json", **ACCEPT, **headers})
 
 
 def code_of(response: httpx.Response) -> tuple[int, str]:

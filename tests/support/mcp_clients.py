@@ -22,9 +22,9 @@ async def over_http(url: str, mode: str = "auto", timeout: float = 15, **headers
 
 
 @asynccontextmanager
-async def over_stdio(url: str, mode: str = "auto", key: str = "") -> AsyncIterator[Client]:
+async def over_stdio(url: str, mode: str = "auto", key: str = "", session_id: str = "") -> AsyncIterator[Client]:
     """A client of `cwg mcp`."""
-    given = environment({"CWG_URL": url, "CWG_API_KEY": key})
+    given = environment({"CWG_URL": url, "CWG_API_KEY": key, "CWG_SESSION_ID": session_id})
     server = StdioServerParameters(command=sys.executable, args=["-m", "gateway", "mcp"], env=given, cwd=ROOT)
     async with Client(stdio_client(server), mode=mode) as client:
         yield client

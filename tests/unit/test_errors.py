@@ -118,3 +118,9 @@ def test_a_hint_uses_the_terms_of_its_api(words: HintWords, code: str, hint: str
 def test_the_cli_has_words_only_for_what_hints_name() -> None:
     named = set(re.findall(r"`([^`\n]+)`", literals()))
     assert set(cli.WORDS.names) <= {placeholders_blank(name) for name in named}
+
+
+def test_mcp_has_a_word_for_every_route_that_a_hint_may_name() -> None:
+    routes = {placeholders_blank(name) for name in re.findall(r"`([A-Z]+ /admin[^`\n]*)`", literals())}
+    assert routes
+    assert routes <= set(mcp.WORDS.names)

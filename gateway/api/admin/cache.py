@@ -20,6 +20,7 @@ async def statistics(call: Call) -> status.Cache:
     return status.Cache(
         windows=sum((await call.services.store.window_counts()).values()),
         chunk_size=call.services.settings.chunk_size or lmcache.chunk_size,
+        engines_up=len(call.services.engines.up),
         lmcache=lmcache,
         tiers={tier.name: _tier(tier) for tier in tiers},
         prompt_tokens=prompt_tokens,
@@ -41,7 +42,7 @@ async def _lmcache(cache: LMCache | None) -> tuple[status.LMCacheStatus, list[st
         status="healthy" if healthy else "unhealthy",
         chunk_size=info.chunk_size,
         hash_algorithm=info.hash_algorithm,
-        adapters=[str(adapter.get("type", "")) for adapter in info.adapters],
+        adapters=[*info.adapters],
     )
     return answer, []
 

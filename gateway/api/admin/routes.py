@@ -7,7 +7,17 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from gateway.api.admin import archives, autofreeze, cache, continuation, metrics, openapi, serializers, windows
+from gateway.api.admin import (
+    archives,
+    autofreeze,
+    cache,
+    continuation,
+    current_session,
+    metrics,
+    openapi,
+    serializers,
+    windows,
+)
 from gateway.api.admin.models import requests, responses, status
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation
@@ -66,7 +76,7 @@ async def delete_session(call: Call) -> responses.SessionDeleted:
 )
 async def freeze_session(call: Call, body: requests.FreezeRequest) -> responses.Frozen:
     """Freeze a session into a window."""
-    naming = freeze.Naming(body.window_name, body.description or "", body.tags or (), body.ttl_seconds)
+    naming = freeze.Naming(body.window_name, body.description, body.tags, body.ttl_seconds)
     window, warnings = await freeze.freeze(call.context, body.session_id, naming)
     return responses.Frozen(**serializers.window_fields(window, call.now), warnings=list(warnings))
 
@@ -135,14 +145,16 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawe
 )
 async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Cloned:
     """Give a window a second name; no KV byte is copied."""
-    naming = freeze.Naming(body.target_window, body.description or "", body.tags or ())
+    naming = freeze.Naming(body.target_window, body.description, body.tags)
     make_copy = clone.isolate if body.isolate else clone.clone
     copy, warnings = await make_copy(call.context, call.window_name, naming)
+    ancestors, _ = await call.services.store.lineage(call.tenant, copy.name)
     return responses.Cloned(
         source_window=call.window_name,
         target_window=copy.name,
         shared_blocks=copy.chunk_count * copy.world_size,
         isolated=body.isolate,
+        ancestors=ancestors,
         **serializers.window_fields(copy, call.now),
         warnings=list(warnings),
     )
@@ -189,6 +201,7 @@ async def readyz(call: Call) -> status.Ready | Response:
 OPERATIONS = (
     list_sessions,
     get_session,
+    current_session.current_session,
     delete_session,
     freeze_session,
     list_windows,

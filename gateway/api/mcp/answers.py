@@ -1,7 +1,7 @@
 """The answers of the tools, as JSON schemas made from the admin API's models.
 
 These are shorter than the admin API's own, because an agent pays for them in each conversation: they allow additional
-properties, have no references, and stop at the second level of objects.
+properties, have no references, stop at the second level of objects, and tell only of the first what is always there.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,10 +15,16 @@ from gateway.api.admin.models import responses, status
 from gateway.api.mcp.admin_request import Json
 
 _DEPTH = 2
+_NO_ID = (
+    "unknown: your client sends no session id to MCP servers. Do not guess: ask the user which session of session_list "
+    "this is, or to configure the id that the client sends to the model here too: as the header X-Session-ID, or in "
+    "CWG_SESSION_ID for `cwg mcp`"
+)
 
 
 class WindowStatus(responses.WindowStatus):
     type: Literal["window"]
+    window: Json
 
 
 class SessionStatus(responses.Session):
@@ -30,6 +36,19 @@ class CacheStats(status.Cache):
     total_bytes: int
 
 
+class HealthOf(status.Component):
+    name: str
+
+
+class Health(status.Health):
+    components: list[HealthOf]  # type: ignore[assignment] # here a list
+    by_name: status.Components
+
+
+class CurrentSession(responses.CurrentSession):
+    message: str
+
+
 class PolicyConfig(responses.Answer):
     policy: responses.Rules
     set_at_run_time: list[str]
@@ -37,16 +56,21 @@ class PolicyConfig(responses.Answer):
     warnings: list[str]
 
 
-def typed(answer: Json) -> Json:
-    """A status with the type of thing that it describes."""
-    return {"type": "window" if "kv_cache" in answer else "session", **answer}
-
-
-def cache_stats(answer: Json) -> Json:
-    """The answer of GET /admin/cache, and the totals of its tiers."""
-    tiers = answer["tiers"].values()
-    blocks, size = (sum(tier[name] for tier in tiers) for name in ("objects", "bytes"))
-    return {"total_blocks": blocks, "total_bytes": size, **answer}
+def current_session(answer: Json) -> Json:
+    """The answer of GET /admin/current-session in words: an agent must not guess."""
+    session_id, source, known = answer["session_id"], answer["recognised_by"], answer["sessions"]
+    if source is None:
+        message = _NO_ID
+    elif session_id is None:
+        message = f"your client's id ({source}) stands for {len(known)} conversations. Do not guess: ask the user"
+    elif known:
+        message = f"you are in session {session_id}, which your client names ({source})"
+    else:
+        message = (
+            f"your client names session {session_id} ({source}), which has no finished turn. If you have had one, the "
+            "client sends the model another id: session_list has it"
+        )
+    return {**answer, "message": message}
 
 
 def policy(answer: Json) -> Json:
@@ -79,7 +103,8 @@ def _simple(schema: Any, definitions: Mapping[str, Json], depth: int) -> Any:
         schema = {**definitions[schema["$ref"].rpartition("/")[2]], **schema}
     if "properties" in schema and depth == 0:
         return {name: schema[name] for name in ("type", "description") if name in schema}
-    kept = {name: inner for name, inner in schema.items() if name not in ("$ref", "format")}
+    left_out = ("$ref", "format") if depth == _DEPTH else ("$ref", "format", "required")
+    kept = {name: inner for name, inner in schema.items() if name not in left_out}
     if kept.get("additionalProperties") in (True, False):
         del kept["additionalProperties"]
     properties = {name: _simple(inner, definitions, depth - 1) for name, inner in kept.pop("properties", {}).items()}

@@ -1,6 +1,7 @@
 """Arguments of the MCP tools: the admin API's requests, and where a tool takes more than the admin API does."""
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import AliasChoices, Field, GetJsonSchemaHandler
 from pydantic.json_schema import SkipJsonSchema
@@ -11,7 +12,9 @@ from gateway.api.admin.models import requests
 from gateway.api.admin.models.requests import Flag, SessionId, WindowName
 from gateway.api.health import COMPONENTS
 from gateway.api.mcp.admin_request import Json
-from gateway.api.requests import Reads, Request, read
+from gateway.api.requests import Reads, Request, names_of, read
+from gateway.errors import GatewayError
+from gateway.records import SessionState
 from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
 from gateway.validation.fields import or_null, reads
@@ -28,13 +31,29 @@ def schema_of(model: type[Request]) -> Json:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
+def without_blanks(model: type[Request], given: Mapping[str, Any], cleared: Collection[str] = ()) -> Json:
+    """The arguments without the blank strings of optional parameters: models fill in what they do not use.
+
+    An empty string remains where it clears something.
+    """
+    fields_by_name = names_of(model)
+
+    def says_nothing(name: str, value: object) -> bool:
+        if name not in fields_by_name or not isinstance(value, str) or value.strip():
+            return False
+        return not model.model_fields[fields_by_name[name]].is_required() and not (name in cleared and value == "")
+
+    return {name: value for name, value in given.items() if not says_nothing(name, value)}
+
+
 def _one_of(*choices: str, **synonyms: str) -> fields.Field[str]:
     """One of some words, or of others that mean one of them."""
     inner = fields.one_of(*choices)
 
     @reads({"type": "string", "enum": [*choices, *synonyms]})
     def read(name: str, value: object) -> str:
-        return inner.read(name, synonyms.get(value, value) if isinstance(value, str) else value)
+        word = value.lower() if isinstance(value, str) else value
+        return inner.read(name, synonyms.get(word, word) if isinstance(word, str) else value)
 
     return read
 
@@ -51,11 +70,17 @@ def _seconds_or_zero(name: str, value: object) -> float | None:
     return None if type(value) in (int, float) and value == 0 else fields.seconds.read(name, value)
 
 
-@reads({"type": "boolean", "enum": [True]})
-def _true(name: str, value: object) -> bool:
-    if value is not True:
-        raise fields.invalid(name, "true", value)
-    return True
+def _only_true(why: str) -> fields.Field[bool]:
+    """True: the replaced system could also do otherwise, and we cannot."""
+
+    @reads({"type": "boolean", "enum": [True]})
+    def read(name: str, value: object) -> bool:
+        if fields.boolean.read(name, value):
+            return True
+        message = f"{name} must be true, not false"
+        raise GatewayError("invalid_request", message, hint=f"omit it: {why}", details={"field": name})
+
+    return read
 
 
 def is_share(value: object) -> bool:
@@ -73,12 +98,20 @@ def _tokens_or_zero(name: str, value: object) -> Any:
     return None if type(value) is int and value == 0 else rules.READERS["token_threshold"].read(name, value)
 
 
+# The context, which the replaced system did not have by itself. It has no effect, so models do not read of it.
+_Unused = SkipJsonSchema[Annotated[str, Reads(fields.text(2**20))]]
+
+
 class Window(Request):
     window_name: WindowName
 
 
 class Session(Request):
     session_id: SessionId
+
+
+class Freeze(requests.FreezeRequest):
+    prompt_prefix: _Unused = Field("", exclude=True)
 
 
 class Thaw(requests.ThawRequest, Window):
@@ -108,7 +141,7 @@ class FanOut(requests.FanoutRequest, Window):
 class WindowList(requests.WindowFilters):
     created_after: Annotated[str, Reads(fields.text(64))] | None = Field(None, description="ISO 8601 date or time")
     created_before: Annotated[str, Reads(fields.text(64))] | None = Field(None, description="ISO 8601 date or time")
-    sort_by: Annotated[str, Reads(_one_of(*SORT_COLUMNS, total_size_bytes="size"))] = Field(
+    sort_by: Annotated[str, Reads(_one_of(*SORT_COLUMNS, size_bytes="size", total_size_bytes="size"))] = Field(
         "created_at", description="what to sort by"
     )
 
@@ -135,15 +168,20 @@ class Describe(Window):
     )
 
 
+_BLOCKS_GO = "KV that another window or a session uses stays anyway, and the rest could not be found by anybody"
+
+
 class Delete(Window):
-    delete_blocks: Annotated[bool, Reads(_true)] = Field(
+    delete_blocks: Annotated[bool, Reads(_only_true(_BLOCKS_GO))] = Field(
         True, exclude=True, description="KV that nobody else holds always goes with it"
     )
     force: Flag = Field(False, exclude=True, description="accepted; nothing asks for confirmation")
 
 
 class SessionList(requests.SessionsQuery):
-    state: requests.State | None = Field(None, validation_alias=AliasChoices("state_filter", "state"))
+    state: Annotated[SessionState, Reads(_one_of(*get_args(SessionState)).about("only in this state"))] | None = Field(
+        None, validation_alias=AliasChoices("state_filter", "state")
+    )
 
 
 class HealthCheck(requests.HealthQuery):
@@ -154,6 +192,7 @@ class HealthCheck(requests.HealthQuery):
 
 class AutoFreezeCheck(requests.PolicyCheckRequest):
     token_count: SkipJsonSchema[Annotated[int, Reads(fields.whole(0, MOST_TOKENS))]] = Field(0, exclude=True)
+    prompt_prefix: _Unused = Field("", exclude=True)
 
 
 class RuleChanges(requests.PolicyChanges):
@@ -166,14 +205,16 @@ class RuleChanges(requests.PolicyChanges):
         None, validation_alias=AliasChoices("naming_pattern", "window_name_pattern")
     )
     token_count_threshold: SkipJsonSchema[Annotated[Any, Reads(_tokens_or_zero)]] = None
-    include_prompt: SkipJsonSchema[Annotated[bool, Reads(_true)]] = Field(True, exclude=True)
+    include_prompt: SkipJsonSchema[Annotated[bool, Reads(_only_true("a window always has its text"))]] = Field(
+        True, exclude=True
+    )
 
 
 @reads(schema_of(RuleChanges))
 def _policy(name: str, value: object) -> Json:
     if not isinstance(value, dict):
         raise fields.invalid(name, "an object", value)
-    changes: Json = read(RuleChanges, value).given()
+    changes: Json = read(RuleChanges, without_blanks(RuleChanges, value)).given()
     return changes
 
 

@@ -12,6 +12,7 @@ from mcp.server.stdio import stdio_server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 from mcp.shared.exceptions import MCPError
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from gateway import __version__
 from gateway.api.endpoint import error_shape
@@ -24,9 +25,12 @@ from gateway.errors import GatewayError
 Context = ServerRequestContext[Any, Any]
 AskOf = Callable[[Context], Ask]
 
+_RESOURCE_NOT_FOUND = -32002
+_NO_SUCH_RESOURCE = ("not_found", "window_not_found")
+
 INSTRUCTIONS = (
     "This gateway is between clients and a vLLM engine, and stores conversations. A session is a live conversation; a "
-    "window is a frozen, named copy of one, with its KV cache. Find your session with session_list, freeze it with "
+    "window is a frozen, named copy of one, with its KV cache. session_current tells which is yours: freeze it with "
     "window_freeze before you risk or exhaust its context, find windows with window_list, and continue from one with "
     "window_thaw: you get the very same context, not a summary. Every answer has what was measured; read its warnings."
 )
@@ -35,7 +39,8 @@ INSTRUCTIONS = (
 def server(ask_of: AskOf) -> Server[Any]:
     """A server that calls the admin API; `ask_of` makes the client for a request."""
 
-    async def list_tools(_: Context, __: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+    async def list_tools(_: Context, page: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+        _refuse_cursor(page)
         return types.ListToolsResult(tools=[_tool(tool) for tool in TOOLS])
 
     async def call_tool(ctx: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
@@ -45,22 +50,26 @@ def server(ask_of: AskOf) -> Server[Any]:
         except GatewayError as error:
             return _failed(error_shape(error))
         answer = await ask_of(ctx)(request, _report_to(ctx))
-        return _failed(answer) if "error" in answer else _done(tool.shape(answer))
+        return _failed(answer) if "error" in answer else _done(tool.result(answer))
 
-    async def list_resources(_: Context, __: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
+    async def list_resources(_: Context, page: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
+        _refuse_cursor(page)
         return types.ListResourcesResult(resources=[_resource(r) for r in RESOURCES if "{" not in r.uri])
 
-    async def list_templates(_: Context, __: types.PaginatedRequestParams | None) -> types.ListResourceTemplatesResult:
+    async def list_templates(
+        _: Context, page: types.PaginatedRequestParams | None
+    ) -> types.ListResourceTemplatesResult:
+        _refuse_cursor(page)
         return types.ListResourceTemplatesResult(resource_templates=[_template(r) for r in RESOURCES if "{" in r.uri])
 
     async def read_resource(ctx: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
         try:
             request, resource = resource_request(params.uri)
         except GatewayError as error:
-            raise _protocol_error(error_shape(error)) from error
+            raise _resource_error(error_shape(error), ctx.protocol_version) from error
         answer = await ask_of(ctx)(request, _report_to(ctx))
         if "error" in answer:
-            raise _protocol_error(answer)
+            raise _resource_error(answer, ctx.protocol_version)
         text = orjson.dumps(resource.shape(answer)).decode()
         return types.ReadResourceResult(
             contents=[types.TextResourceContents(uri=params.uri, mime_type="application/json", text=text)]
@@ -137,13 +146,28 @@ def _done(answer: Json) -> types.CallToolResult:
 def _failed(answer: Json) -> types.CallToolResult:
     error = _translated(answer["error"])
     text = types.TextContent(type="text", text=_as_text(error))
-    return types.CallToolResult(content=[text], structured_content={"error": error}, is_error=True)
+    return types.CallToolResult(content=[text], structured_content={"success": False, "error": error}, is_error=True)
 
 
 def _protocol_error(answer: Json) -> MCPError:
     error = _translated(answer["error"])
     ours = error["code"] in ("internal", "gateway_unreachable") or error["retryable"]
     return MCPError(types.INTERNAL_ERROR if ours else types.INVALID_PARAMS, _as_text(error), error)
+
+
+def _resource_error(answer: Json, protocol_version: str) -> MCPError:
+    """The error for a resource that cannot be read. Up to 2025-11-25 one that does not exist has a code of its own."""
+    error = _protocol_error(answer)
+    if answer["error"]["code"] not in _NO_SUCH_RESOURCE or protocol_version in MODERN_PROTOCOL_VERSIONS:
+        return error
+    return MCPError(_RESOURCE_NOT_FOUND, error.error.message, error.error.data)
+
+
+def _refuse_cursor(page: types.PaginatedRequestParams | None) -> None:
+    """Raise the error for any cursor: every list has one page."""
+    if page is not None and page.cursor is not None:
+        refused = GatewayError("invalid_request", f"unknown cursor {page.cursor!r:.100}", hint="there is one page")
+        raise _protocol_error(error_shape(refused))
 
 
 def _translated(error: Json) -> Json:

@@ -10,13 +10,12 @@ from pydantic import BaseModel
 
 from gateway.api.mcp import answers
 from gateway.api.mcp.admin_request import AdminRequest, Json
-from gateway.api.mcp.arguments import schema_of
+from gateway.api.mcp.arguments import schema_of, without_blanks
 from gateway.api.requests import Request, read
 from gateway.errors import GatewayError
 from gateway.records import check_window_name
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_ERROR: Json = {"type": "object", "required": ["code", "message", "hint", "retryable", "details"]}
 _READS = (  # routes that change nothing, but for those with GET
     "POST /admin/policies/check",
     "POST /admin/windows/{window_name}/ask",
@@ -43,7 +42,8 @@ class Tool:
 
     Of several routes, a call uses the one whose placeholders are given; `request_of` makes the request where that does
     not decide it. The output schema omits the content of the fields `brief`. Of the arguments, those that are given are
-    sent, and the defaults of the fields `always`, which differ from the admin API's.
+    sent, and the defaults of the fields `always`, which differ from the admin API's. An empty string clears the fields
+    `cleared`; elsewhere a blank one counts as absent.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Tool:
     brief: tuple[str, ...] = ()
     shape: Callable[[Json], Json] = lambda answer: answer
     always: frozenset[str] = frozenset()
+    cleared: frozenset[str] = frozenset()
     destroys: bool = False
     request_of: Callable[[Json], AdminRequest] | None = None
 
@@ -61,6 +62,10 @@ class Tool:
     def reads_only(self) -> bool:
         """Whether it changes nothing."""
         return all(route.startswith("GET ") or route in _READS for route in self.routes)
+
+    def result(self, answer: Json) -> Json:
+        """What a call returns for the admin API's answer."""
+        return {"success": True, **self.shape(answer)}
 
     @property
     def input_schema(self) -> Json:
@@ -76,13 +81,13 @@ class Tool:
     def output_schema(self) -> Json:
         """The answer, or an error: some clients validate errors against the schema too, and hide what does not fit."""
         schema = {name: value for name, value in self.answer.items() if name != "required"}
-        properties = {**self.answer["properties"], "error": _ERROR}
+        properties = {"success": {"type": "boolean"}, **self.answer["properties"], "error": {"type": "object"}}
         either = [{"required": self.answer["required"]}, {"required": ["error"]}]
         return {**schema, "properties": properties, "anyOf": either}
 
     def request(self, arguments: Mapping[str, Any]) -> AdminRequest:
         """Turn a call into a request to the admin API. Raises `invalid_request` and its kin, naming the parameter."""
-        valid = read(self.arguments, arguments)
+        valid = read(self.arguments, without_blanks(self.arguments, arguments, self.cleared))
         given = valid.model_dump(include=valid.model_fields_set | self.always)
         if self.request_of is not None:
             return self.request_of(given)
@@ -91,7 +96,7 @@ class Tool:
             path = path.replace(f"{{{name}}}", quote(given.pop(name), safe=""))
         if method in ("POST", "PUT", "PATCH"):
             return AdminRequest(method, path, body=given)
-        return AdminRequest(method, path, {name: _as_query(value) for name, value in given.items()})
+        return AdminRequest(method, path, {name: _as_query(value) for name, value in given.items() if value != ()})
 
     def _route(self, given: Json) -> str:
         fit = [route for route in self.routes if given.keys() >= set(_PLACEHOLDER.findall(route))]

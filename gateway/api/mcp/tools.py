@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from gateway.api.admin.models import requests, responses, status
-from gateway.api.mcp import answers, arguments
+from gateway.api.mcp import answers, arguments, old_fields
 from gateway.api.mcp import autofreeze_tools as autofreeze
 from gateway.api.mcp import window_tools as windows
 from gateway.api.mcp.admin_request import AdminRequest
@@ -22,12 +22,27 @@ _SESSIONS = (
         ("GET /admin/sessions",),
         About(
             "List the gateway's conversations, last active first",
-            "to find the session to freeze; your own is likely the first",
+            "to find a session; which one is yours, session_current says",
             "cheap; some 150 tokens for each session in the answer, so set `limit`",
             "`sessions` with id, `state`, model and tokens of each, and `has_more` where `offset` would show more",
         ),
         arguments.SessionList,
         (responses.Sessions,),
+        shape=old_fields.sessions,
+    ),
+    Tool(
+        "session_current",
+        ("GET /admin/current-session",),
+        About(
+            "Tell which session you are in, by the id that your client sends. Nothing is guessed",
+            "before you freeze yourself",
+            "cheap",
+            "`session_id`, null where it is unknown, and a `message` that says how to find out",
+        ),
+        Request,
+        (answers.CurrentSession,),
+        brief=("sessions",),
+        shape=answers.current_session,
     ),
     Tool(
         "session_delete",
@@ -58,7 +73,7 @@ _MONITORING = (
         Request,
         (answers.CacheStats,),
         brief=("tiers",),
-        shape=answers.cache_stats,
+        shape=old_fields.cache_stats,
     ),
     Tool(
         "health_check",
@@ -70,7 +85,9 @@ _MONITORING = (
             "`status`, and `components`, each with its status and a message",
         ),
         arguments.HealthCheck,
-        (status.Health,),
+        (answers.Health,),
+        brief=("by_name",),
+        shape=old_fields.health,
     ),
     Tool(
         "get_metrics_data",
@@ -105,10 +122,17 @@ RESOURCES: tuple[Resource, ...] = (
         "stats",
         "What is in the cache, and its hit rate, as cache_stats returns them.",
         "/admin/cache",
-        answers.cache_stats,
+        old_fields.cache_stats,
         also=("stats://cache",),
     ),
-    Resource("cwg://health", "health", "Health of every component.", "/admin/health", also=("health://status",)),
+    Resource(
+        "cwg://health",
+        "health",
+        "Health of every component.",
+        "/admin/health",
+        old_fields.health,
+        also=("health://status",),
+    ),
     Resource("cwg://windows/{name}/messages", "messages", "The text of a window.", "/admin/windows/{name}/messages"),
 )
 

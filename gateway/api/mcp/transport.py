@@ -15,6 +15,7 @@ from gateway.api.endpoint import MAX_JSON_BYTES, error_answer
 from gateway.api.mcp.admin_request import AdminRequest, Ask, Json, ReportProgress
 from gateway.api.operation import NDJSON
 from gateway.errors import GatewayError
+from gateway.sessions import client_ids
 from gateway.settings import Settings
 from gateway.validation import json_limits
 
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 OverHttp = Callable[[Callable[[Any], Ask], int], "StreamableHTTPSessionManager"]
 
-PATH = "/mcp"
+PATHS = ("/mcp", "/mcp/")
 # Bounds on reading a refused body. MCP's own client gives up its connection, and every other call on it, if it is
 # still sending when the answer comes and the socket is closed.
 _MAX_DRAINED = 2**24
 _DRAIN_S = 10.0
+_PASSED_ON = frozenset({*auth.KEY_HEADERS, *client_ids.HEADERS})
 
 
 class McpTransport:
@@ -98,7 +100,7 @@ class McpTransport:
             await asyncio.Event().wait()
 
     def _ask_of(self, ctx: Any) -> Ask:
-        keys = [(name, value) for name, value in ctx.request.scope["headers"] if name in auth.KEY_HEADERS]
+        headers = [(name, value) for name, value in ctx.request.scope["headers"] if name in _PASSED_ON]
 
         async def ask(request: AdminRequest, report: ReportProgress) -> Json:
             answer: Json = {}
@@ -112,15 +114,15 @@ class McpTransport:
                 elif line:
                     answer = line.get("result", line)
 
-            await self._admin(_scope(request, keys), in_process.nothing_more, receive_line)
+            await self._admin(_scope(request, headers), in_process.nothing_more, receive_line)
             return answer
 
         return ask
 
 
-def _scope(request: AdminRequest, keys: list[tuple[bytes, bytes]]) -> Scope:
+def _scope(request: AdminRequest, headers: list[tuple[bytes, bytes]]) -> Scope:
     body = b"" if request.body is None else orjson.dumps(request.body)
-    headers = [*keys, (b"accept", NDJSON.encode())]
+    headers = [*headers, (b"accept", NDJSON.encode())]
     return in_process.scope(request.method, unquote(request.path), urlencode(request.query).encode(), body, headers)
 
 

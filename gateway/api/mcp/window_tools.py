@@ -1,7 +1,7 @@
 """The MCP tools that create, use and change windows: a table over the admin API, which has all the rules."""
 
-from gateway.api.admin.models import requests, responses
-from gateway.api.mcp import answers, arguments
+from gateway.api.admin.models import responses
+from gateway.api.mcp import answers, arguments, old_fields
 from gateway.api.mcp.tool import About, Tool
 
 _BY_NAME = "POST /admin/windows/{window_name}"
@@ -17,8 +17,9 @@ _CREATING = (
             "turn it fails with `session_busy`: try again",
             "the window, and a `receipt` of what was actually stored; `kv` is `complete` or says what is missing",
         ),
-        requests.FreezeRequest,
+        arguments.Freeze,
         (responses.Frozen,),
+        shape=old_fields.frozen,
     ),
     Tool(
         "window_thaw",
@@ -32,6 +33,7 @@ _CREATING = (
         ),
         arguments.Thaw,
         (responses.Thawed,),
+        shape=old_fields.thawed,
         always=frozenset({"warm"}),
     ),
     Tool(
@@ -58,6 +60,8 @@ _CREATING = (
         ),
         arguments.Clone,
         (responses.Cloned,),
+        shape=old_fields.cloned,
+        cleared=frozenset({"description"}),
     ),
     Tool(
         "window_fanout",
@@ -85,6 +89,7 @@ _READING = (
         ),
         arguments.WindowList,
         (responses.Windows,),
+        shape=old_fields.windows,
     ),
     Tool(
         "window_status",
@@ -99,7 +104,7 @@ _READING = (
         arguments.Status,
         (answers.WindowStatus, answers.SessionStatus),
         brief=("blocks", "estimates", "kv_cache", "lineage", "timestamps", "turns"),
-        shape=answers.typed,
+        shape=old_fields.status,
     ),
     Tool(
         "window_tree",
@@ -166,6 +171,7 @@ _CHANGING = (
         ),
         arguments.Describe,
         (responses.Window,),
+        cleared=frozenset({"description"}),
     ),
     Tool(
         "window_delete",
@@ -178,6 +184,7 @@ _CHANGING = (
         ),
         arguments.Delete,
         (responses.WindowDeleted,),
+        shape=old_fields.deleted,
         destroys=True,
     ),
 )

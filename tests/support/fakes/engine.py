@@ -126,6 +126,7 @@ class FakeEngine:
         self.before_completion: Callable[[], object] = lambda: None
         self.on_computed: Callable[[Mapping[str, Any], list[int]], None] = lambda body, ids: None
         self.leaks_salts = False
+        self.context_limit = 4096
         with self._news:
             self.requests.clear()
 
@@ -241,14 +242,14 @@ class FakeEngine:
                 self.on_other(exchange)
 
     def _models(self, exchange: Exchange) -> None:
-        card = {"id": MODEL, "object": "model", "root": "org/demo", "parent": None, "max_model_len": 4096}
+        card = {"id": MODEL, "object": "model", "root": "org/demo", "parent": None, "max_model_len": self.context_limit}
         exchange.json({"object": "list", "data": [card]})
 
     def _tokens(self, exchange: Exchange) -> None:
         body = exchange.request.json
         plain = list(str(body["prompt"]).encode()) if "prompt" in body else None
         ids = plain or render(body["messages"], generation_prompt=body.get("add_generation_prompt", True))
-        exchange.json({"count": len(ids), "max_model_len": 4096, "tokens": ids})
+        exchange.json({"count": len(ids), "max_model_len": self.context_limit, "tokens": ids})
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # the end of the listener

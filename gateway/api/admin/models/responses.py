@@ -126,6 +126,7 @@ class Cloned(Window):
     target_window: str
     shared_blocks: int
     isolated: bool
+    ancestors: list[str] = Field(description="nearest first")
     warnings: Warnings
 
 
@@ -355,6 +356,12 @@ class Session(SessionLine):
     turns: list[Turn] = Field(description="newest first")
     windows: list[str]
     warnings: Warnings
+
+
+class CurrentSession(Answer):
+    session_id: str | None = Field(description="null: the caller sent no id, or several conversations go by it")
+    recognised_by: str | None = Field(description="what named it")
+    sessions: list[SessionLine] = Field(description="recorded conversations that go by the id that was sent")
 
 
 class SessionDeleted(Answer):

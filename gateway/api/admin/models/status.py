@@ -34,6 +34,7 @@ class Cache(Answer):
     cached_tokens: int
     hit_rate: Annotated[Number | None, Field(description="of all prompts since the gateway started")]
     chunk_size: int | None
+    engines_up: int
     lmcache: LMCacheStatus
     tiers: dict[str, CacheTier]
     warnings: Warnings

@@ -20,7 +20,7 @@ TOOLS = {
     "window_freeze", "window_thaw", "window_list", "window_status", "window_clone", "window_delete", "session_list",
     "cache_stats", "health_check", "get_metrics_data", "auto_freeze_config", "auto_freeze_check", "window_ask",
     "window_verify", "window_prefetch", "window_tree", "window_fanout", "window_describe", "session_delete",
-    "window_evict",
+    "window_evict", "session_current",
 }  # fmt: skip
 
 
@@ -169,10 +169,22 @@ async def test_health_metrics_and_cache_are_reported(client: Client, gateway: Ga
     assert (after["total_blocks"], after["total_bytes"], after["tiers"]) == (0, 0, {})
     assert after["prompt_tokens"] > before["prompt_tokens"]
     assert 0 < after["hit_rate"] < 1
-    assert set((await answer(client, "health_check"))["components"]) >= {"engine", "cache", "store"}
-    assert set((await answer(client, "health_check", component="vllm"))["components"]) == {"engine"}
-    names = {row["name"] for row in (await answer(client, "get_metrics_data", format="json"))["metrics"]}
-    assert "cwg_turns_total" in names
+    kv = after["kv_store"]
+    assert (kv["total_blocks"], kv["total_bytes"], kv["total_size_bytes"], kv["hit_rate"]) == (
+        0,
+        0,
+        0,
+        after["hit_rate"],
+    )
+    assert kv["hits"] + kv["misses"] == after["prompt_tokens"]
+    assert after["vllm"] == {"connected": True, "hit_rate": after["hit_rate"], "cached_tokens": kv["hits"]}
+    health = await answer(client, "health_check")
+    names = [component["name"] for component in health["components"]]
+    assert names == [*health["by_name"]] == ["engine", "cache", "tiers", "store", "isolation"]
+    only = await answer(client, "health_check", component="VLLM")
+    assert ([*only["by_name"]], only["name"], only["status"]) == (["engine"], "engine", "healthy")
+    metrics = {row["name"] for row in (await answer(client, "get_metrics_data", format="json"))["metrics"]}
+    assert "cwg_turns_total" in metrics
     assert (
         "# TYPE cwg_turns_total counter" in (await answer(client, "get_metrics_data", format="prometheus"))["content"]
     )
@@ -207,14 +219,23 @@ async def test_resources_are_read(client: Client, gateway: Gateway, session: str
     assert (await read("health://status"))["components"]
     messages = (await read(f"cwg://windows/w-{session}/messages"))["messages"]
     assert [m["content"] for m in messages] == ["hi", "Hello there!"]
-    for uri, code in (
-        ("cwg://windows/no-such-window/messages", "window_not_found"),
-        ("cwg://nothing", "not_found"),
-        ("cwg://windows/..%2F..%2Fsessions/messages", "invalid_window_name"),
+    absent = -32602 if client.protocol_version == "2026-07-28" else -32002
+    for uri, code, number in (
+        ("cwg://windows/no-such-window/messages", "window_not_found", absent),
+        ("cwg://nothing", "not_found", absent),
+        ("cwg://windows/..%2F..%2Fsessions/messages", "invalid_window_name", -32602),
     ):
         with pytest.raises(MCPError, match=f"^{code}: ") as caught:
             await client.read_resource(uri)
-        assert caught.value.error.data["code"] == code
+        assert (caught.value.error.code, caught.value.error.data["code"]) == (number, code)
+
+
+@each_transport
+async def test_there_is_one_page_of_every_list(client: Client) -> None:
+    for listed in (client.list_tools, client.list_resources, client.list_resource_templates):
+        with pytest.raises(MCPError, match=r"^invalid_request: unknown cursor 'next'") as caught:
+            await listed(cursor="next")
+        assert caught.value.error.code == -32602
 
 
 HUGE = "x" * 200_000
@@ -256,7 +277,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "invalid_request",
         "target_window and new_window_name are one parameter",
     ),
-    ("window_delete", {"window_name": "w", "delete_blocks": False}, "invalid_request", "delete_blocks must be true"),
+    ("window_delete", {"window_name": "w", "delete_blocks": False}, "invalid_request", "omit it: KV that another"),
     ("session_list", {"state_filter": "asleep"}, "invalid_request", "state_filter must be one of active"),
     ("cache_stats", {"x": 1}, "unknown_parameter", "'x'"),
     ("health_check", {"component": "moon"}, "invalid_request", "component must be one of engine"),
@@ -340,6 +361,7 @@ async def test_the_words_of_the_replaced_system_are_understood(client: Client, g
     for warm, cached in ((False, False), (True, True), ("none", False)):
         thawed = await answer(client, "window_thaw", window_name=f"w-{session}", warm_cache=warm)
         assert (thawed["receipt"]["cached_tokens"] is not None) is cached
+        assert thawed["cache_hit"] is (True if cached else None)
     await answer(client, "window_delete", window_name=f"w-{session}", force=True, delete_blocks=True)
 
 

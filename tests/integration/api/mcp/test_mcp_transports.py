@@ -148,7 +148,8 @@ async def test_a_request_that_is_not_mcp_is_refused(gateway: Gateway) -> None:
         for version in ({}, {"mcp-protocol-version": "2026-07-28"}, {"mcp-protocol-version": "1999-01-01"}):
             response = post(gateway, body, **version)
             assert 400 <= response.status_code < 500, (body[:20], version, response.text)
-    assert code_of(gateway.http.get("/mcp/")) == (404, "not_found")
+    assert post(gateway, INITIALIZE, path="/mcp/").text == post(gateway, INITIALIZE).text
+    assert code_of(gateway.http.get("/mcp/")) == (405, "method_not_allowed")
     assert "Traceback" not in gateway.log[before:]
 
 
