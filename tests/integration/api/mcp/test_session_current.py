@@ -1,8 +1,11 @@
 """Which session an agent is in, as its own client says it, or said to be unknown."""
 
+import subprocess
+import sys
+
 import pytest
 
-from tests.support.gateway_process import Gateway
+from tests.support.gateway_process import ROOT, Gateway, environment
 from tests.support.mcp_answers import answer, refusal
 from tests.support.mcp_clients import over_http, over_stdio
 
@@ -60,3 +63,12 @@ async def test_over_stdio_the_environment_says_it(gateway: Gateway, session: str
 async def test_an_id_that_no_session_can_have_is_refused(gateway: Gateway) -> None:
     async with over_http(gateway.url, **{"x-session-id": "../a"}) as client:
         assert (await refusal(client, "session_current"))[0] == "invalid_session_id"
+
+
+def test_over_stdio_such_an_id_is_refused_at_the_start() -> None:
+    command = [sys.executable, "-m", "gateway", "mcp"]
+    ended = subprocess.run(
+        command, env=environment({"CWG_SESSION_ID": "../a"}), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr.partition(":")[0]) == (1, "error")
+    assert "CWG_SESSION_ID '../a' is no session id" in ended.stderr
