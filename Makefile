@@ -15,8 +15,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 
 INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url|extra-index-url)='(.*)'$$/\1 \2/p" \
 	| while read -r option values; do for value in $$values; do printf -- '--%s %s ' $$option $$value; done; done)
+CERT = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.cert='(.*)'$$/SSL_CERT_FILE=\1/p" | tail -1)
 # Any index may provide any version, as with pip. Compile bytecode now, or every process of a stack would do it.
-INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
+INSTALL = $(CERT) $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
 # A test run starts hundreds of processes; without cached bytecode, each would compile the gateway again.

@@ -145,6 +145,13 @@ class Container(Gateway):
         os.kill(self.pid, signal.SIGTERM)
         return self.process.wait(60)
 
+    def close(self) -> None:
+        """End it whatever state it is in: with its process 1 all others of the container end."""
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.process.wait()
+        super().close()
+
     def _popen(self, command: list[str], log: Any) -> "subprocess.Popen[bytes]":
         ours = {name: value for name, value in self._environment.items() if name.startswith("CWG_")}
         del ours["CWG_DATA_DIR"]  # the image's own
@@ -155,7 +162,7 @@ class Container(Gateway):
             "DATA_MODE": self.data_mode,
             "USERSPEC": f"{self.user}:{self.user}",
         }
-        alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _RUN, "sh"]
+        alone = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", _RUN, "sh"]
         return subprocess.Popen([*alone, *variables, *command], env=os.environ | mounts, stdout=log, stderr=log)
 
 
@@ -253,7 +260,7 @@ def test_the_image_has_no_compiler_no_wheels_and_no_configuration_of_pip(image: 
         path.name for folder in ("usr/bin", "usr/local/bin", "opt/cwg/bin") for path in image.root.glob(f"{folder}/*")
     }
     assert "python3" in programs
-    assert not {name for name in programs if name.rpartition("-")[2] in COMPILERS or name in COMPILERS}
+    assert [name for name in programs if COMPILERS & set(name.split("-"))] == []  # x86_64-linux-gnu-gcc-12 too
     assert not list(image.root.glob("wheels/*"))
     pip = image.root / "etc/pip.conf"
     assert not pip.exists() or pip.stat().st_size == 0
