@@ -342,10 +342,9 @@ def damaged_store(testbed: Testbed) -> Verdict:
         return verdict("Traceback" not in gateway.log, f"it does not start: {last_line[:200]}")
     doctor = gateway.post("/admin/doctor")
     broken = sum(gateway.get(f"/admin/windows/w{n}/messages").status >= 500 for n in range(30))
-    reported = doctor.status != 200 or not doctor.json().get("ok", True)
-    return verdict(
-        reported, f"doctor {doctor.status} ok={doctor.json().get('ok')}, {broken} of 30 windows cannot be read"
-    )
+    failed = [check["name"] for check in doctor.json().get("checks", ()) if check["status"] == "failed"]
+    reported = doctor.status != 200 or "store" in failed
+    return verdict(reported, f"doctor {doctor.status}, failed: {failed}, {broken} of 30 windows cannot be read")
 
 
 @TRIALS.add

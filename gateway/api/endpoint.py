@@ -32,6 +32,7 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 2**20
 """Largest JSON body of the admin API and of MCP: names, a description, a question."""
 _LONGEST_FIELD = 100
+_LISTS = ("tags", "without_tags")  # parameters of a query that are lists, separated by commas
 
 
 class Call:
@@ -60,8 +61,8 @@ class Call:
         bounded_query(self._request.scope["query_string"])
         given: dict[str, Any] = {}
         for name, value in self._request.query_params.multi_items():
-            if name == "tags":
-                given.setdefault("tags", []).extend(value.split(","))
+            if name in _LISTS:
+                given.setdefault(name, []).extend(value.split(","))
             elif name in given:
                 message = f"{shown(name)} is given more than once"
                 raise GatewayError("invalid_request", message, details={"field": name[:_LONGEST_FIELD]})

@@ -20,6 +20,7 @@ from gateway.windows.ensure_stored import Plan, plan
 Status = Literal["ok", "warning", "failed"]
 _ENGINE = "engine"
 _ISOLATION = "isolation"
+_PINS = "pins"
 _CHUNKS = 2
 _LAND_S = 3.0
 _POLL_S = 0.05
@@ -39,6 +40,11 @@ class Check:
     def leaks(self) -> bool:
         """Whether KV of one salt was found under another."""
         return self.status == "failed" and self.name.startswith(_ISOLATION)
+
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether it shows that KV survives in a tier, as a window needs it."""
+        return self.status == "ok" and self.name.endswith(_PINS)
 
     @property
     def is_unreachable(self) -> bool:
@@ -110,6 +116,9 @@ class _SelfTest:
                 message = f"the gateway is set to {wanted}, LMCache to {info.chunk_size}"
                 self._add("chunk size", "failed", message, "leave chunk_size at 0")
                 return None
+            if not self._services.pins.tiers:
+                message = "no tier is configured: windows keep text and ids only"
+                self._add("tiers", "warning", message, "set kv_dir or kv_redis_url")
             if model.root not in info.world_sizes:
                 message = f"no engine has registered model {model.root!r} with this LMCache yet"
                 remedy = "start vLLM with LMCacheMPConnector and lmcache.mp.host/port of this server"
@@ -170,7 +179,7 @@ class _SelfTest:
 
     async def _check_pins(self, tier: Tier, keys: list[ObjectKey]) -> None:
         """Pin objects, drop the originals, and restore them, as after an eviction."""
-        name = f"{tier.name} pins"
+        name = f"{tier.name} {_PINS}"
         try:
             pinned = await tier.pin(keys, {})
             await tier.drop_original(keys)

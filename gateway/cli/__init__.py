@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 import click
 
 from gateway import __version__
-from gateway.cli import archives, autofreeze, completion, lists, serve, windows
+from gateway.cli import archives, autofreeze, completion, lists, reports, serve, sessions, status, windows
+from gateway.cli.connection import url_option
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="cwg")
+@url_option()
 def main() -> None:
     """Context Window Gateway: durable, nameable, lossless KV caches for conversations on vLLM.
 
@@ -18,6 +20,6 @@ def main() -> None:
     """
 
 
-for _module in (serve, windows, archives, lists, autofreeze, completion):
+for _module in (serve, windows, archives, lists, status, sessions, reports, autofreeze, completion):
     for _command in _module.COMMANDS:
         main.add_command(_command)

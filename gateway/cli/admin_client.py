@@ -1,6 +1,7 @@
 """The CLI's client of a running gateway's admin API."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
@@ -14,6 +15,8 @@ from gateway.records import SESSION_ID
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 _CHUNK_BYTES = 2**18
+_CLIENT_PATH = re.compile(r"(/[sw]/[^/]+)?/v1$")
+_ADDRESS_HINT = "CWG_URL or --url is the gateway's address, such as http://127.0.0.1:8700"
 
 
 @dataclass(eq=False)
@@ -32,8 +35,7 @@ class Admin:
 
     def __init__(self, url: str, api_key: str, timeout_s: float = 600, session_id: str = "") -> None:
         self.url = url
-        if not url.lower().startswith(("http://", "https://")):
-            raise AdminError(f"CWG_URL {url!r} must start with http:// or https://")
+        _check_address(url)
         if not api_key.isascii() or not api_key.isprintable():
             raise AdminError("CWG_API_KEY has characters that a header cannot carry")
         if session_id and not SESSION_ID.fullmatch(session_id):
@@ -45,7 +47,7 @@ class Admin:
                 base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5))
             )
         except httpx.InvalidURL as error:
-            raise AdminError(f"CWG_URL {url!r} is not a URL: {error}") from error
+            raise AdminError(f"{url!r} is not a URL: {error}", _ADDRESS_HINT) from error
         if context := click.get_current_context(silent=True):
             context.call_on_close(self._http.close)
 
@@ -135,6 +137,16 @@ class Admin:
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
         hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
         return AdminError(f"no gateway answers at {self.url}: {error or type(error).__name__}", hint)
+
+
+def _check_address(url: str) -> None:
+    """Raise AdminError for what is no gateway's address: one without a scheme, or a base URL of clients."""
+    if _CLIENT_PATH.search(url):
+        own = _CLIENT_PATH.sub("", url)
+        raise AdminError(f"{url!r} is a base URL for clients", f"set CWG_URL or --url to the gateway itself: {own}")
+    if not url.lower().startswith(("http://", "https://")):
+        hint = _ADDRESS_HINT if "://" in url else f"did you mean http://{url}?"
+        raise AdminError(f"the gateway's address {url!r} must begin with http:// or https://", hint)
 
 
 def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any] | None:

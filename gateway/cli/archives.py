@@ -10,7 +10,11 @@ from typing import IO
 import click
 
 from gateway.cli.connection import Failure, admin, failures, operation, progress_bar, window, window_path
-from gateway.cli.output import Result, flat
+from gateway.cli.output import Result
+from gateway.cli.receipts import stored
+from gateway.cli.units import size
+
+_IMPORT_HINTS = {"window_already_exists": "import it under another name with --name, or delete that window"}
 
 
 @operation
@@ -33,8 +37,9 @@ def export(name: str, file: Path, as_text: bool, force: bool) -> Result:
         raise _exists(file) from error
     except OSError as error:
         raise Failure(f"cannot write {file}: {error.strerror}") from error
-    answer = {"window": name, "file": str(file), "bytes": file.stat().st_size}
-    return Result(answer, answer)
+    written = file.stat().st_size
+    answer = {"window": name, "file": str(file)}
+    return Result({**answer, "bytes": written}, {**answer, "size": size(written)})
 
 
 @contextmanager
@@ -69,13 +74,12 @@ def import_(file: Path, name: str | None, as_text: bool) -> Result:
     """Import the window in FILE."""
     query = {"window_name": name, "as_text": "true" if as_text else None}
     try:
-        with failures(), file.open("rb") as content, progress_bar() as on_progress:
-            size = file.stat().st_size
-            answer = admin().upload("/admin/windows/import", content, size, query, on_progress)
+        with failures(**_IMPORT_HINTS), file.open("rb") as content, progress_bar() as on_progress:
+            length = file.stat().st_size
+            answer = admin().upload("/admin/windows/import", content, length, query, on_progress)
     except OSError as error:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
-    receipt = {k: v for k, v in answer["receipt"].items() if k != "imported"}
-    return Result(answer, {"window": answer["name"], "kv": answer["kv"], **flat(receipt)})
+    return Result(answer, stored(answer))
 
 
 COMMANDS = (export, import_)

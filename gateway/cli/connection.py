@@ -1,4 +1,4 @@
-"""How commands call a running gateway (CWG_URL, CWG_API_KEY) and report a failure."""
+"""How commands call a running gateway (--url or CWG_URL, CWG_API_KEY) and report a failure."""
 
 import difflib
 import functools
@@ -13,14 +13,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from gateway.cli.admin_client import Admin, AdminError, OnProgress
-from gateway.cli.hints import WORDS
+from gateway.cli.hints import translate_hint
 from gateway.cli.output import Result, line, say
 
+DEFAULT_URL = "http://127.0.0.1:8700"
+_URL = "gateway.cli.url"  # what --url says, in the context
 _ERR = Console(stderr=True)
 _MAX_NAMES = 1000  # windows, and sessions, with which a mistyped name is compared
 _LOOKUP_TIMEOUT_S = 2.0  # for nearest names and completion
-# Code of a 404: the detail with the missing name, and the kind of its nodes in the tree.
-_MISSING = {"window_not_found": ("window_name", "window"), "session_not_found": ("session_id", "session")}
+# Code of a 404: the detail with the missing name, and the kinds of its nodes in the tree.
+_MISSING = {
+    "window_not_found": ("window_name", ("window",)),
+    "session_not_found": ("session_id", ("session",)),
+    "nothing_of_that_name": ("name", ("window", "session")),
+}
+# A command's arguments: the fields of the admin API that they are sent as, if these have other names.
+_FIELDS = {
+    "name": ("window_name", "window name in the URL"),
+    "source": ("window name in the URL",),
+    "target": ("target_window",),
+    "session": ("session_id", "session id in the URL"),
+}
 
 
 class Failure(click.ClickException):
@@ -41,6 +54,17 @@ class Word(click.Choice[str]):
         return f"{message} Did you mean {near[0]!r}?" if near else message
 
 
+def _remember_url(context: click.Context, _parameter: click.Parameter, url: str | None) -> None:
+    if url is not None:
+        context.meta[_URL] = url
+
+
+def url_option(*, hidden: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --url, of `cwg` and of each command."""
+    about = f"Address of the gateway; default: CWG_URL, or {DEFAULT_URL}."
+    return click.option("--url", expose_value=False, callback=_remember_url, hidden=hidden, help=about)
+
+
 def operation(command: Callable[..., Result]) -> click.Command:
     """Make a command of `cwg`, named after its function, that prints the result, as JSON with `--json`."""
 
@@ -53,23 +77,49 @@ def operation(command: Callable[..., Result]) -> click.Command:
             raise Failure(f"{problem}; is CWG_URL right?") from error
 
     option = click.option("--json", "as_json", is_flag=True, help="print the answer as JSON")
-    return click.command(command.__name__.rstrip("_"))(option(run))
+    return click.command(command.__name__.rstrip("_"))(option(url_option(hidden=True)(run)))
+
+
+def gateway_url() -> str:
+    """The address of the gateway: --url, else CWG_URL, else the default."""
+    context = click.get_current_context(silent=True)
+    given = context.meta.get(_URL) if context else None
+    return str(given or os.environ.get("CWG_URL") or DEFAULT_URL).rstrip("/")
+
+
+def base_url(session: str) -> str:
+    """The base URL under which a client continues a session."""
+    return f"{gateway_url()}/s/{session}/v1"
 
 
 def admin(timeout_s: float = 600, session_id: str = "") -> Admin:
     """The gateway's admin API. Raises AdminError for an invalid address, key or session id."""
-    url = os.environ.get("CWG_URL", "http://127.0.0.1:8700").rstrip("/")
-    return Admin(url, os.environ.get("CWG_API_KEY", ""), timeout_s, session_id)
+    return Admin(gateway_url(), os.environ.get("CWG_API_KEY", ""), timeout_s, session_id)
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """Turn AdminError into Failure, in the words of `cwg`, and suggest the nearest name for a missing one."""
+def failures(**hints: str) -> Iterator[None]:
+    """Turn AdminError into Failure, in the words of `cwg`, and suggest the nearest name for a missing one.
+
+    `hints` are a command's own for some codes.
+    """
     try:
         yield
     except AdminError as error:
-        hint = _nearest(error) or WORDS.translate(error.code, error.hint)
-        raise Failure(f"{error.message} ({hint})" if hint else error.message) from error
+        hint = hints.get(error.code) or _nearest(error) or translate_hint(error.code, error.hint)
+        message = _with_own_names(error)
+        raise Failure(f"{message} ({hint})" if hint else message) from error
+
+
+def _with_own_names(error: AdminError) -> str:
+    """The message, with the name of the command's own option or argument for the field of the admin API."""
+    field, context = str(error.details.get("field")), click.get_current_context(silent=True)
+    for parameter in context.command.params if context else ():
+        is_this = field in (parameter.name, *_FIELDS.get(str(parameter.name), ()))
+        if is_this and error.message.startswith(f"{field} "):
+            name = parameter.opts[-1] if isinstance(parameter, click.Option) else parameter.human_readable_name
+            return name + error.message.removeprefix(field)
+    return error.message
 
 
 def call(method: str, path: str, **arguments: Any) -> dict[str, Any]:
@@ -95,30 +145,40 @@ def progress_bar() -> Iterator[OnProgress]:
         )
 
 
-def names(kind: str) -> list[str]:
-    """The names of windows, or of sessions; none if the gateway does not answer."""
+def names(*kinds: str) -> list[str]:
+    """The names of windows, of sessions, or of both; none if the gateway does not answer."""
     try:
         nodes = admin(_LOOKUP_TIMEOUT_S).call("GET", "/admin/tree", query={"limit": _MAX_NAMES})["nodes"]
-        return [line(node["name"]) for node in nodes if node["kind"] == kind]
+        return [line(node["name"]) for node in nodes if node["kind"] in kinds]
     except (AdminError, LookupError, TypeError):
         return []
 
 
-def completing(kind: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+def completing(*kinds: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """Shell completion: the names that start with what was typed."""
-    return lambda _context, _parameter, typed: [name for name in names(kind) if name.startswith(typed)]
+
+    def complete(context: click.Context, _parameter: click.Parameter, typed: str) -> list[str]:
+        with context.scope(cleanup=False):
+            return [name for name in names(*kinds) if name.startswith(typed)]
+
+    return complete
 
 
 window = click.argument("name", shell_complete=completing("window"))
 
 
 def _nearest(error: AdminError) -> str:
-    detail, kind = _MISSING.get(error.code, ("", ""))
+    detail, kinds = _MISSING.get(error.code, ("", ()))
     wrong = error.details.get(detail)
-    near = difflib.get_close_matches(wrong, names(kind), n=1) if isinstance(wrong, str) else []
+    near = difflib.get_close_matches(wrong, names(*kinds), n=1) if isinstance(wrong, str) else []
     return f"did you mean {near[0]!r}?" if near else ""
 
 
 def window_path(name: str, operation: str = "") -> str:
     """The path of a window, or of an operation on it."""
     return f"/admin/windows/{quote(name, safe='')}" + (f"/{operation}" if operation else "")
+
+
+def session_path(name: str) -> str:
+    """The path of a session."""
+    return f"/admin/sessions/{quote(name, safe='')}"

@@ -1,5 +1,6 @@
-"""Commands that list windows, sessions and the cache."""
+"""Commands that list windows and sessions, and draw where they came from."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,28 +8,89 @@ import click
 from rich.text import Text
 from rich.tree import Tree
 
-from gateway.cli.connection import Word, call, operation
-from gateway.cli.output import OUT, Result, line, page, say
+from gateway.cli.connection import Word, call, completing, operation
+from gateway.cli.output import OUT, Result, Row, line, page, say
+from gateway.cli.units import ago, size, until
 
-_STYLE = {"ok": "green", "warning": "yellow", "failed": "red", "window": "bold cyan", "session": "green"}
+_STYLE = {"window": "bold cyan", "session": "green"}
+_SORT = {"name": "name", "created": "created_at", "tokens": "token_count", "size": "size"}
+_MAX_NODES = 1000  # windows among which to look for those that a session was frozen into
 
 
 def _paged(command: Callable[..., Result]) -> Callable[..., Result]:
-    limit = click.option("--limit", type=int, default=20, show_default=True, help="maximum number of rows")
+    limit = click.option("--limit", type=int, default=20, show_default=True, help="maximum number of rows, up to 100")
     offset = click.option("--offset", type=int, default=0, help="number of rows to skip")
     return limit(offset(command))
 
 
 @operation
 @click.option("--tag", "tags", multiple=True, help="only windows with this tag; with all of them if repeated")
+@click.option("--no-auto", is_flag=True, help="no windows that were frozen automatically (tag auto)")
 @click.option("--search", help="only windows with this text in name or description")
+@click.option(
+    "--session", "session_id", shell_complete=completing("session"), help="only windows frozen from this session"
+)
+@click.option("--model", help="only windows of this model")
+@click.option("--created-before", metavar="TIME", help="only older ones; a date or a time, such as 2026-11-30T18:00")
+@click.option("--created-after", metavar="TIME", help="only newer ones; a date or a time")
+@click.option("--sort", "sort_by", type=Word([*_SORT]), default="created", show_default=True, help="what to sort by")
+@click.option("--order", "sort_order", type=Word(["asc", "desc"]), default="desc", show_default=True, help="direction")
 @_paged
-def list_(tags: tuple[str, ...], search: str | None, limit: int, offset: int) -> Result:
+def list_(tags: tuple[str, ...], no_auto: bool, sort_by: str, **filters: Any) -> Result:
     """List windows, newest first."""
-    query = {"tags": ",".join(tags) or None, "search": search, "limit": limit, "offset": offset}
+    excluded = "auto" if no_auto else None
+    query = {"tags": ",".join(tags) or None, "without_tags": excluded, "sort_by": _SORT[sort_by], **filters}
     answer = call("GET", "/admin/windows", query=query)
-    columns = ("name", "session_id", "model", "token_count", "size_bytes", "kv", "created_at")
-    return page(answer, answer["windows"], *columns)
+    return page(answer, lambda: list(map(_window, answer["windows"])), "window", varying=("model",))
+
+
+def _window(window: Mapping[str, Any]) -> Row:
+    now, expires = time.time(), window["expires_at"]
+    return {
+        "name": window["name"],
+        "session": window["session_id"],
+        "model": window["model"],
+        "tokens": f"{window['token_count']:,}",
+        "kv": window["kv"],
+        "size": size(window["size_bytes"]) if window["size_bytes"] else "",
+        "created": ago(window["created_at"], now),
+        "expires": "expired" if window["state"] == "expired" else until(expires, now),
+        "tags": window["tags"],
+    }
+
+
+@operation
+@click.option("--state", type=Word(["active", "frozen", "thawed", "expired"]), help="only sessions in this state")
+@click.option("--model", help="only sessions of this model")
+@_paged
+def sessions(**query: Any) -> Result:
+    """List sessions, last active first."""
+    answer = call("GET", "/admin/sessions", query=query)
+    return page(answer, lambda: _sessions(answer["sessions"]), "session", varying=("model",))
+
+
+def _sessions(found: list[Mapping[str, Any]]) -> list[Row]:
+    now, frozen = time.time(), _frozen_into() if found else {}
+    return [
+        {
+            "session": one["id"],
+            "state": one["state"],
+            "model": one["model"],
+            "tokens": f"{one['token_count']:,}",
+            "turns": one["turn_count"],
+            "last active": ago(one["last_active_at"], now),
+            "thawed from": one["window"],
+            "forked from": one["forked_from"],
+            "frozen into": frozen.get(one["id"]),
+        }
+        for one in found
+    ]
+
+
+def _frozen_into() -> dict[str, str]:
+    """The newest window of each session, of the newest windows; a node comes before what was made of it later."""
+    nodes = call("GET", "/admin/tree", query={"limit": _MAX_NODES})["nodes"]
+    return {node["parent"]["name"]: node["name"] for node in nodes if node["relation"] == "frozen from"}
 
 
 @operation
@@ -45,6 +107,8 @@ def tree(limit: int) -> Result:
             branch = drawn[parent["kind"], parent["name"]] if parent else root
             drawn[node["kind"], node["name"]] = branch.add(_label(node))
         OUT.print(root, highlight=False)
+        if not drawn:
+            say("no windows and no sessions", err=True)
         if answer["truncated"]:
             say(f"more than {limit}: {answer['windows']} windows, {answer['sessions']} sessions; --limit", err=True)
 
@@ -60,47 +124,15 @@ def _printable(value: Any) -> Any:
 def _label(node: Mapping[str, Any]) -> Text:
     kind = node["kind"]
     state = f"kv {node['state']}" if kind == "window" else node["state"]
-    relation = f", {node['relation']} it" if node["relation"] else ""
-    text = f"  {kind}, {state}, {node['token_count']} tokens{relation}"
+    text = f"  {kind}, {state}, {node['token_count']:,} tokens{_origin(node)}"
     return Text.assemble((node["name"], _STYLE[kind]), (text, "dim"))
 
 
-@operation
-@click.option("--state", type=Word(["active", "frozen", "thawed", "expired"]), help="only sessions in this state")
-@_paged
-def sessions(state: str | None, limit: int, offset: int) -> Result:
-    """List sessions, last active first."""
-    answer = call("GET", "/admin/sessions", query={"state": state, "limit": limit, "offset": offset})
-    columns = ("id", "state", "model", "token_count", "turn_count", "window", "last_active_at")
-    return page(answer, answer["sessions"], *columns)
+def _origin(node: Mapping[str, Any]) -> str:
+    if node["parent"]:
+        return f", {node['relation']} it"
+    missing = node.get("missing_parent")
+    return f", from {missing['kind']} {missing['name']} (not shown)" if missing else ""
 
 
-@operation
-def doctor() -> Result:
-    """Check that sessions are isolated and freezing works."""
-    answer = call("POST", "/admin/doctor", body={})
-
-    def show() -> None:
-        for check in answer["checks"]:
-            status = check["status"]
-            OUT.print(Text(f"{status:<8}", _STYLE[status]), Text(line(f"{check['name']}: {check['message']}")))
-            if status != "ok" and check["remedy"]:
-                OUT.print(Text(line(f"{'':<8} {check['remedy']}")))
-
-    return Result(answer, then=show, ok=answer["ok"])
-
-
-@operation
-def cache() -> Result:
-    """Show the content of each tier, and the cache hit rate."""
-    answer = call("GET", "/admin/cache")
-    totals = {k: answer[k] for k in ("windows", "chunk_size", "prompt_tokens", "cached_tokens", "hit_rate")}
-    tiers = {
-        name: f"{tier['objects']} objects, {tier['bytes']} bytes; {tier['windows']['bytes']} of windows, "
-        f"{tier['sessions']['bytes']} of sessions"
-        for name, tier in answer["tiers"].items()
-    }
-    return Result(answer, {"lmcache": answer["lmcache"]["status"], **totals, **tiers})
-
-
-COMMANDS = (list_, tree, sessions, cache, doctor)
+COMMANDS = (list_, sessions, tree)

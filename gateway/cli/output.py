@@ -2,19 +2,23 @@
 
 import json
 import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from gateway.cli.units import counted
+
+Row = Mapping[str, Any]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# A pipe has no width: a truncated name is of no use to the next program.
-OUT = Console() if sys.stdout.isatty() else Console(width=10_000)
+# What is printed is never cut or folded to the terminal's width: a name that is cut cannot be copied.
+OUT = Console(width=10_000, height=100)  # without a height it would ask the terminal for both
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Result:
     def _show_text(self) -> None:
         width = max(map(len, self.lines), default=0)
         for name, value in self.lines.items():
-            click.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
+            click.echo(f"{name:<{width}}  {cell(value)}")
         if self.then:
             self.then()
         for warning in self.answer.get("warnings", ()):
@@ -70,27 +74,78 @@ def say(text: object, *, err: bool = False) -> None:
     click.echo(printable(str(text)), err=err)
 
 
-def page(answer: Mapping[str, Any], rows: list[dict[str, Any]], *columns: str) -> Result:
-    """A table of `rows`, which are a page of the answer."""
+def cell(value: Any) -> str:
+    """A value in a line or a table."""
+    if value is None or value in ("", []):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(line, value)) if isinstance(value, list) else line(value)
+
+
+def filled(lines: Row) -> dict[str, Any]:
+    """The lines that have a value."""
+    return {name: value for name, value in lines.items() if cell(value) != "-"}
+
+
+def page(
+    answer: Mapping[str, Any], rows: Callable[[], Sequence[Row]], noun: str, *, varying: Collection[str] = ()
+) -> Result:
+    """A table of the rows that `rows` returns, which are a page of the answer's `noun`s; see `table`."""
 
     def show() -> None:
-        table = Table(*(column.replace("_", " ") for column in columns), box=None)
-        for row in rows:
-            table.add_row(*(Text(_cell(row[column])) for column in columns))  # a string would be read as markup
-        OUT.print(table)
-        if answer["has_more"]:
-            say(f"{len(rows)} of {answer['total']}; --offset {answer['offset'] + len(rows)} shows more", err=True)
+        shown = rows()
+        table(shown, varying=varying)
+        total, end = answer["total"], answer["offset"] + len(shown)
+        if not shown:
+            say(f"--offset skips all of {counted(total, noun)}" if total else f"no {noun}s", err=True)
+        elif answer["has_more"]:
+            say(f"{len(shown)} of {total}; --offset {end} shows more", err=True)
 
     return Result(answer, then=show)
 
 
-def flat(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """A receipt's plain values, and a summary of each tier."""
-    plain = {k: v for k, v in receipt.items() if not isinstance(v, dict) and k != "kv"}
-    return plain | {tier: f"{t['objects']} objects, {t['bytes']} bytes" for tier, t in receipt.get("tiers", {}).items()}
+def table(rows: Sequence[Row], *, varying: Collection[str] = (), note: str = "") -> None:
+    """Print rows under the names of their columns, or each row in several lines where the terminal is too narrow.
+
+    Columns without any value are left out, and those in `varying` where all rows have the same. The value of the column
+    `note` is printed below its row.
+    """
+    columns = [name for name in rows[0] if name != note and _is_shown(name, rows, varying)] if rows else []
+    cells = [[cell(row[name]) for name in columns] for row in rows]
+    widths = [max(map(cell_len, values)) for values in zip(columns, *cells, strict=True)]
+    is_narrow = sum(widths) + 2 * len(widths) - 2 > _terminal_width()
+    if rows and not is_narrow:
+        OUT.print(Text(_aligned(columns, widths), "bold"))
+    for row, values in zip(rows, cells, strict=True):
+        say(_stacked(columns, values) if is_narrow else _aligned(values, widths))
+        if note and row[note]:
+            say(f"  {line(row[note])}")
 
 
-def _cell(value: Any) -> str:
-    if value is None or value == []:
-        return "-"
-    return ", ".join(map(line, value)) if isinstance(value, list) else line(value)
+def _is_shown(name: str, rows: Sequence[Row], varying: Collection[str]) -> bool:
+    values = {cell(row[name]) for row in rows}
+    return len(values) > 1 if name in varying else values != {"-"}
+
+
+def _aligned(values: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(map(set_cell_size, values, widths)).rstrip()
+
+
+def _stacked(columns: Sequence[str], values: Sequence[str]) -> str:
+    """The first value, and below it the others with their names; lines are broken only between two of them."""
+    lines = [values[0], ""]
+    for name, value in zip(columns[1:], values[1:], strict=True):
+        if value == "-":
+            continue
+        longer = f"{lines[-1]} · {name} {value}" if lines[-1] else f"  {name} {value}"
+        if cell_len(longer) > _terminal_width() and lines[-1]:
+            lines.append(f"  {name} {value}")
+        else:
+            lines[-1] = longer
+    return "\n".join(lines).rstrip()
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal. A pipe has no width: what is wrapped is of no use to the next program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize

@@ -62,7 +62,10 @@ def serve(config: Path | None, **options: Any) -> None:
 
 @click.command()
 def mcp() -> None:
-    """Serve MCP on stdio for a running gateway (CWG_URL, CWG_API_KEY, CWG_SESSION_ID)."""
+    """Serve MCP on stdio for a running gateway.
+
+    It takes CWG_URL and CWG_API_KEY, and in CWG_SESSION_ID the session that its client is in.
+    """
     from gateway.api.mcp.server import over_stdio  # noqa: PLC0415 - see `serve`
 
     with connection.failures():

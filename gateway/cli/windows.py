@@ -1,12 +1,17 @@
 """Commands that create windows or use them."""
 
-from collections.abc import Mapping
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from gateway.cli.connection import Word, call, completing, operation, watched, window, window_path
-from gateway.cli.output import Result, flat, say
+from gateway.cli import receipts
+from gateway.cli.connection import Word, base_url, call, completing, operation, watched, window, window_path
+from gateway.cli.output import Result, filled, say, table
+from gateway.cli.units import at, counted, took
+
+_LONGEST_STEM = 112  # of a window's name of 128 characters, so that the time has room
 
 _description = click.option("--description", help="description of the window")
 _tags = click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
@@ -15,15 +20,23 @@ _max_tokens = click.option("--max-tokens", type=int, help="maximum length of the
 
 @operation
 @click.argument("session", shell_complete=completing("session"))
-@click.argument("name")
+@click.argument("name", required=False)
 @_description
 @_tags
-@click.option("--ttl", "ttl_seconds", type=float, help="seconds until the window expires")
-def freeze(session: str, name: str, tags: tuple[str, ...], **options: Any) -> Result:
-    """Freeze SESSION into the window NAME."""
-    body = {"session_id": session, "window_name": name, "tags": list(tags) or None, **options}
+@click.option("--ttl", "ttl_seconds", type=float, help="seconds until the window expires; default: never")
+def freeze(session: str, name: str | None, tags: tuple[str, ...], **options: Any) -> Result:
+    """Freeze SESSION into the window NAME.
+
+    Without NAME, the window is named after the session and the time.
+    """
+    body = {"session_id": session, "window_name": name or _name_for(session), "tags": list(tags) or None, **options}
     answer = watched("/admin/windows", body)
-    return Result(answer, {"window": answer["name"], "kv": answer["kv"], **flat(answer["receipt"])})
+    return Result(answer, receipts.stored(answer))
+
+
+def _name_for(session: str) -> str:
+    """A name for a window of a session: of its id, but the colon, and the time."""
+    return f"{session.replace(':', '-')[:_LONGEST_STEM]}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 @operation
@@ -41,7 +54,13 @@ def freeze(session: str, name: str, tags: tuple[str, ...], **options: Any) -> Re
 def thaw(name: str, **options: Any) -> Result:
     """Thaw the window NAME into a new session."""
     answer = watched(window_path(name, "thaw"), options)
-    lines = {"session": answer["session_id"], "model": answer["model"], **flat(answer["receipt"])}
+    session = answer["session_id"]
+    lines = {
+        "session": session,
+        "model": answer["model"],
+        **receipts.restored(answer["receipt"]),
+        "continue at": base_url(session),
+    }
     continuation = answer["continuation"]
     if continuation is None:
         return Result(answer, lines)
@@ -61,7 +80,14 @@ def clone(source: str, target: str, description: str | None, tags: tuple[str, ..
     """Clone the window SOURCE as TARGET; no KV is copied."""
     body = {"target_window": target, "description": description, "tags": list(tags) or None, "isolate": isolate or None}
     answer = call("POST", window_path(source, "clone"), body=body)
-    return _fields(answer, "source_window", "target_window", "shared_blocks", "isolated", "kv")
+    lines = {
+        "window": answer["target_window"],
+        "cloned from": answer["source_window"],
+        "kv": answer["kv"],
+        "shared": counted(answer["shared_blocks"], "object"),
+        "salt": "of its own" if answer["isolated"] else "",
+    }
+    return Result(answer, filled(lines))
 
 
 @operation
@@ -81,7 +107,9 @@ def describe(
     cleared = {"tags": no_tags, "ttl_seconds": no_ttl}
     body = {field: value for field, value in options.items() if value is not None or cleared.get(field)}
     answer = call("PATCH", window_path(name), body=body, nulls=True)
-    return _fields(answer, "name", "description", "tags", "expires_at")
+    expiry = at(answer["expires_at"], time.time()) or "never"
+    lines = {"window": answer["name"], **{field: answer[field] for field in ("description", "tags")}, "expires": expiry}
+    return Result(answer, lines)
 
 
 @operation
@@ -98,7 +126,7 @@ def ask(name: str, question: str, max_tokens: int | None) -> Result:
         say(answer["answer"])
         say(
             f"{receipt['prompt_tokens']} tokens, {cached} from the cache; {receipt['completion_tokens']} of answer "
-            f"({answer['finish_reason']}); {receipt['duration_ms']:.0f} ms",
+            f"({answer['finish_reason']}); {took(receipt['duration_ms'])}",
             err=True,
         )
 
@@ -112,8 +140,8 @@ def ask(name: str, question: str, max_tokens: int | None) -> Result:
 def fanout(name: str, **body: Any) -> Result:
     """Thaw the window NAME into COUNT sessions; no KV is copied."""
     answer = call("POST", window_path(name, "fanout"), body=body)
-    sessions = answer["sessions"]
-    return Result(answer, then=lambda: say("\n".join(sessions)))
+    rows = [{"session": session, "continue at": base_url(session)} for session in answer["sessions"]]
+    return Result(answer, then=lambda: table(rows))
 
 
 @operation
@@ -121,7 +149,7 @@ def fanout(name: str, **body: Any) -> Result:
 def prefetch(name: str) -> Result:
     """Load the KV of the window NAME into the cache's memory."""
     answer = watched(window_path(name, "prefetch"), {})
-    return Result(answer, {"window": answer["window_name"], **flat(answer["receipt"])})
+    return Result(answer, receipts.loaded(answer))
 
 
 @operation
@@ -129,9 +157,7 @@ def prefetch(name: str) -> Result:
 def evict(name: str) -> Result:
     """Move the KV of the window NAME from memory to disk and Redis."""
     answer = watched(window_path(name, "evict"), {})
-    tiers = {tier: f"{at['before']} before, {at['after']} now" for tier, at in answer["tiers"].items()}
-    lines = {"window": answer["window_name"], "objects": answer["objects"], "kept": answer["kept"], **tiers}
-    return Result(answer, lines)
+    return Result(answer, receipts.evicted(answer))
 
 
 @operation
@@ -140,14 +166,6 @@ def evict(name: str) -> Result:
 def verify(name: str, deep: bool) -> Result:
     """Check all KV of the window NAME; exit code 1 if damaged."""
     answer = watched(window_path(name, "verify"), {"deep": deep})
-    tiers = {
-        tier: f"{t['intact']} of {t['objects']} intact, {t['damaged']} damaged, {t['missing']} missing"
-        if t["checked"]
-        else "could not be checked"
-        for tier, t in answer["tiers"].items()
-    }
-    totals = {k: answer[k] for k in ("ok", "kv", "chunks_expected", "chunks_pinned", "chunks_usable")}
-    replays = {f"{replay['tier']}, used": _replay(replay) for replay in answer["deep"] or ()}
     damaged = [
         f"chunk {d['chunk']} {d['hash']}: {d['state']} in {d['tier'] or 'every tier'}" for d in answer["damaged"]
     ]
@@ -156,16 +174,7 @@ def verify(name: str, deep: bool) -> Result:
         for chunk in damaged:
             say(chunk, err=True)
 
-    lines = {"window": answer["window_name"], **totals, **tiers, **replays}
-    return Result(answer, lines, then=show_damaged, ok=answer["ok"])
-
-
-def _replay(replay: Mapping[str, Any]) -> str:
-    used = f"{replay['cached_tokens']} of {replay['expected_cached_tokens']} tokens loaded"
-    if replay["equal"]:
-        return f"{replay['tokens_compared']} tokens equal, {used}"
-    first = replay["first_difference"]
-    return f"differs from token {first['position']} on, {used}" if first else f"not all was used: {used}"
+    return Result(answer, receipts.verified(answer), then=show_damaged, ok=answer["ok"])
 
 
 @operation
@@ -173,24 +182,11 @@ def _replay(replay: Mapping[str, Any]) -> str:
 def delete(name: str) -> Result:
     """Delete the window NAME, and KV that nothing else holds."""
     answer = call("DELETE", window_path(name))
-    return _fields(answer, *(field for field in answer if field != "warnings"))
-
-
-@operation
-@window
-@click.option("--blocks", is_flag=True, help="list every KV object")
-def status(name: str, blocks: bool) -> Result:
-    """Show the window NAME and where its KV is."""
-    query = {"include_lineage": "true", "include_blocks": "true" if blocks else None}
-    answer = call("GET", window_path(name), query=query)
-    fields = ("name", "session_id", "model", "token_count", "kv", "description", "tags", "created_at", "expires_at")
-    cache = answer["kv_cache"]
-    tiers = {
-        tier: f"{t['pinned']} pinned ({t['pinned_bytes']} bytes), {t['present']} present"
-        for tier, t in cache["tiers"].items()
-    }
-    more = {"parent": answer["lineage"]["parent"], "chunks": cache["block_count"], **tiers}
-    return Result(answer, {field: answer[field] for field in fields} | more)
+    lines = {"window": answer["window_name"], **receipts.deleted(answer)}
+    if kept := answer["blocks_kept"]:
+        lines["kept"] = f"{counted(kept, 'object')} that another window or a session needs"
+        lines["to free"] = "`cwg session delete SESSION` deletes what only that session needs"
+    return Result(answer, lines)
 
 
 @operation
@@ -206,8 +202,4 @@ def messages(name: str) -> Result:
     return Result(answer, then=show)
 
 
-def _fields(answer: Mapping[str, Any], *names: str) -> Result:
-    return Result(answer, {name: answer[name] for name in names})
-
-
-COMMANDS = (freeze, thaw, clone, describe, ask, fanout, prefetch, evict, verify, delete, status, messages)
+COMMANDS = (freeze, thaw, clone, describe, ask, fanout, prefetch, evict, verify, delete, messages)

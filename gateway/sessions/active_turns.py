@@ -78,7 +78,8 @@ class ActiveTurns:
 
     async def is_active(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage is in a turn, or has not been frozen since its last."""
-        return self.lineage_has_turn_in_flight(tenant, lineage) or await self._store.lineage_in_use(tenant, lineage)
+        in_flight = self.lineage_has_turn_in_flight(tenant, lineage)
+        return in_flight or await self._store.active_session(tenant, lineage) is not None
 
     def lineage_has_turn_in_flight(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage, known or new, is in a turn or has one that waits to be recorded."""

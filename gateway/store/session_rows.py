@@ -126,10 +126,12 @@ def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tupl
     ).fetchall()
 
 
-def lineage_in_use(db: sqlite3.Connection, tenant: str, lineage: str) -> bool:
-    """Whether a session of the lineage is active or thawed."""
-    query = "SELECT 1 FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') LIMIT 1"
-    return db.execute(query, (tenant, lineage)).fetchone() is not None
+def active_session(db: sqlite3.Connection, tenant: str, lineage: str) -> str | None:
+    """The session of a lineage that was last active, of those that are active or thawed; None if none is."""
+    query = """SELECT id FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed')
+        ORDER BY +last_active_at DESC LIMIT 1"""
+    found = db.execute(query, (tenant, lineage)).fetchone()
+    return str(found[0]) if found else None
 
 
 def sessions_by_prefix(

@@ -42,7 +42,7 @@ class Store(Database):
     list_sessions = read(session_rows.list_sessions)
     idle_sessions = read(session_rows.idle_sessions)
     sessions_beside = read(session_rows.sessions_beside)
-    lineage_in_use = read(session_rows.lineage_in_use)
+    active_session = read(session_rows.active_session)
     newest = read(session_rows.newest)
     turns = read(session_rows.turns)
     snapshot = read(text_rows.snapshot)

@@ -24,6 +24,7 @@ class WindowQuery:
     """What `list_windows` filters and sorts by. Tags are ANDed; `search` looks in name and description."""
 
     tags: tuple[str, ...] = ()
+    without_tags: tuple[str, ...] = ()
     model: str | None = None
     session_id: str | None = None
     search: str | None = None

@@ -77,6 +77,7 @@ def _where(tenant: str, query: WindowQuery) -> tuple[list[str], list[object]]:
     if query.search is not None:
         pattern = f"%{_WILD.sub(_ESCAPED, query.search)}%"
         terms.append(("(name LIKE ? ESCAPE '\\' OR description LIKE ? ESCAPE '\\')", [pattern, pattern]))
+    terms += [(f"NOT {_TAGGED_TOO}", [tenant, tag]) for tag in query.without_tags]
     return [term for term, _ in terms], [value for _, values in terms for value in values]
 
 

@@ -47,7 +47,9 @@ async def delete(
         names = () if in_use else released.names
         more, _ = await services.pins.remove(names, originals=True)
     if in_use:
-        warnings.append("a session of this lineage is still active: its cache stays, only the pins were released")
+        session = await services.store.active_session(tenant, window.lineage)
+        who = f"session {session!r}" if session else "a session"
+        warnings.append(f"{who}, which shares its KV, is still active or thawed: its cache stays until it is deleted")
     warnings += await drop_from_cache(services, [*names, *(() if keep else released.pins)])
     deleted = 0 if keep or in_use else len(released.pins)
     return Deleted(deleted, freed + more, window.chunk_count * window.world_size - deleted, tuple(warnings))

@@ -10,13 +10,18 @@ from gateway.windows.context import Services
 
 Kind = Literal["session", "window"]
 Relation = Literal["frozen from", "cloned from", "thawed from", "forked from", "went on from"]
-Origin = tuple[tuple[Kind, str] | None, Relation | None]
+NodeName = tuple[Kind, str]
+Origin = tuple[NodeName | None, Relation | None]
 MAX_NODES = 10_000  # nodes of a kind
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A window or a session. `parent` is None where it has none that still exists."""
+    """A window or a session.
+
+    `parent` is None where it has none among the nodes; `missing_parent` then names the one that it had, which was
+    deleted, or is not among them because of the limit, or was never here because the window was imported.
+    """
 
     kind: Kind
     name: str
@@ -24,8 +29,9 @@ class Node:
     model: str
     token_count: int
     created_at: float
-    parent: tuple[Kind, str] | None
+    parent: NodeName | None
     relation: Relation | None
+    missing_parent: NodeName | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +60,27 @@ def nodes(windows: Sequence[Window], sessions: Sequence[Session]) -> list[Node]:
     """Every window and session with its parent, oldest first."""
     by_name = {window.name: window for window in windows}
     by_id = {session.id: session for session in sessions}
-    found = [
-        Node("session", s.id, s.state, s.model, s.token_count, s.created_at, *_origin_of_session(s, by_name, by_id))
-        for s in sessions
-    ]
-    found += [
-        Node("window", w.name, w.kv, w.model, w.token_count, w.created_at, *_origin_of_window(w, by_name, by_id))
-        for w in windows
-    ]
+    found = [_session_node(one, by_name, by_id) for one in sessions]
+    found += [_window_node(one, by_name, by_id) for one in windows]
     return sorted(found, key=lambda node: node.created_at)
+
+
+def _session_node(one: Session, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Node:
+    parent, relation = _origin_of_session(one, windows, sessions)
+    missing = None if parent else _recorded_parent(one)
+    return Node("session", one.id, one.state, one.model, one.token_count, one.created_at, parent, relation, missing)
+
+
+def _window_node(one: Window, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Node:
+    parent, relation = _origin_of_window(one, windows, sessions)
+    missing: NodeName | None = None if parent else ("session", one.session_id)
+    return Node("window", one.name, one.kv, one.model, one.token_count, one.created_at, parent, relation, missing)
+
+
+def _recorded_parent(one: Session) -> NodeName | None:
+    if one.parent:
+        return "session", one.parent
+    return ("window", one.window) if one.window else None
 
 
 def _origin_of_session(one: Session, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Origin:

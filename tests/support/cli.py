@@ -1,8 +1,12 @@
 """Run `cwg`: in this process, or as users do in one of its own, which takes a third of a second longer."""
 
 import os
+import pty
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
+from contextlib import suppress
 
 from click.testing import CliRunner
 
@@ -24,6 +28,29 @@ def cwg_process(*arguments: str, **settings: str) -> Ended:
     command = [sys.executable, "-m", "gateway", *arguments]
     given = environment(_variables(settings))
     return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def cwg_on_terminal(*arguments: str, typed: str = "", **settings: str) -> Ended:
+    """Run one command in a process, on a terminal of 80 columns; its whole output is in `stdout`."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    given = environment({**_variables(settings), "TERM": "dumb"})
+    for size in ("COLUMNS", "LINES"):
+        given.pop(size, None)
+    command = [sys.executable, "-m", "gateway", *arguments]
+    with subprocess.Popen(command, env=given, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        os.write(ours, typed.encode())
+        output = b"".join(_until_closed(ours))
+        process.wait(timeout=60)
+    os.close(ours)
+    return Ended(arguments, process.returncode, output.decode().replace("\r\n", "\n"), "")
+
+
+def _until_closed(terminal: int) -> Iterator[bytes]:
+    with suppress(OSError):  # what Linux raises at the end of a terminal
+        while data := os.read(terminal, 65536):
+            yield data
 
 
 def assert_failed(ended: Ended, *says: str) -> None:

@@ -179,7 +179,9 @@ async def doctor(call: Call) -> status.Doctor:
     """Run the self-test now."""
     checks = await call.health.test()
     shown = [status.Check.model_validate(check) for check in checks]
-    return status.Doctor(ok=all(check.status != "failed" for check in checks), checks=shown)
+    keeps_kv = any(check.keeps_kv for check in checks)
+    passed = all(check.status != "failed" for check in checks)
+    return status.Doctor(ok=keeps_kv and passed, keeps_kv=keeps_kv, checks=shown)
 
 
 @operation("GET", "/healthz", probe=True)

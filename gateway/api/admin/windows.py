@@ -100,9 +100,14 @@ def _node(node: tree.Node) -> Json:
         "model": node.model,
         "token_count": node.token_count,
         "created_at": serializers.moment(node.created_at),
-        "parent": {"kind": node.parent[0], "name": node.parent[1]} if node.parent else None,
+        "parent": _node_name(node.parent),
         "relation": node.relation,
+        **({"missing_parent": _node_name(node.missing_parent)} if node.missing_parent else {}),
     }
+
+
+def _node_name(node: tree.NodeName | None) -> Json | None:
+    return {"kind": node[0], "name": node[1]} if node else None
 
 
 OPERATIONS = (

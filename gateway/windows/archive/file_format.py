@@ -26,6 +26,7 @@ TEXTS = ("transcript.json", "frame.json", "token_ids.u32")
 CHECKSUM = "checksum.blake3"
 MAX_MANIFEST = 16 * 2**20
 PIECE = 2**20
+_NAME_BYTES = 100  # of a member, with which its header begins
 _INLINE = 2**14  # bytes that are hashed faster here than in a thread
 _SIZE = re.compile(rb"[0-7]{11}")
 
@@ -65,9 +66,12 @@ class Reader:
 
     async def manifest(self) -> bytearray:
         """Read the first member. Raises `invalid_request` if this is not a window file, `payload_too_large`."""
-        block = await self._take(BLOCK)
+        block = bytes(await self._some(BLOCK))  # shorter only if the file is
         size = int(block[124:135], 8) if _SIZE.fullmatch(block[124:135]) else 0
-        if block != header(MANIFEST, size):
+        expected = header(MANIFEST, size)
+        if len(block) < BLOCK and expected.startswith(block[:_NAME_BYTES]):
+            raise corrupted("the file is truncated")
+        if block != expected:
             raise GatewayError(
                 "invalid_request",
                 f"this is not a window file: it does not begin with {MANIFEST}",

@@ -148,8 +148,10 @@ def test_invalid_fanout_names_the_field(
 
 def test_cli_fanout(gateway: Gateway, window: str, session: str) -> None:
     done = cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url)
-    assert (done.returncode, done.stdout) == (0, f"c-{session}-1\nc-{session}-2\n")
-    assert_failed(cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url), "already")
+    made = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert made == [[f"c-{session}-{n}", f"{gateway.url}/s/c-{session}-{n}/v1"] for n in (1, 2)]
+    taken = cwg("fanout", window, "2", "--prefix", f"c-{session}", url=gateway.url)
+    assert_failed(taken, "already", "choose another --prefix")
     assert_failed(cwg("fanout", "nobody", "2", url=gateway.url), "nobody")
 
 

@@ -242,16 +242,16 @@ async def test_sessions_are_listed_by_activity_and_filtered(store: Store) -> Non
     assert await store.list_sessions("nobody", state=None, model=None, limit=9, offset=0) == ([], 0)
 
 
-async def test_lineage_is_in_use_while_one_of_its_sessions_is_active(store: Store) -> None:
+async def test_active_session_of_a_lineage_is_one_that_is_active_or_thawed(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
-    assert await store.lineage_in_use(TENANT, "s")
-    assert not await store.lineage_in_use("other", "s")
+    assert await store.active_session(TENANT, "s") == "s"
+    assert await store.active_session("other", "s") is None
     await freeze(store, "s", "w")
-    assert not await store.lineage_in_use(TENANT, "s")
+    assert await store.active_session(TENANT, "s") is None
     await store.add_sessions([Session(TENANT, "t", "s", state="thawed")])
-    assert await store.lineage_in_use(TENANT, "s")
+    assert await store.active_session(TENANT, "s") == "t"
     await store.delete_session(TENANT, "t")
-    assert not await store.lineage_in_use(TENANT, "s")
+    assert await store.active_session(TENANT, "s") is None
 
 
 async def test_deleted_session_leaves_nothing_to_a_new_one(store: Store) -> None:

@@ -53,6 +53,7 @@ class WindowFilters(_Page):
 
 
 class WindowsQuery(WindowFilters):
+    without_tags: Tags | None = Field(None, description="only with none of these tags, such as `auto`")
     created_after: Moment | None = None
     created_before: Moment | None = None
     sort_by: Annotated[str, Reads(fields.one_of(*SORT_COLUMNS))] = "created_at"

@@ -286,6 +286,7 @@ class Node(NodeName):
     created_at: Moment
     parent: NodeName | None
     relation: Relation | None
+    missing_parent: NodeName = absent()
 
 
 class Tree(Answer):

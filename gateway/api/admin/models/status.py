@@ -83,7 +83,8 @@ class Check(Answer):
 
 
 class Doctor(Answer):
-    ok: bool
+    ok: bool = Field(description="no check failed, and windows keep KV")
+    keeps_kv: bool = Field(description="whether KV was seen to survive in a tier; if not, windows keep text only")
     checks: list[Check]
 
 

@@ -1,0 +1,96 @@
+"""Commands that report on the whole gateway: health, self-test, cache, metrics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from gateway.cli.connection import call, operation
+from gateway.cli.hints import translate_hint
+from gateway.cli.output import OUT, Result, Row, filled, line, say, table
+from gateway.cli.units import share, size
+
+_STYLE = {
+    "ok": "green", "warning": "yellow", "failed": "red", "healthy": "green", "degraded": "yellow", "unhealthy": "red"
+}  # fmt: skip
+
+
+@operation
+def doctor() -> Result:
+    """Check that sessions are isolated and freezing works.
+
+    Exit code 1 if a check failed, or if windows could keep no KV.
+    """
+    answer = call("POST", "/admin/doctor", body={})
+
+    def show() -> None:
+        for check in answer["checks"]:
+            _show_check(check["status"], check["name"], check["message"], check["remedy"])
+        if not answer["keeps_kv"]:
+            _show_check("failed", "freezing", "windows could keep no KV here, only text and token ids")
+
+    return Result(answer, then=show, ok=answer["ok"])
+
+
+@operation
+def health() -> Result:
+    """Show the state of each component; exit code 1 if unhealthy."""
+    answer = call("GET", "/admin/health")
+
+    def show() -> None:
+        for name, component in answer["components"].items():
+            _show_check(component["status"], name, component["message"])
+
+    return Result(answer, then=show, ok=answer["status"] != "unhealthy")
+
+
+def _show_check(status: str, name: str, message: str, remedy: str = "") -> None:
+    OUT.print(Text(f"{status:<9}", _STYLE[status]), Text(line(f"{name}: {message}")))
+    if status != "ok" and remedy:
+        say(f"{'':<10}{line(translate_hint('', remedy))}")
+
+
+@operation
+def cache() -> Result:
+    """Show the content of each tier, and the cache hit rate."""
+    answer = call("GET", "/admin/cache")
+    cached = share(answer["cached_tokens"], answer["prompt_tokens"], "prompt token")
+    lines = {
+        "lmcache": answer["lmcache"]["status"],
+        "chunk size": f"{answer['chunk_size']} tokens" if answer["chunk_size"] else "",
+        "windows": f"{answer['windows']:,}",
+        "cached": f"{cached} since the gateway started",
+    }
+
+    def show() -> None:
+        if answer["tiers"]:
+            say("")
+            table([_tier(name, tier) for name, tier in answer["tiers"].items()])
+
+    return Result(answer, filled(lines), then=show)
+
+
+def _tier(name: str, tier: Mapping[str, Any]) -> Row:
+    """One tier: a durable one says whose its bytes are, LMCache's memory how many it can hold, an engine its tokens."""
+    if "usage" in tier:
+        held = f"{tier['usage']:.0%} of {tier['capacity_tokens']:,} tokens in use"
+    else:
+        held = size(tier["bytes"]) + (f" of {size(tier['capacity_bytes'])}" if "capacity_bytes" in tier else "")
+    owners = ("windows", "sessions", "forgotten", "unknown")
+    bytes_of = {owner: tier[owner]["bytes"] for owner in owners if owner in tier}
+    shares = {f"of {owner}": size(bytes_of[owner]) if bytes_of.get(owner) else "" for owner in owners}
+    return {"tier": name, "size": held, "objects": f"{tier['objects']:,}" if "objects" in tier else "", **shares}
+
+
+@operation
+def metrics() -> Result:
+    """Print the gateway's metrics, which Prometheus scrapes."""
+    answer = call("GET", "/admin/metrics")
+    rows = [
+        {"metric": one["name"], "labels": [f"{k}={v}" for k, v in one["labels"].items()], "value": f"{one['value']:,g}"}
+        for one in answer["metrics"]
+    ]
+    return Result(answer, then=lambda: table(rows))
+
+
+COMMANDS = (doctor, health, cache, metrics)

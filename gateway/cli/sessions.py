@@ -1,0 +1,26 @@
+"""`cwg session`: what is done to a session."""
+
+import sys
+
+import click
+
+from gateway.cli import receipts
+from gateway.cli.connection import call, completing, operation, session_path
+from gateway.cli.output import Result
+
+
+@operation
+@click.argument("session", shell_complete=completing("session"))
+@click.option("--yes", "-y", is_flag=True, help="do not ask for confirmation")
+def delete(session: str, yes: bool) -> Result:
+    """Delete SESSION, and KV that only it needs.
+
+    Its windows stay. On a terminal, this asks for confirmation.
+    """
+    if not yes and sys.stdin.isatty():
+        click.confirm(f"Delete session {session!r} with its text, and the KV that only it needs?", abort=True, err=True)
+    answer = call("DELETE", session_path(session))
+    return Result(answer, {"session": answer["session_id"], **receipts.deleted(answer)})
+
+
+COMMANDS = (click.Group("session", commands=[delete], help="Delete a session."),)
