@@ -1,10 +1,11 @@
-"""Links in the README and in docs/: every file that one leads to exists, and has the heading that it names."""
+"""The README and docs/: links lead to files that exist, and to headings that they have; settings files are valid."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from gateway.settings import load
 from tests.support.gateway_process import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +27,15 @@ def test_no_page_installs_a_package_that_no_index_has() -> None:
     """The gateway itself is installed from a clone."""
     wrong = re.compile(r"pip install\b.*\bcontext-window-gateway\b(?!.*\.git)")
     assert [str(page) for page in PAGES if wrong.search(page.read_text())] == []
+
+
+def test_settings_files_of_the_docs_are_valid(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    blocks = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs/own-vllm.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 1
+    for block in blocks:
+        file.write_text(re.sub(r"^# (?=\w+ = )", "", block, flags=re.MULTILINE))  # with what is commented out
+        load(file=file, environment={})
 
 
 def _leads_somewhere(page: Path, link: str) -> bool:
