@@ -198,12 +198,18 @@ def test_completion_prints_what_the_shell_needs(shell: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"), [("cwg thaw w-{s}", "w-{s}"), ("cwg freeze {s}", "{s}"), ("cwg exp", "export")]
+    ("typed", "offered"),
+    [
+        ("cwg thaw w-{s}", "w-{s}"),
+        ("cwg freeze {s}", "{s}"),
+        ("cwg --url {url} status w-{s}", "w-{s}"),
+        ("cwg exp", "export"),
+    ],
 )
 def test_commands_and_names_are_completed(gateway: Gateway, session: str, typed: str, offered: str) -> None:
     gateway.chat(session)
     gateway.freeze(session, f"w-{session}")
-    words = typed.format(s=session)
+    words = typed.format(s=session, url=gateway.url)
     asked = {"_CWG_COMPLETE": "fish_complete", "COMP_WORDS": words, "COMP_CWORD": words.rsplit(" ", 1)[1]}
     code = "from gateway.cli import main; main(prog_name='cwg')"
     for url in (gateway.url, f"http://127.0.0.1:{free_port()}"):
