@@ -74,7 +74,7 @@ def test_i1_the_work_of_yesterday_is_found_and_goes_on(evening: Evening) -> None
     assert thawed.returncode == 0, thawed.stderr
     whole = evening.whole("end-of-day")
     told = dict(re.split(" {2,}", line, maxsplit=1) for line in thawed.stdout.splitlines())
-    assert told["cached"].startswith(f"{whole} of ")
+    assert told["cached"].startswith(f"{whole:,} of ")
     assert told["continue at"] == f"{evening.gateway.url}/s/tomorrow/v1"
     answer = chat(evening.gateway.client("tomorrow"), [*evening.said["today"], NEXT])
     assert answer.usage.prompt_tokens_details.cached_tokens >= whole
