@@ -16,8 +16,10 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 INDEXES = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.(find-links|index-url|extra-index-url)='(.*)'$$/\1 \2/p" \
 	| while read -r option values; do for value in $$values; do printf -- '--%s %s ' $$option $$value; done; done)
 CERT = $(shell $(BIN)/pip config list | sed -nE "s/^.*\.cert='(.*)'$$/SSL_CERT_FILE=\1/p" | tail -1)
+# On a terminal, uv shows what it downloads and how far it is; elsewhere the steps below have to do.
+QUIET := $(shell test -t 2 || echo --quiet)
 # Any index may provide any version, as with pip. Compile bytecode now, or every process of a stack would do it.
-INSTALL = $(CERT) $(BIN)/uv pip install --quiet --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
+INSTALL = $(CERT) $(BIN)/uv pip install $(QUIET) --compile-bytecode --index-strategy unsafe-best-match $(INDEXES)
 WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrides overrides-cpu.txt
 
 # A test run starts hundreds of processes; without cached bytecode, each would compile the gateway again.
@@ -96,7 +98,7 @@ clean:
 
 # One stamp file per set of extras, out of date when a file that defines its contents is newer.
 $(VENV)/with-local: $(VENV)/with-torch
-	@echo "installing vLLM, LMCache and the gateway into $(VENV)" >&2
+	@echo "installing vLLM, LMCache and the gateway into $(VENV): step 2 of 2, 0.9 GB to download, 4 GB on disk" >&2
 	@$(WITH) --editable '.[local]'
 	@touch $@
 
@@ -129,8 +131,8 @@ $(VENV)/with-agents: $(BIN)/uv
 	@touch $@
 
 $(VENV)/with-torch: $(BIN)/uv pyproject.toml constraints.txt overrides-cpu.txt
-	@echo "installing torch into $(VENV)" >&2
-	@$(WITH) torch==2.13.0+cpu 2>$(VENV)/torch.log || { echo "error: torch==2.13.0+cpu for $$($(BIN)/python -V)" \
+	@echo "installing torch into $(VENV): step 1 of 2, 0.2 GB to download" >&2
+	@$(WITH) torch==2.13.0+cpu $(if $(QUIET),2>$(VENV)/torch.log) || { echo "error: torch==2.13.0+cpu for $$($(BIN)/python -V)" \
 		"was not found; set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to an index that has it (see $(VENV)/torch.log)" >&2; exit 1; }
 	@touch $@
 

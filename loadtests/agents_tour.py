@@ -59,7 +59,9 @@ def _scripted(work: Path) -> Iterator[Gateway]:
 
 @contextmanager
 def _real(work: Path) -> Iterator[Gateway]:
-    options = local.LocalStack(data_dir=work / "stack", port=contenders.free_port(), max_model_len=demo_model.CONTEXT)
+    options = local.LocalStack(
+        data_dir=work / "stack", demo="random", port=contenders.free_port(), max_model_len=demo_model.CONTEXT
+    )
     with thaw_stack.running(options) as stack:
         yield stack.plan.url, lambda: 0
 

@@ -26,7 +26,7 @@ _SLOW_START_S = 300.0
 def _stack(testbed: Testbed, **settings: object) -> Iterator[tuple[Gateway, commands.Processes]]:
     """Start vLLM, LMCache, and a gateway in front of them."""
     folder = Path(testbed.folder) / "stack"
-    with local_stack.running(local.LocalStack(data_dir=folder, max_model_len=8192)) as (plan, parts):
+    with local_stack.running(local.LocalStack(data_dir=folder, demo="random", max_model_len=8192)) as (plan, parts):
         options: dict[str, Any] = {
             "cache_url": plan.cache_url, "kv_dir": plan.kv_dir, "model_fingerprint": plan.model.fingerprint, **settings,
         }  # fmt: skip

@@ -38,7 +38,7 @@ def main() -> int:
     """Run, write the report, and return 1 if any disconnect through the gateway took longer than a second."""
     options = _options()
     with tempfile.TemporaryDirectory(prefix="cwg-disconnects-") as folder:
-        stack = local.LocalStack(data_dir=Path(folder), port=contenders.free_port(), max_model_len=8192)
+        stack = local.LocalStack(data_dir=Path(folder), demo="random", port=contenders.free_port(), max_model_len=8192)
         with thaw_stack.running(stack) as running, Gauge(running.plan.engine_url) as gauge:
             began = time.monotonic()
             urls = {GATEWAY: running.plan.url, ALONE: running.plan.engine_url}

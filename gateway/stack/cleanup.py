@@ -58,6 +58,10 @@ class Ledger:
         unfinished.write_text(json.dumps(content, default=sorted), encoding="utf-8")
         unfinished.replace(self._path)
 
+    def processes(self) -> set[Process]:
+        """The processes that were recorded last."""
+        return self._read().processes
+
     def sweep(self) -> None:
         """Kill what still runs, remove what it left, and delete the ledger."""
         entry = self._read()
@@ -83,6 +87,11 @@ class Ledger:
             content["temporary"],
             content["owns_segments"],
         )
+
+
+def recorded(run_dir: Path) -> dict[str, set[Process]]:
+    """The processes of each part of a running stack, as last recorded."""
+    return {path.stem: Ledger(path).processes() for path in run_dir.glob("*.json")}
 
 
 def sweep(run_dir: Path) -> None:

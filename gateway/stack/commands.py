@@ -86,7 +86,8 @@ def engine_launch(plan: Plan) -> Launch:
         argv += ["--dtype", model.dtype]
     if model.is_demo:
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-        # The demo reasons only if a request asks for it (`reasoning_effort`, or `thinking` among the template's
+    if model.demo == "random":
+        # It reasons only if a request asks for it (`reasoning_effort`, or `thinking` among the template's
         # arguments): then this parser looks for its reasoning, and it leaves all other replies alone.
         argv += ["--reasoning-parser", "deepseek_v3"]
         # vLLM needs these for a thinking budget, and does not get them from a parser for optional reasoning.
@@ -97,10 +98,10 @@ def engine_launch(plan: Plan) -> Launch:
         # very small models (the demo: 80 to 155 tokens/s). Both the flag and the variable: with the flag alone,
         # sampling still compiles a little, on the first request that wants logprobs.
         argv += ["--block-size", str(CPU_BLOCK_SIZE), "--enforce-eager"]
+        argv += ["--kv-cache-memory-bytes", str(int(plan.engine_kv_gb * 2**30))]
         # Threads that wait for each other at every step would spin, and take the cores from everything else. Measured
         # with the demo under other load, on 2 cores: 5.0 s for 200 tokens, not 7.6; on an idle machine the same.
-        env = {"VLLM_CPU_KVCACHE_SPACE": str(plan.engine_kv_gb), "TORCHDYNAMO_DISABLE": "1"}
-        env["OMP_WAIT_POLICY"] = "passive"
+        env = {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
     if plan.on_cpu and model.is_demo:
         # Scheduler and worker in one process: no thread is bound to a core, and none spins while the other works. The
         # demo starts in 37 s, not 48, and takes 3.6 s of processor time for 200 tokens, not 6.0 (2 cores). A larger
@@ -161,6 +162,8 @@ def gateway_launch(plan: Plan) -> Launch:
         "CWG_DATA_DIR": str(plan.data_dir),
         "CWG_MODEL_FINGERPRINT": plan.model.fingerprint,
     }
+    if plan.disk_budget_bytes is not None:
+        settings["CWG_DISK_BUDGET_BYTES"] = str(plan.disk_budget_bytes)
     if plan.options.redis_url:
         settings["CWG_KV_REDIS_URL"] = plan.options.redis_url
     return Launch(

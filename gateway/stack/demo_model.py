@@ -1,4 +1,4 @@
-"""The built-in demo model: a real Llama checkpoint with random weights, made on this machine in seconds.
+"""The demo model with random weights (`--demo random`): a real Llama checkpoint, made on this machine in seconds.
 
 It writes nothing sensible, but to vLLM and LMCache it is a model like any other, and it needs no download. Everything
 in it follows from this file and the two data files next to it, so every machine gets the same tokens.
@@ -6,14 +6,12 @@ in it follows from this file and the two data files next to it, so every machine
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gateway.stack import demo_weights
 from gateway.stack.demo_weights import HEAD_DIM, KV_HEADS, Shape, TokenBiases
-from gateway.stack.errors import StackError
+from gateway.stack.model_dir import MARKER, write_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,7 +25,6 @@ CONTEXT = 32_768
 END, START, BEGIN = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 THINK, THOUGHT = "<think>", "</think>"
 """Around its reasoning, if a request asks for that: the names that vLLM's reasoning parsers look for."""
-MARKER = "cwg_demo_model"
 _HERE = Path(__file__).parent
 
 
@@ -36,35 +33,12 @@ SHAPES: dict[Size, Shape] = {"small": Shape(8, 512, 1024), "large": Shape(16, 10
 
 def build(directory: Path, size: Size) -> None:
     """Write the model into `directory`, whole or not at all; a complete one is left as it is."""
-    if is_built(directory, size):
-        return
-    if directory.exists() and not _is_ours(directory):
-        raise StackError(f"{directory} holds something that is not a demo model; name another directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        _write(unfinished, SHAPES[size], f"{size}-{RECIPE}")
-        unfinished.chmod(0o755)
-        shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    write_model(directory, recipe(size), lambda unfinished: _write(unfinished, SHAPES[size], recipe(size)))
 
 
-def is_built(directory: Path, size: Size) -> bool:
-    """Whether `directory` holds the demo model of this size and this recipe."""
-    return _marker(directory) == f"{size}-{RECIPE}"
-
-
-def _is_ours(directory: Path) -> bool:
-    return bool(_marker(directory)) or (directory.is_dir() and not any(directory.iterdir()))
-
-
-def _marker(directory: Path) -> str:
-    try:
-        return str(json.loads((directory / "config.json").read_bytes()).get(MARKER, ""))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return ""
+def recipe(size: Size) -> str:
+    """What a model of this size is marked with."""
+    return f"{size}-{RECIPE}"
 
 
 def _write(directory: Path, shape: Shape, marker: str) -> None:

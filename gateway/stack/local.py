@@ -1,14 +1,18 @@
 """The options of `cwg up`, and what they mean on this machine."""
 
+import os
 import random
+import shutil
 import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
-from gateway.stack import models
+from gateway.stack import demos, models
 from gateway.stack.demo_model import Size
 
 LOOPBACK = "127.0.0.1"
@@ -16,6 +20,11 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8700
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives to outgoing connections, so a port that is free now is free in a minute."""
+
+DISK_SHARE = 0.25
+"""Of the free disk, which KV may take before that of the sessions idle longest is deleted."""
+
+_CHUNK_SIZES: Mapping[demos.Demo | None, int] = MappingProxyType({"smollm2": 32, "random": 64, None: 256})
 
 Transfer = Literal["lmcache_driven", "engine_driven", "shm"]
 """How KV goes between a CPU engine and the cache: the server reads and writes the engine's own memory; pickled through
@@ -36,7 +45,8 @@ class LocalStack:
     chunk_size: int | None = None
     redis_url: str | None = None
     cpu_cache_gb: float | None = None
-    engine_kv_gb: int | None = None
+    engine_kv_gb: float | None = None
+    demo: demos.Demo | None = None
     demo_size: Size = "small"
     transfer: Transfer = "lmcache_driven"
 
@@ -53,8 +63,10 @@ class Plan:
     cache_http_port: int
     chunk_size: int
     cache_gb: float
-    engine_kv_gb: int
+    engine_kv_gb: float
     on_cpu: bool
+    disk_budget_bytes: int | None = None
+    """A limit for the disk tier; None where the user has set one."""
 
     @property
     def url(self) -> str:
@@ -83,14 +95,14 @@ class Plan:
         return self.data_dir / "run"
 
 
-def plan(options: LocalStack) -> Plan:
-    """Prepare the data directory and the model, and choose what the options leave open."""
+def plan(options: LocalStack, progress: Callable[[str], None] = lambda _step: None) -> Plan:
+    """Prepare the data directory and the model, and choose what the options leave open. Raises `StackError`."""
     data_dir = options.data_dir.resolve()
     for name in ("kv", "run", "logs", "models"):
         # These hold conversations: no other user of the machine may read them.
         (data_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     on_cpu = is_cpu_build()
-    model = models.prepare(data_dir, options.model, options.served_model_name, options.demo_size, on_cpu=on_cpu)
+    model = _model(options, data_dir, progress, on_cpu=on_cpu)
     engine, cache, cache_http = free_ports(3)
     return Plan(
         options=options,
@@ -99,13 +111,31 @@ def plan(options: LocalStack) -> Plan:
         engine_port=options.engine_port or engine,
         cache_port=cache,
         cache_http_port=cache_http,
-        # The demo's KV is small: 1 GiB holds at least 65,536 tokens of it. LMCache's own chunk size is 256, but even a
-        # short conversation with the demo should fill some chunks.
-        chunk_size=options.chunk_size or (64 if model.is_demo else 256),
-        cache_gb=options.cpu_cache_gb or (1.0 if model.is_demo else 2.0),
-        engine_kv_gb=options.engine_kv_gb or (1 if model.is_demo else 4),
+        # LMCache's own chunk size is 256, but even a short conversation with a demo should fill some chunks. With one
+        # block in a chunk, a thaw finds as many tokens as the engine's own prefix cache, and the same are computed.
+        chunk_size=options.chunk_size or _CHUNK_SIZES[model.demo],
+        # A token's KV takes 22.5 KiB with SmolLM2 (twice that in float32) and 8 KiB with random weights, so half a GiB
+        # holds a whole context of either.
+        cache_gb=options.cpu_cache_gb or (0.5 if model.is_demo else 2.0),
+        engine_kv_gb=options.engine_kv_gb or (0.5 if model.is_demo else 4.0),
         on_cpu=on_cpu,
+        disk_budget_bytes=None if "CWG_DISK_BUDGET_BYTES" in os.environ else _disk_budget(data_dir / "kv"),
     )
+
+
+def _model(options: LocalStack, data_dir: Path, progress: Callable[[str], None], *, on_cpu: bool) -> models.Model:
+    if options.model is not None:
+        return models.prepare(data_dir, options.model, options.served_model_name)
+    made = demos.prepare(data_dir / "models", options.demo, options.demo_size, progress)
+    # The large model with random weights is for measurements, and keeps the usual type.
+    is_large = made.kind == "random" and options.demo_size == "large"
+    return models.served_demo(made, options.served_model_name, on_cpu=on_cpu, may_convert=not is_large)
+
+
+def _disk_budget(kv_dir: Path) -> int:
+    """A share of what the disk tier could have if nothing else were written: it grows with every conversation."""
+    held = sum(entry.stat().st_size for entry in os.scandir(kv_dir) if entry.is_file())
+    return int((shutil.disk_usage(kv_dir).free + held) * DISK_SHARE)
 
 
 def is_cpu_build() -> bool:

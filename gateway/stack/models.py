@@ -1,12 +1,9 @@
 """Resolve `--model` to a directory, and to a name that stays the same for the cache's keys."""
 
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.stack import demo_model
+from gateway.stack import demos
 from gateway.stack.errors import StackError
 from gateway.stack.fingerprint import fingerprint
 
@@ -27,31 +24,46 @@ class Model:
     key: str
     served_name: str
     fingerprint: str
-    is_demo: bool
+    demo: demos.Demo | None = None
     dtype: str | None = None  # to be served in, where that is not the configuration's
+    about: str = ""
+    warning: str = ""
 
     @property
-    def weight_bytes(self) -> int:
-        """Size of the files that vLLM loads into memory."""
-        return sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+    def is_demo(self) -> bool:
+        """Whether it is one of the two built-in ones."""
+        return self.demo is not None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Size of the weights in memory; that of the files, unless they are converted to another type."""
+        size = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+        return size * 2 if self.dtype == "float32" else size
 
 
-def prepare(
-    data_dir: Path, model: str | None, served_name: str | None, demo_size: demo_model.Size, *, on_cpu: bool
-) -> Model:
-    """Build, find or download the model, and link it into the data directory."""
-    if model is None:
-        directory = data_dir / "models" / f"{DEMO_NAME}-{demo_size}"
-        _build_demo(directory, demo_size)
-        # One core that has to emulate bfloat16 computes a prompt of 4,000 tokens in 10 s, and in 3.9 s as float32. The
-        # large one is for measuring, and keeps the usual type.
-        dtype = "float32" if on_cpu and demo_size == "small" and not computes_bfloat16(_CPUINFO.read_text()) else None
-        digest = fingerprint(directory, served_as=dtype or "")
-        return Model(directory, f"models/{directory.name}", served_name or DEMO_NAME, digest, True, dtype)
+def prepare(data_dir: Path, model: str, served_name: str | None) -> Model:
+    """Find or download a model, and link it into the data directory. Raises `StackError`."""
     directory = find(model)
     digest = fingerprint(directory)
     name = Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
-    return Model(directory, _link(data_dir, directory, f"{name[:40]}-{digest[:8]}"), served_name or name, digest, False)
+    return Model(directory, _link(data_dir, directory, f"{name[:40]}-{digest[:8]}"), served_name or name, digest)
+
+
+def served_demo(made: demos.DemoModel, served_name: str | None, *, on_cpu: bool, may_convert: bool) -> Model:
+    """A demo model, in float32 where that is faster and `may_convert` allows it."""
+    # One core that has to emulate bfloat16 computes a prompt of 4,000 tokens in 10 s, and in 3.9 s as float32 (the
+    # small model with random weights).
+    dtype = "float32" if on_cpu and may_convert and not computes_bfloat16(_CPUINFO.read_text()) else None
+    return Model(
+        directory=made.directory,
+        key=f"models/{made.directory.name}",
+        served_name=served_name or DEMO_NAME,
+        fingerprint=fingerprint(made.directory, served_as=dtype or ""),
+        demo=made.kind,
+        dtype=dtype,
+        about=made.about,
+        warning=made.warning,
+    )
 
 
 def computes_bfloat16(cpuinfo: str) -> bool:
@@ -90,18 +102,6 @@ def _snapshot(model: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StackError(f"--model {model}: the download failed ({reason}); give a directory to work offline") from None
-
-
-def _build_demo(directory: Path, size: demo_model.Size) -> None:
-    """In a process of its own: transformers would stay in this one's memory for as long as the stack runs."""
-    if demo_model.is_built(directory, size):
-        return
-    for unfinished in directory.parent.glob(f".{directory.name}-*"):
-        shutil.rmtree(unfinished)  # of a build that was killed; the lock says that none is under way
-    argv = [sys.executable, "-m", "gateway.stack.demo_model", str(directory), "--size", size]
-    built = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if built.returncode:
-        raise StackError(f"the demo model could not be built: {built.stderr.strip().splitlines()[-1]}")
 
 
 def _link(data_dir: Path, directory: Path, name: str) -> str:

@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gateway.settings import LOOPBACK
-from gateway.stack import commands, local, models
-from gateway.stack.demo_model import CONTEXT
+from gateway.stack import commands, demos, local, models
 from gateway.stack.errors import StackError
 from gateway.stack.transfers import CHECKED
 
@@ -20,10 +19,10 @@ _GIB = 2**30
 _DISK_BYTES = _GIB
 """The demo model, logs, and KV of a few thousand tokens. How much KV there will be is not known beforehand."""
 # What the processes take besides KV and weights, measured as the sum of their proportional set sizes: LMCache 0.4 GiB,
-# vLLM's two processes 1.3 GiB with the demo, and 0.6 more while they start, its three with another model 2.3, all else
-# 0.1 GiB.
+# vLLM's two processes 1.5 GiB with a demo model, its three with another model 2.3, all else 0.1 GiB. With SmolLM2 that
+# is 3.2 GiB in all, and no more while it starts or computes 4,000 tokens.
 _CACHE_BYTES = 0.5 * _GIB
-_DEMO_ENGINE_BYTES = 2 * _GIB
+_DEMO_ENGINE_BYTES = 1.6 * _GIB
 _ENGINE_BYTES = 2.5 * _GIB
 _GATEWAY_BYTES = 0.1 * _GIB
 _QUEUES_BYTES = _GIB // 2
@@ -40,6 +39,7 @@ def check(options: local.LocalStack) -> None:
     if options.engine_port:
         check_port(local.LOOPBACK, options.engine_port, "--engine-port")
     check_chunk_size(options)
+    check_demo(options)
     check_demo_context(options)
     if options.redis_url:
         check_redis(options.redis_url)
@@ -114,8 +114,16 @@ def check_chunk_size(options: local.LocalStack) -> None:
 
 def check_demo_context(options: local.LocalStack) -> None:
     """vLLM refuses more than the model's context; that of other models is not known here."""
-    if options.model is None and (options.max_model_len or 0) > CONTEXT:
-        raise StackError(f"--max-model-len {options.max_model_len}: the demo model goes up to {CONTEXT}")
+    limit = demos.context(options.demo)
+    if options.model is None and (options.max_model_len or 0) > limit:
+        longer = "" if options.demo == "random" else f"; --demo random goes up to {demos.context('random')}"
+        raise StackError(f"--max-model-len {options.max_model_len}: the demo model goes up to {limit}{longer}")
+
+
+def check_demo(options: local.LocalStack) -> None:
+    """One of the two models is served."""
+    if options.model and options.demo:
+        raise StackError("--demo and --model exclude each other")
 
 
 def check_redis(url: str) -> None:
@@ -147,13 +155,13 @@ def check_memory(plan: local.Plan) -> None:
     """The kernel kills a process that takes too much, without a message to the user."""
     check_room("of memory", _available_memory(), needed_memory(plan), "lower --cpu-cache-gb or take a smaller model")
     if plan.on_cpu:
-        check_shared_memory(plan.engine_kv_gb * _GIB)
+        check_shared_memory(int(plan.engine_kv_gb * _GIB))
 
 
 def needed_memory(plan: local.Plan) -> float:
     """Bytes that all processes of a stack take together, their shared memory counted once."""
     kv = plan.engine_kv_gb * _GIB if plan.on_cpu else 0
-    weights = plan.model.weight_bytes if plan.on_cpu else 0
+    weights = plan.model.memory_bytes if plan.on_cpu else 0
     engine = _DEMO_ENGINE_BYTES if plan.model.is_demo else _ENGINE_BYTES
     return plan.cache_gb * _GIB + _CACHE_BYTES + engine + _GATEWAY_BYTES + kv + weights
 

@@ -28,7 +28,7 @@ def up(options: local.LocalStack) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         preflight.check(options)
-        with lock.holding(options.data_dir) as descriptor:
+        with lock.holding(options.data_dir, options.port) as descriptor:
             plan = _prepare(options, terminal)
             with reaping(plan.run_dir, descriptor):
                 return _Supervisor(plan, terminal).run()
@@ -41,13 +41,28 @@ def up(options: local.LocalStack) -> int:
 
 def _prepare(options: local.LocalStack, terminal: Terminal) -> local.Plan:
     terminal.waiting("preparing the model")
-    plan = local.plan(options)
+    plan = local.plan(options, terminal.waiting)
     cleanup.sweep(plan.run_dir)
     preflight.check_memory(plan)
-    if warning := preflight.version_warning(preflight.installed_versions()):
-        terminal.say(warning, style="yellow")
-    terminal.say(f"model {plan.model.served_name} ({plan.model.directory})")
+    for warning in (plan.model.warning, preflight.version_warning(preflight.installed_versions())):
+        if warning:
+            terminal.say(warning, style="yellow")
+    for line in _facts(plan):
+        terminal.say(line)
     return plan
+
+
+def _facts(plan: local.Plan) -> Iterator[str]:
+    """What is served, and what it takes."""
+    model = plan.model
+    about = f": {model.about}" if model.about else ""
+    yield f"model {model.served_name}{about} ({model.directory})"
+    memory = f"memory: up to {preflight.needed_memory(plan) / 2**30:.1f} GiB"
+    if plan.disk_budget_bytes is None:
+        yield f"{memory}; disk: what CWG_DISK_BUDGET_BYTES says"
+    else:
+        share = f"{local.DISK_SHARE:.0%} of the free disk; CWG_DISK_BUDGET_BYTES sets another limit"
+        yield f"{memory}; disk: up to {plan.disk_budget_bytes / 2**30:.1f} GiB of KV in {plan.kv_dir} ({share})"
 
 
 class _Stop(Exception):
@@ -119,19 +134,29 @@ class _Supervisor:
         self._processes = commands.processes(plan)
         self._watched: list[_Watched] = []
         self._signals = 0
+        self._restart_requested = False
 
     def run(self) -> int:
         with self._listening():
             try:
-                self._start()
                 while True:
-                    self._turn()
+                    self._run_until_restart()
             except _Stop:
                 return 0
             finally:
                 self._stop()
 
+    def _run_until_restart(self) -> None:
+        """Start everything, and stop it when that is requested. Raises `_Stop`."""
+        self._start()
+        while not self._restart_requested:
+            self._turn()
+        self._terminal.say("a restart was requested")
+        self._stop()
+        self._watched.clear()
+
     def _start(self) -> None:
+        self._restart_requested = False
         # The engine connects to the cache half a minute after its start, so both can load at the same time.
         self._bring_up(self._processes.cache, self._processes.engine)
         self._bring_up(self._processes.gateway)
@@ -173,11 +198,15 @@ class _Supervisor:
     def _listening(self) -> Iterator[None]:
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in signals}
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_restart)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _on_restart(self, _number: int, _frame: FrameType | None) -> None:
+        self._restart_requested = True
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._signals += 1

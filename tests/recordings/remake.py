@@ -82,7 +82,7 @@ def record(engine: httpx.Client, name: str) -> bytes:
 def main() -> None:
     """Write every recording."""
     with tempfile.TemporaryDirectory(prefix="cwg-recordings-") as root:
-        options = local.LocalStack(data_dir=Path(root), max_model_len=2048)
+        options = local.LocalStack(data_dir=Path(root), demo="random", max_model_len=2048)
         with local_stack.running(options) as (plan, _), httpx.Client(base_url=plan.engine_url, timeout=120) as engine:
             for name in REQUESTS:
                 (FOLDER / f"{name}.sse").write_bytes(record(engine, name))

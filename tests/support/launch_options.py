@@ -25,5 +25,5 @@ def options(argv: Iterable[str]) -> Options:
 
 def of_cwg_up(data_dir: Path) -> tuple[Options, Options]:
     """What `cwg up` gives to vLLM and to LMCache on a machine with a GPU, with Redis and a model of one's own."""
-    plan = plan_for(LocalStack(data_dir=data_dir, redis_url="redis://redis:6379"), is_demo=False, on_cpu=False)
+    plan = plan_for(LocalStack(data_dir=data_dir, redis_url="redis://redis:6379"), demo=None, on_cpu=False)
     return options(commands.engine_launch(plan).argv), options(commands.cache_launch(plan).argv)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gateway.stack import cleanup, commands, local, lock, models
+from gateway.stack.demos import Demo
 from gateway.stack.process import ManagedProcess
 from gateway.stack.reaper import reaping
 
@@ -13,12 +14,12 @@ ENGINE_WITHIN = 900.0
 
 
 def plan_for(
-    options: local.LocalStack, *, is_demo: bool = True, on_cpu: bool = True, dtype: str | None = None
+    options: local.LocalStack, *, demo: Demo | None = "random", on_cpu: bool = True, dtype: str | None = None
 ) -> local.Plan:
     """A plan for a stack that is not started."""
     return local.Plan(
         options=options, data_dir=options.data_dir,
-        model=models.Model(options.data_dir, "models/m", "m", "f", is_demo=is_demo, dtype=dtype),
+        model=models.Model(options.data_dir, "models/m", "m", "f", demo=demo, dtype=dtype),
         engine_port=1, cache_port=2, cache_http_port=3, chunk_size=64, cache_gb=options.cpu_cache_gb or 1.0,
         engine_kv_gb=1, on_cpu=on_cpu,
     )  # fmt: skip
@@ -28,7 +29,7 @@ def plan_for(
 def running(options: local.LocalStack) -> Iterator[tuple[local.Plan, commands.Processes]]:
     """Run cache and engine for the block, or until this process dies."""
     options.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with lock.holding(options.data_dir) as descriptor:
+    with lock.holding(options.data_dir, options.port) as descriptor:
         plan = local.plan(options)
         cleanup.sweep(plan.run_dir)
         with reaping(plan.run_dir, descriptor):

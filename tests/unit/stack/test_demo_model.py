@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.stack import demo_model, models
+from gateway.stack import demo_model, models, smollm2
 from gateway.stack.errors import StackError
 from gateway.stack.fingerprint import fingerprint
+from gateway.stack.gguf_llama import GgufLlama
+from gateway.stack.model_dir import MARKER, is_made
+from tests.support import tiny_gguf
 
 pytestmark = pytest.mark.local
 
@@ -52,7 +55,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of an older recipe, replaced by a build in a process that orders its sets in another way."""
     directory = tmp_path_factory.mktemp("model") / "demo"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({demo_model.MARKER: "small-0"}))
+    (directory / "config.json").write_text(json.dumps({MARKER: "small-0"}))
     (directory / "old").touch()
     argv = [sys.executable, "-m", "gateway.stack.demo_model", str(directory), "--size", "small"]
     subprocess.run(argv, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
@@ -66,6 +69,16 @@ def tokenizer(demo_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(demo_folder)
 
 
+@pytest.fixture(scope="module", params=["random", "smollm2"])
+def either_tokenizer(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """That of the random model, and SmolLM2's rules with a small vocabulary."""
+    if request.param == "random":
+        return tokenizer
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    tiny_gguf.write_gguf(tiny_gguf.random_llama(), path)
+    return smollm2.make_tokenizer(GgufLlama(path).vocabulary())
+
+
 def render(tokenizer: Any, messages: list[Message], **more: Any) -> list[int]:
     rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)
     return list(rendered["input_ids"])
@@ -74,19 +87,23 @@ def render(tokenizer: Any, messages: list[Message], **more: Any) -> list[int]:
 @settings(max_examples=150)
 @given(conversations, st.sampled_from([None, [TOOL]]))
 def test_a_shorter_conversation_is_a_prefix_of_the_longer_one_in_tokens(
-    tokenizer: Any, messages: list[Message], offered: list[Any] | None
+    either_tokenizer: Any, messages: list[Message], offered: list[Any] | None
 ) -> None:
-    whole = render(tokenizer, messages, tools=offered)
+    whole = render(either_tokenizer, messages, tools=offered)
     for length in range(1, len(messages)):
-        part = render(tokenizer, messages[:length], tools=offered)
+        part = render(either_tokenizer, messages[:length], tools=offered)
         assert whole[: len(part)] == part
 
 
 @settings(max_examples=150)
 @given(conversations, replies | callers)
-def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(tokenizer: Any, messages: list[Message], reply: Message) -> None:
-    prompt = render(tokenizer, messages, add_generation_prompt=True)
-    following = render(tokenizer, [*messages, reply, {"role": "user", "content": "go on"}], add_generation_prompt=True)
+def test_a_prompt_is_a_prefix_of_the_next_turns_prompt(
+    either_tokenizer: Any, messages: list[Message], reply: Message
+) -> None:
+    prompt = render(either_tokenizer, messages, add_generation_prompt=True)
+    following = render(
+        either_tokenizer, [*messages, reply, {"role": "user", "content": "go on"}], add_generation_prompt=True
+    )
     assert following[: len(prompt)] == prompt
 
 
@@ -124,14 +141,14 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 @settings(max_examples=150)
 @given(texts)
-def test_every_text_survives_its_tokens(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+def test_every_text_survives_its_tokens(either_tokenizer: Any, text: str) -> None:
+    assert either_tokenizer.decode(either_tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_a_tool_call_is_rendered_as_hermes_parses_it(tokenizer: Any) -> None:
+def test_a_tool_call_is_rendered_as_hermes_parses_it(either_tokenizer: Any) -> None:
     call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
-    text = tokenizer.apply_chat_template([message], tokenize=False)
+    text = either_tokenizer.apply_chat_template([message], tokenize=False)
     body = text.partition("<tool_call>")[2].partition("</tool_call>")[0]
     assert json.loads(body) == {"name": "get_weather", "arguments": {"city": "Paris"}}
 
@@ -167,7 +184,7 @@ def test_built_model_is_not_rebuilt(demo_folder: Path) -> None:
 
 
 def test_model_of_an_older_recipe_is_rebuilt(rebuilt: Path) -> None:
-    assert demo_model.is_built(rebuilt, "small")
+    assert is_made(rebuilt, demo_model.recipe("small"))
     assert not (rebuilt / "old").exists()
     assert [path.name for path in rebuilt.parent.iterdir()] == ["demo"]
 

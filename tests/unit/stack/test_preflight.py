@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def options(tmp_path: Path, port: int, **more: object) -> local.LocalStack:
-    return local.LocalStack(data_dir=tmp_path / "data", port=port, **more)  # type: ignore[arg-type]
+    return local.LocalStack(data_dir=tmp_path / "data", port=port, **{"demo": "random", **more})  # type: ignore[arg-type]
 
 
 def refusal(stack: local.LocalStack) -> str:
@@ -106,6 +106,13 @@ def test_a_chunk_of_whole_blocks_passes(tmp_path: Path, free_port: int) -> None:
 def test_more_context_than_the_demo_has_is_refused(tmp_path: Path, free_port: int) -> None:
     said = refusal(options(tmp_path, free_port, max_model_len=40_000))
     assert said == "--max-model-len 40000: the demo model goes up to 32768"
+    said = refusal(options(tmp_path, free_port, demo=None, max_model_len=10_000))
+    assert said.endswith(": the demo model goes up to 8192; --demo random goes up to 32768")
+
+
+def test_a_demo_beside_another_model_is_refused(tmp_path: Path, free_port: int) -> None:
+    said = refusal(options(tmp_path, free_port, model="somebody/a-model"))
+    assert said == "--demo and --model exclude each other"
 
 
 def test_missing_model_directory_is_refused(tmp_path: Path) -> None:
@@ -115,7 +122,7 @@ def test_missing_model_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_without_configuration_is_refused(tmp_path: Path, free_port: int) -> None:
     (tmp_path / "model").mkdir()
-    said = refusal(options(tmp_path, free_port, model=str(tmp_path / "model")))
+    said = refusal(options(tmp_path, free_port, demo=None, model=str(tmp_path / "model")))
     assert "has no config.json" in said
 
 
@@ -161,9 +168,9 @@ def test_the_demo_needs_no_more_memory_than_the_readme_asks_for(
     tmp_path: Path, free_port: int, demo_folder: Path
 ) -> None:
     shutil.copytree(demo_folder, tmp_path / "data" / "models" / demo_folder.name)
-    (asked,) = re.findall(r"(\d+) GB of free memory", (ROOT / "README.md").read_text())
+    (asked,) = re.findall(r"(\d+) GiB of free memory", (ROOT / "README.md").read_text())
     needed = preflight.needed_memory(local.plan(options(tmp_path, free_port)))
-    assert 4 * 10**9 < needed < int(asked) * 10**9
+    assert 3 * 2**30 < needed < int(asked) * 2**30
 
 
 def test_more_engine_kv_than_shared_memory_is_refused() -> None:
@@ -214,7 +221,7 @@ def test_only_a_cpu_engine_gets_cpu_options(tmp_path: Path, on_cpu: bool) -> Non
     launch = commands.engine_launch(plan_for(options(tmp_path, 1), on_cpu=on_cpu))
     assert ("--block-size" in launch.argv) == on_cpu
     assert ("--enforce-eager" in launch.argv) == on_cpu
-    assert ("VLLM_CPU_KVCACHE_SPACE" in launch.env) == on_cpu
+    assert ("--kv-cache-memory-bytes" in launch.argv) == on_cpu
     connector = json.loads(launch.argv[launch.argv.index("--kv-transfer-config") + 1])
     assert ("lmcache.mp.mp_transfer_mode" in connector["kv_connector_extra_config"]) == on_cpu
     assert connector["kv_load_failure_policy"] == "recompute"
@@ -231,14 +238,15 @@ def test_an_engine_computes_in_the_type_of_its_model_by_default(tmp_path: Path) 
 def test_scheduler_and_worker_are_one_process_for_the_demo_on_a_cpu(
     tmp_path: Path, on_cpu: bool, is_demo: bool
 ) -> None:
-    launch = commands.engine_launch(plan_for(options(tmp_path, 1), on_cpu=on_cpu, is_demo=is_demo))
+    launch = commands.engine_launch(plan_for(options(tmp_path, 1), on_cpu=on_cpu, demo="smollm2" if is_demo else None))
     assert ("uni" in launch.argv) == (on_cpu and is_demo)
     assert (launch.env.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") == (on_cpu and is_demo)
 
 
-def test_the_demos_engine_gets_its_reasoning_marks(tmp_path: Path) -> None:
-    plain = commands.engine_launch(plan_for(options(tmp_path, 1), is_demo=False)).argv
-    assert not any("reasoning" in argument for argument in plain)
+def test_the_random_models_engine_gets_its_reasoning_marks(tmp_path: Path) -> None:
+    for demo in (None, "smollm2"):
+        plain = commands.engine_launch(plan_for(options(tmp_path, 1), demo=demo)).argv
+        assert not any("reasoning" in argument for argument in plain)
     argv = commands.engine_launch(plan_for(options(tmp_path, 1))).argv
     assert argv[argv.index("--reasoning-parser") + 1] == "deepseek_v3"
     marks = json.loads(argv[argv.index("--reasoning-config") + 1])
@@ -247,10 +255,32 @@ def test_the_demos_engine_gets_its_reasoning_marks(tmp_path: Path) -> None:
 
 def test_a_second_stack_on_a_data_directory_is_refused(tmp_path: Path) -> None:
     refused = pytest.raises(StackError, match=f"in use by process {os.getpid()}; stop that one or name another")
-    with lock.holding(tmp_path), refused, lock.holding(tmp_path):
+    with lock.holding(tmp_path, 8700), refused, lock.holding(tmp_path, 8701):
         pass
-    with lock.holding(tmp_path):
-        assert (tmp_path / "up.lock").read_text() == str(os.getpid())
+    with lock.holding(tmp_path, 8702):
+        assert lock.holder(tmp_path) == (os.getpid(), 8702)
+
+
+def test_a_data_directory_without_a_stack_has_no_holder(tmp_path: Path) -> None:
+    assert lock.holder(tmp_path) is None
+    with lock.holding(tmp_path, 8700):
+        pass
+    assert lock.holder(tmp_path) is None
+
+
+@pytest.mark.parametrize(("setting", "limited"), [(None, True), ("5", False)])
+def test_the_disk_tier_has_a_limit_unless_the_user_sets_one(
+    tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, limited: bool
+) -> None:
+    monkeypatch.delenv("CWG_DISK_BUDGET_BYTES", raising=False)
+    if setting:
+        monkeypatch.setenv("CWG_DISK_BUDGET_BYTES", setting)
+    shutil.copytree(demo_folder, tmp_path / "data" / "models" / demo_folder.name)
+    plan = local.plan(options(tmp_path, 1))
+    budget = commands.gateway_launch(plan).env.get("CWG_DISK_BUDGET_BYTES")
+    assert (budget is not None) == limited
+    if budget:
+        assert 0 < int(budget) <= shutil.disk_usage(tmp_path).total * local.DISK_SHARE
 
 
 def _find_in_a_process(model: str, environment: dict[str, str]) -> str:

