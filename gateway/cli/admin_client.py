@@ -88,6 +88,19 @@ class Admin:
             raise self._unreachable(error) from error
         raise AdminError("the gateway closed the connection before the operation finished", "look at its log")
 
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST an inference request, and yield the events of its stream. Raises AdminError."""
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if response.status_code >= 400:
+                    _checked(response.status_code, _json(response.read()))
+                for line in response.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        event = _json(line.removeprefix("data: ").encode())
+                        yield _checked(500 if "error" in event else 200, event)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
     def download(self, path: str, file: IO[bytes], query: Mapping[str, Any], on_progress: OnProgress) -> None:
         """GET the complete response into `file`. Raises AdminError, OSError."""
         try:

@@ -1,0 +1,306 @@
+"""`cwg demo`: freeze two conversations, take their KV out of every memory, thaw them, and compare the answers.
+
+The thaw must load from disk or Redis, and nothing else may help it: neither the engine's own prefix cache nor LMCache's
+memory. Without `--restart` an isolated clone is thawed: its pins are those of the window, the very same bytes, but its
+cache salt is a new one, and nothing in any memory is found under that. With `--restart` all memory is gone.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from gateway.cli import connection
+from gateway.cli.admin_client import Admin, AdminError
+from gateway.cli.connection import Failure, operation, window_path
+from gateway.cli.demo_answers import Answer, Comparison, ask, compare
+from gateway.cli.demo_conversations import Script, long_script, short_script
+from gateway.cli.output import OUT, Result, say
+from gateway.stack.terminal import Terminal
+
+_REPLY_TOKENS = 32
+_BUSY_TRIES = 6  # of a deletion, each of which waits for a turn in progress for `busy_wait_s`
+_NEXT = """
+Try next: talk to the model at {url}/v1 with any OpenAI client, then
+  cwg sessions              find the conversation
+  cwg freeze SESSION NAME   keep it under a name
+  cwg thaw NAME             continue it, now or after a restart
+  cwg verify NAME --deep    prove the same for a window of your own
+"""
+
+
+class Round(NamedTuple):
+    """What was seen of one conversation: the receipts, and the answer live, thawed and computed without a cache."""
+
+    script: Script
+    window: dict[str, Any]
+    thawed: dict[str, Any]
+    live: Answer
+    after: Answer
+    recomputed: Answer
+
+    @property
+    def cacheable(self) -> int:
+        """The tokens that a thaw can load: those of the whole chunks."""
+        receipt = self.window["receipt"]
+        return int(receipt["tokens"] - receipt["tail_tokens"])
+
+    @property
+    def comparison(self) -> Comparison:
+        """The answer after the thaw, compared with the live one."""
+        return compare(self.live, self.after)
+
+
+@operation
+@click.option("--restart", is_flag=True, help="restart the stack in between: one that `cwg up` runs on this machine")
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="the data directory of that stack",
+)
+def demo(restart: bool, data_dir: Path) -> Result:
+    """Prove that a thaw is lossless, and time it; about a minute."""
+    from gateway.cli import demo_restart  # noqa: PLC0415 - other commands should not pay for the stack's imports
+
+    terminal = Terminal()
+    with connection.failures():
+        admin = connection.admin()
+        again = demo_restart.find(data_dir, admin.url) if restart else None
+        try:
+            rounds = _Demo(admin, terminal, again).run()
+        finally:
+            terminal.settled()
+    return _result(rounds, admin.url, restarted=restart)
+
+
+class _Demo:
+    """One run, with names that no other has."""
+
+    def __init__(
+        self, admin: Admin, terminal: Terminal, restart: Callable[[Callable[[str], None]], None] | None
+    ) -> None:
+        self._admin = admin
+        self._show = terminal.waiting
+        self._restart = restart
+        self._id = f"demo-{secrets.token_hex(4)}"
+        self._sessions: list[str] = []
+        self._windows: list[str] = []
+
+    def run(self) -> list[Round]:
+        """Both conversations through all steps; nothing of them is left behind. Raises AdminError, Failure."""
+        check_cache(self._admin.call("GET", "/admin/cache"))
+        model = self._admin.call("GET", "/v1/models")["data"][0]
+        name, limit = str(model["id"]), int(model.get("max_model_len") or 0)
+        with self._cleaned_up():
+            return self._run(name, [short_script(), long_script(self._counter(name), limit)])
+
+    def _run(self, model: str, scripts: list[Script]) -> list[Round]:
+        frozen = [self._converse_and_freeze(model, script) for script in scripts]
+        live = [self._ask(model, script, self._name(script), script.messages) for script in scripts]
+        for script in scripts:
+            self._evict(script)
+        if self._restart:
+            self._restart(self._show)
+        thawed = [self._thaw(script) for script in scripts]
+        after = [
+            self._ask(model, script, answer["session_id"], []) for script, answer in zip(scripts, thawed, strict=True)
+        ]
+        recomputed = [self._recompute(model, script) for script in scripts]
+        return [Round(*parts) for parts in zip(scripts, frozen, thawed, live, after, recomputed, strict=True)]
+
+    def _name(self, script: Script, suffix: str = "") -> str:
+        return f"{self._id}-{script.kind}{suffix}"
+
+    def _converse_and_freeze(self, model: str, script: Script) -> dict[str, Any]:
+        session = self._session(self._name(script))
+        for turn in script.turns:
+            self._show(f"{script.kind} conversation: turn {script.turns.index(turn) + 1} of {len(script.turns)}")
+            script.messages.append({"role": "user", "content": turn})
+            reply = ask(self._admin, session, model, script.messages, _REPLY_TOKENS)
+            script.messages.append({"role": "assistant", "content": reply.text})
+        self._show(f"{script.kind} conversation: freezing it")
+        body = {"session_id": session, "window_name": self._window(self._name(script)), "tags": ["demo"]}
+        return self._admin.call("POST", "/admin/windows", body=body)
+
+    def _ask(self, model: str, script: Script, session: str, history: list[dict[str, str]]) -> Answer:
+        self._show(f"{script.kind} conversation: asking {script.question!r}")
+        question = {"role": "user", "content": script.question}
+        return ask(self._admin, session, model, [*history, question], _REPLY_TOKENS)
+
+    def _evict(self, script: Script) -> None:
+        self._show(f"{script.kind} conversation: evicting its KV from memory")
+        evicted = self._admin.call("POST", window_path(self._name(script), "evict"), body={})
+        if evicted["kept"]:
+            raise Failure(f"{evicted['kept']} of {evicted['objects']} KV objects could not be evicted from memory")
+
+    def _thaw(self, script: Script) -> dict[str, Any]:
+        name = self._name(script)
+        if not self._restart:
+            self._show(f"{script.kind} conversation: cloning it under another salt")
+            apart = self._window(self._name(script, "-apart"))
+            body = {"target_window": apart, "isolate": True}
+            self._admin.call("POST", window_path(name, "clone"), body=body)
+            name = apart
+        self._show(f"{script.kind} conversation: thawing it")
+        return self._admin.call(
+            "POST", window_path(name, "thaw"), body={"new_session_id": self._session(self._name(script, "-thawed"))}
+        )
+
+    def _recompute(self, model: str, script: Script) -> Answer:
+        self._show(f"{script.kind} conversation: computing it again, under another salt")
+        session = self._session(self._name(script, "-recomputed"))
+        question = {"role": "user", "content": script.question}
+        return ask(self._admin, session, model, [*script.messages, question], _REPLY_TOKENS)
+
+    def _counter(self, model: str) -> Callable[[str], int]:
+        def count(text: str) -> int:
+            body = {"model": model, "messages": [{"role": "user", "content": text}]}
+            return int(self._admin.call("POST", "/tokenize", body=body)["count"])
+
+        return count
+
+    def _session(self, name: str) -> str:
+        self._sessions.append(name)  # before it exists, so that it is cleaned up whenever the user interrupts
+        return name
+
+    def _window(self, name: str) -> str:
+        self._windows.append(name)
+        return name
+
+    @contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._show("removing what the demo has made")
+            for name in self._sessions:
+                self._delete(f"/admin/sessions/{name}")
+            # After the sessions: a freeze that was interrupted has ended by now. Automatic windows are among them.
+            for name in [*self._windows, *self._automatic_windows()]:
+                self._delete(window_path(name))
+
+    def _automatic_windows(self) -> list[str]:
+        names: list[str] = []
+        for session in self._sessions:
+            with suppress(AdminError):
+                page = self._admin.call("GET", "/admin/windows", query={"session_id": session})
+                names += [window["name"] for window in page["windows"] if window["name"] not in self._windows]
+        return names
+
+    def _delete(self, path: str) -> None:
+        for _ in range(_BUSY_TRIES):
+            try:
+                self._admin.call("DELETE", path)
+            except AdminError as error:
+                if error.code == "session_busy":
+                    continue
+                if error.code not in {"session_not_found", "window_not_found"}:
+                    say(f"warning: DELETE {path} failed: {error.message}", err=True)
+            return
+        say(f"warning: {path} is still busy and was left", err=True)
+
+
+def check_cache(cache: dict[str, Any]) -> None:
+    """Without a cache and a durable tier there is nothing to show. Raises Failure."""
+    state = cache["lmcache"]["status"]
+    if state == "not configured":
+        raise Failure(
+            "no cache is configured, so a freeze keeps only text: set CWG_CACHE_URL and CWG_KV_DIR, or use `cwg up`"
+        )
+    if state != "healthy":
+        raise Failure(f"the cache is {state}; `cwg doctor` says more")
+
+
+def problems(rounds: list[Round]) -> list[str]:
+    """Everything that should have held and did not."""
+    return [f"{one.script.kind} conversation: {problem}" for one in rounds for problem in _problems(one)]
+
+
+def _problems(one: Round) -> Iterator[str]:
+    receipt, restored = one.window["receipt"], one.thawed["receipt"]
+    if one.window["kv"] != "complete":
+        yield f"its freeze kept {receipt['chunks']} chunks of {receipt['chunk_size']} tokens (kv {one.window['kv']})"
+    if restored["partial"]:
+        yield f"the thaw found {restored['chunks_found']} of {restored['chunks_expected']} chunks"
+    if one.after.cached_tokens is None:
+        yield "the engine does not report cached_tokens: start it with --enable-prompt-tokens-details"
+    elif one.after.cached_tokens < one.cacheable:
+        yield f"{one.after.cached_tokens} tokens came from the cache, not {one.cacheable}"
+    if one.after.prompt_tokens != one.live.prompt_tokens:
+        yield f"the prompt has {one.after.prompt_tokens} tokens after the thaw, not {one.live.prompt_tokens}"
+    if difference := one.comparison.difference:
+        yield f"the answer {difference}"
+    if one.recomputed.cached_tokens:
+        yield f"another salt hit {one.recomputed.cached_tokens} tokens: sessions are not isolated"
+
+
+def _result(rounds: list[Round], url: str, *, restarted: bool) -> Result:
+    wrong = problems(rounds)
+    answer = {
+        "restarted": restarted,
+        "identical": all(one.comparison.difference == "" for one in rounds),
+        "problems": wrong,
+        "conversations": [_summary(one) for one in rounds],
+    }
+
+    def show() -> None:
+        say(f"{rounds[0].script.question}\n{rounds[0].after.text}\n")
+        OUT.print(_table(rounds))
+        if not wrong:
+            say(_NEXT.format(url=url).rstrip())
+
+    return Result(answer, then=show, error="; ".join(wrong))
+
+
+def _summary(one: Round) -> dict[str, Any]:
+    return {
+        "kind": one.script.kind,
+        "question": one.script.question,
+        "answer": one.after.text,
+        "answer_live": one.live.text,
+        "prompt_tokens": one.after.prompt_tokens,
+        "cached_tokens": one.after.cached_tokens,
+        "recomputed_cached_tokens": one.recomputed.cached_tokens,
+        "bytes": one.window["receipt"]["bytes"],
+        "first_token_s": {
+            "live": one.live.first_token_s,
+            "thawed": one.after.first_token_s,
+            "recomputed": one.recomputed.first_token_s,
+        },
+        "tokens_compared": one.comparison.tokens,
+        "largest_logprob_difference": one.comparison.largest,
+        "largest_logprob_difference_recomputed": compare(one.live, one.recomputed).largest,
+        "identical": one.comparison.difference == "",
+        "freeze_receipt": one.window["receipt"],
+        "thaw_receipt": one.thawed["receipt"],
+    }
+
+
+def _table(rounds: list[Round]) -> Table:
+    table = Table("", *(one.script.kind for one in rounds), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, cell in _ROWS.items():
+        table.add_row(label, *(Text(cell(one)) for one in rounds))
+    return table
+
+
+_ROWS: dict[str, Callable[[Round], str]] = {
+    "tokens of the prompt": lambda one: f"{one.after.prompt_tokens:,}",
+    "of them from the cache": lambda one: f"{one.after.cached_tokens or 0:,}",
+    "KV on disk": lambda one: f"{one.window['receipt']['bytes'] / 2**20:.1f} MiB",
+    "first token, thawed": lambda one: f"{one.after.first_token_s:.2f} s",
+    "first token, recomputed": lambda one: f"{one.recomputed.first_token_s:.2f} s",
+    "tokens compared": lambda one: str(one.comparison.tokens),
+    "largest logprob difference": lambda one: f"{one.comparison.largest:.4f}",
+    "identical": lambda one: "no" if one.comparison.difference else "yes",
+}
+
+COMMANDS = (demo,)
