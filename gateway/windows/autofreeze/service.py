@@ -175,10 +175,21 @@ class AutofreezeService:
             return "it has no finished turn yet"
         if row.session.state != "active":
             return f"it is {row.session.state} and has not continued since"
+        if self._is_too_short(row.session):
+            return f"it is shorter than one chunk ({self._chunk_size} tokens): a window of it would hold no KV"
         if self._must_wait(row, now):
             reason = f"its last freeze failed, {row.failures} in a row" if row.failures else "cool-down"
             return f"{reason}: not for {row.not_before - now:.0f} s"
         return ""
+
+    @property
+    def _chunk_size(self) -> int:
+        """Tokens; 0 where windows hold no KV at all, only text, and where it is not known yet."""
+        cache = self._services.cache
+        return cache.chunk_size if cache and self._services.pins.tiers else 0
+
+    def _is_too_short(self, session: Session) -> bool:
+        return session.token_count < self._chunk_size
 
     def _must_wait(self, row: FreezeCandidate, now: float) -> bool:
         """Whether a cool-down, or a wait after a failure, is in progress; one that would end too late is ignored."""
@@ -242,7 +253,8 @@ class AutofreezeService:
         for row in rows:
             if row.session.token_count < row.covered_tokens:
                 await self._services.store.lower_covered_tokens(row.session)
-        ready = [r for r in rows if _key(r) not in self._pending and (self._ending or not self._must_wait(r, now))]
+        long = [r for r in rows if _key(r) not in self._pending and not self._is_too_short(r.session)]
+        ready = [r for r in long if self._ending or not self._must_wait(r, now)]
         observations = [self._observation(row, event, now) for row in ready]
         decisions = await self._runner.decide(self._policies, observations) if ready else []
         for row, decision in zip(ready, decisions, strict=False):

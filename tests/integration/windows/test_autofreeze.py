@@ -15,7 +15,7 @@ from gateway.windows.autofreeze.service import AutofreezeService, retry_after
 from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
-from tests.support.harness import GatewayHarness
+from tests.support.harness import CHUNK, GatewayHarness
 
 QUICK: dict[str, Any] = {
     "auto_freeze": True,
@@ -284,6 +284,24 @@ async def test_policies_are_not_asked_about_a_session_that_has_to_wait(harness: 
             ]
         ]
     assert asked == ["over", "a wrong clock's"]
+
+
+@pytest.mark.anyio
+async def test_a_session_without_a_whole_chunk_is_not_frozen_where_windows_hold_kv(harness: GatewayHarness) -> None:
+    assert harness.services.cache is not None
+    await harness.services.cache.info()
+    settings = harness.settings.model_copy(update={"auto_freeze_tokens": 1})
+    text_only = replace(harness.services, cache=None, settings=settings)
+    for services, frozen in ((replace(harness.services, settings=settings), [CHUNK]), (text_only, [CHUNK - 1, CHUNK])):
+        async with AutofreezeService(services) as autofreeze:
+            rows = [
+                FreezeCandidate(Session("t", f"s{tokens}", lineage="s", token_count=tokens, transcript=b"t"), 0, 0.0, 0)
+                for tokens in (CHUNK - 1, CHUNK)
+            ]
+            asked = [row async for row, _ in autofreeze._sessions_to_freeze(rows, "turn")]
+            assert [row.session.token_count for row in asked] == frozen
+            short = autofreeze._held_back(rows[0], time.time())
+            assert ("shorter than one chunk (16 tokens)" in short) == (len(frozen) == 1)
 
 
 @pytest.mark.anyio
