@@ -29,6 +29,14 @@ _AGENT_HEADERS = (
     b"x-dynamo-session-id",
     b"x-amp-thread-id",
     b"x-nemo-relay-session-id",
+    # Chat front ends make titles and tags under the id of the chat, and traces hold all that an agent does.
+    b"x-openwebui-chat-id",
+    b"x-conversation-id",
+    b"x-chat-id",
+    b"x-thread-id",
+    b"helicone-session-id",
+    b"langfuse-session-id",
+    b"langfuse_session_id",
 )
 # The engine does not get them.
 HEADERS = frozenset({SESSION_HEADER, _CLAUDE, _CLAUDE_AGENT, _CODEX, _SUBAGENT, *_AGENT_HEADERS})

@@ -15,7 +15,7 @@ from gateway.runtime.offload import is_heavy
 from gateway.sessions import prefix_chain
 from gateway.sessions.client_ids import ClientSessionId, subconversation_id
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
-from gateway.sessions.session_match import SessionMatch
+from gateway.sessions.session_match import PrefixMatch, SessionMatch, was_answered
 from gateway.sessions.turn_context import TurnContext
 from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import OperationContext, Services
@@ -37,11 +37,20 @@ async def resolve_in_window(services: Services, turn: TurnContext, name: str, ru
     heavy = is_heavy(history) or is_heavy(prompt.messages)
     request = await services.offload.run(heavy, _whole_conversation, history, prompt, seed, rule)
     found = await services.sessions.look_up(turn.tenant, request)
-    if found.session and not found.forks:
+    if found.session and not found.forks and not _is_first_again(history, request, found):
         return SessionMatch(found.session, found.how, seed, request)
     ctx = OperationContext(services, turn.tenant)
     branch = await thaw(ctx, window.name, new_session_id=None, warm="none", source="window", window=window)
     return SessionMatch(branch.session, "window", seed, request, is_new=True)
+
+
+def _is_first_again(history: Sequence[Message], request: ConversationPrefix, found: PrefixMatch) -> bool:
+    """Whether a request is the first of a branch, word for word, and that was answered.
+
+    Then it may be of another client, and only a reply since the window would show that it is of the same.
+    """
+    replies = sum(message.get("role") == "assistant" for message in history)
+    return len(request.replies) <= replies and was_answered(request, found)
 
 
 def _whole_conversation(

@@ -51,6 +51,31 @@ def test_new_messages_continue_the_window_in_a_branch(
     assert len({request.json["cache_salt"] for request in engine.seen(CHAT)}) == 1
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_clients_with_the_same_first_words_are_two_branches(
+    engine: FakeEngine, gateway: Gateway, window: str, *, whole: bool
+) -> None:
+    said = [*BEGINNING, REPLY, user("same")] if whole else [user("same")]
+    answers = [ask(gateway, f"/w/{window}", said) for _ in range(3)]
+    branches = [answer.headers["x-session-id"] for answer in answers]
+    assert len(set(branches)) == 3
+    assert len({answer.headers["x-context-tokens"] for answer in answers}) == 1
+    assert len({request.json["cache_salt"] for request in engine.seen(CHAT)}) == 1
+    # Each goes on by its own reply; where that is the same, the branch that was active last continues.
+    assert ask(gateway, f"/w/{window}", [*said, REPLY, user("on")]).headers["x-session-id"] in branches
+
+
+def test_first_request_of_a_branch_that_failed_is_retried_there(
+    engine: FakeEngine, gateway: Gateway, window: str
+) -> None:
+    engine.on_chat = lambda exchange: exchange.json({"error": {"message": "out of memory"}}, 500)
+    first = ask(gateway, f"/w/{window}", [user("retried")])
+    engine.on_chat = engine.answer_chat
+    second = ask(gateway, f"/w/{window}", [user("retried")])
+    assert (first.status_code, second.status_code) == (500, 200)
+    assert first.headers["x-session-id"] == second.headers["x-session-id"]
+
+
 def test_full_history_is_taken_as_it_is(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     history = [*BEGINNING, REPLY, user("on")]
     one = ask(gateway, f"/w/{window}", history).headers["x-session-id"]

@@ -53,6 +53,14 @@ from tests.support.conversations import SYSTEM, assistant, at, user
         ),
         ({"x-litellm-session-id": "l"}, {}, ClientSessionId("agent", "l", "header x-litellm-session-id")),
         ({"x-dynamo-session-id": "d"}, {}, ClientSessionId("agent", "d", "header x-dynamo-session-id")),
+        ({"x-openwebui-chat-id": "o"}, {}, ClientSessionId("agent", "o", "header x-openwebui-chat-id")),
+        ({"x-conversation-id": "v"}, {}, ClientSessionId("agent", "v", "header x-conversation-id")),
+        (
+            {"helicone-session-id": "h", "langfuse-session-id": "f"},
+            {},
+            ClientSessionId("agent", "h", "header helicone-session-id"),
+        ),
+        ({"langfuse_session_id": "f"}, {}, ClientSessionId("agent", "f", "header langfuse_session_id")),
         ({"x-client-request-id": "r", "x-correlation-id": "c"}, {}, None),
         ({}, {"metadata": {"session_id": "b"}}, ClientSessionId("session", "b", "body metadata.session_id")),
         (
