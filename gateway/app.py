@@ -5,13 +5,14 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import uvloop
 from starlette.applications import Starlette
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import endpoint, server, workers
 from gateway.api.admin import routes
@@ -56,6 +57,10 @@ log = logging.getLogger(__name__)
 
 _REPORTS_PER_TIMEOUT = 10  # of a worker that is alive, in `worker_timeout_s`
 _INFERENCE = ("/v1/", "/s/", "/w/")
+_FOR_PAGES = (
+    "x-session-id", "x-session-match", "x-context-tokens", "x-context-limit", "x-context-history",
+    "x-context-added-messages", "x-context-hint", "x-context-ancestor", "x-context-dropped-messages",
+)  # fmt: skip
 _TOKENIZER = frozenset(path.decode() for path in TOKENIZER_PATHS)
 
 
@@ -70,6 +75,7 @@ class Gateway:
         self._rest = Starlette(routes=routes.routes(), exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
         self._mcp = McpTransport(self._admin, services.settings)
+        self._app = _for_pages(self._route, services.settings.allowed_origins)
 
     async def __aenter__(self) -> "Gateway":
         await self._mcp.__aenter__()
@@ -80,6 +86,9 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        await self._app(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(_INFERENCE) or scope["path"] in _TOKENIZER:
             await self._inference(scope, receive, send)
         elif scope["path"] in PATHS:
@@ -90,6 +99,15 @@ class Gateway:
     async def _admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] = self._state
         await self._rest(scope, receive, send)
+
+
+def _for_pages(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """The application, with preflights answered and its answers readable for pages of these origins."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=_FOR_PAGES
+    )
 
 
 @asynccontextmanager
@@ -170,6 +188,11 @@ def _watch(node: EngineNode, telemetry: Metrics) -> None:
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:
     tiers: list[Tier] = []
     if settings.kv_path and settings.pins_path:
+        if not settings.kv_path.is_dir():
+            log.warning(
+                "kv_dir %s does not exist: it must be the base_path of LMCache's fs adapter, which creates it",
+                settings.kv_path,
+            )
         try:
             tiers.append(await stack.enter_async_context(DiskTier(settings.kv_path, settings.pins_path / store_id)))
         except TierUnavailable as error:

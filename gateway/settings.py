@@ -33,6 +33,24 @@ _FROM_TEXT: Mapping[Any, Callable[[str], Any]] = MappingProxyType(
 )
 
 
+_OLD_PREFIX = "CWM_"  # of Context Window Manager (cwm-mcp)
+_OLD_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "CWM_VLLM_URL": "CWG_ENGINE_URLS",
+        "CWM_VLLM_API_KEY": "CWG_ENGINE_API_KEY",
+        "CWM_VLLM_TIMEOUT": "CWG_ENGINE_TIMEOUT_S",
+        "CWM_DB_PATH": "CWG_STORE_URL",
+        "CWM_STORAGE_DISK_PATH": "CWG_KV_DIR",
+        "CWM_STORAGE_PATH": "CWG_KV_DIR",
+        "CWM_STORAGE_DISK_MAX_GB": "CWG_DISK_BUDGET_BYTES",
+        "CWM_STORAGE_REDIS_URL": "CWG_KV_REDIS_URL",
+        "CWM_LOG_LEVEL": "CWG_LOG_LEVEL",
+        "CWM_AUTO_FREEZE_ENABLED": "CWG_AUTO_FREEZE",
+        "CWM_AUTO_FREEZE_TOKEN_THRESHOLD": "CWG_AUTO_FREEZE_TOKENS",
+    }
+)
+
+
 class SettingsError(Exception):
     """Settings that cannot be used; the message names each of them, where it came from, and the remedy."""
 
@@ -120,7 +138,7 @@ class Settings(BaseSettings):
         "", "one key for every API (`Authorization: Bearer` or `x-api-key`); without it no public name is served"
     )
     allowed_origins: tuple[Origin, ...] = setting(
-        (), "origins, as `https://app.example`, whose pages may call the gateway; `*`: all. No CORS headers are sent"
+        (), "origins, as `https://app.example`, whose pages may call the gateway and read its answers (CORS); `*`: all"
     )
     extra_paths: tuple[ExtraPath, ...] = setting(
         (), "additional engine paths to pass through: `POST /v1/x`, `GET /v1/y/*`, `* /v1/z`; others are closed"
@@ -260,6 +278,11 @@ class Settings(BaseSettings):
                 return _FROM_TEXT[kind](value)
         return value
 
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _require_key_beyond_loopback(self) -> "Settings":
         if self.host not in LOOPBACK and not self.api_key:
@@ -297,6 +320,14 @@ class Settings(BaseSettings):
         if self.pins_dir:
             return _absolute(self.pins_dir)
         return self.kv_path.with_name(f"{self.kv_path.name}-pins") if self.kv_path else None
+
+
+def old_variables(environment: Mapping[str, str]) -> str:
+    """Which variables of Context Window Manager are set, and their names here; empty if there are none."""
+    names = sorted(name for name in environment if name.startswith(_OLD_PREFIX))
+    found = [(name, _OLD_NAMES.get(name.replace("__", "_"))) for name in names]
+    told = [f"{name} is {new} here" if new else f"{name} has no counterpart" for name, new in found]
+    return f"variables of cwm-mcp are ignored: {', '.join(told)}" if told else ""
 
 
 def _absolute(path: str) -> Path:

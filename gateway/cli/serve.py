@@ -17,6 +17,8 @@ from gateway.cli.output import say
 from gateway.errors import StartError
 from gateway.runtime.logs import SafeFormatter
 
+log = logging.getLogger(__name__)
+
 
 @click.command()
 @click.option("--model", help="model directory or id; without it, a demo model")
@@ -60,11 +62,13 @@ def serve(config: Path | None, **options: Any) -> None:
     """Run the gateway alone, for a stack that runs elsewhere."""
     # Other commands should not pay for the server's imports.
     from gateway import app  # noqa: PLC0415
-    from gateway.settings import SettingsError, load  # noqa: PLC0415
+    from gateway.settings import SettingsError, load, old_variables  # noqa: PLC0415
 
     try:
         settings = load(file=config, environment=os.environ, overrides=options)
         _log_to_stderr(settings.log_level, with_pid=settings.workers > 1)
+        if ignored := old_variables(os.environ):
+            log.warning(ignored)
         app.main(settings)
     except (SettingsError, StartError) as error:
         raise Failure(str(error)) from error
@@ -101,7 +105,7 @@ def _log_to_stderr(level: str, *, with_pid: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SafeFormatter(line))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    for library in ("httpx", "mcp"):
+    for library in ("httpx", "httpcore", "mcp"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -21,6 +21,7 @@ _TAIL_BYTES = 64 * 1024
 _LOG_BYTES = 64 * 2**20
 _CAUSE = re.compile(r"\b[A-Z]\w*(?:Error|Exception)\b: ")
 _CAUSES = 3
+_OWNER_ONLY = 0o077  # umask: logs, KV and stores hold conversations
 _LINE_CHARS = 300
 """vLLM logs its whole configuration as one line."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -80,7 +81,7 @@ class ManagedProcess:
         # Sockets and start-up files go where a sweep finds them. A short path: a socket's has 107 bytes at most.
         self._temporary = Path(tempfile.mkdtemp(prefix="cwg-"))
         inherited = {name: value for name, value in os.environ.items() if not self._is_withheld(name)}
-        with self._launch.log.open("ab") as log:
+        with self._launch.log.open("ab", opener=_open_private) as log:
             self._process = subprocess.Popen(
                 self._launch.argv,
                 stdin=subprocess.DEVNULL,
@@ -89,6 +90,7 @@ class ManagedProcess:
                 env={**inherited, "TMPDIR": str(self._temporary), **self._launch.env},
                 cwd=self._launch.cwd,
                 start_new_session=True,
+                umask=_OWNER_ONLY,
             )
         self.note()
 
@@ -165,9 +167,13 @@ class ManagedProcess:
         return self._process
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _rotate(log: Path) -> None:
     """Begin a new log and keep one old one."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if log.exists():
         log.replace(_old(log))
 

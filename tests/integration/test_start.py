@@ -95,3 +95,14 @@ def test_a_store_of_before_takes_the_secret_that_it_finds(engine: FakeEngine, tm
         assert gateway.stop() == 0
     (used.data_dir / "secret").write_text("f" * 64)
     assert "is not the one" in ended_with_one_line(used)
+
+
+def test_missing_kv_dir_and_old_variables_are_named_at_the_start(
+    engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CWM_VLLM_URL", "http://127.0.0.1:8000")
+    with gateway_in_front_of(engine.url, tmp_path, kv_dir=str(tmp_path / "nowhere"), log_level="DEBUG") as gateway:
+        assert gateway.chat("s").status_code == 200
+        assert f"kv_dir {tmp_path / 'nowhere'} does not exist" in gateway.log
+        assert "CWM_VLLM_URL is CWG_ENGINE_URLS here" in gateway.log
+        assert "httpcore" not in gateway.log

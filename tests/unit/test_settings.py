@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import Settings, SettingsError, load, table
+from gateway.settings import Settings, SettingsError, load, old_variables, table
 from gateway.windows.autofreeze import rules
 from tests.support.gateway_process import ROOT
 
@@ -107,6 +107,20 @@ def test_every_setting_is_read_from_every_source(tmp_path: Path, name: str) -> N
         assert [n for n in NAMES if getattr(got, n) != getattr(Settings(), n)] == [name]
 
 
+def test_log_level_is_read_in_any_case() -> None:
+    assert load(environment={"CWG_LOG_LEVEL": "INFO"}).log_level == "info"
+    assert load(environment={}, overrides={"log_level": "Warning"}).log_level == "warning"
+
+
+def test_variables_of_the_old_system_are_named_with_ours() -> None:
+    told = old_variables({"CWM_VLLM__URL": "x", "CWM_VLLM_URL": "x", "CWM_LIMITS_MAX_SESSIONS": "1", "HOME": "/"})
+    assert told == (
+        "variables of cwm-mcp are ignored: CWM_LIMITS_MAX_SESSIONS has no counterpart, "
+        "CWM_VLLM_URL is CWG_ENGINE_URLS here, CWM_VLLM__URL is CWG_ENGINE_URLS here"
+    )
+    assert old_variables({"CWG_PORT": "1"}) == ""
+
+
 def test_the_command_line_beats_the_environment_which_beats_the_file(tmp_path: Path) -> None:
     file = toml(tmp_path, "port = 1\nchunk_size = 1\nturns_kept = 1")
     environment = {"CWG_PORT": "2", "CWG_CHUNK_SIZE": "2"}
@@ -205,7 +219,7 @@ def test_foreign_variables_never_stop_the_start() -> None:
         ("cache_url", "localhost"), ("kv_redis_url", "http://x"), ("kv_redis_url", "redis://"),
         ("store_url", "redis://x"), ("store_url", "/path"), ("isolation", "none"), ("isolation", ""),
         ("on_full", "cut"),
-        ("log_level", "INFO"), ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
+        ("log_level", "trace"), ("host", "0.0.0.0"), ("host", ""), ("host", "::"),
         ("engine_urls", ""), ("expiry_grace_s", "-1"), ("session_ttl_s", "-1"), ("session_ttl_s", "nan"),
         ("sweep_every_s", "0"), ("disk_budget_bytes", "-1"), ("redis_budget_bytes", "1.5"), ("disk_reserve_bytes", "0"),
         ("auto_freeze", "maybe"), ("auto_freeze_idle_minutes", "-1"),

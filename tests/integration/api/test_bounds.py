@@ -291,6 +291,21 @@ def test_a_page_that_is_allowed_is_served(limited: Gateway) -> None:
     assert limited.http.get("/v1/models", headers={**page, "origin": "https://mine.example.evil"}).status_code == 403
 
 
+def test_a_page_that_is_allowed_reads_answers_after_a_preflight(limited: Gateway, engine: FakeEngine) -> None:
+    page = {"origin": "https://mine.example"}
+    wanted = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    preflight = limited.http.options(CHAT, headers={**page, **wanted})
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, page["origin"])
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for body in (SMALL, STREAM):
+        answer = post(limited, CHAT, body, **page)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page["origin"])
+        assert "x-session-id" in answer.headers["access-control-expose-headers"]
+    other = limited.http.options(CHAT, headers={"origin": "https://evil.example", **wanted})
+    assert "access-control-allow-origin" not in other.headers
+    assert len(engine.seen(CHAT)) == 2
+
+
 @pytest.mark.parametrize(
     "kind", [b"text/plain", b"text/plain;application/json", b"application/x-www-form-urlencoded", b""]
 )

@@ -142,6 +142,16 @@ def test_new_process_rotates_the_log(part: ManagedProcess, tmp_path: Path) -> No
     assert (tmp_path / "logs" / "engine.log.1").read_text() == "of the day before"
 
 
+def test_only_its_owner_can_read_what_it_writes(tmp_path: Path, port: int) -> None:
+    script = f"open({str(tmp_path / 'object')!r}, 'w').close(); print('done')"
+    part = ManagedProcess(_launch(tmp_path, (sys.executable, "-c", script), port))
+    part.start()
+    eventually(lambda: part.exit_code is not None, "it has ended")
+    part.stop()
+    modes = [path.stat().st_mode & 0o777 for path in (part.log.parent, part.log, tmp_path / "object")]
+    assert modes == [0o700, 0o600, 0o600]
+
+
 def test_it_does_not_get_withheld_variables(part: ManagedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "x")
     part.start()
