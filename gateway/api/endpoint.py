@@ -19,7 +19,7 @@ from gateway.api.health import Health
 from gateway.api.operation import JSON, NDJSON, Operation
 from gateway.api.schemas import Json
 from gateway.engines.connection import Headers
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, invalid_field
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent
 from gateway.validation.shown import shown
@@ -65,7 +65,7 @@ class Call:
                 given.setdefault(name, []).extend(value.split(","))
             elif name in given:
                 message = f"{shown(name)} is given more than once"
-                raise GatewayError("invalid_request", message, details={"field": name[:_LONGEST_FIELD]})
+                raise invalid_field(name[:_LONGEST_FIELD], message, "send it once")
             else:
                 given[name] = value
         return given
@@ -138,11 +138,11 @@ class _ProgressResponse:
     def __init__(self, operation: Operation, call: Call) -> None:
         self._operation = operation
         self._call = call
-        self._lines: asyncio.Queue[Json | None] = asyncio.Queue()
+        self._lines: asyncio.Queue[bytes | None] = asyncio.Queue()
         call.progress = self._report
 
     def _report(self, stage: str, done: int, total: int) -> None:
-        self._lines.put_nowait({"progress": {"stage": stage, "done": done, "total": total}})
+        self._lines.put_nowait(_json({"progress": {"stage": stage, "done": done, "total": total}}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A client that stops watching does not undo the work.
@@ -150,18 +150,22 @@ class _ProgressResponse:
         headers = [(b"content-type", NDJSON.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while (line := await self._lines.get()) is not None:
-            await send({"type": "http.response.body", "body": _json(line) + b"\n", "more_body": True})
+            await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
         await task
 
     async def _run(self) -> None:
         try:
-            result = await _or_error(self._call.serve(self._operation), self._operation.handler.__name__)
-            self._lines.put_nowait(_last_line(self._operation.status, result))
+            last = await _or_error(self._last(), self._operation.handler.__name__)
+            self._lines.put_nowait(_json(_last_line(0, last)) if isinstance(last, GatewayError) else last)
         except ClientGone:
             pass
         finally:
             self._lines.put_nowait(None)
+
+    async def _last(self) -> bytes:
+        """The last line; a result that is no JSON is a failure as any other."""
+        return _json(_last_line(self._operation.status, await self._call.serve(self._operation)))
 
 
 async def _or_error(work: Awaitable[T], name: str) -> T | GatewayError:

@@ -1,5 +1,6 @@
 """Tree: where every window and session of a tenant came from, as one list of nodes, read from the store alone."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,8 @@ async def tree(services: Services, tenant: str, limit: int) -> Tree:
     await services.recorder.flush()
     windows, window_count = await services.store.list_windows(tenant, WindowQuery(limit=limit))
     sessions, session_count = await services.store.list_sessions(tenant, state=None, model=None, limit=limit, offset=0)
-    return Tree(tuple(nodes(windows, sessions)), window_count, session_count)
+    found = await asyncio.to_thread(nodes, windows, sessions)  # up to 20,000
+    return Tree(tuple(found), window_count, session_count)
 
 
 def nodes(windows: Sequence[Window], sessions: Sequence[Session]) -> list[Node]:
