@@ -87,8 +87,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "model_mismatch": Code(
             409,
             "The engine does not serve the model of the window or session, or serves it with other weights",
-            "Serve that model; the text is still there (`GET /admin/windows/{name}/messages`) and can be imported "
-            "`as_text`",
+            "Serve that model, or thaw or import the window `as_text`: the engine computes it then",
         ),
         "payload_too_large": Code(
             413, "The body is too large", "`max_body_bytes` and `max_import_bytes` set the limits"
@@ -143,14 +142,26 @@ _PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
 class GatewayError(Exception):
-    """A failure with a code, a sentence that says what is wrong, and a hint that says what to do about it."""
+    """A failure with a code, a sentence that says what is wrong, and a hint that says what to do about it.
 
-    def __init__(self, code: str, message: str, *, hint: str = "", details: Mapping[str, Any] | None = None) -> None:
+    `lasting`: a retry does not help, although it does with other errors of that code.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        hint: str = "",
+        details: Mapping[str, Any] | None = None,
+        lasting: bool = False,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.hint = hint
         self.details = dict(details or {})
+        self._lasting = lasting
 
     @property
     def status(self) -> int:
@@ -160,7 +171,13 @@ class GatewayError(Exception):
     @property
     def retryable(self) -> bool:
         """Whether the same request may succeed later."""
-        return CODES[self.code].retryable
+        return CODES[self.code].retryable and not self._lasting
+
+
+def no_cache(purpose: str) -> GatewayError:
+    """The error for an operation that needs a cache where none is configured."""
+    message = f"no cache is configured to {purpose}"
+    return GatewayError("cache_unavailable", message, hint="set cache_url", lasting=True)
 
 
 def invalid_field(field: str, message: str, hint: str = "") -> GatewayError:

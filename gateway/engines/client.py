@@ -16,7 +16,8 @@ from blake3 import blake3
 
 from gateway.dialects import transcripts
 from gateway.dialects.base import engine_token_counts
-from gateway.engines.connection import UNREACHABLE_HINT
+from gateway.engines.cache_use import CacheUse
+from gateway.engines.connection import TIMEOUT_HINT, UNREACHABLE_HINT
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 from gateway.runtime.open_files import OutOfFiles
@@ -276,6 +277,13 @@ class HttpEngineClient(EngineClient):
         except (GatewayError, ValueError, KeyError, TypeError):
             return ""
 
+    async def cache_use(self) -> CacheUse | None:
+        """Ask how full the engine's own cache is; None if it does not say."""
+        try:
+            return CacheUse.read((await self.ask("GET", "/metrics", quick=True)).text)
+        except GatewayError:
+            return None
+
     def _on_asked(self, _: object) -> None:
         self._asking = None
         self._asked_at = time.monotonic()
@@ -307,8 +315,9 @@ class HttpEngineClient(EngineClient):
                 retry and quick and caused_by_own_stall(self._lost_since, began)
             ):  # such a request costs an engine nothing
                 return await self._ask(method, path, json, quick=quick, retry=False)
-            code = "engine_unreachable" if isinstance(error, httpx.ConnectTimeout) else "engine_timeout"
-            raise GatewayError(code, f"engine at {self.url} did not answer {path} in time") from error
+            connecting = isinstance(error, httpx.ConnectTimeout)
+            code, hint = ("engine_unreachable", UNREACHABLE_HINT) if connecting else ("engine_timeout", TIMEOUT_HINT)
+            raise GatewayError(code, f"engine at {self.url} did not answer {path} in time", hint=hint) from error
         except httpx.HTTPError as error:
             if self._out_of_files.caused(error):
                 raise GatewayError("rate_limited", "the gateway has too many open files") from error
@@ -338,6 +347,16 @@ class HttpEngineClient(EngineClient):
 def _checked(response: httpx.Response) -> dict[str, Any]:
     if response.status_code >= 400:
         code = "engine_unreachable" if response.status_code >= 500 else "invalid_request"
-        raise GatewayError(code, f"engine answered {response.status_code} to {response.url.path}: {response.text:.500}")
+        reason = f"engine answered {response.status_code} to {response.url.path}: {_reason(response):.500}"
+        raise GatewayError(code, reason)
     answer: dict[str, Any] = response.json()
     return answer
+
+
+def _reason(response: httpx.Response) -> str:
+    """The message in an engine's error, or all of an answer that is none."""
+    try:
+        error = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return response.text

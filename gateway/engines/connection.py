@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 import httptools
 
@@ -11,6 +12,8 @@ from gateway.runtime.stalls import LostSince, never_lost
 
 Headers = list[tuple[bytes, bytes]]
 UNREACHABLE_HINT = "is vLLM running, and is engine_urls its address?"
+TIMEOUT_HINT = "the engine may be overloaded: try again later; engine_timeout_s sets how long the gateway waits"
+_HINTS = MappingProxyType({"engine_unreachable": UNREACHABLE_HINT, "engine_timeout": TIMEOUT_HINT})
 OnChunks = Callable[[Sequence[bytes]], bool]
 
 # vLLM (uvicorn) closes a connection that was idle for 5 s; one that is about to close is not worth the race.
@@ -341,5 +344,4 @@ class Connection(asyncio.Protocol):
 
 def as_gateway_error(error: UpstreamError) -> GatewayError:
     """The error that a client sees."""
-    hint = UNREACHABLE_HINT if error.code == "engine_unreachable" else ""
-    return GatewayError(error.code, str(error), hint=hint)
+    return GatewayError(error.code, str(error), hint=_HINTS.get(error.code, ""))

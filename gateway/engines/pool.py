@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from gateway.engines.cache_use import CacheUse
 from gateway.engines.client import EngineClient, Model, Reply
 from gateway.engines.connection import UNREACHABLE_HINT, Connection, Headers, UpstreamError
 from gateway.engines.node import HEALTHY, EngineNode
@@ -153,6 +154,12 @@ class EnginePool(EngineClient):
         """Probe all engines now."""
         await asyncio.gather(*(member.probe() for member in self.members))
         self._compare()
+
+    async def cache_use(self) -> CacheUse | None:
+        """How full the own caches of all engines that are up are; None if none of them says."""
+        answers = await asyncio.gather(*(member.engine.cache_use() for member in self.up))
+        known = [one for one in answers if one is not None]
+        return CacheUse.total(known) if known else None
 
     def _compare(self) -> None:
         differing = _differing(self.members)

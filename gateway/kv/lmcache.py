@@ -15,6 +15,7 @@ import httpx
 from gateway.errors import GatewayError
 from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
+from gateway.kv.memory import MemoryRecord, MemoryUse, Moves
 from gateway.runtime.progress import Progress
 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
@@ -31,6 +32,7 @@ class CacheInfo:
     hash_algorithm: str
     world_sizes: dict[str, int]  # of each model that an engine has registered
     adapters: tuple[str, ...]  # the type of each L2 adapter, in the order in which they are read
+    memory: MemoryUse | None = None
 
 
 class _Load(NamedTuple):
@@ -55,6 +57,7 @@ class LMCache:
         self._adapters_at = -math.inf
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while in use
         self._last: dict[str, _Load] = {}  # by salt, only recent ones
+        self._memory = MemoryRecord()
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
         )
@@ -83,6 +86,7 @@ class LMCache:
             hash_algorithm=str(status["hash_algorithm"]),
             world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
             adapters=tuple(str(adapter["type_name"]) for adapter in adapters["adapters"]),
+            memory=MemoryUse.read(status),
         )
 
     async def adapters(self, *, within_s: float = 0.0) -> tuple[dict[str, Any], ...]:
@@ -161,6 +165,23 @@ class LMCache:
         found, wanted = last.found
         return found == wanted and _is_fresh(last)
 
+    async def moves(self, salt: str) -> Moves | None:
+        """Ask how many objects of a salt have come into L1 and left it; None if it does not say."""
+        try:
+            return Moves.read((await self._request("GET", "/metrics")).text, salt)
+        except GatewayError:
+            return None
+
+    def remember(self, manifest: str, salt: str, before: Moves | None, *, is_there: bool) -> None:
+        """See `MemoryRecord.remember`."""
+        self._memory.remember(manifest, salt, before, is_there=is_there)
+
+    async def is_in_memory(self, manifest: str, salt: str) -> bool | None:
+        """Whether all of a window's objects are in L1, or none is; None if it is not known. Raises nothing."""
+        if not self._memory.knows(manifest, salt):
+            return None
+        return self._memory.is_there(manifest, salt, await self.moves(salt))
+
     async def _prefetch(
         self, model: str, world_size: int, token_ids: Sequence[int], salt: str, progress: Progress
     ) -> tuple[int, int]:
@@ -176,6 +197,10 @@ class LMCache:
         return int(answer["found_keys"]), int(answer["total_keys"])
 
     async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = (await self._request(method, path, **arguments)).json()
+        return answer
+
+    async def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **arguments)
         except httpx.HTTPError as error:
@@ -188,8 +213,7 @@ class LMCache:
             raise GatewayError(
                 "cache_unavailable", f"LMCache answered {response.status_code} to {path}: {response.text:.300}"
             )
-        answer: dict[str, Any] = response.json()
-        return answer
+        return response
 
 
 def _is_fresh(load: _Load) -> bool:

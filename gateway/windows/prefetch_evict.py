@@ -7,17 +7,26 @@ cache is not touched: it has no call that drops one window.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from gateway.errors import GatewayError
+from gateway.errors import no_cache
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
+from gateway.kv.memory import MEMORY_TIER
 from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
-from gateway.windows.restore import Receipt, check_and_restore, load, put_back
+from gateway.windows.restore import Receipt, load, put_back, restore_and_count
+
+
+class Prefetched(NamedTuple):
+    """The receipt of a load, and how many objects each tier has: `cpu`, the cache's memory, and durable ones."""
+
+    receipt: Receipt
+    tiers: Mapping[str, int]
 
 
 @instrumented
-async def prefetch(ctx: OperationContext, name: str) -> Receipt:
+async def prefetch(ctx: OperationContext, name: str) -> Prefetched:
     """Load a window's chunks from disk or Redis into the cache's memory; create no session.
 
     Raises `window_not_found`, `model_mismatch`, `cache_unavailable`. Chunks that are lost or damaged raise nothing: the
@@ -28,10 +37,13 @@ async def prefetch(ctx: OperationContext, name: str) -> Receipt:
     await served_model(services, window)
     cache = _cache(services, "load into")
     manifest = await services.store.manifest(window)
-    receipt = await check_and_restore(ctx, window, manifest)
-    loaded = await load(ctx, cache, window, manifest, receipt.chunks_found) if receipt.chunks_found else None
+    receipt, before = await restore_and_count(ctx, cache, window, manifest)
+    loaded = await load(ctx, cache, window, manifest, receipt.chunks_found, before) if receipt.chunks_found else None
     partial = (loaded or 0) < receipt.chunks_expected
-    return replace(receipt, chunks_prefetched=loaded, partial=partial, duration_ms=ctx.duration_ms())
+    present, _ = await services.pins.present(list(dict.fromkeys(one.key for one in manifest.objects)))
+    tiers = {MEMORY_TIER: (loaded or 0) * window.world_size} | {tier: len(keys) for tier, keys in present.items()}
+    receipt = replace(receipt, chunks_prefetched=loaded, partial=partial, duration_ms=ctx.duration_ms())
+    return Prefetched(receipt, tiers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +85,15 @@ async def evict(ctx: OperationContext, name: str) -> Evicted:
     states, warnings = await put_back(services, window, objects)
     safe = {key for by_key in states.values() for key, state in by_key.items() if state.usable}
     ctx.progress("evict", 0, len(safe))
+    counted = await cache.moves(window.salt)
     dropped, locked = await cache.delete([ObjectKey.parse(one) for one in names if one in safe], tier="l1")
     after, _ = await services.pins.present(names)
-    tiers = {"cpu": Residency(dropped + locked, locked)}
+    tiers = {MEMORY_TIER: Residency(dropped + locked, locked)}
     tiers |= {tier: Residency(len(before.get(tier, ())), len(present)) for tier, present in after.items()}
     if locked:
         warnings.append(f"{locked} objects are in use and stayed in the cache's memory")
     kept = len(names) - len(safe)
+    cache.remember(window.manifest, window.salt, None if locked or kept else counted, is_there=False)
     if kept:
         warnings.append(
             f"{kept} of {len(names)} objects are intact in no durable tier: they stayed in the cache's memory"
@@ -90,5 +104,5 @@ async def evict(ctx: OperationContext, name: str) -> Evicted:
 
 def _cache(services: Services, purpose: str) -> LMCache:
     if services.cache is None:
-        raise GatewayError("cache_unavailable", f"no cache is configured to {purpose}", hint="set cache_url")
+        raise no_cache(purpose)
     return services.cache

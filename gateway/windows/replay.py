@@ -22,7 +22,7 @@ from typing import Any
 
 from gateway.dialects.base import engine_token_counts
 from gateway.engines.client import EngineClient, Model
-from gateway.errors import GatewayError
+from gateway.errors import no_cache
 from gateway.kv.keys import ObjectKey, with_salt
 from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
@@ -93,7 +93,7 @@ async def replay(
     if not chunks:
         return (), ["the window holds no KV: there is nothing to continue from"]
     if services.cache is None:
-        raise GatewayError("cache_unavailable", "no cache is configured to load the KV", hint="set cache_url")
+        raise no_cache("load the KV")
     steps = iter(range(1, len(tiers) + 1))
     ctx.progress("compute", 0, len(tiers) + 1)
     engine = _Engine(services.engines.for_lineage(window.lineage), model, ids)

@@ -1,5 +1,6 @@
 """Restore a window's KV: put back what was evicted from the tiers, and load it into LMCache's memory."""
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
+from gateway.kv.memory import Moves
 from gateway.kv.tiers.base import ObjectState
 from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.store.types import WindowQuery
@@ -31,6 +33,7 @@ class Receipt:
     prompt_tokens: int = 0
     partial: bool = False
     duration_ms: float = 0.0
+    as_text: bool = False  # only the text was taken
     warnings: tuple[str, ...] = ()
 
 
@@ -53,22 +56,38 @@ async def restore_and_load(ctx: OperationContext, window: Window, manifest: Mani
 
     Raises what `check_and_restore` raises.
     """
-    receipt = await check_and_restore(ctx, window, manifest)
-    if not receipt.chunks_found or ctx.services.cache is None:
+    if ctx.services.cache is None:
+        return await check_and_restore(ctx, window, manifest)
+    receipt, before = await restore_and_count(ctx, ctx.services.cache, window, manifest)
+    if not receipt.chunks_found:
         return receipt
     try:
-        loaded = await load(ctx, ctx.services.cache, window, manifest, receipt.chunks_found)
+        loaded = await load(ctx, ctx.services.cache, window, manifest, receipt.chunks_found, before)
     except GatewayError as error:  # then the engine loads it itself, or computes it
         return replace(receipt, warnings=(*receipt.warnings, error.message))
     return replace(receipt, chunks_prefetched=loaded)
 
 
-async def load(ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest, chunks: int) -> int:
-    """Load leading chunks from the tiers into LMCache's memory; return how many. Raises `cache_unavailable`."""
+async def restore_and_count(
+    ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest
+) -> tuple[Receipt, Moves | None]:
+    """See `check_and_restore`; meanwhile count what moved in LMCache's memory, for a `load` afterwards."""
+    return await asyncio.gather(check_and_restore(ctx, window, manifest), cache.moves(window.salt))
+
+
+async def load(
+    ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest, chunks: int, before: Moves | None = None
+) -> int:
+    """Load leading chunks from the tiers into LMCache's memory; return how many. Raises `cache_unavailable`.
+
+    With `before`, what LMCache had counted, the window's status knows afterwards that its objects are there.
+    """
     ids, within = manifest.token_ids[: chunks * window.chunk_size], ctx.services.settings.thaw_timeout_s
     objects, _ = await cache.prefetch(
         window.model_root, window.world_size, manifest.id, ids, window.salt, within, ctx.progress
     )
+    if before and objects == window.chunk_count * window.world_size:
+        cache.remember(window.manifest, window.salt, before, is_there=True)
     return objects // window.world_size
 
 
@@ -84,7 +103,8 @@ def missing_kv(window: Window, chunks_found: int) -> list[str]:
     """A warning about the part of a window's KV that will have to be computed again."""
     expected = window.whole_chunks
     if window.kv == "absent":
-        return [f"the window holds no KV: the engine computes its {window.token_count} tokens again"]
+        computed = f"the engine computes its {window.token_count} tokens again, unless its own cache has them"
+        return [f"the window holds no KV: {computed}"]
     if chunks_found < expected:
         return [f"the KV of {expected - chunks_found} of {expected} chunks is lost: the engine recomputes it"]
     return []

@@ -6,6 +6,8 @@
 4. Warm, if asked to: `cpu` loads the chunks into LMCache's memory; `gpu` also sends them through the engine once and
 reads how many tokens it did not have to compute.
 
+A thaw `as_text` does 3 alone, under the salt of the model as it is served now: the engine computes the text.
+
 The window itself does not change and can be thawed any number of times. The sessions of a fanout share its KV: nothing
 is copied or even read, and what was evicted is restored before the first turn (`restore.restore_for_turn`).
 """
@@ -14,11 +16,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from gateway.dialects import text_transcripts
 from gateway.engines.client import Model
+from gateway.errors import GatewayError
 from gateway.records import Manifest, Session, Window, check_session_id
 from gateway.sessions import prefix_chain
+from gateway.store.types import Text
 from gateway.windows.catalog import get_usable_window, served_model, session_exists, session_from_window, session_id_for
-from gateway.windows.context import OperationContext, instrumented
+from gateway.windows.context import OperationContext, Services, instrumented
+from gateway.windows.next_turn import next_turn_ids
 from gateway.windows.restore import Receipt, check_and_restore, missing_kv, restore_and_load
 
 Warm = Literal["none", "cpu", "gpu"]
@@ -81,6 +87,54 @@ async def thaw(
     if await store.add_sessions([session], source=window):
         raise session_exists(session_id)
     return Thawed(session, window, replace(receipt, duration_ms=ctx.duration_ms()))
+
+
+@instrumented
+async def thaw_text(ctx: OperationContext, name: str, *, new_session_id: str | None, warm: Warm) -> Thawed:
+    """Thaw only a window's text, for a model that is served differently than when it was frozen, or another one.
+
+    The engine computes all of it: in the session's first turn, or now if `warm` is `gpu`. Raises what `thaw` raises,
+    `model_mismatch` only where no model can read the window.
+    """
+    services, store = ctx.services, ctx.services.store
+    window = await get_usable_window(services, ctx.tenant, name)
+    session_id = new_session_id or session_id_for(name)
+    if await store.session(ctx.tenant, session_id):
+        raise session_exists(session_id)
+    text = await store.text(window)
+    model = await _model_for_text(services, window, text)
+    engine = services.engines.for_lineage(window.lineage)
+    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
+    session = replace(
+        session_from_window(window, session_id, "thaw"),
+        model=model.id,
+        fingerprint=model.fingerprint,
+        salt=services.salts.of(ctx.tenant, window.lineage, model.fingerprint),
+        token_count=len(ids),
+        last_reply_hash=prefix_chain.chain(text.messages, b"")[-1],
+    )
+    reusable = ", unless the cache has them" if session.salt == window.salt else ""
+    taken = f"only the text was thawed: model {model.id!r} computes its {len(ids)} tokens{reusable}"
+    receipt = Receipt(window.whole_chunks, prompt_tokens=len(ids), partial=True, as_text=True, warnings=(taken,))
+    if warm == "gpu":
+        usage = await engine.prefill(model.id, ids, session.salt)
+        receipt = replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt)
+    if await store.add_sessions([session], source=window):
+        raise session_exists(session_id)
+    return Thawed(session, window, replace(receipt, duration_ms=ctx.duration_ms()))
+
+
+async def _model_for_text(services: Services, window: Window, text: Text) -> Model:
+    """The model of the window's name, or else the engine's first. Raises `model_mismatch`."""
+    served = await services.engines.models()
+    model = served.get(window.model) or next(iter(served.values()), None)
+    if model is None:
+        return await services.engines.model(window.model)  # which says that nothing is served
+    is_ids = text_transcripts.kind(text.messages) == text_transcripts.TOKENS
+    if is_ids and model.fingerprint != window.fingerprint:
+        message = f"window {window.name!r} is a list of token ids, which only its own model can read"
+        raise GatewayError("model_mismatch", message, hint=f"serve {window.model!r} as it was")
+    return model
 
 
 async def _through_engine(

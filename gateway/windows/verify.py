@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
+from gateway.kv.memory import MEMORY_TIER
 from gateway.kv.tiers.base import ObjectState, Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.runtime.progress import Progress
+from gateway.windows import residency
 from gateway.windows.catalog import get_window, pinned_keys
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.replay import Replay, replay
@@ -19,7 +21,8 @@ _BATCH = 64  # objects between two progress reports
 class TierReport:
     """One tier: objects the window has there, the state of their pins, and how many LMCache finds itself.
 
-    `checked` is False if the tier could not be reached; the counts are then 0 and mean nothing.
+    `checked` is False if the tier could not be reached; the counts are then 0 and mean nothing. `cpu` is LMCache's
+    memory, which is never checked, because its bytes cannot be read; `present` counts there too.
     """
 
     checked: bool
@@ -44,9 +47,9 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of a verification. `ok`: the text exists, everything that was ever pinned was found byte for byte in
-    every tier, and in a deep verification the engine continued from each tier's KV as it does without (`deep`, None if
-    it was not deep).
+    """The result of a verification. `ok`: the text exists, the window holds KV, everything that was ever pinned was
+    found byte for byte in every tier, and in a deep verification the engine continued from each tier's KV as it does
+    without (`deep`, None if it was not deep).
 
     `chunks_usable`: leading chunks that a thaw would find complete in one tier or another.
     """
@@ -84,7 +87,7 @@ async def verify(ctx: OperationContext, name: str, *, deep: bool = False) -> Ver
     configured = {tier.name for tier in services.pins.tiers}
     unknown = [tier for tier in used if tier not in configured]
     warnings += [f"{tier} tier: the window has objects there, but it is not configured" for tier in unknown]
-    present, _ = await services.pins.present([o.key for o in manifest.objects])
+    present, _ = await residency.find(services, window, [o.key for o in manifest.objects])
     replays, not_compared = await replay(ctx, window, manifest, states) if deep else (None, [])
     lost_text = await _lost_text(services, window)  # raises if it was deleted: then what is missing is not damage
     verdict = _verdict(window, manifest, states, present)
@@ -128,19 +131,29 @@ def _verdict(window: Window, manifest: Manifest, states: States, present: Mappin
     }
     keys = pinned_keys(window, manifest.token_ids)
     damaged = tuple(_damage(window, manifest, keys, states))
-    incomplete = f"the window was frozen with {window.chunk_count} of {expected} chunks"
+    checked = all(tier.checked for tier in tiers.values())
+    if MEMORY_TIER in present:
+        tiers[MEMORY_TIER] = TierReport(checked=False, objects=len(keys), present=len(present[MEMORY_TIER]))
     return Verdict(
         window_name=window.name,
-        ok=not damaged and all(tier.checked for tier in tiers.values()),
+        ok=window.kv != "absent" and not damaged and checked,
         kv=window.kv,
         chunks_expected=expected,
         chunks_pinned=window.chunk_count,
         chunks_usable=_usable(window, keys, states),
         tiers=tiers,
         damaged=damaged,
-        warnings=() if window.kv == "complete" else (incomplete,),
+        warnings=_incomplete(window),
         duration_ms=0.0,
     )
+
+
+def _incomplete(window: Window) -> tuple[str, ...]:
+    if window.kv == "complete":
+        return ()
+    if window.kv == "absent":
+        return ("the window holds no KV to verify, only its text and token ids: a thaw computes it again",)
+    return (f"the window was frozen with {window.chunk_count} of {window.whole_chunks} chunks",)
 
 
 def _report(objects: Sequence[PinnedObject], by_key: Mapping[str, ObjectState] | None, present: set[str]) -> TierReport:

@@ -121,13 +121,17 @@ def test_verify_lists_what_is_damaged_and_what_is_missing_and_changes_nothing(st
 def test_an_evicted_window_is_only_in_the_tiers_until_it_is_prefetched(stack: Stack, gateway: Gateway) -> None:
     window, _, salt = frozen(gateway, "evicted")
     chunks = window["receipt"]["chunks"]
-    post(gateway, "evicted/prefetch")
+    assert post(gateway, "evicted/prefetch")["tiers"]["cpu"] == {"present": chunks}
+    assert _in_memory(gateway, "evicted") == chunks
+    assert gateway.http.get("/admin/cache").json()["tiers"]["cpu"]["objects"] >= chunks
+    assert gateway.http.get("/admin/cache").json()["tiers"]["gpu"]["capacity_tokens"] > 0
     state = _state(stack, salt)
     evicted = post(gateway, "evicted/evict")
     everywhere = {"before": chunks, "after": chunks}
     assert evicted["tiers"] == {"cpu": {"before": chunks, "after": 0}, "disk": everywhere, "redis": everywhere}
     assert (evicted["objects"], evicted["kept"], evicted["warnings"]) == (chunks, 0, [])
     assert _state(stack, salt) == state
+    assert _in_memory(gateway, "evicted") == 0
     assert post(gateway, "evicted/evict")["tiers"]["cpu"] == {"before": 0, "after": 0}
     assert post(gateway, "evicted/prefetch")["receipt"]["chunks_prefetched"] == chunks
     last = gateway.http.get("/admin/windows/evicted?include_blocks=true").json()["blocks"][-1]["hash"]
@@ -138,6 +142,11 @@ def test_an_evicted_window_is_only_in_the_tiers_until_it_is_prefetched(stack: St
     assert (evicted["kept"], evicted["tiers"]["cpu"]["before"]) == (1, chunks - 1)
     assert "in no durable tier" in evicted["warnings"][0]
     assert post(gateway, "evicted/prefetch")["receipt"]["chunks_found"] == chunks - 1
+
+
+def _in_memory(gateway: Gateway, name: str) -> int:
+    tiers = gateway.http.get(f"/admin/windows/{name}").json()["kv_cache"]["tiers"]
+    return int(tiers["cpu"]["present"])
 
 
 def test_a_deep_verification_uses_the_bytes_of_each_tier_and_finds_wrong_ones(stack: Stack, gateway: Gateway) -> None:

@@ -24,7 +24,7 @@ from gateway.api.operation import ENGINE, operation
 from gateway.api.schemas import Json
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import WindowQuery
-from gateway.windows import catalog, clone, delete, freeze, thaw
+from gateway.windows import catalog, clone, delete, freeze, residency, thaw
 from gateway.windows.retention import orphans
 
 
@@ -97,7 +97,7 @@ async def window_status(call: Call, query: requests.StatusQuery) -> Json:
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     pinned = await call.services.store.sizes(window)
     keys = dict.fromkeys(key for sizes in pinned.values() for key in sizes)
-    present, warnings = await call.services.pins.present([*keys])
+    present, warnings = await residency.find(call.services, window, [*keys])
     fields = serializers.window_status_fields(window, call.now, pinned, present)
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
@@ -122,15 +122,16 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawe
     """Thaw a window into a new session."""
     prompt, max_tokens = body.continuation_prompt, body.max_tokens
     await continuation.check(call, prompt, max_tokens)
-    session, window, receipt = await thaw.thaw(
+    operation = thaw.thaw_text if body.as_text else thaw.thaw
+    session, window, receipt = await operation(
         call.context, call.window_name, new_session_id=body.new_session_id, warm=body.warm
     )
     return responses.Thawed(
         session_id=session.id,
         window_name=window.name,
-        model=window.model,
-        token_count=window.token_count,
-        cache_salt=window.salt,
+        model=session.model,
+        token_count=session.token_count,
+        cache_salt=session.salt,
         receipt=responses.ThawReceipt.model_validate(receipt),
         warnings=list(receipt.warnings),
         continuation=await continuation.send_prompt(call, session, prompt, max_tokens) if prompt else None,

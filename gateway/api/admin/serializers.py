@@ -6,6 +6,7 @@ from typing import Any
 
 from gateway.api.admin.models import responses
 from gateway.kv.keys import ObjectKey
+from gateway.kv.memory import MEMORY_TIER
 from gateway.records import PinnedObject, Session, Sizes, Turn, Window
 
 Present = Mapping[str, set[str]]  # the objects that LMCache finds in each tier
@@ -132,10 +133,18 @@ def window_status_fields(w: Window, now: float, pinned: Sizes, present: Present)
 def blocks(objects: Sequence[PinnedObject], present: Present) -> list[dict[str, Any]]:
     """Every KV object of a window, in chunk order."""
     out: dict[str, dict[str, Any]] = {}
+    in_memory = present.get(MEMORY_TIER, set())
     for o in objects:
         key = ObjectKey.parse(o.key)
         block = out.setdefault(
-            o.key, {"hash": key.chunk_hash, "rank": key.rank, "size_bytes": o.size, "pinned": {}, "present": []}
+            o.key,
+            {
+                "hash": key.chunk_hash,
+                "rank": key.rank,
+                "size_bytes": o.size,
+                "pinned": {},
+                "present": [MEMORY_TIER] if o.key in in_memory else [],
+            },
         )
         block["pinned"][o.tier] = o.checksum.hex()
         if o.key in present.get(o.tier, set()):

@@ -51,9 +51,13 @@ async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answere
 @operation("POST", "/admin/windows/{name}/prefetch", errors=("cache_unavailable", *ENGINE))
 async def prefetch_window(call: Call) -> responses.Prefetched:
     """Load a window's KV into the cache's memory."""
-    receipt = await prefetch_evict.prefetch(call.context, call.window_name)
-    restored = responses.Restored.model_validate(receipt)
-    return responses.Prefetched(window_name=call.window_name, receipt=restored, warnings=list(receipt.warnings))
+    receipt, tiers = await prefetch_evict.prefetch(call.context, call.window_name)
+    return responses.Prefetched(
+        window_name=call.window_name,
+        receipt=responses.Restored.model_validate(receipt),
+        tiers={name: responses.LoadedTier(present=present) for name, present in tiers.items()},
+        warnings=list(receipt.warnings),
+    )
 
 
 @operation("POST", "/admin/windows/{name}/evict", errors=("cache_unavailable",))

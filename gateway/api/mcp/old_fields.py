@@ -122,8 +122,8 @@ def _session_status(answer: Json) -> Json:
 
 
 def cache_stats(answer: Json) -> Json:
-    """The answer of GET /admin/cache, and the totals of its tiers. Hits and misses are counted in prompt tokens."""
-    tiers = answer["tiers"].values()
+    """The answer of GET /admin/cache, and the totals of its durable tiers. Hits and misses count prompt tokens."""
+    tiers = [tier for tier in answer["tiers"].values() if "pinned" in tier]
     blocks, size = (sum(tier[name] for tier in tiers) for name in ("objects", "bytes"))
     hit_rate, cached = answer["hit_rate"], answer["cached_tokens"]
     totals = {"total_blocks": blocks, "total_bytes": size}

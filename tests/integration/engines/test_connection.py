@@ -78,6 +78,7 @@ def test_silent_engine_is_a_504_and_its_work_is_aborted(engine: FakeEngine, tmp_
         response = gateway.chat(session)
         assert 0.9 < time.monotonic() - clock < 8
         assert (response.status_code, response.json()["error"]["code"]) == (504, "engine_timeout")
+        assert "engine_timeout_s" in response.text
         assert aborted.wait(1)
         assert gateway.turns(session)[0]["status"] == 504
         assert len(engine.seen(CHAT)) == 1

@@ -61,17 +61,17 @@ def test_cli_describe(gateway: Gateway, window: str) -> None:
     assert_failed(cwg("describe", window, url=gateway.url), "nothing to change")
 
 
-def test_window_without_kv_has_no_damage(gateway: Gateway, window: str) -> None:
+def test_window_without_kv_is_not_ok(gateway: Gateway, window: str) -> None:
     verdict = gateway.http.post(f"/admin/windows/{window}/verify").json()
-    assert (verdict["ok"], verdict["kv"], verdict["tiers"], verdict["damaged"]) == (True, "absent", {}, [])
-    assert "0 of 0 chunks" in verdict["warnings"][0]
+    assert (verdict["ok"], verdict["kv"], verdict["tiers"], verdict["damaged"]) == (False, "absent", {}, [])
+    assert "holds no KV" in verdict["warnings"][0]
     done = cwg("verify", window, url=gateway.url)
-    assert (done.returncode, "usable" in done.stdout) == (0, True)
+    assert (done.returncode, "usable" in done.stdout) == (1, True)
 
 
 def test_window_without_kv_has_nothing_to_replay(engine: FakeEngine, gateway: Gateway, window: str) -> None:
     verdict = gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": True}).json()
-    assert (verdict["ok"], verdict["deep"]) == (True, [])
+    assert (verdict["ok"], verdict["deep"]) == (False, [])
     assert any("nothing to continue from" in warning for warning in verdict["warnings"])
     assert gateway.http.post(f"/admin/windows/{window}/verify", json={"deep": False}).json()["deep"] is None
     assert engine.seen("/v1/completions") == []
@@ -198,6 +198,7 @@ def test_prefetch_without_cache_is_refused(gateway: Gateway, window: str) -> Non
     answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={})
     assert error_of(answer) == (503, "cache_unavailable")
     assert "cache_url" in answer.text
+    assert answer.json()["error"]["retryable"] is False, "a retry never helps"
     assert_failed(cwg("prefetch", window, url=gateway.url), "cache_url")
     answer = gateway.http.post(f"/admin/windows/{window}/prefetch", json={"tier": "l1"})
     assert_refused(answer, "unknown_parameter", "tier")
@@ -216,4 +217,4 @@ def test_evict_without_cache_is_refused(gateway: Gateway, window: str) -> None:
 def test_cli_evict_and_deep_verify(gateway: Gateway, window: str) -> None:
     assert_failed(cwg("evict", window, url=gateway.url), "cache_url")
     done = cwg("verify", window, "--deep", "--json", url=gateway.url)
-    assert (done.returncode, json.loads(done.stdout)["deep"]) == (0, [])
+    assert (done.returncode, json.loads(done.stdout)["deep"]) == (1, [])

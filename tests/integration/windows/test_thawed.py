@@ -10,6 +10,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Session, Window
+from gateway.windows import residency
 from gateway.windows.archive import export as exporting
 from gateway.windows.ask import ask
 from gateway.windows.clone import isolate
@@ -17,8 +18,9 @@ from gateway.windows.delete import delete
 from gateway.windows.freeze import Naming
 from gateway.windows.prefetch_evict import evict, prefetch
 from gateway.windows.restore import Receipt, check_and_restore, restore_for_turn
-from gateway.windows.thaw import fanout, thaw
-from tests.support.fakes.engine import FakeEngine
+from gateway.windows.thaw import fanout, thaw, thaw_text
+from gateway.windows.verify import verify
+from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
 from tests.support.prefix_cache_model import CHUNKS, IDS, MESSAGES, TENANT, Cached, opened
 
@@ -95,12 +97,68 @@ async def test_warm_thaw_loads_and_prefills(engine: FakeEngine, harness: Cached)
 
 async def test_prefetch_loads_and_evict_drops(harness: Cached) -> None:
     harness.cache.evict()
-    receipt = await prefetch(harness.ctx, "w")
+    receipt, tiers = await prefetch(harness.ctx, "w")
     assert (receipt.chunks_found, receipt.chunks_prefetched, receipt.partial) == (CHUNKS, CHUNKS, False)
+    assert tiers == {"cpu": CHUNKS, "disk": CHUNKS}
     assert len(harness.cache.memory) == CHUNKS
     done = await evict(harness.ctx, "w")
     assert (done.tiers["cpu"].before, done.tiers["cpu"].after, done.kept) == (CHUNKS, 0, 0)
     assert harness.cache.memory == set()
+
+
+async def in_memory(harness: Cached) -> int | None:
+    """How many of the window's objects are said to be in LMCache's memory."""
+    window = await harness.services.store.window(TENANT, "w")
+    assert window is not None
+    present, _ = await residency.find(harness.services, window, [str(key) for key in harness.keys(window)])
+    return len(present["cpu"]) if "cpu" in present else None
+
+
+async def test_memory_is_a_tier_while_nothing_of_it_moved(harness: Cached) -> None:
+    assert await in_memory(harness) is None
+    await prefetch(harness.ctx, "w")
+    assert await in_memory(harness) == CHUNKS
+    verdict = await verify(harness.ctx, "w")
+    assert (verdict.ok, verdict.tiers["cpu"].present, verdict.tiers["cpu"].checked) == (True, CHUNKS, False)
+    await evict(harness.ctx, "w")
+    assert await in_memory(harness) == 0
+
+
+@pytest.mark.parametrize("warm", ["cpu", "gpu"])
+async def test_warm_thaw_shows_window_in_memory(harness: Cached, warm: str) -> None:
+    await thawed(harness, warm)
+    assert await in_memory(harness) == CHUNKS
+
+
+async def test_memory_is_unknown_once_lmcache_evicted_from_it(harness: Cached) -> None:
+    await prefetch(harness.ctx, "w")
+    harness.cache.memory.pop()
+    assert await in_memory(harness) is None
+
+
+async def test_memory_is_unknown_once_an_evicted_window_was_used(harness: Cached) -> None:
+    window = await harness.services.store.window(TENANT, "w")
+    assert window is not None
+    await evict(harness.ctx, "w")
+    harness.cache.store(IDS, window.salt)
+    assert await in_memory(harness) is None
+
+
+async def test_memory_of_another_lmcache_process_is_unknown(harness: Cached) -> None:
+    await prefetch(harness.ctx, "w")
+    harness.cache.started = "1.8e+09"
+    assert await in_memory(harness) is None
+
+
+async def test_lmcache_without_metrics_is_no_error(harness: Cached) -> None:
+    harness.cache.before_answer = _refuse_metrics
+    await prefetch(harness.ctx, "w")
+    assert await in_memory(harness) is None
+
+
+def _refuse_metrics(method: str, path: str) -> None:
+    if path == "/metrics":
+        raise ConnectionResetError
 
 
 async def test_ask_restores_kv_first(harness: Cached) -> None:
@@ -175,6 +233,27 @@ async def test_window_deleted_while_warming_leaves_no_session(engine: FakeEngine
     with pytest.raises(GatewayError, match="just deleted"):
         await thaw(harness.ctx, "w", new_session_id="t", warm="gpu")
     assert (await harness.services.store.session(TENANT, "t"), harness.pinned) == (None, set())
+
+
+@pytest.mark.parametrize("name", [MODEL, "successor"])
+async def test_window_of_another_model_is_thawed_as_text(engine: FakeEngine, harness: Cached, name: str) -> None:
+    window = await harness.services.store.window(TENANT, "w")
+    assert window is not None
+    card = {"id": name, "object": "model", "root": "org/other", "max_model_len": 4096}
+    engine.on_models = lambda exchange: exchange.json({"object": "list", "data": [card]})
+    with pytest.raises(GatewayError) as caught:
+        await thawed(harness)
+    assert caught.value.code == "model_mismatch"
+    session, _, receipt = await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
+    assert (session.model, session.lineage, session.token_count) == (name, window.lineage, len(IDS))
+    assert session.salt not in ("", window.salt)
+    assert (receipt.as_text, receipt.partial, receipt.chunks_found, receipt.prompt_tokens) == (True, True, 0, len(IDS))
+    assert "only the text" in receipt.warnings[0]
+    asked = engine.seen("/v1/completions")[-1].json
+    assert (asked["prompt"], asked["cache_salt"]) == (IDS, session.salt)
+    assert await harness.services.store.messages(session.transcript or b"") == MESSAGES
+    await restore_for_turn(harness.services, session)
+    assert harness.cache.prefetches == [], "the window's KV is of no use to another model"
 
 
 async def test_isolated_clone_and_fanout_share_pins(harness: Cached) -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.fakes.engine import FakeEngine
 ROOT = "org/demo"  # of the model that the fake engine serves
 CHUNK = 16
 _SIZE = 200  # bytes of an object
+_MEMORY = 2**20  # bytes
 _STATIC: Mapping[str, Mapping[str, Any]] = {
     "status": {},
     "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"base_path": "/kv", "serde": None}]}}},
@@ -35,11 +37,15 @@ class FakeLMCache:
         self.folder = folder
         self.world_size = world_size
         self.memory: set[str] = set()  # file names of what is in L1
+        self.started = "1.7e+09"  # when its process began
         self.prefetches: list[tuple[str, int]] = []  # salt and token ids of every load that was asked for
         self.before_write: Callable[[str], bool] = lambda name: True  # False: this object does not land
         self.before_answer: Callable[[str, str], None] = lambda method, path: None
         self._guard = threading.Lock()
         self._jobs: dict[int, tuple[int, int]] = {}
+        self._counted: set[str] = set()  # what was in memory at the last request
+        self._came: Counter[str] = Counter()  # by salt
+        self._left: Counter[str] = Counter()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.cache = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -109,10 +115,13 @@ class FakeLMCache:
         """The keys of the whole chunks of `ids`."""
         return object_keys(ROOT, ids, CHUNK, self.world_size, salt)
 
-    def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, Any] | str]:
         """Answer one request."""
         self.before_answer(method, path)
+        self._count()
         match method, path.strip("/").split("/"):
+            case "GET", ["metrics"]:
+                return 200, self._metrics()
             case "GET", names if (name := "/".join(names)) in _STATIC:
                 return 200, self._status() if name == "status" else _STATIC[name]
             case "DELETE", ["cache", "objects"]:
@@ -127,7 +136,31 @@ class FakeLMCache:
 
     def _status(self) -> Mapping[str, Any]:
         meta = {"1": {"model_name": ROOT, "world_size": self.world_size}}
-        return {"chunk_size": CHUNK, "hash_algorithm": "blake3", "cache_context_meta": meta}
+        used = len(self.memory)
+        level = {"total_object_count": used, "memory_used_bytes": used * _SIZE, "memory_configured_bytes": _MEMORY}
+        return {
+            "chunk_size": CHUNK,
+            "hash_algorithm": "blake3",
+            "cache_context_meta": meta,
+            "storage_manager": {"l1_managers": {"_default": level}},
+        }
+
+    def _count(self) -> None:
+        """Count what has come into memory since the last request, and what has left it."""
+        with self._guard:
+            self._came.update(map(_salt, self.memory - self._counted))
+            self._left.update(map(_salt, self._counted - self.memory))
+            self._counted = set(self.memory)
+
+    def _metrics(self) -> str:
+        counts = {"write": self._came, "evicted": self._left}
+        lines = [
+            f'lmcache_mp_l1_{what}_chunks_total{{cache_salt="{salt}",l1_tag="_default"}} {count:.1f}'
+            for what, by_salt in counts.items()
+            for salt, count in by_salt.items()
+        ]
+        types = [f"# TYPE lmcache_mp_l1_{what}_chunks_total counter" for what in counts]
+        return "\n".join([f"process_start_time_seconds {self.started}", *types, *lines, ""])
 
     def _delete(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         dropped = 0
@@ -160,6 +193,10 @@ class FakeLMCache:
         return self.folder / key.file_name
 
 
+def _salt(file_name: str) -> str:
+    return file_name.removesuffix(".data").rpartition("@")[2]
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     cache: FakeLMCache
@@ -183,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("content-length") or 0)
         body = json.loads(self.rfile.read(length)) if length else {}
         status, answer = self.server.cache.answer(method, self.path, body)
-        data = json.dumps(answer).encode()
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
         self.end_headers()

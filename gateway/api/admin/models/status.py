@@ -28,6 +28,19 @@ class CacheTier(Share):
     unknown: Share
 
 
+class MemoryTier(Share):
+    """LMCache's memory, `cpu`"""
+
+    capacity_bytes: int
+
+
+class EngineTier(Answer):
+    """the engines' own cache, `gpu`: also that of a CPU engine"""
+
+    capacity_tokens: int
+    usage: Number = Field(description="share that running requests use, 0 to 1; the rest holds what may be reused")
+
+
 class Cache(Answer):
     windows: int
     prompt_tokens: int
@@ -36,7 +49,7 @@ class Cache(Answer):
     chunk_size: int | None
     engines_up: int
     lmcache: LMCacheStatus
-    tiers: dict[str, CacheTier]
+    tiers: dict[str, CacheTier | MemoryTier | EngineTier]
     warnings: Warnings
 
 

@@ -101,7 +101,7 @@ async def test_an_agent_asks_its_past_and_branches_from_it(client: Client, gatew
     assert (said["answer"], said["receipt"]["cached_tokens"] >= 16) == ("Hello there!", True), asked.content
     assert stages[-1] == "answer"
     verdict = await answer(client, "window_verify", **window)
-    assert (verdict["ok"], verdict["damaged"]) == (True, [])
+    assert (verdict["ok"], verdict["damaged"]) == (False, []), "it holds no KV"
     assert await refusal(client, "window_prefetch", **window) == (
         "cache_unavailable", "cache_unavailable: no cache is configured to load into (set cache_url)"
     )  # fmt: skip

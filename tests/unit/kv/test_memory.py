@@ -1,0 +1,37 @@
+"""What LMCache's metrics and status tell about its memory."""
+
+from gateway.kv.memory import MemoryRecord, MemoryUse, Moves
+
+METRICS = """\
+process_start_time_seconds 1.79604918427e+09
+# TYPE lmcache_mp_l1_write_chunks_total counter
+lmcache_mp_l1_write_chunks_total{cache_salt="aa",l1_tag="_default"} 12.0
+lmcache_mp_l1_write_chunks_total{cache_salt="aa",l1_tag="other"} 1.0
+lmcache_mp_l1_write_chunks_total{l1_tag="_default",cache_salt="bb"} 7.0
+lmcache_mp_l1_evicted_chunks_total{cache_salt="aa",l1_tag="_default"} 3.0
+"""
+
+
+def test_moves_are_counted_by_salt() -> None:
+    assert Moves.read(METRICS, "aa") == Moves("1.79604918427e+09", 13, 3)
+    assert Moves.read(METRICS, "bb") == Moves("1.79604918427e+09", 7, 0)
+    assert Moves.read(METRICS, "a") == Moves("1.79604918427e+09", 0, 0)
+
+
+def test_other_metrics_tell_nothing() -> None:
+    assert Moves.read("", "aa") is None
+    assert Moves.read("process_start_time_seconds 1.7e+09\n", "aa") is None
+
+
+def test_usage_is_summed_over_all_levels() -> None:
+    level = {"total_object_count": 2, "memory_used_bytes": 10, "memory_configured_bytes": 100}
+    status = {"storage_manager": {"l1_managers": {"a": level, "b": level}}}
+    assert MemoryUse.read(status) == MemoryUse(4, 20, 200)
+    assert MemoryUse.read({"chunk_size": 64}) is None
+
+
+def test_record_is_bounded() -> None:
+    record, counted = MemoryRecord(), Moves("p", 0, 0)
+    for number in range(1001):
+        record.remember(str(number), "s", counted, is_there=True)
+    assert (record.knows("0", "s"), record.knows("1", "s")) == (False, True)
