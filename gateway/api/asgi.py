@@ -72,7 +72,8 @@ def parse_object(body: bytes, most_values: int) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise GatewayError("invalid_request", f"the body is not JSON: {error}", hint="send a JSON object") from error
     if not isinstance(value, dict):
-        raise GatewayError("invalid_request", f"the body is a JSON {type(value).__name__}, not an object")
+        message = f"the body is a JSON {type(value).__name__}, not an object"
+        raise GatewayError("invalid_request", message, hint="send a JSON object")
     return value
 
 

@@ -202,6 +202,11 @@ class Health:
         complete = len(healthy) == len(engines.members) and not engines.differing
         return "healthy" if complete else "degraded", f"{len(healthy)} of {len(engines.members)} engines; {serving}"
 
+    def _failed(self, component: str) -> str:
+        """What the self-test found wrong with a component; empty if nothing."""
+        failed = (check for check in self.checks or () if check.status == "failed")
+        return "; ".join(check.message for check in failed if check.component == component)
+
     async def _cache(self) -> tuple[str, str]:
         cache = self._services.cache
         if cache is None:
@@ -210,7 +215,10 @@ class Health:
         healthy = await cache.healthy()
         if not healthy and caused_by_own_stall(self._services.stalls.lost_since, began):
             healthy = await cache.healthy()
-        return ("healthy", "answers") if healthy else ("unhealthy", "LMCache does not answer")
+        if not healthy:
+            return "unhealthy", "LMCache does not answer"
+        failed = self._failed("cache")
+        return ("degraded", failed) if failed else ("healthy", "answers")
 
     async def _tiers(self) -> tuple[str, str]:
         if not self._services.pins.tiers:
@@ -220,7 +228,8 @@ class Health:
                 await tier.sizes((_UNUSED_KEY,))
         except TierUnavailable as error:
             return "degraded", str(error)
-        return "healthy", ", ".join(tier.name for tier in self._services.pins.tiers)
+        failed = self._failed("tiers")
+        return ("degraded", failed) if failed else ("healthy", ", ".join(t.name for t in self._services.pins.tiers))
 
     async def _write_to_store(self, interval_s: float) -> None:
         """Check whether the store can be written, unless that was done less than `interval_s` ago."""
@@ -245,7 +254,7 @@ class Health:
     async def _isolation(self) -> tuple[str, str]:
         if self.checks is None:
             return "degraded", "the self-test has not run yet"
-        failed = [c for c in self.checks if c.status == "failed"]
+        failed = self._failed("isolation")
         if self.leaking:
-            return "unhealthy", "; ".join(c.message for c in failed)
-        return ("degraded", "; ".join(c.message for c in failed)) if failed else ("healthy", "passed the self-test")
+            return "unhealthy", failed
+        return ("degraded", failed) if failed else ("healthy", "passed the self-test")

@@ -86,7 +86,7 @@ def read(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
             used[names[alias]] = alias
     for name, field in model.model_fields.items():
         if field.is_required() and name not in used:
-            raise GatewayError("invalid_request", f"{name} is missing", details={"field": name})
+            raise GatewayError("invalid_request", f"{name} is missing", hint=f"send `{name}`", details={"field": name})
     return model.model_validate({alias: given[alias] for alias in used.values()}, context=used)
 
 

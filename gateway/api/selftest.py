@@ -37,6 +37,15 @@ class Check:
     remedy: str = ""
 
     @property
+    def component(self) -> str:
+        """The component of the gateway's health that a failure of it belongs to."""
+        if self.name.startswith(_ISOLATION):
+            return "isolation"
+        if self.name.endswith((" tier", " pins")):
+            return "tiers"
+        return "cache" if self.name in ("cache", "chunk size") else "isolation"
+
+    @property
     def leaks(self) -> bool:
         """Whether KV of one salt was found under another."""
         return self.status == "failed" and self.name.startswith(_ISOLATION)

@@ -58,7 +58,8 @@ def _message_hash(message: Message) -> bytes:
     try:
         return digest(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS))
     except (orjson.JSONEncodeError, RecursionError) as error:
-        raise GatewayError("invalid_request", f"a message cannot be written as JSON: {error}") from error
+        message_text = f"a message cannot be written as JSON: {error}"
+        raise GatewayError("invalid_request", message_text, hint="nest it less deeply") from error
 
 
 def head(messages: Sequence[Message]) -> bytes:

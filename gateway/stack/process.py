@@ -81,7 +81,7 @@ class ManagedProcess:
         # Sockets and start-up files go where a sweep finds them. A short path: a socket's has 107 bytes at most.
         self._temporary = Path(tempfile.mkdtemp(prefix="cwg-"))
         inherited = {name: value for name, value in os.environ.items() if not self._is_withheld(name)}
-        with self._launch.log.open("ab", opener=_open_private) as log:
+        with os.fdopen(_open_private(self._launch.log), "ab") as log:
             self._process = subprocess.Popen(
                 self._launch.argv,
                 stdin=subprocess.DEVNULL,
@@ -167,8 +167,8 @@ class ManagedProcess:
         return self._process
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _open_private(log: Path) -> int:
+    return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _rotate(log: Path) -> None:

@@ -14,13 +14,14 @@ by its hash, and dropped again (`successor_turn_for`). A history that was edited
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakValueDictionary
 
 from gateway.dialects import text_transcripts, transcripts
 from gateway.dialects.base import Call
-from gateway.engines.client import Model
+from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.records import AUTO_TAG, Front, Message, Session, Succession
 from gateway.sessions import prefix_chain
@@ -37,6 +38,7 @@ TAGS = (AUTO_TAG, "full")
 _WINDOW_NAME = "full-{session_id}-{timestamp}"
 _KEPT = 0.5  # of the context limit: how much of the old turns is kept at most
 _MAX_STEM = 120  # characters of a session id that its successors' ids begin with
+_TOO_LONG = "maximum context length"  # in vLLM's refusal of a prompt (vllm/renderers/params.py)
 _REPLY_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -147,7 +149,7 @@ class Overflow:
             estimate = self._services.estimator.estimate(model.id, kept, call.whole_frame).tokens
             if estimate > limit * 1.25 and not is_last:
                 continue  # far too long to ask the engine
-            count = len(await engine.render(model.id, call.whole_frame, kept))
+            count = await _rendered(engine, model, call.whole_frame, kept)
             if count <= limit or (is_last and count + reply < model.context_limit):
                 return start
         raise _cannot("its last turn alone does not fit", "send less at once")
@@ -158,6 +160,16 @@ class Overflow:
         numbered = f"{first[:_MAX_STEM]}.{len(chain) + 2}"
         taken = await self._services.store.session(session.tenant, numbered)
         return new_id() if taken or self._services.turns.has_turn_in_flight(session.tenant, numbered) else numbered
+
+
+async def _rendered(engine: EngineClient, model: Model, frame: Mapping[str, Any], messages: Sequence[Message]) -> int:
+    """How many tokens these messages are; the context's limit if the engine refuses to render as many."""
+    try:
+        return len(await engine.render(model.id, frame, messages))
+    except GatewayError as error:
+        if error.code != "invalid_request" or _TOO_LONG not in error.message:
+            raise
+        return model.context_limit
 
 
 def _naming(session: Session) -> Naming:

@@ -72,11 +72,7 @@ class Reader:
         if len(block) < BLOCK and expected.startswith(block[:_NAME_BYTES]):
             raise corrupted("the file is truncated")
         if block != expected:
-            raise GatewayError(
-                "invalid_request",
-                f"this is not a window file: it does not begin with {MANIFEST}",
-                hint="see `cwg export`",
-            )
+            raise not_a_window(f"it does not begin with {MANIFEST}")
         if size > MAX_MANIFEST:
             raise too_large(MANIFEST, size, MAX_MANIFEST)
         data = await self._take(size)
@@ -170,6 +166,11 @@ def json_errors(name: str) -> Iterator[None]:
 def corrupted(message: str) -> GatewayError:
     """The error for a file that is not as it was exported."""
     return GatewayError("window_corrupted", message, hint="copy the file again, or export the window again")
+
+
+def not_a_window(why: str) -> GatewayError:
+    """The error for a file that is no export of a window."""
+    return GatewayError("invalid_request", f"this is not a window file: {why}", hint="see `cwg export`")
 
 
 def too_large(name: str, size: int, most: int) -> GatewayError:

@@ -24,6 +24,7 @@ from gateway.windows.archive.file_format import (
     TEXTS,
     corrupted,
     json_errors,
+    not_a_window,
     padded,
     too_complex,
     too_large,
@@ -129,7 +130,7 @@ def _small(part: memoryview | None) -> Any:
 
 def _check_version(form: Any, version: Any) -> None:
     if form != FORMAT:
-        raise GatewayError("invalid_request", f"{MANIFEST} is not that of a window file")
+        raise not_a_window(f"{MANIFEST} is not that of one")
     if version != VERSION:
         raise GatewayError(
             "invalid_request",

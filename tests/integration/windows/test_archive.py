@@ -103,6 +103,11 @@ async def test_truncated_file_leaves_nothing(harness: GatewayHarness) -> None:
     assert "after the end" in await refused(harness, data + b"\0", "window_corrupted")
 
 
+@pytest.mark.parametrize("data", [b"localhost\n", b"\x00" * 4096, b"MANIFEST.txt"])
+async def test_any_other_file_is_not_a_window_file(harness: GatewayHarness, data: bytes) -> None:
+    assert "not a window file" in await refused(harness, data, "invalid_request")
+
+
 async def test_flipped_bit_leaves_nothing(harness: GatewayHarness) -> None:
     await window(harness.services)
     data = await file_of(harness.services)

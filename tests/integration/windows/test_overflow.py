@@ -172,6 +172,25 @@ def test_uncuttable_request_gets_the_engines_answer(full: Gateway, session: str)
     assert full.http.get(f"/admin/sessions/{session}").json()["successor"] is None
 
 
+def test_hint_gives_a_reason_where_the_engine_refuses_to_render(
+    engine: FakeEngine, full: Gateway, session: str
+) -> None:
+    """vLLM renders no prompt that is too long: it refuses with the same words."""
+    tokenize = engine.on_tokenize
+
+    def refuse(exchange: Exchange) -> None:
+        if len(render(exchange.request.json["messages"], generation_prompt=True)) > LIMIT:
+            exchange.json(REFUSAL, 400)
+        else:
+            tokenize(exchange)
+
+    engine.on_tokenize = refuse
+    assert ask(full, [SYSTEM, u(0)], session).status_code == 200
+    answer = ask(full, [SYSTEM, u(0), REPLY, u(1, 5000)], session)
+    assert (answer.status_code, answer.json()) == (400, REFUSAL)
+    assert "last turn alone does not fit" in answer.headers["x-context-hint"]
+
+
 def test_unfreezable_session_gets_no_successor(engine: FakeEngine, full: Gateway, session: str) -> None:
     said = [SYSTEM]
     for number in range(4):

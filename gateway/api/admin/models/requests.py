@@ -98,7 +98,7 @@ class ThawRequest(Body):
     warm: Annotated[thaw.Warm, Reads(fields.one_of("none", "cpu", "gpu"))] = "none"
     continuation_prompt: Question | None = Field(None, description="sent at once as the new session's next user turn")
     max_tokens: MaxTokens | None = Field(None, description="of the answer to continuation_prompt")
-    as_text: Flag = Field(False, description="only the text, for a model that is served differently now, or another")
+    as_text: Flag = Field(False, description="only its text, where the model changed")
 
 
 class CloneRequest(Body):

@@ -83,7 +83,7 @@ class KvCache(Answer):
     block_count: int
     total_size_bytes: int
     storage_tier: str | None
-    tiers: dict[str, PinnedTier] = Field(description="`cpu`, the cache's memory, only where LMCache can tell")
+    tiers: dict[str, PinnedTier]
 
 
 class Timestamps(Answer):
@@ -149,7 +149,7 @@ class Restored(Answer):
 class ThawReceipt(Restored):
     cached_tokens: int | None
     prompt_tokens: int
-    as_text: bool = Field(description="only the text was taken: the engine computes it")
+    as_text: bool
 
 
 class Continuation(Answer):
@@ -194,7 +194,7 @@ class LoadedTier(Answer):
 class Prefetched(Answer):
     window_name: str
     receipt: Restored
-    tiers: dict[str, LoadedTier] = Field(description="objects in each tier now; `cpu` is the cache's memory")
+    tiers: dict[str, LoadedTier]
     warnings: Warnings
 
 

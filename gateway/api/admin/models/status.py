@@ -28,15 +28,11 @@ class CacheTier(Share):
     unknown: Share
 
 
-class MemoryTier(Share):
-    """LMCache's memory, `cpu`"""
-
+class MemoryTier(Share):  # LMCache's memory, `cpu`
     capacity_bytes: int
 
 
-class EngineTier(Answer):
-    """the engines' own cache, `gpu`: also that of a CPU engine"""
-
+class EngineTier(Answer):  # the engines' own cache, `gpu`, also that of a CPU engine
     capacity_tokens: int
     usage: Number = Field(description="share that running requests use, 0 to 1; the rest holds what may be reused")
 

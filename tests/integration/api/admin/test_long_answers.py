@@ -11,6 +11,7 @@ import pytest
 from gateway.api.admin.models import requests
 from gateway.api.admin.routes import window_status
 from gateway.api.admin.windows import show_tree
+from gateway.api.requests import read_query
 from tests.support.harness import CHUNKS, GatewayHarness, window
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +49,7 @@ async def call(harness: GatewayHarness) -> SimpleNamespace:
 
 
 async def test_blocks_are_built_in_a_thread(call: SimpleNamespace, threads: Recorder) -> None:
-    answer = await window_status.handler(call, query=requests.StatusQuery(include_blocks=True))
+    answer = await window_status.handler(call, query=read_query(requests.StatusQuery, {"include_blocks": "true"}))
     assert len(answer["blocks"]) == CHUNKS
     assert threads.made(answer["blocks"])
 

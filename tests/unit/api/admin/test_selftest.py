@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.api.health import Health
 from gateway.api.selftest import Check, run
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.pins import Pins
@@ -122,6 +123,17 @@ async def test_a_cache_that_stores_elsewhere_is_found_out(engine: FakeEngine, ha
     assert failed(checks) == ["disk tier"]
     assert checks["disk tier"].message.startswith("0 of 2 objects")
     assert "kv_dir" in checks["disk tier"].remedy
+
+
+async def test_a_failing_tier_is_a_fault_of_the_tiers_and_not_of_the_isolation(
+    engine: FakeEngine, harness: GatewayHarness
+) -> None:
+    storing(engine, lambda key, data: None)
+    async with Health(on_disk(harness)) as health:
+        await health.test()
+        found = await health.components()
+    assert (found["tiers"]["status"], found["isolation"]["status"]) == ("degraded", "healthy")
+    assert str(found["tiers"]["message"]).startswith("0 of 2 objects")
 
 
 async def test_pins_that_cannot_be_made_are_found_out(
