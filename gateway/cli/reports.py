@@ -45,9 +45,9 @@ def health() -> Result:
 
 
 def _show_check(status: str, name: str, message: str, remedy: str = "") -> None:
-    OUT.print(Text(f"{status:<9}", _STYLE[status]), Text(line(f"{name}: {message}")))
+    OUT.print(Text(f"{status:<8}", _STYLE[status]), Text(line(f"{name}: {message}")))
     if status != "ok" and remedy:
-        say(f"{'':<10}{line(translate_hint('', remedy))}")
+        say(f"{'':<9}{line(translate_hint('', remedy))}")
 
 
 @operation

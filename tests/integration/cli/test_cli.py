@@ -119,7 +119,7 @@ def test_a_doctor_where_windows_could_keep_no_kv_ends_with_1(gateway: Gateway) -
     checks = [{"name": "disk pins", "status": "ok", "message": "2 objects survived", "remedy": ""}]
     with something_else(answering({"ok": True, "keeps_kv": True, "checks": checks})) as url:
         ended = cwg("doctor", url=url)
-    assert (ended.returncode, ended.stdout) == (0, "ok        disk pins: 2 objects survived\n")
+    assert (ended.returncode, ended.stdout) == (0, "ok       disk pins: 2 objects survived\n")
 
 
 @pytest.mark.parametrize(
@@ -391,5 +391,5 @@ def test_control_characters_of_a_health_check_never_reach_the_terminal(engine: F
     with something_else(answering({"ok": False, "keeps_kv": True, "checks": [check]})) as url:
         ended = cwg("doctor", url=url)
     assert (ended.returncode, harmless(ended)) == (1, True)
-    assert "failed    engine: serves [/x]\\x1b[2J" in ended.stdout
+    assert "failed   engine: serves [/x]\\x1b[2J" in ended.stdout
     assert "[/y]\\x9b" in ended.stdout

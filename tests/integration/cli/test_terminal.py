@@ -177,5 +177,5 @@ def test_tree_names_a_parent_that_is_not_shown(engine: FakeEngine, tmp_path: Pat
 
 def test_metrics_and_health(gateway: Gateway) -> None:
     ended = cwg("health", url=gateway.url)
-    assert (ended.returncode, ended.stdout.splitlines()[0]) == (0, "healthy   engine: serves demo")
+    assert (ended.returncode, ended.stdout.splitlines()[0]) == (0, "healthy  engine: serves demo")
     assert "cwg_windows" in cwg("metrics", url=gateway.url).stdout
