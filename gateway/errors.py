@@ -87,7 +87,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "model_mismatch": Code(
             409,
             "The engine does not serve the model of the window or session, or serves it with other weights",
-            "Serve that model, or thaw or import the window `as_text`: the engine computes it then",
+            "Serve that model, or thaw or import the window with `as_text`: the engine computes it then",
         ),
         "payload_too_large": Code(
             413, "The body is too large", "`max_body_bytes` and `max_import_bytes` set the limits"

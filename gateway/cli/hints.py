@@ -13,7 +13,7 @@ WORDS = HintWords(
             "GET /admin/windows": "`cwg list`",
             "GET /admin/windows/{}/messages": "`cwg messages NAME`",
             "PATCH /admin/windows/{}": "`cwg describe NAME --ttl SECONDS`",
-            "as_text": "with --as-text",
+            "as_text": "--as-text",
             "as_text=true": "--as-text",
             "description": "--description",
             "max_tokens": "--max-tokens",

@@ -18,6 +18,8 @@ def test_cli_thaw_with_prompt(engine: FakeEngine, gateway: Gateway, window: str)
     done = cwg("thaw", window, "--warm", "none", "--continue", "And then?", "--max-tokens", "9", url=gateway.url)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "Hello there!")
     assert engine.seen("/v1/chat/completions")[-1].json["max_tokens"] == 9
+    done = cwg("thaw", window, "--as-text", url=gateway.url)
+    assert (done.returncode, "only the text was thawed" in done.stderr) == (0, True)
     engine.on_chat = lambda exchange: exchange.json({"error": {"message": "too long for me"}}, 400)
     done = cwg("thaw", window, "--continue", "And then?", url=gateway.url)
     said = "error: thawed, but the continuation failed: too long for me"

@@ -16,7 +16,7 @@ def test_error_without_a_hint_gets_the_remedy_for_its_code() -> None:
     assert translate_hint("engine_timeout", "") == "`engine_timeout_s` sets how long the gateway waits"
     assert translate_hint("engine_timeout", "wait") == "wait"
     assert translate_hint("engine_unreachable", "").endswith("`cwg health` says what is wrong")
-    assert translate_hint("model_mismatch", "").endswith("(`cwg messages NAME`) and can be imported with --as-text")
+    assert translate_hint("model_mismatch", "").endswith("the window with --as-text: the engine computes it then")
 
 
 def test_message_that_says_it_all_gets_none() -> None:
