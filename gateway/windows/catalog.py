@@ -64,7 +64,7 @@ async def served_model(services: Services, window: Window) -> Model:
     raise GatewayError(
         "model_mismatch",
         f"model {window.model!r} is served with other weights or settings than when {window.name!r} was frozen",
-        hint="serve the same weights again, or thaw it with `as_text`: then the engine computes its text",
+        hint="serve the same weights again, or thaw it `as_text`: then the engine computes its text",
         details={"frozen": window.fingerprint, "served": model.fingerprint},
     )
 

@@ -26,6 +26,16 @@ def test_cli_thaw_with_prompt(engine: FakeEngine, gateway: Gateway, window: str)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
 
 
+def test_cli_thaw_as_text(engine: FakeEngine, gateway: Gateway, window: str) -> None:
+    before = len(engine.seen("/v1/completions"))
+    done = cwg("thaw", window, "--as-text", "--warm", "none", "--json", url=gateway.url)
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["receipt"]["as_text"], answer["receipt"]["partial"]) == (0, True, True)
+    assert "only the text was thawed" in answer["warnings"][0]
+    assert len(engine.seen("/v1/completions")) == before
+    assert gateway.chat(answer["session_id"], "go on").status_code == 200
+
+
 def test_thaw_with_prompt_is_a_turn_of_the_session(
     engine: FakeEngine, gateway: Gateway, window: str, session: str
 ) -> None:
