@@ -36,7 +36,7 @@ _MAX_WIDTH = 130
 
 
 class Stack:
-    """`cwg up` in a temporary directory, and a shell and an MCP client to use it."""
+    """`cwg up --demo random` in a temporary directory, and a shell and an MCP client to use it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,7 +54,8 @@ class Stack:
     def up(self) -> str:
         """Start or restart it; return the line that it prints when it is ready."""
         self.down()
-        argv = [sys.executable, "-m", "gateway", "up", "--port", self._port, "--data-dir", str(self._folder / "data")]
+        options = ["--demo", "random", "--port", self._port, "--data-dir", str(self._folder / "data")]
+        argv = [sys.executable, "-m", "gateway", "up", *options]
         argv += ["--demo", "random"]
         with (self._folder / "up.log").open("ab") as log:
             self._up = subprocess.Popen(
