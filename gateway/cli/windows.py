@@ -52,7 +52,6 @@ def _name_for(session: str) -> str:
 @click.option("--continue", "continuation_prompt", help="prompt to send immediately as the new session's next turn")
 @click.option("--as-text", is_flag=True, help="take only the text, for a model that is served with other settings now")
 @_max_tokens
-@click.option("--as-text", is_flag=True, help="take only the text, for a model that is served with other weights now")
 def thaw(name: str, **options: Any) -> Result:
     """Thaw the window NAME into a new session."""
     answer = watched(window_path(name, "thaw"), options)
