@@ -18,6 +18,10 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.memory import MemoryRecord, MemoryUse, Moves
 from gateway.runtime.progress import Progress
 
+ENCRYPTING_SERDE = "SerdeConfig(type='aesgcm'"
+"""How the configuration of an adapter that encrypts by salt begins in `/config`: LMCache prints its dataclass."""
+
+_CONFIG_AGE_S = 5.0  # LMCache's configuration changes by a restart only, which takes longer
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
 _POLL_S = 0.02
 _LOCKS = 64  # files; salts that share one wait for each other needlessly
@@ -53,8 +57,8 @@ class LMCache:
         self._locks = locks
         self._chunk_size = chunk_size
         self._reported_chunk_size = 0
-        self._adapters: tuple[dict[str, Any], ...] = ()
-        self._adapters_at = -math.inf
+        self._encrypts = False
+        self._encrypts_at = -math.inf
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while in use
         self._last: dict[str, _Load] = {}  # by salt, only recent ones
         self._memory = MemoryRecord()
@@ -89,16 +93,17 @@ class LMCache:
             memory=MemoryUse.read(status),
         )
 
-    async def adapters(self, *, within_s: float = 0.0) -> tuple[dict[str, Any], ...]:
-        """Return the configuration of the storage adapters, in read order, at most `within_s` seconds old."""
-        if time.monotonic() - self._adapters_at < within_s:
-            return self._adapters
-        config = await self._call("GET", "/config")
-        storage: dict[str, Any] = next(
-            (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
-        )
-        self._adapters, self._adapters_at = tuple(storage.get("adapters", ())), time.monotonic()
-        return self._adapters
+    async def encrypts_by_salt(self) -> bool:
+        """Whether a storage adapter encrypts each object with a key made from its salt; known for 5 s."""
+        if time.monotonic() - self._encrypts_at >= _CONFIG_AGE_S:
+            config = await self._call("GET", "/config")
+            storage: dict[str, Any] = next(
+                (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
+            )
+            serdes = [str(adapter.get("serde_config")) for adapter in storage.get("adapters", ())]
+            self._encrypts = any(serde.startswith(ENCRYPTING_SERDE) for serde in serdes)
+            self._encrypts_at = time.monotonic()
+        return self._encrypts
 
     async def healthy(self) -> bool:
         """Whether the server responds and reports itself healthy."""

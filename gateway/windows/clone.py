@@ -16,9 +16,6 @@ from gateway.windows.catalog import NewWindow, get_usable_window
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.freeze import Naming, window_name_taken
 
-_ENCRYPTED_BY_SALT = "aesgcm"  # LMCache's serde whose key is made from the salt
-_CONFIG_AGE_S = 5.0  # LMCache changes its serde only by a restart, which takes longer
-
 
 @instrumented
 async def clone(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
@@ -45,10 +42,7 @@ async def isolate(ctx: OperationContext, source: str, naming: Naming) -> NewWind
         return NewWindow(await add_copy(services, copy, original, None))
     bare = replace(copy, pin_salt=salt, chunk_count=0, size_bytes=0, kv="absent", manifest=uuid4().hex)
     manifest = replace(await services.store.manifest(original), id=bare.manifest, objects=())
-    warning = (
-        f"LMCache encrypts by salt ({_ENCRYPTED_BY_SALT}): only text and token ids are isolated, "
-        "a thaw computes the KV again"
-    )
+    warning = "LMCache encrypts by salt (aesgcm): only text and token ids are isolated, a thaw computes the KV again"
     return NewWindow(await add_copy(services, bare, original, manifest), (warning,))
 
 
@@ -81,5 +75,4 @@ async def _is_encrypted(services: Services, window: Window) -> bool:
     """Whether the bytes would be unreadable under another salt."""
     if services.cache is None or not window.chunk_count:
         return False
-    adapters = await services.cache.adapters(within_s=_CONFIG_AGE_S)
-    return _ENCRYPTED_BY_SALT in [(adapter.get("serde") or {}).get("type") for adapter in adapters]
+    return await services.cache.encrypts_by_salt()

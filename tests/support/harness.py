@@ -57,7 +57,7 @@ class _CacheServer(ThreadingHTTPServer):
 def cache_server(serde: str | None = None) -> Iterator[str]:
     """The URL of an LMCache that writes objects through `serde`."""
     server = _CacheServer(("127.0.0.1", 0), _Cache)
-    adapter = {"base_path": "/kv", "serde": serde and {"type": serde}}
+    adapter = {"base_path": "/kv", "serde_config": serde and f"SerdeConfig(type='{serde}', kwargs={{}})"}
     server.config = {
         "storage_manager": {"l2_adapter_config": {"adapters": [adapter]}},
         "adapters": [{"index": 0, "type_name": "fs"}],

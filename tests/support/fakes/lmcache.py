@@ -24,7 +24,7 @@ _SIZE = 200  # bytes of an object
 _MEMORY = 2**20  # bytes
 _STATIC: Mapping[str, Mapping[str, Any]] = {
     "status": {},
-    "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"base_path": "/kv", "serde": None}]}}},
+    "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"base_path": "/kv", "serde_config": None}]}}},
     "config/adapters": {"adapters": [{"index": 0, "type_name": "fs", "tier": "l2", "primary": True}]},
     "healthcheck": {"status": "healthy"},
 }

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from gateway.kv.keys import ObjectKey, chunk_hashes, object_keys, ranks
+from gateway.kv.lmcache import ENCRYPTING_SERDE
 
 TOKENS = list(range(600))
 HASH = "084547b6c40ed5b0"
@@ -21,6 +22,7 @@ logging.disable(logging.CRITICAL)
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import _object_key_to_filename
 from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import _object_key_to_string
+from lmcache.v1.distributed.serde.base import SerdeConfig
 from lmcache.v1.multiprocess.token_hasher import TokenHasher
 asked = json.load(sys.stdin)
 hashes = [[TokenHasher.hash_to_bytes(h).hex() for h in TokenHasher(size).compute_chunk_hashes(tokens)]
@@ -29,7 +31,7 @@ keys = [ObjectKey(bytes.fromhex(h), model, rank, group, salt) for model, rank, g
 kv_ranks = [[ObjectKey.ComputeKVRank(world_size=w, global_rank=r, local_world_size=w, local_rank=r) for r in range(w)]
             for w in asked["worlds"]]
 files, strings = [_object_key_to_filename(k) for k in keys], [_object_key_to_string(k) for k in keys]
-print(json.dumps([hashes, files, strings, kv_ranks]))
+print(json.dumps([hashes, files, strings, kv_ranks, str(SerdeConfig("aesgcm", {"master_key_path": "key"}))]))
 """
 
 
@@ -119,8 +121,9 @@ def test_keys_match_lmcache() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    hashes, file_names, redis_keys, kv_ranks = json.loads(done.stdout.splitlines()[-1])
+    hashes, file_names, redis_keys, kv_ranks, serde = json.loads(done.stdout.splitlines()[-1])
     assert hashes == [list(chunk_hashes(tokens, size)) for tokens, size in chunks]
     assert file_names == [k.file_name for k in keys]
     assert redis_keys == [str(k) for k in keys]
     assert kv_ranks == [ranks(world) for world in (1, 2, 8)]
+    assert serde.startswith(ENCRYPTING_SERDE)
