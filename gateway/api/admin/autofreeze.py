@@ -3,7 +3,7 @@
 from typing import Any
 
 from gateway.api.admin import serializers
-from gateway.api.admin.models import requests, responses
+from gateway.api.admin.models import freezing, requests
 from gateway.api.endpoint import Call
 from gateway.api.operation import operation
 from gateway.sessions.resolver import session_not_found
@@ -12,34 +12,34 @@ from policies.loader import BUILT_IN
 
 
 @operation("GET", "/admin/policies")
-async def get_policies(call: Call) -> responses.Policies:
+async def get_policies(call: Call) -> freezing.Policies:
     """The rules of automatic freezing."""
-    return responses.Policies(**await _rules(call))
+    return freezing.Policies(**await _rules(call))
 
 
 @operation("PUT", "/admin/policies")
-async def put_policies(call: Call, body: requests.PolicyChanges) -> responses.PoliciesSet:
+async def put_policies(call: Call, body: requests.PolicyChanges) -> freezing.PoliciesSet:
     """Set the rules that are sent, and leave the others."""
     warnings = await call.autofreeze.change(body.given())
-    return responses.PoliciesSet(**await _rules(call), warnings=warnings)
+    return freezing.PoliciesSet(**await _rules(call), warnings=warnings)
 
 
 @operation("DELETE", "/admin/policies")
-async def delete_policies(call: Call) -> responses.Policies:
+async def delete_policies(call: Call) -> freezing.Policies:
     """Remove every rule that was set here: the settings apply again."""
     await call.autofreeze.reset()
-    return responses.Policies(**await _rules(call))
+    return freezing.Policies(**await _rules(call))
 
 
 @operation("POST", "/admin/policies/check", errors=("session_not_found",))
-async def check_policies(call: Call, body: requests.PolicyCheckRequest) -> responses.PolicyCheck:
+async def check_policies(call: Call, body: requests.PolicyCheckRequest) -> freezing.PolicyCheck:
     """Evaluate the policies for a session now; nothing is frozen."""
     check = await call.autofreeze.preview(call.tenant, body.session_id)
     if check is None:
         raise session_not_found(body.session_id)
     session, decision = check.observation, next((one.decision for one in check.opinions if one.decision), None)
     limit = session.context_limit
-    return responses.PolicyCheck(
+    return freezing.PolicyCheck(
         session_id=body.session_id,
         triggered=decision is not None and not check.held_back,
         reason=decision.reason if decision else None,
@@ -52,7 +52,7 @@ async def check_policies(call: Call, body: requests.PolicyCheckRequest) -> respo
         idle_seconds=round(session.idle_s, 1),
         estimates=serializers.estimates(call.services.estimator.report().get(session.model)),
         policies=[
-            responses.Opinion(
+            freezing.Opinion(
                 policy=one.policy, reason=one.decision.reason if one.decision else None, error=one.error or None
             )
             for one in check.opinions

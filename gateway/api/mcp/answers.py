@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from gateway.api import schemas
-from gateway.api.admin.models import responses, status
+from gateway.api.admin.models import freezing, responses, status
 from gateway.api.mcp.admin_request import Json
 
 _DEPTH = 2
@@ -50,7 +50,7 @@ class CurrentSession(responses.CurrentSession):
 
 
 class PolicyConfig(responses.Answer):
-    policy: responses.Rules
+    policy: freezing.Rules
     set_at_run_time: list[str]
     available: list[str]
     warnings: list[str]
@@ -75,7 +75,7 @@ def current_session(answer: Json) -> Json:
 
 def policy(answer: Json) -> Json:
     """The answer of /admin/policies, with the rules in an object of their own."""
-    about = {name: answer[name] for name in answer if name not in responses.Rules.model_fields}
+    about = {name: answer[name] for name in answer if name not in freezing.Rules.model_fields}
     return {"policy": {name: answer[name] for name in answer if name not in about}, "warnings": [], **about}
 
 

@@ -1,6 +1,6 @@
 """The MCP tools for automatic freezing. Rules are validated as PUT /admin/policies does, under any of their names."""
 
-from gateway.api.admin.models import responses
+from gateway.api.admin.models import freezing
 from gateway.api.mcp import answers, arguments
 from gateway.api.mcp.admin_request import AdminRequest, Json
 from gateway.api.mcp.tool import About, Tool
@@ -66,7 +66,7 @@ TOOLS = (
             "`threshold_percent` of the context limit, `idle_seconds`, and the result of each policy",
         ),
         arguments.AutoFreezeCheck,
-        (responses.PolicyCheck,),
+        (freezing.PolicyCheck,),
         brief=("estimates",),
     ),
 )

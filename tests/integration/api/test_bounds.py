@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -402,26 +401,3 @@ def test_a_client_cannot_choose_the_id_of_an_answer(engine: FakeEngine, gateway:
     gateway.http.post("/v1/responses", json=body, headers={"x-session-id": session})
     (request,) = engine.seen("/v1/responses")
     assert "request_id" not in request.json
-
-
-def test_where_only_ids_count_nothing_is_recognised_by_what_it_says(engine: FakeEngine, tmp_path: Path) -> None:
-    asked = [{"role": "user", "content": "a question that anybody can guess"}]
-    again = [*asked, {"role": "assistant", "content": "Hello there!"}, {"role": "user", "content": "and then?"}]
-
-    def sent(gateway: Gateway, messages: list[dict[str, str]]) -> str:
-        answer = gateway.http.post(CHAT, json={"model": MODEL, "messages": messages})
-        gateway.turns(answer.headers["x-session-id"])
-        return answer.headers["x-session-id"]
-
-    with gateway_in_front_of(engine.url, tmp_path, identify="by_id") as gateway:
-        sessions = [sent(gateway, asked), sent(gateway, again), sent(gateway, again)]
-        assert len(set(sessions)) == 3
-        seen = [gateway.http.get(f"/admin/sessions/{one}").json() for one in sessions]
-        assert [one["lineage"] for one in seen] == sessions
-        named = [
-            gateway.chat("mine", "one").headers["x-session-id"],
-            gateway.chat("mine", "two").headers["x-session-id"],
-        ]
-        assert named == ["mine", "mine"]
-    salts = [request.json["cache_salt"] for request in engine.seen(CHAT)]
-    assert len(set(salts[:3])) == 3

@@ -1,14 +1,15 @@
-"""Conversations without ids, before a gateway: which are one session, and which must never be taken for one."""
+"""Conversations without ids, in front of a gateway: which are one session, and which must never be taken for one."""
 
 import secrets
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.conversations import SYSTEM, assistant, user
 from tests.support.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, usage_of, whole_reply
-from tests.support.gateway_process import Gateway, eventually
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
 
 CHAT = "/v1/chat/completions"
 
@@ -242,3 +243,26 @@ def test_session_headers_do_not_reach_the_engine(engine: FakeEngine, gateway: Ga
     (request,) = engine.seen(CHAT)
     assert request.header("x-claude-code-session-id") == []
     assert request.header("x-client-request-id") == ["r1"]
+
+
+def test_where_only_ids_count_nothing_is_recognised_by_what_it_says(engine: FakeEngine, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "a question that anybody can guess"}]
+    again = [*asked, {"role": "assistant", "content": "Hello there!"}, {"role": "user", "content": "and then?"}]
+
+    def sent(gateway: Gateway, messages: list[dict[str, str]]) -> str:
+        answer = gateway.http.post(CHAT, json={"model": MODEL, "messages": messages})
+        gateway.turns(answer.headers["x-session-id"])
+        return answer.headers["x-session-id"]
+
+    with gateway_in_front_of(engine.url, tmp_path, identify="by_id") as gateway:
+        sessions = [sent(gateway, asked), sent(gateway, again), sent(gateway, again)]
+        assert len(set(sessions)) == 3
+        seen = [gateway.http.get(f"/admin/sessions/{one}").json() for one in sessions]
+        assert [one["lineage"] for one in seen] == sessions
+        named = [
+            gateway.chat("mine", "one").headers["x-session-id"],
+            gateway.chat("mine", "two").headers["x-session-id"],
+        ]
+        assert named == ["mine", "mine"]
+    salts = [request.json["cache_salt"] for request in engine.seen(CHAT)]
+    assert len(set(salts[:3])) == 3
