@@ -4,6 +4,7 @@ import fcntl
 import os
 import resource
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -35,8 +36,11 @@ _ON_STACK = ("tests/stack/", "tests/integration/stack/test_up.py")
 
 
 def pytest_configure() -> None:
-    """Let engines leave half of the cores to the tests: threads that wait for each other share a core badly."""
+    """Prepare what the processes that tests start inherit."""
+    # Engines leave half of the cores to the tests: threads that wait for each other share a core badly.
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // 2, 1))
+    # Ignored if a shell runs the tests in the background, and then by every process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _raise_open_files()
     # Neither says anything about what is tested, only about the machine.
     settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
