@@ -289,6 +289,12 @@ class Settings(BaseSettings):
             raise ValueError(f"host {self.host!r} is reachable from other machines: set api_key (CWG_API_KEY)")
         return self
 
+    @model_validator(mode="after")
+    def _require_key_for_all_pages(self) -> "Settings":
+        if "*" in self.allowed_origins and not self.api_key:
+            raise ValueError("allowed_origins '*' lets every web page read conversations: name origins, or set api_key")
+        return self
+
     @property
     def data_path(self) -> Path:
         """`data_dir` as an absolute path."""

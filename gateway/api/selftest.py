@@ -7,6 +7,7 @@ configuration: LMCacheConnectorV1, for one, takes a salt and ignores it (LMCache
 import asyncio
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,14 +52,17 @@ class Check:
         return self.status == "failed" and self.name.startswith(_ISOLATION)
 
     @property
-    def keeps_kv(self) -> bool:
-        """Whether it shows that KV survives in a tier, as a window needs it."""
-        return self.status == "ok" and self.name.endswith(_PINS)
-
-    @property
     def is_unreachable(self) -> bool:
         """Whether the engine could not be tested at all."""
         return self.status == "failed" and self.name == _ENGINE
+
+
+def keeps_kv(services: Services, checks: Collection[Check]) -> bool | None:
+    """Whether KV was seen to survive in a tier, as a window needs it; None if that could not be tested."""
+    pins = [check.status for check in checks if check.name.endswith(_PINS)]
+    if not pins and services.cache is not None and services.pins.tiers:
+        return None
+    return "ok" in pins
 
 
 async def run(services: Services, engine: HttpEngineClient, land_s: float = _LAND_S) -> list[Check]:

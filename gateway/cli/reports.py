@@ -19,15 +19,17 @@ _STYLE = {
 def doctor() -> Result:
     """Check that sessions are isolated and freezing works.
 
-    Exit code 1 if a check failed, or if windows could keep no KV.
+    Exit code 1 if a check failed, or if it was not seen that windows keep KV.
     """
     answer = call("POST", "/admin/doctor", body={})
 
     def show() -> None:
         for check in answer["checks"]:
             _show_check(check["status"], check["name"], check["message"], check["remedy"])
-        if not answer["keeps_kv"]:
-            _show_check("failed", "freezing", "windows could keep no KV here, only text and token ids")
+        if answer["keeps_kv"] is None:
+            _show_check("warning", "freezing", "whether windows keep KV here could not be tested")
+        elif not answer["keeps_kv"]:
+            _show_check("failed", "freezing", "windows cannot keep KV here, only text and token ids")
 
     return Result(answer, then=show, ok=answer["ok"])
 

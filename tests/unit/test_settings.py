@@ -253,6 +253,12 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_path(tmp_path: Path) -> 
         load(environment={}, file=tmp_path / "gateway.toml")
 
 
+def test_every_web_page_may_read_only_with_a_key() -> None:
+    with pytest.raises(SettingsError, match="allowed_origins '\\*' lets every web page read"):
+        load(environment={"CWG_ALLOWED_ORIGINS": "*"})
+    assert load(environment={"CWG_ALLOWED_ORIGINS": "*", "CWG_API_KEY": "k"}).allowed_origins == ("*",)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "127.0.0.1.example.org"])
 def test_beyond_loopback_there_is_a_key(host: str) -> None:
     with pytest.raises(SettingsError, match="api_key"):

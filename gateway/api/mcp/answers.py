@@ -62,7 +62,7 @@ def current_session(answer: Json) -> Json:
     if source is None:
         message = _NO_ID
     elif session_id is None:
-        message = f"your client's id ({source}) stands for {len(known)} conversations. Do not guess: ask the user"
+        message = f"your client's id ({source}) stands for several conversations. Do not guess: ask the user"
     elif known:
         message = f"you are in session {session_id}, which your client names ({source})"
     else:

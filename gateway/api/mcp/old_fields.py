@@ -35,7 +35,7 @@ def thawed(answer: Json) -> Json:
         "cache_efficiency": share,
         "blocks_expected": receipt["chunks_expected"],
         "blocks_found": receipt["chunks_found"],
-        "model_compatible": True,  # any other is refused: model_mismatch
+        "model_compatible": None if receipt.get("as_text") else True,  # else another is refused: model_mismatch
         "message": f"window {answer['window_name']} is restored into session {session_id}",
         "instructions": f"continue with the header X-Session-ID: {session_id}, or at the base URL /s/{session_id}/v1",
     }
@@ -48,7 +48,7 @@ def cloned(answer: Json) -> Json:
         **answer,
         "new_window_name": target,
         "total_size_bytes": answer["size_bytes"],
-        "lineage": answer["ancestors"][::-1],
+        "lineage": answer.get("ancestors", [])[::-1],
         "message": f"window {source} is cloned as {target}, with {answer['shared_blocks']} shared blocks",
         "instructions": f"restore it with window_thaw, window_name {target}",
     }
@@ -129,7 +129,7 @@ def cache_stats(answer: Json) -> Json:
     totals = {"total_blocks": blocks, "total_bytes": size}
     counted = {"hits": cached, "misses": answer["prompt_tokens"] - cached}
     kv_store = {**totals, "total_size_bytes": size, "hit_rate": hit_rate or 0.0, **counted}
-    vllm = {"connected": answer["engines_up"] > 0, "hit_rate": hit_rate, "cached_tokens": cached}
+    vllm = {"connected": answer.get("engines_up", 0) > 0, "hit_rate": hit_rate, "cached_tokens": cached}
     return {**totals, **answer, "kv_store": kv_store, "vllm": vllm}
 
 

@@ -115,11 +115,14 @@ def test_a_doctor_where_windows_could_keep_no_kv_ends_with_1(gateway: Gateway) -
     ended = cwg("doctor", url=gateway.url)
     assert ended.returncode == 1
     assert "failed" in ended.stdout.splitlines()[-1]
-    assert "windows could keep no KV" in ended.stdout.splitlines()[-1]
+    assert "windows cannot keep KV" in ended.stdout.splitlines()[-1]
     checks = [{"name": "disk pins", "status": "ok", "message": "2 objects survived", "remedy": ""}]
     with something_else(answering({"ok": True, "keeps_kv": True, "checks": checks})) as url:
         ended = cwg("doctor", url=url)
     assert (ended.returncode, ended.stdout) == (0, "ok       disk pins: 2 objects survived\n")
+    with something_else(answering({"ok": False, "keeps_kv": None, "checks": checks})) as url:
+        ended = cwg("doctor", url=url)
+    assert (ended.returncode, "could not be tested" in ended.stdout) == (1, True)
 
 
 @pytest.mark.parametrize(

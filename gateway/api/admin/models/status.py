@@ -93,7 +93,9 @@ class Check(Answer):
 
 class Doctor(Answer):
     ok: bool = Field(description="no check failed, and windows keep KV")
-    keeps_kv: bool = Field(description="whether KV was seen to survive in a tier; if not, windows keep text only")
+    keeps_kv: bool | None = Field(
+        description="whether KV was seen to survive in a tier; if not, windows keep text only; null: not tested"
+    )
     checks: list[Check]
 
 

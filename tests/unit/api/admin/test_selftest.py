@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.api.health import Health
-from gateway.api.selftest import Check, run
+from gateway.api.selftest import Check, keeps_kv, run
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.disk import DiskTier
@@ -166,3 +166,16 @@ async def test_an_engine_that_reuses_nothing_is_found_out(engine: FakeEngine, ha
 
     engine.on_completion = forgetful
     assert failed(await checked(harness.services)) == ["cached_tokens"]
+
+
+async def test_kv_that_could_not_be_tested_is_not_called_lost(harness: GatewayHarness) -> None:
+    unreachable, lost, kept = (
+        Check("engine", "failed", ""),
+        Check("disk pins", "failed", ""),
+        Check("redis pins", "ok", ""),
+    )
+    services, without = harness.services, replace(harness.services, cache=None)
+    assert [keeps_kv(services, [unreachable]), keeps_kv(services, [lost]), keeps_kv(services, [lost, kept])] == [
+        None, False, True,
+    ]  # fmt: skip
+    assert keeps_kv(without, [unreachable]) is False
