@@ -76,7 +76,7 @@ async def _resolve_id(
             window.name,
             new_session_id=session.id,
             warm="none",
-            source=match.source,
+            source=session.source,
             first_message_hash=session.first_message_hash,
         )
         return SessionMatch(branch.session, match.source, turn.prompt.seed, is_new=True)
@@ -93,7 +93,7 @@ async def _resolve_id(
 async def _agent_branch(services: Services, turn: TurnContext, match: SessionMatch, window: Window) -> SessionMatch:
     """The branch of an agent that had a session before it was sent to the window, and cannot omit that session's id."""
     branch_id = subconversation_id(match.session.id, _seed(window))
-    session = await services.sessions.open(turn.tenant, branch_id)
+    session = await services.sessions.open(turn.tenant, branch_id, f"{match.source}, beside {match.session.id}")
     is_new = not session.created_at
     return SessionMatch(
         replace(session, first_message_hash=turn.prompt.head) if is_new else session,

@@ -64,7 +64,7 @@ def current_session(answer: Json) -> Json:
     elif session_id is None:
         message = f"your client's id ({source}) stands for several conversations. Do not guess: ask the user"
     elif known:
-        message = f"you are in session {session_id}, which your client names ({source})"
+        message = f"you are in session {session_id}, by the id that your client sends ({source})"
     else:
         message = (
             f"your client names session {session_id} ({source}), which has no finished turn. If you have had one, the "

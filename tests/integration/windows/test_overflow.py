@@ -103,6 +103,21 @@ def test_full_session_is_frozen_and_gets_a_successor(engine: FakeEngine, full: G
     assert (nodes[f"{session}.2"]["relation"], nodes[f"{session}.2"]["parent"]["name"]) == ("went on from", session)
 
 
+def test_the_current_session_is_the_last_successor_unless_a_history_branches(full: Gateway, session: str) -> None:
+    def current() -> tuple[str | None, list[str]]:
+        answer = full.http.get("/admin/current-session", headers={"x-session-id": session}).json()
+        return answer["session_id"], [one["id"] for one in answer["sessions"]]
+
+    said, _ = until_full(full, session)
+    assert current() == (f"{session}.2", [f"{session}.2"])
+    while (answer := ask(full, [*said, u(30)], session)).headers["x-session-id"] != f"{session}.3":
+        said += [u(30), REPLY]
+        assert answer.status_code == 200
+    assert current() == (f"{session}.3", [f"{session}.3"])
+    ask(full, [SYSTEM, u(0, opening="edited: ")], session)
+    assert current() == (None, [session, f"{session}.3"])
+
+
 @pytest.mark.parametrize("named", ["old id", "new id", "no id"])
 def test_later_turns_drop_the_same_messages(engine: FakeEngine, full: Gateway, session: str, named: str) -> None:
     said, answer = until_full(full, session if named != "no id" else "")

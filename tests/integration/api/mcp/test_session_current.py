@@ -50,13 +50,30 @@ async def test_of_several_conversations_under_one_id_none_is_guessed(gateway: Ga
     assert "stands for 2 conversations" in current["message"]
 
 
+async def test_an_agent_that_moved_to_a_window_is_not_told_that_it_is_where_it_was(
+    gateway: Gateway, session: str
+) -> None:
+    gateway.chat(f"{session}-other")
+    gateway.freeze(f"{session}-other", f"w-{session}")
+    headers, branches = {"session-id": session}, []
+    window = f"/w/w-{session}"
+    for base, text in (("", "before"), (window, "work"), (window, "a title, please")):
+        body = {"model": "demo", "messages": [{"role": "user", "content": text}]}
+        said = gateway.http.post(f"{base}/v1/chat/completions", json=body, headers=headers)
+        branches.append(said.headers["x-session-id"])
+        gateway.turns(branches[-1])
+    async with over_http(gateway.url, **headers) as client:
+        current = await answer(client, "session_current")
+    assert (current["session_id"], {one["id"] for one in current["sessions"]}) == (None, set(branches))
+
+
 async def test_over_stdio_the_environment_says_it(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     async with over_stdio(gateway.url, session_id=session) as client:
         current = await answer(client, "session_current")
     assert (current["session_id"], current["message"]) == (
         session,
-        f"you are in session {session}, which your client names (header x-session-id)",
+        f"you are in session {session}, by the id that your client sends (header x-session-id)",
     )
 
 
