@@ -104,7 +104,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "rate_limited": Code(
             429,
-            "Too many clients, open files, or finished turns that wait for the store",
+            "Too many clients (then the status is 503), open files, or finished turns that wait for the store",
             "Wait a moment; `max_connections`, `turn_queue` and the limit on open files set the maximum",
             retryable=True,
         ),

@@ -42,8 +42,13 @@ _OLD_NAMES: Mapping[str, str] = MappingProxyType(
         "CWM_DB_PATH": "CWG_STORE_URL",
         "CWM_STORAGE_DISK_PATH": "CWG_KV_DIR",
         "CWM_STORAGE_PATH": "CWG_KV_DIR",
-        "CWM_STORAGE_DISK_MAX_GB": "CWG_DISK_BUDGET_BYTES",
+        "CWM_CPU_CACHE_GB": "the option --cpu-cache-gb of `cwg up`",
+        "CWM_STORAGE_CPU_MAX_GB": "the option --cpu-cache-gb of `cwg up`",
+        "CWM_DISK_CACHE_GB": "CWG_DISK_BUDGET_BYTES (bytes)",
+        "CWM_STORAGE_DISK_MAX_GB": "CWG_DISK_BUDGET_BYTES (bytes)",
         "CWM_STORAGE_REDIS_URL": "CWG_KV_REDIS_URL",
+        "CWM_LIMITS_MAX_SESSIONS": "CWG_SESSIONS_KEPT",
+        "CWM_LIMITS_MAX_STORAGE_GB": "CWG_DISK_BUDGET_BYTES, CWG_REDIS_BUDGET_BYTES or CWG_TENANT_BUDGET_BYTES (bytes)",
         "CWM_LOG_LEVEL": "CWG_LOG_LEVEL",
         "CWM_AUTO_FREEZE_ENABLED": "CWG_AUTO_FREEZE",
         "CWM_AUTO_FREEZE_TOKEN_THRESHOLD": "CWG_AUTO_FREEZE_TOKENS",
@@ -185,8 +190,8 @@ class Settings(BaseSettings):
     )
     max_connections: Count = setting(
         10_000,
-        "clients at once; for one more an idle connection is closed, or else it is refused (503) unless it is a probe "
-        "(`/healthz`, `/readyz`)",
+        "clients at once; at the limit an idle connection is closed for a new client; if none is idle, the client gets "
+        "a 503 (probes are still answered)",
     )
     max_body_bytes: Count = setting(64 * 2**20, "largest request body")
     max_json_values: Count = setting(

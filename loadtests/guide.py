@@ -2,9 +2,9 @@
 
     python -m loadtests.guide
 
-A `console` block contains shell commands, each after a `$`; `cwg up` starts or restarts the stack. An `mcp` block
-contains tool calls, each a name and its arguments, and after `->` the fields of the result to show. All other lines of
-these blocks are replaced.
+A `console` block contains shell commands, each after a `$`; `cwg up --demo random` starts or restarts the stack. An
+`mcp` block contains tool calls, each a name and its arguments, and after `->` the fields of the result to show. All
+other lines of these blocks are replaced.
 """
 
 import asyncio
@@ -33,6 +33,7 @@ PAGE = ROOT / "docs" / "guide.md"
 _BLOCK = re.compile(r"(?<=^```)(console|mcp)\n(.*?)(?=^```)", re.MULTILINE | re.DOTALL)
 _PORT = "8700"  # as shown on the page
 _MAX_WIDTH = 130
+_UP = "cwg up --demo random"
 
 
 class Stack:
@@ -56,7 +57,6 @@ class Stack:
         self.down()
         options = ["--demo", "random", "--port", self._port, "--data-dir", str(self._folder / "data")]
         argv = [sys.executable, "-m", "gateway", "up", *options]
-        argv += ["--demo", "random"]
         with (self._folder / "up.log").open("ab") as log:
             self._up = subprocess.Popen(
                 argv, env=self._environment, cwd=self._folder, stdout=subprocess.PIPE, stderr=log, text=True
@@ -122,7 +122,7 @@ def _filled(stack: Stack, match: re.Match[str]) -> str:
         if kind == "mcp":
             lines += [command, *_truncated(stack.tool(command))]
         else:
-            output = stack.up() if command == "cwg up" else stack.shell(command)
+            output = stack.up() if command == _UP else stack.shell(command)
             lines += [f"$ {command}", *_truncated(output)]
     return "\n".join([kind, *lines, ""])
 

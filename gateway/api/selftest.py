@@ -22,6 +22,7 @@ Status = Literal["ok", "warning", "failed"]
 _ENGINE = "engine"
 _ISOLATION = "isolation"
 _PINS = "pins"
+_CONNECTOR = "AbortSafeLMCacheConnector (kv_connector_module_path gateway.stack.connector)"
 _CHUNKS = 2
 _LAND_S = 3.0
 _POLL_S = 0.05
@@ -112,7 +113,7 @@ class _SelfTest:
                 "warning",
                 "a client that disconnects while its KV is being loaded may crash this engine "
                 f"(vLLM {version}; vllm#46240, LMCache#4938)",
-                "start it with kv_connector AbortSafeLMCacheConnector of gateway.stack.connector (docs/own-vllm.md)",
+                f"start it with kv_connector {_CONNECTOR} (docs/own-vllm.md)",
             )
 
     async def _plan(self, model: Model) -> Plan | None:
@@ -134,7 +135,7 @@ class _SelfTest:
                 self._add("tiers", "warning", message, "set kv_dir or kv_redis_url")
             if model.root not in info.world_sizes:
                 message = f"no engine has registered model {model.root!r} with this LMCache yet"
-                remedy = "start vLLM with LMCacheMPConnector and lmcache.mp.host/port of this server"
+                remedy = f"start vLLM with {_CONNECTOR} or LMCacheMPConnector, and lmcache.mp.host/port of this server"
                 self._add("connector", "warning", message, remedy)
             ids = await self._random_ids(model, cache.chunk_size * _CHUNKS + 1)
             return plan(model, "", ids, info, cache.chunk_size)
@@ -160,7 +161,7 @@ class _SelfTest:
         other = await self._engine.prefill(model.id, ids, b, store=False)
         if other.cached:
             message = f"the same prompt under another salt hit {other.cached} tokens: sessions are NOT isolated"
-            remedy = "use --kv-transfer-config with LMCacheMPConnector; LMCacheConnectorV1 ignores the salt"
+            remedy = f"use {_CONNECTOR} or LMCacheMPConnector; LMCacheConnectorV1 ignores the salt"
             self._add(_ISOLATION, "failed", message, remedy)
         else:
             self._add(_ISOLATION, "ok", "the same prompt under another salt hit nothing")
@@ -181,7 +182,7 @@ class _SelfTest:
                 return
             if any(await tier.sizes([str(key) for key in theirs])):
                 message = f"the {tier.name} tier has objects of one salt under another: sessions are NOT isolated"
-                self._add(f"{_ISOLATION} in the {name}", "failed", message, "use LMCacheMPConnector")
+                self._add(f"{_ISOLATION} in the {name}", "failed", message, f"use {_CONNECTOR} or LMCacheMPConnector")
                 return
             self._add(name, "ok", f"{count} objects were found under their salt, none under another")
         except TierUnavailable as error:

@@ -67,9 +67,7 @@ def _exists(file: Path) -> Failure:
 @operation
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--name", help="name of the window; default: the name it was exported under")
-@click.option(
-    "--as-text", is_flag=True, help="import text and ids without KV, for a model that is served with other settings"
-)
+@click.option("--as-text", is_flag=True, help="import text and ids without KV, for a model with other weights")
 def import_(file: Path, name: str | None, as_text: bool) -> Result:
     """Import the window in FILE."""
     query = {"window_name": name, "as_text": "true" if as_text else None}

@@ -50,7 +50,7 @@ def _name_for(session: str) -> str:
     help="where to load the KV: nowhere yet, LMCache's memory, or the engine",
 )
 @click.option("--continue", "continuation_prompt", help="prompt to send immediately as the new session's next turn")
-@click.option("--as-text", is_flag=True, help="take only the text, for a model that is served with other settings now")
+@click.option("--as-text", is_flag=True, help="only the text, for a model with other weights or one no longer served")
 @_max_tokens
 def thaw(name: str, **options: Any) -> Result:
     """Thaw the window NAME into a new session."""

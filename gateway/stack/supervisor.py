@@ -57,12 +57,13 @@ def _facts(plan: local.Plan) -> Iterator[str]:
     model = plan.model
     about = f": {model.about}" if model.about else ""
     yield f"model {model.served_name}{about} ({model.directory})"
-    memory = f"memory: up to {preflight.needed_memory(plan) / 2**30:.1f} GiB"
+    yield f"memory: up to {preflight.needed_memory(plan) / 2**30:.1f} GiB"
     if plan.disk_budget_bytes is None:
-        yield f"{memory}; disk: what CWG_DISK_BUDGET_BYTES says"
+        limit = "CWG_DISK_BUDGET_BYTES"
     else:
         share = f"{local.DISK_SHARE:.0%} of the free disk; CWG_DISK_BUDGET_BYTES sets another limit"
-        yield f"{memory}; disk: up to {plan.disk_budget_bytes / 2**30:.1f} GiB of KV in {plan.kv_dir} ({share})"
+        limit = f"{plan.disk_budget_bytes / 2**30:.1f} GiB ({share})"
+    yield f"disk: KV of idle sessions is deleted past {limit}; windows count, and are never deleted"
 
 
 class _Stop(Exception):

@@ -113,9 +113,11 @@ def test_log_level_is_read_in_any_case() -> None:
 
 
 def test_variables_of_the_old_system_are_named_with_ours() -> None:
-    told = old_variables({"CWM_VLLM__URL": "x", "CWM_VLLM_URL": "x", "CWM_LIMITS_MAX_SESSIONS": "1", "HOME": "/"})
+    names = ("CWM_VLLM__URL", "CWM_VLLM_URL", "CWM_LIMITS_MAX_WINDOWS", "CWM_DISK_CACHE_GB", "HOME")
+    told = old_variables(dict.fromkeys(names, "1"))
     assert told == (
-        "variables of cwm-mcp are ignored: CWM_LIMITS_MAX_SESSIONS has no counterpart, "
+        "variables of cwm-mcp are ignored: CWM_DISK_CACHE_GB is CWG_DISK_BUDGET_BYTES (bytes) here, "
+        "CWM_LIMITS_MAX_WINDOWS has no counterpart, "
         "CWM_VLLM_URL is CWG_ENGINE_URLS here, CWM_VLLM__URL is CWG_ENGINE_URLS here"
     )
     assert old_variables({"CWG_PORT": "1"}) == ""
