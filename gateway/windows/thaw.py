@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from gateway.dialects import text_transcripts
-from gateway.engines.client import Model
+from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.records import Manifest, Session, Window, check_session_id
 from gateway.sessions import prefix_chain
@@ -116,12 +116,26 @@ async def thaw_text(ctx: OperationContext, name: str, *, new_session_id: str | N
     reusable = ", unless the cache has them" if session.salt == window.salt else ""
     taken = f"only the text was thawed: model {model.id!r} computes its {len(ids)} tokens{reusable}"
     receipt = Receipt(window.whole_chunks, prompt_tokens=len(ids), partial=True, as_text=True, warnings=(taken,))
-    if warm == "gpu":
-        usage = await engine.prefill(model.id, ids, session.salt)
-        receipt = replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt)
-    if await store.add_sessions([session], source=window):
-        raise session_exists(session_id)
+    if warm == "cpu":
+        cold = "`warm: cpu` loaded nothing, as a thaw of the text takes none of the window's KV: `gpu` computes it now"
+        receipt = replace(receipt, warnings=(*receipt.warnings, cold))
+    with services.turns.protect_lineage(ctx.tenant, window.lineage):
+        if warm == "gpu":
+            receipt = await _compute_text(ctx, engine, session, ids, receipt)
+        if await store.add_sessions([session], source=window):
+            raise session_exists(session_id)
     return Thawed(session, window, replace(receipt, duration_ms=ctx.duration_ms()))
+
+
+async def _compute_text(
+    ctx: OperationContext, engine: EngineClient, session: Session, ids: Sequence[int], receipt: Receipt
+) -> Receipt:
+    """Compute the KV of a session that is not in the store yet. If it never is, a sweep removes the KV."""
+    await ctx.services.store.mark_orphaned(session.salt, session.tenant, session.lineage)
+    ctx.progress("prefill", 0, len(ids))
+    usage = await engine.prefill(session.model, ids, session.salt)
+    ctx.progress("prefill", len(ids), len(ids))
+    return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt)
 
 
 async def _model_for_text(services: Services, window: Window, text: Text) -> Model:

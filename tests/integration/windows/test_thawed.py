@@ -18,6 +18,7 @@ from gateway.windows.delete import delete
 from gateway.windows.freeze import Naming
 from gateway.windows.prefetch_evict import evict, prefetch
 from gateway.windows.restore import Receipt, check_and_restore, restore_for_turn
+from gateway.windows.retention.orphans import delete_orphans
 from gateway.windows.thaw import fanout, thaw, thaw_text
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import MODEL, FakeEngine
@@ -239,8 +240,7 @@ async def test_window_deleted_while_warming_leaves_no_session(engine: FakeEngine
 async def test_window_of_another_model_is_thawed_as_text(engine: FakeEngine, harness: Cached, name: str) -> None:
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
-    card = {"id": name, "object": "model", "root": "org/other", "max_model_len": 4096}
-    engine.on_models = lambda exchange: exchange.json({"object": "list", "data": [card]})
+    serve_another(engine, name)
     with pytest.raises(GatewayError) as caught:
         await thawed(harness)
     assert caught.value.code == "model_mismatch"
@@ -254,6 +254,49 @@ async def test_window_of_another_model_is_thawed_as_text(engine: FakeEngine, har
     assert await harness.services.store.messages(session.transcript or b"") == MESSAGES
     await restore_for_turn(harness.services, session)
     assert harness.cache.prefetches == [], "the window's KV is of no use to another model"
+    await delete_orphans(harness.services)
+    assert await harness.services.store.orphaned_salts() == []
+    assert len(objects_of(harness, session.salt)) == CHUNKS
+
+
+async def test_kv_of_a_text_whose_session_id_was_taken_meanwhile_is_swept(engine: FakeEngine, harness: Cached) -> None:
+    serve_another(engine, "successor")
+    window = await harness.services.store.window(TENANT, "w")
+    assert window is not None
+    loop, seen, services = asyncio.get_running_loop(), [], harness.services
+    taken = services.store.add_sessions([Session(TENANT, "t", "other", salt="other")])
+
+    def meanwhile() -> None:
+        asyncio.run_coroutine_threadsafe(taken, loop).result(20)
+        seen.append(services.turns.lineage_has_turn_in_flight(TENANT, window.lineage))
+
+    engine.before_completion = meanwhile
+    with pytest.raises(GatewayError, match="already"):
+        await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
+    salt = engine.seen("/v1/completions")[-1].json["cache_salt"]
+    assert (seen, len(objects_of(harness, salt))) == ([True], CHUNKS)
+    await delete_orphans(services)
+    assert objects_of(harness, salt) == []
+
+
+async def test_thaw_of_a_text_says_what_it_does_and_does_not(engine: FakeEngine, harness: Cached) -> None:
+    steps: list[tuple[str, int, int]] = []
+    ctx = replace(harness.ctx, progress=lambda *step: steps.append(step))
+    _, _, receipt = await thaw_text(ctx, "w", new_session_id=None, warm="cpu")
+    assert ("`warm: cpu` loaded nothing" in receipt.warnings[-1], steps) == (True, [])
+    await thaw_text(ctx, "w", new_session_id=None, warm="gpu")
+    assert steps == [("prefill", 0, len(IDS)), ("prefill", len(IDS), len(IDS))]
+
+
+def serve_another(engine: FakeEngine, name: str) -> None:
+    """Serve other weights than those of the window."""
+    card = {"id": name, "object": "model", "root": "org/other", "max_model_len": 4096}
+    engine.on_models = lambda exchange: exchange.json({"object": "list", "data": [card]})
+
+
+def objects_of(harness: Cached, salt: str) -> list[Path]:
+    """The files of what the cache has under a salt."""
+    return list(harness.cache.folder.glob(f"*@{salt}.data"))
 
 
 async def test_isolated_clone_and_fanout_share_pins(harness: Cached) -> None:
