@@ -257,4 +257,6 @@ class Health:
         failed = self._failed("isolation")
         if self.leaking:
             return "unhealthy", failed
+        if not failed and (cache := self._failed("cache")):
+            failed = f"not proved in the tiers: {cache}"
         return ("degraded", failed) if failed else ("healthy", "passed the self-test")

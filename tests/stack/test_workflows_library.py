@@ -76,7 +76,7 @@ def test_w10_a_name_that_is_taken_is_refused_and_free_again_once_its_window_is_d
 
 
 def test_w15_the_longest_name_and_the_usual_tags_are_good_in_every_tool(shared: Gateway) -> None:
-    short(shared, "named-well")
+    converse(shared.client("named-well"), "named well", turns=1)
     name = ("auth-refactor-2026-01-23-" * 6)[:127] + "z"
     copy = name[:-1] + "y"
     tags = ["project-atlas", "debugging", "production", "wip"]

@@ -9,6 +9,7 @@ import pytest
 from gateway.api.health import Health
 from gateway.api.selftest import Check, keeps_kv, run
 from gateway.kv.keys import ObjectKey, object_keys
+from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.disk import DiskTier
 from gateway.records import PinnedObject
@@ -134,6 +135,17 @@ async def test_a_failing_tier_is_a_fault_of_the_tiers_and_not_of_the_isolation(
         found = await health.components()
     assert (found["tiers"]["status"], found["isolation"]["status"]) == ("degraded", "healthy")
     assert str(found["tiers"]["message"]).startswith("0 of 2 objects")
+
+
+async def test_isolation_in_the_tiers_is_not_proved_without_the_cache(harness: GatewayHarness, tmp_path: Path) -> None:
+    async with (
+        LMCache("http://127.0.0.1:9", 1.0, tmp_path) as nobody,
+        Health(replace(harness.services, cache=nobody)) as health,
+    ):
+        await health.test()
+        found = await health.components("isolation")
+    assert found["isolation"]["status"] == "degraded"
+    assert "LMCache" in str(found["isolation"]["message"])
 
 
 async def test_pins_that_cannot_be_made_are_found_out(
