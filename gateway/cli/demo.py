@@ -6,6 +6,7 @@ cache salt is a new one, and nothing in any memory is found under that. With `--
 """
 
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +19,15 @@ from rich.text import Text
 from gateway.cli import connection
 from gateway.cli.admin_client import Admin, AdminError
 from gateway.cli.connection import Failure, operation, window_path
-from gateway.cli.demo_answers import Answer, Comparison, ask, compare
+from gateway.cli.demo_answers import Answer, ask, difference
 from gateway.cli.demo_conversations import Script, long_script, short_script
 from gateway.cli.output import OUT, Result, say
+from gateway.records import AUTO_TAG
 from gateway.stack.terminal import Terminal
+from gateway.windows.comparison import Comparison, compare
 
 _REPLY_TOKENS = 32
+_DURABLE = {"disk", "redis"}
 _BUSY_TRIES = 6  # of a deletion, each of which waits for a turn in progress for `busy_wait_s`
 _NEXT = """
 Try next: talk to the model at {url}/v1 with any OpenAI client, then
@@ -55,6 +59,21 @@ class Round(NamedTuple):
         """The answer after the thaw, compared with the live one."""
         return compare(self.live, self.after)
 
+    @property
+    def difference(self) -> str:
+        """What is wrong with the answer after the thaw; "" if nothing."""
+        return difference(self.live, self.after, self.comparison)
+
+    @property
+    def tie(self) -> int | None:
+        """The token at which a tie ended the comparison, counted from 1."""
+        return self.comparison.tokens if self.comparison.verdict == "tie" else None
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether all tokens of the answer were compared, and are equal."""
+        return not self.difference and self.tie is None
+
 
 @operation
 @click.option("--restart", is_flag=True, help="restart the stack in between: one that `cwg up` runs on this machine")
@@ -70,7 +89,7 @@ def demo(restart: bool, data_dir: Path) -> Result:
     from gateway.cli import demo_restart  # noqa: PLC0415 - other commands should not pay for the stack's imports
 
     terminal = Terminal()
-    with connection.failures():
+    with connection.failures(), _interrupted_by_sigterm():
         admin = connection.admin()
         again = demo_restart.find(data_dir, admin.url) if restart else None
         try:
@@ -78,6 +97,16 @@ def demo(restart: bool, data_dir: Path) -> Result:
         finally:
             terminal.settled()
     return _result(rounds, admin.url, restarted=restart)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """A SIGTERM acts like a Ctrl-C: what the demo has made is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Demo:
@@ -182,7 +211,7 @@ class _Demo:
             self._show("removing what the demo has made")
             for name in self._sessions:
                 self._delete(f"/admin/sessions/{name}")
-            # After the sessions: a freeze that was interrupted has ended by now. Automatic windows are among them.
+            # After the sessions: a freeze that was interrupted has ended by now.
             for name in [*self._windows, *self._automatic_windows()]:
                 self._delete(window_path(name))
 
@@ -190,7 +219,8 @@ class _Demo:
         names: list[str] = []
         for session in self._sessions:
             with suppress(AdminError):
-                page = self._admin.call("GET", "/admin/windows", query={"session_id": session})
+                query = {"session_id": session, "tags": AUTO_TAG}  # what others froze from it is theirs
+                page = self._admin.call("GET", "/admin/windows", query=query)
                 names += [window["name"] for window in page["windows"] if window["name"] not in self._windows]
         return names
 
@@ -216,6 +246,11 @@ def check_cache(cache: dict[str, Any]) -> None:
         )
     if state != "healthy":
         raise Failure(f"the cache is {state}; `cwg doctor` says more")
+    if not _DURABLE & cache["tiers"].keys():
+        raise Failure(
+            "no durable tier is configured, so a freeze keeps only text: set CWG_KV_DIR or CWG_KV_REDIS_URL to where "
+            "LMCache writes, or use `cwg up`"
+        )
 
 
 def problems(rounds: list[Round]) -> list[str]:
@@ -226,7 +261,8 @@ def problems(rounds: list[Round]) -> list[str]:
 def _problems(one: Round) -> Iterator[str]:
     receipt, restored = one.window["receipt"], one.thawed["receipt"]
     if one.window["kv"] != "complete":
-        yield f"its freeze kept {receipt['chunks']} chunks of {receipt['chunk_size']} tokens (kv {one.window['kv']})"
+        chunks = f"{receipt['chunks']} chunks of {receipt['chunk_size']} tokens"
+        yield f"the freeze stored only {chunks} (kv {one.window['kv']})"
     if restored["partial"]:
         yield f"the thaw found {restored['chunks_found']} of {restored['chunks_expected']} chunks"
     if one.after.cached_tokens is None:
@@ -235,8 +271,8 @@ def _problems(one: Round) -> Iterator[str]:
         yield f"{one.after.cached_tokens} tokens came from the cache, not {one.cacheable}"
     if one.after.prompt_tokens != one.live.prompt_tokens:
         yield f"the prompt has {one.after.prompt_tokens} tokens after the thaw, not {one.live.prompt_tokens}"
-    if difference := one.comparison.difference:
-        yield f"the answer {difference}"
+    if one.difference:
+        yield f"the answer {one.difference}"
     if one.recomputed.cached_tokens:
         yield f"another salt hit {one.recomputed.cached_tokens} tokens: sessions are not isolated"
 
@@ -245,7 +281,7 @@ def _result(rounds: list[Round], url: str, *, restarted: bool) -> Result:
     wrong = problems(rounds)
     answer = {
         "restarted": restarted,
-        "identical": all(one.comparison.difference == "" for one in rounds),
+        "identical": all(one.is_identical for one in rounds),
         "problems": wrong,
         "conversations": [_summary(one) for one in rounds],
     }
@@ -277,7 +313,8 @@ def _summary(one: Round) -> dict[str, Any]:
         "tokens_compared": one.comparison.tokens,
         "largest_logprob_difference": one.comparison.largest,
         "largest_logprob_difference_recomputed": compare(one.live, one.recomputed).largest,
-        "identical": one.comparison.difference == "",
+        "identical": one.is_identical,
+        "tie_at_token": one.tie,
         "freeze_receipt": one.window["receipt"],
         "thaw_receipt": one.thawed["receipt"],
     }
@@ -292,15 +329,22 @@ def _table(rounds: list[Round]) -> Table:
     return table
 
 
+def outcome(one: Round) -> str:
+    """What the table says of the two answers."""
+    if one.tie is not None:
+        return f"equal up to a tie at token {one.tie}"
+    return "yes" if one.is_identical else "no"
+
+
 _ROWS: dict[str, Callable[[Round], str]] = {
     "tokens of the prompt": lambda one: f"{one.after.prompt_tokens:,}",
     "of them from the cache": lambda one: f"{one.after.cached_tokens or 0:,}",
-    "KV on disk": lambda one: f"{one.window['receipt']['bytes'] / 2**20:.1f} MiB",
+    "KV stored": lambda one: f"{one.window['receipt']['bytes'] / 2**20:.1f} MiB",
     "first token, thawed": lambda one: f"{one.after.first_token_s:.2f} s",
     "first token, recomputed": lambda one: f"{one.recomputed.first_token_s:.2f} s",
     "tokens compared": lambda one: str(one.comparison.tokens),
     "largest logprob difference": lambda one: f"{one.comparison.largest:.4f}",
-    "identical": lambda one: "no" if one.comparison.difference else "yes",
+    "identical": outcome,
 }
 
 COMMANDS = (demo,)

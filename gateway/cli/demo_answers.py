@@ -1,16 +1,14 @@
-"""Ask a session and measure the answer, and compare two answers token for token."""
+"""Ask a session, measure the answer, and say in words what two answers differ in."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 from gateway.cli.admin_client import Admin
+from gateway.windows.comparison import Comparison
 
-TOLERANCE = 0.1
-"""Of a log probability. The last bits depend on how many tokens are computed in one go, and a thaw computes the tail
-anew: 0.03 was measured in bfloat16. Deep verification allows as much (`gateway.windows.replay`)."""
+_FEWEST = 4  # equal tokens before a tie
 _LIKELIEST = 5
 
 
@@ -26,18 +24,10 @@ class Answer:
     cached_tokens: int | None = None
     first_token_s: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How many tokens were compared, and the largest difference of a log probability; `difference` is "" if none.
-
-    Tokens that both answers find equally likely (within `TOLERANCE`) may be chosen either way; what follows them is
-    not compared.
-    """
-
-    tokens: int
-    largest: float
-    difference: str = ""
+    @property
+    def ids(self) -> list[str]:
+        """What two answers are compared by: a stream of chat has no token ids."""
+        return self.tokens
 
 
 def ask(admin: Admin, session: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> Answer:
@@ -65,28 +55,17 @@ def _read(answer: Answer, event: Mapping[str, Any]) -> None:
             answer.likeliest.append({other["token"]: other["logprob"] for other in token["top_logprobs"]})
 
 
-def compare(one: Answer, other: Answer) -> Comparison:
-    """Compare an answer with a later one to the same question."""
-    if not one.tokens:
-        return Comparison(0, 0.0, "has no log probabilities to compare")
-    largest = 0.0
-    for position, (a, b) in enumerate(zip_longest(one.tokens, other.tokens)):
-        if a != b:
-            if _is_tie(one, other, position):
-                return Comparison(position, largest)
-            return Comparison(position, largest, f"differs from token {position + 1} on: {b!r}, not {a!r}")
-        apart = abs(one.logprobs[position] - other.logprobs[position])
-        largest = max(largest, apart)
-        if apart > TOLERANCE:
-            return Comparison(
-                position + 1, largest, f"has another log probability at token {position + 1}: {apart:.3f} apart"
-            )
-    return Comparison(len(one.tokens), largest)
-
-
-def _is_tie(one: Answer, other: Answer, position: int) -> bool:
-    if position >= min(len(one.tokens), len(other.tokens)):
-        return False
-    a, b = one.tokens[position], other.tokens[position]
-    likeliest = (one.likeliest[position], other.likeliest[position])
-    return all(a in top and b in top and abs(top[a] - top[b]) <= TOLERANCE for top in likeliest)
+def difference(live: Answer, after: Answer, seen: Comparison) -> str:
+    """What a comparison of two answers to the same question found wrong; "" if nothing."""
+    if not live.tokens:
+        return "has no log probabilities to compare"
+    at = seen.tokens - 1
+    if seen.verdict == "tie" and at < _FEWEST:
+        return f"is equal only up to a tie at token {seen.tokens}, and so few tokens prove nothing"
+    if seen.verdict != "different":
+        return ""
+    a, b = (answer.tokens[at] if at < len(answer.tokens) else None for answer in (live, after))
+    if a != b:
+        return f"differs from token {seen.tokens} on: {b!r}, not {a!r}"
+    apart = abs(live.logprobs[at] - after.logprobs[at])
+    return f"has another log probability at token {seen.tokens}: {apart:.3f} apart"

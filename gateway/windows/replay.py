@@ -7,9 +7,7 @@ verify would only prove that nothing has changed since. So the reference is comp
 1. Under a new random salt, the engine computes the window's whole chunks, and continues greedily from there.
 2. For each tier, under another such salt, the pins of that tier are exposed to LMCache as they are, and the engine
    continues from what it loads. Neither its own prefix cache nor LMCache's memory has anything under that salt.
-3. Token ids and log probabilities are compared. They are not equal to the last bit: the window's KV was computed turn
-   by turn, the reference's in one pass (differences of 0.03 were measured). If two tokens are almost equally likely in
-   both, sound KV may continue with the other one: the texts differ from there and are no longer compared.
+3. Token ids and log probabilities are compared (`gateway.windows.comparison`).
 
 It costs what a thaw without KV would: the whole window is computed once.
 """
@@ -17,7 +15,6 @@ It costs what a thaw without KV would: the whole window is computed once.
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from gateway.dialects.base import engine_token_counts
@@ -27,11 +24,11 @@ from gateway.kv.keys import ObjectKey, with_salt
 from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
 from gateway.windows.catalog import served_model
+from gateway.windows.comparison import compare
 from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import drop_from_cache
 
 TOKENS = 16  # of the continuation
-TOLERANCE = 0.1  # of a log probability
 _SAMPLING: dict[str, Any] = {
     "logprobs": 5,
     "return_token_ids": True,
@@ -53,8 +50,8 @@ class Difference:
 class Replay:
     """The engine's continuation from the KV of one tier, compared with its continuation without any.
 
-    `equal`: the same tokens, with the same log probabilities (within `TOLERANCE`), as far as they were compared, and
-    all of the KV was used: `cached_tokens` is at least `expected_cached_tokens`.
+    `equal`: the same tokens, with the same log probabilities (within `comparison.TOLERANCE`), as far as they were
+    compared, and all of the KV was used: `cached_tokens` is at least `expected_cached_tokens`.
     """
 
     tier: str
@@ -100,13 +97,13 @@ async def replay(
     cached = chunks * window.chunk_size
     expected = await engine.compute_and_continue(cached)
 
-    async def compare(tier: Tier) -> Replay:
+    async def replay_from(tier: Tier) -> Replay:
         ctx.progress(f"replay {tier.name}", next(steps), len(tiers) + 1)
         leading = [o for o in manifest.objects if o.tier == tier.name][: chunks * window.world_size]
         actual = await _continue_from_tier(services, engine, window, tier, leading)
         return compare_continuations(tier.name, expected, actual, min(cached, len(ids) - 1))
 
-    replays, warnings = await services.pins.each(compare, only=tiers)
+    replays, warnings = await services.pins.each(replay_from, only=tiers)
     return tuple(replays.values()), warnings
 
 
@@ -160,37 +157,22 @@ def _read(answer: dict[str, Any]) -> Continuation:
 
 def compare_continuations(tier: str, expected: Continuation, actual: Continuation, cached: int) -> Replay:
     """Compare two continuations; `cached` tokens of the prompt should have come from the cache."""
-    first, largest, compared = None, 0.0, 0
-    pairs = zip_longest(expected.ids, actual.ids, expected.logprobs, actual.logprobs)
-    for position, (wanted, got, logprob, other) in enumerate(pairs):
-        compared = position + 1
-        if _tied(expected, actual, position):
-            break
-        apart = abs(logprob - other) if logprob is not None and other is not None else None
-        if wanted == got and apart is not None:
-            largest = max(largest, apart)
-        if wanted != got or apart is None or apart > TOLERANCE:
-            first = Difference(position, wanted, got)
-            break
+    seen, first = compare(expected, actual), None
+    if seen.verdict == "different":
+        at = seen.tokens - 1
+        first = Difference(at, _at(expected.ids, at), _at(actual.ids, at))
     used = actual.cached_tokens is not None and actual.cached_tokens >= cached
     return Replay(
         tier=tier,
         equal=used and first is None,
-        tokens_compared=compared,
+        tokens_compared=seen.tokens,
         first_difference=first,
-        largest_logprob_difference=largest,
+        largest_logprob_difference=seen.largest,
         prompt_tokens=actual.prompt_tokens,
         cached_tokens=actual.cached_tokens,
         expected_cached_tokens=cached,
     )
 
 
-def _tied(expected: Continuation, actual: Continuation, position: int) -> bool:
-    """Whether the two tokens differ but are almost equally likely in both continuations."""
-    if position >= min(len(expected.tokens), len(actual.tokens)):
-        return False
-    one, other = expected.tokens[position], actual.tokens[position]
-    a, b = expected.likeliest[position], actual.likeliest[position]
-    if one == other or any(token not in top for token in (one, other) for top in (a, b)):
-        return False
-    return max(abs(a[one] - b[one]), abs(a[other] - b[other]), abs(a[one] - a[other])) <= TOLERANCE
+def _at(ids: Sequence[int], position: int) -> int | None:
+    return ids[position] if position < len(ids) else None

@@ -1,15 +1,15 @@
 """`cwg demo` where it cannot show anything, and where the user has had enough."""
 
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from gateway.stack import lock
+from gateway.records import AUTO_TAG
 from tests.support.cli import assert_failed, cwg
 from tests.support.fakes.engine import Exchange, FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
@@ -19,7 +19,13 @@ from tests.support.gateway_process import ROOT, Gateway, environment, eventually
 @pytest.fixture
 def with_cache(engine: FakeEngine, tmp_path: Path) -> Iterator[Gateway]:
     cache = FakeLMCache(tmp_path / "kv").start()
-    settings = {"cache_url": cache.url, "kv_dir": tmp_path / "kv", "chunk_size": CHUNK, "busy_wait_s": 0.5}
+    settings = {
+        "cache_url": cache.url,
+        "kv_dir": tmp_path / "kv",
+        "chunk_size": CHUNK,
+        "busy_wait_s": 0.5,
+        "freeze_timeout_s": 1,
+    }
     with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
         yield gateway
     cache.stop()
@@ -31,31 +37,52 @@ def test_without_a_cache_it_says_so_and_asks_the_engine_nothing(engine: FakeEngi
     assert not [request for request in engine.requests[before:] if request.method == "POST"]
 
 
-def test_a_restart_needs_a_stack_of_cwg_up(gateway: Gateway, tmp_path: Path) -> None:
-    command = ("demo", "--restart", "--data-dir", str(tmp_path))
-    assert_failed(cwg(*command, url=gateway.url), f"no stack runs on {tmp_path}; name the --data-dir of a `cwg up`")
-    with lock.holding(tmp_path, gateway.port + 1):
-        assert_failed(
-            cwg(*command, url=gateway.url), f"listens on port {gateway.port + 1}, and CWG_URL is {gateway.url}"
-        )
-
-
-def test_an_interrupted_demo_leaves_nothing(engine: FakeEngine, with_cache: Gateway) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing_of_its_own(
+    how: signal.Signals, engine: FakeEngine, with_cache: Gateway
+) -> None:
     def hang(exchange: Exchange) -> None:
         exchange.begin()
         exchange.gone()
 
     engine.on_chat = hang
-    argv = [sys.executable, "-m", "gateway", "demo"]
-    given = environment({"CWG_URL": with_cache.url})
-    with subprocess.Popen(argv, env=given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+    with running_demo(with_cache) as demo:
         eventually(
             lambda: any(request.path.endswith("/chat/completions") for request in engine.requests), "a first turn"
         )
-        os.kill(demo.pid, signal.SIGINT)
+        demo.send_signal(how)
         out, err = demo.communicate(timeout=60)
     assert (demo.returncode, out) == (1, "")
     assert "removing what the demo has made" in err
     assert "Traceback" not in err
     assert with_cache.http.get("/admin/sessions").json()["total"] == 0
     assert with_cache.http.get("/admin/windows").json()["total"] == 0
+
+
+def test_what_others_froze_from_its_sessions_stays(engine: FakeEngine, with_cache: Gateway) -> None:
+    frozen: list[str] = []
+
+    def answer_the_first_conversation(exchange: Exchange) -> None:
+        if b"ship Marigold" not in exchange.request.body:
+            engine.answer_chat(exchange)
+            return
+        with httpx.Client(base_url=with_cache.url, timeout=60) as http:
+            (session,) = {window["session_id"] for window in http.get("/admin/windows").json()["windows"]}
+            for name, tag in (("kept", "mine"), ("automatic", AUTO_TAG)):
+                body = {"session_id": session, "window_name": name, "tags": [tag]}
+                frozen.append(http.post("/admin/windows", json=body).json()["name"])
+        exchange.begin()
+        exchange.gone()
+
+    engine.on_chat = answer_the_first_conversation
+    with running_demo(with_cache) as demo:
+        eventually(lambda: len(frozen) == 2, "windows of others", 60)
+        demo.send_signal(signal.SIGINT)
+        demo.communicate(timeout=60)
+    assert [window["name"] for window in with_cache.http.get("/admin/windows").json()["windows"]] == ["kept"]
+
+
+def running_demo(gateway: Gateway) -> "subprocess.Popen[str]":
+    """`cwg demo` in a process of its own."""
+    argv, given = [sys.executable, "-m", "gateway", "demo"], environment({"CWG_URL": gateway.url})
+    return subprocess.Popen(argv, env=given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

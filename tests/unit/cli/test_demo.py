@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from gateway.cli.connection import Failure
-from gateway.cli.demo import Round, check_cache, problems
-from gateway.cli.demo_answers import Answer, compare
+from gateway.cli.demo import Round, check_cache, outcome, problems
+from gateway.cli.demo_answers import Answer, difference
 from gateway.cli.demo_conversations import long_script, short_script
+from gateway.windows.comparison import compare
 
 SAID = Answer(
     text="marmalade.",
@@ -26,31 +27,49 @@ def changed(position: int, token: str, logprob: float) -> Answer:
     return replace(SAID, tokens=tokens, logprobs=logprobs)
 
 
+def said(other: Answer) -> str:
+    return difference(SAID, other, compare(SAID, other))
+
+
 def test_equal_answers_have_no_difference() -> None:
     seen = compare(SAID, changed(1, "malade", -0.25))
-    assert (seen.tokens, round(seen.largest, 6), seen.difference) == (3, 0.05, "")
+    assert (seen.tokens, round(seen.largest, 6), seen.verdict) == (3, 0.05, "equal")
+    assert said(changed(1, "malade", -0.25)) == ""
 
 
 def test_another_token_is_a_difference() -> None:
-    assert compare(SAID, changed(2, "!", -0.3)).difference == "differs from token 3 on: '!', not '.'"
+    assert said(changed(2, "!", -0.3)) == "differs from token 3 on: '!', not '.'"
 
 
 def test_another_log_probability_is_a_difference() -> None:
-    assert compare(SAID, changed(0, "mar", -0.4)).difference == "has another log probability at token 1: 0.300 apart"
+    assert said(changed(0, "mar", -0.4)) == "has another log probability at token 1: 0.300 apart"
 
 
 def test_a_shorter_answer_is_a_difference() -> None:
     shorter = replace(SAID, tokens=SAID.tokens[:2], logprobs=SAID.logprobs[:2])
-    assert compare(SAID, shorter).difference == "differs from token 3 on: None, not '.'"
+    assert said(shorter) == "differs from token 3 on: None, not '.'"
 
 
-def test_of_two_tokens_that_are_equally_likely_either_may_come() -> None:
-    seen = compare(SAID, changed(1, "ble", -0.2))
-    assert (seen.tokens, seen.difference) == (1, "")
+def test_an_answer_up_to_a_tie_is_not_called_identical() -> None:
+    tied = changed(1, "ble", -0.2)
+    longer = [replace(one, tokens=[*"abc", *one.tokens], logprobs=[-0.1] * 6) for one in (SAID, tied)]
+    longer = [replace(one, likeliest=[{}, {}, {}, *one.likeliest]) for one in longer]
+    live, after = longer
+    seen = lossless()._replace(live=live, after=after)
+    assert (problems([seen]), seen.is_identical, seen.tie) == ([], False, 5)
+    assert outcome(seen) == "equal up to a tie at token 5"
+
+
+def test_an_answer_that_is_a_tie_from_the_start_proves_nothing() -> None:
+    seen = lossless()._replace(after=changed(1, "ble", -0.2))
+    (problem,) = problems([seen])
+    assert problem.endswith("is equal only up to a tie at token 2, and so few tokens prove nothing")
+    assert not seen.is_identical
 
 
 def test_answers_without_log_probabilities_are_not_called_equal() -> None:
-    assert compare(Answer(), Answer()).difference == "has no log probabilities to compare"
+    empty = Answer()
+    assert difference(empty, empty, compare(empty, empty)) == "has no log probabilities to compare"
 
 
 def lossless() -> Round:
@@ -66,7 +85,7 @@ def test_a_lossless_thaw_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        ({"window": {"kv": "partial"}}, "its freeze kept 3 chunks of 64 tokens (kv partial)"),
+        ({"window": {"kv": "partial"}}, "the freeze stored only 3 chunks of 64 tokens (kv partial)"),
         ({"thawed": {"partial": True, "chunks_found": 1}}, "the thaw found 1 of 3 chunks"),
         ({"after": replace(SAID, cached_tokens=None)}, "the engine does not report cached_tokens"),
         ({"after": replace(SAID, cached_tokens=128)}, "128 tokens came from the cache, not 192"),
@@ -90,8 +109,14 @@ def test_what_did_not_hold_is_named(damage: dict[str, Any], problem: str) -> Non
 )
 def test_a_stack_without_a_cache_is_refused(status: str, says: str) -> None:
     with pytest.raises(Failure, match=says):
-        check_cache({"lmcache": {"status": status}})
-    check_cache({"lmcache": {"status": "healthy"}})
+        check_cache({"lmcache": {"status": status}, "tiers": {"disk": {}}})
+
+
+def test_a_gateway_without_a_durable_tier_is_refused() -> None:
+    with pytest.raises(Failure, match=r"no durable tier is configured.*set CWG_KV_DIR or CWG_KV_REDIS_URL"):
+        check_cache({"lmcache": {"status": "healthy"}, "tiers": {"cpu": {}, "gpu": {}}})
+    for durable in ("disk", "redis"):
+        check_cache({"lmcache": {"status": "healthy"}, "tiers": {"cpu": {}, durable: {}}})
 
 
 @pytest.mark.parametrize(("limit", "most"), [(32_768, 4_000), (2_048, 1_228), (0, 4_000)])
