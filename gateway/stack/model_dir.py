@@ -20,7 +20,7 @@ def write_model(directory: Path, recipe: str, write: Callable[[Path], None]) -> 
     if is_made(directory, recipe):
         return
     if directory.exists() and not _is_ours(directory):
-        raise StackError(f"{directory} holds something that is not a demo model; name another directory")
+        raise StackError(f"{directory} holds something that is not a demo model; move it away")
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=_prefix(directory), dir=directory.parent))
     try:

@@ -147,8 +147,8 @@ def check_data_dir(data_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=data_dir):
             free = shutil.disk_usage(data_dir).free
     except OSError as error:
-        raise StackError(f"cannot write to {data_dir} ({error.strerror}); name another --data-dir") from None
-    check_room(f"on the disk of {data_dir}", free, _DISK_BYTES, "free some or name another --data-dir")
+        raise StackError(f"cannot write to {data_dir} ({error.strerror}); pass another --data-dir") from None
+    check_room(f"on the disk of {data_dir}", free, _DISK_BYTES, "free some or pass another --data-dir")
 
 
 def check_memory(plan: local.Plan) -> None:

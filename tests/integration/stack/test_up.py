@@ -53,7 +53,7 @@ def test_up_serves_restarts_processes_and_stops_clean(start: Callable[[], Up], t
 
     second = start()
     assert second.close() == 1
-    assert second.said.endswith(f"is in use by process {up.process.pid}; stop that one or name another --data-dir\n")
+    assert second.said.endswith(f"is in use by process {up.process.pid}; stop that one or pass another --data-dir\n")
 
     up.kill("cache")
     ask(up, "And then?")

