@@ -25,6 +25,8 @@ _CONFIG_AGE_S = 5.0  # LMCache's configuration changes by a restart only, which 
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
 _POLL_S = 0.02
 _LOCKS = 64  # files; salts that share one wait for each other needlessly
+_METRICS_S = 2.0  # the metrics only make an answer more complete
+_METRICS_BYTES = 4 * 1024 * 1024  # they grow with every salt
 _FRESH_S = 10.0  # loaded objects are not evicted sooner, unless the memory is too small for them
 
 
@@ -171,11 +173,23 @@ class LMCache:
         return found == wanted and _is_fresh(last)
 
     async def moves(self, salt: str) -> Moves | None:
-        """Ask how many objects of a salt have come into L1 and left it; None if it does not say."""
+        """Ask how many objects of a salt have come into L1 and left it; None if it does not say in 2 s and 4 MiB."""
         try:
-            return Moves.read((await self._request("GET", "/metrics")).text, salt)
-        except GatewayError:
+            async with asyncio.timeout(_METRICS_S):
+                metrics = await self._metrics()
+        except (httpx.HTTPError, TimeoutError):
             return None
+        return Moves.read(metrics, salt)
+
+    async def _metrics(self) -> str:
+        """LMCache's metrics; empty if they are too long."""
+        text = bytearray()
+        async with self._http.stream("GET", "/metrics") as response:
+            async for part in response.raise_for_status().aiter_bytes():
+                text += part
+                if len(text) > _METRICS_BYTES:
+                    return ""
+        return text.decode()
 
     def remember(self, manifest: str, salt: str, before: Moves | None, *, is_there: bool) -> None:
         """See `MemoryRecord.remember`."""

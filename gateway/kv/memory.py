@@ -4,6 +4,9 @@ LMCache (0.5.6) has no call that looks up a key in L1 and leaves it as it is. It
 metrics count, by salt, the objects that came into L1 and those that left it (`mp_observability/subscribers/metrics/
 l1.py`). So all objects of a window are still there while nothing of its salt has left L1 since before they were loaded,
 and none is while nothing of its salt has come into L1 since before they were deleted. Anything else is not known.
+
+LMCache drops events when more than 10,000 wait to be counted (`mp_observability/config.py`, `max_queue_size`): a move
+whose event was dropped is not seen.
 """
 
 import re

@@ -15,11 +15,14 @@ from gateway.kv.lmcache import LMCache
 from gateway.kv.memory import MEMORY_TIER
 from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
-from gateway.windows.restore import Receipt, load, put_back, restore_and_count
+from gateway.windows.restore import Receipt, check_and_restore, load, put_back
 
 
 class Prefetched(NamedTuple):
-    """The receipt of a load, and how many objects each tier has: `cpu`, the cache's memory, and durable ones."""
+    """The receipt of a load, and how many objects each tier has: `cpu`, the cache's memory, and durable ones.
+
+    Without `cpu` where nothing was loaded: what is in the cache's memory then is not known.
+    """
 
     receipt: Receipt
     tiers: Mapping[str, int]
@@ -37,11 +40,17 @@ async def prefetch(ctx: OperationContext, name: str) -> Prefetched:
     await served_model(services, window)
     cache = _cache(services, "load into")
     manifest = await services.store.manifest(window)
-    receipt, before = await restore_and_count(ctx, cache, window, manifest)
-    loaded = await load(ctx, cache, window, manifest, receipt.chunks_found, before) if receipt.chunks_found else None
-    partial = (loaded or 0) < receipt.chunks_expected
+    counted = await cache.moves(window.salt)
+    receipt = await check_and_restore(ctx, window, manifest)
+    tiers, loaded = {}, None
+    if receipt.chunks_found:
+        tiers[MEMORY_TIER] = objects = await load(ctx, cache, window, manifest, receipt.chunks_found)
+        loaded = objects // window.world_size
+        if objects == window.chunk_count * window.world_size:
+            cache.remember(window.manifest, window.salt, counted, is_there=True)
     present, _ = await services.pins.present(list(dict.fromkeys(one.key for one in manifest.objects)))
-    tiers = {MEMORY_TIER: (loaded or 0) * window.world_size} | {tier: len(keys) for tier, keys in present.items()}
+    tiers |= {tier: len(keys) for tier, keys in present.items()}
+    partial = (loaded or 0) < receipt.chunks_expected
     receipt = replace(receipt, chunks_prefetched=loaded, partial=partial, duration_ms=ctx.duration_ms())
     return Prefetched(receipt, tiers)
 

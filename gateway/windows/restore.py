@@ -1,6 +1,5 @@
 """Restore a window's KV: put back what was evicted from the tiers, and load it into LMCache's memory."""
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +7,6 @@ from dataclasses import dataclass, replace
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
-from gateway.kv.memory import Moves
 from gateway.kv.tiers.base import ObjectState
 from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.store.types import WindowQuery
@@ -56,39 +54,26 @@ async def restore_and_load(ctx: OperationContext, window: Window, manifest: Mani
 
     Raises what `check_and_restore` raises.
     """
-    if ctx.services.cache is None:
-        return await check_and_restore(ctx, window, manifest)
-    receipt, before = await restore_and_count(ctx, ctx.services.cache, window, manifest)
-    if not receipt.chunks_found:
+    receipt = await check_and_restore(ctx, window, manifest)
+    if ctx.services.cache is None or not receipt.chunks_found:
         return receipt
     try:
-        loaded = await load(ctx, ctx.services.cache, window, manifest, receipt.chunks_found, before)
+        objects = await load(ctx, ctx.services.cache, window, manifest, receipt.chunks_found)
     except GatewayError as error:  # then the engine loads it itself, or computes it
         return replace(receipt, warnings=(*receipt.warnings, error.message))
-    return replace(receipt, chunks_prefetched=loaded)
+    return replace(receipt, chunks_prefetched=objects // window.world_size)
 
 
-async def restore_and_count(
-    ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest
-) -> tuple[Receipt, Moves | None]:
-    """See `check_and_restore`; meanwhile count what moved in LMCache's memory, for a `load` afterwards."""
-    return await asyncio.gather(check_and_restore(ctx, window, manifest), cache.moves(window.salt))
+async def load(ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest, chunks: int) -> int:
+    """Load leading chunks from the tiers into LMCache's memory; return how many objects are there.
 
-
-async def load(
-    ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest, chunks: int, before: Moves | None = None
-) -> int:
-    """Load leading chunks from the tiers into LMCache's memory; return how many. Raises `cache_unavailable`.
-
-    With `before`, what LMCache had counted, the window's status knows afterwards that its objects are there.
+    Raises `cache_unavailable`.
     """
     ids, within = manifest.token_ids[: chunks * window.chunk_size], ctx.services.settings.thaw_timeout_s
     objects, _ = await cache.prefetch(
         window.model_root, window.world_size, manifest.id, ids, window.salt, within, ctx.progress
     )
-    if before and objects == window.chunk_count * window.world_size:
-        cache.remember(window.manifest, window.salt, before, is_there=True)
-    return objects // window.world_size
+    return objects
 
 
 async def put_back(services: Services, window: Window, objects: Sequence[PinnedObject]) -> tuple[States, list[str]]:

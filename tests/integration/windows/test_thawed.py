@@ -107,6 +107,19 @@ async def test_prefetch_loads_and_evict_drops(harness: Cached) -> None:
     assert harness.cache.memory == set()
 
 
+async def test_prefetch_counts_the_objects_of_a_chunk_that_came_in_part(
+    engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
+) -> None:
+    cache.world_size = 2
+    async with opened(engine, cache, tmp_path) as harness:
+        window = await harness.window()
+        cache.memory.clear()
+        last = cache.folder / harness.keys(window)[-1].file_name
+        cache.before_answer = lambda method, _: last.unlink(missing_ok=True) if method == "POST" else None
+        receipt, tiers = await prefetch(harness.ctx, "w")
+        assert (receipt.chunks_found, receipt.chunks_prefetched, tiers["cpu"]) == (CHUNKS, CHUNKS - 1, 2 * CHUNKS - 1)
+
+
 async def in_memory(harness: Cached) -> int | None:
     """How many of the window's objects are said to be in LMCache's memory."""
     window = await harness.services.store.window(TENANT, "w")
@@ -125,10 +138,23 @@ async def test_memory_is_a_tier_while_nothing_of_it_moved(harness: Cached) -> No
     assert await in_memory(harness) == 0
 
 
-@pytest.mark.parametrize("warm", ["cpu", "gpu"])
-async def test_warm_thaw_shows_window_in_memory(harness: Cached, warm: str) -> None:
-    await thawed(harness, warm)
-    assert await in_memory(harness) == CHUNKS
+async def test_only_prefetch_and_evict_ask_for_the_metrics_of_lmcache(harness: Cached) -> None:
+    """They grow with every salt."""
+    paths: list[str] = []
+    harness.cache.before_answer = lambda _, path: paths.append(path)
+    await thawed(harness, "gpu")
+    await ask(harness.ctx, "w", "and?")
+    assert (await in_memory(harness), "/metrics" in paths) == (None, False)
+    await prefetch(harness.ctx, "w")
+    assert "/metrics" in paths
+
+
+async def test_prefetch_says_nothing_of_a_memory_into_which_it_loaded_nothing(harness: Cached) -> None:
+    window = await harness.services.store.window(TENANT, "w")
+    assert window is not None
+    lose(harness, harness.keys(window)[0])
+    receipt, tiers = await prefetch(harness.ctx, "w")
+    assert (receipt.chunks_prefetched, receipt.partial, tiers) == (None, True, {"disk": CHUNKS - 1})
 
 
 async def test_memory_is_unknown_once_lmcache_evicted_from_it(harness: Cached) -> None:

@@ -15,6 +15,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
+from gateway.kv.memory import Moves
 from gateway.runtime.progress import silent
 
 pytestmark = pytest.mark.anyio
@@ -29,6 +30,8 @@ class Loads:
     asked: list[tuple[str, int]] = field(default_factory=list)
     done: int = 0
     broken: bool = False
+    metrics: str = ""
+    answers: threading.Event = field(default_factory=threading.Event)  # to a question for the metrics
 
 
 class _Server(ThreadingHTTPServer):
@@ -48,12 +51,18 @@ class _Cache(BaseHTTPRequestHandler):
         self._say(503 if loads.broken else 200, {"status": "submitted", "request_id": number, "chunks": number})
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self.server.loads.answers.wait(60)
+            self._send(200, self.server.loads.metrics.encode())
+            return
         number = int(self.path.rpartition("/")[2])
         status = "completed" if number <= self.server.loads.done else "pending"
         self._say(200, {"status": status, "found_keys": number, "total_keys": number})
 
     def _say(self, status: int, value: object) -> None:
-        body = json.dumps(value).encode()
+        self._send(status, json.dumps(value).encode())
+
+    def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -71,6 +80,7 @@ def server() -> Iterator[_Server]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.loads.answers.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -175,3 +185,24 @@ async def test_failed_or_cancelled_load_is_not_shared(server: _Server, tmp_path:
             with pytest.raises(GatewayError, match="503"):
                 await task
         assert len(server.loads.asked) == 4
+
+
+COUNTED = 'process_start_time_seconds 1.0\nlmcache_mp_l1_write_chunks_total{cache_salt="s"} 2.0\n'
+
+
+async def test_metrics_that_are_too_long_are_given_up(server: _Server, tmp_path: Path) -> None:
+    server.loads.answers.set()
+    async with client(server, tmp_path) as cache:
+        server.loads.metrics = COUNTED
+        assert await cache.moves("s") == Moves("1.0", 2, 0)
+        server.loads.metrics = COUNTED.ljust(4 * 1024 * 1024 + 1, "#")
+        assert await cache.moves("s") is None
+
+
+async def test_metrics_that_do_not_come_are_given_up(
+    server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.kv.lmcache._METRICS_S", 0.01)
+    server.loads.metrics = COUNTED
+    async with client(server, tmp_path) as cache, asyncio.timeout(20):
+        assert await cache.moves("s") is None
