@@ -56,8 +56,10 @@ def sessions_beside(db: sqlite3.Connection, tenant: str, session_id: str, stem: 
     Without a stem there are none. Sessions without a finished turn are left out.
     """
     rows = db.execute(
-        f"""{_SESSION} WHERE tenant = ?1 AND (id = ?2 OR (id > ?3 AND id < ?4 AND source LIKE '%, beside %'))
-        AND (turn_count > 0 OR transcript IS NOT NULL) ORDER BY last_active_at DESC, id LIMIT ?5""",
+        f"""{_SESSION} WHERE tenant = ?1 AND id IN (
+            SELECT ?2 UNION ALL
+            SELECT id FROM sessions WHERE tenant = ?1 AND id > ?3 AND id < ?4 AND source LIKE '%, beside %'
+        ) AND (turn_count > 0 OR transcript IS NOT NULL) ORDER BY +last_active_at DESC, id LIMIT ?5""",
         (tenant, session_id, f"{stem}:", f"{stem};", limit),
     )
     return [Session(*row) for row in rows]
@@ -128,8 +130,8 @@ def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tupl
 
 def active_session(db: sqlite3.Connection, tenant: str, lineage: str) -> str | None:
     """The session of a lineage that was last active, of those that are active or thawed; None if none is."""
-    query = """SELECT id FROM sessions WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed')
-        ORDER BY +last_active_at DESC LIMIT 1"""
+    query = """SELECT id FROM sessions INDEXED BY sessions_by_lineage
+        WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') ORDER BY last_active_at DESC LIMIT 1"""
     found = db.execute(query, (tenant, lineage)).fetchone()
     return str(found[0]) if found else None
 

@@ -149,14 +149,14 @@ async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Clo
     """Give a window a second name; no KV byte is copied."""
     naming = freeze.Naming(body.target_window, body.description, body.tags)
     make_copy = clone.isolate if body.isolate else clone.clone
+    ancestors, _ = await call.services.store.lineage(call.tenant, call.window_name)
     copy, warnings = await make_copy(call.context, call.window_name, naming)
-    ancestors, _ = await call.services.store.lineage(call.tenant, copy.name)
     return responses.Cloned(
         source_window=call.window_name,
         target_window=copy.name,
         shared_blocks=copy.chunk_count * copy.world_size,
         isolated=body.isolate,
-        ancestors=ancestors,
+        ancestors=[call.window_name, *ancestors],
         **serializers.window_fields(copy, call.now),
         warnings=list(warnings),
     )

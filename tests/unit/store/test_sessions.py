@@ -11,6 +11,7 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.records import Session, Succession, Window
+from gateway.store import schema, session_rows
 from gateway.store.store import Store
 from gateway.store.types import Text
 from tests.support.store_records import TENANT, add, finished, manifest, messages_of, says, window
@@ -299,3 +300,17 @@ async def test_thawed_session_keeps_the_transcript_of_a_deleted_window(store: St
     assert t.window is None
     assert t.window_transcript is not None
     assert await store.messages(t.window_transcript) == says("1", "x")
+
+
+def test_a_few_sessions_are_found_without_passing_all_of_a_tenant() -> None:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        schema.migrate(db)
+        queries: list[str] = []
+        db.set_trace_callback(queries.append)
+        session_rows.active_session(db, TENANT, "lineage")
+        session_rows.sessions_beside(db, TENANT, "agent", "agent", 5)
+        db.set_trace_callback(None)
+        plans = [row[3] for query in queries for row in db.execute(f"EXPLAIN QUERY PLAN {query}")]
+    used = [plan for plan in plans if "sessions" in plan]
+    assert len(used) == 3
+    assert all("lineage=?" in plan or "id" in plan.partition("tenant=? AND ")[2] for plan in used), used
