@@ -47,7 +47,7 @@ async def test_of_several_conversations_under_one_id_none_is_guessed(gateway: Ga
         current = await answer(client, "session_current")
     assert (current["session_id"], len(current["sessions"])) == (None, 2)
     assert all(one["id"].startswith(session) for one in current["sessions"])
-    assert "stands for 2 conversations" in current["message"]
+    assert "stands for several conversations" in current["message"]
 
 
 async def test_an_agent_that_moved_to_a_window_is_not_told_that_it_is_where_it_was(
