@@ -98,6 +98,7 @@ class Store(Database):
     window = point_read(window_rows.window)
     check_exists = point_read(text_rows.check_exists)
     list_windows = read(window_rows.list_windows)
+    ancestors = read(window_rows.ancestors)
     lineage = read(window_rows.lineage)
     text = read(text_rows.text)
     add_window = write(text_rows.add_window)

@@ -87,18 +87,23 @@ def _rarest_first(db: sqlite3.Connection, tenant: str, tags: Iterable[str]) -> l
     return sorted((db.execute(counted, (tenant, tag)).fetchone()[0], tag) for tag in set(tags))
 
 
-def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], list[str]]:
-    """Return the ancestors of a window, nearest first, and its direct clones."""
-    ancestors = db.execute(
+def ancestors(db: sqlite3.Connection, tenant: str, name: str) -> list[str]:
+    """Return the ancestors of a window, nearest first."""
+    rows = db.execute(
         """WITH RECURSIVE up (parent, depth) AS (
             SELECT parent, 0 FROM windows WHERE tenant = ?1 AND name = ?2
             UNION SELECT w.parent, up.depth + 1 FROM windows w JOIN up ON w.name = up.parent AND w.tenant = ?1
             WHERE up.depth < 1000)
         SELECT parent FROM up WHERE parent IS NOT NULL ORDER BY depth""",
         (tenant, name),
-    ).fetchall()
+    )
+    return [parent for (parent,) in rows]
+
+
+def lineage(db: sqlite3.Connection, tenant: str, name: str) -> tuple[list[str], list[str]]:
+    """Return the ancestors of a window, nearest first, and its direct clones."""
     clones = db.execute("SELECT name FROM windows WHERE tenant = ? AND parent = ? ORDER BY name", (tenant, name))
-    return [parent for (parent,) in ancestors], [clone for (clone,) in clones]
+    return ancestors(db, tenant, name), [clone for (clone,) in clones]
 
 
 def add_window(db: sqlite3.Connection, new: Window, manifest: Manifest | None) -> None:

@@ -149,7 +149,7 @@ async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Clo
     """Give a window a second name; no KV byte is copied."""
     naming = freeze.Naming(body.target_window, body.description, body.tags)
     make_copy = clone.isolate if body.isolate else clone.clone
-    ancestors, _ = await call.services.store.lineage(call.tenant, call.window_name)
+    ancestors = await call.services.store.ancestors(call.tenant, call.window_name)
     copy, warnings = await make_copy(call.context, call.window_name, naming)
     return responses.Cloned(
         source_window=call.window_name,
