@@ -10,6 +10,7 @@ from blake3 import blake3
 from gateway.records import Message
 
 _ID_BYTES = 16
+_KEPT_BYTES = 2**20  # of a transcript that is being stored
 # The columns that may refer to a link, and to a content: what none of them refers to is deleted.
 _LINK_HOLDERS = (
     ("links", "parent"),
@@ -55,20 +56,23 @@ def add_content(db: sqlite3.Connection, value: Mapping[str, object]) -> bytes:
 
 
 def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
-    # Bodies are serialised again below rather than kept: most are stored already, and all of them would be in memory.
-    chain: list[tuple[bytes, bytes | None, bytes]] = []
+    # Most bodies are stored already, and all of a long transcript's would be in memory: what is not kept is serialised
+    # again below.
+    chain: list[tuple[bytes, bytes | None, bytes, bytes | None]] = []
+    size = 0
     parent: bytes | None = None
     for message in transcript:
-        content_id, _ = _content(message)
+        content_id, body = _content(message)
+        size += len(body)
         link = blake3((parent or b"") + content_id).digest(_ID_BYTES)
-        chain.append((link, parent, content_id))
+        chain.append((link, parent, content_id, body if size <= _KEPT_BYTES else None))
         parent = link
     stored = len(chain)
     # From the end: all but the last turn's messages are stored already.
     while stored and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[stored - 1][0],)).fetchone():
         stored -= 1
-    for depth, (link, before, content_id) in enumerate(chain[stored:], start=stored):
-        body = orjson.dumps(transcript[depth])
+    for depth, (link, before, content_id, kept) in enumerate(chain[stored:], start=stored):
+        body = kept or orjson.dumps(transcript[depth])
         db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
         db.execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link, before, content_id, depth))
     return parent
