@@ -29,10 +29,8 @@ PREFIX = "CWG_"
 CLIENT_VARIABLES = frozenset({"CWG_URL", "CWG_SESSION_ID"})
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _FROM_TEXT: Mapping[Any, Callable[[str], Any]] = MappingProxyType(
-    {int: int, float: float, bool: lambda text: _WORDS[text.lower()]}
+    {int: int, float: float, bool: lambda t: _WORDS[t.lower()]}
 )
-
-
 _OLD_PREFIX = "CWM_"  # of Context Window Manager (cwm-mcp)
 _OLD_NAMES: Mapping[str, str] = MappingProxyType(
     {

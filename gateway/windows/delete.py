@@ -49,7 +49,9 @@ async def delete(
     if in_use:
         session = await services.store.active_session(tenant, window.lineage)
         who = f"session {session!r}" if session else "a session"
-        warnings.append(f"{who}, which shares its KV, is still active or thawed: its cache stays until it is deleted")
+        warnings.append(
+            f"{who} of its lineage is still active or thawed, and may use the KV: the cache keeps it for now"
+        )
     warnings += await drop_from_cache(services, [*names, *(() if keep else released.pins)])
     deleted = 0 if keep or in_use else len(released.pins)
     return Deleted(deleted, freed + more, window.chunk_count * window.world_size - deleted, tuple(warnings))

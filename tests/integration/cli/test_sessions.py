@@ -91,4 +91,4 @@ def test_deleting_a_window_names_the_session_that_keeps_its_kv(gateway: Gateway,
     gateway.freeze(session, session)
     gateway.http.post(f"/admin/windows/{session}/thaw", json={"new_session_id": f"t-{session}"})
     ended = cwg("delete", session, url=gateway.url)
-    assert f"warning: session 't-{session}', which shares its KV, is still active or thawed" in ended.stderr
+    assert f"warning: session 't-{session}' of its lineage is still active or thawed" in ended.stderr
