@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _TURNS_PER_RECORD = 256
 # A turn that is recorded alone costs six times one of a burst (a commit, and switches between threads), and the next
 # request pays for it.
-_GATHER_S = 0.02
+_GATHER_S = 0.03
 _OTHERS_S = 1.0  # far more than an engine needs to end a stream, or another worker for `_GATHER_S` and a commit
 _POLL_S = 0.005
 _PARSED_AT_ONCE = 4  # replies that are parsed before the event loop serves streams again

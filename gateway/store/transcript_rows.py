@@ -71,10 +71,11 @@ def add(db: sqlite3.Connection, transcript: Sequence[Message]) -> bytes | None:
     # From the end: all but the last turn's messages are stored already.
     while stored and not db.execute("SELECT 1 FROM links WHERE id = ?", (chain[stored - 1][0],)).fetchone():
         stored -= 1
-    for depth, (link, before, content_id, kept) in enumerate(chain[stored:], start=stored):
-        body = kept or orjson.dumps(transcript[depth])
-        db.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", (content_id, body))
-        db.execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link, before, content_id, depth))
+    new = [(depth, *chain[depth]) for depth in range(stored, len(chain))]
+    bodies = ((content_id, kept or orjson.dumps(transcript[depth])) for depth, _, _, content_id, kept in new)
+    db.executemany("INSERT OR IGNORE INTO contents VALUES (?, ?)", bodies)
+    links = ((link, before, content_id, depth) for depth, link, before, content_id, _ in new)
+    db.executemany("INSERT INTO links VALUES (?, ?, ?, ?)", links)
     return parent
 
 

@@ -33,7 +33,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_window_or_none(stack: Stack, own: G
     for number, (stage, delay) in enumerate((s, d) for s in STAGES for d in DELAYS_MS):
         session = f"victim-{number}"
         converse(own.client(session), f"victim {number}", turns=1, words=40)
-        own.http.get(f"/admin/sessions/{session}")  # a turn of the last 20 ms is lost with its process
+        own.http.get(f"/admin/sessions/{session}")  # a turn of the last 30 ms is lost with its process
         attempt = _freeze_and_kill(own, session, stage, delay / 1000)
         assert attempt.stages or attempt.result, "the freeze had begun"
         own.start()
