@@ -82,6 +82,7 @@ class Session:
     engine: str = ""  # that served its last turn
     normalised: str = ""  # rules of gateway.dialects.prompt_filters that removed something, separated by spaces
     successor: str | None = None  # the session that continues the conversation if the context was full
+    title: str | None = None  # see gateway.dialects.titles; None without text
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,7 @@ class Window:
     parent: str | None = None
     expires_at: float | None = None
     receipt: Mapping[str, Any] = field(default_factory=dict)
+    title: str | None = None  # of the conversation
 
     @property
     def tail_tokens(self) -> int:

@@ -179,6 +179,6 @@ def window_path(name: str, operation: str = "") -> str:
     return f"/admin/windows/{quote(name, safe='')}" + (f"/{operation}" if operation else "")
 
 
-def session_path(name: str) -> str:
-    """The path of a session."""
-    return f"/admin/sessions/{quote(name, safe='')}"
+def session_path(name: str, operation: str = "") -> str:
+    """The path of a session, or of an operation on it."""
+    return f"/admin/sessions/{quote(name, safe='')}" + (f"/{operation}" if operation else "")

@@ -9,11 +9,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from gateway.cli.connection import Word, call, completing, operation
-from gateway.cli.output import OUT, Result, Row, line, page, say
+from gateway.cli.output import OUT, Result, Row, line, page, say, shortened, terminal_width
 from gateway.cli.units import ago, size, until
 
 _STYLE = {"window": "bold cyan", "session": "green"}
 _SORT = {"name": "name", "created": "created_at", "tokens": "token_count", "size": "size"}
+_TITLE_CELLS = 60  # in the tree, whose branches take some of the width
 _MAX_NODES = 1000  # windows among which to look for those that a session was frozen into
 
 
@@ -41,7 +42,7 @@ def list_(tags: tuple[str, ...], no_auto: bool, sort_by: str, **filters: Any) ->
     excluded = "auto" if no_auto else None
     query = {"tags": ",".join(tags) or None, "without_tags": excluded, "sort_by": _SORT[sort_by], **filters}
     answer = call("GET", "/admin/windows", query=query)
-    return page(answer, lambda: list(map(_window, answer["windows"])), "window", varying=("model",))
+    return page(answer, lambda: list(map(_window, answer["windows"])), "window", varying=("model",), note="title")
 
 
 def _window(window: Mapping[str, Any]) -> Row:
@@ -56,6 +57,7 @@ def _window(window: Mapping[str, Any]) -> Row:
         "created": ago(window["created_at"], now),
         "expires": "expired" if window["state"] == "expired" else until(expires, now),
         "tags": window["tags"],
+        "title": _title(window),
     }
 
 
@@ -66,7 +68,7 @@ def _window(window: Mapping[str, Any]) -> Row:
 def sessions(**query: Any) -> Result:
     """List sessions, last active first."""
     answer = call("GET", "/admin/sessions", query=query)
-    return page(answer, lambda: _sessions(answer["sessions"]), "session", varying=("model",))
+    return page(answer, lambda: _sessions(answer["sessions"]), "session", varying=("model",), note="title")
 
 
 def _sessions(found: list[Mapping[str, Any]]) -> list[Row]:
@@ -82,9 +84,14 @@ def _sessions(found: list[Mapping[str, Any]]) -> list[Row]:
             "thawed from": one["window"],
             "forked from": one["forked_from"],
             "frozen into": frozen.get(one["id"]),
+            "title": _title(one),
         }
         for one in found
     ]
+
+
+def _title(one: Mapping[str, Any]) -> str:
+    return shortened(one["title"], terminal_width() - 2)  # printed on a line of its own, after two blanks
 
 
 def _frozen_into() -> dict[str, str]:
@@ -102,10 +109,13 @@ def tree(limit: int) -> Result:
     def draw() -> None:
         root = Tree("", guide_style="dim", hide_root=True)
         drawn: dict[tuple[str, str], Tree] = {}
+        titles: dict[tuple[str, str], str | None] = {}
         for node in map(_printable, answer["nodes"]):  # a parent comes before its children
             parent = node["parent"]
             branch = drawn[parent["kind"], parent["name"]] if parent else root
-            drawn[node["kind"], node["name"]] = branch.add(_label(node))
+            titles[node["kind"], node["name"]] = node["title"]
+            is_new = parent is None or titles[parent["kind"], parent["name"]] != node["title"]
+            drawn[node["kind"], node["name"]] = branch.add(_label(node, node["title"] if is_new else None))
         OUT.print(root, highlight=False)
         if not drawn:
             say("no windows and no sessions", err=True)
@@ -121,11 +131,13 @@ def _printable(value: Any) -> Any:
     return line(value) if isinstance(value, str) else value
 
 
-def _label(node: Mapping[str, Any]) -> Text:
+def _label(node: Mapping[str, Any], title: str | None) -> Text:
+    """A node, with its title below it unless that is its parent's too."""
     kind = node["kind"]
     state = f"kv {node['state']}" if kind == "window" else node["state"]
     text = f"  {kind}, {state}, {node['token_count']:,} tokens{_origin(node)}"
-    return Text.assemble((node["name"], _STYLE[kind]), (text, "dim"))
+    below = f"\n{shortened(title, _TITLE_CELLS)}" if title else ""
+    return Text.assemble((node["name"], _STYLE[kind]), (text, "dim"), below)
 
 
 def _origin(node: Mapping[str, Any]) -> str:

@@ -74,6 +74,12 @@ def say(text: object, *, err: bool = False) -> None:
     click.echo(printable(str(text)), err=err)
 
 
+def say_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Print a transcript."""
+    for message in messages:
+        say(f"{message.get('role', '?')}: {message.get('content')}")
+
+
 def cell(value: Any) -> str:
     """A value in a line or a table."""
     if value is None or value in ("", []):
@@ -89,13 +95,17 @@ def filled(lines: Row) -> dict[str, Any]:
 
 
 def page(
-    answer: Mapping[str, Any], rows: Callable[[], Sequence[Row]], noun: str, *, varying: Collection[str] = ()
-) -> Result:
-    """A table of the rows that `rows` returns, which are a page of the answer's `noun`s; see `table`."""
+    answer: Mapping[str, Any], rows: Callable[[], Sequence[Row]], noun: str, *, varying: Collection[str] = (),
+    note: str = "",
+) -> Result:  # fmt: skip
+    """A table of the rows that `rows` returns, which are a page of the answer's `noun`s; see `table`.
+
+    In a pipe `note` is a column as any other: a row is one line there.
+    """
 
     def show() -> None:
         shown = rows()
-        table(shown, varying=varying)
+        table(shown, varying=varying, note=note if sys.stdout.isatty() else "")
         total, end = answer["total"], answer["offset"] + len(shown)
         if not shown:
             say(f"--offset skips all of {counted(total, noun)}" if total else f"no {noun}s", err=True)
@@ -114,13 +124,19 @@ def table(rows: Sequence[Row], *, varying: Collection[str] = (), note: str = "")
     columns = [name for name in rows[0] if name != note and _is_shown(name, rows, varying)] if rows else []
     cells = [[cell(row[name]) for name in columns] for row in rows]
     widths = [max(map(cell_len, values)) for values in zip(columns, *cells, strict=True)]
-    is_narrow = sum(widths) + 2 * len(widths) - 2 > _terminal_width()
+    is_narrow = sum(widths) + 2 * len(widths) - 2 > terminal_width()
     if rows and not is_narrow:
         OUT.print(Text(_aligned(columns, widths), "bold"))
     for row, values in zip(rows, cells, strict=True):
         say(_stacked(columns, values) if is_narrow else _aligned(values, widths))
         if note and row[note]:
             say(f"  {line(row[note])}")
+
+
+def shortened(text: str | None, width: int) -> str:
+    """A text that need not be whole, in at most so many columns of a terminal; nothing for None."""
+    shown = line(text or "")
+    return shown if cell_len(shown) <= width else set_cell_size(shown, width - 1).rstrip() + "…"
 
 
 def _is_shown(name: str, rows: Sequence[Row], varying: Collection[str]) -> bool:
@@ -139,13 +155,13 @@ def _stacked(columns: Sequence[str], values: Sequence[str]) -> str:
         if value == "-":
             continue
         longer = f"{lines[-1]} · {name} {value}" if lines[-1] else f"  {name} {value}"
-        if cell_len(longer) > _terminal_width() and lines[-1]:
+        if cell_len(longer) > terminal_width() and lines[-1]:
             lines.append(f"  {name} {value}")
         else:
             lines[-1] = longer
     return "\n".join(lines).rstrip()
 
 
-def _terminal_width() -> int:
+def terminal_width() -> int:
     """Columns of the terminal. A pipe has no width: what is wrapped is of no use to the next program."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize

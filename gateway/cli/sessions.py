@@ -1,4 +1,4 @@
-"""`cwg session`: what is done to a session."""
+"""`cwg session`: what is done to one session."""
 
 import sys
 
@@ -6,7 +6,7 @@ import click
 
 from gateway.cli import receipts
 from gateway.cli.connection import call, completing, operation, session_path
-from gateway.cli.output import Result
+from gateway.cli.output import Result, say_messages
 
 
 @operation
@@ -23,4 +23,12 @@ def delete(session: str, yes: bool) -> Result:
     return Result(answer, {"session": answer["session_id"], **receipts.deleted(answer)})
 
 
-COMMANDS = (click.Group("session", commands=[delete], help="Delete a session."),)
+@operation
+@click.argument("session", shell_complete=completing("session"))
+def messages(session: str) -> Result:
+    """Print the transcript of SESSION."""
+    answer = call("GET", session_path(session, "messages"))
+    return Result(answer, then=lambda: say_messages(answer["messages"]))
+
+
+COMMANDS = (click.Group("session", commands=[delete, messages], help="Delete a session, or print its transcript."),)

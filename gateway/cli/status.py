@@ -59,6 +59,7 @@ def _of_window(answer: Answer) -> Result:
     stored = f", {counted(cache['block_count'], 'object')}, {size(cache['total_size_bytes'])}"
     lines = {
         "window": answer["name"],
+        "title": answer["title"],
         "session": answer["session_id"],
         "model": answer["model"],
         "tokens": f"{answer['token_count']:,}",
@@ -93,6 +94,7 @@ def _of_session(answer: Answer) -> Result:
     now = time.time()
     lines = {
         "session": answer["id"],
+        "title": answer["title"],
         "state": answer["state"],
         "model": answer["model"],
         "context": share(answer["token_count"], answer["context_limit"], "token"),

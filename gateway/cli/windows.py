@@ -8,7 +8,7 @@ import click
 
 from gateway.cli import receipts
 from gateway.cli.connection import Word, base_url, call, completing, operation, watched, window, window_path
-from gateway.cli.output import Result, filled, say, table
+from gateway.cli.output import Result, filled, say, say_messages, table
 from gateway.cli.units import at, counted, took
 
 _LONGEST_STEM = 112  # of a window's name of 128 characters, so that the time has room
@@ -195,12 +195,7 @@ def delete(name: str) -> Result:
 def messages(name: str) -> Result:
     """Print the transcript of the window NAME."""
     answer = call("GET", window_path(name, "messages"))
-
-    def show() -> None:
-        for message in answer["messages"]:
-            say(f"{message.get('role', '?')}: {message.get('content')}")
-
-    return Result(answer, then=show)
+    return Result(answer, then=lambda: say_messages(answer["messages"]))
 
 
 COMMANDS = (freeze, thaw, clone, describe, ask, fanout, prefetch, evict, verify, delete, messages)

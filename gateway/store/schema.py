@@ -266,8 +266,16 @@ _M016 = (
     "ALTER TABLE loose_salts RENAME TO orphaned_salts",
 )
 
+# Titles. Those of what is there already are filled in later (`gateway.store.title_rows`): it may be a lot.
+_M017 = (
+    "ALTER TABLE sessions ADD COLUMN title TEXT",
+    "ALTER TABLE windows ADD COLUMN title TEXT",
+    """INSERT INTO meta VALUES ('untitled', '["sessions", "", ""]')""",
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
+    _M017,
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
+from gateway.dialects.titles import title_of
 from gateway.records import Alias, AliasMatch, Session, SessionState, Turn, Usage
 from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
 from gateway.store.sql import batches, marks
@@ -252,6 +253,7 @@ def _values_of_replies(replied: Sequence[TurnRecord], transcript: bytes | None, 
         "salt": last.salt, "token_count": usage.prompt + usage.completion if usage else None,
         "prompt_tokens": usage.prompt if usage else None, "transcript": transcript, "frame": frame,
         "last_reply_hash": last.trace.reply_hash, "engine": turn.engine, "normalised": last.normalised,
+        "title": title_of(last.messages or ()),
     }  # fmt: skip
 
 
@@ -272,6 +274,8 @@ _COMBINED = {
     "turn_count": "turn_count + ?",
     "token_count": "coalesce(?, token_count)",
     "prompt_tokens": "coalesce(?, prompt_tokens)",
+    # A successor begins in the middle of the conversation.
+    "title": "coalesce(CASE WHEN source = 'successor' THEN title END, ?)",
 }
 
 

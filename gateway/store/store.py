@@ -16,6 +16,7 @@ from gateway.store import (
     session_rows,
     successor_rows,
     text_rows,
+    title_rows,
     transcript_rows,
     window_rows,
 )
@@ -25,6 +26,7 @@ from gateway.store.sql import set_meta
 from gateway.store.types import TurnRecord
 
 _FORGET_BATCH = 50  # sessions; finished turns wait for the writer meanwhile
+_TITLES_BATCH = 20  # sessions or windows, likewise
 
 
 class Store(Database):
@@ -72,6 +74,13 @@ class Store(Database):
         return total
 
     _forget_some = delete(session_rows.forget_idle)
+
+    async def fill_in_titles(self) -> None:
+        """Give a title to the sessions and windows of an older version. Several processes may do so at once."""
+        while await self._fill_in_some(_TITLES_BATCH):
+            pass
+
+    _fill_in_some = write(title_rows.fill_in)
 
     # Salts, and the secret that they are made with.
 

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gateway.dialects.titles import title_of
 from gateway.errors import GatewayError
 from gateway.records import Manifest, Session, Succession, Window
 from gateway.store import salt_rows, session_rows, successor_rows, transcript_rows, window_rows
@@ -81,14 +82,16 @@ def add_window(
 ) -> Window | None:
     """Commit a window with its manifest and its text; return it as it was committed, None if its name is taken.
 
-    The window's `transcript` and `frame` are replaced by those of `text`, which is added unless the store has it.
+    The window's `transcript` and `frame` are replaced by those of `text`, which is added unless the store has it, and
+    its `title` by that of the session, or of the text.
     `session` is the session that was frozen, as it was read: it becomes `frozen` unless it has had a turn since. If it
     has been deleted, the window is committed all the same if it is `wanted`; else `session_not_found` is raised.
     """
     if window_rows.window(db, new.tenant, new.name):
         return None
     frame = None if text.frame is None else transcript_rows.add_content(db, text.frame)
-    new = replace(new, transcript=transcript_rows.add(db, text.messages) or b"", frame=frame)
+    title = (session.title if session else None) or title_of(text.messages)
+    new = replace(new, transcript=transcript_rows.add(db, text.messages) or b"", frame=frame, title=title)
     if session is not None:
         new = replace(new, parent=_freeze(db, session, new, wanted=wanted))
     window_rows.add_window(db, new, manifest)

@@ -35,6 +35,18 @@ def messages(db: sqlite3.Connection, transcript: bytes) -> list[Message]:
     return [orjson.loads(body) for (body,) in rows]
 
 
+def beginning(db: sqlite3.Connection, transcript: bytes, count: int) -> list[Message]:
+    """Return the first messages of a transcript, without reading the others."""
+    rows = db.execute(
+        """WITH RECURSIVE chain (parent, content, depth) AS (
+            SELECT parent, content, depth FROM links WHERE id = ?
+            UNION ALL SELECT l.parent, l.content, l.depth FROM links l JOIN chain c ON l.id = c.parent)
+        SELECT (SELECT body FROM contents WHERE id = content) FROM chain WHERE depth < ? ORDER BY depth""",
+        (transcript, count),
+    )
+    return [orjson.loads(body) for (body,) in rows if body is not None]
+
+
 def frame(db: sqlite3.Connection, frame_id: bytes) -> dict[str, Any]:
     """Return a frame: what a prompt is rendered from besides the messages."""
     row = db.execute("SELECT body FROM contents WHERE id = ?", (frame_id,)).fetchone()

@@ -126,6 +126,7 @@ def session_from_window(window: Window, session_id: str, source: str) -> Session
         created_at=now,
         last_active_at=now,
         source=source,
+        title=window.title,
     )
 
 

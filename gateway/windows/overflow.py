@@ -121,7 +121,7 @@ class Overflow:
         successor = Session(
             session.tenant, new_id, session.lineage, session.model, source=SOURCE, parent=session.id,
             engine=session.engine, window=window.name, window_transcript=session.window_transcript, frame=session.frame,
-            created_at=now, last_active_at=now,
+            created_at=now, last_active_at=now, title=session.title,
         )  # fmt: skip
         step = await services.store.succeed(step, successor, full=session)
         log.info("session %s is full: frozen as %s, continues as %s", session.id, step.window, step.successor)

@@ -26,6 +26,7 @@ class Node:
 
     kind: Kind
     name: str
+    title: str | None
     state: str
     model: str
     token_count: int
@@ -70,13 +71,17 @@ def nodes(windows: Sequence[Window], sessions: Sequence[Session]) -> list[Node]:
 def _session_node(one: Session, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Node:
     parent, relation = _origin_of_session(one, windows, sessions)
     missing = None if parent else _recorded_parent(one)
-    return Node("session", one.id, one.state, one.model, one.token_count, one.created_at, parent, relation, missing)
+    return Node(
+        "session", one.id, one.title, one.state, one.model, one.token_count, one.created_at, parent, relation, missing
+    )
 
 
 def _window_node(one: Window, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Node:
     parent, relation = _origin_of_window(one, windows, sessions)
     missing: NodeName | None = None if parent else ("session", one.session_id)
-    return Node("window", one.name, one.kv, one.model, one.token_count, one.created_at, parent, relation, missing)
+    return Node(
+        "window", one.name, one.title, one.kv, one.model, one.token_count, one.created_at, parent, relation, missing
+    )
 
 
 def _recorded_parent(one: Session) -> NodeName | None:

@@ -170,6 +170,17 @@ async def window_messages(call: Call) -> responses.Messages:
     return responses.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
 
 
+@operation("GET", "/admin/sessions/{session_id}/messages")
+async def session_messages(call: Call) -> responses.SessionMessages:
+    """The text of a session, as of its last finished turn."""
+    await call.services.recorder.flush()
+    found = await call.services.store.snapshot(call.tenant, call.session_id)
+    if found is None:
+        raise session_not_found(call.session_id)
+    session, text = found
+    return responses.SessionMessages(session_id=session.id, messages=list(text.messages), frame=dict(text.frame or {}))
+
+
 @operation("GET", "/admin/health")
 async def health(call: Call, query: requests.HealthQuery) -> status.Health:
     """Check every component now, or one of them."""
@@ -214,6 +225,7 @@ OPERATIONS = (
     thaw_window,
     clone_window,
     window_messages,
+    session_messages,
     *archives.OPERATIONS,
     *windows.OPERATIONS,
     *autofreeze.OPERATIONS,

@@ -32,6 +32,7 @@ def session_fields(s: Session, expired_by: float) -> dict[str, Any]:
     """A session; `expired` if it was last active before `expired_by`."""
     return {
         "id": s.id,
+        "title": s.title,
         "state": "expired" if s.last_active_at < expired_by else s.state,
         "model": s.model,
         "token_count": s.token_count,
@@ -88,6 +89,7 @@ def window_line_fields(w: Window, now: float) -> dict[str, Any]:
     """A window in a list."""
     return {
         "name": w.name,
+        "title": w.title,
         "session_id": w.session_id,
         "model": w.model,
         "description": w.description,

@@ -100,6 +100,7 @@ def _node(node: tree.Node) -> Json:
     return {
         "kind": node.kind,
         "name": node.name,
+        "title": node.title,
         "state": node.state,
         "model": node.model,
         "token_count": node.token_count,

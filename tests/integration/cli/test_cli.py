@@ -379,7 +379,7 @@ def test_control_characters_of_a_transcript_never_reach_the_terminal(
 def test_markup_in_a_name_is_a_name() -> None:
     row = {
         "id": "s", "state": "active", "model": "[/x]\x1b[2J[bold]y", "token_count": 1, "turn_count": 1, "window": None,
-        "forked_from": None, "last_active_at": "2026-01-01T00:00:00Z",
+        "forked_from": None, "last_active_at": "2026-01-01T00:00:00Z", "title": None,
     }  # fmt: skip
     rows = [row, {**row, "model": "another"}]
     page = {"sessions": rows, "nodes": [], "total": 2, "limit": 20, "offset": 0, "has_more": False}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from gateway.cli import main
 from tests.support.cli import assert_failed, cwg, cwg_on_terminal
@@ -53,9 +54,28 @@ def test_row_that_is_too_wide_is_shown_in_several_lines(gateway: Gateway, long_n
 def test_list_has_no_raw_numbers(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.freeze(session, session, ttl_seconds=4 * 3600)
-    head, row = cwg_on_terminal("list", "--session", session, url=gateway.url).stdout.splitlines()
+    head, row, _ = cwg_on_terminal("list", "--session", session, url=gateway.url).stdout.splitlines()
     assert head.split() == ["name", "session", "tokens", "kv", "created", "expires"]
     assert re.search(r" (just now|\d+ s ago)  in 3 h$", row)
+
+
+def test_lists_show_titles_that_fit_on_a_line(engine: FakeEngine, tmp_path: Path) -> None:
+    evil, wide = "\x1b[2J \u202e<b>What</b>\nis this?", "расчёт 漢字 " * 12
+    with gateway_in_front_of(engine.url, tmp_path) as own:
+        for session, said in (("s1", evil), ("s2", wide)):
+            own.chat(session, said)
+            own.freeze(session, f"w-{session}")
+        for command in ("list", "sessions"):
+            shown = cwg_on_terminal(command, url=own.url).stdout
+            assert "\n  [2J <b>What</b> is this?\n" in shown, command
+            (cut,) = re.findall(r"(?m)^  (расчёт 漢字 .*)…$", shown)
+            assert 74 <= cell_len(cut) <= 77
+            assert any(
+                line.endswith("  [2J <b>What</b> is this?") for line in cwg(command, url=own.url).stdout.splitlines()
+            )
+        drawn = cwg_on_terminal("tree", url=own.url).stdout
+        assert drawn.count("<b>What</b> is this?") == 1  # the window has its session's
+        assert max(map(cell_len, drawn.splitlines())) <= 80
 
 
 def test_lists_that_are_empty_say_so(engine: FakeEngine, tmp_path: Path) -> None:
@@ -75,8 +95,8 @@ def test_sessions_say_what_they_came_from_and_became(engine: FakeEngine, tmp_pat
         own.freeze("root", "second")
         own.http.post("/admin/windows/first/thaw", json={"new_session_id": "branch"})
         head, *rows = (re.split(" {2,}", line) for line in cwg("sessions", url=own.url).stdout.splitlines())
-    assert head == ["session", "state", "tokens", "turns", "last active", "thawed from", "frozen into"]
-    assert {row[0]: row[-2:] for row in rows} == {"branch": ["first", "-"], "root": ["-", "second"]}
+    assert head == ["session", "state", "tokens", "turns", "last active", "thawed from", "frozen into", "title"]
+    assert {row[0]: row[-3:-1] for row in rows} == {"branch": ["first", "-"], "root": ["-", "second"]}
 
 
 def test_filters_of_list(engine: FakeEngine, tmp_path: Path) -> None:
@@ -169,7 +189,8 @@ def test_tree_names_a_parent_that_is_not_shown(engine: FakeEngine, tmp_path: Pat
         lines = ended.stdout.splitlines()
         assert "branch  session" in lines[0]
         assert lines[0].endswith(", from window first (not shown)")
-        assert lines[1].endswith(", from session root (not shown)")
+        assert lines[1] == "hi"
+        assert lines[2].endswith(", from session root (not shown)")
         assert ended.stderr == "more than 1: 2 windows, 2 sessions; --limit\n"
         nodes = json.loads(cwg("tree", "--json", url=own.url).stdout)["nodes"]
         assert {node["name"] for node in nodes if "missing_parent" in node} == set()

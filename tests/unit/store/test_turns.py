@@ -30,7 +30,7 @@ async def test_first_turn_creates_its_session(store: Store) -> None:
         TENANT, "a", "a", "demo", "fp", "salt-a", "active", token_count=21, turn_count=1,
         transcript=session.transcript, frame=session.frame, created_at=100.0, last_active_at=100.5,
         first_message_hash=prefix_chain.head(says("hi")), last_request_hash=prefix_chain.link(b"", says("hi")[0]),
-        answered=True, prompt_tokens=20, last_reply_hash=prefix_chain.chain(says("hi", "hello"), b"")[-1],
+        answered=True, prompt_tokens=20, last_reply_hash=prefix_chain.chain(says("hi", "hello"), b"")[-1], title="hi",
     )  # fmt: skip
     assert await store.messages(session.transcript) == says("hi", "hello")
     assert await store.frame(session.frame) == {"tools": [1]}

@@ -22,7 +22,7 @@ async def test_window_is_read_as_it_was_added(store: Store) -> None:
     assert s.transcript is not None
     made = window(
         "w", transcript=s.transcript, frame=s.frame, description="d", tags=("b", "a", "été"), expires_at=2000.5,
-        receipt={"tiers": {"disk": {"objects": 2}}, "cached_tokens": None},
+        receipt={"tiers": {"disk": {"objects": 2}}, "cached_tokens": None}, title="1",
     )  # fmt: skip
     text = Text(says("1", "a"), await store.frame(s.frame or b""))
     assert await store.add_window(replace(made, transcript=b"", frame=None), manifest("w", keys(2)), text) == made

@@ -47,6 +47,7 @@ class Page(Answer):
 
 class WindowLine(Answer):
     name: str
+    title: str | None
     session_id: str
     model: str
     description: str
@@ -132,6 +133,12 @@ class Cloned(Window):
 
 class Messages(Answer):
     window_name: str
+    messages: list[Json]
+    frame: Json
+
+
+class SessionMessages(Answer):
+    session_id: str
     messages: list[Json]
     frame: Json
 
@@ -286,6 +293,7 @@ class NodeName(Answer):
 
 
 class Node(NodeName):
+    title: str | None
     state: str
     model: str
     token_count: int
@@ -305,6 +313,7 @@ class Tree(Answer):
 
 class SessionLine(Answer):
     id: str
+    title: str | None
     state: SessionState
     model: str
     token_count: int

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.admin_requests import error_of, freeze
+from tests.support.cli import cwg
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 
@@ -169,3 +170,33 @@ def test_a_state_that_no_session_has_is_refused(gateway: Gateway, query: str) ->
 @pytest.mark.parametrize("query", ["include_blocks=yes", "include_blocks=1", "include_lineage=", "include_blocks=True"])
 def test_a_flag_is_true_or_false(gateway: Gateway, query: str) -> None:
     assert error_of(gateway.http.get(f"/admin/windows/w?{query}")) == (400, "invalid_request")
+
+
+def test_sessions_and_windows_have_a_title_everywhere(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
+        gateway.chat("s", "What is\tthis? " + "x" * 100)
+        title = "What is this? " + "x" * 65 + "…"
+        assert gateway.freeze("s", "w").json()["title"] == title
+        for path in ("sessions/s", "windows/w"):
+            assert gateway.http.get(f"/admin/{path}").json()["title"] == title
+        for path, rows in (("sessions", "sessions"), ("windows", "windows"), ("tree", "nodes")):
+            assert {row["title"] for row in gateway.http.get(f"/admin/{path}").json()[rows]} == {title}
+        gateway.http.post("/admin/windows/w/thaw", json={"new_session_id": "thawed"})
+        assert gateway.http.get("/admin/sessions/thawed").json()["title"] == title
+        cloned = gateway.http.post("/admin/windows/w/clone", json={"target_window": "copy", "isolate": True})
+        assert cloned.json()["title"] == title
+
+
+def test_text_of_a_session_can_be_read(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
+        gateway.chat("s:1", "hello")
+        gateway.freeze("s:1", "w")
+        answer = gateway.http.get("/admin/sessions/s:1/messages").json()
+        assert answer.pop("session_id") == "s:1"
+        assert answer["messages"][0]["content"] == "hello"
+        of_window = gateway.http.get("/admin/windows/w/messages").json()
+        assert answer == {name: of_window[name] for name in ("messages", "frame")}
+        missing = gateway.http.get("/admin/sessions/none/messages")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "session_not_found")
+        shown = cwg("session", "messages", "s:1", url=gateway.url).stdout
+        assert shown.startswith("user: hello\nassistant: ")
