@@ -179,6 +179,7 @@ class Turn:
     estimated_tokens: int | None = None  # of the prompt
     expected_tokens: int | None = None  # that should have been cached
     miss: str = ""  # why fewer were
+    first_token_ms: float | None = None  # from the request to the engine until its first token, if that was seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,9 @@ class Dialect(ABC):
     last_event: tuple[bytes, ...] = (b"data: [DONE]",)
     """The beginning of a stream's last event: a client that has read it has read the reply."""
 
+    begins_with_token: bool = True
+    """Whether vLLM sends the first event of a stream together with the first token, and not before."""
+
     @abstractmethod
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """Take a request apart; `body` is `raw` parsed, and is changed in place.

@@ -42,6 +42,7 @@ class ResponsesDialect(Dialect):
     """See `gateway.dialects.base.Dialect`."""
 
     name = "responses"
+    begins_with_token = False  # `response.created` comes at once (vllm 0.32, openai/responses/serving.py)
     last_event = tuple(f"event: {kind}\n".encode() for kind in (*_FINAL, "response.failed"))
 
     def read(self, body: dict[str, Any], raw: bytes) -> Call:

@@ -90,6 +90,7 @@ def to_record(parsed: ParsedTurn, review: Review) -> TurnRecord:
             estimated_tokens=review.estimated,
             expected_tokens=review.expected,
             miss=review.miss,
+            first_token_ms=turn.first_token_ms(reply.usage.completion) if reply.usage else None,
         ),
         session=session,
         fingerprint=turn.fingerprint,

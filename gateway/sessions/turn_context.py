@@ -1,5 +1,6 @@
 """A turn of a session, from the handler that reads its request to the recorder that stores it."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,11 +22,14 @@ class RelayResult:
     streamed: bool = False
     chunks: list[bytes] | None = field(default_factory=list)
     size: int = 0
+    began_at: float = 0.0  # when the first of the reply came, of time.monotonic
     detail: str = ""
     refusal: tuple[list[tuple[bytes, bytes]], bytes] | None = None  # headers and body of "the context is full", unsent
 
     def keep(self, chunks: Sequence[bytes], limit: int) -> None:
         """Keep chunks, or nothing at all once they are more than `limit` bytes."""
+        if not self.size:
+            self.began_at = time.monotonic()
         self.size += sum(map(len, chunks))
         if self.size <= limit and self.chunks is not None:
             self.chunks += chunks
@@ -68,6 +72,15 @@ class TurnContext:
         front = self.call.front
         large = self.heavy_body or self.result.size > HEAVY_BYTES
         return large or is_heavy(self.call.messages) or (front is not None and is_heavy(front.history))
+
+    def first_token_ms(self, completion_tokens: int) -> float | None:
+        """Milliseconds from the request to the engine until its first token; None if nothing tells when that came."""
+        result = self.result
+        if not result.streamed:  # the answer comes at the end
+            return self.duration_ms if completion_tokens == 1 else None
+        if not self.dialect.begins_with_token or not result.began_at:
+            return None
+        return (result.began_at - self.arrived - self.overhead_s) * 1000
 
     @property
     def ended_at(self) -> float:

@@ -273,9 +273,38 @@ _M017 = (
     """INSERT INTO meta VALUES ('untitled', '["sessions", "", ""]')""",
 )
 
+# What the engine did not have to compute, and how long that would have taken. `savings` adds up, for all of a tenant, a
+# session and a window (`kind`, `name`), and for each curve and source. Where a curve could not tell yet, `unpriced_*`
+# have what it needs to tell later.
+_M018 = (
+    "ALTER TABLE turns ADD COLUMN first_token_ms REAL",
+    """CREATE TABLE prefill_curves (
+        id INTEGER PRIMARY KEY, engine TEXT NOT NULL, fingerprint TEXT NOT NULL, model TEXT NOT NULL,
+        began_at REAL NOT NULL, samples INTEGER NOT NULL DEFAULT 0, reach INTEGER NOT NULL DEFAULT 0,
+        per_request REAL, per_token REAL, per_pair REAL, error_share REAL
+    )""",
+    "CREATE INDEX prefill_curves_by_engine ON prefill_curves (engine, fingerprint, id)",
+    """CREATE TABLE prefill_samples (
+        number INTEGER PRIMARY KEY, curve INTEGER NOT NULL REFERENCES prefill_curves (id),
+        size_class INTEGER NOT NULL, computed INTEGER NOT NULL, cached INTEGER NOT NULL, seconds REAL NOT NULL,
+        predicted REAL
+    )""",
+    "CREATE INDEX prefill_samples_by_curve ON prefill_samples (curve, size_class, number)",
+    """CREATE TABLE savings (
+        tenant TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, curve INTEGER NOT NULL, source TEXT NOT NULL,
+        requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, tokens INTEGER NOT NULL, seconds REAL NOT NULL,
+        unpriced_tokens INTEGER NOT NULL, unpriced_squares INTEGER NOT NULL, unpriced_longest INTEGER NOT NULL,
+        since REAL NOT NULL, PRIMARY KEY (tenant, kind, name, curve, source)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX savings_unpriced ON savings (curve) WHERE unpriced_tokens > 0",
+    """CREATE TABLE held_kv (
+        id INTEGER PRIMARY KEY, bytes INTEGER NOT NULL, byte_hours REAL NOT NULL, since REAL NOT NULL, at REAL NOT NULL
+    )""",
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
-    _M017,
+    _M017, _M018,
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gateway.dialects.titles import title_of
 from gateway.records import Alias, AliasMatch, Session, SessionState, Turn, Usage
-from gateway.store import response_rows, salt_rows, successor_rows, transcript_rows
+from gateway.store import ledger_rows, response_rows, salt_rows, successor_rows, transcript_rows
 from gateway.store.sql import batches, marks
 from gateway.store.types import TurnRecord
 
@@ -104,6 +104,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, *, idle
     db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
     salt_rows.release(db, tenant, session_id, deleted.lineage)
     successor_rows.forget(db, tenant, session_id)
+    ledger_rows.forget(db, tenant, "session", session_id)
     transcript_rows.release(db, deleted.transcript)
     transcript_rows.release(db, deleted.window_transcript)
     transcript_rows.release_content(db, deleted.frame)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from gateway.store import (
     autofreeze_rows,
+    ledger_rows,
     manifest_rows,
     response_rows,
     salt_rows,
+    savings_rows,
     session_rows,
     successor_rows,
     text_rows,
@@ -63,6 +65,7 @@ class Store(Database):
         def work(db: sqlite3.Connection) -> None:
             session_rows.record(db, records, self._turns_kept)
             response_rows.record(db, records, self._responses_kept)
+            ledger_rows.record(db, records)
 
         await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS)
 
@@ -140,6 +143,18 @@ class Store(Database):
     auto_windows = read(autofreeze_rows.auto_windows)
     auto_freeze = read(autofreeze_rows.auto_freeze)
     set_auto_freeze = write(autofreeze_rows.set_auto_freeze)
+
+    # What the cache has saved, and what holding KV costs.
+
+    book = write(ledger_rows.book)
+    saved = read(savings_rows.saved)
+    saved_by_source = read(savings_rows.saved_by_source)
+    saved_since = read(savings_rows.saved_since)
+    saved_by_tenants = read(savings_rows.saved_by_tenants)
+    most_saved = read(savings_rows.most_saved)
+    prefill_curves = read(savings_rows.prefill_curves)
+    hold = write(savings_rows.hold)
+    held_kv = read(savings_rows.held_kv)
 
     # The store itself.
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Message, Session, StoredResponse, Trace, Turn, Window
+from gateway.store.prefill_curve import PrefillCurve
 
 
 class StoreUnavailable(GatewayError):
@@ -118,3 +120,69 @@ class SaltUse:
     tenant: str
     lineage: str
     last_active_at: float
+
+
+Source = Literal["turn", "thaw", "ask"]
+"""What saved something, and was booked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """A request whose prompt the engine has counted, for the ledger.
+
+    `window` and `session_id` are empty if it has none. `first_token_s`: seconds from the request to the first token, 0
+    if that was not seen.
+    """
+
+    tenant: str
+    source: Source
+    engine: str
+    fingerprint: str
+    model: str
+    prompt_tokens: int
+    cached_tokens: int
+    at: float
+    session_id: str = ""
+    window: str = ""
+    first_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What was saved by requests whose cached tokens the engine counted.
+
+    `seconds_estimated` is what computing `tokens_estimated` of the `tokens` would have taken, None if nothing is known;
+    `reason` says why it is not all of them. `error_share` is the median relative error of such estimates.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds_estimated: float | None = None
+    tokens_estimated: int = 0
+    error_share: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedCurve:
+    """A prefill curve of an engine and a model, `curve` None while it has too few `samples`."""
+
+    id: int
+    engine: str
+    fingerprint: str
+    model: str
+    began_at: float
+    samples: int
+    curve: PrefillCurve | None
+    error_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKv:
+    """The bytes that windows hold as of `at`, and what they add up to over time since `since`."""
+
+    bytes: int
+    byte_hours: float
+    since: float
+    at: float

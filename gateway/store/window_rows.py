@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from gateway.records import Manifest, Window
-from gateway.store import autofreeze_rows, manifest_rows, salt_rows, transcript_rows
+from gateway.store import autofreeze_rows, ledger_rows, manifest_rows, salt_rows, transcript_rows
 from gateway.store.sql import marks
 from gateway.store.types import SORT_COLUMNS, Released, WindowQuery
 
@@ -159,6 +159,7 @@ def delete_window(
     if automatic_of is not None and name not in autofreeze_rows.auto_windows(db, tenant, automatic_of):
         return None
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
+    ledger_rows.forget(db, tenant, "window", name)
     # The next window of this name is not the parent of what came from this one.
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
     db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))

@@ -12,10 +12,11 @@ from gateway.dialects import text_transcripts
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage, Window
-from gateway.store.types import Text
+from gateway.store.types import Saved, Text
 from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.restore import Receipt, restore_and_load
+from gateway.windows.savings import book
 
 MAX_QUESTION = 10_000  # characters
 MAX_TOKENS = 4096  # of an answer
@@ -34,6 +35,7 @@ class Answer:
     usage: Usage
     restored: Receipt
     duration_ms: float
+    saved: Saved | None = None
 
     @property
     def computed_tokens(self) -> int | None:
@@ -58,7 +60,9 @@ async def ask(ctx: OperationContext, name: str, question: str, max_tokens: int |
     engine = services.engines.for_lineage(window.lineage)
     messages = [*text.messages, *following(text.messages, question)]
     reply = await engine.chat(model.id, _no_tools(text.frame or {}), messages, window.salt, max_tokens=max_tokens)
-    return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, ctx.duration_ms())
+    took = ctx.duration_ms()
+    saved = await book(services, "ask", window, model, reply.usage)
+    return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, took, saved)
 
 
 def _max_tokens(window: Window, model: Model, max_tokens: int | None) -> int:

@@ -9,7 +9,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.base import ObjectState
 from gateway.records import Manifest, PinnedObject, Session, Window
-from gateway.store.types import WindowQuery
+from gateway.store.types import Saved, WindowQuery
 from gateway.windows.context import OperationContext, Services
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ class Receipt:
     partial: bool = False
     duration_ms: float = 0.0
     as_text: bool = False  # only the text was taken
+    saved: Saved | None = None  # by the request that `cached_tokens` was counted in
+    first_token_s: float = 0.0  # seconds that it took
     warnings: tuple[str, ...] = ()
 
 

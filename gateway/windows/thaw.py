@@ -12,6 +12,7 @@ The window itself does not change and can be thawed any number of times. The ses
 is copied or even read, and what was evicted is restored before the first turn (`restore.restore_for_turn`).
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -19,13 +20,14 @@ from typing import Literal, NamedTuple
 from gateway.dialects import text_transcripts
 from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
-from gateway.records import Manifest, Session, Window, check_session_id
+from gateway.records import Manifest, Session, Usage, Window, check_session_id
 from gateway.sessions import prefix_chain
 from gateway.store.types import Text
 from gateway.windows.catalog import get_usable_window, served_model, session_exists, session_from_window, session_id_for
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.next_turn import next_turn_ids
 from gateway.windows.restore import Receipt, check_and_restore, missing_kv, restore_and_load
+from gateway.windows.savings import book
 
 Warm = Literal["none", "cpu", "gpu"]
 MAX_FANOUT = 100  # sessions
@@ -86,7 +88,17 @@ async def thaw(
     # The window may have been deleted meanwhile, and its transcript with it: the store checks again.
     if await store.add_sessions([session], source=window):
         raise session_exists(session_id)
-    return Thawed(session, window, replace(receipt, duration_ms=ctx.duration_ms()))
+    return await _thawed(ctx, session, window, model, receipt)
+
+
+async def _thawed(ctx: OperationContext, session: Session, window: Window, model: Model, receipt: Receipt) -> Thawed:
+    """The result, with what the thaw saved if the engine has counted that."""
+    receipt = replace(receipt, duration_ms=ctx.duration_ms())
+    usage = Usage(receipt.prompt_tokens, 1, receipt.cached_tokens)
+    saved = await book(
+        ctx.services, "thaw", window, model, usage, session_id=session.id, first_token_s=receipt.first_token_s
+    )
+    return Thawed(session, window, replace(receipt, saved=saved))
 
 
 @instrumented
@@ -124,7 +136,7 @@ async def thaw_text(ctx: OperationContext, name: str, *, new_session_id: str | N
             receipt = await _compute_text(ctx, engine, session, ids, receipt)
         if await store.add_sessions([session], source=window):
             raise session_exists(session_id)
-    return Thawed(session, window, replace(receipt, duration_ms=ctx.duration_ms()))
+    return await _thawed(ctx, session, window, model, receipt)
 
 
 async def _compute_text(
@@ -133,9 +145,11 @@ async def _compute_text(
     """Compute the KV of a session that is not in the store yet. If it never is, a sweep removes the KV."""
     await ctx.services.store.mark_orphaned(session.salt, session.tenant, session.lineage)
     ctx.progress("prefill", 0, len(ids))
+    clock = time.monotonic()
     usage = await engine.prefill(session.model, ids, session.salt)
+    took = time.monotonic() - clock
     ctx.progress("prefill", len(ids), len(ids))
-    return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt)
+    return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt, first_token_s=took)
 
 
 async def _model_for_text(services: Services, window: Window, text: Text) -> Model:
@@ -156,14 +170,17 @@ async def _through_engine(
 ) -> Receipt:
     ctx.progress("prefill", 0, window.token_count)
     engine = ctx.services.engines.for_lineage(window.lineage)
+    clock = time.monotonic()
     usage = await engine.prefill(model.id, manifest.token_ids, window.salt)
-    warnings = receipt.warnings
+    took, warnings = time.monotonic() - clock, receipt.warnings
     if usage.cached is None:
         warnings += ("the engine does not report cached_tokens: start it with --enable-prompt-tokens-details",)
     elif usage.cached < min(receipt.chunks_found * window.chunk_size, window.token_count - 1):
         warnings += (f"the engine reused only {usage.cached} tokens; the tiers have {receipt.chunks_found} chunks",)
     ctx.progress("prefill", window.token_count, window.token_count)
-    return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt, warnings=warnings)
+    return replace(
+        receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt, warnings=warnings, first_token_s=took
+    )
 
 
 @instrumented

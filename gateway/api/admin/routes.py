@@ -14,6 +14,7 @@ from gateway.api.admin import (
     cache,
     continuation,
     current_session,
+    ledger,
     metrics,
     openapi,
     serializers,
@@ -35,7 +36,11 @@ async def list_sessions(call: Call, query: requests.SessionsQuery) -> responses.
     await call.services.recorder.flush()
     expired_by = orphans.expired_by(call.services.settings)
     page, total = await call.services.store.list_sessions(call.tenant, expired_by=expired_by, **query.model_dump())
-    lines = [responses.SessionLine(**serializers.session_fields(s, expired_by)) for s in page]
+    saved = await call.services.store.saved(call.tenant, "session", [s.id for s in page])
+    lines = [
+        responses.ListedSession(**serializers.session_fields(s, expired_by), saved=serializers.saved(saved[s.id]))
+        for s in page
+    ]
     return responses.Sessions(sessions=lines, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
@@ -49,10 +54,12 @@ async def get_session(call: Call) -> responses.Session:
     turns = await call.services.store.turns(call.tenant, session.id, limit=20)
     windows, _ = await call.services.store.list_windows(call.tenant, WindowQuery(session_id=session.id, limit=100))
     model = call.services.engines.known(session.model)
+    saved = await call.services.store.saved(call.tenant, "session", [session.id])
     return responses.Session(
         **serializers.session_fields(session, orphans.expired_by(call.services.settings)),
         context_limit=model.context_limit if model else None,
         estimates=serializers.estimates(call.services.estimator.report().get(session.model)),
+        saved=serializers.saved(saved[session.id]),
         turns=[serializers.turn(t) for t in turns],
         windows=[w.name for w in windows],
         warnings=serializers.context_limit_warnings(session.token_count, model.context_limit if model else None),
@@ -88,7 +95,11 @@ async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Wi
     filters = query.model_dump(exclude_none=True, exclude={"sort_order"})
     wanted = WindowQuery(**filters, descending=query.sort_order == "desc")
     page, total = await call.services.store.list_windows(call.tenant, wanted)
-    lines = [responses.WindowLine(**serializers.window_line_fields(w, call.now)) for w in page]
+    saved = await call.services.store.saved(call.tenant, "window", [w.name for w in page])
+    lines = [
+        responses.ListedWindow(**serializers.window_line_fields(w, call.now), saved=serializers.saved(saved[w.name]))
+        for w in page
+    ]
     return responses.Windows(windows=lines, **serializers.paging(len(page), total, query.limit, query.offset))
 
 
@@ -100,6 +111,8 @@ async def window_status(call: Call, query: requests.StatusQuery) -> Json:
     keys = dict.fromkeys(key for sizes in pinned.values() for key in sizes)
     present, warnings = await residency.find(call.services, window, [*keys])
     fields = serializers.window_status_fields(window, call.now, pinned, present)
+    saved = await call.services.store.saved(call.tenant, "window", [window.name])
+    fields["saved"] = serializers.saved(saved[window.name])
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         fields["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
@@ -230,6 +243,7 @@ OPERATIONS = (
     *windows.OPERATIONS,
     *autofreeze.OPERATIONS,
     cache.statistics,
+    ledger.ledger,
     health,
     doctor,
     metrics.as_json,

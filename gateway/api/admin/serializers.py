@@ -8,6 +8,7 @@ from gateway.api.admin.models import responses
 from gateway.kv.keys import ObjectKey
 from gateway.kv.memory import MEMORY_TIER
 from gateway.records import PinnedObject, Session, Sizes, Turn, Window
+from gateway.store.types import Saved
 
 Present = Mapping[str, set[str]]  # the objects that LMCache finds in each tier
 _NEARLY_FULL = 0.95  # of the context limit
@@ -26,6 +27,11 @@ def moment_or_null(seconds: float | None) -> str | None:
 def paging(count: int, total: int, limit: int, offset: int) -> dict[str, Any]:
     """The position of a page of a list."""
     return {"total": total, "has_more": offset + count < total, "limit": limit, "offset": offset}
+
+
+def saved(s: Saved) -> responses.Saved:
+    """What the cache saved."""
+    return responses.Saved.model_validate(s)
 
 
 def session_fields(s: Session, expired_by: float) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def turn(t: Turn) -> responses.Turn:
     return responses.Turn(
         started_at=moment(t.started_at),
         duration_ms=round(t.duration_ms, 1),
+        first_token_ms=None if t.first_token_ms is None else round(t.first_token_ms, 1),
         model=t.model,
         outcome=t.outcome,
         status=t.status,

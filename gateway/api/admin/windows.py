@@ -43,6 +43,7 @@ async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answere
             chunks_found=answer.restored.chunks_found,
             partial=answer.restored.partial,
             duration_ms=answer.duration_ms,
+            saved=serializers.saved(answer.saved) if answer.saved else None,
         ),
         warnings=list(answer.restored.warnings),
     )

@@ -22,6 +22,14 @@ _NO_ID = (
 )
 
 
+class Windows(responses.Page):
+    windows: list[responses.WindowLine]
+
+
+class Sessions(responses.Page):
+    sessions: list[responses.SessionLine]
+
+
 class WindowStatus(responses.WindowStatus):
     type: Literal["window"]
     window: Json

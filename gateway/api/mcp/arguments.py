@@ -156,6 +156,10 @@ class Tree(requests.TreeQuery):
     limit: requests.NodeCount = 100
 
 
+class Savings(requests.LedgerQuery):
+    limit: requests.LedgerLimit = Field(5, description="how many windows, and how many sessions")
+
+
 class Verify(requests.VerifyRequest, Window):
     pass
 

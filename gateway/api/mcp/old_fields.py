@@ -60,14 +60,19 @@ def deleted(answer: Json) -> Json:
 
 
 def windows(answer: Json) -> Json:
-    """A page of windows."""
-    lines = [{**one, "total_size_bytes": one["size_bytes"]} for one in answer["windows"]]
+    """A page of windows; what each has saved is in window_status, a page of it would be long."""
+    lines = [{**_without_saved(one), "total_size_bytes": one["size_bytes"]} for one in answer["windows"]]
     return {**answer, "windows": lines, **_page(answer, len(lines))}
 
 
 def sessions(answer: Json) -> Json:
-    """A page of sessions."""
-    return {**answer, **_page(answer, len(answer["sessions"]))}
+    """A page of sessions, like one of windows."""
+    lines = [_without_saved(one) for one in answer["sessions"]]
+    return {**answer, "sessions": lines, **_page(answer, len(lines))}
+
+
+def _without_saved(answer: Json) -> Json:
+    return {name: value for name, value in answer.items() if name != "saved"}
 
 
 def _page(answer: Json, count: int) -> Json:

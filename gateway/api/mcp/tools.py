@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gateway.api.admin.models import requests, responses, status
+from gateway.api.admin.models import ledger, requests, responses, status
 from gateway.api.mcp import answers, arguments, old_fields
 from gateway.api.mcp import autofreeze_tools as autofreeze
 from gateway.api.mcp import window_tools as windows
@@ -27,7 +27,7 @@ _SESSIONS = (
             "`sessions` with id, `state`, model and tokens of each, and `has_more` where `offset` would show more",
         ),
         arguments.SessionList,
-        (responses.Sessions,),
+        (answers.Sessions,),
         shape=old_fields.sessions,
     ),
     Tool(
@@ -74,6 +74,20 @@ _MONITORING = (
         (answers.CacheStats,),
         brief=("tiers",),
         shape=old_fields.cache_stats,
+    ),
+    Tool(
+        "savings",
+        ("GET /admin/ledger",),
+        About(
+            "Tell how many tokens and about how many seconds of computing the cache has saved",
+            "to see whether windows pay, and which do",
+            "cheap",
+            "`total` with `tokens`, `seconds_estimated` and its `error_share`, and what windows hold",
+        ),
+        arguments.Savings,
+        (ledger.Ledger,),
+        brief=("turns", "thaws", "asks", "windows", "sessions", "held", "curves"),
+        always=frozenset({"limit"}),
     ),
     Tool(
         "health_check",

@@ -88,7 +88,7 @@ _READING = (
             "`windows`, one line for each, and `has_more` where `offset` would show more",
         ),
         arguments.WindowList,
-        (responses.Windows,),
+        (answers.Windows,),
         shape=old_fields.windows,
     ),
     Tool(
@@ -103,7 +103,7 @@ _READING = (
         ),
         arguments.Status,
         (answers.WindowStatus, answers.SessionStatus),
-        brief=("blocks", "estimates", "kv_cache", "lineage", "timestamps", "turns"),
+        brief=("blocks", "estimates", "kv_cache", "lineage", "saved", "timestamps", "turns"),
         shape=old_fields.status,
     ),
     Tool(

@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 from gateway.errors import GatewayError
 from gateway.kv.file_lock import FileLock
 from gateway.records import Window
-from gateway.runtime.clock import Clock
+from gateway.runtime.clock import Clock, since_boot
 from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import delete
 from gateway.windows.retention import orphans
@@ -26,12 +26,30 @@ async def run_sweeper(services: Services) -> None:
     async with FileLock(services.settings.data_path / "sweep.lock", poll_s=every).acquire(exclusive=True):
         clock, doubt = Clock(services.settings.clock_hold_s), ""
         clock.started_after(await services.store.newest())
+        held_at: float | None = None
         while True:
+            held_at = await _add_up_held(services, held_at, doubt=clock.doubt())
             await asyncio.sleep(every)
             before, doubt = doubt, clock.doubt()
             if doubt and not before:
                 log.warning("nothing expires for up to %g s (clock_hold_s): %s", services.settings.clock_hold_s, doubt)
             await sweep(services, expire=not doubt)
+
+
+async def _add_up_held(services: Services, before: float | None, *, doubt: str) -> float:
+    """Add up the bytes that windows have held since `before`, a time since boot; return the time now.
+
+    Without `before` by the wall clock, for KV is held while no gateway runs, unless that clock is in doubt.
+    """
+    now = since_boot()
+    elapsed_s = now - before if before is not None else 0.0 if doubt else None
+    await _run_logged(_hold(services, elapsed_s), "adding up what windows hold")
+    return now
+
+
+async def _hold(services: Services, elapsed_s: float | None) -> None:
+    tiers = await services.store.tier_usage()
+    await services.store.hold(sum(size for _, size in tiers.values()), time.time(), elapsed_s)
 
 
 async def sweep(services: Services, *, expire: bool = True) -> None:

@@ -104,7 +104,9 @@ def test_ask_uses_the_salt_and_stores_nothing(engine: FakeEngine, gateway: Gatew
     assert receipt["prompt_tokens"] > receipt["cached_tokens"] >= 16
     assert receipt["computed_tokens"] == receipt["prompt_tokens"] - receipt["cached_tokens"]
     assert "no KV" in said["warnings"][0]
-    assert gateway.http.get(f"/admin/windows/{window}").json() == before
+    after = gateway.http.get(f"/admin/windows/{window}").json()
+    assert receipt["saved"]["tokens"] == after["saved"]["tokens"] == receipt["cached_tokens"]
+    assert {**after, "saved": None} == {**before, "saved": None}
     assert gateway.http.get("/admin/sessions").json()["total"] == sessions
 
 

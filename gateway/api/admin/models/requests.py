@@ -26,6 +26,7 @@ Flag = Annotated[bool, Reads(fields.boolean)]
 NodeCount = Annotated[
     int, Reads(fields.whole(1, tree.MAX_NODES).about("at most so many windows, and so many sessions"))
 ]
+LedgerLimit = Annotated[int, Reads(fields.whole(1, 100))]
 MaxTokens = Annotated[
     int, Reads(fields.whole(1, ask.MAX_TOKENS).about(f"most tokens of the answer; default {ask.DEFAULT_TOKENS}"))
 ]
@@ -75,6 +76,10 @@ class ImportQuery(Query):
 
 class TreeQuery(Query):
     limit: NodeCount = 1000
+
+
+class LedgerQuery(Query):
+    limit: LedgerLimit = Field(20, description="how many windows, and how many sessions")
 
 
 class HealthQuery(Query):

@@ -45,6 +45,18 @@ class Page(Answer):
     offset: int
 
 
+class Saved(Answer):
+    """what the engine did not have to compute, of the requests whose cached tokens it counted"""
+
+    requests: int
+    prompt_tokens: int
+    tokens: int = Field(description="from the cache")
+    seconds_estimated: Number | None = Field(description="what computing `tokens_estimated` would have taken")
+    tokens_estimated: int
+    error_share: Number | None = Field(description="median relative error of such estimates, 0.1 is 10%")
+    reason: str | None = Field(description="why the estimate does not cover all tokens")
+
+
 class WindowLine(Answer):
     name: str
     title: str | None
@@ -66,8 +78,12 @@ class Window(WindowLine):
     receipt: Json = Field(description="as measured when it was frozen or imported")
 
 
+class ListedWindow(WindowLine):
+    saved: Saved
+
+
 class Windows(Page):
-    windows: list[WindowLine]
+    windows: list[ListedWindow]
 
 
 class Frozen(Window):
@@ -109,6 +125,7 @@ class Lineage(Answer):
 class WindowStatus(Window):
     kv_cache: KvCache
     timestamps: Timestamps
+    saved: Saved
     warnings: Warnings
     blocks: Annotated[list[Block], Field(description="in chunk order")] = absent()
     lineage: Lineage = absent()
@@ -157,6 +174,7 @@ class ThawReceipt(Restored):
     cached_tokens: int | None
     prompt_tokens: int
     as_text: bool
+    saved: Saved | None = Field(description="by this thaw, null if it was not measured: with `warm: gpu` it is")
 
 
 class Continuation(Answer):
@@ -224,6 +242,7 @@ class AskReceipt(Answer):
     chunks_found: int
     partial: bool
     duration_ms: Number
+    saved: Saved | None
 
 
 class Answered(Answer):
@@ -348,6 +367,7 @@ class Estimates(Answer):
 class Turn(Answer):
     started_at: Moment
     duration_ms: Number
+    first_token_ms: Number | None
     model: str
     outcome: Outcome
     status: int
@@ -362,13 +382,18 @@ class Turn(Answer):
     miss: str | None
 
 
+class ListedSession(SessionLine):
+    saved: Saved
+
+
 class Sessions(Page):
-    sessions: list[SessionLine]
+    sessions: list[ListedSession]
 
 
 class Session(SessionLine):
     context_limit: int | None
     estimates: Estimates | None
+    saved: Saved
     turns: list[Turn] = Field(description="newest first")
     windows: list[str]
     warnings: Warnings

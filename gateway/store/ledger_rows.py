@@ -1,0 +1,245 @@
+"""The SQL of the ledger: what the engine did not have to compute, and what holding KV costs. The caller owns the
+transaction.
+
+Amounts are only ever added to, in the transaction that records the turn, so workers cannot lose any of each other's. An
+amount in seconds is booked by the curve as it was then (`gateway.store.prefill_curve`), and never changes: when an
+engine becomes quicker or slower, a new curve begins. While a curve cannot tell, tokens wait until it can.
+"""
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import NamedTuple
+
+from gateway.store import prefill_curve
+from gateway.store.prefill_curve import PrefillCurve, Sample
+from gateway.store.savings_rows import CURVE, Amount, curve_of, total
+from gateway.store.types import Booking, LearnedCurve, Saved, TurnRecord
+
+_SAMPLES_BEFORE_SKIPPING, _LEARN_EVERY = 64, 8
+_ADD = """INSERT INTO savings (tenant, kind, name, curve, source, requests, prompt_tokens, tokens, seconds,
+        unpriced_tokens, unpriced_squares, unpriced_longest, since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (tenant, kind, name, curve, source) DO UPDATE SET
+        requests = savings.requests + excluded.requests,
+        prompt_tokens = savings.prompt_tokens + excluded.prompt_tokens,
+        tokens = savings.tokens + excluded.tokens, seconds = savings.seconds + excluded.seconds,
+        unpriced_tokens = savings.unpriced_tokens + excluded.unpriced_tokens,
+        unpriced_squares = savings.unpriced_squares + excluded.unpriced_squares,
+        unpriced_longest = CASE WHEN excluded.unpriced_longest > savings.unpriced_longest
+            THEN excluded.unpriced_longest ELSE savings.unpriced_longest END"""
+
+
+class _Account(NamedTuple):
+    """What an amount is booked for."""
+
+    tenant: str
+    kind: str
+    name: str
+    curve: int
+    source: str
+
+
+def _add(amount: Amount, prompt: int, cached: int, booked_before: int, curve: PrefillCurve | None) -> None:
+    """Add a request that found `cached` tokens, of which the first are booked already."""
+    tokens, squares = cached - booked_before, cached**2 - booked_before**2
+    amount.requests += 1
+    amount.prompt_tokens += prompt
+    amount.tokens += tokens
+    if curve is not None and cached <= curve.reach:
+        amount.seconds += curve.saved(tokens, squares)
+    elif tokens:
+        amount.unpriced_tokens += tokens
+        amount.unpriced_squares += squares
+        amount.unpriced_longest = max(amount.unpriced_longest, cached)
+
+
+@dataclass(slots=True)
+class _Entries:
+    """What is booked in one transaction."""
+
+    db: sqlite3.Connection
+    curves: dict[tuple[str, str], LearnedCurve] = field(default_factory=dict)
+    amounts: dict[_Account, Amount] = field(default_factory=dict)
+    samples: dict[tuple[int, int], Sample] = field(default_factory=dict)
+
+    def curve(self, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+        """The curve that is being learned for an engine and a model."""
+        key = engine, fingerprint
+        if key not in self.curves:
+            self.curves[key] = _current_curve(self.db, engine, fingerprint) or _begin(
+                self.db, engine, fingerprint, model, at
+            )
+        return self.curves[key]
+
+    def book(self, item: Booking, names: Mapping[str, str], booked_before: int = 0) -> None:
+        """Book a request for everybody in `names`, a name for each kind."""
+        learned = self.curve(item.engine, item.fingerprint, item.model, item.at)
+        for kind, name in names.items():
+            account = _Account(item.tenant, kind, name, learned.id, item.source)
+            amount = self.amounts.setdefault(account, Amount(since=item.at))
+            before = min(booked_before, item.cached_tokens)
+            _add(amount, item.prompt_tokens, item.cached_tokens, before, learned.curve)
+        if item.first_token_s:
+            self._sample(learned, item.prompt_tokens - item.cached_tokens, item.cached_tokens, item.first_token_s)
+
+    def _sample(self, learned: LearnedCurve, computed: int, cached: int, seconds: float) -> None:
+        """Take a sample. Turns of one batch ran together: only the quickest of each size is learned from."""
+        if not prefill_curve.is_cold(computed, cached):
+            return
+        predicted = learned.curve.seconds(computed, cached) if learned.curve else None
+        sample = Sample(computed, cached, seconds, predicted)
+        key = learned.id, sample.size_class
+        if key not in self.samples or seconds / computed < self.samples[key].seconds / self.samples[key].computed:
+            self.samples[key] = sample
+
+    def write(self) -> None:
+        """Write what was booked, and learn."""
+        self.db.executemany(_ADD, [(*account, *astuple(amount)) for account, amount in self.amounts.items()])
+        if self.samples:
+            _add_samples(self.db, self.samples)
+            at = max(amount.since for amount in self.amounts.values())
+            taken = {curve for curve, _ in self.samples}
+            for learned in self.curves.values():
+                if learned.id in taken:
+                    _learn(self.db, learned, at)
+
+
+def record(db: sqlite3.Connection, records: Sequence[TurnRecord]) -> None:
+    """Book turns, each for its session, and the first of a thawed session for its window too."""
+    entries = _Entries(db)
+    begun: set[tuple[str, str]] = set()  # sessions whose first turn is among these
+    for item in records:
+        booking = _of_turn(item)
+        if booking is None:
+            continue
+        names, before = {"all": "", "session": item.turn.session_id}, 0
+        key = item.turn.tenant, item.turn.session_id
+        if item.session.window and not item.session.turn_count and key not in begun:
+            begun.add(key)
+            before = _booked_by_thaw(db, *key)
+            if _is_of_window(db, item):
+                names["window"] = item.session.window
+        entries.book(booking, names, before)
+    entries.write()
+
+
+def _of_turn(item: TurnRecord) -> Booking | None:
+    """A turn as it is booked; None if the engine did not say what it found, or does not serve its model."""
+    turn, usage = item.turn, item.turn.usage
+    if usage is None or usage.cached is None or not item.fingerprint or not turn.engine:
+        return None
+    return Booking(
+        turn.tenant, "turn", turn.engine, item.fingerprint, turn.model, usage.prompt, usage.cached, turn.started_at,
+        first_token_s=(turn.first_token_ms or 0.0) / 1000,
+    )  # fmt: skip
+
+
+def _booked_by_thaw(db: sqlite3.Connection, tenant: str, session_id: str) -> int:
+    """Tokens that were booked when a session was thawed, if it has had no turn: that finds the same ones again."""
+    rows = db.execute(
+        "SELECT source, tokens FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", (tenant, session_id)
+    ).fetchall()
+    return 0 if any(source == "turn" for source, _ in rows) else sum(tokens for _, tokens in rows)
+
+
+def _is_of_window(db: sqlite3.Connection, item: TurnRecord) -> bool:
+    """Whether the window that a session was thawed from is still there, and not another of its name."""
+    session = item.session
+    query = "SELECT 1 FROM windows WHERE tenant = ? AND name = ? AND transcript = ?"
+    return db.execute(query, (session.tenant, session.window, session.window_transcript)).fetchone() is not None
+
+
+def book(db: sqlite3.Connection, item: Booking) -> Saved:
+    """Book a thaw or an ask for its window and for its session, if there is one; return what it saved."""
+    names = {"all": ""} | {k: name for k, name in (("session", item.session_id), ("window", item.window)) if name}
+    if (
+        item.window
+        and not db.execute("SELECT 1 FROM windows WHERE tenant = ? AND name = ?", (item.tenant, item.window)).fetchone()
+    ):
+        del names["window"]
+    entries = _Entries(db)
+    entries.book(item, names)
+    (amount,) = (amount for account, amount in entries.amounts.items() if account.kind == "all")
+    learned = entries.curve(item.engine, item.fingerprint, item.model, item.at)
+    entries.write()
+    return total([(amount, learned)])
+
+
+def forget(db: sqlite3.Connection, tenant: str, kind: str, name: str) -> None:
+    """Delete what was booked for a session or a window that is deleted. It stays in the total."""
+    db.execute("DELETE FROM savings WHERE tenant = ? AND kind = ? AND name = ?", (tenant, kind, name))
+
+
+# Learning.
+
+
+def _current_curve(db: sqlite3.Connection, engine: str, fingerprint: str) -> LearnedCurve | None:
+    query = f"{CURVE} WHERE engine = ? AND fingerprint = ? ORDER BY id DESC LIMIT 1"
+    row = db.execute(query, (engine, fingerprint)).fetchone()
+    return curve_of(row) if row else None
+
+
+def _begin(db: sqlite3.Connection, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+    cursor = db.execute(
+        "INSERT INTO prefill_curves (engine, fingerprint, model, began_at) VALUES (?, ?, ?, ?) RETURNING id",
+        (engine, fingerprint, model, at),
+    )
+    (identity,) = cursor.fetchone()
+    return LearnedCurve(identity, engine, fingerprint, model, at, 0, None, None)
+
+
+def _add_samples(db: sqlite3.Connection, samples: Mapping[tuple[int, int], Sample]) -> None:
+    """Add samples; of each size only the last ones are kept."""
+    db.executemany(
+        """INSERT INTO prefill_samples (curve, size_class, computed, cached, seconds, predicted)
+        VALUES (?, ?, ?, ?, ?, ?)""",
+        [(*key, *sample) for key, sample in samples.items()],
+    )
+    db.executemany(
+        """DELETE FROM prefill_samples WHERE curve = ?1 AND size_class = ?2 AND number <= (
+            SELECT number FROM prefill_samples WHERE curve = ?1 AND size_class = ?2
+            ORDER BY number DESC LIMIT 1 OFFSET ?3)""",
+        [(*key, prefill_curve.KEPT_PER_CLASS) for key in samples],
+    )
+
+
+def _learn(db: sqlite3.Connection, learned: LearnedCurve, at: float) -> None:
+    """Fit a curve to its samples; where the last ones are of another engine, a new one that began `at`."""
+    rows = db.execute(
+        "SELECT number, computed, cached, seconds, predicted FROM prefill_samples WHERE curve = ? ORDER BY number",
+        (learned.id,),
+    ).fetchall()
+    if len(rows) > _SAMPLES_BEFORE_SKIPPING and rows[-1][0] % _LEARN_EVERY:
+        return
+    samples = [Sample(*row[1:]) for row in rows]
+    if count := prefill_curve.since_change(samples):
+        new = _begin(db, learned.engine, learned.fingerprint, learned.model, at)
+        db.execute(
+            "UPDATE prefill_samples SET curve = ?, predicted = NULL WHERE curve = ? AND number >= ?",
+            (new.id, learned.id, rows[-count][0]),
+        )
+        _set_curve(db, new.id, [sample._replace(predicted=None) for sample in samples[-count:]])
+    else:
+        _set_curve(db, learned.id, samples)
+
+
+def _set_curve(db: sqlite3.Connection, identity: int, samples: Sequence[Sample]) -> None:
+    """Set a curve's coefficients, and book by them what has waited for that."""
+    curve = prefill_curve.fit(samples)
+    if curve is None:
+        db.execute("UPDATE prefill_curves SET samples = ? WHERE id = ?", (len(samples), identity))
+        return
+    db.execute(
+        """UPDATE prefill_curves SET samples = ?, reach = ?, per_request = ?, per_token = ?, per_pair = ?,
+        error_share = ? WHERE id = ?""",
+        (
+            len(samples), curve.reach, curve.per_request, curve.per_token, curve.per_pair,
+            prefill_curve.error_share(samples), identity,
+        ),
+    )  # fmt: skip
+    db.execute(
+        """UPDATE savings SET seconds = seconds + unpriced_tokens * ? + unpriced_squares * ? / 2.0,
+        unpriced_tokens = 0, unpriced_squares = 0, unpriced_longest = 0
+        WHERE curve = ? AND unpriced_tokens > 0 AND unpriced_longest <= ?""",
+        (curve.per_token, curve.per_pair, identity, curve.reach),
+    )

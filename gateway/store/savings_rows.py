@@ -1,0 +1,151 @@
+"""The SQL that reads the ledger, and adds up what holding KV costs. The caller owns the transaction."""
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from gateway.store.prefill_curve import MIN_SAMPLES, PrefillCurve
+from gateway.store.sql import batches, marks
+from gateway.store.types import HeldKv, LearnedCurve, Saved, Source
+
+Kind = Literal["session", "window"]
+_CURVE_COLUMNS = (
+    "id", "engine", "fingerprint", "model", "began_at", "samples", "reach", "per_request", "per_token", "per_pair",
+    "error_share",
+)  # fmt: skip
+CURVE = f"SELECT {', '.join(_CURVE_COLUMNS)} FROM prefill_curves"
+
+
+@dataclass(slots=True)
+class Amount:
+    """What is added to an account of the ledger, in the order of its columns."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    unpriced_tokens: int = 0
+    unpriced_squares: int = 0
+    unpriced_longest: int = 0
+    since: float = 0.0
+
+
+_AMOUNTS = tuple(field.name for field in fields(Amount))
+_SAVINGS = f"""SELECT {", ".join(f"s.{name}" for name in _AMOUNTS)}, {", ".join(f"c.{name}" for name in _CURVE_COLUMNS)}
+    FROM savings s JOIN prefill_curves c ON c.id = s.curve WHERE s.tenant = ? AND s.kind = ?"""
+Entry = tuple[Amount, LearnedCurve]
+
+
+def curve_of(row: Sequence[Any]) -> LearnedCurve:
+    """A row of `CURVE`."""
+    identity, engine, fingerprint, model, began_at, samples, reach, per_request, per_token, per_pair, error = row
+    curve = None if per_token is None else PrefillCurve(per_request, per_token, per_pair, reach)
+    return LearnedCurve(identity, engine, fingerprint, model, began_at, samples, curve, error)
+
+
+def total(entries: Iterable[Entry]) -> Saved:
+    """What entries add up to."""
+    amounts, waiting, weighed, tokens_weighed = Amount(), "", 0.0, 0
+    for amount, learned in entries:
+        amounts.requests += amount.requests
+        amounts.prompt_tokens += amount.prompt_tokens
+        amounts.tokens += amount.tokens
+        amounts.seconds += amount.seconds
+        amounts.unpriced_tokens += amount.unpriced_tokens
+        if amount.unpriced_tokens:
+            waiting = why_unknown(learned)
+        if learned.error_share is not None:
+            weighed += amount.tokens * learned.error_share
+            tokens_weighed += amount.tokens
+    estimated = amounts.tokens - amounts.unpriced_tokens
+    return Saved(
+        requests=amounts.requests,
+        prompt_tokens=amounts.prompt_tokens,
+        tokens=amounts.tokens,
+        seconds_estimated=round(amounts.seconds, 3) if amounts.requests and (estimated or not amounts.tokens) else None,
+        tokens_estimated=estimated,
+        error_share=round(weighed / tokens_weighed, 3) if tokens_weighed else None,
+        reason=waiting or (None if amounts.requests else "no request yet whose cached tokens the engine counted"),
+    )
+
+
+def why_unknown(learned: LearnedCurve) -> str:
+    """Why a curve does not say how long some tokens would have taken."""
+    if learned.curve is None:
+        return (
+            f"learned from prompts that {learned.engine} computes without the cache: "
+            f"{learned.samples} so far, {MIN_SAMPLES} are needed"
+        )
+    return f"estimates reach to {learned.curve.reach} tokens, until {learned.engine} has computed longer prompts"
+
+
+def saved(db: sqlite3.Connection, tenant: str, kind: Kind, names: Sequence[str]) -> dict[str, Saved]:
+    """Return what was saved by each of these sessions or windows."""
+    entries: dict[str, list[Entry]] = {name: [] for name in names}
+    for batch in batches(names):
+        query = f"{_SAVINGS.replace('SELECT', 'SELECT s.name,', 1)} AND s.name IN ({marks(batch)})"
+        for name, *row in db.execute(query, (tenant, kind, *batch)):
+            entries[name].append(_entry(row))
+    return {name: total(found) for name, found in entries.items()}
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    return Amount(*row[: len(_AMOUNTS)]), curve_of(row[len(_AMOUNTS) :])
+
+
+def saved_by_source(db: sqlite3.Connection, tenant: str) -> dict[str, Saved]:
+    """Return what was saved by each source, and by `all` of them."""
+    query = _SAVINGS.replace("SELECT", "SELECT s.source,", 1)
+    found = [(source, _entry(row)) for source, *row in db.execute(query, (tenant, "all"))]
+    by_source = {one: total(entry for source, entry in found if source == one) for one in get_args(Source)}
+    return {"all": total(entry for _, entry in found), **by_source}
+
+
+def saved_since(db: sqlite3.Connection, tenant: str) -> float | None:
+    """Return when the first request of a tenant was booked."""
+    (since,) = db.execute("SELECT min(since) FROM savings WHERE tenant = ? AND kind = 'all'", (tenant,)).fetchone()
+    return None if since is None else float(since)
+
+
+def most_saved(db: sqlite3.Connection, tenant: str, kind: Kind, limit: int) -> dict[str, Saved]:
+    """Return the sessions or windows that have saved most tokens, the first most."""
+    rows = db.execute(
+        """SELECT name FROM savings WHERE tenant = ? AND kind = ? GROUP BY name HAVING sum(tokens) > 0
+        ORDER BY sum(tokens) DESC, name LIMIT ?""",
+        (tenant, kind, limit),
+    )
+    return saved(db, tenant, kind, [name for (name,) in rows])
+
+
+def prefill_curves(db: sqlite3.Connection) -> list[LearnedCurve]:
+    """Return all curves, newest first."""
+    return [curve_of(row) for row in db.execute(f"{CURVE} ORDER BY id DESC")]
+
+
+def saved_by_tenants(db: sqlite3.Connection) -> dict[str, tuple[int, float]]:
+    """Return tokens and seconds saved by all tenants, by source."""
+    rows = db.execute("SELECT source, sum(tokens), sum(seconds) FROM savings WHERE kind = 'all' GROUP BY source")
+    return {source: (tokens, seconds) for source, tokens, seconds in rows}
+
+
+def hold(db: sqlite3.Connection, size: int, now: float, elapsed_s: float | None) -> None:
+    """Add up the bytes that windows have held for `elapsed_s`, and set what they hold now.
+
+    Without `elapsed_s` by the clock, as long as that has not gone back.
+    """
+    before = held_kv(db)
+    if before is None:
+        db.execute("INSERT INTO held_kv (id, bytes, byte_hours, since, at) VALUES (1, ?, 0, ?, ?)", (size, now, now))
+        return
+    elapsed_s = max(0.0, now - before.at) if elapsed_s is None else elapsed_s
+    db.execute(
+        "UPDATE held_kv SET bytes = ?, byte_hours = byte_hours + ?, at = ?",
+        (size, before.bytes * elapsed_s / 3600, now),
+    )
+
+
+def held_kv(db: sqlite3.Connection) -> HeldKv | None:
+    """Return what windows hold, and have held; None if it was not added up yet."""
+    row = db.execute("SELECT bytes, byte_hours, since, at FROM held_kv").fetchone()
+    return HeldKv(*row) if row else None
