@@ -51,6 +51,7 @@ imports:
 # The generated parts of docs/.
 docs: $(VENV)/with-test
 	$(BIN)/python -m tests.support.generate_error_docs
+	$(BIN)/python -m tests.support.generate_cli_docs
 
 # 10,000 requests generated from the OpenAPI document; `make fuzz ARGS="--stack"` sends them to the real stack.
 fuzz: $(VENV)/with-test

@@ -20,7 +20,19 @@ from gateway.runtime.logs import SafeFormatter
 log = logging.getLogger(__name__)
 
 
-@click.command()
+_CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _WithEngineOptions(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            message = f"{error.message} Options of vLLM come after `--`: cwg up -- --max-num-seqs 8"
+            raise click.NoSuchOption(error.option_name, message, error.possibilities, ctx) from error
+
+
+@click.command(cls=_WithEngineOptions)
 @click.option("--model", help="model directory or id; without it, a demo model")
 @click.option(
     "--demo",
@@ -29,7 +41,13 @@ log = logging.getLogger(__name__)
     "and need no download; without this option the first, or the second if it is not available",
 )
 @click.option("--served-model-name", help="the name that clients use")
-@click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("data"), show_default=True)
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="where everything is kept: KV, store, logs, demo model",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", type=click.IntRange(1, 65535), default=8700, show_default=True, help="the gateway's port")
 @click.option("--engine-port", type=click.IntRange(1, 65535), help="vLLM's port; a free one if not given")
@@ -41,8 +59,20 @@ log = logging.getLogger(__name__)
 )
 @click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
 @click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier, in GiB; 2, or 0.5 for a demo model")
+@click.option(
+    "--engine-kv-gb",
+    type=float,
+    help="vLLM's own memory for KV, in GiB; 4 on a CPU (0.5 for a demo model), what vLLM finds free on a GPU",
+)
+@click.option("--config", type=_CONFIG, help="more settings of the gateway (TOML); not those that this command sets")
+@click.argument("engine_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_OPTIONS]")
 def up(**options: Any) -> None:
-    """Start the whole local stack: LMCache, vLLM and the gateway."""
+    """Start the whole local stack: LMCache, vLLM and the gateway.
+
+    What follows `--` is passed to vLLM: `cwg up --model M -- --tensor-parallel-size 2`. What this command sets itself
+    is refused there. Options that may change KV (types, quantization) make it another model: windows that were frozen
+    without them thaw as text only.
+    """
     from gateway.stack.errors import StackError  # noqa: PLC0415 - see `serve`
     from gateway.stack.local import LocalStack  # noqa: PLC0415
     from gateway.stack.supervisor import up as run  # noqa: PLC0415
@@ -54,7 +84,7 @@ def up(**options: Any) -> None:
 
 
 @click.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="settings file (TOML)")
+@click.option("--config", type=_CONFIG, help="settings file (TOML)")
 @click.option("--host", help="address to listen on")
 @click.option("--port", type=int, help="port to listen on")
 @click.option("--workers", type=int, help="processes that serve the port")

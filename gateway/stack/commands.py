@@ -93,12 +93,13 @@ def engine_launch(plan: Plan) -> Launch:
         # vLLM needs these for a thinking budget, and does not get them from a parser for optional reasoning.
         argv += ["--reasoning-config", json.dumps({"reasoning_start_str": THINK, "reasoning_end_str": THOUGHT})]
     env: dict[str, str] = {}
+    if plan.on_cpu or plan.options.engine_kv_gb:
+        argv += ["--kv-cache-memory-bytes", str(int(plan.engine_kv_gb * 2**30))]
     if plan.on_cpu:
         # Compiling needs g++ and costs 20 s to minutes at every start. It makes prefill no faster, only decoding of
         # very small models (the demo: 80 to 155 tokens/s). Both the flag and the variable: with the flag alone,
         # sampling still compiles a little, on the first request that wants logprobs.
         argv += ["--block-size", str(CPU_BLOCK_SIZE), "--enforce-eager"]
-        argv += ["--kv-cache-memory-bytes", str(int(plan.engine_kv_gb * 2**30))]
         # Threads that wait for each other at every step would spin, and take the cores from everything else. Measured
         # with the demo under other load, on 2 cores: 5.0 s for 200 tokens, not 7.6; on an idle machine the same.
         env = {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
@@ -108,6 +109,8 @@ def engine_launch(plan: Plan) -> Launch:
         # model on more cores needs bound threads. Without the variable, vLLM 0.32 overrules the flag.
         argv += ["--distributed-executor-backend", "uni"]
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Of an option that is given twice, vLLM takes the last.
+    argv += plan.options.engine_args
     return _launch(plan, "engine", argv, env, f"{plan.engine_url}/health")
 
 
@@ -166,9 +169,10 @@ def gateway_launch(plan: Plan) -> Launch:
         settings["CWG_DISK_BUDGET_BYTES"] = str(plan.disk_budget_bytes)
     if plan.options.redis_url:
         settings["CWG_KV_REDIS_URL"] = plan.options.redis_url
+    config = ("--config", str(plan.options.config)) if plan.options.config else ()
     return Launch(
         name="gateway",
-        argv=(sys.executable, "-m", "gateway", "serve"),
+        argv=(sys.executable, "-m", "gateway", "serve", *config),
         env={"PYTHONUNBUFFERED": "1", **settings},
         ready_url=f"{plan.url}/readyz",
         log=plan.data_dir / "logs" / "gateway.log",

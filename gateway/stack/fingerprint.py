@@ -30,7 +30,8 @@ file, spread over it. A file of 5 GB takes milliseconds."""
 def fingerprint(model_dir: Path, served_as: str = "") -> str:
     """32 hex characters that change when the configuration, the tokenizer or the weights do.
 
-    `served_as` is the type that the model is computed in, where that is not its own: its KV has other bytes.
+    `served_as` is the type that the model is computed in, where that is not its own, and options of vLLM that change
+    its KV: what else the bytes of KV depend on.
     """
     digest = blake3(served_as.encode())
     for name, content in _contents(model_dir):

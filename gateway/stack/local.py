@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import socket
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from gateway.stack import demos, models
+from gateway.stack import demos, engine_args, models
 from gateway.stack.demo_model import Size
 
 LOOPBACK = "127.0.0.1"
@@ -49,6 +50,10 @@ class LocalStack:
     demo: demos.Demo | None = None
     demo_size: Size = "small"
     transfer: Transfer = "lmcache_driven"
+    config: Path | None = None
+    """More settings of the gateway (TOML)."""
+    engine_args: tuple[str, ...] = ()
+    """More options for vLLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +109,7 @@ def plan(options: LocalStack, progress: Callable[[str], None] = lambda _step: No
     on_cpu = is_cpu_build()
     model = _model(options, data_dir, progress, on_cpu=on_cpu)
     engine, cache, cache_http = free_ports(3)
+    has_budget = "CWG_DISK_BUDGET_BYTES" in os.environ or "disk_budget_bytes" in settings_in(options.config)
     return Plan(
         options=options,
         data_dir=data_dir,
@@ -119,17 +125,23 @@ def plan(options: LocalStack, progress: Callable[[str], None] = lambda _step: No
         cache_gb=options.cpu_cache_gb or (0.5 if model.is_demo else 2.0),
         engine_kv_gb=options.engine_kv_gb or (0.5 if model.is_demo else 4.0),
         on_cpu=on_cpu,
-        disk_budget_bytes=None if "CWG_DISK_BUDGET_BYTES" in os.environ else _disk_budget(data_dir / "kv"),
+        disk_budget_bytes=None if has_budget else _disk_budget(data_dir / "kv"),
     )
 
 
 def _model(options: LocalStack, data_dir: Path, progress: Callable[[str], None], *, on_cpu: bool) -> models.Model:
+    other_kv = engine_args.kv_identity(options.engine_args)
     if options.model is not None:
-        return models.prepare(data_dir, options.model, options.served_model_name)
+        return models.prepare(data_dir, options.model, options.served_model_name, other_kv)
     made = demos.prepare(data_dir / "models", options.demo, options.demo_size, progress)
     # The large model with random weights is for measurements, and keeps the usual type.
     is_large = made.kind == "random" and options.demo_size == "large"
-    return models.served_demo(made, options.served_model_name, on_cpu=on_cpu, may_convert=not is_large)
+    return models.served_demo(made, options.served_model_name, other_kv, on_cpu=on_cpu, may_convert=not is_large)
+
+
+def settings_in(config: Path | None) -> Mapping[str, object]:
+    """The settings that a valid file has."""
+    return tomllib.loads(config.read_text()) if config else {}
 
 
 def _disk_budget(kv_dir: Path) -> int:

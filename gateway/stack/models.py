@@ -41,15 +41,21 @@ class Model:
         return size * 2 if self.dtype == "float32" else size
 
 
-def prepare(data_dir: Path, model: str, served_name: str | None) -> Model:
-    """Find or download a model, and link it into the data directory. Raises `StackError`."""
+def prepare(data_dir: Path, model: str, served_name: str | None, served_as: str = "") -> Model:
+    """Find or download a model, and link it into the data directory; `served_as` as in `fingerprint`.
+
+    Raises `StackError`.
+    """
     directory = find(model)
     digest = fingerprint(directory)
     name = Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
-    return Model(directory, _link(data_dir, directory, f"{name[:40]}-{digest[:8]}"), served_name or name, digest)
+    key = _link(data_dir, directory, f"{name[:40]}-{digest[:8]}")
+    return Model(directory, key, served_name or name, fingerprint(directory, served_as) if served_as else digest)
 
 
-def served_demo(made: demos.DemoModel, served_name: str | None, *, on_cpu: bool, may_convert: bool) -> Model:
+def served_demo(
+    made: demos.DemoModel, served_name: str | None, served_as: str = "", *, on_cpu: bool, may_convert: bool
+) -> Model:
     """A demo model, in float32 where that is faster and `may_convert` allows it."""
     # One core that has to emulate bfloat16 computes a prompt of 4,000 tokens in 10 s, and in 3.9 s as float32 (the
     # small model with random weights).
@@ -58,7 +64,7 @@ def served_demo(made: demos.DemoModel, served_name: str | None, *, on_cpu: bool,
         directory=made.directory,
         key=f"models/{made.directory.name}",
         served_name=served_name or DEMO_NAME,
-        fingerprint=fingerprint(made.directory, served_as=dtype or ""),
+        fingerprint=fingerprint(made.directory, f"{dtype or ''}{served_as}"),
         demo=made.kind,
         dtype=dtype,
         about=made.about,

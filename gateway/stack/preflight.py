@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
-from gateway.settings import LOOPBACK
-from gateway.stack import commands, demos, local, models
+from gateway.settings import LOOPBACK, Settings, SettingsError, load
+from gateway.stack import commands, demos, engine_args, local, models
 from gateway.stack.errors import StackError
 from gateway.stack.transfers import CHECKED
 
@@ -28,13 +29,28 @@ _GATEWAY_BYTES = 0.1 * _GIB
 _QUEUES_BYTES = _GIB // 2
 """vLLM's own message queues between its processes, which lie in /dev/shm next to the KV."""
 _REDIS_WITHIN = 3.0
+# What `cwg up` tells the gateway, and the option for it, if there is one.
+OWN_SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "host": "--host",
+        "port": "--port",
+        "data_dir": "--data-dir",
+        "kv_redis_url": "--redis-url",
+        "chunk_size": "--chunk-size",
+        "engine_urls": "",
+        "cache_url": "",
+        "kv_dir": "",
+        "model_fingerprint": "",
+    }
+)
 
 
 def check(options: local.LocalStack) -> None:
     """Refuse what cannot work. Creates the data directory if it is missing, and nothing else."""
     check_platform(sys.platform)
     check_packages(("vllm", "lmcache"))
-    check_key(options.host, os.environ)
+    engine_args.check(options.engine_args)
+    check_key(options.host, check_settings(options.config, os.environ).api_key)
     check_port(options.host, options.port, "--port")
     if options.engine_port:
         check_port(local.LOOPBACK, options.engine_port, "--engine-port")
@@ -86,9 +102,23 @@ def version_warning(installed: Mapping[str, str]) -> str:
     )
 
 
-def check_key(host: str, environment: Mapping[str, str]) -> None:
+def check_settings(config: Path | None, environment: Mapping[str, str]) -> Settings:
+    """The gateway's settings of `--config` and of the environment; those of a file are not ones that `cwg up` sets."""
+    try:
+        # The host is checked with its option, below.
+        settings = load(file=config, environment=environment, overrides={"host": local.LOOPBACK})
+    except SettingsError as error:
+        raise StackError(str(error)) from None
+    for name in local.settings_in(config):
+        if name in OWN_SETTINGS:
+            remedy = f"give {OWN_SETTINGS[name]} instead" if OWN_SETTINGS[name] else "take it out"
+            raise StackError(f"{config}: `cwg up` sets {name} itself; {remedy}")
+    return settings
+
+
+def check_key(host: str, key: str) -> None:
     """The gateway would refuse the same, a minute later."""
-    if host not in LOOPBACK and not environment.get("CWG_API_KEY"):
+    if host not in LOOPBACK and not key:
         raise StackError(f"--host {host} lets other machines in; set CWG_API_KEY first, or omit the option")
 
 

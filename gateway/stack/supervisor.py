@@ -19,6 +19,8 @@ _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0
 _SOUND_AFTER = 60.0
 """Seconds that a process has to be ready before its next death counts as its first."""
 _DEATHS_AT_START = 3
+_USAGE = 2
+"""The exit code of a process that refuses its options (argparse, click)."""
 
 
 def up(options: local.LocalStack) -> int:
@@ -59,7 +61,7 @@ def _facts(plan: local.Plan) -> Iterator[str]:
     yield f"model {model.served_name}{about} ({model.directory})"
     yield f"memory: up to {preflight.needed_memory(plan) / 2**30:.1f} GiB"
     if plan.disk_budget_bytes is None:
-        limit = "CWG_DISK_BUDGET_BYTES"
+        limit = "the disk_budget_bytes that you set"
     else:
         share = f"{local.DISK_SHARE:.0%} of the free disk; CWG_DISK_BUDGET_BYTES sets another limit"
         limit = f"{plan.disk_budget_bytes / 2**30:.1f} GiB ({share})"
@@ -117,10 +119,12 @@ class _Watched:
             self._terminal.say(f"{self.process.name} is ready after {now - self._started:.1f} s", style="green")
 
     def _died(self, now: float) -> None:
-        self._terminal.say(
-            f"{self.process.exit_reason()}; again in {self._delay:g} s; log: {self.process.log}", style="red"
-        )
+        refused = self.process.exit_code == _USAGE and not self.is_ready
+        again = "" if refused else f"again in {self._delay:g} s; "
+        self._terminal.say(f"{self.process.exit_reason()}; {again}log: {self.process.log}", style="red")
         self._terminal.quote(self.process.last_lines())
+        if refused:
+            raise StackError(f"{self.process.name} refused its options; see above")
         self.process.clear()
         self.deaths += 1
         self._ready_since = None

@@ -21,12 +21,12 @@ PARTS = ("cache", "engine", "gateway")
 class Up:
     """A running `cwg up` with a demo model."""
 
-    def __init__(self, data_dir: Path, demo: Demo) -> None:
+    def __init__(self, data_dir: Path, demo: Demo, *more: str) -> None:
         (self.port,) = local.free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self.run_dir = data_dir / "run"
         argv = [sys.executable, "-m", "gateway", "up", "--data-dir", str(data_dir), "--port", str(self.port)]
-        argv += ["--demo", demo]
+        argv += ["--demo", demo, *more]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CWG_")}
         self.process = subprocess.Popen(
             argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

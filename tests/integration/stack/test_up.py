@@ -28,12 +28,12 @@ def ask(up: Up, question: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Up]]:
-    """`cwg up` on the test's data directory, any number of times."""
+def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    """`cwg up` on the test's data directory, any number of times, with more arguments."""
     runs: list[Up] = []
 
-    def run() -> Up:
-        runs.append(Up(tmp_path / "data", "random"))
+    def run(*more: str) -> Up:
+        runs.append(Up(tmp_path / "data", "random", *more))
         return runs[-1]
 
     yield run
@@ -42,9 +42,13 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Up]]:
             up.end(signal.SIGTERM)
 
 
-def test_up_serves_restarts_processes_and_stops_clean(start: Callable[[], Up], tmp_path: Path) -> None:
-    up = start()
+def test_up_serves_restarts_processes_and_stops_clean(start: Callable[..., Up], tmp_path: Path) -> None:
+    config = tmp_path / "gateway.toml"
+    config.write_text("auto_freeze_idle_minutes = 77\n")
+    up = start("--config", str(config), "--", "--max-num-seqs", "7")
     up.wait_ready()
+    assert "'max_num_seqs': 7" in (tmp_path / "data" / "logs" / "engine.log").read_text()
+    assert httpx.get(f"{up.url}/admin/policies").json()["policy"]["idle_timeout_minutes"] == 77
     prompt_tokens = ask(up, "What did you see?")["prompt_tokens"]
     kv = tmp_path / "data" / "kv"
     eventually(
@@ -77,3 +81,11 @@ def test_up_serves_restarts_processes_and_stops_clean(start: Callable[[], Up], t
     again.end(signal.SIGKILL)
     eventually(lambda: not living(processes), "no orphan is left", 30)
     eventually(lambda: not shared_memory() & segments, "no segment is left", 30)
+
+
+def test_what_vllm_refuses_is_shown_and_not_retried(start: Callable[..., Up]) -> None:
+    up = start("--", "--dtipe", "half")
+    assert up.close() == 1
+    assert "engine ended with exit code 2; log: " in up.said
+    assert "error: unrecognized arguments: --dtipe half" in up.said
+    assert up.said.endswith("error: engine refused its options; see above\n")

@@ -83,13 +83,13 @@ def test_other_platforms_are_referred_to_serve() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::"])
 def test_a_host_beyond_loopback_needs_a_key(host: str) -> None:
     with pytest.raises(StackError, match="set CWG_API_KEY first"):
-        preflight.check_key(host, {})
-    preflight.check_key(host, {"CWG_API_KEY": "k"})
+        preflight.check_key(host, "")
+    preflight.check_key(host, "k")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
-    preflight.check_key(host, {})
+    preflight.check_key(host, "")
 
 
 @pytest.mark.parametrize("chunk_size", [0, -64, 33, 65])
@@ -268,15 +268,16 @@ def test_a_data_directory_without_a_stack_has_no_holder(tmp_path: Path) -> None:
     assert lock.holder(tmp_path) is None
 
 
-@pytest.mark.parametrize(("setting", "limited"), [(None, True), ("5", False)])
+@pytest.mark.parametrize(("setting", "limited"), [("", True), ("5", False), ("disk_budget_bytes = 5", False)])
 def test_the_disk_tier_has_a_limit_unless_the_user_sets_one(
-    tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, limited: bool
+    tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str, limited: bool
 ) -> None:
     monkeypatch.delenv("CWG_DISK_BUDGET_BYTES", raising=False)
-    if setting:
+    if setting.isdigit():
         monkeypatch.setenv("CWG_DISK_BUDGET_BYTES", setting)
+    (tmp_path / "gateway.toml").write_text("" if setting.isdigit() else setting)
     shutil.copytree(demo_folder, tmp_path / "data" / "models" / demo_folder.name)
-    plan = local.plan(options(tmp_path, 1))
+    plan = local.plan(options(tmp_path, 1, config=tmp_path / "gateway.toml"))
     budget = commands.gateway_launch(plan).env.get("CWG_DISK_BUDGET_BYTES")
     assert (budget is not None) == limited
     if budget:
