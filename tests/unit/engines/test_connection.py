@@ -1,7 +1,6 @@
 """The gateway's own HTTP to the engine, against a server whose every byte the test sends: timeouts, limits and TLS."""
 
 import asyncio
-import datetime
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -9,12 +8,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from gateway.engines.connection import UpstreamError
 from gateway.engines.connection_pool import Upstream
+from tests.support.certificates import self_signed
 from tests.support.fakes.engine import WITHIN
 
 pytestmark = pytest.mark.anyio
@@ -49,21 +46,6 @@ async def served(peer: Peer, tls: ssl.SSLContext | None = None, silence_s: float
 
 async def asked(reader: asyncio.StreamReader) -> None:
     await reader.readuntil(b"\r\n\r\n")
-
-
-def self_signed(folder: Path) -> Path:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
-    whole = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM) + key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    file = folder / "engine.pem"
-    file.write_bytes(whole)
-    return file
 
 
 async def test_an_engine_is_not_silent_while_the_client_does_not_read() -> None:
