@@ -38,6 +38,17 @@ def test_settings_files_of_the_docs_are_valid(tmp_path: Path) -> None:
         load(file=file, environment={})
 
 
+def test_the_sizes_of_the_table_are_those_of_the_formula() -> None:
+    """Keys and values, two bytes each."""
+    rows = re.findall(r"^\| [^|]+ ((?:\| [\d.]+ ){4}.*)\|$", (ROOT / "docs/sizing.md").read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    for row in rows:
+        layers, heads, size, kib, *filled = (float(cell.replace("GiB", "")) for cell in row.strip("| ").split("|"))
+        per_token = 2 * layers * heads * size * 2
+        assert kib == per_token / 2**10
+        assert filled == [round(per_token * tokens / 2**30, 1) for tokens in (8_192, 32_768, 131_072)]
+
+
 def _leads_somewhere(page: Path, link: str) -> bool:
     file, _, anchor = link.partition("#")
     target = page.parent / file if file else page
