@@ -81,7 +81,9 @@ class McpTransport:
             raise GatewayError("method_not_allowed", f"{scope['method']} is not served here: {why}", hint="use POST")
         body = await read_body(scope, receive, self._settings, MAX_JSON_BYTES)
         with suppress(orjson.JSONDecodeError):  # MCP has its own error for that
-            json_limits.parse(body, self._settings.max_json_values)
+            if isinstance(json_limits.parse(body, self._settings.max_json_values), list):
+                hint = "send one message in each request"
+                raise GatewayError("invalid_request", "batches of JSON-RPC are not served", hint=hint)
         return body
 
     async def _open(self) -> "StreamableHTTPSessionManager":

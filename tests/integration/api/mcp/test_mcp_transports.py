@@ -148,6 +148,9 @@ async def test_a_request_that_is_not_mcp_is_refused(gateway: Gateway) -> None:
         for version in ({}, {"mcp-protocol-version": "2026-07-28"}, {"mcp-protocol-version": "1999-01-01"}):
             response = post(gateway, body, **version)
             assert 400 <= response.status_code < 500, (body[:20], version, response.text)
+    batch = post(gateway, b'[{"jsonrpc": "2.0", "id": 1, "method": "ping"}]', **{"mcp-protocol-version": "2025-03-26"})
+    assert code_of(batch) == (400, "invalid_request")
+    assert batch.json()["error"]["hint"] == "send one message in each request"
     assert post(gateway, INITIALIZE, path="/mcp/").text == post(gateway, INITIALIZE).text
     assert code_of(gateway.http.get("/mcp/")) == (405, "method_not_allowed")
     assert "Traceback" not in gateway.log[before:]
