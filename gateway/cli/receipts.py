@@ -95,7 +95,9 @@ def _checked(tier: str, there: Mapping[str, Any]) -> str:
 def _replay(replay: Mapping[str, Any]) -> str:
     used = f"{replay['cached_tokens']:,} of {counted(replay['expected_cached_tokens'], 'token')} loaded"
     if replay["equal"]:
-        return f"{counted(replay['tokens_compared'], 'token')} equal, {used}"
+        largest = replay["largest_logprob_difference"]
+        within = f", log probabilities within {largest:.1g}" if largest else ""
+        return f"{counted(replay['tokens_compared'], 'token')} equal{within}, {used}"
     first = replay["first_difference"]
     return f"differs from token {first['position']} on, {used}" if first else f"not all was used: {used}"
 

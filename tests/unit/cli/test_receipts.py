@@ -80,6 +80,19 @@ def test_verification_tells_tiers_that_are_checked_from_those_that_are_not() -> 
     assert (lines["redis"], lines["cpu"]) == ("could not be checked", "2 of 3 objects loaded")
 
 
+def test_deep_verification_says_how_close_the_log_probabilities_are() -> None:
+    used: dict[str, Any] = {"tier": "disk", "equal": True, "tokens_compared": 16, "first_difference": None}
+    used |= {"cached_tokens": 128, "expected_cached_tokens": 128, "largest_logprob_difference": 0.0}
+    answer: dict[str, Any] = {
+        "window_name": "w", "ok": True, "kv": "complete", "chunks_pinned": 2, "chunks_expected": 2, "chunks_usable": 2,
+        "tiers": {}, "deep": [used], "duration_ms": 5,
+    }  # fmt: skip
+    assert receipts.verified(answer)["disk, used"] == "16 tokens equal, 128 of 128 tokens loaded"
+    used["largest_logprob_difference"] = 0.0307
+    said = receipts.verified(answer)["disk, used"]
+    assert said == "16 tokens equal, log probabilities within 0.03, 128 of 128 tokens loaded"
+
+
 def test_tiers_of_a_window_say_what_is_pinned_where() -> None:
     cache = {
         "block_count": 3,

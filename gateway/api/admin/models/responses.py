@@ -268,7 +268,10 @@ class Replay(Answer):
     equal: bool
     tokens_compared: int
     first_difference: Difference | None
-    largest_logprob_difference: Number
+    largest_logprob_difference: Annotated[
+        Number,
+        Field(description="of equal tokens; how many tokens are computed in one go changes the last bits of a number"),
+    ]
     prompt_tokens: int
     cached_tokens: int | None
     expected_cached_tokens: int
