@@ -122,7 +122,8 @@ class _Watched:
         refused = self.process.exit_code == _USAGE and not self.is_ready
         again = "" if refused else f"again in {self._delay:g} s; "
         self._terminal.say(f"{self.process.exit_reason()}; {again}log: {self.process.log}", style="red")
-        self._terminal.quote(self.process.last_lines())
+        # Before its last line, a process that refuses its options prints all those that it has.
+        self._terminal.quote(self.process.last_lines(1 if refused else 12))
         if refused:
             raise StackError(f"{self.process.name} refused its options; see above")
         self.process.clear()

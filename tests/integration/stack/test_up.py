@@ -87,5 +87,5 @@ def test_what_vllm_refuses_is_shown_and_not_retried(start: Callable[..., Up]) ->
     up = start("--", "--dtipe", "half")
     assert up.close() == 1
     assert "engine ended with exit code 2; log: " in up.said
-    assert "error: unrecognized arguments: --dtipe half" in up.said
+    assert "error: unrecognized arguments: --dtipe" in up.said
     assert up.said.endswith("error: engine refused its options; see above\n")
