@@ -247,6 +247,8 @@ def json_answer(status: int, value: Any) -> Response:
 
 
 def _json(value: Any) -> bytes:
+    if isinstance(value, BaseModel):  # at once: a page takes a third longer by way of a dict
+        return value.model_dump_json(exclude_unset=True).encode()
     return orjson.dumps(value, default=_fields)
 
 

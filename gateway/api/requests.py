@@ -4,6 +4,7 @@ same wherever it is used.
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import AliasChoices, BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -90,7 +91,8 @@ def read(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
     return model.model_validate({alias: given[alias] for alias in used.values()}, context=used)
 
 
-def names_of(model: type[Request]) -> dict[str, str]:
+@cache  # every request reads them
+def names_of(model: type[Request]) -> Mapping[str, str]:
     """The names under which each field may be sent, with the field's own."""
     return {alias: name for name, field in model.model_fields.items() for alias in _aliases(name, field)}
 

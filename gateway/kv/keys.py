@@ -85,9 +85,14 @@ class ObjectKey:
 
 def file_names(names: Iterable[str]) -> list[str]:
     """The names in LMCache's disk tier of keys that are spelled as `str` writes them."""
-    parts = [name.rsplit("@", 4) for name in names]
-    models = {part[0]: part[0].replace("/", "-SEP-") for part in parts}
-    return [f"{models[m]}@0x{rank}@{group}@{digest}@{salt}{DISK_SUFFIX}" for m, rank, group, digest, salt in parts]
+    found: list[str] = []
+    model = disk_model = ""
+    for name in names:  # thousands, of one model: comparing its name is quicker than looking it up
+        its_model, rank, group, digest, salt = name.rsplit("@", 4)
+        if its_model != model:
+            model, disk_model = its_model, its_model.replace("/", "-SEP-")
+        found.append(f"{disk_model}@0x{rank}@{group}@{digest}@{salt}{DISK_SUFFIX}")
+    return found
 
 
 def with_salt(name: str, salt: str) -> str:

@@ -14,6 +14,7 @@ from gateway.store.sql import marks
 from gateway.store.types import SORT_COLUMNS, Released, WindowQuery
 
 _COLUMNS = tuple(f.name for f in fields(Window))
+_TAGS, _RECEIPT = _COLUMNS.index("tags"), _COLUMNS.index("receipt")  # stored as JSON
 _WINDOW = f"SELECT {', '.join(_COLUMNS)} FROM windows"
 _TAGGED = "name IN (SELECT name FROM window_tags WHERE tenant = ? AND tag = ?)"
 _TAGGED_TOO = "EXISTS (SELECT 1 FROM window_tags t WHERE t.tenant = ? AND t.tag = ? AND t.name = windows.name)"
@@ -23,10 +24,11 @@ _WILD, _ESCAPED = re.compile(r"[%_\\]"), r"\\\g<0>"
 
 
 def _window(row: Sequence[Any]) -> Window:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    values["tags"] = tuple(orjson.loads(values["tags"]))
-    values["receipt"] = orjson.loads(values["receipt"])
-    return Window(**values)
+    """By position: by name takes half as long again, which shows in a list of a hundred."""
+    values = [*row]
+    values[_TAGS] = tuple(orjson.loads(values[_TAGS]))
+    values[_RECEIPT] = orjson.loads(values[_RECEIPT])
+    return Window(*values)
 
 
 def window(db: sqlite3.Connection, tenant: str, name: str) -> Window | None:

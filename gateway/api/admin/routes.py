@@ -37,11 +37,10 @@ async def list_sessions(call: Call, query: requests.SessionsQuery) -> responses.
     expired_by = orphans.expired_by(call.services.settings)
     page, total = await call.services.store.list_sessions(call.tenant, expired_by=expired_by, **query.model_dump())
     saved = await call.services.store.saved(call.tenant, "session", [s.id for s in page])
-    lines = [
-        responses.ListedSession(**serializers.session_fields(s, expired_by), saved=serializers.saved(saved[s.id]))
-        for s in page
-    ]
-    return responses.Sessions(sessions=lines, **serializers.paging(len(page), total, query.limit, query.offset))
+    lines = [{**serializers.session_fields(s, expired_by), "saved": saved[s.id]} for s in page]
+    return responses.Sessions.model_validate(
+        {"sessions": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
+    )
 
 
 @operation("GET", "/admin/sessions/{session_id}")
@@ -96,15 +95,14 @@ async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Wi
     wanted = WindowQuery(**filters, descending=query.sort_order == "desc")
     page, total = await call.services.store.list_windows(call.tenant, wanted)
     saved = await call.services.store.saved(call.tenant, "window", [w.name for w in page])
-    lines = [
-        responses.ListedWindow(**serializers.window_line_fields(w, call.now), saved=serializers.saved(saved[w.name]))
-        for w in page
-    ]
-    return responses.Windows(windows=lines, **serializers.paging(len(page), total, query.limit, query.offset))
+    lines = [{**serializers.window_line_fields(w, call.now), "saved": saved[w.name]} for w in page]
+    return responses.Windows.model_validate(
+        {"windows": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
+    )
 
 
 @operation("GET", "/admin/windows/{name}", answer=responses.WindowStatus)
-async def window_status(call: Call, query: requests.StatusQuery) -> Json:
+async def window_status(call: Call, query: requests.StatusQuery) -> responses.WindowStatus | Json:
     """Describe a window, and where its bytes are now."""
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     pinned = await call.services.store.sizes(window)
@@ -116,12 +114,12 @@ async def window_status(call: Call, query: requests.StatusQuery) -> Json:
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         fields["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
-    answer = responses.WindowStatus(**fields, warnings=warnings).model_dump(exclude_unset=True)
-    if query.include_blocks:  # tens of thousands: plain objects, made in a thread
-        answer["blocks"] = await asyncio.to_thread(
-            serializers.blocks, await call.services.store.pinned(window), present
-        )
-    return answer
+    answer = responses.WindowStatus(**fields, warnings=warnings)
+    if not query.include_blocks:
+        return answer
+    # Tens of thousands: plain objects, made in a thread.
+    blocks = await asyncio.to_thread(serializers.blocks, await call.services.store.pinned(window), present)
+    return {**answer.model_dump(exclude_unset=True), "blocks": blocks}
 
 
 @operation("DELETE", "/admin/windows/{name}")

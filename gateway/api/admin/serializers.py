@@ -16,7 +16,7 @@ _NEARLY_FULL = 0.95  # of the context limit
 
 def moment(seconds: float) -> str:
     """Seconds since the epoch as ISO 8601 in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return datetime.fromtimestamp(seconds, UTC).isoformat("T", "milliseconds")
 
 
 def moment_or_null(seconds: float | None) -> str | None:
