@@ -76,10 +76,10 @@ class ActiveTurns:
         """Turns that are running or wait to be recorded."""
         return sum(map(len, self._by_session.values()))
 
-    async def is_active(self, tenant: str, lineage: str) -> bool:
-        """Whether a session of the lineage is in a turn, or has not been frozen since its last."""
+    async def is_active(self, tenant: str, lineage: str, salt: str) -> bool:
+        """Whether a session of the lineage is in a turn, or has this salt and has not been frozen since its last."""
         in_flight = self.lineage_has_turn_in_flight(tenant, lineage)
-        return in_flight or await self._store.active_session(tenant, lineage) is not None
+        return in_flight or await self._store.active_session(tenant, lineage, salt) is not None
 
     def lineage_has_turn_in_flight(self, tenant: str, lineage: str) -> bool:
         """Whether a session of the lineage, known or new, is in a turn or has one that waits to be recorded."""

@@ -130,11 +130,15 @@ def idle_sessions(db: sqlite3.Connection, since: float, limit: int) -> list[tupl
     ).fetchall()
 
 
-def active_session(db: sqlite3.Connection, tenant: str, lineage: str) -> str | None:
-    """The session of a lineage that was last active, of those that are active or thawed; None if none is."""
+def active_session(db: sqlite3.Connection, tenant: str, lineage: str, salt: str) -> str | None:
+    """The session of a lineage that was last active, of those that are active or thawed under a salt; None if none is.
+
+    Sessions of one lineage may have several salts: one that was thawed as text has that of another model.
+    """
     query = """SELECT id FROM sessions INDEXED BY sessions_by_lineage
-        WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') ORDER BY last_active_at DESC LIMIT 1"""
-    found = db.execute(query, (tenant, lineage)).fetchone()
+        WHERE tenant = ? AND lineage = ? AND state IN ('active', 'thawed') AND salt = ?
+        ORDER BY last_active_at DESC LIMIT 1"""
+    found = db.execute(query, (tenant, lineage, salt)).fetchone()
     return str(found[0]) if found else None
 
 

@@ -28,8 +28,8 @@ async def delete(
 
     With `expired_by` only one that had expired by then, with `automatic_of` only an automatic one of that session.
 
-    Objects that another window holds stay. While a session of the lineage is active (a frozen one is not), LMCache's
-    own objects stay too, as that session's cache, and only the pins are removed.
+    Objects that another window holds stay. While a session of the lineage is active under the window's salt (a frozen
+    one is not), LMCache's own objects stay too, as that session's cache, and only the pins are removed.
     """
     services, tenant = ctx.services, ctx.tenant
     await get_window(services, tenant, name)
@@ -39,7 +39,7 @@ async def delete(
         if released is None or released.window is None:  # deleted by another call, or its expiry was extended
             raise window_not_found(name)
         window = released.window  # perhaps not the one found above: another may have got the name
-        in_use = await services.turns.is_active(tenant, window.lineage)
+        in_use = await services.turns.is_active(tenant, window.lineage, window.salt)
         # The pins of an isolated clone have its source's names, which the source's own sessions may still use.
         own = window.pin_salt == window.salt
         keep = in_use if own else await services.store.salt_in_use(window.pin_salt)
@@ -47,7 +47,7 @@ async def delete(
         names = () if in_use else released.names
         more, _ = await services.pins.remove(names, originals=True)
     if in_use:
-        session = await services.store.active_session(tenant, window.lineage)
+        session = await services.store.active_session(tenant, window.lineage, window.salt)
         who = f"session {session!r}" if session else "a session"
         warnings.append(
             f"{who} of its lineage is still active or thawed, and may use the KV: the cache keeps it for now"

@@ -285,6 +285,19 @@ async def test_window_of_another_model_is_thawed_as_text(engine: FakeEngine, har
     assert len(objects_of(harness, session.salt)) == CHUNKS
 
 
+async def test_a_session_that_took_only_the_text_keeps_no_kv_of_a_deleted_window(
+    engine: FakeEngine, harness: Cached
+) -> None:
+    window = await harness.services.store.window(TENANT, "w")
+    assert window is not None
+    serve_another(engine, "successor")
+    session, _, _ = await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
+    done = await delete(harness.ctx, "w")
+    assert (done.blocks_deleted, done.blocks_kept, done.warnings) == (CHUNKS, 0, ())
+    assert objects_of(harness, window.salt) == []
+    assert len(objects_of(harness, session.salt)) == CHUNKS
+
+
 async def test_kv_of_a_text_whose_session_id_was_taken_meanwhile_is_swept(engine: FakeEngine, harness: Cached) -> None:
     serve_another(engine, "successor")
     window = await harness.services.store.window(TENANT, "w")

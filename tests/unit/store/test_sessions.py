@@ -243,16 +243,17 @@ async def test_sessions_are_listed_by_activity_and_filtered(store: Store) -> Non
     assert await store.list_sessions("nobody", state=None, model=None, limit=9, offset=0) == ([], 0)
 
 
-async def test_active_session_of_a_lineage_is_one_that_is_active_or_thawed(store: Store) -> None:
+async def test_active_session_of_a_lineage_is_one_that_is_active_or_thawed_under_the_salt(store: Store) -> None:
     await store.record([finished("s", says("1", "a"))])
-    assert await store.active_session(TENANT, "s") == "s"
-    assert await store.active_session("other", "s") is None
+    assert await store.active_session(TENANT, "s", "salt-s") == "s"
+    assert await store.active_session("other", "s", "salt-s") is None
     await freeze(store, "s", "w")
-    assert await store.active_session(TENANT, "s") is None
-    await store.add_sessions([Session(TENANT, "t", "s", state="thawed")])
-    assert await store.active_session(TENANT, "s") == "t"
+    assert await store.active_session(TENANT, "s", "salt-s") is None
+    await store.add_sessions([Session(TENANT, "t", "s", state="thawed", salt="salt-s")])
+    assert await store.active_session(TENANT, "s", "salt-s") == "t"
+    assert await store.active_session(TENANT, "s", "of another model") is None
     await store.delete_session(TENANT, "t")
-    assert await store.active_session(TENANT, "s") is None
+    assert await store.active_session(TENANT, "s", "salt-s") is None
 
 
 async def test_deleted_session_leaves_nothing_to_a_new_one(store: Store) -> None:
@@ -307,7 +308,7 @@ def test_a_few_sessions_are_found_without_passing_all_of_a_tenant() -> None:
         schema.migrate(db)
         queries: list[str] = []
         db.set_trace_callback(queries.append)
-        session_rows.active_session(db, TENANT, "lineage")
+        session_rows.active_session(db, TENANT, "lineage", "salt")
         session_rows.sessions_beside(db, TENANT, "agent", "agent", 5)
         db.set_trace_callback(None)
         plans = [row[3] for query in queries for row in db.execute(f"EXPLAIN QUERY PLAN {query}")]
