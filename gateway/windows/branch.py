@@ -21,6 +21,8 @@ from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import OperationContext, Services
 from gateway.windows.thaw import thaw
 
+_AT_ONCE = 2  # times that a branch is begun meanwhile: that of the agent, and that of its side conversation
+
 
 async def resolve_in_window(services: Services, turn: TurnContext, name: str, rule: SystemRule) -> SessionMatch:
     """Return the branch of window `name` that a turn belongs to, thawed now if it is new.
@@ -65,6 +67,20 @@ def _whole_conversation(
 async def _resolve_id(
     services: Services, turn: TurnContext, client_id: ClientSessionId, window: Window
 ) -> SessionMatch:
+    """The branch of a client's id, which another request under that id may begin at the same time."""
+    for _ in range(_AT_ONCE):
+        try:
+            return await _find_or_begin(services, turn, client_id, window)
+        except GatewayError as error:
+            if error.code != "session_already_exists":
+                raise
+    return await _find_or_begin(services, turn, client_id, window)
+
+
+async def _find_or_begin(
+    services: Services, turn: TurnContext, client_id: ClientSessionId, window: Window
+) -> SessionMatch:
+    """The branch of a client's id, thawed now if it is new. Raises `session_already_exists`: it is not any more."""
     match = await services.sessions.resolve(turn)
     if client_id.kind == "agent" and not match.is_new and match.session.window != window.name:
         match = await _agent_branch(services, turn, match, window)

@@ -1,5 +1,7 @@
 """A window as a base URL: each new conversation is a branch, whether sent as a whole or only its new messages."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -115,6 +117,26 @@ def test_agent_and_its_subconversation_under_a_window(gateway: Gateway, session:
     assert ask(gateway, f"/w/{window}", grown, headers=named).headers["x-session-id"] == f"{session}-cc"
     side = ask(gateway, f"/w/{window}", [user("a title, please")], headers=named).headers["x-session-id"]
     assert side.startswith(f"{session}-cc:")
+
+
+@pytest.mark.parametrize("header", ["x-session-id", "x-openwebui-chat-id"])
+@pytest.mark.parametrize("texts", [["same"] * 5, ["the task", "a title", "tags", "a title", "the task"]])
+def test_the_first_requests_of_a_client_may_come_at_once(
+    gateway: Gateway, session: str, window: str, header: str, texts: list[str]
+) -> None:
+    branch, start = f"b-{session}", threading.Barrier(len(texts))
+
+    def begin(text: str) -> httpx.Response:
+        with httpx.Client(base_url=gateway.url, timeout=60, headers={header: branch}) as http:
+            start.wait()
+            return http.post(f"/w/{window}{CHAT}", json={"model": MODEL, "messages": [user(text)]})
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(begin, texts))
+    assert [answer.status_code for answer in answers] == [200] * len(texts), [answer.text for answer in answers]
+    branches = {answer.headers["x-session-id"] for answer in answers}
+    assert branch in branches
+    assert len(branches) == (1 if header == "x-session-id" else len(set(texts)))
 
 
 def test_agent_with_a_session_continues_in_a_branch(
