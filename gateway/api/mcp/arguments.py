@@ -149,7 +149,7 @@ class WindowList(requests.WindowFilters):
 class Status(requests.StatusQuery):
     window_name: WindowName | None = None
     session_id: SessionId | None = None
-    include_cache_stats: Flag = Field(False, exclude=True, description="accepted; the answer always has the cache")
+    include_cache_stats: Flag = Field(False, exclude=True, description="also `cache_stats`: a summary of the cache")
 
 
 class Tree(requests.TreeQuery):

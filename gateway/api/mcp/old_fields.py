@@ -126,8 +126,35 @@ def _session_status(answer: Json) -> Json:
     return {"type": "session", **answer, **more, "session": nested}
 
 
+def status_cache_stats(answer: Json) -> Json:
+    """A summary of a window's KV; of a session's prompt tokens, in the turns that its status shows."""
+    if "kv_cache" in answer:
+        return _window_cache_stats(answer)
+    counted = [turn for turn in answer["turns"] if turn["prompt_tokens"] and turn["cached_tokens"] is not None]
+    prompt, cached = (sum(turn[name] for turn in counted) for name in ("prompt_tokens", "cached_tokens"))
+    hit_rate = round(cached / prompt, 4) if prompt else None
+    count = len(answer["windows"])
+    return {"prompt_tokens": prompt, "cached_tokens": cached, "hit_rate": hit_rate, "window_count": count}
+
+
+def _window_cache_stats(answer: Json) -> Json:
+    blocks, tiers = answer["kv_cache"]["block_count"], answer["kv_cache"]["tiers"].values()
+    available = max((max(tier["pinned"], tier["present"]) for tier in tiers), default=0)  # a thaw restores pinned ones
+    return {
+        "stored": blocks > 0,
+        "token_count": answer["token_count"],
+        "block_count": blocks,
+        "blocks_available": available,
+        "cache_complete": answer["kv"] == "complete" and available >= blocks,
+        "created_at": answer["created_at"],
+    }
+
+
 def cache_stats(answer: Json) -> Json:
-    """The answer of GET /admin/cache, and the totals of its durable tiers. Hits and misses count prompt tokens."""
+    """The answer of GET /admin/cache, and the totals of its durable tiers. Hits and misses count prompt tokens.
+
+    Scripts format the hit rate of `kv_store` as a number: it is 0 of 0 before the first prompt, where ours is null.
+    """
     tiers = [tier for tier in answer["tiers"].values() if "pinned" in tier]
     blocks, size = (sum(tier[name] for tier in tiers) for name in ("objects", "bytes"))
     hit_rate, cached = answer["hit_rate"], answer["cached_tokens"]

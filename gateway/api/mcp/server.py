@@ -45,12 +45,13 @@ def server(ask_of: AskOf) -> Server[Any]:
 
     async def call_tool(ctx: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
         tool = _tool_named(params.name)
+        arguments = params.arguments or {}
         try:
-            request = tool.request(params.arguments or {})
+            request = tool.request(arguments)
         except GatewayError as error:
             return _failed(error_shape(error))
         answer = await ask_of(ctx)(request, _report_to(ctx))
-        return _failed(answer) if "error" in answer else _done(tool.result(answer))
+        return _failed(answer) if "error" in answer else _done(tool.result(answer, arguments))
 
     async def list_resources(_: Context, page: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
         _refuse_cursor(page)

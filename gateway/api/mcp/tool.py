@@ -43,7 +43,8 @@ class Tool:
     Of several routes, a call uses the one whose placeholders are given; `request_of` makes the request where that does
     not decide it. The output schema omits the content of the fields `brief`. Of the arguments, those that are given are
     sent, and the defaults of the fields `always`, which differ from the admin API's. An empty string clears the fields
-    `cleared`; elsewhere a blank one counts as absent.
+    `cleared`; elsewhere a blank one counts as absent. `adds`: arguments that add a field to the answer if they are
+    true, with that field's name and how it is made of the answer.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Tool:
     kinds: tuple[type[BaseModel], ...]
     brief: tuple[str, ...] = ()
     shape: Callable[[Json], Json] = lambda answer: answer
+    adds: tuple[tuple[str, str, Callable[[Json], Json]], ...] = ()
     always: frozenset[str] = frozenset()
     cleared: frozenset[str] = frozenset()
     destroys: bool = False
@@ -63,9 +65,10 @@ class Tool:
         """Whether it changes nothing."""
         return all(route.startswith("GET ") or route in _READS for route in self.routes)
 
-    def result(self, answer: Json) -> Json:
+    def result(self, answer: Json, arguments: Mapping[str, Any]) -> Json:
         """What a call returns for the admin API's answer."""
-        return {"success": True, **self.shape(answer)}
+        added = {name: add(answer) for flag, name, add in self.adds if arguments.get(flag) is True}
+        return {"success": True, **self.shape(answer), **added}
 
     @property
     def input_schema(self) -> Json:

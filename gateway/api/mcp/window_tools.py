@@ -105,6 +105,7 @@ _READING = (
         (answers.WindowStatus, answers.SessionStatus),
         brief=("blocks", "estimates", "kv_cache", "lineage", "saved", "timestamps", "turns"),
         shape=old_fields.status,
+        adds=(("include_cache_stats", "cache_stats", old_fields.status_cache_stats),),
     ),
     Tool(
         "window_tree",

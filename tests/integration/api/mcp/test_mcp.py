@@ -358,6 +358,17 @@ async def test_the_words_of_the_replaced_system_are_understood(client: Client, g
     await answer(client, "window_list", sort_by="total_size_bytes")
     status = await answer(client, "window_status", window_name=f"w-{session}", include_cache_stats=True)
     assert status["kv_cache"]["block_count"] == 0
+    without = {"stored": False, "block_count": 0, "blocks_available": 0, "cache_complete": False}
+    assert without.items() <= status["cache_stats"].items()
+    of_session = await answer(client, "window_status", session_id=session, include_cache_stats=True)
+    (turn,) = of_session["turns"]
+    assert of_session["cache_stats"] == {
+        "prompt_tokens": turn["prompt_tokens"],
+        "cached_tokens": turn["cached_tokens"],
+        "hit_rate": round(turn["cached_tokens"] / turn["prompt_tokens"], 4),
+        "window_count": 2,
+    }
+    assert "cache_stats" not in await answer(client, "window_status", session_id=session, include_cache_stats=False)
     for warm, cached in ((False, False), (True, True), ("none", False)):
         thawed = await answer(client, "window_thaw", window_name=f"w-{session}", warm_cache=warm)
         assert (thawed["receipt"]["cached_tokens"] is not None) is cached

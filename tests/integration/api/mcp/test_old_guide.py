@@ -1,6 +1,8 @@
 """The scripts of the replaced system's guides run as they stand, in front of an engine with room for 100,000 tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +57,12 @@ def test_w06_the_script_prints_what_it_is_for(large: Gateway) -> None:
     assert printed[0] in {"Status: degraded", "Status: healthy"}  # there is no cache
     assert printed[1].startswith("Uptime: ")
     assert any(line.startswith("cwg_turns_total: ") for line in printed)
+
+
+def test_w14_the_script_prints_a_hit_rate_before_anything_was_measured(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_in_front_of(engine.url, tmp_path) as fresh:
+        assert fresh.http.get("/admin/cache").json()["hit_rate"] is None
+        assert run(fresh, replace(SCRIPTS["W14"], windows={})).printed[-1] == "Hit rate: 0.00%"
 
 
 def test_w13_the_script_names_what_is_not_healthy(large: Gateway) -> None:
