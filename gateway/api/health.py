@@ -212,11 +212,11 @@ class Health:
         if cache is None:
             return "degraded", "no cache is configured"
         began = time.monotonic()
-        healthy = await cache.healthy()
-        if not healthy and caused_by_own_stall(self._services.stalls.lost_since, began):
-            healthy = await cache.healthy()
-        if not healthy:
-            return "unhealthy", "LMCache does not answer"
+        trouble = await cache.trouble()
+        if trouble and caused_by_own_stall(self._services.stalls.lost_since, began):
+            trouble = await cache.trouble()
+        if trouble:
+            return "unhealthy", trouble
         failed = self._failed("cache")
         return ("degraded", failed) if failed else ("healthy", "answers")
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from gateway.engines.client import HttpEngineClient, Model
 from gateway.errors import GatewayError
+from gateway.kv import message_port
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import ObjectState, Tier, TierUnavailable
 from gateway.windows.context import Services
@@ -124,6 +125,9 @@ class _SelfTest:
             return None
         try:
             info = await cache.info()
+            if not await cache.reads_messages():
+                self._add("cache", "failed", message_port.ENDED, message_port.RESTART)
+                return None
             self._add("cache", "ok", f"LMCache answers, chunk size {info.chunk_size}")
             if wanted and wanted != info.chunk_size:
                 # With another chunk size, no object would be found under its name.

@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,12 @@ from zlib import crc32
 import httpx
 
 from gateway.errors import GatewayError
+from gateway.kv import message_port
 from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.memory import MemoryRecord, MemoryUse, Moves
 from gateway.runtime.progress import Progress
+from gateway.validation.shown import shown
 
 ENCRYPTING_SERDE = "SerdeConfig(type='aesgcm'"
 """How the configuration of an adapter that encrypts by salt begins in `/config`: LMCache prints its dataclass."""
@@ -39,6 +42,18 @@ class CacheInfo:
     world_sizes: dict[str, int]  # of each model that an engine has registered
     adapters: tuple[str, ...]  # the type of each L2 adapter, in the order in which they are read
     memory: MemoryUse | None = None
+
+    @classmethod
+    def read(cls, status: Mapping[str, Any], adapters: Mapping[str, Any]) -> "CacheInfo":
+        """Read the answers of `/status` and `/config/adapters`. Raises KeyError, TypeError and their like."""
+        registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
+        return cls(
+            chunk_size=int(status["chunk_size"]),
+            hash_algorithm=str(status["hash_algorithm"]),
+            world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
+            adapters=tuple(str(adapter["type_name"]) for adapter in adapters["adapters"]),
+            memory=MemoryUse.read(status),
+        )
 
 
 class _Load(NamedTuple):
@@ -64,6 +79,8 @@ class LMCache:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by salt, while in use
         self._last: dict[str, _Load] = {}  # by salt, only recent ones
         self._memory = MemoryRecord()
+        self._is_http = False  # whether the server was seen to be no message port
+        self._connect_timeout_s = timeout_s
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(30.0, connect=timeout_s), limits=httpx.Limits(keepalive_expiry=4.0)
         )
@@ -85,34 +102,39 @@ class LMCache:
         status = await self._call("GET", "/status")
         # Their configuration does not tell their types (`http_apis/config_api.py`).
         adapters = await self._call("GET", "/config/adapters")
-        registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
-        self._reported_chunk_size = int(status["chunk_size"])
-        return CacheInfo(
-            chunk_size=self._reported_chunk_size,
-            hash_algorithm=str(status["hash_algorithm"]),
-            world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
-            adapters=tuple(str(adapter["type_name"]) for adapter in adapters["adapters"]),
-            memory=MemoryUse.read(status),
-        )
+        with self._as_expected("/status and /config/adapters"):
+            info = CacheInfo.read(status, adapters)
+        self._reported_chunk_size = info.chunk_size
+        return info
 
     async def encrypts_by_salt(self) -> bool:
         """Whether a storage adapter encrypts each object with a key made from its salt; known for 5 s."""
         if time.monotonic() - self._encrypts_at >= _CONFIG_AGE_S:
             config = await self._call("GET", "/config")
-            storage: dict[str, Any] = next(
-                (c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {}
-            )
-            serdes = [str(adapter.get("serde_config")) for adapter in storage.get("adapters", ())]
+            with self._as_expected("/config"):
+                storage: Any = next((c["l2_adapter_config"] for c in config.values() if "l2_adapter_config" in c), {})
+                serdes = [str(adapter.get("serde_config")) for adapter in storage.get("adapters", ())]
             self._encrypts = any(serde.startswith(ENCRYPTING_SERDE) for serde in serdes)
             self._encrypts_at = time.monotonic()
         return self._encrypts
 
-    async def healthy(self) -> bool:
-        """Whether the server responds and reports itself healthy."""
+    async def trouble(self) -> str:
+        """What is wrong with the server, as far as it tells; empty if nothing. Raises nothing."""
         try:
-            return (await self._call("GET", "/healthcheck")).get("status") == "healthy"
-        except GatewayError:
-            return False
+            if (await self._call("GET", "/healthcheck")).get("status") != "healthy":
+                return "LMCache reports itself unhealthy"
+            return "" if await self.reads_messages() else message_port.ENDED
+        except GatewayError as error:
+            return error.message
+
+    async def reads_messages(self) -> bool:
+        """Whether it still reads what engines send to its message port; true if it does not tell."""
+        config = await self._call("GET", "/config")
+        try:
+            threads = await self._request("GET", f"/threads?name={message_port.THREAD}")
+        except GatewayError:  # another version may have no such path
+            return True
+        return message_port.is_read(config, threads.text)
 
     async def delete(self, keys: Sequence[ObjectKey], *, tier: str, adapter: str | None = None) -> tuple[int, int]:
         """Delete `keys` from `tier`: `l1`, `l2` or `all`; of the L2 adapters only from `adapter`.
@@ -177,19 +199,20 @@ class LMCache:
         try:
             async with asyncio.timeout(_METRICS_S):
                 metrics = await self._metrics()
-        except (httpx.HTTPError, TimeoutError):
+                return await asyncio.to_thread(Moves.read, metrics, salt)  # megabytes take some 10 ms
+        except (httpx.HTTPError, GatewayError, TimeoutError):
             return None
-        return Moves.read(metrics, salt)
 
-    async def _metrics(self) -> str:
+    async def _metrics(self) -> bytes:
         """LMCache's metrics; empty if they are too long."""
+        await self._refuse_message_port()
         text = bytearray()
-        async with self._http.stream("GET", "/metrics") as response:
-            async for part in response.raise_for_status().aiter_bytes():
+        async with self._http.stream("GET", "/metrics", headers={"accept-encoding": "identity"}) as response:
+            async for part in response.raise_for_status().aiter_raw():
                 text += part
                 if len(text) > _METRICS_BYTES:
-                    return ""
-        return text.decode()
+                    return b""
+        return bytes(text)
 
     def remember(self, manifest: str, salt: str, before: Moves | None, *, is_there: bool) -> None:
         """See `MemoryRecord.remember`."""
@@ -206,23 +229,53 @@ class LMCache:
     ) -> tuple[int, int]:
         body = {"model_name": model, "world_size": world_size, "token_ids": list(token_ids), "cache_salt": salt}
         job = await self._call("POST", "/cache/prefetches", json=body)
-        if job["status"] == "noop":
-            return 0, 0
-        chunks, path = int(job["chunks"]), f"/cache/prefetches/{job['request_id']}"
-        while (answer := await self._call("GET", path))["status"] != "completed":
-            progress("prefetch", 0, chunks)
-            await asyncio.sleep(_POLL_S)
-        progress("prefetch", chunks, chunks)
-        return int(answer["found_keys"]), int(answer["total_keys"])
+        with self._as_expected("/cache/prefetches"):
+            if job["status"] == "noop":
+                return 0, 0
+            chunks, path = int(job["chunks"]), f"/cache/prefetches/{job['request_id']}"
+            while (answer := await self._call("GET", path))["status"] != "completed":
+                progress("prefetch", 0, chunks)
+                await asyncio.sleep(_POLL_S)
+            progress("prefetch", chunks, chunks)
+            return int(answer["found_keys"]), int(answer["total_keys"])
 
     async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = (await self._request(method, path, **arguments)).json()
-        return answer
+        response = await self._request(method, path, **arguments)
+        with self._as_expected(path):
+            return dict(response.json())
+
+    @contextmanager
+    def _as_expected(self, path: str) -> Iterator[None]:
+        """The block reads an answer, and raises `cache_unavailable` if that is none of LMCache's."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise GatewayError(
+                "cache_unavailable",
+                f"what answers at {self._http.base_url} is not LMCache, or another version: {path} has "
+                f"{type(error).__name__} {shown(str(error), 100)}",
+                hint="is cache_url the HTTP address (--http-port) of an LMCache 0.5.6?",
+            ) from error
+
+    async def _refuse_message_port(self) -> None:
+        """Raise `cache_unavailable` if `cache_url` is LMCache's message port, before any HTTP is sent there."""
+        if self._is_http:
+            return
+        url = str(self._http.base_url)
+        if await message_port.speaks_zmq(url, self._connect_timeout_s):
+            raise GatewayError(
+                "cache_unavailable",
+                f"at {url} LMCache reads messages of engines (--port), which HTTP would end for good: nothing was sent",
+                hint="set cache_url to its HTTP address (--http-port)",
+            )
+        self._is_http = True
 
     async def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        await self._refuse_message_port()
         try:
             response = await self._http.request(method, path, **arguments)
         except httpx.HTTPError as error:
+            self._is_http = False  # it may come back with other ports
             raise GatewayError(
                 "cache_unavailable",
                 f"LMCache at {self._http.base_url} does not answer: {error or type(error).__name__}",

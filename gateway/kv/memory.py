@@ -9,14 +9,12 @@ LMCache drops events when more than 10,000 wait to be counted (`mp_observability
 whose event was dropped is not seen.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MEMORY_TIER = "cpu"
 _MOST_KNOWN = 1000  # windows that are remembered
-_PROCESS = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +43,31 @@ class Moves(NamedTuple):
     left: int
 
     @classmethod
-    def read(cls, metrics: str, salt: str) -> "Moves | None":
-        """Read LMCache's metrics; None if they do not count what this needs."""
-        process = _PROCESS.search(metrics)
-        if process is None or "lmcache_mp_l1_write_chunks_total" not in metrics:
+    def read(cls, metrics: bytes, salt: str) -> "Moves | None":
+        """Read LMCache's metrics; None if they do not count what this needs, or are no metrics."""
+        process = next(_lines_with(b"\n" + metrics, b"\nprocess_start_time_seconds "), None)
+        if process is None or b"lmcache_mp_l1_write_chunks_total" not in metrics:
             return None
-        lines = list(_lines_with(metrics, f'cache_salt="{salt}"'))
-        return cls(process[1], _total(lines, "write"), _total(lines, "evicted"))
+        lines = list(_lines_with(metrics, f'cache_salt="{salt}"'.encode()))
+        try:
+            return cls(process.rpartition(b" ")[2].decode(), _total(lines, b"write"), _total(lines, b"evicted"))
+        except (ValueError, OverflowError):  # cut off, or garbage
+            return None
 
 
-def _lines_with(metrics: str, label: str) -> Iterator[str]:
-    """The lines with a label. Each salt has some, so there may be megabytes of others."""
+def _lines_with(metrics: bytes, label: bytes) -> Iterator[bytes]:
+    """The whole lines with a label. Each salt has some, so there may be megabytes of others."""
     at = metrics.find(label)
     while at >= 0:
-        end = metrics.find("\n", at)
-        yield metrics[metrics.rfind("\n", 0, at) + 1 : end]
-        at = metrics.find(label, end) if end >= 0 else -1
+        end = metrics.find(b"\n", at + 1)
+        if end < 0:
+            return
+        yield metrics[metrics.rfind(b"\n", 0, end) + 1 : end]
+        at = metrics.find(label, end)
 
 
-def _total(lines: Iterable[str], what: str) -> int:
-    values = (line.rpartition(" ")[2] for line in lines if line.startswith(f"lmcache_mp_l1_{what}_chunks_total{{"))
+def _total(lines: Iterable[bytes], what: bytes) -> int:
+    values = (line.rpartition(b" ")[2] for line in lines if line.startswith(b"lmcache_mp_l1_%b_chunks_total{" % what))
     return sum(int(float(value)) for value in values)
 
 

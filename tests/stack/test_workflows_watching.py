@@ -80,7 +80,7 @@ def test_w13_a_broken_part_is_named_and_an_unknown_one_is_refused(broken: Gatewa
     report = mcp(broken, "health_check")
     assert report["status"] == "degraded"
     cache = report["by_name"].pop("cache")
-    assert (cache["status"], cache["message"]) == ("unhealthy", "LMCache does not answer")
+    assert (cache["status"], "does not answer" in cache["message"]) == ("unhealthy", True)
     assert report["by_name"].pop("isolation")["status"] == "degraded", "it could not be proved without the cache"
     assert {name: part["status"] for name, part in report["by_name"].items()} == dict.fromkeys(
         ("engine", "tiers", "store"), "healthy"

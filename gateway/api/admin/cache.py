@@ -42,16 +42,16 @@ async def _lmcache(cache: LMCache | None) -> tuple[status.LMCacheStatus, MemoryU
         return status.LMCacheStatus(status="not configured"), None, []
     try:
         info = await cache.info()
-        healthy = await cache.healthy()
+        trouble = await cache.trouble()
     except GatewayError as error:
         return status.LMCacheStatus(status="unreachable"), None, [error.message]
     answer = status.LMCacheStatus(
-        status="healthy" if healthy else "unhealthy",
+        status="unhealthy" if trouble else "healthy",
         chunk_size=info.chunk_size,
         hash_algorithm=info.hash_algorithm,
         adapters=[*info.adapters],
     )
-    return answer, info.memory, []
+    return answer, info.memory, [trouble] if trouble else []
 
 
 def _tier(tier: TierUse) -> status.CacheTier:

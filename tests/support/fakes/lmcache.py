@@ -24,7 +24,10 @@ _SIZE = 200  # bytes of an object
 _MEMORY = 2**20  # bytes
 _STATIC: Mapping[str, Mapping[str, Any]] = {
     "status": {},
-    "config": {"storage_manager": {"l2_adapter_config": {"adapters": [{"base_path": "/kv", "serde_config": None}]}}},
+    "config": {
+        "mp": {"transport": "zmq"},
+        "storage_manager": {"l2_adapter_config": {"adapters": [{"base_path": "/kv", "serde_config": None}]}},
+    },
     "config/adapters": {"adapters": [{"index": 0, "type_name": "fs", "tier": "l2", "primary": True}]},
     "healthcheck": {"status": "healthy"},
 }
@@ -38,6 +41,7 @@ class FakeLMCache:
         self.world_size = world_size
         self.memory: set[str] = set()  # file names of what is in L1
         self.started = "1.7e+09"  # when its process began
+        self.reads_messages = True  # whether the thread for that is there
         self.prefetches: list[tuple[str, int]] = []  # salt and token ids of every load that was asked for
         self.before_write: Callable[[str], bool] = lambda name: True  # False: this object does not land
         self.before_answer: Callable[[str, str], None] = lambda method, path: None
@@ -120,17 +124,26 @@ class FakeLMCache:
         self.before_answer(method, path)
         self._count()
         match method, path.strip("/").split("/"):
-            case "GET", ["metrics"]:
-                return 200, self._metrics()
-            case "GET", names if (name := "/".join(names)) in _STATIC:
-                return 200, self._status() if name == "status" else _STATIC[name]
+            case "GET", names:
+                return self._get("/".join(names))
             case "DELETE", ["cache", "objects"]:
                 return 200, self._delete(body)
             case "POST", ["cache", "prefetches"]:
                 return 202, self._prefetch(body)
-            case "GET", ["cache", "prefetches", number]:
+            case _:
+                return 404, {"detail": "Not Found"}
+
+    def _get(self, path: str) -> tuple[int, Mapping[str, Any] | str]:
+        match path.split("/"):
+            case ["metrics"]:
+                return 200, self._metrics()
+            case ["threads?name=mq-server-thread"]:
+                return 200, "Thread: <Thread(mq-server-thread, started daemon 1)>\n" * self.reads_messages
+            case ["cache", "prefetches", number]:
                 found, total = self._jobs.pop(int(number))
                 return 200, {"status": "completed", "found_keys": found, "total_keys": total}
+            case _ if path in _STATIC:
+                return 200, self._status() if path == "status" else _STATIC[path]
             case _:
                 return 404, {"detail": "Not Found"}
 

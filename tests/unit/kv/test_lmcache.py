@@ -31,6 +31,7 @@ class Loads:
     done: int = 0
     broken: bool = False
     metrics: str = ""
+    other: bytes | None = None  # what it answers to everything but loads and metrics
     answers: threading.Event = field(default_factory=threading.Event)  # to a question for the metrics
 
 
@@ -54,6 +55,9 @@ class _Cache(BaseHTTPRequestHandler):
         if self.path == "/metrics":
             self.server.loads.answers.wait(60)
             self._send(200, self.server.loads.metrics.encode())
+            return
+        if self.server.loads.other is not None:
+            self._send(200, self.server.loads.other)
             return
         number = int(self.path.rpartition("/")[2])
         status = "completed" if number <= self.server.loads.done else "pending"
@@ -206,3 +210,16 @@ async def test_metrics_that_do_not_come_are_given_up(
     server.loads.metrics = COUNTED
     async with client(server, tmp_path) as cache, asyncio.timeout(20):
         assert await cache.moves("s") is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>", b"\xff", b"[]", b"[[1,2]]", b"1", b"null", b"{}", b'{"chunk_size":"x"}', b'{"adapters":[1]}'],
+)
+async def test_what_is_not_lmcache_is_unavailable_in_words(server: _Server, tmp_path: Path, body: bytes) -> None:
+    server.loads.other = body
+    async with client(server, tmp_path) as cache:
+        with pytest.raises(GatewayError, match="is not LMCache, or another version") as error:
+            await cache.info()
+        assert (error.value.code, "--http-port" in error.value.hint) == ("cache_unavailable", True)
+        assert await cache.trouble()

@@ -1,8 +1,10 @@
 """What LMCache's metrics and status tell about its memory."""
 
+import pytest
+
 from gateway.kv.memory import MemoryRecord, MemoryUse, Moves
 
-METRICS = """\
+METRICS = b"""\
 process_start_time_seconds 1.79604918427e+09
 # TYPE lmcache_mp_l1_write_chunks_total counter
 lmcache_mp_l1_write_chunks_total{cache_salt="aa",l1_tag="_default"} 12.0
@@ -19,8 +21,27 @@ def test_moves_are_counted_by_salt() -> None:
 
 
 def test_other_metrics_tell_nothing() -> None:
-    assert Moves.read("", "aa") is None
-    assert Moves.read("process_start_time_seconds 1.7e+09\n", "aa") is None
+    assert Moves.read(b"", "aa") is None
+    assert Moves.read(b"process_start_time_seconds 1.7e+09\n", "aa") is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'lmcache_mp_l1_evicted_chunks_total{cache_salt="aa"} Inf\n',
+        b'lmcache_mp_l1_evicted_chunks_total{cache_salt="aa"} NaN\n',
+        b'lmcache_mp_l1_evicted_chunks_total{cache_salt="aa"} \xff\n',
+        b'lmcache_mp_l1_evicted_chunks_total{cache_salt="aa"}\n',
+        b"process_start_time_seconds \xff\n",
+    ],
+)
+def test_garbage_tells_nothing(line: bytes) -> None:
+    assert Moves.read(line + METRICS, "aa") is None
+
+
+def test_a_line_that_is_cut_off_does_not_count() -> None:
+    cut = METRICS + b'lmcache_mp_l1_evicted_chunks_total{cache_salt="aa",l1_tag="other"} 1'
+    assert Moves.read(cut, "aa") == Moves("1.79604918427e+09", 13, 3)
 
 
 def test_usage_is_summed_over_all_levels() -> None:

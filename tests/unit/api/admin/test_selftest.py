@@ -8,6 +8,7 @@ import pytest
 
 from gateway.api.health import Health
 from gateway.api.selftest import Check, keeps_kv, run
+from gateway.kv import message_port
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
@@ -15,7 +16,9 @@ from gateway.kv.tiers.disk import DiskTier
 from gateway.records import PinnedObject
 from gateway.windows.context import Services
 from tests.support.fakes.engine import Exchange, FakeEngine
+from tests.support.fakes.lmcache import FakeLMCache
 from tests.support.harness import CHUNK, GatewayHarness, value
+from tests.support.prefix_cache_model import opened
 
 pytestmark = pytest.mark.anyio
 
@@ -191,3 +194,18 @@ async def test_kv_that_could_not_be_tested_is_not_called_lost(harness: GatewayHa
         None, False, True,
     ]  # fmt: skip
     assert keeps_kv(without, [unreachable]) is False
+
+
+async def test_a_cache_that_reads_no_messages_of_engines_is_found_out(engine: FakeEngine, tmp_path: Path) -> None:
+    cache = FakeLMCache(tmp_path / "kv").start().behind(engine)
+    try:
+        async with opened(engine, cache, tmp_path) as harness, Health(harness.services) as health:
+            assert (await checked(harness.services))["cache"].status == "ok"
+            assert (await health.components("cache"))["cache"]["status"] == "healthy"
+            cache.reads_messages = False
+            check = (await checked(harness.services))["cache"]
+            assert (check.status, check.message, check.remedy) == ("failed", message_port.ENDED, message_port.RESTART)
+            found = (await health.components("cache"))["cache"]
+            assert (found["status"], found["message"]) == ("unhealthy", message_port.ENDED)
+    finally:
+        cache.stop()
