@@ -48,7 +48,7 @@ def test_up_serves_restarts_processes_and_stops_clean(start: Callable[..., Up], 
     up = start("--config", str(config), "--", "--max-num-seqs", "7")
     up.wait_ready()
     assert "'max_num_seqs': 7" in (tmp_path / "data" / "logs" / "engine.log").read_text()
-    assert httpx.get(f"{up.url}/admin/policies").json()["policy"]["idle_timeout_minutes"] == 77
+    assert httpx.get(f"{up.url}/admin/policies").json()["idle_timeout_minutes"] == 77
     prompt_tokens = ask(up, "What did you see?")["prompt_tokens"]
     kv = tmp_path / "data" / "kv"
     eventually(
