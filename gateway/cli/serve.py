@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 
 _CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
+_GIB = click.FloatRange(min=0, min_open=True)
 
 
 class _WithEngineOptions(click.Command):
@@ -58,10 +59,10 @@ class _WithEngineOptions(click.Command):
     help="tokens per chunk; 256, or 32 for the demo model (64 with random weights)",
 )
 @click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
-@click.option("--cpu-cache-gb", type=float, help="LMCache's memory tier, in GiB; 2, or 0.5 for a demo model")
+@click.option("--cpu-cache-gb", type=_GIB, help="LMCache's memory tier, in GiB; 2, or 0.5 for a demo model")
 @click.option(
     "--engine-kv-gb",
-    type=float,
+    type=_GIB,
     help="vLLM's own memory for KV, in GiB; 4 on a CPU (0.5 for a demo model), what vLLM finds free on a GPU",
 )
 @click.option("--config", type=_CONFIG, help="more settings of the gateway (TOML); not those that this command sets")

@@ -92,6 +92,13 @@ def test_options_with_other_kv_are_another_model(tmp_path: Path) -> None:
     assert models.prepare(tmp_path / "data", str(tmp_path), None).fingerprint in prints
 
 
+@pytest.mark.parametrize("option", ["--cpu-cache-gb", "--engine-kv-gb"])
+@pytest.mark.parametrize("size", ["0", "-1", "much"])
+def test_memory_of_no_size_is_refused(option: str, size: str) -> None:
+    refused = CliRunner().invoke(main, ["up", option, size])
+    assert (refused.exit_code, option in refused.output) == (2, True)
+
+
 def test_the_command_line_names_the_double_dash() -> None:
     forgotten = CliRunner().invoke(main, ["up", "--tensor-parallel-size", "2"])
     assert forgotten.exit_code == 2
