@@ -11,13 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 from prometheus_client.values import MultiProcessValue
@@ -84,16 +84,29 @@ METRICS = (
     Metric("cwg_windows", "gauge", ("kv",), "windows, by how much of their KV is pinned"),
     Metric("cwg_pinned_objects", "gauge", ("tier",), "KV objects that windows hold"),
     Metric("cwg_pinned_bytes", "gauge", ("tier",), "bytes of these objects"),
+    Metric("cwg_held_byte_hours_total", "counter", (), "bytes that windows have held, by hours"),
+    Metric(
+        "cwg_saved_tokens_total",
+        "counter",
+        ("source",),
+        "tokens that the engine did not have to compute, ever: by `turn`, `thaw` and `ask`",
+    ),
+    Metric("cwg_saved_seconds_total", "counter", ("source",), "about how long computing these tokens would have taken"),
 )
-_STORED = ("cwg_windows", "cwg_pinned_objects", "cwg_pinned_bytes")
+_STORED = (
+    "cwg_windows", "cwg_pinned_objects", "cwg_pinned_bytes", "cwg_held_byte_hours_total", "cwg_saved_tokens_total",
+    "cwg_saved_seconds_total",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What is in the store: windows by `kv`, and objects and bytes by tier."""
+    """What is in the store: windows by `kv`, objects and bytes by tier, tokens and seconds saved by source."""
 
     windows: Mapping[str, int]
     tiers: Mapping[str, tuple[int, int]]
+    saved: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    held_byte_hours: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,11 +320,19 @@ def _unusable(folder: Path, error: OSError) -> StartError:
     return StartError(f"the metrics of several workers cannot be kept in {folder}: {error.strerror}; see data_dir")
 
 
-def _stored_families(stored: Stored) -> list[GaugeMetricFamily]:
-    windows, objects, size = (GaugeMetricFamily(m.name, m.help, labels=m.labels) for m in METRICS if m.name in _STORED)
+def _stored_families(stored: Stored) -> list[GaugeMetricFamily | CounterMetricFamily]:
+    families = {
+        m.name: (CounterMetricFamily if m.kind == "counter" else GaugeMetricFamily)(m.name, m.help, labels=m.labels)
+        for m in METRICS
+        if m.name in _STORED
+    }
     for kv, count in sorted(stored.windows.items()):
-        windows.add_metric([kv], count)
+        families["cwg_windows"].add_metric([kv], count)
     for tier, (count, total) in sorted(stored.tiers.items()):
-        objects.add_metric([tier], count)
-        size.add_metric([tier], total)
-    return [windows, objects, size]
+        families["cwg_pinned_objects"].add_metric([tier], count)
+        families["cwg_pinned_bytes"].add_metric([tier], total)
+    families["cwg_held_byte_hours_total"].add_metric([], stored.held_byte_hours)
+    for source, (tokens, seconds) in sorted(stored.saved.items()):
+        families["cwg_saved_tokens_total"].add_metric([source], tokens)
+        families["cwg_saved_seconds_total"].add_metric([source], seconds)
+    return list(families.values())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.cli.output import Row
-from gateway.cli.units import counted, size, took
+from gateway.cli.units import about, counted, size, took
 
 _CPU = "cpu"  # the tier that is LMCache's memory, where nothing is pinned
 
@@ -51,7 +51,23 @@ def restored(receipt: Mapping[str, Any]) -> dict[str, Any]:
         lines["cached"] = f"{receipt['cached_tokens']:,} of {receipt['prompt_tokens']:,} tokens, as the engine counted"
     if receipt["partial"]:
         lines["partial"] = "yes: the engine computes what is missing"
+    if receipt.get("saved"):
+        lines["saved"] = saved(receipt["saved"], receipt["duration_ms"])
     return lines | {"took": took(receipt["duration_ms"])}
+
+
+def saved(saved: Mapping[str, Any], duration_ms: float | None = None) -> str:
+    """What the cache has saved, and about how long computing it takes; `duration_ms` is what it took instead."""
+    if not saved["tokens"]:
+        return ""
+    instead = "" if duration_ms is None else f" in {took(duration_ms)}"
+    tokens = f"{counted(saved['tokens'], 'token')} from the cache{instead}"
+    if saved["seconds_estimated"] is None:
+        return f"{tokens}; how long computing them takes is not known yet ({saved['reason']})"
+    error = "" if saved["error_share"] is None else f" (± {saved['error_share']:.0%})"
+    part = saved["tokens_estimated"]
+    which = "them" if part == saved["tokens"] else f"{part:,} of them"
+    return f"{tokens}; computing {which} takes {about(saved['seconds_estimated'])} here{error}"
 
 
 def loaded(answer: Mapping[str, Any]) -> dict[str, Any]:

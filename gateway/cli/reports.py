@@ -1,14 +1,17 @@
 """Commands that report on the whole gateway: health, self-test, cache, metrics."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import click
 from rich.text import Text
 
+from gateway.cli import receipts
 from gateway.cli.connection import call, operation
 from gateway.cli.hints import translate_hint
 from gateway.cli.output import OUT, Result, Row, filled, line, say, table
-from gateway.cli.units import share, size
+from gateway.cli.units import about, at, counted, share, size
 
 _STYLE = {
     "ok": "green", "warning": "yellow", "failed": "red", "healthy": "green", "degraded": "yellow", "unhealthy": "red"
@@ -85,6 +88,44 @@ def _tier(name: str, tier: Mapping[str, Any]) -> Row:
 
 
 @operation
+@click.option("--limit", type=int, default=10, show_default=True, help="how many windows, and how many sessions")
+def saved(limit: int) -> Result:
+    """Show what the cache has saved, and what windows hold.
+
+    Tokens are counted, times are estimated from what the engine takes for prompts that it computes.
+    """
+    answer = call("GET", "/admin/ledger", query={"limit": limit})
+    held = answer["held"]
+    hours = f"{size(held['bytes'])} now, {size(int(held['byte_hours']))} x hours since" if held["since"] else ""
+    lines = {
+        "saved": receipts.saved(answer["total"])
+        or f"nothing yet ({answer['total']['reason'] or 'no token was found'})",
+        "turns": receipts.saved(answer["turns"]),
+        "thaws": receipts.saved(answer["thaws"]),
+        "asks": receipts.saved(answer["asks"]),
+        "since": at(answer["since"], time.time()),
+        "windows hold": f"{hours} {at(held['since'], time.time())}" if hours else "",
+    }
+
+    def show() -> None:
+        for kind, name in (("windows", "name"), ("sessions", "id")):
+            if rows := [{kind[:-1]: one[name], **_saved(one["saved"])} for one in answer[kind]]:
+                say("")
+                table(rows)
+
+    return Result(answer, filled(lines), then=show)
+
+
+def _saved(saved: Mapping[str, Any]) -> Row:
+    seconds = saved["seconds_estimated"]
+    return {
+        "requests": f"{saved['requests']:,}",
+        "from the cache": counted(saved["tokens"], "token"),
+        "to compute them": "not known yet" if seconds is None else about(seconds),
+    }
+
+
+@operation
 def metrics() -> Result:
     """Print the gateway's metrics, which Prometheus scrapes."""
     answer = call("GET", "/admin/metrics")
@@ -95,4 +136,4 @@ def metrics() -> Result:
     return Result(answer, then=lambda: table(rows))
 
 
-COMMANDS = (doctor, health, cache, metrics)
+COMMANDS = (doctor, health, cache, saved, metrics)

@@ -9,7 +9,7 @@ import click
 from gateway.cli.admin_client import AdminError
 from gateway.cli.connection import admin, base_url, completing, failures, operation, session_path, window_path
 from gateway.cli.output import Result, Row, filled, say, table
-from gateway.cli.receipts import pinned_tiers
+from gateway.cli.receipts import pinned_tiers, saved
 from gateway.cli.units import ago, at, counted, share, size, took
 
 Kind = Literal["window", "session"]
@@ -64,6 +64,7 @@ def _of_window(answer: Answer) -> Result:
         "model": answer["model"],
         "tokens": f"{answer['token_count']:,}",
         "kv": answer["kv"] + (stored if cache["block_count"] else ""),
+        "saved": saved(answer["saved"]),
         "description": answer["description"],
         "tags": answer["tags"],
         "created": at(answer["created_at"], now),
@@ -98,6 +99,7 @@ def _of_session(answer: Answer) -> Result:
         "state": answer["state"],
         "model": answer["model"],
         "context": share(answer["token_count"], answer["context_limit"], "token"),
+        "saved": saved(answer["saved"]),
         "recognised by": answer["recognised_by"],
         "thawed from": answer["window"],
         "forked from": answer["forked_from"],

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
 _SPANS = ((86400, "day"), (3600, "h"), (60, "min"), (1, "s"))
+_LONG_S = 120  # from then on minutes are exact enough
 _LONG_AGO_S = 60 * 86400  # from then on a date says more
 
 
@@ -26,6 +27,11 @@ def share(part: int, whole: int | None, noun: str) -> str:
 def took(duration_ms: float) -> str:
     """How long something took, given in milliseconds: `78 ms`, `1.2 s`."""
     return f"{duration_ms:.0f} ms" if duration_ms < 1000 else f"{duration_ms / 1000:,.1f} s"
+
+
+def about(seconds: float) -> str:
+    """An estimated time: `about 0.3 s`, `about 14 min`."""
+    return f"about {took(seconds * 1000) if seconds < _LONG_S else span(seconds)}"
 
 
 def span(seconds: float) -> str:

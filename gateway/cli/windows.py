@@ -130,6 +130,8 @@ def ask(name: str, question: str, max_tokens: int | None) -> Result:
             f"({answer['finish_reason']}); {took(receipt['duration_ms'])}",
             err=True,
         )
+        if receipt["saved"]:
+            say(receipts.saved(receipt["saved"], receipt["duration_ms"]), err=True)
 
     return Result(answer, then=show)
 

@@ -126,7 +126,8 @@ def prefill_curves(db: sqlite3.Connection) -> list[LearnedCurve]:
 def saved_by_tenants(db: sqlite3.Connection) -> dict[str, tuple[int, float]]:
     """Return tokens and seconds saved by all tenants, by source."""
     rows = db.execute("SELECT source, sum(tokens), sum(seconds) FROM savings WHERE kind = 'all' GROUP BY source")
-    return {source: (tokens, seconds) for source, tokens, seconds in rows}
+    none: dict[str, tuple[int, float]] = dict.fromkeys(get_args(Source), (0, 0.0))
+    return none | {source: (tokens, seconds) for source, tokens, seconds in rows}
 
 
 def hold(db: sqlite3.Connection, size: int, now: float, elapsed_s: float | None) -> None:

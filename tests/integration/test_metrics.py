@@ -201,7 +201,7 @@ def test_docs_have_every_metric_as_the_code_has_it() -> None:
 def test_exactly_the_documented_metrics_are_exported_with_their_labels() -> None:
     metrics = Metrics()
     use_all(metrics)
-    text = metrics.text(Stored({"complete": 1}, {"disk": (2, 3)})).decode()
+    text = metrics.text(Stored({"complete": 1}, {"disk": (2, 3)}, {"turn": (4, 0.5)})).decode()
     families = list(text_string_to_metric_families(text))
     told = {
         (f"{family.name}_total" if family.type == "counter" else family.name, family.type): {

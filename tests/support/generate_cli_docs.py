@@ -40,6 +40,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "doctor": "doctor",
         "health": "health",
         "cache": "cache",
+        "saved": "saved --limit 5",
         "metrics": "metrics --json",
         "policy": "policy --set idle_timeout_minutes=30 --set context_share=0.8",
         "completion": "completion bash",

@@ -27,4 +27,11 @@ async def as_json(call: Call, query: requests.MetricsQuery) -> status.Metrics:
 
 async def _stored(services: Services) -> Stored:
     await services.recorder.flush()  # so that a turn is counted once its reply was read
-    return Stored(await services.store.window_counts(), await services.store.tier_usage())
+    store = services.store
+    held = await store.held_kv()
+    return Stored(
+        await store.window_counts(),
+        await store.tier_usage(),
+        await store.saved_by_tenants(),
+        held.byte_hours if held else 0.0,
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 
+from tests.support.cli import cwg
 from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 
@@ -83,6 +84,28 @@ def test_held_kv_is_counted_from_the_start(engine: FakeEngine, tmp_path: Path) -
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
         held = _ledger(gateway)["held"]
         assert (held["bytes"], held["byte_hours"]) == (0, 0)
+
+
+def test_cli_shows_what_was_saved(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
+        done = cwg("saved", url=gateway.url)
+        assert (done.returncode, done.stdout.split()[:3]) == (0, ["saved", "nothing", "yet"])
+        _teach(gateway)
+        gateway.chat("s", "hi")
+        gateway.freeze("s", "w")
+        thawed = cwg("thaw", "w", "--session", "t", url=gateway.url)
+        (line,) = [line for line in thawed.stdout.splitlines() if line.startswith("saved")]
+        assert "tokens from the cache in" in line
+        assert "computing them takes about" in line
+        asked = cwg("ask", "w", "What?", url=gateway.url)
+        assert "computing them takes about" in asked.stderr
+        saved = cwg("saved", "--limit", "3", url=gateway.url).stdout
+        for shown in (saved, *(cwg("status", name, url=gateway.url).stdout for name in ("w", "t"))):
+            assert "computing them takes about" in shown
+        assert [line.split()[0] for line in saved.splitlines() if line][:3] == ["saved", "thaws", "asks"]
+        metrics = gateway.http.get("/metrics").text
+        thaws = gateway.http.get("/admin/ledger").json()["thaws"]["tokens"]
+        assert f'cwg_saved_tokens_total{{source="thaw"}} {thaws:.1f}' in metrics
 
 
 def test_limit_is_checked(gateway: Gateway) -> None:

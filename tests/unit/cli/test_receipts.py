@@ -105,3 +105,25 @@ def test_tiers_of_a_window_say_what_is_pinned_where() -> None:
         {"tier": "cpu", "pinned": "", "size": "", "found by LMCache": "3"},
         {"tier": "disk", "pinned": "3 of 3", "size": "3.0 MiB", "found by LMCache": "2"},
     ]
+
+
+SAVED: dict[str, Any] = {
+    "requests": 1, "prompt_tokens": 4050, "tokens": 4032, "seconds_estimated": 9.51, "tokens_estimated": 4032,
+    "error_share": 0.08, "reason": None,
+}  # fmt: skip
+
+
+def test_thaw_says_what_it_saved_and_that_this_is_estimated() -> None:
+    lines = receipts.restored({**RESTORED, "duration_ms": 310.0, "saved": SAVED})
+    assert lines["saved"] == "4,032 tokens from the cache in 310 ms; computing them takes about 9.5 s here (± 8%)"
+    assert "saved" not in receipts.restored({**RESTORED, "saved": None})
+
+
+def test_what_was_saved_is_not_estimated_where_nothing_is_known() -> None:
+    unknown = {**SAVED, "seconds_estimated": None, "tokens_estimated": 0, "error_share": None, "reason": "too few"}
+    assert receipts.saved(unknown) == (
+        "4,032 tokens from the cache; how long computing them takes is not known yet (too few)"
+    )
+    part = {**SAVED, "seconds_estimated": 845.0, "tokens_estimated": 1000, "error_share": None}
+    assert receipts.saved(part) == ("4,032 tokens from the cache; computing 1,000 of them takes about 14 min here")
+    assert receipts.saved({**SAVED, "tokens": 0}) == ""
