@@ -92,6 +92,22 @@ class Stack:
         """Thaw a window into a new session; return the result and its progress steps."""
         return self._operation(f"/admin/windows/{window}/thaw", {"new_session_id": session, "warm": warm})
 
+    def compute_s(self, ids: list[int], salt: str) -> float:
+        """Have the engine compute tokens under a salt of its own; return the seconds until its first token."""
+        body = {
+            "model": self.plan.model.served_name, "prompt": ids, "cache_salt": salt, "max_tokens": 1, "temperature": 0
+        }  # fmt: skip
+        began = time.perf_counter()
+        answer = self._engine.post("/v1/completions", json=body).raise_for_status().json()
+        took = time.perf_counter() - began
+        if cached := (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens"):
+            raise RuntimeError(f"{cached} tokens were not computed: salt {salt!r} was used before")
+        return took
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return an answer of the admin API."""
+        return dict(self._http.get(path).raise_for_status().json())
+
     def clone_ms(self, window: str, name: str) -> float:
         """Clone a window; return the client's waiting time in milliseconds."""
         began = time.perf_counter()
