@@ -20,6 +20,7 @@ from gateway.api.health import Health
 from gateway.api.inference.handler import Inference
 from gateway.api.inference.request import TOKENIZER_PATHS
 from gateway.api.mcp.transport import PATHS, McpTransport
+from gateway.api.page import routes as page
 from gateway.api.workers import Report
 from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
@@ -65,14 +66,16 @@ _TOKENIZER = frozenset(path.decode() for path in TOKENIZER_PATHS)
 
 
 class Gateway:
-    """The ASGI application. The inference API, which has to be fast, has no router; Starlette routes the admin API."""
+    """The ASGI application. The inference API, which has to be fast, has no router; Starlette routes the admin API and
+    the page.
+    """
 
     def __init__(self, services: Services, health: Health, autofreeze: AutofreezeService) -> None:
         self._inference = Inference(services)
         self._state = {
             "services": services, "health": health, "autofreeze": autofreeze, "inference": self._inference
         }  # fmt: skip
-        self._rest = Starlette(routes=routes.routes(), exception_handlers=endpoint.HANDLERS)
+        self._rest = Starlette(routes=[*routes.routes(), *page.routes()], exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
         self._mcp = McpTransport(self._admin, services.settings)
         self._app = _for_pages(self._route, services.settings.allowed_origins)

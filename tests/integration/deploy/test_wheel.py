@@ -30,7 +30,15 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
         assert {name for name in packed.namelist() if ".dist-info/" not in name} == tree
         assert any(name.endswith("licenses/LICENSE") for name in packed.namelist())
-    assert {Path(name).suffix for name in tree} >= {".py", ".jinja", ".txt"}  # data is among it
+    assert {Path(name).suffix for name in tree} >= {
+        ".py",
+        ".jinja",
+        ".txt",
+        ".html",
+        ".css",
+        ".js",
+        ".svg",
+    }  # data is among it
 
 
 def test_cwg_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

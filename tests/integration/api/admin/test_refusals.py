@@ -163,7 +163,7 @@ def test_a_method_that_a_path_does_not_have_is_a_405_that_names_the_others(
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
+        "/ui/",
         "/admin",
         "/admin/",
         "/admin/window",
