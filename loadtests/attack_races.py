@@ -44,7 +44,7 @@ _SESSION_CHANGES: dict[str, Operation] = {
 }
 
 
-def _thaw(gateway: Gateway, session: str, how: dict[str, str]) -> Reply:
+def _thaw(gateway: Gateway, session: str, how: dict[str, str | bool]) -> Reply:
     return gateway.post(f"/admin/windows/w-{session}/thaw", {"new_session_id": f"t-{session}", **how})
 
 
@@ -60,6 +60,8 @@ def _reimport(gateway: Gateway, session: str) -> Reply:
 
 _USES_OF_A_WINDOW: dict[str, tuple[str, Operation]] = {
     "thaw": (_COMPUTE, lambda g, s: _thaw(g, s, {"warm": "gpu"})),
+    "thaw as text": (_COMPUTE, lambda g, s: _thaw(g, s, {"warm": "gpu", "as_text": True})),
+    "thaw as text, rendered": (_RENDER, lambda g, s: _thaw(g, s, {"warm": "none", "as_text": True})),
     "thaw and continue": (_CHAT, lambda g, s: _thaw(g, s, {"continuation_prompt": "x"})),
     "ask": (_CHAT, lambda g, s: g.post(f"/admin/windows/w-{s}/ask", {"question": "what?"})),
     "branch": (_CHAT, lambda g, s: _branch(g, f"w-{s}", "x")),
@@ -265,6 +267,7 @@ def _random_operation(gateway: Gateway, rng: random.Random, session: str, window
         "edit": lambda: gateway.chat(session, _TEXT * 2, "Hello there!", f"edited {rng.randrange(9)}"),
         "freeze": lambda: gateway.freeze(session, window),
         "thaw": lambda: gateway.post(f"{at}/thaw", {"warm": rng.choice(("none", "gpu"))}),
+        "text": lambda: gateway.post(f"{at}/thaw", {"warm": rng.choice(("none", "gpu")), "as_text": True}),
         "clone": lambda: gateway.post(f"{at}/clone", {"target_window": other}),
         "isolate": lambda: gateway.post(f"{at}/clone", {"target_window": other, "isolate": True}),
         "delete": lambda: gateway.delete(at),
@@ -301,6 +304,9 @@ def contended_names(testbed: Testbed) -> Verdict:
         "clone": lambda n: gateway.post("/admin/windows/source/clone", {"target_window": f"clone-{n}"}),
         "import": lambda n: gateway.post(f"/admin/windows/import?window_name=import-{n}", file),
         "thaw": lambda n: gateway.post("/admin/windows/source/thaw", {"new_session_id": f"thaw-{n}"}),
+        "text": lambda n: gateway.post(
+            "/admin/windows/source/thaw", {"new_session_id": f"text-{n}", "as_text": True, "warm": "gpu"}
+        ),
         "fanout": lambda n: gateway.post("/admin/windows/source/fanout", {"count": 2, "prefix": f"fan-{n}"}),
     }
     checks = {}

@@ -31,8 +31,9 @@ def _faults_of(gateway: Gateway, name: str) -> list[str]:
     if transcript.status != 200 or not messages:
         faults.append(f"messages: {transcript.status}, {len(messages)} returned")
     verified = gateway.post(f"/admin/windows/{name}/verify")
-    if verified.status != 200 or not verified.json().get("ok"):
-        faults.append(f"verify {verified.status} ok={verified.json().get('ok')}")
+    verdict = verified.json()
+    if verified.status != 200 or verdict.get("ok") is not (verdict.get("kv") != "absent"):
+        faults.append(f"verify {verified.status} ok={verdict.get('ok')} kv={verdict.get('kv')}")
     thawed = gateway.post(f"/admin/windows/{name}/thaw")
     if thawed.status != 200:
         faults.append(f"thaw {thawed.status}")

@@ -83,7 +83,7 @@ async def thaw(
         first_message_hash=first_message_hash,
         last_reply_hash=last_reply_hash,
     )
-    if warm == "gpu":
+    if warm == "gpu" and manifest.token_ids:  # the engine refuses an empty prompt
         receipt = await _through_engine(ctx, window, model, manifest, receipt)
     # The window may have been deleted meanwhile, and its transcript with it: the store checks again.
     if await store.add_sessions([session], source=window):
@@ -117,6 +117,7 @@ async def thaw_text(ctx: OperationContext, name: str, *, new_session_id: str | N
     model = await _model_for_text(services, window, text)
     engine = services.engines.for_lineage(window.lineage)
     ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
+    _check_fits(window, model, len(ids))
     session = replace(
         session_from_window(window, session_id, "thaw"),
         model=model.id,
@@ -132,7 +133,7 @@ async def thaw_text(ctx: OperationContext, name: str, *, new_session_id: str | N
         cold = "`warm: cpu` loaded nothing, as a thaw of the text takes none of the window's KV: `gpu` computes it now"
         receipt = replace(receipt, warnings=(*receipt.warnings, cold))
     with services.turns.protect_lineage(ctx.tenant, window.lineage):
-        if warm == "gpu":
+        if warm == "gpu" and ids:
             receipt = await _compute_text(ctx, engine, session, ids, receipt)
         if await store.add_sessions([session], source=window):
             raise session_exists(session_id)
@@ -163,6 +164,15 @@ async def _model_for_text(services: Services, window: Window, text: Text) -> Mod
         message = f"window {window.name!r} is a list of token ids, which only its own model can read"
         raise GatewayError("model_mismatch", message, hint=f"serve {window.model!r} as it was")
     return model
+
+
+def _check_fits(window: Window, model: Model, tokens: int) -> None:
+    """Raise `model_mismatch` for a text after which the model cannot take another token."""
+    if model.context_limit and tokens >= model.context_limit:
+        message = (
+            f"window {window.name!r} has {tokens} tokens, and the context of model {model.id!r} {model.context_limit}"
+        )
+        raise GatewayError("model_mismatch", message, hint="serve a model with a larger context")
 
 
 async def _through_engine(

@@ -15,11 +15,11 @@ from gateway.windows.archive import export as exporting
 from gateway.windows.ask import ask
 from gateway.windows.clone import isolate
 from gateway.windows.delete import delete
-from gateway.windows.freeze import Naming
+from gateway.windows.freeze import Naming, freeze
 from gateway.windows.prefetch_evict import evict, prefetch
 from gateway.windows.restore import Receipt, check_and_restore, restore_for_turn
 from gateway.windows.retention.orphans import delete_orphans
-from gateway.windows.thaw import fanout, thaw, thaw_text
+from gateway.windows.thaw import Warm, fanout, thaw, thaw_text
 from gateway.windows.verify import verify
 from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
@@ -283,6 +283,32 @@ async def test_window_of_another_model_is_thawed_as_text(engine: FakeEngine, har
     await delete_orphans(harness.services)
     assert await harness.services.store.orphaned_salts() == []
     assert len(objects_of(harness, session.salt)) == CHUNKS
+
+
+@pytest.mark.parametrize("warm", ["none", "gpu"])
+async def test_a_text_that_is_too_long_for_the_model_is_refused(
+    engine: FakeEngine, harness: Cached, warm: Warm
+) -> None:
+    engine.context_limit = len(IDS)
+    before = len(engine.seen("/v1/completions"))
+    with pytest.raises(
+        GatewayError, match=f"has {len(IDS)} tokens, and the context of model 'demo' {len(IDS)}"
+    ) as caught:
+        await thaw_text(harness.ctx, "w", new_session_id="t", warm=warm)
+    assert (caught.value.code, await harness.services.store.session(TENANT, "t")) == ("model_mismatch", None)
+    assert len(engine.seen("/v1/completions")) == before
+
+
+async def test_a_window_without_tokens_is_thawed_without_asking_the_engine(engine: FakeEngine, harness: Cached) -> None:
+    engine.on_tokenize = lambda exchange: exchange.json({"count": 0, "max_model_len": 4096, "tokens": []})
+    await harness.session("empty", stored=False)
+    await freeze(harness.ctx, "empty", Naming("empty"))
+    before = len(engine.seen("/v1/completions"))
+    _, window, receipt = await thaw(harness.ctx, "empty", new_session_id="t", warm="gpu")
+    assert (window.token_count, receipt.cached_tokens, receipt.prompt_tokens) == (0, None, 0)
+    _, _, receipt = await thaw_text(harness.ctx, "empty", new_session_id="u", warm="gpu")
+    assert (receipt.as_text, receipt.cached_tokens, receipt.prompt_tokens) == (True, None, 0)
+    assert len(engine.seen("/v1/completions")) == before
 
 
 async def test_a_session_that_took_only_the_text_keeps_no_kv_of_a_deleted_window(
