@@ -8,27 +8,29 @@ cache salt is a new one, and nothing in any memory is found under that. With `--
 import secrets
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from gateway.cli import connection
-from gateway.cli.admin_client import Admin, AdminError
+from gateway.cli.admin_client import Admin
 from gateway.cli.connection import Failure, operation, window_path
 from gateway.cli.demo_answers import Answer, ask, difference
 from gateway.cli.demo_conversations import Script, long_script, short_script
+from gateway.cli.demo_leftovers import Leftovers, uninterrupted
 from gateway.cli.output import OUT, Result, say
-from gateway.records import AUTO_TAG
 from gateway.stack.terminal import Terminal
 from gateway.windows.comparison import Comparison, compare
 
+if TYPE_CHECKING:
+    from gateway.cli.demo_restart import Restart
+
 _REPLY_TOKENS = 32
 _DURABLE = {"disk", "redis"}
-_BUSY_TRIES = 6  # of a deletion, each of which waits for a turn in progress for `busy_wait_s`
 _NEXT = """
 Try next: talk to the model at {url}/v1 with any OpenAI client, then
   cwg sessions              find the conversation
@@ -112,22 +114,19 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 class _Demo:
     """One run, with names that no other has."""
 
-    def __init__(
-        self, admin: Admin, terminal: Terminal, restart: Callable[[Callable[[str], None]], None] | None
-    ) -> None:
+    def __init__(self, admin: Admin, terminal: Terminal, restart: "Restart | None") -> None:
         self._admin = admin
         self._show = terminal.waiting
         self._restart = restart
         self._id = f"demo-{secrets.token_hex(4)}"
-        self._sessions: list[str] = []
-        self._windows: list[str] = []
+        self._made = Leftovers(admin, self._show, lambda: restart is not None and restart.is_back(self._show))
 
     def run(self) -> list[Round]:
         """Both conversations through all steps; nothing of them is left behind. Raises AdminError, Failure."""
         check_cache(self._admin.call("GET", "/admin/cache"))
         model = self._admin.call("GET", "/v1/models")["data"][0]
         name, limit = str(model["id"]), int(model.get("max_model_len") or 0)
-        with self._cleaned_up():
+        with self._made.removed():
             return self._run(name, [short_script(), long_script(self._counter(name), limit)])
 
     def _run(self, model: str, scripts: list[Script]) -> list[Round]:
@@ -148,15 +147,15 @@ class _Demo:
         return f"{self._id}-{script.kind}{suffix}"
 
     def _converse_and_freeze(self, model: str, script: Script) -> dict[str, Any]:
-        session = self._session(self._name(script))
+        session = self._made.session(self._name(script))
         for turn in script.turns:
             self._show(f"{script.kind} conversation: turn {script.turns.index(turn) + 1} of {len(script.turns)}")
             script.messages.append({"role": "user", "content": turn})
             reply = ask(self._admin, session, model, script.messages, _REPLY_TOKENS)
             script.messages.append({"role": "assistant", "content": reply.text})
         self._show(f"{script.kind} conversation: freezing it")
-        body = {"session_id": session, "window_name": self._window(self._name(script)), "tags": ["demo"]}
-        return self._admin.call("POST", "/admin/windows", body=body)
+        body = {"session_id": session, "window_name": self._made.window(self._name(script)), "tags": ["demo"]}
+        return self._make("/admin/windows", body)
 
     def _ask(self, model: str, script: Script, session: str, history: list[dict[str, str]]) -> Answer:
         self._show(f"{script.kind} conversation: asking {script.question!r}")
@@ -173,18 +172,20 @@ class _Demo:
         name = self._name(script)
         if not self._restart:
             self._show(f"{script.kind} conversation: cloning it under another salt")
-            apart = self._window(self._name(script, "-apart"))
-            body = {"target_window": apart, "isolate": True}
-            self._admin.call("POST", window_path(name, "clone"), body=body)
+            apart = self._made.window(self._name(script, "-apart"))
+            self._make(window_path(name, "clone"), {"target_window": apart, "isolate": True})
             name = apart
         self._show(f"{script.kind} conversation: thawing it")
-        return self._admin.call(
-            "POST", window_path(name, "thaw"), body={"new_session_id": self._session(self._name(script, "-thawed"))}
-        )
+        thawed = self._made.session(self._name(script, "-thawed"))
+        return self._make(window_path(name, "thaw"), {"new_session_id": thawed})
+
+    def _make(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        with uninterrupted():
+            return self._admin.call("POST", path, body=body)
 
     def _recompute(self, model: str, script: Script) -> Answer:
         self._show(f"{script.kind} conversation: computing it again, under another salt")
-        session = self._session(self._name(script, "-recomputed"))
+        session = self._made.session(self._name(script, "-recomputed"))
         question = {"role": "user", "content": script.question}
         return ask(self._admin, session, model, [*script.messages, question], _REPLY_TOKENS)
 
@@ -194,47 +195,6 @@ class _Demo:
             return int(self._admin.call("POST", "/tokenize", body=body)["count"])
 
         return count
-
-    def _session(self, name: str) -> str:
-        self._sessions.append(name)  # before it exists, so that it is cleaned up whenever the user interrupts
-        return name
-
-    def _window(self, name: str) -> str:
-        self._windows.append(name)
-        return name
-
-    @contextmanager
-    def _cleaned_up(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._show("removing what the demo has made")
-            for name in self._sessions:
-                self._delete(f"/admin/sessions/{name}")
-            # After the sessions: a freeze that was interrupted has ended by now.
-            for name in [*self._windows, *self._automatic_windows()]:
-                self._delete(window_path(name))
-
-    def _automatic_windows(self) -> list[str]:
-        names: list[str] = []
-        for session in self._sessions:
-            with suppress(AdminError):
-                query = {"session_id": session, "tags": AUTO_TAG}  # what others froze from it is theirs
-                page = self._admin.call("GET", "/admin/windows", query=query)
-                names += [window["name"] for window in page["windows"] if window["name"] not in self._windows]
-        return names
-
-    def _delete(self, path: str) -> None:
-        for _ in range(_BUSY_TRIES):
-            try:
-                self._admin.call("DELETE", path)
-            except AdminError as error:
-                if error.code == "session_busy":
-                    continue
-                if error.code not in {"session_not_found", "window_not_found"}:
-                    say(f"warning: DELETE {path} failed: {error.message}", err=True)
-            return
-        say(f"warning: {path} is still busy and was left", err=True)
 
 
 def check_cache(cache: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +19,37 @@ _POLL_S = 0.5
 _PROBE_S = 2.0
 _ENDED = "--restart: `cwg up` ended; its own output says why"
 
-Restart = Callable[[Callable[[str], None]], None]
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Restarts the stack that it was found for, when called. Raises Failure if that does not come back."""
+
+    holder: lock.Holder
+    run_dir: Path
+    probe: Admin
+
+    def __call__(self, show: Show) -> None:
+        before = cleanup.recorded(self.run_dir)
+        _request(self.holder.pid)
+        show("restarting: stopping gateway, engine and cache")
+        # The gateway not answering says nothing: it may only be busy.
+        _wait(lambda: not _still_recorded(before, cleanup.recorded(self.run_dir)), _STOPPED_WITHIN_S, self.holder.pid)
+        show("restarting: starting cache, engine and gateway")
+        self._wait_until_ready()
+
+    def is_back(self, show: Show) -> bool:
+        """Wait for a stack whose restart was interrupted; whether it came back."""
+        show("waiting for the stack, which is being restarted")
+        try:
+            self._wait_until_ready()
+        except Failure:
+            return False
+        return True
+
+    def _wait_until_ready(self) -> None:
+        _wait(lambda: _is_ready(self.probe), _STARTED_WITHIN_S, self.holder.pid)
 
 
 def find(data_dir: Path, url: str) -> Restart:
@@ -29,8 +60,7 @@ def find(data_dir: Path, url: str) -> Restart:
         raise Failure(f"--restart: no stack runs on {data_dir}; pass the --data-dir of a `cwg up` on this machine")
     if served.port != holder.port or (served.hostname or "") not in LOOPBACK:
         raise Failure(f"--restart: the stack on {data_dir} listens on port {holder.port}, and CWG_URL is {url}")
-    probe = admin(_PROBE_S)
-    return lambda show: _restart(holder, data_dir / "run", probe, show)
+    return Restart(holder, data_dir / "run", admin(_PROBE_S))
 
 
 def _holder(data_dir: Path) -> lock.Holder | None:
@@ -41,16 +71,6 @@ def _holder(data_dir: Path) -> lock.Holder | None:
     except OSError as error:
         problem = f"{data_dir} is no data directory ({error.strerror})"
         raise Failure(f"--restart: {problem}; pass the --data-dir of a `cwg up` on this machine") from None
-
-
-def _restart(holder: lock.Holder, run_dir: Path, probe: Admin, show: Callable[[str], None]) -> None:
-    before = cleanup.recorded(run_dir)
-    _request(holder.pid)
-    show("restarting: stopping gateway, engine and cache")
-    # The gateway not answering says nothing: it may only be busy.
-    _wait(lambda: not _still_recorded(before, cleanup.recorded(run_dir)), _STOPPED_WITHIN_S, holder.pid)
-    show("restarting: starting cache, engine and gateway")
-    _wait(lambda: _is_ready(probe), _STARTED_WITHIN_S, holder.pid)
 
 
 def _request(pid: int) -> None:
