@@ -82,12 +82,13 @@ def why_unknown(learned: LearnedCurve) -> str:
 
 def saved(db: sqlite3.Connection, tenant: str, kind: Kind, names: Sequence[str]) -> dict[str, Saved]:
     """Return what was saved by each of these sessions or windows."""
-    entries: dict[str, list[Entry]] = {name: [] for name in names}
+    entries: dict[str, list[Entry]] = {}
     for batch in batches(names):
         query = f"{_SAVINGS.replace('SELECT', 'SELECT s.name,', 1)} AND s.name IN ({marks(batch)})"
         for name, *row in db.execute(query, (tenant, kind, *batch)):
-            entries[name].append(_entry(row))
-    return {name: total(found) for name, found in entries.items()}
+            entries.setdefault(name, []).append(_entry(row))
+    nothing = total(())  # of most
+    return {name: total(entries[name]) if name in entries else nothing for name in names}
 
 
 def _entry(row: Sequence[Any]) -> Entry:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from gateway.store import (
     autofreeze_rows,
     ledger_rows,
+    listed_rows,
     manifest_rows,
     response_rows,
     salt_rows,
@@ -44,6 +45,7 @@ class Store(Database):
     sessions_by_prefix = point_read(session_rows.sessions_by_prefix)
     sessions_by_reply_alias = point_read(session_rows.sessions_by_reply_alias)
     list_sessions = read(session_rows.list_sessions)
+    listed_sessions = read(listed_rows.listed_sessions)
     idle_sessions = read(session_rows.idle_sessions)
     sessions_beside = read(session_rows.sessions_beside)
     active_session = read(session_rows.active_session)
@@ -110,6 +112,7 @@ class Store(Database):
     window = point_read(window_rows.window)
     check_exists = point_read(text_rows.check_exists)
     list_windows = read(window_rows.list_windows)
+    listed_windows = read(listed_rows.listed_windows)
     ancestors = read(window_rows.ancestors)
     lineage = read(window_rows.lineage)
     text = read(text_rows.text)
@@ -125,6 +128,7 @@ class Store(Database):
 
     manifest = read(manifest_rows.manifest)
     sizes = read(manifest_rows.sizes)
+    sizes_and_saved = read(listed_rows.sizes_and_saved)
     pinned = read(manifest_rows.pinned)
     objects = read(manifest_rows.objects)
     held_bytes = read(manifest_rows.held_bytes)

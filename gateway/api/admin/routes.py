@@ -35,9 +35,8 @@ async def list_sessions(call: Call, query: requests.SessionsQuery) -> responses.
     """List sessions, last active first."""
     await call.services.recorder.flush()
     expired_by = orphans.expired_by(call.services.settings)
-    page, total = await call.services.store.list_sessions(call.tenant, expired_by=expired_by, **query.model_dump())
-    saved = await call.services.store.saved(call.tenant, "session", [s.id for s in page])
-    lines = [{**serializers.session_fields(s, expired_by), "saved": saved[s.id]} for s in page]
+    page, total = await call.services.store.listed_sessions(call.tenant, expired_by=expired_by, **query.model_dump())
+    lines = [{**serializers.session_fields(s, expired_by), "saved": saved} for s, saved in page]
     return responses.Sessions.model_validate(
         {"sessions": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
     )
@@ -93,9 +92,8 @@ async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Wi
     """List windows, newest first unless sorted otherwise."""
     filters = query.model_dump(exclude_none=True, exclude={"sort_order"})
     wanted = WindowQuery(**filters, descending=query.sort_order == "desc")
-    page, total = await call.services.store.list_windows(call.tenant, wanted)
-    saved = await call.services.store.saved(call.tenant, "window", [w.name for w in page])
-    lines = [{**serializers.window_line_fields(w, call.now), "saved": saved[w.name]} for w in page]
+    page, total = await call.services.store.listed_windows(call.tenant, wanted)
+    lines = [{**serializers.window_line_fields(w, call.now), "saved": saved} for w, saved in page]
     return responses.Windows.model_validate(
         {"windows": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
     )
@@ -105,12 +103,11 @@ async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Wi
 async def window_status(call: Call, query: requests.StatusQuery) -> responses.WindowStatus | Json:
     """Describe a window, and where its bytes are now."""
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
-    pinned = await call.services.store.sizes(window)
+    pinned, saved = await call.services.store.sizes_and_saved(window)
     keys = dict.fromkeys(key for sizes in pinned.values() for key in sizes)
     present, warnings = await residency.find(call.services, window, [*keys])
     fields = serializers.window_status_fields(window, call.now, pinned, present)
-    saved = await call.services.store.saved(call.tenant, "window", [window.name])
-    fields["saved"] = serializers.saved(saved[window.name])
+    fields["saved"] = saved
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         fields["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}

@@ -9,7 +9,7 @@ import pytest
 from gateway.records import Usage
 from gateway.store.sqlite import SqliteStore
 from gateway.store.store import Store
-from gateway.store.types import Booking, Saved, TurnRecord
+from gateway.store.types import Booking, Saved, TurnRecord, WindowQuery
 from tests.support.store_records import TENANT, Open, add, finished, says
 
 pytestmark = pytest.mark.anyio
@@ -199,6 +199,17 @@ async def test_a_thaw_is_booked_for_its_window_and_its_first_turn_books_the_rest
     assert saved.seconds_estimated == pytest.approx(1.04, rel=0.05)
     by_source = await store.saved_by_source(TENANT)
     assert (by_source["thaw"].tokens, by_source["turn"].tokens) == (1000, 1240)
+
+
+async def test_each_row_of_a_list_has_its_own_savings(store: Store) -> None:
+    window, other = await add(store, "w"), await add(store, "other")
+    await store.book(_booking(1000, session_id="t", window="w"))
+    await store.record([turn("t", 1200, 1040), turn("idle", 10, None)])
+    windows, _ = await store.listed_windows(TENANT, WindowQuery())
+    sessions, _ = await store.listed_sessions(TENANT, state=None, model=None, limit=10, offset=0)
+    assert {row.name: saved.requests for row, saved in windows} == {"w": 1, "other": 0}
+    assert {row.id: saved.requests for row, saved in sessions} == {"t": 2, "idle": 0}
+    assert [(await store.sizes_and_saved(one))[1].requests for one in (window, other)] == [1, 0]
 
 
 async def test_nothing_is_booked_for_a_window_that_was_deleted(store: Store) -> None:
