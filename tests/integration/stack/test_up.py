@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.up_process import Up, eventually, living, shared_memory
+from tests.support.up_process import START_S, Up, eventually, living, shared_memory
 
 pytestmark = pytest.mark.stack
 
@@ -85,6 +85,7 @@ def test_up_serves_restarts_processes_and_stops_clean(start: Callable[..., Up], 
 
 def test_what_vllm_refuses_is_shown_and_not_retried(start: Callable[..., Up]) -> None:
     up = start("--", "--dtipe", "half")
+    eventually(lambda: up.process.poll() is not None, "it has ended", START_S)
     assert up.close() == 1
     assert "engine ended with exit code 2; log: " in up.said
     assert "error: unrecognized arguments: --dtipe" in up.said
