@@ -8,7 +8,7 @@ engine becomes quicker or slower, a new curve begins. While a curve cannot tell,
 
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gateway.store import prefill_curve
@@ -16,7 +16,8 @@ from gateway.store.prefill_curve import PrefillCurve, Sample
 from gateway.store.savings_rows import CURVE, Amount, curve_of, total
 from gateway.store.types import Booking, LearnedCurve, Saved, TurnRecord
 
-_SAMPLES_BEFORE_SKIPPING, _LEARN_EVERY = 64, 8
+# Learning takes as long as recording a turn: from so many samples on, only every so many are learned from at once.
+_KNOWN_WELL, _LEARN_EVERY = 12, 4
 _ADD = """INSERT INTO savings (tenant, kind, name, curve, source, requests, prompt_tokens, tokens, seconds,
         unpriced_tokens, unpriced_squares, unpriced_longest, since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (tenant, kind, name, curve, source) DO UPDATE SET
@@ -39,18 +40,14 @@ class _Account(NamedTuple):
     source: str
 
 
-def _add(amount: Amount, prompt: int, cached: int, booked_before: int, curve: PrefillCurve | None) -> None:
-    """Add a request that found `cached` tokens, of which the first are booked already."""
-    tokens, squares = cached - booked_before, cached**2 - booked_before**2
-    amount.requests += 1
-    amount.prompt_tokens += prompt
-    amount.tokens += tokens
+def _amount(item: Booking, booked_before: int, curve: PrefillCurve | None) -> Amount:
+    """What a request is booked with, but for the first tokens, which are booked already."""
+    cached = item.cached_tokens
+    before = min(booked_before, cached)
+    tokens, squares = cached - before, cached * cached - before * before
     if curve is not None and cached <= curve.reach:
-        amount.seconds += curve.saved(tokens, squares)
-    elif tokens:
-        amount.unpriced_tokens += tokens
-        amount.unpriced_squares += squares
-        amount.unpriced_longest = max(amount.unpriced_longest, cached)
+        return Amount(1, item.prompt_tokens, tokens, curve.saved(tokens, squares), 0, 0, 0, item.at)
+    return Amount(1, item.prompt_tokens, tokens, 0.0, tokens, squares, cached if tokens else 0, item.at)
 
 
 @dataclass(slots=True)
@@ -74,11 +71,11 @@ class _Entries:
     def book(self, item: Booking, names: Mapping[str, str], booked_before: int = 0) -> None:
         """Book a request for everybody in `names`, a name for each kind."""
         learned = self.curve(item.engine, item.fingerprint, item.model, item.at)
+        amount = _amount(item, booked_before, learned.curve)
         for kind, name in names.items():
             account = _Account(item.tenant, kind, name, learned.id, item.source)
-            amount = self.amounts.setdefault(account, Amount(since=item.at))
-            before = min(booked_before, item.cached_tokens)
-            _add(amount, item.prompt_tokens, item.cached_tokens, before, learned.curve)
+            before = self.amounts.get(account)
+            self.amounts[account] = before.plus(amount) if before else amount
         if item.first_token_s:
             self._sample(learned, item.prompt_tokens - item.cached_tokens, item.cached_tokens, item.first_token_s)
 
@@ -94,13 +91,13 @@ class _Entries:
 
     def write(self) -> None:
         """Write what was booked, and learn."""
-        self.db.executemany(_ADD, [(*account, *astuple(amount)) for account, amount in self.amounts.items()])
+        self.db.executemany(_ADD, [(*account, *amount) for account, amount in self.amounts.items()])
         if self.samples:
-            _add_samples(self.db, self.samples)
+            number = _add_samples(self.db, self.samples)
             at = max(amount.since for amount in self.amounts.values())
             taken = {curve for curve, _ in self.samples}
             for learned in self.curves.values():
-                if learned.id in taken:
+                if learned.id in taken and (learned.samples < _KNOWN_WELL or number % _LEARN_EVERY == 0):
                     _learn(self.db, learned, at)
 
 
@@ -112,7 +109,7 @@ def record(db: sqlite3.Connection, records: Sequence[TurnRecord]) -> None:
         booking = _of_turn(item)
         if booking is None:
             continue
-        names, before = {"all": "", "session": item.turn.session_id}, 0
+        names, before = {"session": item.turn.session_id}, 0
         key = item.turn.tenant, item.turn.session_id
         if item.session.window and not item.session.turn_count and key not in begun:
             begun.add(key)
@@ -151,23 +148,30 @@ def _is_of_window(db: sqlite3.Connection, item: TurnRecord) -> bool:
 
 def book(db: sqlite3.Connection, item: Booking) -> Saved:
     """Book a thaw or an ask for its window and for its session, if there is one; return what it saved."""
-    names = {"all": ""} | {k: name for k, name in (("session", item.session_id), ("window", item.window)) if name}
-    if (
-        item.window
-        and not db.execute("SELECT 1 FROM windows WHERE tenant = ? AND name = ?", (item.tenant, item.window)).fetchone()
-    ):
-        del names["window"]
+    names = {"session": item.session_id} if item.session_id else {"rest": ""}
+    there = "SELECT 1 FROM windows WHERE tenant = ? AND name = ?"
+    if item.window and db.execute(there, (item.tenant, item.window)).fetchone():
+        names["window"] = item.window
     entries = _Entries(db)
     entries.book(item, names)
-    (amount,) = (amount for account, amount in entries.amounts.items() if account.kind == "all")
+    amount = next(iter(entries.amounts.values()))
     learned = entries.curve(item.engine, item.fingerprint, item.model, item.at)
     entries.write()
     return total([(amount, learned)])
 
 
-def forget(db: sqlite3.Connection, tenant: str, kind: str, name: str) -> None:
-    """Delete what was booked for a session or a window that is deleted. It stays in the total."""
-    db.execute("DELETE FROM savings WHERE tenant = ? AND kind = ? AND name = ?", (tenant, kind, name))
+def forget_window(db: sqlite3.Connection, tenant: str, name: str) -> None:
+    """Delete what was booked for a window that is deleted: the sessions and asks have it too."""
+    db.execute("DELETE FROM savings WHERE tenant = ? AND kind = 'window' AND name = ?", (tenant, name))
+
+
+def forget_session(db: sqlite3.Connection, tenant: str, session_id: str) -> None:
+    """Book what was booked for a session that is deleted for the rest, so that it stays in the total."""
+    query = f"SELECT curve, source, {', '.join(Amount._fields)} FROM savings WHERE tenant = ? AND kind = ? AND name = ?"
+    rows = db.execute(query, (tenant, "session", session_id)).fetchall()
+    if rows:
+        db.executemany(_ADD, [(tenant, "rest", "", *row) for row in rows])
+        db.execute("DELETE FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", (tenant, session_id))
 
 
 # Learning.
@@ -188,8 +192,8 @@ def _begin(db: sqlite3.Connection, engine: str, fingerprint: str, model: str, at
     return LearnedCurve(identity, engine, fingerprint, model, at, 0, None, None)
 
 
-def _add_samples(db: sqlite3.Connection, samples: Mapping[tuple[int, int], Sample]) -> None:
-    """Add samples; of each size only the last ones are kept."""
+def _add_samples(db: sqlite3.Connection, samples: Mapping[tuple[int, int], Sample]) -> int:
+    """Add samples; of each size only the last ones are kept. Returns the number of the last one."""
     db.executemany(
         """INSERT INTO prefill_samples (curve, size_class, computed, cached, seconds, predicted)
         VALUES (?, ?, ?, ?, ?, ?)""",
@@ -201,6 +205,8 @@ def _add_samples(db: sqlite3.Connection, samples: Mapping[tuple[int, int], Sampl
             ORDER BY number DESC LIMIT 1 OFFSET ?3)""",
         [(*key, prefill_curve.KEPT_PER_CLASS) for key in samples],
     )
+    (number,) = db.execute("SELECT max(number) FROM prefill_samples").fetchone()
+    return int(number)
 
 
 def _learn(db: sqlite3.Connection, learned: LearnedCurve, at: float) -> None:
@@ -209,8 +215,6 @@ def _learn(db: sqlite3.Connection, learned: LearnedCurve, at: float) -> None:
         "SELECT number, computed, cached, seconds, predicted FROM prefill_samples WHERE curve = ? ORDER BY number",
         (learned.id,),
     ).fetchall()
-    if len(rows) > _SAMPLES_BEFORE_SKIPPING and rows[-1][0] % _LEARN_EVERY:
-        return
     samples = [Sample(*row[1:]) for row in rows]
     if count := prefill_curve.since_change(samples):
         new = _begin(db, learned.engine, learned.fingerprint, learned.model, at)

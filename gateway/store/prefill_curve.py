@@ -33,6 +33,7 @@ _EQUAL = 1e-9
 # So many samples in a row that took so much less, or more, than the older ones predict: the engine is another one. A
 # busy engine is slower too, so that takes more samples.
 _QUICKER, _SLOWER = (5, 1 / 1.5), (8, 1.5)
+_AS_USUAL = 1.2
 _KNOWN_SIZE = 1.25  # a prediction is judged up to so much more than the longest of the older samples
 
 
@@ -158,6 +159,8 @@ def since_change(samples: Sequence[Sample]) -> int:
 
     `samples` are oldest first.
     """
+    if all(s.predicted and 1 / _AS_USUAL < s.seconds / s.predicted < _AS_USUAL for s in samples[-_SLOWER[0] :]):
+        return 0
     for count, ratio in (_QUICKER, _SLOWER):
         older, last = samples[:-count], samples[-count:]
         curve = fit(older)

@@ -2,8 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from gateway.store.prefill_curve import MIN_SAMPLES, PrefillCurve
 from gateway.store.sql import batches, marks
@@ -17,24 +16,40 @@ _CURVE_COLUMNS = (
 CURVE = f"SELECT {', '.join(_CURVE_COLUMNS)} FROM prefill_curves"
 
 
-@dataclass(slots=True)
-class Amount:
-    """What is added to an account of the ledger, in the order of its columns."""
+class Amount(NamedTuple):
+    """What an account of the ledger has, or is added to it, in the order of its columns."""
 
-    requests: int = 0
-    prompt_tokens: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    unpriced_tokens: int = 0
-    unpriced_squares: int = 0
-    unpriced_longest: int = 0
-    since: float = 0.0
+    requests: int
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    unpriced_tokens: int
+    unpriced_squares: int
+    unpriced_longest: int
+    since: float
+
+    def plus(self, other: "Amount") -> "Amount":
+        """The sum of two, since the first."""
+        return Amount(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.unpriced_tokens + other.unpriced_tokens,
+            self.unpriced_squares + other.unpriced_squares,
+            max(self.unpriced_longest, other.unpriced_longest),
+            self.since,
+        )
 
 
-_AMOUNTS = tuple(field.name for field in fields(Amount))
+_NOTHING = Amount(0, 0, 0, 0.0, 0, 0, 0, 0.0)
+_AMOUNTS = Amount._fields
 _SAVINGS = f"""SELECT {", ".join(f"s.{name}" for name in _AMOUNTS)}, {", ".join(f"c.{name}" for name in _CURVE_COLUMNS)}
     FROM savings s JOIN prefill_curves c ON c.id = s.curve WHERE s.tenant = ? AND s.kind = ?"""
 Entry = tuple[Amount, LearnedCurve]
+# A request is booked for its session, or for the rest if it has none. What windows have is a part of that.
+_EVERYTHING = "kind IN ('session', 'rest')"
+_SUMS = dict.fromkeys(_AMOUNTS, "sum") | {"unpriced_longest": "max", "since": "min"}
 
 
 def curve_of(row: Sequence[Any]) -> LearnedCurve:
@@ -46,13 +61,9 @@ def curve_of(row: Sequence[Any]) -> LearnedCurve:
 
 def total(entries: Iterable[Entry]) -> Saved:
     """What entries add up to."""
-    amounts, waiting, weighed, tokens_weighed = Amount(), "", 0.0, 0
+    amounts, waiting, weighed, tokens_weighed = _NOTHING, "", 0.0, 0
     for amount, learned in entries:
-        amounts.requests += amount.requests
-        amounts.prompt_tokens += amount.prompt_tokens
-        amounts.tokens += amount.tokens
-        amounts.seconds += amount.seconds
-        amounts.unpriced_tokens += amount.unpriced_tokens
+        amounts = amounts.plus(amount)
         if amount.unpriced_tokens:
             waiting = why_unknown(learned)
         if learned.error_share is not None:
@@ -97,15 +108,20 @@ def _entry(row: Sequence[Any]) -> Entry:
 
 def saved_by_source(db: sqlite3.Connection, tenant: str) -> dict[str, Saved]:
     """Return what was saved by each source, and by `all` of them."""
-    query = _SAVINGS.replace("SELECT", "SELECT s.source,", 1)
-    found = [(source, _entry(row)) for source, *row in db.execute(query, (tenant, "all"))]
+    sums = ", ".join(f"{how}({name}) AS {name}" for name, how in _SUMS.items())
+    curves = {one.id: one for one in prefill_curves(db)}
+    rows = db.execute(
+        f"SELECT source, curve, {sums} FROM savings WHERE tenant = ? AND {_EVERYTHING} GROUP BY source, curve",
+        (tenant,),
+    )
+    found = [(source, (Amount(*row), curves[curve])) for source, curve, *row in rows]
     by_source = {one: total(entry for source, entry in found if source == one) for one in get_args(Source)}
     return {"all": total(entry for _, entry in found), **by_source}
 
 
 def saved_since(db: sqlite3.Connection, tenant: str) -> float | None:
     """Return when the first request of a tenant was booked."""
-    (since,) = db.execute("SELECT min(since) FROM savings WHERE tenant = ? AND kind = 'all'", (tenant,)).fetchone()
+    (since,) = db.execute(f"SELECT min(since) FROM savings WHERE tenant = ? AND {_EVERYTHING}", (tenant,)).fetchone()
     return None if since is None else float(since)
 
 
@@ -126,7 +142,7 @@ def prefill_curves(db: sqlite3.Connection) -> list[LearnedCurve]:
 
 def saved_by_tenants(db: sqlite3.Connection) -> dict[str, tuple[int, float]]:
     """Return tokens and seconds saved by all tenants, by source."""
-    rows = db.execute("SELECT source, sum(tokens), sum(seconds) FROM savings WHERE kind = 'all' GROUP BY source")
+    rows = db.execute(f"SELECT source, sum(tokens), sum(seconds) FROM savings WHERE {_EVERYTHING} GROUP BY source")
     none: dict[str, tuple[int, float]] = dict.fromkeys(get_args(Source), (0, 0.0))
     return none | {source: (tokens, seconds) for source, tokens, seconds in rows}
 

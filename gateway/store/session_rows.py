@@ -104,7 +104,7 @@ def delete_session(db: sqlite3.Connection, tenant: str, session_id: str, *, idle
     db.execute("DELETE FROM sessions WHERE tenant = ? AND id = ?", (tenant, session_id))
     salt_rows.release(db, tenant, session_id, deleted.lineage)
     successor_rows.forget(db, tenant, session_id)
-    ledger_rows.forget(db, tenant, "session", session_id)
+    ledger_rows.forget_session(db, tenant, session_id)
     transcript_rows.release(db, deleted.transcript)
     transcript_rows.release(db, deleted.window_transcript)
     transcript_rows.release_content(db, deleted.frame)

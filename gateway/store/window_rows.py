@@ -161,7 +161,7 @@ def delete_window(
     if automatic_of is not None and name not in autofreeze_rows.auto_windows(db, tenant, automatic_of):
         return None
     db.execute("DELETE FROM windows WHERE tenant = ? AND name = ?", (tenant, name))
-    ledger_rows.forget(db, tenant, "window", name)
+    ledger_rows.forget_window(db, tenant, name)
     # The next window of this name is not the parent of what came from this one.
     db.execute("UPDATE windows SET parent = NULL WHERE tenant = ? AND parent = ?", (tenant, name))
     db.execute("UPDATE sessions SET window = NULL WHERE tenant = ? AND window = ?", (tenant, name))

@@ -1,5 +1,7 @@
 """What the cache has saved, from a client's turn to the ledger: booked once each, at every API, and over restarts."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import httpx
 
 from tests.support.cli import cwg
 from tests.support.fakes.engine import MODEL, FakeEngine
-from tests.support.gateway_process import Gateway, gateway_in_front_of
+from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
 
 
 def _stream(gateway: Gateway, session: str, text: str) -> None:
@@ -78,6 +80,38 @@ def test_a_curve_is_learned_and_survives_a_restart(engine: FakeEngine, tmp_path:
         assert {name: again[name] for name in ("total", "turns", "curves", "since", "sessions")} == {
             name: ledger[name] for name in ("total", "turns", "curves", "since", "sessions")
         }
+
+
+def test_sums_of_two_workers_are_those_of_their_answers_and_survive_a_kill(engine: FakeEngine, tmp_path: Path) -> None:
+    with gateway_in_front_of(engine.url, tmp_path, workers=2) as gateway:
+        _teach(gateway)
+        before = _ledger(gateway)["turns"]
+        with ThreadPoolExecutor(8) as clients:  # each on connections of its own, so both workers serve
+            usages = list(clients.map(lambda n: _ask(gateway, f"s{n % 5}", n), range(40)))
+        after = _ledger(gateway)["turns"]
+        assert after["requests"] - before["requests"] == 40
+        assert after["prompt_tokens"] - before["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in usages)
+        cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+        assert after["tokens"] - before["tokens"] == cached > 0
+        sessions = gateway.http.get("/admin/sessions").json()["sessions"]
+        assert sum(session["saved"]["tokens"] for session in sessions) == after["tokens"]
+        gateway.process.kill()
+        gateway.process.wait()
+        eventually(lambda: not _listens(gateway.port), "its workers end")
+        assert _ledger(gateway.start().wait())["turns"] == after
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _ask(gateway: Gateway, session: str, number: int) -> dict[str, Any]:
+    """A turn on a connection of its own; its usage."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"question {number % 3} " * 9}]}
+    answer = httpx.post(f"{gateway.url}/s/{session}/v1/chat/completions", json=body, timeout=60)
+    usage: dict[str, Any] = answer.raise_for_status().json()["usage"]
+    return usage
 
 
 def test_held_kv_is_counted_from_the_start(engine: FakeEngine, tmp_path: Path) -> None:
