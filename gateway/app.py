@@ -162,6 +162,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         telemetry.register_gauge("cwg_turns_unrecorded", lambda: recorder.unrecorded)
         services.background.spawn(run_sweeper(services), "sweeping")
         services.background.spawn(store.fill_in_titles(), "filling in titles")
+        services.background.spawn(store.keep_searchable(), "indexing messages")
         if released := await release_strays(services):
             log.warning("unpinned %d objects left by a freeze that was never committed", released)
         if problem := await windows_without_text(services):

@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from gateway.cli.connection import Word, call, completing, operation
-from gateway.cli.output import OUT, Result, Row, line, page, say, shortened, terminal_width
+from gateway.cli.output import OUT, Result, Row, line, page, say, shortened, table, terminal_width
 from gateway.cli.units import ago, size, until
 
 _STYLE = {"window": "bold cyan", "session": "green"}
@@ -27,7 +27,7 @@ def _paged(command: Callable[..., Result]) -> Callable[..., Result]:
 @operation
 @click.option("--tag", "tags", multiple=True, help="only windows with this tag; with all of them if repeated")
 @click.option("--no-auto", is_flag=True, help="no windows that were frozen automatically (tag auto)")
-@click.option("--search", help="only windows with this text in name or description")
+@click.option("--search", help="only windows with this text in name, description, tags or messages")
 @click.option(
     "--session", "session_id", shell_complete=completing("session"), help="only windows frozen from this session"
 )
@@ -57,6 +57,7 @@ def _window(window: Mapping[str, Any]) -> Row:
         "created": ago(window["created_at"], now),
         "expires": "expired" if window["state"] == "expired" else until(expires, now),
         "tags": window["tags"],
+        "found in": _place(window["match"]) if "match" in window else "",
         "title": _title(window),
     }
 
@@ -88,6 +89,44 @@ def _sessions(found: list[Mapping[str, Any]]) -> list[Row]:
         }
         for one in found
     ]
+
+
+@operation
+@click.argument("query")
+@click.option("--limit", type=int, default=20, show_default=True, help="maximum number of results, up to 100")
+def search(query: str, limit: int) -> Result:
+    """Find windows and sessions by what was said in them, best match first."""
+    answer = call("GET", "/admin/search", query={"q": query, "limit": limit})
+
+    def show() -> None:
+        if answer["results"] and not answer["all_words"]:
+            say("nothing has all of these words; these have some", err=True)
+        table(list(map(_result, answer["results"])), varying=("model",), note="found in")
+        if not answer["results"]:
+            say("nothing found", err=True)
+        elif answer["truncated"]:
+            say("there may be more; --limit", err=True)
+
+    return Result(answer, then=show)
+
+
+def _result(one: Mapping[str, Any]) -> Row:
+    return {
+        "name": one["name"],
+        "kind": one["kind"],
+        "state": one["state"],
+        "model": one["model"],
+        "tokens": f"{one['token_count']:,}",
+        "created": ago(one["created_at"], time.time()),
+        "title": shortened(one["title"], _TITLE_CELLS),
+        "found in": _place(one["match"]),
+    }
+
+
+def _place(match: Mapping[str, Any]) -> str:
+    """Where a text was found: `message 3, user: "... what we agreed ..."`."""
+    place = match["field"] if match["message"] is None else f"message {match['message']}, {match['role']}"
+    return f"{place}: {match['snippet']}"
 
 
 def _title(one: Mapping[str, Any]) -> str:
@@ -147,4 +186,4 @@ def _origin(node: Mapping[str, Any]) -> str:
     return f", from {missing['kind']} {missing['name']} (not shown)" if missing else ""
 
 
-COMMANDS = (list_, sessions, tree)
+COMMANDS = (list_, search, sessions, tree)

@@ -1,6 +1,7 @@
 """Commands that create windows or use them."""
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 
 from gateway.cli import receipts
 from gateway.cli.connection import Word, base_url, call, completing, operation, watched, window, window_path
-from gateway.cli.output import Result, filled, say, say_messages, table
+from gateway.cli.output import Result, filled, line, say, say_messages, table
 from gateway.cli.units import at, counted, took
 
 _LONGEST_STEM = 112  # of a window's name of 128 characters, so that the time has room
@@ -114,26 +115,54 @@ def describe(
 
 
 @operation
-@window
-@click.argument("question")
+@click.argument("name", shell_complete=completing("window"))
+@click.argument("question", required=False)
+@click.option("--any", "ask_any", is_flag=True, help="no NAME: ask the windows that match the question best")
+@click.option("--search", help="with --any: find the windows by this text, not by the question")
+@click.option("--windows", "max_windows", type=int, help="with --any: how many windows to ask; default 3")
+@click.option("--timeout", "timeout_seconds", type=int, help="with --any: seconds to wait for all answers; default 120")
 @_max_tokens
-def ask(name: str, question: str, max_tokens: int | None) -> Result:
-    """Ask the window NAME a QUESTION; nothing is changed or kept."""
+def ask(name: str, question: str | None, ask_any: bool, max_tokens: int | None, **options: Any) -> Result:
+    """Ask the window NAME a QUESTION; nothing is changed or kept.
+
+    With --any, `cwg ask --any QUESTION` asks the windows that match the question best.
+    """
+    if ask_any:
+        if question is not None:
+            raise click.UsageError("--any takes only a question: leave NAME out, and put the question in quotes")
+        return _ask_any({"question": name, "max_tokens": max_tokens, **options})
+    if question is None or any(value is not None for value in options.values()):
+        raise click.UsageError("give NAME and QUESTION, or --any and a question, which has its options")
     answer = watched(window_path(name, "ask"), {"question": question, "max_tokens": max_tokens})
-    receipt = answer["receipt"]
-    cached = "?" if receipt["cached_tokens"] is None else receipt["cached_tokens"]
+    return Result(answer, then=lambda: _say_answer(answer))
+
+
+def _ask_any(body: Mapping[str, Any]) -> Result:
+    answer = watched("/admin/ask", body)
 
     def show() -> None:
-        say(answer["answer"])
-        say(
-            f"{receipt['prompt_tokens']} tokens, {cached} from the cache; {receipt['completion_tokens']} of answer "
-            f"({answer['finish_reason']}); {took(receipt['duration_ms'])}",
-            err=True,
-        )
-        if receipt["saved"]:
-            say(receipts.saved(receipt["saved"], receipt["duration_ms"]), err=True)
+        for one in answer["answers"]:
+            say(f"{line(one['window_name'])}: {line(one['title'] or '')}".rstrip(": "))
+            if one["error"]:
+                say(f"error: {one['error']['message']}", err=True)
+            else:
+                _say_answer(one)
+            say("")
 
-    return Result(answer, then=show)
+    return Result(answer, then=show, ok=any(one["error"] is None for one in answer["answers"]))
+
+
+def _say_answer(answer: Mapping[str, Any]) -> None:
+    receipt = answer["receipt"]
+    cached = "?" if receipt["cached_tokens"] is None else receipt["cached_tokens"]
+    say(answer["answer"])
+    say(
+        f"{receipt['prompt_tokens']} tokens, {cached} from the cache; {receipt['completion_tokens']} of answer "
+        f"({answer['finish_reason']}); {took(receipt['duration_ms'])}",
+        err=True,
+    )
+    if receipt["saved"]:
+        say(receipts.saved(receipt["saved"], receipt["duration_ms"]), err=True)
 
 
 @operation

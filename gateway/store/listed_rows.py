@@ -4,6 +4,7 @@ The caller owns the transaction.
 """
 
 import sqlite3
+from collections.abc import Sequence
 from typing import Any
 
 from gateway.records import Session, Sizes, Window
@@ -11,9 +12,11 @@ from gateway.store import manifest_rows, savings_rows, session_rows, window_rows
 from gateway.store.types import Saved, WindowQuery
 
 
-def listed_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[list[tuple[Window, Saved]], int]:
-    """Return one page of windows, each with what it has saved, and how many match."""
-    page, total = window_rows.list_windows(db, tenant, query)
+def listed_windows(
+    db: sqlite3.Connection, tenant: str, query: WindowQuery, found: Sequence[str] = ()
+) -> tuple[list[tuple[Window, Saved]], int]:
+    """Return one page of windows (`window_rows.list_windows`), each with what it has saved, and how many match."""
+    page, total = window_rows.list_windows(db, tenant, query, found)
     saved = savings_rows.saved(db, tenant, "window", [window.name for window in page])
     return [(window, saved[window.name]) for window in page], total
 

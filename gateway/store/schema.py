@@ -305,9 +305,12 @@ _M018 = (
 # Requests are booked once, for their session or for the rest: all of them are added up when somebody asks.
 _M019 = ("DELETE FROM savings WHERE kind = 'all'",)
 
+# The messages that are in the index of words (`gateway.store.search_index`). Those that are here are indexed later.
+_M020 = ("CREATE TABLE searchable (number INTEGER PRIMARY KEY AUTOINCREMENT, content BLOB NOT NULL UNIQUE)",)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
-    _M017, _M018, _M019,
+    _M017, _M018, _M019, _M020,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway.errors import StartError
+from gateway.store import search_index
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
 from gateway.store.database import Work
 from gateway.store.failures import RESCUE, is_damage, primary_code, read_failure
@@ -71,6 +72,7 @@ class SqliteStore(Store):
         self._path.touch(mode=0o600)
         self._inline = _connect(self._path)
         migrate(self._inline)
+        search_index.prepare(self._inline)
         (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
         self._slow = _connect(self._path)
 

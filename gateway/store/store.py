@@ -4,6 +4,7 @@ Names of sessions and windows are unique within a tenant. A database is a subcla
 (`gateway.store.sqlite`); if its SQL has to differ, it overrides that operation.
 """
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from gateway.store import (
     response_rows,
     salt_rows,
     savings_rows,
+    search_index,
+    search_rows,
     session_rows,
     successor_rows,
     text_rows,
@@ -29,6 +32,9 @@ from gateway.store.sql import set_meta
 from gateway.store.types import TurnRecord
 
 _FORGET_BATCH = 50  # sessions; finished turns wait for the writer meanwhile
+_INDEXED_AT_ONCE = 100  # messages, likewise
+_BETWEEN_S = 0.05  # two batches, so that the turns that wait are recorded first
+_GATHER_S = 1.0  # how long turns are gathered before they are indexed
 _TITLES_BATCH = 20  # sessions or windows, likewise
 
 
@@ -38,6 +44,7 @@ class Store(Database):
     def __init__(self, *, turns_kept: int, responses_kept: int) -> None:
         self._turns_kept = turns_kept
         self._responses_kept = responses_kept
+        self._recorded = asyncio.Event()
 
     # Sessions and their turns.
 
@@ -70,6 +77,7 @@ class Store(Database):
             ledger_rows.record(db, records)
 
         await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS)
+        self._recorded.set()
 
     async def forget_idle(self, keep: int) -> int:
         """Delete the sessions beyond `keep` that have been idle longest; return how many."""
@@ -123,6 +131,24 @@ class Store(Database):
     expired_windows = read(window_rows.expired_windows)
     windows_without_text = read(text_rows.windows_without_text)
     window_counts = read(window_rows.window_counts)
+
+    # Full-text search.
+
+    search_windows = read(search_rows.search_windows)
+    search = read(search_rows.search)
+    best_windows = read(search_rows.best_windows)
+
+    async def keep_searchable(self) -> None:
+        """Index messages soon after they are recorded, until it is cancelled. Several processes may do so at once."""
+        while True:
+            if await self._index_some(_INDEXED_AT_ONCE):
+                await asyncio.sleep(_BETWEEN_S)
+                continue
+            await self._recorded.wait()
+            await asyncio.sleep(_GATHER_S)
+            self._recorded.clear()
+
+    _index_some = write(search_index.index_some)
 
     # The KV objects that windows hold.
 

@@ -8,6 +8,7 @@ import orjson
 from blake3 import blake3
 
 from gateway.records import Message
+from gateway.store import search_index
 
 _ID_BYTES = 16
 _KEPT_BYTES = 2**20  # of a transcript that is being stored
@@ -105,6 +106,7 @@ def release(db: sqlite3.Connection, transcript: bytes | None) -> None:
 def release_content(db: sqlite3.Connection, content_id: bytes | None) -> None:
     """Delete a content unless something refers to it."""
     if content_id is not None and not _is_referenced(db, _CONTENT_HOLDERS, content_id):
+        search_index.remove(db, content_id)
         db.execute("DELETE FROM contents WHERE id = ?", (content_id,))
 
 

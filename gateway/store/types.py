@@ -22,8 +22,21 @@ SORT_COLUMNS = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """Where a search found something: `name`, `description`, `tag` or `message`, and the text around it.
+
+    `message` is the place of the message in the text, from 0, and `role` whose it is.
+    """
+
+    field: str
+    snippet: str
+    message: int | None = None
+    role: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WindowQuery:
-    """What `list_windows` filters and sorts by. Tags are ANDed; `search` looks in name and description."""
+    """What `list_windows` filters and sorts by. Tags are ANDed; `search` looks in name, description and tags."""
 
     tags: tuple[str, ...] = ()
     without_tags: tuple[str, ...] = ()

@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from gateway.records import Manifest, Window
+from gateway.dialects.search_text import Search
+from gateway.records import TAG, Manifest, Window
 from gateway.store import autofreeze_rows, ledger_rows, manifest_rows, salt_rows, transcript_rows
 from gateway.store.sql import marks
 from gateway.store.types import SORT_COLUMNS, Released, WindowQuery
@@ -20,6 +21,7 @@ _TAGGED = "name IN (SELECT name FROM window_tags WHERE tenant = ? AND tag = ?)"
 _TAGGED_TOO = "EXISTS (SELECT 1 FROM window_tags t WHERE t.tenant = ? AND t.tag = ? AND t.name = windows.name)"
 # So many windows of a tag are sorted faster than found in an index that has thousands of others (10,000 windows).
 _FEW = 500
+_LIKE = "{} LIKE ? ESCAPE '\\'"
 _WILD, _ESCAPED = re.compile(r"[%_\\]"), r"\\\g<0>"
 
 
@@ -37,9 +39,11 @@ def window(db: sqlite3.Connection, tenant: str, name: str) -> Window | None:
     return _window(row) if row else None
 
 
-def list_windows(db: sqlite3.Connection, tenant: str, query: WindowQuery) -> tuple[list[Window], int]:
-    """Return one page of windows, and how many match."""
-    where, values = _where(tenant, query)
+def list_windows(
+    db: sqlite3.Connection, tenant: str, query: WindowQuery, found: Sequence[str] = ()
+) -> tuple[list[Window], int]:
+    """Return one page of windows, and how many match. `found`: windows that have `query.search` in their text."""
+    where, values = _where(tenant, query, found)
     tags = _rarest_first(db, tenant, query.tags)
     # The rarest tag selects the windows, the others only filter them.
     tagged = [_TAGGED_TOO if rank else _TAGGED for rank in range(len(tags))]
@@ -65,7 +69,7 @@ def _order(query: WindowQuery, *, few: bool) -> str:
     return f"{plus}{column} DESC, name" if query.descending else f"{plus}{column}, name DESC"
 
 
-def _where(tenant: str, query: WindowQuery) -> tuple[list[str], list[object]]:
+def _where(tenant: str, query: WindowQuery, found: Sequence[str]) -> tuple[list[str], list[object]]:
     """The conditions on a window's own row, the tenant first."""
     terms: list[tuple[str, Sequence[object]]] = [("tenant = ?", [tenant])]
     if query.model is not None:
@@ -77,10 +81,30 @@ def _where(tenant: str, query: WindowQuery) -> tuple[list[str], list[object]]:
     if query.created_before is not None:
         terms.append(("created_at < ?", [query.created_before]))
     if query.search is not None:
-        pattern = f"%{_WILD.sub(_ESCAPED, query.search)}%"
-        terms.append(("(name LIKE ? ESCAPE '\\' OR description LIKE ? ESCAPE '\\')", [pattern, pattern]))
+        described, arguments = _described(Search(query.search))
+        names = "name IN (SELECT value FROM json_each(?))"
+        terms.append((f"({described} OR {names})", [*arguments, orjson.dumps(found).decode()]))
     terms += [(f"NOT {_TAGGED_TOO}", [tenant, tag]) for tag in query.without_tags]
     return [term for term, _ in terms], [value for _, values in terms for value in values]
+
+
+def _described(search: Search) -> tuple[str, list[str]]:
+    """The condition that a window's name, description and tags have the words of a search, and its arguments."""
+    terms, values = [], []
+    for word in search.typed:
+        columns = ("name", "description", "tags") if TAG.fullmatch(word) else ("name", "description")
+        terms.append(f"({' OR '.join(_LIKE.format(column) for column in columns)})")
+        values += [f"%{_WILD.sub(_ESCAPED, word)}%"] * len(columns)
+    return f"({(' AND ' if search.every else ' OR ').join(terms)})" if terms else "1", values
+
+
+def described(db: sqlite3.Connection, tenant: str, search: Search, limit: int) -> list[Window]:
+    """Return windows that have the words of a search in name, description or tags, newest first."""
+    condition, values = _described(search)
+    rows = db.execute(
+        f"{_WINDOW} WHERE tenant = ? AND {condition} ORDER BY created_at DESC, name LIMIT ?", (tenant, *values, limit)
+    )
+    return [_window(row) for row in rows]
 
 
 def _rarest_first(db: sqlite3.Connection, tenant: str, tags: Iterable[str]) -> list[tuple[int, str]]:

@@ -32,6 +32,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "export": "export kickoff kickoff.cwg",
         "import": "import kickoff.cwg --name kickoff-again",
         "list": "list --tag planning --no-auto --sort size --created-after 2026-11-01",
+        "search": "search 'billing by the hour' --limit 5",
         "sessions": "sessions --state active --limit 50",
         "tree": "tree --limit 100",
         "status": "status kickoff --blocks",

@@ -17,6 +17,7 @@ from gateway.api.admin import (
     ledger,
     metrics,
     openapi,
+    search,
     serializers,
     windows,
 )
@@ -85,18 +86,6 @@ async def freeze_session(call: Call, body: requests.FreezeRequest) -> responses.
     naming = freeze.Naming(body.window_name, body.description, body.tags, body.ttl_seconds)
     window, warnings = await freeze.freeze(call.context, body.session_id, naming)
     return responses.Frozen(**serializers.window_fields(window, call.now), warnings=list(warnings))
-
-
-@operation("GET", "/admin/windows")
-async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Windows:
-    """List windows, newest first unless sorted otherwise."""
-    filters = query.model_dump(exclude_none=True, exclude={"sort_order"})
-    wanted = WindowQuery(**filters, descending=query.sort_order == "desc")
-    page, total = await call.services.store.listed_windows(call.tenant, wanted)
-    lines = [{**serializers.window_line_fields(w, call.now), "saved": saved} for w, saved in page]
-    return responses.Windows.model_validate(
-        {"windows": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
-    )
 
 
 @operation("GET", "/admin/windows/{name}", answer=responses.WindowStatus)
@@ -227,7 +216,7 @@ OPERATIONS = (
     current_session.current_session,
     delete_session,
     freeze_session,
-    list_windows,
+    *search.OPERATIONS,
     window_status,
     delete_window,
     thaw_window,

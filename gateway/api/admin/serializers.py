@@ -9,6 +9,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.memory import MEMORY_TIER
 from gateway.records import PinnedObject, Session, Sizes, Turn, Window
 from gateway.store.types import Saved
+from gateway.windows.ask import Answer
 
 Present = Mapping[str, set[str]]  # the objects that LMCache finds in each tier
 _NEARLY_FULL = 0.95  # of the context limit
@@ -89,6 +90,21 @@ def turn(t: Turn) -> responses.Turn:
         estimated_tokens=t.estimated_tokens,
         expected_cached_tokens=t.expected_tokens,
         miss=t.miss or None,
+    )
+
+
+def ask_receipt(answer: Answer) -> responses.AskReceipt:
+    """What an answer cost."""
+    return responses.AskReceipt(
+        prompt_tokens=answer.usage.prompt,
+        cached_tokens=answer.usage.cached,
+        computed_tokens=answer.computed_tokens,
+        completion_tokens=answer.usage.completion,
+        chunks_expected=answer.restored.chunks_expected,
+        chunks_found=answer.restored.chunks_found,
+        partial=answer.restored.partial,
+        duration_ms=answer.duration_ms,
+        saved=saved(answer.saved) if answer.saved else None,
     )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from gateway.api.admin import serializers
-from gateway.api.admin.models import requests, responses
+from gateway.api.admin.models import lineage, requests, responses
 from gateway.api.endpoint import Call
 from gateway.api.operation import ENGINE, operation
 from gateway.api.schemas import Json
@@ -34,17 +34,7 @@ async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answere
         answer=answer.text,
         reasoning=answer.reasoning,
         finish_reason=answer.finish_reason,
-        receipt=responses.AskReceipt(
-            prompt_tokens=answer.usage.prompt,
-            cached_tokens=answer.usage.cached,
-            computed_tokens=answer.computed_tokens,
-            completion_tokens=answer.usage.completion,
-            chunks_expected=answer.restored.chunks_expected,
-            chunks_found=answer.restored.chunks_found,
-            partial=answer.restored.partial,
-            duration_ms=answer.duration_ms,
-            saved=serializers.saved(answer.saved) if answer.saved else None,
-        ),
+        receipt=serializers.ask_receipt(answer),
         warnings=list(answer.restored.warnings),
     )
 
@@ -84,7 +74,7 @@ async def fan_out_window(call: Call, body: requests.FanoutRequest) -> responses.
     )
 
 
-@operation("GET", "/admin/tree", answer=responses.Tree)
+@operation("GET", "/admin/tree", answer=lineage.Tree)
 async def show_tree(call: Call, query: requests.TreeQuery) -> Json:
     """Which window and which session came from which."""
     found = await tree.tree(call.services, call.tenant, query.limit)

@@ -13,6 +13,7 @@ from gateway.api.admin.models.requests import Flag, SessionId, WindowName
 from gateway.api.health import COMPONENTS
 from gateway.api.mcp.admin_request import Json
 from gateway.api.requests import Reads, Request, names_of, read
+from gateway.dialects.search_text import MAX_SEARCH
 from gateway.errors import GatewayError
 from gateway.records import SessionState
 from gateway.store.types import SORT_COLUMNS
@@ -123,8 +124,9 @@ class Thaw(requests.ThawRequest, Window):
     )
 
 
-class Ask(requests.AskRequest, Window):
-    pass
+class Ask(requests.AskAnyRequest, requests.AskRequest):
+    window_name: WindowName | None = Field(None, description="which window; without it, those that match best")
+    question: requests.Question = Field(description="what to ask; a window knows nothing later")
 
 
 class Clone(requests.CloneRequest):
@@ -144,6 +146,13 @@ class WindowList(requests.WindowFilters):
     sort_by: Annotated[str, Reads(_one_of(*SORT_COLUMNS, size_bytes="size", total_size_bytes="size"))] = Field(
         "created_at", description="what to sort by"
     )
+
+
+class Search(Request):
+    q: Annotated[str, Reads(fields.non_blank(MAX_SEARCH))] = Field(
+        validation_alias=AliasChoices("query", "q"), description="what to look for, literally"
+    )
+    limit: Annotated[int, Reads(fields.whole(1, 100))] = Field(20, description="how many to return")
 
 
 class Status(requests.StatusQuery):

@@ -17,6 +17,7 @@ from gateway.records import check_window_name
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _READS = (  # routes that change nothing, but for those with GET
+    "POST /admin/ask",
     "POST /admin/policies/check",
     "POST /admin/windows/{window_name}/ask",
     "POST /admin/windows/{window_name}/verify",

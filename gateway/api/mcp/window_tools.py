@@ -1,10 +1,27 @@
 """The MCP tools that create, use and change windows: a table over the admin API, which has all the rules."""
 
-from gateway.api.admin.models import responses
+from urllib.parse import quote
+
+from gateway.api.admin.models import lineage, responses, searches
 from gateway.api.mcp import answers, arguments, old_fields
+from gateway.api.mcp.admin_request import AdminRequest, Json
 from gateway.api.mcp.tool import About, Tool
+from gateway.errors import GatewayError
 
 _BY_NAME = "POST /admin/windows/{window_name}"
+
+
+def _ask_request(given: Json) -> AdminRequest:
+    """To a window, or to those that match best."""
+    name = given.pop("window_name", None)
+    if name is None:
+        return AdminRequest("POST", "/admin/ask", body=given)
+    for other in ("search", "max_windows", "timeout_seconds"):
+        if other in given:
+            message = f"{other} is for asking without window_name"
+            raise GatewayError("invalid_request", message, hint="omit one of them", details={"field": other})
+    return AdminRequest("POST", f"/admin/windows/{quote(name, safe='')}/ask", body=given)
+
 
 _CREATING = (
     Tool(
@@ -38,16 +55,20 @@ _CREATING = (
     ),
     Tool(
         "window_ask",
-        (f"{_BY_NAME}/ask",),
+        (f"{_BY_NAME}/ask", "POST /admin/ask"),
         About(
-            "Ask a frozen window a question: the model answers with that whole context. Nothing of it is kept",
+            "Ask a frozen window a question: the model answers with that whole context. Nothing of it is kept. Without "
+            "`window_name` the windows that match best are asked",
             "to consult a past self or another agent's work without loading that context into your own",
             "computing the question and the answer; the window's own tokens come from its KV, as `cached_tokens` "
             "shows. Up to `max_tokens` of answer",
-            "the `answer`, its `finish_reason` (`length`: it was cut), and a `receipt`",
+            "the `answer`, its `finish_reason` (`length`: it was cut), and a `receipt`; without `window_name` these in "
+            "`answers`",
         ),
         arguments.Ask,
-        (responses.Answered,),
+        (responses.Answered, searches.AnsweredByAny),
+        brief=("answers",),
+        request_of=_ask_request,
     ),
     Tool(
         "window_clone",
@@ -92,6 +113,19 @@ _READING = (
         shape=old_fields.windows,
     ),
     Tool(
+        "window_search",
+        ("GET /admin/search",),
+        About(
+            "Look for a text in everything that windows and sessions hold, the best match first",
+            "when something was said or decided before, and you do not know where",
+            "cheap, no tokens of the engine; some 150 tokens for each result, so set `limit`",
+            "`results`, each with its name, its title, the place that matched and the text there; `all_words` false: "
+            "nothing has all of the words",
+        ),
+        arguments.Search,
+        (searches.SearchResults,),
+    ),
+    Tool(
         "window_status",
         ("GET /admin/windows/{window_name}", "GET /admin/sessions/{session_id}"),
         About(
@@ -117,7 +151,7 @@ _READING = (
             "`nodes`, oldest first, each with its `parent` and the `relation` to it; `truncated` where there are more",
         ),
         arguments.Tree,
-        (responses.Tree,),
+        (lineage.Tree,),
         always=frozenset({"limit"}),
     ),
     Tool(

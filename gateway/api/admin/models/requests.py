@@ -7,11 +7,12 @@ from pydantic import Field, create_model
 from gateway.api.admin.models.responses import absent
 from gateway.api.health import COMPONENTS
 from gateway.api.requests import Body, Changes, Query, Reads
+from gateway.dialects.search_text import MAX_SEARCH
 from gateway.records import MAX_MODEL, SessionState
 from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
 from gateway.validation.fields import or_null
-from gateway.windows import ask, thaw, tree
+from gateway.windows import ask, ask_any, thaw, tree
 from gateway.windows.autofreeze import rules
 
 SessionId = Annotated[str, Reads(fields.session_id)]
@@ -47,8 +48,9 @@ class WindowFilters(_Page):
     tags: Tags | None = Field(None, description="only with all of these tags")
     model: ModelName | None = None
     session_id: SessionId | None = Field(None, description="only frozen from this session")
-    search: Annotated[str, Reads(fields.text(200))] | None = Field(
-        None, description="only with this text in name or description"
+    search: Annotated[str, Reads(fields.text(MAX_SEARCH))] | None = Field(
+        None,
+        description="only with this text in name, description, tags or messages; each word may be part of a longer one",
     )
     sort_order: Annotated[str, Reads(fields.one_of("asc", "desc"))] = Field("desc", description="direction")
 
@@ -58,6 +60,11 @@ class WindowsQuery(WindowFilters):
     created_after: Moment | None = None
     created_before: Moment | None = None
     sort_by: Annotated[str, Reads(fields.one_of(*SORT_COLUMNS))] = "created_at"
+
+
+class SearchQuery(Query):
+    q: Annotated[str, Reads(fields.non_blank(MAX_SEARCH))] = Field(description="what to look for, literally")
+    limit: Annotated[int, Reads(fields.whole(1, 100))] = Field(20, description="how many to return")
 
 
 class StatusQuery(Query):
@@ -126,6 +133,20 @@ class VerifyRequest(Body):
 class AskRequest(Body):
     question: Question = Field(description="what to ask; the window knows nothing later")
     max_tokens: MaxTokens | None = None
+
+
+class AskAnyRequest(Body):
+    question: Question = Field(description="what to ask; the windows that match it best are asked")
+    search: Annotated[str, Reads(fields.non_blank(MAX_SEARCH))] | None = Field(
+        None, description="what to find the windows by; the question if not given"
+    )
+    max_windows: Annotated[int, Reads(fields.whole(1, ask_any.MAX_WINDOWS))] = Field(
+        ask_any.DEFAULT_WINDOWS, description="how many windows to ask"
+    )
+    max_tokens: MaxTokens | None = None
+    timeout_seconds: Annotated[int, Reads(fields.whole(1, ask_any.MAX_TIMEOUT_S))] = Field(
+        ask_any.DEFAULT_TIMEOUT_S, description="how long to wait for the answers"
+    )
 
 
 class FanoutRequest(Body):

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from gateway.api.schemas import Json
 from gateway.records import KvState, Outcome, SessionState
-from gateway.windows.tree import Kind, Relation
 
 Number = Annotated[int | float, WithJsonSchema({"type": "number"})]  # an int stays one
 Moment = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
@@ -73,6 +72,15 @@ class WindowLine(Answer):
     expires_at: Moment | None
 
 
+class Match(Answer):
+    """where the text was found"""
+
+    field: Literal["name", "description", "tag", "message"]
+    message: int | None = Field(description="its place in the text, from 0")
+    role: str | None
+    snippet: str = Field(description="the text around it")
+
+
 class Window(WindowLine):
     block_count: int
     receipt: Json = Field(description="as measured when it was frozen or imported")
@@ -80,10 +88,12 @@ class Window(WindowLine):
 
 class ListedWindow(WindowLine):
     saved: Saved
+    match: Match = absent()
 
 
 class Windows(Page):
     windows: list[ListedWindow]
+    truncated: Annotated[bool, Field(description="more match than were looked at: only the newest messages")] = absent()
 
 
 class Frozen(Window):
@@ -307,30 +317,6 @@ class Verified(Answer):
     warnings: Warnings
     duration_ms: Number
     deep: list[Replay] | None
-
-
-class NodeName(Answer):
-    kind: Kind
-    name: str
-
-
-class Node(NodeName):
-    title: str | None
-    state: str
-    model: str
-    token_count: int
-    created_at: Moment
-    parent: NodeName | None
-    relation: Relation | None
-    missing_parent: NodeName = absent()
-
-
-class Tree(Answer):
-    nodes: list[Node] = Field(description="oldest first")
-    windows: int
-    sessions: int
-    truncated: bool
-    limit: int
 
 
 class SessionLine(Answer):

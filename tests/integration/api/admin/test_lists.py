@@ -152,7 +152,7 @@ def test_paging_out_of_bounds_is_refused_not_clamped(gateway: Gateway, path: str
         "tags=a%0a",
         f"tags={'t' * 65}",
         "tags=" + ",".join(f"t{n}" for n in range(21)),
-        f"search={'x' * 201}",
+        f"search={'x' * 10_001}",
         "search=%00",
         f"model={'m' * 501}",
         "created_after=2026-01-01&created_after=2026-01-01",

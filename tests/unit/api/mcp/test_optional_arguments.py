@@ -13,6 +13,7 @@ from gateway.errors import GatewayError
 
 _NEEDED: dict[str, Any] = {
     "session_id": "s", "window_name": "w", "source_window": "w", "target_window": "c", "question": "?", "count": 2,
+    "query": "x",
 }  # fmt: skip
 _VALUES: list[Any] = [{"a": 1}, [{"a": 1}], True, 7, 0.5, "x"]
 
