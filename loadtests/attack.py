@@ -17,6 +17,7 @@ from pathlib import Path
 
 from loadtests import (
     attack_access,
+    attack_cache,
     attack_clients,
     attack_dependencies,
     attack_http,
@@ -38,6 +39,7 @@ _MODULES = (
     attack_races,
     attack_storage,
     attack_dependencies,
+    attack_cache,
     attack_processes,
     attack_load,
     attack_stack,

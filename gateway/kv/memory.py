@@ -100,5 +100,7 @@ class MemoryRecord:
         seen = self._seen.get((manifest, salt))
         if seen is None or now is None or now.process != seen.before.process:
             return None
+        if now.came < seen.before.came or now.left < seen.before.left:  # no counter shrinks: lines are missing
+            return None
         unchanged = now.left == seen.before.left if seen.is_there else now.came == seen.before.came
         return seen.is_there if unchanged else None

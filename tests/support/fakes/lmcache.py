@@ -8,6 +8,7 @@ The bytes of an object are other ones each time it is computed, as floats of ano
 import json
 import random
 import secrets
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +214,11 @@ def _salt(file_name: str) -> str:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     cache: FakeLMCache
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that has disconnected."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

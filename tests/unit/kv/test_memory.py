@@ -51,6 +51,15 @@ def test_usage_is_summed_over_all_levels() -> None:
     assert MemoryUse.read({"chunk_size": 64}) is None
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_counters_that_shrink_tell_nothing(is_there: bool) -> None:
+    record, before = MemoryRecord(), Moves("p", 5, 3)
+    record.remember("m", "s", before, is_there=is_there)
+    assert record.is_there("m", "s", before) is is_there
+    assert record.is_there("m", "s", Moves("p", 4, 3)) is None
+    assert record.is_there("m", "s", Moves("p", 5, 0)) is None
+
+
 def test_record_is_bounded() -> None:
     record, counted = MemoryRecord(), Moves("p", 0, 0)
     for number in range(1001):
