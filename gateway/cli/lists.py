@@ -175,7 +175,7 @@ def _label(node: Mapping[str, Any], title: str | None) -> Text:
     kind = node["kind"]
     state = f"kv {node['state']}" if kind == "window" else node["state"]
     text = f"  {kind}, {state}, {node['token_count']:,} tokens{_origin(node)}"
-    below = f"\n{shortened(title, _TITLE_CELLS)}" if title else ""
+    below = f"\n  {shortened(title, _TITLE_CELLS)}" if title else ""
     return Text.assemble((node["name"], _STYLE[kind]), (text, "dim"), below)
 
 

@@ -189,7 +189,7 @@ def test_tree_names_a_parent_that_is_not_shown(engine: FakeEngine, tmp_path: Pat
         lines = ended.stdout.splitlines()
         assert "branch  session" in lines[0]
         assert lines[0].endswith(", from window first (not shown)")
-        assert lines[1] == "hi"
+        assert lines[1] == "  hi"
         assert lines[2].endswith(", from session root (not shown)")
         assert ended.stderr == "more than 1: 2 windows, 2 sessions; --limit\n"
         nodes = json.loads(cwg("tree", "--json", url=own.url).stdout)["nodes"]
