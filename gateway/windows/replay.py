@@ -19,7 +19,7 @@ from typing import Any
 
 from gateway.dialects.base import engine_token_counts
 from gateway.engines.client import EngineClient, Model
-from gateway.errors import no_cache
+from gateway.errors import GatewayError, no_cache
 from gateway.kv.keys import ObjectKey, with_salt
 from gateway.kv.tiers.base import Tier
 from gateway.records import Manifest, PinnedObject, Window
@@ -144,15 +144,21 @@ async def _continue_from_tier(
 
 
 def _read(answer: dict[str, Any]) -> Continuation:
-    choice, usage = answer["choices"][0], engine_token_counts(answer.get("usage"))
-    return Continuation(
-        choice["token_ids"],
-        choice["logprobs"]["tokens"],
-        choice["logprobs"]["token_logprobs"],
-        choice["logprobs"]["top_logprobs"],
-        usage.prompt if usage else 0,
-        usage.cached if usage else None,
-    )
+    """Read a completion. Raises `internal` if it lacks what was asked for, as it may from another engine than vLLM."""
+    usage = engine_token_counts(answer.get("usage"))
+    try:
+        choice = answer["choices"][0]
+        return Continuation(
+            choice["token_ids"],
+            choice["logprobs"]["tokens"],
+            choice["logprobs"]["token_logprobs"],
+            choice["logprobs"]["top_logprobs"],
+            usage.prompt if usage else 0,
+            usage.cached if usage else None,
+        )
+    except (IndexError, KeyError, TypeError) as error:
+        message = "the engine's completion has no token ids or no log probabilities: nothing can be compared"
+        raise GatewayError("internal", message, hint="a deep verification needs vLLM 0.32 or later") from error
 
 
 def compare_continuations(tier: str, expected: Continuation, actual: Continuation, cached: int) -> Replay:

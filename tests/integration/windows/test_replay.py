@@ -1,7 +1,10 @@
 """Deep verification and eviction without a real engine: what is exposed, compared and cleaned up."""
 
+from typing import Any
+
 import pytest
 
+from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
 from gateway.windows.prefetch_evict import Residency, evict
 from gateway.windows.verify import verify
@@ -64,6 +67,16 @@ async def test_deep_verify_uses_each_tiers_own_bytes(harness: GatewayHarness) ->
     harness.redis.client.delete(pin)
     (_, redis) = (await verify(harness.ctx, "w", deep=True)).deep or ((), ())
     assert (redis.equal, redis.cached_tokens, redis.first_difference) == (False, WHOLE - CHUNK, None)
+
+
+@pytest.mark.parametrize("choices", [[], [{}], [{"logprobs": None, "token_ids": [1]}], [{"logprobs": {}}]])
+async def test_an_engine_that_tells_too_little_is_named(
+    harness: GatewayHarness, engine: FakeEngine, choices: list[dict[str, Any]]
+) -> None:
+    await window(harness.services)
+    engine.on_completion = lambda exchange: exchange.json({"choices": choices})
+    with pytest.raises(GatewayError, match="no token ids or no log probabilities: nothing can be compared"):
+        await verify(harness.ctx, "w", deep=True)
 
 
 async def test_interrupted_deep_verify_is_swept(harness: GatewayHarness, engine: FakeEngine) -> None:
