@@ -102,17 +102,19 @@ class PageRig:
         body = exchange.request.json
         ids = render(body["messages"], generation_prompt=True)
         self.engine.on_computed(body, ids)
-        usage = self.engine._usage(body.get("cache_salt"), ids, completion=len(str(reply.get("content") or "")))
+        said = f"{reply.get('content') or ''}</>".encode()
+        usage = self.engine._usage(body.get("cache_salt"), ids, completion=len(said))
+        self.engine._kv[body.get("cache_salt") or ""].append([*ids, *said])  # the KV of the reply is there too
         answer = whole_reply("", usage)
         answer["choices"][0]["message"].update(reply)
         exchange.json(answer)
 
 
 @contextmanager
-def page_rig(engine: FakeEngine, folder: Path, **settings: object) -> Iterator[PageRig]:
+def page_rig(engine: FakeEngine, folder: Path, *, object_bytes: int = 200, **settings: object) -> Iterator[PageRig]:
     """An empty gateway in front of an engine and a cache."""
     engine.context_limit = CONTEXT
-    cache = FakeLMCache(folder / "kv").start().behind(engine)
+    cache = FakeLMCache(folder / "kv", object_bytes=object_bytes).start().behind(engine)
     try:
         own = {"cache_url": cache.url, "kv_dir": cache.folder, "freeze_timeout_s": 5, "auto_freeze": True}
         with gateway_in_front_of(engine.url, folder, **{**own, **settings}) as gateway:

@@ -37,9 +37,10 @@ _STATIC: Mapping[str, Mapping[str, Any]] = {
 class FakeLMCache:
     """Listens on a free port. A test may refuse or hold back writes, and make calls fail."""
 
-    def __init__(self, folder: Path, world_size: int = 1) -> None:
+    def __init__(self, folder: Path, world_size: int = 1, object_bytes: int = _SIZE) -> None:
         self.folder = folder
         self.world_size = world_size
+        self.object_bytes = object_bytes
         self.memory: set[str] = set()  # file names of what is in L1
         self.started = "1.7e+09"  # when its process began
         self.reads_messages = True  # whether the thread for that is there
@@ -94,7 +95,7 @@ class FakeLMCache:
     def write(self, key: ObjectKey) -> None:
         """Write an object as LMCache does: under another name first."""
         fresh = self.folder / f"{secrets.token_hex(8)}.tmp"
-        fresh.write_bytes(secrets.token_bytes(_SIZE))
+        fresh.write_bytes(secrets.token_bytes(self.object_bytes))
         fresh.replace(self._path(key))
 
     def evict(self) -> None:
@@ -151,7 +152,11 @@ class FakeLMCache:
     def _status(self) -> Mapping[str, Any]:
         meta = {"1": {"model_name": ROOT, "world_size": self.world_size}}
         used = len(self.memory)
-        level = {"total_object_count": used, "memory_used_bytes": used * _SIZE, "memory_configured_bytes": _MEMORY}
+        level = {
+            "total_object_count": used,
+            "memory_used_bytes": used * self.object_bytes,
+            "memory_configured_bytes": _MEMORY * (self.object_bytes // _SIZE),
+        }
         return {
             "chunk_size": CHUNK,
             "hash_algorithm": "blake3",

@@ -47,12 +47,12 @@ function tilesOf(now, saved) {
   const rate = now.prompt ? now.cached / now.prompt : null;
   const failed = now.failed ? `, ${count(now.failed)} not completed` : "";
   return [
-    tile("Turns", last ? short(last.turns) : "–", "per second", series("turns"), `${count(now.turns)} since the start${failed}`),
-    tile("Cache hit rate", percent(rate), "of prompt tokens", series("hitRate"), `${short(now.cached)} of ${short(now.prompt)} tokens`, 1),
+    tile("Turns", last ? short(last.turns) : "–", "a second", series("turns"), `${count(now.turns)} since the start${failed}`),
+    tile("Cache hit rate", percent(rate), "of prompts", series("hitRate"), `${short(now.cached)} of ${short(now.prompt)} tokens`, 1),
     savedTile(now, saved),
     tile("Freezes", count(now.freezes), "since the start", series("freezes"), `${count(now.thaws)} thaws, ${count(now.asks)} asks`),
-    tile("In flight", count(now.inFlight), "turns", series("inFlight"), `event loop at most ${Math.round(now.lag * 1000)} ms late`),
-    tile("Replies", last ? short(last.completion) : "–", "tokens per second", series("completion"), `${short(now.completion)} tokens since the start`),
+    tile("In flight", count(now.inFlight), "turns", series("inFlight"), `event loop ${Math.round(now.lag * 1000)} ms late`),
+    tile("Replies", last ? short(last.completion) : "–", "tokens/s", series("completion"), `${short(now.completion)} tokens since the start`),
   ];
 }
 
@@ -60,8 +60,8 @@ function savedTile(now, saved) {
   if (saved?.seconds_estimated == null) {
     return tile("Saved", short(now.cached), "tokens", series("cached"), saved?.reason ?? "not computed, since the start");
   }
-  const wrong = saved.error_share == null ? "an estimate" : `an estimate, ± ${percent(saved.error_share, 0)}`;
-  return tile("Saved", `about ${seconds(saved.seconds_estimated)}`, wrong, series("cached"), `${short(saved.tokens)} tokens not computed`);
+  const wrong = saved.error_share == null ? "" : `± ${percent(saved.error_share, 0)}`;
+  return tile("Saved", `about ${seconds(saved.seconds_estimated)}`, wrong, series("cached"), `estimated for ${short(saved.tokens)} tokens from the cache`);
 }
 
 function tile(name, value, unit, values, note, most = 0) {
