@@ -25,7 +25,7 @@ WITH = $(INSTALL) --python $(BIN)/python --constraints constraints.txt --overrid
 # A test run starts hundreds of processes; without cached bytecode, each would compile the gateway again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: up test lint style types imports docs fuzz attack bench bench-relay bench-thaw bench-identity bench-compare bench-disconnects bench-verbs soak agents-tour clean
+.PHONY: up test lint style types imports docs fuzz attack bench bench-relay bench-thaw bench-identity bench-compare bench-disconnects bench-verbs bench-ledger soak agents-tour clean
 
 up: $(VENV)/with-local
 	@exec $(BIN)/cwg up $(ARGS)
@@ -70,6 +70,10 @@ bench-relay: $(VENV)/with-bench $(PEERS)/bin/litellm
 
 bench-thaw: $(VENV)/with-bench
 	$(BIN)/python -m loadtests.thaw_speed $(ARGS)
+
+# What the ledger says that a thaw saved, beside a recomputation; exit code 1 if it is off by more than a quarter.
+bench-ledger: $(VENV)/with-bench
+	$(BIN)/python -m loadtests.ledger_accuracy $(ARGS)
 
 # Compares another checkout of the gateway with this one, interleaved: make bench-compare OTHER=../before
 bench-compare: $(VENV)/with-bench

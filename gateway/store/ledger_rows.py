@@ -8,7 +8,7 @@ engine becomes quicker or slower, a new curve begins. While a curve cannot tell,
 
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from gateway.store import prefill_curve
@@ -18,6 +18,7 @@ from gateway.store.types import Booking, LearnedCurve, Saved, TurnRecord
 
 # Learning takes as long as recording a turn: from so many samples on, only every so many are learned from at once.
 _KNOWN_WELL, _LEARN_EVERY = 12, 4
+_CURVES_WITH_SAMPLES = 16  # of a model: a new curve begins at every port that an engine had
 _ADD = """INSERT INTO savings (tenant, kind, name, curve, source, requests, prompt_tokens, tokens, seconds,
         unpriced_tokens, unpriced_squares, unpriced_longest, since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (tenant, kind, name, curve, source) DO UPDATE SET
@@ -63,9 +64,8 @@ class _Entries:
         """The curve that is being learned for an engine and a model."""
         key = engine, fingerprint
         if key not in self.curves:
-            self.curves[key] = _current_curve(self.db, engine, fingerprint) or _begin(
-                self.db, engine, fingerprint, model, at
-            )
+            current = _current_curve(self.db, engine, fingerprint)
+            self.curves[key] = current or _begin_like_others(self.db, engine, fingerprint, model, at)
         return self.curves[key]
 
     def book(self, item: Booking, names: Mapping[str, str], booked_before: int = 0) -> None:
@@ -192,6 +192,42 @@ def _begin(db: sqlite3.Connection, engine: str, fingerprint: str, model: str, at
     return LearnedCurve(identity, engine, fingerprint, model, at, 0, None, None)
 
 
+def _begin_like_others(db: sqlite3.Connection, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+    """Begin the curve of an engine that is new, with what is known of its model.
+
+    Most often it is the same engine at another port. If it is quicker or slower, its first prompts will show it.
+    """
+    query = f"{CURVE} WHERE fingerprint = ? AND per_token IS NOT NULL ORDER BY id DESC LIMIT 1"
+    row = db.execute(query, (fingerprint,)).fetchone()
+    new = _begin(db, engine, fingerprint, model, at)
+    if row is None:
+        return new
+    other = curve_of(row)
+    db.execute(
+        """INSERT INTO prefill_samples (curve, size_class, computed, cached, seconds, predicted)
+        SELECT ?, size_class, computed, cached, seconds, predicted FROM prefill_samples WHERE curve = ?
+        ORDER BY number""",
+        (new.id, other.id),
+    )
+    _set_coefficients(db, replace(other, id=new.id))
+    db.execute(
+        """DELETE FROM prefill_samples WHERE curve IN (SELECT id FROM prefill_curves WHERE fingerprint = ?1)
+        AND curve NOT IN (SELECT id FROM prefill_curves WHERE fingerprint = ?1 ORDER BY id DESC LIMIT ?2)""",
+        (fingerprint, _CURVES_WITH_SAMPLES),
+    )
+    return replace(new, samples=other.samples, curve=other.curve, error_share=other.error_share)
+
+
+def _set_coefficients(db: sqlite3.Connection, learned: LearnedCurve) -> None:
+    curve = learned.curve
+    coefficients = (curve.reach, curve.per_request, curve.per_token, curve.per_pair) if curve else (0, None, None, None)
+    db.execute(
+        """UPDATE prefill_curves SET samples = ?, reach = ?, per_request = ?, per_token = ?, per_pair = ?,
+        error_share = ? WHERE id = ?""",
+        (learned.samples, *coefficients, learned.error_share, learned.id),
+    )
+
+
 def _add_samples(db: sqlite3.Connection, samples: Mapping[tuple[int, int], Sample]) -> int:
     """Add samples; of each size only the last ones are kept. Returns the number of the last one."""
     db.executemany(
@@ -217,33 +253,26 @@ def _learn(db: sqlite3.Connection, learned: LearnedCurve, at: float) -> None:
     ).fetchall()
     samples = [Sample(*row[1:]) for row in rows]
     if count := prefill_curve.since_change(samples):
-        new = _begin(db, learned.engine, learned.fingerprint, learned.model, at)
+        old, learned = learned, _begin(db, learned.engine, learned.fingerprint, learned.model, at)
+        samples = [sample._replace(predicted=None) for sample in samples[-count:]]
         db.execute(
             "UPDATE prefill_samples SET curve = ?, predicted = NULL WHERE curve = ? AND number >= ?",
-            (new.id, learned.id, rows[-count][0]),
+            (learned.id, old.id, rows[-count][0]),
         )
-        _set_curve(db, new.id, [sample._replace(predicted=None) for sample in samples[-count:]])
-    else:
-        _set_curve(db, learned.id, samples)
+        db.execute("DELETE FROM prefill_samples WHERE curve = ?", (old.id,))
+    _set_curve(db, learned, samples)
 
 
-def _set_curve(db: sqlite3.Connection, identity: int, samples: Sequence[Sample]) -> None:
-    """Set a curve's coefficients, and book by them what has waited for that."""
-    curve = prefill_curve.fit(samples)
+def _set_curve(db: sqlite3.Connection, learned: LearnedCurve, samples: Sequence[Sample]) -> None:
+    """Set a curve's coefficients, and book by them what has waited for that. A curve that is known stays so."""
+    curve = prefill_curve.fit(samples) or learned.curve
+    error = prefill_curve.error_share(samples)
+    _set_coefficients(db, replace(learned, samples=len(samples), curve=curve, error_share=error))
     if curve is None:
-        db.execute("UPDATE prefill_curves SET samples = ? WHERE id = ?", (len(samples), identity))
         return
-    db.execute(
-        """UPDATE prefill_curves SET samples = ?, reach = ?, per_request = ?, per_token = ?, per_pair = ?,
-        error_share = ? WHERE id = ?""",
-        (
-            len(samples), curve.reach, curve.per_request, curve.per_token, curve.per_pair,
-            prefill_curve.error_share(samples), identity,
-        ),
-    )  # fmt: skip
     db.execute(
         """UPDATE savings SET seconds = seconds + unpriced_tokens * ? + unpriced_squares * ? / 2.0,
         unpriced_tokens = 0, unpriced_squares = 0, unpriced_longest = 0
         WHERE curve = ? AND unpriced_tokens > 0 AND unpriced_longest <= ?""",
-        (curve.per_token, curve.per_pair, identity, curve.reach),
+        (curve.per_token, curve.per_pair, learned.id, curve.reach),
     )

@@ -1,6 +1,6 @@
 """GET /admin/ledger: what the cache has saved, what holding KV costs, and how the estimates were learned."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from gateway.api.admin import serializers
 from gateway.api.admin.models import ledger as models
@@ -12,6 +12,7 @@ from gateway.store.types import HeldKv, LearnedCurve
 
 _LENGTHS = (1000, 2000, 4000, 8000, 16_000, 32_000, 64_000, 128_000)
 _HOUR_S = 3600
+_MOST_CURVES = 50  # an engine begins one at each of its ports
 
 
 @operation("GET", "/admin/ledger")
@@ -30,7 +31,7 @@ async def ledger(call: Call, query: requests.LedgerQuery) -> models.Ledger:
         windows=await _windows(call, query.limit),
         sessions=[models.SessionSaved(id=name, saved=serializers.saved(one)) for name, one in sessions.items()],
         held=_held(await store.held_kv()),
-        curves=_curves(await store.prefill_curves()),
+        curves=_curves(await store.prefill_curves(), {member.url for member in call.services.engines.members}),
     )
 
 
@@ -55,12 +56,12 @@ def _held(held: HeldKv | None) -> models.Held:
     return models.Held(bytes=held.bytes, byte_hours=round(held.byte_hours, 1), since=serializers.moment(held.since))
 
 
-def _curves(curves: Sequence[LearnedCurve]) -> list[models.Curve]:
-    """Curves, newest first: of an engine and a model the first is the current one."""
+def _curves(curves: Sequence[LearnedCurve], engines: Container[str]) -> list[models.Curve]:
+    """Curves, newest first: the first of an engine and a model is the current one, if the engine is still here."""
     seen: set[tuple[str, str]] = set()
     shown = []
-    for one in curves:
-        shown.append(_curve(one, current=(one.engine, one.fingerprint) not in seen))
+    for one in curves[:_MOST_CURVES]:
+        shown.append(_curve(one, current=one.engine in engines and (one.engine, one.fingerprint) not in seen))
         seen.add((one.engine, one.fingerprint))
     return shown
 

@@ -113,11 +113,28 @@ async def test_a_quicker_engine_begins_a_curve_and_leaves_the_old_sums(store: St
     assert both.seconds_estimated == pytest.approx(1.5 + 0.5, rel=0.05)
 
 
-async def test_engines_have_curves_of_their_own(store: Store) -> None:
+async def test_an_engine_at_another_port_begins_with_what_is_known_of_its_model(store: Store) -> None:
+    """After a restart of the stack: that is when a thaw saves most."""
     await _teach(store)
     await store.record([turn("s", 2000, 1500, engine="http://other")])
-    assert len(await store.prefill_curves()) == 2
-    assert (await _all(store)).tokens_estimated == 0
+    saved = await _all(store)
+    assert (saved.tokens_estimated, saved.reason) == (1500, None)
+    assert saved.seconds_estimated == pytest.approx(1.5, rel=0.05)
+    new, old = await store.prefill_curves()
+    assert (new.engine, new.samples, new.curve) == ("http://other", 3, old.curve)
+    for number, size in enumerate((100, 400, 1600, 200, 800)):
+        await store.record([turn(f"n{number}", size, 0, _seconds(size) / 4, engine="http://other")])
+    assert [curve.engine for curve in await store.prefill_curves()] == ["http://other", "http://other", ENGINE]
+    await store.record([turn("t", 2000, 1500, engine="http://other")])
+    assert (await store.saved(TENANT, "session", ["t"]))["t"].seconds_estimated == pytest.approx(0.375, rel=0.05)
+
+
+async def test_samples_of_engines_that_are_gone_are_bounded(store: Store) -> None:
+    await _teach(store)
+    for number in range(40):
+        await store.record([turn(f"s{number}", 2000, 1500, engine=f"http://{number}")])
+    assert await store.run_read(lambda db: db.execute("SELECT count(*) FROM prefill_samples").fetchone()) == (48,)
+    assert (await _all(store)).tokens_estimated == 40 * 1500
 
 
 async def test_of_turns_that_ran_together_the_quickest_of_a_size_is_learned_from(store: Store) -> None:

@@ -32,7 +32,7 @@ class Curve(Answer):
     model: str
     fingerprint: str
     began_at: Moment
-    current: bool = Field(description="false: the engine became quicker or slower since")
+    current: bool = Field(description="false: the engine became quicker or slower since, or is at another address")
     samples: int
     tokens_reach: int | None = Field(description="longest prompt that is estimated; null: nothing is yet")
     seconds_by_tokens: dict[str, Number] = Field(description="a few lengths of prompts, and how long each takes")
