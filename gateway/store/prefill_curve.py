@@ -24,10 +24,13 @@ KEPT_PER_CLASS = 16  # samples
 _MAX_CACHED_SHARE = 0.25  # of the computed tokens: loading KV takes time too
 _QUICK = 1 / 3  # the rank of the sample that represents its group: quick, but not an outlier
 _FULL_WEIGHT = 4  # samples
-_MAX_PAIR_SHARE = 1 / 250  # of `per_pair` in `per_token`; 1/3,000 (a small model) by floating-point operations
-# How far beyond the longest prompt estimates go: its form is known, but not if all prompts had one length.
-_REACH, _NARROW_REACH = 4.0, 1.25
-_WIDE, _VERY_WIDE = 2.0, 4.0  # the longest prompt by the shortest, from where on 2 and 3 coefficients are told apart
+# Of `per_pair` in `per_token`. Small models, where it is largest, have 1/3,000 by their floating-point operations, and
+# 1/2,500 was measured on a CPU: without a bound, noise in short prompts would be taken for it.
+_MAX_PAIR_SHARE = 1 / 1000
+# How far beyond the longest prompt estimates go, by the least ratio of the longest to the shortest: the form is known,
+# but its three coefficients can be told apart only where prompts differ in length.
+_REACH = ((4.0, 4.0), (2.0, 2.0), (1.0, 1.25))
+_WIDE = 2.0
 _ERRORS = 50  # predictions that the error is a median of
 _EQUAL = 1e-9
 # So many samples in a row that took so much less, or more, than the older ones predict: the engine is another one. A
@@ -90,10 +93,9 @@ def fit(samples: Sequence[Sample]) -> PrefillCurve | None:
     chosen = _representatives(samples)
     sizes = [sample.computed for sample, _ in chosen]
     spread = max(sizes) / min(sizes)
-    count = 1 if spread < _WIDE else 2 if spread < _VERY_WIDE or len(chosen) < 3 else 3
     rows = [_row(sample, math.sqrt(weight)) for sample, weight in chosen]
-    per_token, per_request, curved = _least_squares(rows, count)
-    reach = max(sizes) * (_REACH if spread >= _WIDE else _NARROW_REACH)
+    per_token, per_request, curved = _least_squares(rows, 1 if spread < _WIDE else 3)
+    reach = max(sizes) * next(reach for least, reach in _REACH if spread >= least)
     return PrefillCurve(per_request, per_token + curved, curved * _MAX_PAIR_SHARE, int(reach))
 
 

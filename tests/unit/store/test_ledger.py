@@ -84,7 +84,7 @@ async def test_tokens_beyond_reach_wait_for_longer_prompts(store: Store) -> None
     saved = await _all(store)
     assert saved.tokens_estimated == 100
     assert saved.seconds_estimated == pytest.approx(0.1, rel=0.1)
-    assert saved.reason == f"estimates reach to 440 tokens, until {ENGINE} has computed longer prompts"
+    assert saved.reason == f"estimates reach to 220 tokens, until {ENGINE} has computed longer prompts"
     await _teach(store, sizes=(1500,))
     assert (await _all(store)).tokens_estimated == 4196
 

@@ -43,6 +43,16 @@ def test_prompts_of_one_size_do_not_reach_far() -> None:
     assert curve.saved(1000, 1000**2) == pytest.approx(_seconds(1000), rel=0.05)
 
 
+def test_real_prompts_of_a_small_model() -> None:
+    """The medians of loadtests/results/thaw_speed.md, 185M parameters on two cores: seconds of attention and all."""
+    cold = {2400: 3.790, 7776: 20.843, 14_176: 57.915}
+    for learned in ((2400, 7776, 14_176), (2400, 7776)):
+        curve = fit([Sample(size, 0, cold[size]) for size in learned for _ in range(2)])
+        assert curve is not None
+        for size, seconds in cold.items():
+            assert curve.saved(size, size**2) == pytest.approx(seconds, rel=0.25), (size, learned)
+
+
 def test_a_time_that_does_not_depend_on_the_size_saves_nothing() -> None:
     """On a GPU all short prompts take as long as one step: that is no cost of a token."""
     curve = fit([Sample(size, 0, 0.03) for size in (20, 40, 80, 160)])
