@@ -95,7 +95,7 @@ def _sessions(found: list[Mapping[str, Any]]) -> list[Row]:
 @click.argument("query")
 @click.option("--limit", type=int, default=20, show_default=True, help="maximum number of results, up to 100")
 def search(query: str, limit: int) -> Result:
-    """Find windows and sessions by what was said in them, best match first."""
+    """Find windows and sessions by what was said in them."""
     answer = call("GET", "/admin/search", query={"q": query, "limit": limit})
 
     def show() -> None:

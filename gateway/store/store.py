@@ -7,7 +7,8 @@ Names of sessions and windows are unique within a tenant. A database is a subcla
 import asyncio
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from gateway.store import (
     autofreeze_rows,
@@ -29,11 +30,13 @@ from gateway.store import (
 from gateway.store.ballast import Reserve
 from gateway.store.database import Database, delete, point_read, read, write
 from gateway.store.sql import set_meta
-from gateway.store.types import TurnRecord
+from gateway.store.types import StoreUnavailable, TurnRecord
 
+T = TypeVar("T")
 _FORGET_BATCH = 50  # sessions; finished turns wait for the writer meanwhile
 _INDEXED_AT_ONCE = 100  # messages, likewise
 _BETWEEN_S = 0.05  # two batches, so that the turns that wait are recorded first
+_RETRY_S = 5.0  # between two attempts while the store cannot be written
 _GATHER_S = 1.0  # how long turns are gathered before they are indexed
 _TITLES_BATCH = 20  # sessions or windows, likewise
 
@@ -90,7 +93,7 @@ class Store(Database):
 
     async def fill_in_titles(self) -> None:
         """Give a title to the sessions and windows of an older version. Several processes may do so at once."""
-        while await self._fill_in_some(_TITLES_BATCH):
+        while await self._when_writable(lambda: self._fill_in_some(_TITLES_BATCH)):
             pass
 
     _fill_in_some = write(title_rows.fill_in)
@@ -141,7 +144,7 @@ class Store(Database):
     async def keep_searchable(self) -> None:
         """Index messages soon after they are recorded, until it is cancelled. Several processes may do so at once."""
         while True:
-            if await self._index_some(_INDEXED_AT_ONCE):
+            if await self._when_writable(lambda: self._index_some(_INDEXED_AT_ONCE)):
                 await asyncio.sleep(_BETWEEN_S)
                 continue
             await self._recorded.wait()
@@ -187,6 +190,14 @@ class Store(Database):
     held_kv = read(savings_rows.held_kv)
 
     # The store itself.
+
+    async def _when_writable(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of a write that can wait until the store can be written."""
+        while True:
+            try:
+                return await write()
+            except StoreUnavailable:
+                await asyncio.sleep(_RETRY_S)
 
     async def check(self) -> None:
         """Write something. Raises StoreUnavailable if that fails."""

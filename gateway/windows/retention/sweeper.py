@@ -9,6 +9,7 @@ from gateway.errors import GatewayError
 from gateway.kv.file_lock import FileLock
 from gateway.records import Window
 from gateway.runtime.clock import Clock, since_boot
+from gateway.store.types import StoreUnavailable
 from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import delete
 from gateway.windows.retention import orphans
@@ -64,6 +65,8 @@ async def sweep(services: Services, *, expire: bool = True) -> None:
 async def _run_logged(step: Awaitable[None], name: str) -> None:
     try:
         await step
+    except StoreUnavailable as error:
+        log.warning("%s failed: %s", name, error.message)
     except Exception:
         log.exception("%s failed", name)
 
