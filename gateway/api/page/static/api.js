@@ -50,14 +50,15 @@ export function send(method, where, body = undefined, options = {}) {
 }
 
 async function request(method, where, body, { signal, onProgress } = {}) {
-  const headers = key() ? { "x-api-key": key() } : {};
+  const sent = key();
+  const headers = sent ? { "x-api-key": sent } : {};
   if (body !== undefined) headers["content-type"] = "application/json";
   if (onProgress) headers.accept = "application/x-ndjson";
   const response = await reach(where, { method, headers, body: body && JSON.stringify(body), signal });
   const answer = await read(response, onProgress);
   setDown(false);
   if (answer.status < 400) return answer.value;
-  if (answer.status === 401) events.dispatchEvent(new Event("key"));
+  if (answer.status === 401 && sent === key()) events.dispatchEvent(new Event("key"));
   throw new ApiError(answer.status, answer.value.error);
 }
 

@@ -24,8 +24,10 @@ export function thaw(window, turn = null) {
     select("Load its KV", "warm", WARM),
     turnField(window, turn),
     h("details", {}, h("summary", {}, "More"),
-      field("Take this session back instead", "into_session", SESSION, "It goes on from the window, under its own id"),
-      field("And keep what it has as window", "keep_as", { ...WINDOW, required: false }),
+      window.turns == null ? null : [
+        field("Take this session back instead", "into_session", SESSION, "It goes on from the window, under its own id"),
+        field("And keep what it has as window", "keep_as", { ...WINDOW, required: false }),
+      ],
       tick("Only the text: the model has changed", "as_text")),
   ], { label: "Thaw", run: async (given, onProgress) => thawed(await run(window.name, "thaw")(only(given), onProgress)) });
 }

@@ -64,6 +64,21 @@ def test_a_window_is_asked(chromium: Any, rig: PageRig) -> None:
     assert asked["messages"][-1]["content"] == "Which way?"
 
 
+def test_a_search_shows_what_it_found_and_the_best_windows_are_asked(chromium: Any, rig: PageRig) -> None:
+    with watched_page(chromium, rig.gateway.url) as page:
+        page.goto("/#/windows")
+        page.get_by_label("Search").fill("inland lake")
+        page.get_by_role("button", name="Search").click()
+        expect(page.get_by_role("cell").filter(has_text="the-route")).to_contain_text(
+            "assistant 5 Inland, to the lake."
+        )
+        page.get_by_role("button", name="Ask…").click()
+        expect(page.get_by_label("Of windows with")).to_have_value("inland lake")
+        page.get_by_label("Question").fill("Which way?")
+        _run(page, "Ask", "Where do we go?", "Hello there!")
+        assert inaccessible(page) == []
+
+
 def test_a_window_is_cloned_and_its_clone_deleted_once_confirmed(chromium: Any, rig: PageRig) -> None:
     with _opened(chromium, rig, "windows/the-route", "Clone…") as page:
         page.get_by_label("Name of the clone").fill("the-copy")

@@ -127,3 +127,24 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(chromium: Any, tmp_path: Pa
             expect(page.get_by_label("API key")).to_be_visible()
     finally:
         engine.stop()
+
+
+def test_a_late_refusal_does_not_take_a_new_key_away(chromium: Any, tmp_path: Path) -> None:
+    engine = FakeEngine().start()
+    held: list[Any] = []
+    try:
+        with page_rig(engine, tmp_path, api_key=KEY) as rig, watched_page(chromium, rig.gateway.url, 401) as page:
+            page.route("**/admin/metrics", lambda route: route.continue_() if held else held.append(route))
+            page.goto("/#/rules")
+            page.get_by_label("API key").fill(KEY)
+            page.get_by_role("button", name="Continue").click()
+            expect(page.get_by_text("idle_timeout_minutes")).to_be_visible()
+            with page.expect_response("**/admin/metrics") as late:
+                held[0].continue_()
+            assert late.value.status == 401
+            late.value.finished()
+            page.get_by_role("link", name="Sessions").click()
+            expect(page.get_by_text("No session yet")).to_be_visible()
+            assert page.evaluate("sessionStorage.getItem('cwg-key')") == KEY
+    finally:
+        engine.stop()

@@ -19,7 +19,7 @@ export async function window_(context) {
   const [gone, head, body] = [h("div", {}), h("div", {}), h("section", { class: "tab" })];
   main.append(gone, head, tabs(name, tab), body);
   const status = (more = {}) => get(path("admin/windows", name), more, signal);
-  const known = { turns: 0 };
+  const known = {}; // with `turns` once the conversation is shown, if this gateway can begin at one
   const draw = (found) => {
     title(found.title || found.name);
     replace(head, top(Object.assign(known, found)));
@@ -77,7 +77,7 @@ async function showText({ body, known, signal }) {
   const atTurn = (turn) => [h("span", {}, `End of turn ${turn}`),
     button("Thaw here…", () => actions.thaw(known, turn), { class: "small" }), button("Ask here…", () => actions.ask(known, turn), { class: "small" }), button("Clone here…", () => actions.clone(known, turn), { class: "small" })];
   const answer = await messages(body, path("admin/windows", known.name, "messages"), signal, atTurn);
-  known.turns = answer?.turns ?? 0;
+  known.turns = answer?.turns;
 }
 
 async function showBlocks({ body, status, draw }) {

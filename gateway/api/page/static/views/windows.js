@@ -36,7 +36,7 @@ function go(chosen, changes) {
 }
 
 function filters(chosen) {
-  const search = h("input", { id: "search", type: "search", value: chosen.search, maxlength: 200, autocomplete: "off", placeholder: "Text, name or tag" });
+  const search = h("input", { id: "search", type: "search", value: chosen.search, maxlength: 10000, autocomplete: "off", placeholder: "Text, name or tag" });
   const form = h("form", { class: "filters", role: "search", on: { submit: (event) => {
     event.preventDefault();
     go(chosen, { search: search.value });
