@@ -83,6 +83,8 @@ class Session:
     normalised: str = ""  # rules of gateway.dialects.prompt_filters that removed something, separated by spaces
     successor: str | None = None  # the session that continues the conversation if the context was full
     title: str | None = None  # see gateway.dialects.titles; None without text
+    rewinds: int = 0  # how often it was taken back to a window
+    booked_tokens: int = 0  # that the ledger has of the last thaw into it, and its next turn will find again
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,9 +74,13 @@ def say(text: object, *, err: bool = False) -> None:
     click.echo(printable(str(text)), err=err)
 
 
-def say_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Print a transcript."""
-    for message in messages:
+def say_messages(answer: Mapping[str, Any]) -> None:
+    """Print a transcript, each turn under its number."""
+    turn = None
+    for message in answer["messages"]:
+        if message["turn"] != turn:
+            turn = message["turn"]
+            say(f"--- turn {turn}{'' if turn <= answer['turns'] else ', not finished'}")
         say(f"{message.get('role', '?')}: {message.get('content')}")
 
 

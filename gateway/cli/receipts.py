@@ -70,6 +70,25 @@ def saved(saved: Mapping[str, Any], duration_ms: float | None = None) -> str:
     return f"{tokens}; computing {which} takes {about(saved['seconds_estimated'])} here{error}"
 
 
+def thawed(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """A thaw: as `restored`, what turn it is of, and what it costs if nothing is computed yet."""
+    turn = {} if receipt["at_turn"] is None else {"at turn": receipt["at_turn"]}
+    lines = turn | restored(receipt)
+    if receipt["cached_tokens"] is None:
+        took_ms = lines.pop("took")
+        lines["to compute"] = f"{counted(receipt['computed_tokens'], 'token')}, in the first turn"
+        lines["took"] = took_ms
+    return lines
+
+
+def replaced(what: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a session had before it was taken back to a window."""
+    if what is None:
+        return {}
+    kept = what["kept_in"]
+    return {"dropped": f"{counted(what['turns_dropped'], 'turn')}, {f'kept in {kept}' if kept else 'in no window'}"}
+
+
 def loaded(answer: Mapping[str, Any]) -> dict[str, Any]:
     """A prefetch: what was found, and how many objects each tier has now."""
     tiers = {tier: counted(there["present"], "object") for tier, there in answer.get("tiers", {}).items()}

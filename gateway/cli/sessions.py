@@ -28,7 +28,7 @@ def delete(session: str, yes: bool) -> Result:
 def messages(session: str) -> Result:
     """Print the transcript of SESSION."""
     answer = call("GET", session_path(session, "messages"))
-    return Result(answer, then=lambda: say_messages(answer["messages"]))
+    return Result(answer, then=lambda: say_messages(answer))
 
 
 COMMANDS = (click.Group("session", commands=[delete, messages], help="Delete a session, or print its transcript."),)

@@ -16,6 +16,9 @@ _LONGEST_STEM = 112  # of a window's name of 128 characters, so that the time ha
 
 _description = click.option("--description", help="description of the window")
 _tags = click.option("--tag", "tags", multiple=True, help="a tag; may be given more than once")
+_at_turn = click.option(
+    "--at-turn", type=int, help="turn of the window to begin at, from 1; `cwg messages NAME` shows them"
+)
 _max_tokens = click.option("--max-tokens", type=int, help="maximum length of the answer, in tokens")
 
 
@@ -44,6 +47,14 @@ def _name_for(session: str) -> str:
 @window
 @click.option("--session", "new_session_id", help="id of the new session")
 @click.option(
+    "--into",
+    "into_session",
+    help="an existing session, to be taken back to the window; a new one if not given",
+    shell_complete=completing("session"),
+)
+@click.option("--keep-as", help="first freeze what that session has into the window of this name")
+@_at_turn
+@click.option(
     "--warm",
     type=Word(["none", "cpu", "gpu"]),
     default="gpu",
@@ -54,13 +65,14 @@ def _name_for(session: str) -> str:
 @click.option("--as-text", is_flag=True, help="only the text, for a model with other weights or one no longer served")
 @_max_tokens
 def thaw(name: str, **options: Any) -> Result:
-    """Thaw the window NAME into a new session."""
+    """Thaw the window NAME into a new session, or take one back to it."""
     answer = watched(window_path(name, "thaw"), options)
     session = answer["session_id"]
     lines = {
         "session": session,
+        **receipts.replaced(answer["replaced"]),
         "model": answer["model"],
-        **receipts.restored(answer["receipt"]),
+        **receipts.thawed(answer["receipt"]),
         "continue at": base_url(session),
     }
     continuation = answer["continuation"]
@@ -78,13 +90,15 @@ def thaw(name: str, **options: Any) -> Result:
 @_description
 @_tags
 @click.option("--isolate", is_flag=True, help="use a salt of its own: neither finds the other's KV")
-def clone(source: str, target: str, description: str | None, tags: tuple[str, ...], isolate: bool) -> Result:
+@_at_turn
+def clone(source: str, target: str, tags: tuple[str, ...], isolate: bool, **options: Any) -> Result:
     """Clone the window SOURCE as TARGET; no KV is copied."""
-    body = {"target_window": target, "description": description, "tags": list(tags) or None, "isolate": isolate or None}
+    body = {"target_window": target, "tags": list(tags) or None, "isolate": isolate or None, **options}
     answer = call("POST", window_path(source, "clone"), body=body)
     lines = {
         "window": answer["target_window"],
         "cloned from": answer["source_window"],
+        "tokens": f"{answer['token_count']:,}",
         "kv": answer["kv"],
         "shared": counted(answer["shared_blocks"], "object"),
         "salt": "of its own" if answer["isolated"] else "",
@@ -122,7 +136,10 @@ def describe(
 @click.option("--windows", "max_windows", type=int, help="with --any: how many windows to ask; default 3")
 @click.option("--timeout", "timeout_seconds", type=int, help="with --any: seconds to wait for all answers; default 120")
 @_max_tokens
-def ask(name: str, question: str | None, ask_any: bool, max_tokens: int | None, **options: Any) -> Result:
+@_at_turn
+def ask(
+    name: str, question: str | None, ask_any: bool, max_tokens: int | None, at_turn: int | None, **options: Any
+) -> Result:
     """Ask the window NAME a QUESTION; nothing is changed or kept.
 
     With --any, `cwg ask --any QUESTION` asks the windows that match the question best.
@@ -130,10 +147,12 @@ def ask(name: str, question: str | None, ask_any: bool, max_tokens: int | None, 
     if ask_any:
         if question is not None:
             raise click.UsageError("--any takes only a question: leave NAME out, and put the question in quotes")
+        if at_turn is not None:
+            raise click.UsageError("--at-turn is a turn of one window: name it instead of --any")
         return _ask_any({"question": name, "max_tokens": max_tokens, **options})
     if question is None or any(value is not None for value in options.values()):
         raise click.UsageError("give NAME and QUESTION, or --any and a question, which has its options")
-    answer = watched(window_path(name, "ask"), {"question": question, "max_tokens": max_tokens})
+    answer = watched(window_path(name, "ask"), {"question": question, "max_tokens": max_tokens, "at_turn": at_turn})
     return Result(answer, then=lambda: _say_answer(answer))
 
 
@@ -169,6 +188,7 @@ def _say_answer(answer: Mapping[str, Any]) -> None:
 @window
 @click.argument("count", type=int)
 @click.option("--prefix", help="names of the new sessions: PREFIX-1, PREFIX-2 and so on")
+@_at_turn
 def fanout(name: str, **body: Any) -> Result:
     """Thaw the window NAME into COUNT sessions; no KV is copied."""
     answer = call("POST", window_path(name, "fanout"), body=body)
@@ -226,7 +246,7 @@ def delete(name: str) -> Result:
 def messages(name: str) -> Result:
     """Print the transcript of the window NAME."""
     answer = call("GET", window_path(name, "messages"))
-    return Result(answer, then=lambda: say_messages(answer["messages"]))
+    return Result(answer, then=lambda: say_messages(answer))
 
 
 COMMANDS = (freeze, thaw, clone, describe, ask, fanout, prefetch, evict, verify, delete, messages)

@@ -90,6 +90,11 @@ def lower_covered_tokens(db: sqlite3.Connection, session: Session) -> None:
     )
 
 
+def keep_auto_windows(db: sqlite3.Connection, session: Session) -> None:
+    """Let no later automatic window of a session replace those that it has: their history is no longer its own."""
+    db.execute("DELETE FROM auto_windows WHERE tenant = ? AND session_id = ?", (session.tenant, session.id))
+
+
 def auto_windows(db: sqlite3.Connection, tenant: str, session_id: str) -> list[str]:
     """Return the names of a session's automatic windows, newest first; one that has lost its tag does not count."""
     rows = db.execute(

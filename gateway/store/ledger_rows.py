@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from gateway.store import prefill_curve
+from gateway.records import Session
+from gateway.store import prefill_curve, transcript_rows
 from gateway.store.prefill_curve import PrefillCurve, Sample
 from gateway.store.savings_rows import CURVE, Amount, curve_of, total
 from gateway.store.types import Booking, LearnedCurve, Saved, TurnRecord
@@ -111,9 +112,9 @@ def record(db: sqlite3.Connection, records: Sequence[TurnRecord]) -> None:
             continue
         names, before = {"session": item.turn.session_id}, 0
         key = item.turn.tenant, item.turn.session_id
-        if item.session.window and not item.session.turn_count and key not in begun:
+        if item.session.window and _is_first_since_thaw(item.session) and key not in begun:
             begun.add(key)
-            before = _booked_by_thaw(db, *key)
+            before = _take_booked(db, *key) if item.session.rewinds else _booked_by_thaw(db, *key)
             if _is_of_window(db, item):
                 names["window"] = item.session.window
         entries.book(booking, names, before)
@@ -131,6 +132,11 @@ def _of_turn(item: TurnRecord) -> Booking | None:
     )  # fmt: skip
 
 
+def _is_first_since_thaw(session: Session) -> bool:
+    """Whether a turn found its session as a thaw has left it, a new one or one that was taken back."""
+    return session.state == "thawed" if session.rewinds else not session.turn_count
+
+
 def _booked_by_thaw(db: sqlite3.Connection, tenant: str, session_id: str) -> int:
     """Tokens that were booked when a session was thawed, if it has had no turn: that finds the same ones again."""
     rows = db.execute(
@@ -139,11 +145,22 @@ def _booked_by_thaw(db: sqlite3.Connection, tenant: str, session_id: str) -> int
     return 0 if any(source == "turn" for source, _ in rows) else sum(tokens for _, tokens in rows)
 
 
+def _take_booked(db: sqlite3.Connection, tenant: str, session_id: str) -> int:
+    """Tokens that were booked when a session was taken back, for its first turn after that."""
+    key = tenant, session_id
+    row = db.execute("SELECT booked_tokens FROM sessions WHERE tenant = ? AND id = ?", key).fetchone()
+    if not row or not row[0]:
+        return 0
+    db.execute("UPDATE sessions SET booked_tokens = 0 WHERE tenant = ? AND id = ?", key)
+    return int(row[0])
+
+
 def _is_of_window(db: sqlite3.Connection, item: TurnRecord) -> bool:
     """Whether the window that a session was thawed from is still there, and not another of its name."""
-    session = item.session
-    query = "SELECT 1 FROM windows WHERE tenant = ? AND name = ? AND transcript = ?"
-    return db.execute(query, (session.tenant, session.window, session.window_transcript)).fetchone() is not None
+    session, beginning = item.session, item.session.window_transcript
+    query = "SELECT transcript FROM windows WHERE tenant = ? AND name = ?"
+    row = db.execute(query, (session.tenant, session.window)).fetchone()
+    return row is not None and beginning is not None and transcript_rows.begins_with(db, row[0], beginning)
 
 
 def book(db: sqlite3.Connection, item: Booking) -> Saved:
@@ -154,6 +171,11 @@ def book(db: sqlite3.Connection, item: Booking) -> Saved:
         names["window"] = item.window
     entries = _Entries(db)
     entries.book(item, names)
+    if item.source == "thaw":
+        db.execute(
+            "UPDATE sessions SET booked_tokens = ? WHERE tenant = ? AND id = ?",
+            (item.cached_tokens, item.tenant, item.session_id),
+        )
     amount = next(iter(entries.amounts.values()))
     learned = entries.curve(item.engine, item.fingerprint, item.model, item.at)
     entries.write()

@@ -36,6 +36,15 @@ def add(db: sqlite3.Connection, new: Manifest) -> None:
     )
 
 
+def share(db: sqlite3.Connection, manifest: str, source: str, count: int) -> None:
+    """Let a manifest hold what another one has at its first `count` positions."""
+    db.execute(
+        """INSERT INTO manifest_objects SELECT ?, position, object FROM manifest_objects
+        WHERE manifest = ? AND position < ?""",
+        (manifest, source, count),
+    )
+
+
 def manifest(db: sqlite3.Connection, window: Window) -> Manifest:
     """Return a window's manifest, with its objects under the window's salt.
 

@@ -308,9 +308,16 @@ _M019 = ("DELETE FROM savings WHERE kind = 'all'",)
 # The messages that are in the index of words (`gateway.store.search_index`). Those that are here are indexed later.
 _M020 = ("CREATE TABLE searchable (number INTEGER PRIMARY KEY AUTOINCREMENT, content BLOB NOT NULL UNIQUE)",)
 
+# How often a session was taken back to a window, as a turn that began before is not part of it; and what a thaw has
+# booked for it, as its next turn finds the same tokens again.
+_M021 = (
+    "ALTER TABLE sessions ADD COLUMN rewinds INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE sessions ADD COLUMN booked_tokens INTEGER NOT NULL DEFAULT 0",
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
-    _M017, _M018, _M019, _M020,
+    _M017, _M018, _M019, _M020, _M021,
 )  # fmt: skip
 
 

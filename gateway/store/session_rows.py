@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +19,7 @@ JOINED_COLUMNS = ", ".join(f"s.{name}" for name in _SESSION_COLUMNS)
 _SESSION = f"SELECT {_COLUMNS} FROM sessions"
 _TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
 _turn_values = attrgetter(*_TURN_COLUMNS)
+_OVERTAKEN = "the session was taken back to a window meanwhile: this turn is not part of it"
 _CANDIDATES = 4  # sessions with the same prefix; the match depends on whether there is more than one
 _ALIASES = 32  # replies with the same alias; if there are more, it identifies nothing
 
@@ -76,6 +77,15 @@ def add_session(db: sqlite3.Connection, new: Session) -> bool:
     _add_prefixes(db, new.tenant, new.id, new.last_reply_hash)
     salt_rows.use(db, new.tenant, new.id, [new.salt])
     return True
+
+
+def replace_session(db: sqlite3.Connection, session: Session) -> None:
+    """Replace everything that is stored of an existing session by this."""
+    columns = ", ".join(f"{name} = ?" for name in _SESSION_COLUMNS)
+    values = (*_session_values(session), session.tenant, session.id)
+    db.execute(f"UPDATE sessions SET {columns} WHERE tenant = ? AND id = ?", values)
+    _add_prefixes(db, session.tenant, session.id, session.last_reply_hash)
+    salt_rows.use(db, session.tenant, session.id, [session.salt])
 
 
 def set_frozen(db: sqlite3.Connection, session: Session, at: float) -> None:
@@ -203,31 +213,33 @@ def record(db: sqlite3.Connection, records: Sequence[TurnRecord], turns_kept: in
     for item in records:
         by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
     for items in by_session.values():
-        is_new = _advance(db, items)
+        rewinds = _advance(db, items)
         for item in items:
-            _add_turn(db, item.turn)
+            overtaken = _is_overtaken(item, rewinds)
+            _add_turn(db, replace(item.turn, detail=item.turn.detail or _OVERTAKEN) if overtaken else item.turn)
             _add_trace(db, item)
-        if not is_new or len(items) > turns_kept:
+        if rewinds is not None or len(items) > turns_kept:
             _prune_turns(db, items[-1].turn, turns_kept)
 
 
-def _advance(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> bool:
+def _advance(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> int | None:
     """Move a session on to its last turn with a known reply, whose transcript contains those before or replaces them.
 
-    Returns whether it is new.
+    Turns that it has overtaken (`_is_overtaken`) only count. Returns how often it was taken back, None if it is new.
     """
     turn = items[0].turn
-    replied = [item for item in items if item.messages is not None]
+    query = "SELECT transcript, frame, salt, rewinds FROM sessions WHERE tenant = ? AND id = ?"
+    row = db.execute(query, (turn.tenant, turn.session_id)).fetchone()
+    old_transcript, old_frame, old_salt, rewinds = row or (None, None, "", None)
+    valid = [item for item in items if not _is_overtaken(item, rewinds)]
+    replied = [item for item in valid if item.messages is not None]
     transcript = transcript_rows.add(db, replied[-1].messages or ()) if replied else None
     frame = transcript_rows.add_content(db, replied[-1].frame) if replied else None
-    values = _values_of_turns(items) | (_values_of_replies(replied, transcript, frame) if replied else {})
-    query = "SELECT transcript, frame, salt FROM sessions WHERE tenant = ? AND id = ?"
-    row = db.execute(query, (turn.tenant, turn.session_id)).fetchone()
+    values = _values_of_turns(items, valid) | (_values_of_replies(replied, transcript, frame) if replied else {})
     if row:
-        _update(db, turn, values)
+        _update(db, turn, values | {"turn_count": sum(item.messages is not None for item in items)})
     else:  # new, or just deleted, with what it had
         _create(db, items[0], values)
-    old_transcript, old_frame, old_salt = row or (None, None, "")
     # A turn that failed may have left KV too. The salt of the session's last turn is recorded already.
     salt_rows.use(db, turn.tenant, turn.session_id, {item.salt for item in items} - {old_salt})
     # The old transcript is part of the new one, unless the last turn was retried.
@@ -235,15 +247,24 @@ def _advance(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> bool:
         transcript_rows.release(db, old_transcript)
     if replied and old_frame != frame:
         transcript_rows.release_content(db, old_frame)
-    return row is None
+    return rewinds if row else None
 
 
-def _values_of_turns(items: Sequence[TurnRecord]) -> dict[str, Any]:
-    """What any turns change in their session's row."""
-    last = items[-1]
-    return {
-        "last_active_at": max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items),
-        "first_message_hash": next((i.trace.first_message_hash for i in items if i.trace.first_message_hash), None),
+def _is_overtaken(item: TurnRecord, rewinds: int | None) -> bool:
+    """Whether a turn began before its session was taken back to a window, and ended after that."""
+    return rewinds is not None and item.session.rewinds < rewinds
+
+
+def _values_of_turns(items: Sequence[TurnRecord], valid: Sequence[TurnRecord]) -> dict[str, Any]:
+    """What any turns change in their session's row, and what those change that it has not overtaken."""
+    values: dict[str, Any] = {
+        "last_active_at": max(item.turn.started_at + item.turn.duration_ms / 1000 for item in items)
+    }
+    if not valid:
+        return values
+    last = valid[-1]
+    return values | {
+        "first_message_hash": next((i.trace.first_message_hash for i in valid if i.trace.first_message_hash), None),
         "last_request_hash": last.trace.request_hash or None,
         "answered": last.messages is not None,
     }

@@ -16,6 +16,7 @@ from gateway.store import (
     listed_rows,
     manifest_rows,
     response_rows,
+    rewind_rows,
     salt_rows,
     savings_rows,
     search_index,
@@ -63,6 +64,7 @@ class Store(Database):
     turns = read(session_rows.turns)
     snapshot = read(text_rows.snapshot)
     add_sessions = write(text_rows.add_sessions)
+    rewind_session = write(rewind_rows.rewind_session)
     delete_session = delete(session_rows.delete_session)
     succeed = write(text_rows.succeed)
     successions = read(successor_rows.successions)
@@ -127,6 +129,8 @@ class Store(Database):
     ancestors = read(window_rows.ancestors)
     lineage = read(window_rows.lineage)
     text = read(text_rows.text)
+    transcript_until = read(text_rows.transcript_until)
+    begins_with = read(text_rows.begins_with)
     add_window = write(text_rows.add_window)
     copy_window = write(text_rows.copy_window)
     describe_window = write(window_rows.describe_window)

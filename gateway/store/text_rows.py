@@ -11,7 +11,7 @@ from dataclasses import replace
 from gateway.dialects.titles import title_of
 from gateway.errors import GatewayError
 from gateway.records import Manifest, Session, Succession, Window
-from gateway.store import salt_rows, session_rows, successor_rows, transcript_rows, window_rows
+from gateway.store import manifest_rows, salt_rows, session_rows, successor_rows, transcript_rows, window_rows
 from gateway.store.types import Text
 
 
@@ -26,8 +26,22 @@ def text(db: sqlite3.Connection, window: Window) -> Text:
 
     Raises `window_not_found` if the window has just been deleted, and `window_corrupted` if its text is gone.
     """
-    _check_text(db, window)
+    check_text(db, window)
     return _text(db, window.transcript, window.frame)
+
+
+def transcript_until(db: sqlite3.Connection, window: Window, count: int) -> bytes:
+    """Return the id of the first `count` messages of a window's text. Raises as `text` does."""
+    check_text(db, window)
+    found = transcript_rows.prefix(db, window.transcript, count)
+    if found is None:
+        raise _text_is_gone(window)
+    return found
+
+
+def begins_with(db: sqlite3.Connection, window: Window, transcript: bytes | None) -> bool:
+    """Whether a window's text is this transcript, or continues it."""
+    return transcript is not None and transcript_rows.begins_with(db, window.transcript, transcript)
 
 
 def _text(db: sqlite3.Connection, transcript: bytes | None, frame: bytes | None) -> Text:
@@ -63,7 +77,7 @@ def add_sessions(db: sqlite3.Connection, sessions: Sequence[Session], *, source:
     the same one and not another of its name, and `window_corrupted` if its text is gone.
     """
     if source is not None:
-        _check_text(db, source)
+        check_text(db, source)
     taken = next((new.id for new in sessions if session_rows.session(db, new.tenant, new.id)), None)
     if taken is None:
         for new in sessions:
@@ -103,26 +117,37 @@ def _freeze(db: sqlite3.Connection, session: Session, new: Window, *, wanted: bo
     now = session_rows.session(db, session.tenant, session.id)
     if now is not None and now.created_at == session.created_at:
         session_rows.set_frozen(db, session, new.created_at)
-        return now.window
+        return now.window if now.rewinds == session.rewinds else _parent(db, session)
     if not wanted:
         raise GatewayError("session_not_found", f"session {session.id!r} was deleted while it was being frozen")
     # The session's salts were released before the engine computed more KV for this freeze.
     salt_rows.mark_orphaned(db, new.salt, new.tenant, new.lineage)
+    return _parent(db, session)
+
+
+def _parent(db: sqlite3.Connection, session: Session) -> str | None:
+    """The window that a session was thawed from when it was read; None if it is gone."""
     parent = window_rows.window(db, session.tenant, session.window) if session.window else None
-    # Another window may have its name since.
-    return parent.name if parent and parent.created_at <= session.created_at else None
+    if parent is None:
+        return None
+    # Another window may have its name since; a session that was taken back may be older than its window.
+    same = parent.created_at <= session.created_at or begins_with(db, parent, session.window_transcript)
+    return parent.name if same else None
 
 
 def copy_window(db: sqlite3.Connection, copy: Window, source: Window, manifest: Manifest | None) -> Window | None:
-    """Commit a copy of `source`, with a manifest of its own or that of its source; None if its name is taken.
+    """Commit a copy of `source`, or of its beginning; None if its name is taken.
 
+    `manifest` is None if the copy has its source's; one without objects gets those of the copy's chunks from there.
     Raises `window_not_found` unless the source is still there, the same one and not another of its name, and
     `window_corrupted` if its text is gone.
     """
-    _check_text(db, source)
+    check_text(db, source)
     if window_rows.window(db, copy.tenant, copy.name):
         return None
     window_rows.add_window(db, copy, manifest)
+    if manifest is not None:
+        manifest_rows.share(db, manifest.id, source.manifest, copy.chunk_count * copy.world_size)
     return copy
 
 
@@ -150,13 +175,17 @@ def _no_successor(session: Session, why: str) -> GatewayError:
     return GatewayError("session_busy", f"session {session.id!r} has no successor: {why}", hint="send the turn again")
 
 
-def _check_text(db: sqlite3.Connection, window: Window) -> None:
+def check_text(db: sqlite3.Connection, window: Window) -> None:
     """Raise `window_not_found` unless the window is as it was read, `window_corrupted` if its text is gone."""
     check_exists(db, window)
     if not transcript_rows.exists(db, window.transcript, window.frame):
-        raise GatewayError(
-            "window_corrupted",
-            f"the text of window {window.name!r} is gone: an older version lost it",
-            hint="import an export of it, or freeze its session again, under another name; then delete this one",
-            details={"window_name": window.name},
-        )
+        raise _text_is_gone(window)
+
+
+def _text_is_gone(window: Window) -> GatewayError:
+    return GatewayError(
+        "window_corrupted",
+        f"the text of window {window.name!r} is gone: an older version lost it",
+        hint="import an export of it, or freeze its session again, under another name; then delete this one",
+        details={"window_name": window.name},
+    )

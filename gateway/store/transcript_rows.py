@@ -48,6 +48,26 @@ def beginning(db: sqlite3.Connection, transcript: bytes, count: int) -> list[Mes
     return [orjson.loads(body) for (body,) in rows if body is not None]
 
 
+def prefix(db: sqlite3.Connection, transcript: bytes, count: int) -> bytes | None:
+    """Return the id of the first `count` messages of a transcript; None if it has not that many, or is not there."""
+    row = db.execute(
+        """WITH RECURSIVE chain (id, parent, depth) AS (
+            SELECT id, parent, depth FROM links WHERE id = ?1
+            UNION ALL SELECT l.id, l.parent, l.depth FROM links l JOIN chain c ON l.id = c.parent WHERE c.depth > ?2)
+        SELECT id FROM chain WHERE depth = ?2""",
+        (transcript, count - 1),
+    ).fetchone()
+    return row[0] if row else None
+
+
+def begins_with(db: sqlite3.Connection, transcript: bytes, beginning: bytes) -> bool:
+    """Whether a transcript is another one, or continues it."""
+    if transcript == beginning:
+        return True
+    row = db.execute("SELECT depth FROM links WHERE id = ?", (beginning,)).fetchone()
+    return row is not None and prefix(db, transcript, row[0] + 1) == beginning
+
+
 def frame(db: sqlite3.Connection, frame_id: bytes) -> dict[str, Any]:
     """Return a frame: what a prompt is rendered from besides the messages."""
     row = db.execute("SELECT body FROM contents WHERE id = ?", (frame_id,)).fetchone()

@@ -5,7 +5,7 @@ question. It is not a turn: there is no session, the window does not change, and
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.dialects import text_transcripts
@@ -13,6 +13,7 @@ from gateway.engines.client import Model
 from gateway.errors import GatewayError
 from gateway.records import Message, Usage, Window
 from gateway.store.types import Saved, Text
+from gateway.windows.at_turn import held_at
 from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.restore import Receipt, restore_and_load
@@ -44,18 +45,22 @@ class Answer:
 
 
 @instrumented
-async def ask(ctx: OperationContext, name: str, question: str, max_tokens: int | None = None) -> Answer:
-    """Ask a window a question, greedily. Raises `window_not_found`, `model_mismatch`, `invalid_request` if the window
-    is not a conversation or has no room left, `engine_unreachable`, `engine_timeout`.
+async def ask(
+    ctx: OperationContext, name: str, question: str, max_tokens: int | None = None, at_turn: int | None = None
+) -> Answer:
+    """Ask a window a question, greedily, as it is or as it was at a turn. Raises `window_not_found`, `model_mismatch`,
+    `invalid_request` if the window is not a conversation, has no such turn or no room left, `engine_unreachable`,
+    `engine_timeout`.
 
     KV that is lost raises nothing: the engine computes it again, and the receipt says so.
     """
     services = ctx.services
     window = await get_usable_window(services, ctx.tenant, name)
     model = await served_model(services, window)
+    window, manifest = await held_at(ctx, window, model, at_turn)
     max_tokens = _max_tokens(window, model, max_tokens)
     text = await conversation(services, window)
-    restored = await restore_and_load(ctx, window, await services.store.manifest(window))
+    restored = replace(await restore_and_load(ctx, window, manifest), at_turn=at_turn)
     ctx.progress("answer", 0, 0)
     engine = services.engines.for_lineage(window.lineage)
     messages = [*text.messages, *following(text.messages, question)]

@@ -138,8 +138,9 @@ def session_id_for(name: str, suffix_length: int = 0) -> str:
 
 def session_exists(session_id: str, parameter: str = "`new_session_id`") -> GatewayError:
     """The error for a session id that is taken, which came from `parameter`, a name in backticks."""
+    take_back = "; `into_session` takes that session back to the window" if parameter == "`new_session_id`" else ""
     return GatewayError(
         "session_already_exists",
         f"session {session_id!r} already exists",
-        hint=f"choose another {parameter}, or omit it",
+        hint=f"choose another {parameter}, or omit it{take_back}",
     )

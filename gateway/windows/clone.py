@@ -12,45 +12,61 @@ from uuid import uuid4
 
 from gateway.records import Manifest, Window
 from gateway.sessions.salts import ISOLATED
-from gateway.windows.catalog import NewWindow, get_usable_window
+from gateway.windows.at_turn import held_at
+from gateway.windows.catalog import NewWindow, get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.freeze import Naming, window_name_taken
 
 
 @instrumented
-async def clone(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
-    """Give a window a second name with a life of its own; what `naming` leaves out is copied.
+async def clone(ctx: OperationContext, source: str, naming: Naming, at_turn: int | None = None) -> NewWindow:
+    """Give a window, or its beginning up to a turn, a second name with a life of its own; what `naming` leaves out is
+    copied.
 
-    Raises `window_not_found`, `window_already_exists`.
+    Raises `window_not_found`, `window_already_exists`, and with a turn what `held_at` raises, and `model_mismatch`.
     """
     original = await get_usable_window(ctx.services, ctx.tenant, source)
-    return NewWindow(await add_copy(ctx.services, renamed(original, naming), original, None))
+    held, manifest = await _beginning(ctx, original, at_turn)
+    return NewWindow(await add_copy(ctx.services, renamed(held, naming, manifest), original, manifest))
 
 
 @instrumented
-async def isolate(ctx: OperationContext, source: str, naming: Naming) -> NewWindow:
-    """Clone a window into a lineage of its own; what `naming` leaves out is copied.
+async def isolate(ctx: OperationContext, source: str, naming: Naming, at_turn: int | None = None) -> NewWindow:
+    """Clone a window, or its beginning up to a turn, into a lineage of its own; what `naming` leaves out is copied.
 
-    Raises `window_not_found`, `window_already_exists`, `cache_unavailable`.
+    Raises what `clone` raises, and `cache_unavailable`.
     """
     services = ctx.services
     original = await get_usable_window(services, ctx.tenant, source)
+    held, manifest = await _beginning(ctx, original, at_turn)
     lineage = ISOLATED + uuid4().hex
     salt = services.salts.of(ctx.tenant, lineage, original.fingerprint)
-    copy = replace(renamed(original, naming), lineage=lineage, salt=salt)
-    if not await _is_encrypted(services, original):
-        return NewWindow(await add_copy(services, copy, original, None))
+    copy = replace(renamed(held, naming, manifest), lineage=lineage, salt=salt)
+    if not await _is_encrypted(services, held):
+        return NewWindow(await add_copy(services, copy, original, manifest))
     bare = replace(copy, pin_salt=salt, chunk_count=0, size_bytes=0, kv="absent", manifest=uuid4().hex)
-    manifest = replace(await services.store.manifest(original), id=bare.manifest, objects=())
+    manifest = replace(manifest or await services.store.manifest(original), id=bare.manifest, objects=())
     warning = "LMCache encrypts by salt (aesgcm): only text and token ids are isolated, a thaw computes the KV again"
     return NewWindow(await add_copy(services, bare, original, manifest), (warning,))
 
 
-def renamed(original: Window, naming: Naming) -> Window:
-    """The window under its second name."""
+async def _beginning(ctx: OperationContext, original: Window, at_turn: int | None) -> tuple[Window, Manifest | None]:
+    """The window up to a turn, and a manifest for that without objects, which the store adds; None for all of it."""
+    if at_turn is None:
+        return original, None
+    model = await served_model(ctx.services, original)
+    held = await held_at(ctx, original, model, at_turn)
+    if held.window is original:
+        return original, None
+    return held.window, Manifest(uuid4().hex, held.manifest.token_ids, ())
+
+
+def renamed(original: Window, naming: Naming, manifest: Manifest | None = None) -> Window:
+    """The window under its second name, with a manifest of its own if there is one."""
     return replace(
         original,
         name=naming.name,
+        manifest=manifest.id if manifest else original.manifest,
         description=original.description if naming.description is None else naming.description,
         tags=original.tags if naming.tags is None else naming.tags,
         parent=original.name,

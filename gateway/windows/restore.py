@@ -20,7 +20,10 @@ States = Mapping[str, Mapping[str, ObjectState]]
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What was found of a window's KV. `cached_tokens` is the engine's own count, None unless it was measured."""
+    """What was found of a window's KV. `cached_tokens` is the engine's own count, None unless it was measured.
+
+    `expected_cached_tokens` are in the chunks that were found; `at_turn` is None for the whole window.
+    """
 
     chunks_expected: int
     chunks_found: int = 0
@@ -34,7 +37,14 @@ class Receipt:
     as_text: bool = False  # only the text was taken
     saved: Saved | None = None  # by the request that `cached_tokens` was counted in
     first_token_s: float = 0.0  # seconds that it took
+    expected_cached_tokens: int = 0
+    at_turn: int | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the engine has computed, or will compute in the first turn if that was not measured."""
+        return self.prompt_tokens - (self.expected_cached_tokens if self.cached_tokens is None else self.cached_tokens)
 
 
 async def check_and_restore(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
@@ -114,6 +124,8 @@ def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -
         chunks_relinked=len({chunk_of[key] for key in with_state[ObjectState.RELINKED]}),
         chunks_corrupt=len({chunk_of[key] for key in with_state[ObjectState.CORRUPT]}),
         prompt_tokens=window.token_count,
+        # An engine computes at least the last token.
+        expected_cached_tokens=max(min(found * window.chunk_size, window.token_count - 1), 0),
         partial=window.kv != "complete" or found < window.whole_chunks,
     )
     return receipt, [ObjectKey.parse(key) for key in with_state[ObjectState.CORRUPT]]
@@ -141,7 +153,7 @@ async def restore_for_turn(services: Services, session: Session) -> None:
     if session.state not in ("frozen", "thawed") or not services.pins.tiers:
         return
     window = await _window_of(services, session)
-    if window is None or window.kv == "absent" or window.salt != session.salt:
+    if window is None or not window.chunk_count or window.salt != session.salt:
         return
     tokens = window.chunk_count * window.chunk_size
     if services.cache and services.cache.has_loaded_lately(window.manifest, tokens, window.salt):
@@ -163,8 +175,12 @@ async def restore_for_turn(services: Services, session: Session) -> None:
 async def _put_back_evicted(services: Services, window: Window) -> tuple[Manifest, list[str]]:
     """Restore what is missing by name or size. Almost always that is nothing, and then no lock is taken."""
     manifest, sizes = await services.store.manifest(window), await services.store.sizes(window)
+    objects, wanted = manifest.objects, window.chunk_count * window.world_size
+    if any(len(by_key) > wanted for by_key in sizes.values()):  # of an earlier turn
+        objects = leading(objects, wanted)
+        sizes = _sizes_of(objects)
     missing = await services.pins.missing(sizes)
-    evicted = [one for one in manifest.objects if one.key in missing.get(one.tier, ())]
+    evicted = [one for one in objects if one.key in missing.get(one.tier, ())]
     if not evicted:
         return manifest, []
     states, warnings = await put_back(services, window, evicted)
@@ -174,6 +190,22 @@ async def _put_back_evicted(services: Services, window: Window) -> tuple[Manifes
     return manifest, warnings
 
 
+def leading(objects: Sequence[PinnedObject], count: int) -> tuple[PinnedObject, ...]:
+    """The objects with the first `count` keys, in every tier."""
+    keys = list(dict.fromkeys(one.key for one in objects))
+    if count >= len(keys):
+        return tuple(objects)
+    first = set(keys[:count])
+    return tuple(one for one in objects if one.key in first)
+
+
+def _sizes_of(objects: Sequence[PinnedObject]) -> dict[str, dict[str, int]]:
+    sizes: dict[str, dict[str, int]] = {}
+    for one in objects:
+        sizes.setdefault(one.tier, {})[one.key] = one.size
+    return sizes
+
+
 async def _window_of(services: Services, session: Session) -> Window | None:
     """The window that the session was frozen into or thawed from; None if it was deleted."""
     if session.state == "frozen":
@@ -181,4 +213,14 @@ async def _window_of(services: Services, session: Session) -> Window | None:
         return windows[0] if windows else None
     window = await services.store.window(session.tenant, session.window) if session.window else None
     # Another window may have the name since.
-    return window if window and window.transcript == session.window_transcript else None
+    if window is None or not await _begins_with(services, window, session.window_transcript):
+        return None
+    if window.transcript == session.window_transcript:
+        return window
+    # Thawed at an earlier turn: only that much of the window is needed.
+    chunks = session.token_count // window.chunk_size if window.chunk_size else 0
+    return replace(window, chunk_count=min(window.chunk_count, chunks))
+
+
+async def _begins_with(services: Services, window: Window, transcript: bytes | None) -> bool:
+    return window.transcript == transcript or await services.store.begins_with(window, transcript)

@@ -70,7 +70,8 @@ def nodes(windows: Sequence[Window], sessions: Sequence[Session]) -> list[Node]:
 
 def _session_node(one: Session, windows: Mapping[str, Window], sessions: Mapping[str, Session]) -> Node:
     parent, relation = _origin_of_session(one, windows, sessions)
-    missing = None if parent else _recorded_parent(one)
+    # One that was taken back to a window may be older than that: it is the window's parent, not its child.
+    missing = None if parent or (one.rewinds and one.window in windows) else _recorded_parent(one)
     return Node(
         "session", one.id, one.title, one.state, one.model, one.token_count, one.created_at, parent, relation, missing
     )

@@ -16,6 +16,7 @@ from tests.support.fakes.delays import Delays
 from tests.support.fakes.engine import FakeEngine
 from tests.support.fakes.lmcache import FakeLMCache
 from tests.support.gateway_process import gateway_in_front_of
+from tests.support.operations_world import Broken, World
 
 pytestmark = pytest.mark.anyio
 STEPS = int(os.environ.get("CWG_MODEL_STEPS", "250"))
@@ -37,12 +38,10 @@ async def test_what_is_acknowledged_holds_whatever_happens_at_once(
         with gateway_in_front_of(engine.url, tmp_path, **settings) as gateway:
             Delays(engine, seed)
             async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
-                world = operations_model.World(
-                    http, gateway.data_dir, cache.folder, cache, random.Random(seed), forgets
-                )
+                world = World(http, gateway.data_dir, cache.folder, cache, random.Random(seed), forgets)
                 try:
                     await operations_model.run(world, STEPS)
-                except (operations_model.Broken, httpx.HTTPError) as broken:
+                except (Broken, httpx.HTTPError) as broken:
                     last = "\n".join(world.log[-60:])
                     pytest.fail(f"{broken}\nCWG_MODEL_SEED={seed}, after {world.steps} steps:\n{last}\n{gateway.log}")
     finally:

@@ -13,6 +13,7 @@ from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
 from tests.stack.restart import across_restart
+from tests.support.conversations import without_turns
 
 pytestmark = pytest.mark.stack
 
@@ -93,7 +94,7 @@ def test_a_thawed_session_takes_only_what_is_new_and_asks_the_engine_the_same(sh
     assert kept["token_count"] == new.usage.total_tokens
     assert kept["window"] == "plain"
     shelf.gateway.freeze(session, "plain-went-on")
-    messages = shelf.gateway.http.get("/admin/windows/plain-went-on/messages").json()["messages"]
+    messages = without_turns(shelf.gateway.http.get("/admin/windows/plain-went-on/messages").json()["messages"])
     assert messages[:-1] == [*shelf.plain.messages, QUESTION]
     assert messages[-1]["content"] == new.choices[0].message.content
 
@@ -134,7 +135,9 @@ def test_a_window_without_any_object_left_thaws_its_text_with_a_warning(shelf: S
     assert thawed["receipt"]["chunks_found"] == thawed["receipt"]["cached_tokens"] == 0
     assert thawed["receipt"]["partial"]
     assert thawed["warnings"]
-    assert shelf.gateway.http.get("/admin/windows/gone/messages").json()["messages"] == shelf.gone.messages
+    assert (
+        without_turns(shelf.gateway.http.get("/admin/windows/gone/messages").json()["messages"]) == shelf.gone.messages
+    )
 
 
 def test_every_object_lies_where_its_computed_name_says(stack: Stack, shared: Gateway) -> None:
@@ -168,7 +171,7 @@ def test_the_same_session_freezes_again_and_again_sharing_its_chunks(stack: Stac
     pins = {f.name for directory in (stack.plan.data_dir / "kv-pins").iterdir() for f in directory.iterdir()}
     salt = own.thaw("first")["cache_salt"]
     assert len([name for name in pins if salt in name]) == second["block_count"]
-    assert own.http.get("/admin/windows/first/messages").json()["messages"] == messages[:-2]
+    assert without_turns(own.http.get("/admin/windows/first/messages").json()["messages"]) == messages[:-2]
 
 
 def test_deleting_frees_what_no_other_window_holds_and_counts_real_bytes(stack: Stack, own: Gateway) -> None:

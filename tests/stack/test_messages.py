@@ -16,6 +16,7 @@ from gateway.dialects.transcripts import split
 from gateway.records import Front
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
+from tests.support.conversations import without_turns
 from tests.unit.dialects.test_chat_to_messages import MESSAGES
 
 pytestmark = pytest.mark.stack
@@ -284,7 +285,7 @@ def test_parallel_calls_are_recorded_as_the_client_sends_them_back(
     asked = {**_BODY, "tools": _TOOLS, "tool_choice": {"type": "any"}, "temperature": 2.0, "max_tokens": 400}
     called = _until_called(client, asked, stream=True, calls=2)
     shared.freeze(_session(client), "w-parallel")
-    recorded = shared.http.get("/admin/windows/w-parallel/messages").json()["messages"]
+    recorded = without_turns(shared.http.get("/admin/windows/w-parallel/messages").json()["messages"])
     sent_back = {"role": "assistant", "content": [block.to_dict() for block in called.content]}
     assert [recorded[-1]] == messages_to_chat.conversation({"messages": [sent_back]})
     assert len(recorded[-1]["tool_calls"]) >= 2
@@ -335,7 +336,10 @@ def _continue_in_both(stack: Stack, shared: Gateway, name: str, window: dict[str
         since = [*new["messages"], {"role": "assistant", "content": said.content}, *_HI]
         again = _ask(client, {**new, "messages": since})
         kept = shared.http.get(f"/admin/windows/{name}/messages").json()
-        front = Front(*split(kept["messages"]), {n: kept["frame"][n] for n in INHERITED_FIELDS if n in kept["frame"]})
+        front = Front(
+            *split(without_turns(kept["messages"])),
+            {n: kept["frame"][n] for n in INHERITED_FIELDS if n in kept["frame"]},
+        )
         full = _ask(client, chat_to_messages.in_front(front, {**new, "messages": since}))
         for usage in (again.usage, full.usage):
             assert usage.cache_read_input_tokens >= whole // _CHUNK * _CHUNK

@@ -9,6 +9,7 @@ from tests.stack.clients import mcp
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse
 from tests.stack.tiers import contents, files, hashes
+from tests.support.conversations import without_turns
 
 pytestmark = pytest.mark.stack
 
@@ -29,7 +30,7 @@ def say(gateway: Gateway, session: str, text: str) -> Messages:
 
 def messages_of(gateway: Gateway, window: str) -> Messages:
     """The transcript of a window."""
-    return list(gateway.http.get(f"/admin/windows/{window}/messages").json()["messages"])
+    return without_turns(gateway.http.get(f"/admin/windows/{window}/messages").json()["messages"])
 
 
 def whole(window: dict[str, Any]) -> int:

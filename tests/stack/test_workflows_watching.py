@@ -14,6 +14,7 @@ from tests.stack.clients import cwg, mcp, mcp_over_stdio, mcp_refused
 from tests.stack.conftest import Stack
 from tests.stack.driver import Gateway, chat, converse, until
 from tests.stack.tiers import files, hashes
+from tests.support.conversations import without_turns
 from tests.support.gateway_process import environment
 
 pytestmark = pytest.mark.stack
@@ -97,7 +98,7 @@ def test_w17_the_size_of_a_context_is_what_the_engine_counts(stack: Stack, share
     assert session["token_count"] == usage.total_tokens
     assert session["context_limit"] == stack.plan.options.max_model_len
     mcp(shared, "window_freeze", session_id="sized", window_name="sized")
-    said = shared.http.get("/admin/windows/sized/messages").json()["messages"]
+    said = without_turns(shared.http.get("/admin/windows/sized/messages").json()["messages"])
     body = {"model": "demo", "messages": said, "add_generation_prompt": False}
     count = stack.engine.post("/tokenize", json=body).json()["count"]
     assert mcp(shared, "window_status", window_name="sized")["token_count"] == count

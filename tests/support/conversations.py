@@ -1,5 +1,6 @@
 """Messages, and where a conversation stands after them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from gateway.records import Session
@@ -23,3 +24,8 @@ def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s"
     return Session(
         "t", name, name, last_request_hash=trace.request_hash, last_reply_hash=trace.reply_hash, answered=answered
     )
+
+
+def without_turns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages in the rows of `GET /admin/windows/{name}/messages`, which add the turn of each."""
+    return [{name: value for name, value in row.items() if name != "turn"} for row in rows]

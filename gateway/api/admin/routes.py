@@ -21,13 +21,14 @@ from gateway.api.admin import (
     serializers,
     windows,
 )
-from gateway.api.admin.models import requests, responses, status
+from gateway.api.admin.models import requests, responses, status, transcripts
 from gateway.api.endpoint import Call, Endpoint, Methods, json_answer
 from gateway.api.operation import ENGINE, operation
 from gateway.api.schemas import Json
+from gateway.errors import invalid_field
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import WindowQuery
-from gateway.windows import catalog, clone, delete, freeze, residency, thaw
+from gateway.windows import catalog, clone, delete, freeze, residency, rewind, thaw
 from gateway.windows.retention import orphans
 
 
@@ -115,14 +116,31 @@ async def delete_window(call: Call) -> responses.WindowDeleted:
     return responses.WindowDeleted(window_name=call.window_name, **asdict(result))
 
 
-@operation("POST", "/admin/windows/{name}/thaw", errors=("session_already_exists", "window_corrupted", *ENGINE))
+@operation(
+    "POST",
+    "/admin/windows/{name}/thaw",
+    errors=(
+        "session_already_exists",
+        "session_not_found",
+        "session_busy",
+        "window_already_exists",
+        "window_corrupted",
+        "storage_full",
+        *ENGINE,
+    ),
+)
 async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawed:
-    """Thaw a window into a new session."""
+    """Thaw a window into a new session, or take an existing one back to it."""
     prompt, max_tokens = body.continuation_prompt, body.max_tokens
     await continuation.check(call, prompt, max_tokens)
     operation = thaw.thaw_text if body.as_text else thaw.thaw
-    session, window, receipt = await operation(
-        call.context, call.window_name, new_session_id=body.new_session_id, warm=body.warm
+    session, window, receipt, replaced = await operation(
+        call.context,
+        call.window_name,
+        new_session_id=body.new_session_id,
+        warm=body.warm,
+        at_turn=body.at_turn,
+        rewound=_rewound(body),
     )
     return responses.Thawed(
         session_id=session.id,
@@ -132,22 +150,35 @@ async def thaw_window(call: Call, body: requests.ThawRequest) -> responses.Thawe
         cache_salt=session.salt,
         receipt=responses.ThawReceipt.model_validate(receipt),
         warnings=list(receipt.warnings),
+        replaced=None if replaced is None else responses.Replaced.model_validate(replaced),
         continuation=await continuation.send_prompt(call, session, prompt, max_tokens) if prompt else None,
     )
+
+
+def _rewound(body: requests.ThawRequest) -> rewind.Rewound | None:
+    """The session to take back, if there is one. Raises `invalid_request` for fields that exclude each other."""
+    if body.into_session is None:
+        if body.keep_as is not None:
+            raise invalid_field("keep_as", "keep_as keeps what into_session has, which is not given")
+        return None
+    if body.new_session_id is not None:
+        message = "new_session_id makes a new session, into_session takes an existing one: give one of them"
+        raise invalid_field("into_session", message)
+    return rewind.Rewound(body.into_session, body.keep_as)
 
 
 @operation(
     "POST",
     "/admin/windows/{name}/clone",
     status=201,
-    errors=("window_already_exists", "window_corrupted", "cache_unavailable"),
+    errors=("window_already_exists", "window_corrupted", "cache_unavailable", *ENGINE),
 )
 async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Cloned:
     """Give a window a second name; no KV byte is copied."""
     naming = freeze.Naming(body.target_window, body.description, body.tags)
     make_copy = clone.isolate if body.isolate else clone.clone
     ancestors = await call.services.store.ancestors(call.tenant, call.window_name)
-    copy, warnings = await make_copy(call.context, call.window_name, naming)
+    copy, warnings = await make_copy(call.context, call.window_name, naming, body.at_turn)
     return responses.Cloned(
         source_window=call.window_name,
         target_window=copy.name,
@@ -160,22 +191,26 @@ async def clone_window(call: Call, body: requests.CloneRequest) -> responses.Clo
 
 
 @operation("GET", "/admin/windows/{name}/messages", errors=("window_corrupted",))
-async def window_messages(call: Call) -> responses.Messages:
+async def window_messages(call: Call) -> transcripts.Messages:
     """The text of a window."""
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     text = await call.services.store.text(window)
-    return responses.Messages(window_name=window.name, messages=list(text.messages), frame=dict(text.frame or {}))
+    return transcripts.Messages(
+        window_name=window.name, **await asyncio.to_thread(serializers.transcript, text.messages, text.frame)
+    )
 
 
 @operation("GET", "/admin/sessions/{session_id}/messages")
-async def session_messages(call: Call) -> responses.SessionMessages:
+async def session_messages(call: Call) -> transcripts.SessionMessages:
     """The text of a session, as of its last finished turn."""
     await call.services.recorder.flush()
     found = await call.services.store.snapshot(call.tenant, call.session_id)
     if found is None:
         raise session_not_found(call.session_id)
     session, text = found
-    return responses.SessionMessages(session_id=session.id, messages=list(text.messages), frame=dict(text.frame or {}))
+    return transcripts.SessionMessages(
+        session_id=session.id, **await asyncio.to_thread(serializers.transcript, text.messages, text.frame)
+    )
 
 
 @operation("GET", "/admin/health")

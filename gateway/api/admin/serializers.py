@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway.api.admin.models import responses
+from gateway.dialects.turns import Turns
 from gateway.kv.keys import ObjectKey
 from gateway.kv.memory import MEMORY_TIER
-from gateway.records import PinnedObject, Session, Sizes, Turn, Window
+from gateway.records import Message, PinnedObject, Session, Sizes, Turn, Window
 from gateway.store.types import Saved
 from gateway.windows.ask import Answer
 
@@ -102,6 +103,8 @@ def ask_receipt(answer: Answer) -> responses.AskReceipt:
         completion_tokens=answer.usage.completion,
         chunks_expected=answer.restored.chunks_expected,
         chunks_found=answer.restored.chunks_found,
+        expected_cached_tokens=answer.restored.expected_cached_tokens,
+        at_turn=answer.restored.at_turn,
         partial=answer.restored.partial,
         duration_ms=answer.duration_ms,
         saved=saved(answer.saved) if answer.saved else None,
@@ -153,6 +156,14 @@ def window_status_fields(w: Window, now: float, pinned: Sizes, present: Present)
         },
         "timestamps": {"created_at": moment(w.created_at), "expires_at": moment_or_null(w.expires_at)},
     }
+
+
+def transcript(messages: Sequence[Message], frame: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A transcript, each message with its turn. A text has no turns."""
+    turns = Turns.of(messages)
+    numbers: Sequence[int | None] = turns.numbers or [None] * len(messages)
+    rows = [{**message, "turn": number} for message, number in zip(messages, numbers, strict=True)]
+    return {"messages": rows, "turns": len(turns.ends), "frame": dict(frame or {})}
 
 
 def blocks(objects: Sequence[PinnedObject], present: Present) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ async def verify_window(call: Call, body: requests.VerifyRequest) -> responses.V
 @operation("POST", "/admin/windows/{name}/ask", errors=("window_corrupted", *ENGINE))
 async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answered:
     """Ask a window a question. The window does not change, and neither question nor answer is kept."""
-    answer = await ask.ask(call.context, call.window_name, body.question, body.max_tokens)
+    answer = await ask.ask(call.context, call.window_name, body.question, body.max_tokens, body.at_turn)
     return responses.Answered(
         window_name=answer.window.name,
         model=answer.window.model,
@@ -62,7 +62,9 @@ async def evict_window(call: Call) -> responses.Evicted:
 )
 async def fan_out_window(call: Call, body: requests.FanoutRequest) -> responses.FannedOut:
     """Thaw a window into many sessions at once. They share its KV, which is restored when the first of them begins."""
-    sessions, window, warnings = await thaw.fanout(call.context, call.window_name, body.count, body.prefix)
+    sessions, window, warnings = await thaw.fanout(
+        call.context, call.window_name, body.count, body.prefix, body.at_turn
+    )
     return responses.FannedOut(
         window_name=window.name,
         model=window.model,

@@ -191,7 +191,8 @@ class Inference:
     async def _match(self, incoming: InferenceRequest, turn: TurnContext) -> SessionMatch:
         services, window, messages = self._services, incoming.base.window, turn.prompt.messages
         if turn.previous is None and window is not None and messages:
-            return await branch.resolve_in_window(services, turn, window, incoming.system_rule)
+            at_turn = incoming.base.at_turn
+            return await branch.resolve_in_window(services, turn, window, incoming.system_rule, at_turn)
         if turn.previous is None and len(messages) > HEAVY_MESSAGES:
             await services.offload.run(True, turn.prompt.prepare, turn.client_id)
         return await services.sessions.resolve(turn)

@@ -10,6 +10,7 @@ from gateway.dialects.transcripts import SystemRule
 from gateway.records import Front, Message, Session
 from gateway.runtime.offload import is_heavy
 from gateway.sessions.resolver import session_not_found
+from gateway.windows.at_turn import text_at
 from gateway.windows.catalog import get_usable_window
 from gateway.windows.context import Services
 
@@ -31,8 +32,9 @@ def leaves_history(call: Call) -> bool:
 
 
 async def prepend_window_history(services: Services, call: Call, name: str, incoming: InferenceRequest) -> Call:
-    """The call as the first of a new branch of a window. Raises `window_not_found`."""
+    """The call as the first of a new branch of a window. Raises `window_not_found`, and what `text_at` raises."""
     window = await get_usable_window(services, incoming.tenant, name)
+    window = await text_at(services, window, incoming.base.at_turn)
     history = (await services.store.text(window)).messages
     front = await _lacking(services, call, history, incoming.system_rule)
     return call if front is None else await _with_front(services, call, front, window.frame)
@@ -78,7 +80,8 @@ async def _current(services: Services, session: Session) -> list[Message] | None
     """A thawed session's transcript, with the turn that has just ended; None if it is still the window's."""
     if services.turns.has_turn_in_flight(session.tenant, session.id):
         await services.recorder.flush()
-        session = await services.sessions.open(session.tenant, session.id)
+    # A turn may have been recorded between the first read of the session and this.
+    session = await services.sessions.open(session.tenant, session.id)
     if session.transcript is None or session.transcript == session.window_transcript:
         return None
     return await _messages(services, session, session.transcript)

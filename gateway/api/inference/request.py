@@ -1,5 +1,6 @@
 """A request to the inference API: its base URL, its session headers, and the dialect to answer errors in."""
 
+import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ from gateway.validation.shown import shown
 
 SYSTEM_HEADER = b"x-window-system"
 WINDOW_HEADER = b"x-window"
+_TURN = re.compile("[1-9][0-9]{0,5}")
 _SYSTEM_RULES: dict[bytes, SystemRule] = {b"": "", b"keep": "keep", b"replace": "replace"}
 _CHAT = ChatDialect()
 MESSAGES = MessagesDialect()
@@ -37,13 +39,15 @@ TOKENIZER_PATHS = (b"/tokenize", b"/detokenize", *STATE)
 class RouteTarget:
     """What the base URL says: the engine's path, and the session or the window of all requests under it.
 
-    `known` is the path as the engine routes it: decoded, and without a slash at its end.
+    `at_turn` is the turn of the window that new conversations begin at; None: its end. `known` is the path as the
+    engine routes it: decoded, and without a slash at its end.
     """
 
     path: bytes
     known: bytes
     session_id: str | None = None
     window: str | None = None
+    at_turn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +88,14 @@ class InferenceRequest:
 def read_target(scope: Scope) -> RouteTarget:
     """Read the base URL, and the header that may name a window instead."""
     raw: bytes = scope["raw_path"]
-    session_id = window = None
+    session_id = window = at_turn = None
     if raw.startswith((b"/s/", b"/w/")):
         _, kind, part, rest = raw.split(b"/", 3) if raw.count(b"/") >= 3 else (b"", raw[1:2], raw[3:], b"")
         name = unquote(part.decode("latin-1"))
         if kind == b"s":
             session_id = check_session_id(name, "session id in the URL")
         else:
-            window = check_window_name(name, "window name in the URL")
+            window, at_turn = _window_and_turn(name, "window name in the URL")
         raw = b"/" + rest
     # The engine routes by the decoded path: however a client writes it, no completion may avoid its salt.
     path = unquote(raw.decode("latin-1")).encode()
@@ -102,8 +106,20 @@ def read_target(scope: Scope) -> RouteTarget:
         raw = known
     if window is None:
         sent = next((v for k, v in scope["headers"] if k == WINDOW_HEADER), None)
-        window = check_window_name(sent.decode("latin-1"), "X-Window") if sent is not None else None
-    return RouteTarget(raw, known, session_id, window)
+        window, at_turn = _window_and_turn(sent.decode("latin-1"), "X-Window") if sent is not None else (None, None)
+    return RouteTarget(raw, known, session_id, window, at_turn)
+
+
+def _window_and_turn(text: str, where: str) -> tuple[str, int | None]:
+    """The window that `NAME` or `NAME@TURN` means, and the turn. Raises `invalid_window_name`, `invalid_request`."""
+    name, at, turn = text.partition("@")
+    name = check_window_name(name, where)
+    if not at:
+        return name, None
+    if not _TURN.fullmatch(turn):
+        message = f"{where}: {shown(turn, 50)} is not a turn of window {name!r}"
+        raise GatewayError("invalid_request", message, hint="write NAME@TURN, with a turn from 1 on")
+    return name, int(turn)
 
 
 def error_dialect(scope: Scope) -> Dialect:

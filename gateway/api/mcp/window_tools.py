@@ -42,10 +42,12 @@ _CREATING = (
         "window_thaw",
         (f"{_BY_NAME}/thaw",),
         About(
-            "Restore a window into a new session. The window stays as it is and can be thawed any number of times",
+            "Restore a window, or a turn of it, into a new session, or take an existing one back to it. The window "
+            "stays as it is and can be thawed any number of times",
             "to continue from an earlier state, or in a branch of it",
-            "the loading of its KV, and computing what is missing of that; no tokens with `warm_cache` false",
-            "the new `session_id` (send it as header X-Session-ID, or use the base URL /s/SESSION_ID/v1) and a "
+            "the loading of its KV, and computing what is missing of that; no tokens with `warm_cache` false. With "
+            "`into_session` the session loses what no window has, unless `keep_as` names one",
+            "the `session_id` (send it as header X-Session-ID, or use the base URL /s/SESSION_ID/v1) and a "
             "`receipt`: `cached_tokens` is what the engine did not have to compute",
         ),
         arguments.Thaw,

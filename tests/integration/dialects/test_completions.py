@@ -11,6 +11,7 @@ from gateway.dialects.base import Call, Reply
 from gateway.dialects.completions import CompletionsDialect
 from gateway.errors import GatewayError
 from gateway.records import Front, Usage
+from tests.support.conversations import without_turns
 from tests.support.fakes.engine import DONE, MODEL, FakeEngine, event, text_event, texts_of, usage_of
 from tests.support.gateway_process import Gateway
 from tests.support.raw_http import RawHttpClient
@@ -227,7 +228,7 @@ def complete(gateway: Gateway, session: str, prompt: Any, **more: Any) -> Any:
 
 def kept(gateway: Gateway, window: str) -> Any:
     """The transcript of a window."""
-    return gateway.http.get(f"/admin/windows/{window}/messages").json()["messages"]
+    return without_turns(gateway.http.get(f"/admin/windows/{window}/messages").json()["messages"])
 
 
 def thawed(gateway: Gateway, session: str) -> str:

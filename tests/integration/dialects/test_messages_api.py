@@ -7,6 +7,7 @@ import anthropic
 import pytest
 
 from gateway.errors import CODES, GatewayError
+from tests.support.conversations import without_turns
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.messages_api import AS_SENT, BODY, HI, MESSAGES, PARALLEL, PARALLEL_MESSAGE, USAGE, start, words
@@ -78,7 +79,7 @@ def test_a_turn_is_recorded_in_canonical_form(engine: FakeEngine, gateway: Gatew
     state = gateway.http.get(f"/admin/sessions/{session}").json()
     assert (state["token_count"], state["turns"][0]["outcome"]) == (129, "completed")
     gateway.freeze(session, f"w-{session}").raise_for_status()
-    kept = gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"]
+    kept = without_turns(gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"])
     assert kept == [{"role": "system", "content": "Be terse."}, *HI, {"role": "assistant", "content": "Hello"}]
 
 
@@ -92,7 +93,7 @@ def test_a_stream_passes_byte_for_byte_and_its_reply_is_kept(
         assert wire.chunks() == PARALLEL
     gateway.turns(session)
     gateway.freeze(session, f"w-{session}").raise_for_status()
-    kept = gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"]
+    kept = without_turns(gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"])
     assert kept[-1] == PARALLEL_MESSAGE
 
 

@@ -52,7 +52,7 @@ async def test_every_operation_works_without_the_tier(hung: GatewayHarness) -> N
         verdict = await verify(hung.ctx, "w")
         assert (verdict.tiers["redis"].checked, verdict.tiers["disk"].intact) == (False, CHUNKS)
         assert "redis tier: it hangs" in verdict.warnings[0]
-        _, _, receipt = await thaw(hung.ctx, "w", new_session_id="t", warm="none")
+        _, _, receipt, _ = await thaw(hung.ctx, "w", new_session_id="t", warm="none")
         assert receipt.chunks_found == CHUNKS
         assert "redis tier: it hangs" in receipt.warnings[0]
         await clone(hung.ctx, "w", Naming("again"))

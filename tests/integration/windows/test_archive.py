@@ -45,7 +45,7 @@ async def test_import_equals_export_under_its_own_salt(harness: GatewayHarness) 
         assert (harness.kv / key.file_name).read_bytes() == value(index)
         assert (harness.kv / key.file_name).stat().st_nlink == 2  # and pinned
         assert harness.redis.live(key) == value(index)
-    _, _, receipt = await thaw(harness.ctx, "again", new_session_id=None, warm="none")
+    _, _, receipt, _ = await thaw(harness.ctx, "again", new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, 0, False)
 
 

@@ -86,7 +86,7 @@ async def test_other_model_is_imported_as_text_only(harness: GatewayHarness) -> 
     imported, warnings = await import_window(harness.ctx, stream(data), name="text", as_text=True)
     assert (imported.kv, imported.size_bytes) == ("absent", 0)
     assert "rendered again" in warnings[0]
-    session, _, receipt = await thaw(harness.ctx, "text", new_session_id=None, warm="none")
+    session, _, receipt, _ = await thaw(harness.ctx, "text", new_session_id=None, warm="none")
     assert (session.token_count, receipt.chunks_found) == (len(IDS), 0)
     # As text too, a damaged object is a damaged file.
     await refused(harness, data[:20_000], "window_corrupted", as_text=True)

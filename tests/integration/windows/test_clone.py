@@ -45,7 +45,7 @@ async def verified(harness: GatewayHarness, *names: str) -> None:
 
 async def thawed(harness: GatewayHarness, name: str) -> Session:
     """Thaw, and find all of it."""
-    session, _, receipt = await thaw(harness.ctx, name, new_session_id=None, warm="none")
+    session, _, receipt, _ = await thaw(harness.ctx, name, new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.partial) == (CHUNKS, False)
     return session
 
@@ -136,7 +136,7 @@ async def test_encryption_by_salt_isolates_only_text_and_ids(
             assert (made.kv, made.chunk_count, made.size_bytes) == ("absent", 0, 0)
             assert "encrypts by salt (aesgcm)" in warnings[0]
             assert tuple((await harness.services.store.manifest(made)).token_ids) == IDS
-            _, _, receipt = await thaw(harness.ctx, "apart", new_session_id=None, warm="none")
+            _, _, receipt, _ = await thaw(harness.ctx, "apart", new_session_id=None, warm="none")
             assert (receipt.chunks_expected, receipt.chunks_found, receipt.partial) == (CHUNKS, 0, True)
 
 

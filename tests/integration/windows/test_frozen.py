@@ -45,7 +45,7 @@ async def test_frozen_window_survives_eviction(harness: Cached) -> None:
     harness.cache.evict()
     verdict = await verify(harness.ctx, "w")
     assert (verdict.ok, verdict.chunks_usable) == (True, CHUNKS)
-    _, _, receipt = await thaw(harness.ctx, "w", new_session_id=None, warm="none")
+    _, _, receipt, _ = await thaw(harness.ctx, "w", new_session_id=None, warm="none")
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, CHUNKS, False)
 
 
@@ -162,7 +162,7 @@ async def test_window_has_the_snapshot_despite_later_changes(
     assert (await verify(harness.ctx, "w")).ok
     now = await harness.services.store.session(TENANT, "s")
     assert now is None or (now.state, now.frozen_at) == ("active", None)
-    session, _, receipt = await thaw(harness.ctx, "w", new_session_id="t", warm="gpu")
+    session, _, receipt, _ = await thaw(harness.ctx, "w", new_session_id="t", warm="gpu")
     assert (receipt.chunks_found, session.transcript) == (CHUNKS, before.transcript)
     # And nothing is left when both are gone.
     await orphans.delete_session(harness.ctx, "t")

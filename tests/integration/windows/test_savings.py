@@ -145,3 +145,23 @@ def test_cli_shows_what_was_saved(engine: FakeEngine, tmp_path: Path) -> None:
 def test_limit_is_checked(gateway: Gateway) -> None:
     answer: httpx.Response = gateway.http.get("/admin/ledger", params={"limit": "0"})
     assert (answer.status_code, answer.json()["error"]["details"]["field"]) == (400, "limit")
+
+
+def test_thaw_into_a_session_is_booked_once(engine: FakeEngine, tmp_path: Path) -> None:
+    """What it has found, its first turn finds again, however many turns the session had before."""
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
+        gateway.chat("s", "hi")
+        gateway.freeze("s", "w")
+        gateway.chat("s", "something else, which is dropped")
+        for number in range(2):
+            before = _ledger(gateway)["total"]["tokens"]
+            body = {"into_session": "s", "at_turn": 1, "warm": "gpu"}
+            thawed = gateway.http.post("/admin/windows/w/thaw", json=body).json()
+            found = thawed["receipt"]["saved"]["tokens"]
+            assert found == thawed["receipt"]["cached_tokens"] > 0
+            turn = gateway.chat("s", f"And then? {number}").json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert _ledger(gateway)["total"]["tokens"] - before == max(turn, found)
+            again = gateway.chat("s", "And?").json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert _ledger(gateway)["total"]["tokens"] - before == max(turn, found) + again
+        (line,) = _ledger(gateway)["windows"]
+        assert (line["name"], line["saved"]["requests"]) == ("w", 4)

@@ -60,7 +60,7 @@ def lose(harness: Cached, key: ObjectKey) -> None:
 
 
 async def thawed(harness: Cached, warm: str = "none") -> tuple[Session, Window, Receipt]:
-    return await thaw(harness.ctx, "w", new_session_id=None, warm=warm)  # type: ignore[arg-type]
+    return (await thaw(harness.ctx, "w", new_session_id=None, warm=warm))[:3]  # type: ignore[arg-type]
 
 
 async def test_damaged_chunk_is_reported_and_deleted(harness: Cached) -> None:
@@ -270,7 +270,7 @@ async def test_window_of_another_model_is_thawed_as_text(engine: FakeEngine, har
     with pytest.raises(GatewayError) as caught:
         await thawed(harness)
     assert caught.value.code == "model_mismatch"
-    session, _, receipt = await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
+    session, _, receipt, _ = await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
     assert (session.model, session.lineage, session.token_count) == (name, window.lineage, len(IDS))
     assert session.salt not in ("", window.salt)
     assert (receipt.as_text, receipt.partial, receipt.chunks_found, receipt.prompt_tokens) == (True, True, 0, len(IDS))
@@ -304,9 +304,9 @@ async def test_a_window_without_tokens_is_thawed_without_asking_the_engine(engin
     await harness.session("empty", stored=False)
     await freeze(harness.ctx, "empty", Naming("empty"))
     before = len(engine.seen("/v1/completions"))
-    _, window, receipt = await thaw(harness.ctx, "empty", new_session_id="t", warm="gpu")
+    _, window, receipt, _ = await thaw(harness.ctx, "empty", new_session_id="t", warm="gpu")
     assert (window.token_count, receipt.cached_tokens, receipt.prompt_tokens) == (0, None, 0)
-    _, _, receipt = await thaw_text(harness.ctx, "empty", new_session_id="u", warm="gpu")
+    _, _, receipt, _ = await thaw_text(harness.ctx, "empty", new_session_id="u", warm="gpu")
     assert (receipt.as_text, receipt.cached_tokens, receipt.prompt_tokens) == (True, None, 0)
     assert len(engine.seen("/v1/completions")) == before
 
@@ -317,7 +317,7 @@ async def test_a_session_that_took_only_the_text_keeps_no_kv_of_a_deleted_window
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     serve_another(engine, "successor")
-    session, _, _ = await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
+    session, _, _, _ = await thaw_text(harness.ctx, "w", new_session_id="t", warm="gpu")
     done = await delete(harness.ctx, "w")
     assert (done.blocks_deleted, done.blocks_kept, done.warnings) == (CHUNKS, 0, ())
     assert objects_of(harness, window.salt) == []
@@ -347,7 +347,7 @@ async def test_kv_of_a_text_whose_session_id_was_taken_meanwhile_is_swept(engine
 async def test_thaw_of_a_text_says_what_it_does_and_does_not(engine: FakeEngine, harness: Cached) -> None:
     steps: list[tuple[str, int, int]] = []
     ctx = replace(harness.ctx, progress=lambda *step: steps.append(step))
-    _, _, receipt = await thaw_text(ctx, "w", new_session_id=None, warm="cpu")
+    _, _, receipt, _ = await thaw_text(ctx, "w", new_session_id=None, warm="cpu")
     assert ("`warm: cpu` loaded nothing" in receipt.warnings[-1], steps) == (True, [])
     await thaw_text(ctx, "w", new_session_id=None, warm="gpu")
     assert steps == [("prefill", 0, len(IDS)), ("prefill", len(IDS), len(IDS))]

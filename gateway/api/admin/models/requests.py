@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, create_model
+from pydantic import AliasChoices, Field, create_model
 
 from gateway.api.admin.models.responses import absent
 from gateway.api.health import COMPONENTS
@@ -12,7 +12,7 @@ from gateway.records import MAX_MODEL, SessionState
 from gateway.store.types import SORT_COLUMNS
 from gateway.validation import fields
 from gateway.validation.fields import or_null
-from gateway.windows import ask, ask_any, thaw, tree
+from gateway.windows import ask, ask_any, at_turn, thaw, tree
 from gateway.windows.autofreeze import rules
 
 SessionId = Annotated[str, Reads(fields.session_id)]
@@ -30,6 +30,9 @@ NodeCount = Annotated[
 LedgerLimit = Annotated[int, Reads(fields.whole(1, 100))]
 MaxTokens = Annotated[
     int, Reads(fields.whole(1, ask.MAX_TOKENS).about(f"most tokens of the answer; default {ask.DEFAULT_TOKENS}"))
+]
+AtTurn = Annotated[
+    int, Reads(fields.whole(1, at_turn.MAX_TURN).about("the turn to begin at, 1 for the first; `messages` has them"))
 ]
 Question = Annotated[str, Reads(fields.non_blank(ask.MAX_QUESTION))]
 
@@ -107,6 +110,13 @@ class FreezeRequest(Body):
 
 class ThawRequest(Body):
     new_session_id: SessionId | None = Field(None, description="generated if not given")
+    into_session: SessionId | None = Field(
+        None,
+        validation_alias=AliasChoices("into_session", "into"),
+        description="an existing session of the window's lineage, to be taken back to it",
+    )
+    keep_as: WindowName | None = Field(None, description="window to freeze `into_session` into first")
+    at_turn: AtTurn | None = None
     warm: Annotated[thaw.Warm, Reads(fields.one_of("none", "cpu", "gpu"))] = "none"
     continuation_prompt: Question | None = Field(None, description="sent at once as the new session's next user turn")
     max_tokens: MaxTokens | None = Field(None, description="of the answer to continuation_prompt")
@@ -118,6 +128,7 @@ class CloneRequest(Body):
     description: Description | None = None
     tags: Tags | None = Field(None, description="tags of the clone; those of the source if not given")
     isolate: Flag = Field(False, description="under a cache salt of its own")
+    at_turn: AtTurn | None = None
 
 
 class DescribeRequest(Changes):
@@ -133,6 +144,7 @@ class VerifyRequest(Body):
 class AskRequest(Body):
     question: Question = Field(description="what to ask; the window knows nothing later")
     max_tokens: MaxTokens | None = None
+    at_turn: AtTurn | None = None
 
 
 class AskAnyRequest(Body):
@@ -152,6 +164,7 @@ class AskAnyRequest(Body):
 class FanoutRequest(Body):
     count: Annotated[int, Reads(fields.whole(1, thaw.MAX_FANOUT))] = Field(description="how many sessions")
     prefix: SessionId | None = Field(None, description="sessions are named PREFIX-1, PREFIX-2 ...")
+    at_turn: AtTurn | None = None
 
 
 _RULES: Any = {name: (Annotated[Any, Reads(reader)], absent()) for name, reader in rules.READERS.items()}

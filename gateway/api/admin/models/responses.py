@@ -158,18 +158,6 @@ class Cloned(Window):
     warnings: Warnings
 
 
-class Messages(Answer):
-    window_name: str
-    messages: list[Json]
-    frame: Json
-
-
-class SessionMessages(Answer):
-    session_id: str
-    messages: list[Json]
-    frame: Json
-
-
 class Restored(Answer):
     chunks_expected: int
     chunks_found: int
@@ -182,9 +170,20 @@ class Restored(Answer):
 
 class ThawReceipt(Restored):
     cached_tokens: int | None
+    expected_cached_tokens: int
     prompt_tokens: int
+    computed_tokens: Annotated[int, Field(description="computed now, or in the first turn unless `warm` is `gpu`")]
+    at_turn: int | None
     as_text: bool
     saved: Saved | None = Field(description="by this thaw, null if it was not measured: with `warm: gpu` it is")
+
+
+class Replaced(Answer):
+    """what a session that was taken back had before"""
+
+    turns_dropped: int
+    token_count: int
+    kept_in: str | None = Field(description="a window that has all of it; null if none has")
 
 
 class Continuation(Answer):
@@ -205,6 +204,7 @@ class Thawed(Answer):
     cache_salt: str
     receipt: ThawReceipt
     warnings: Warnings
+    replaced: Replaced | None = Field(description="null unless `into_session` was given")
     continuation: Continuation | None
 
 
@@ -250,6 +250,8 @@ class AskReceipt(Answer):
     completion_tokens: int
     chunks_expected: int
     chunks_found: int
+    expected_cached_tokens: int
+    at_turn: int | None
     partial: bool
     duration_ms: Number
     saved: Saved | None

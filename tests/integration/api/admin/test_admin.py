@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.admin_requests import error_of, freeze
+from tests.support.conversations import without_turns
 from tests.support.fakes.engine import WITHIN, Exchange, FakeEngine, delta
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.raw_http import RawHttpClient
@@ -25,7 +26,7 @@ def test_freeze_without_a_cache_keeps_the_text_and_warns(gateway: Gateway, sessi
     assert window["token_count"] == window["receipt"]["tokens"] > 0
     assert window["receipt"]["tiers"] == {}
     assert "no cache" in window["warnings"][0]
-    messages = gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"]
+    messages = without_turns(gateway.http.get(f"/admin/windows/w-{session}/messages").json()["messages"])
     assert messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello there!"}]
     assert gateway.http.get(f"/admin/sessions/{session}").json()["state"] == "frozen"
 

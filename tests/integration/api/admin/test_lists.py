@@ -195,8 +195,8 @@ def test_text_of_a_session_can_be_read(engine: FakeEngine, tmp_path: Path) -> No
         assert answer.pop("session_id") == "s:1"
         assert answer["messages"][0]["content"] == "hello"
         of_window = gateway.http.get("/admin/windows/w/messages").json()
-        assert answer == {name: of_window[name] for name in ("messages", "frame")}
+        assert answer == {name: of_window[name] for name in ("messages", "turns", "frame")}
         missing = gateway.http.get("/admin/sessions/none/messages")
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "session_not_found")
         shown = cwg("session", "messages", "s:1", url=gateway.url).stdout
-        assert shown.startswith("user: hello\nassistant: ")
+        assert shown.startswith("--- turn 1\nuser: hello\nassistant: ")
