@@ -1,4 +1,8 @@
-"""The admin API's operations and its table of routes. `gateway.api.endpoint` serves them."""
+"""The admin API's operations and its table of routes. `gateway.api.endpoint` serves them.
+
+What may have many rows (lists, blocks, the tree) is answered as plain objects, and its model documents it: making
+models of a page took a tenth of the time of its request. The tests hold every answer against its schema.
+"""
 
 import asyncio
 from dataclasses import asdict
@@ -32,16 +36,14 @@ from gateway.windows import catalog, clone, delete, freeze, residency, rewind, t
 from gateway.windows.retention import orphans
 
 
-@operation("GET", "/admin/sessions")
-async def list_sessions(call: Call, query: requests.SessionsQuery) -> responses.Sessions:
+@operation("GET", "/admin/sessions", answer=responses.Sessions)
+async def list_sessions(call: Call, query: requests.SessionsQuery) -> Json:
     """List sessions, last active first."""
     await call.services.recorder.flush()
     expired_by = orphans.expired_by(call.services.settings)
     page, total = await call.services.store.listed_sessions(call.tenant, expired_by=expired_by, **query.model_dump())
     lines = [{**serializers.session_fields(s, expired_by), "saved": saved} for s, saved in page]
-    return responses.Sessions.model_validate(
-        {"sessions": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
-    )
+    return {"sessions": lines, **serializers.paging(len(page), total, query.limit, query.offset)}
 
 
 @operation("GET", "/admin/sessions/{session_id}")

@@ -6,6 +6,7 @@ from gateway.api.admin import serializers
 from gateway.api.admin.models import requests, responses, searches
 from gateway.api.endpoint import Call, error_shape
 from gateway.api.operation import operation
+from gateway.api.schemas import Json
 from gateway.dialects.search_text import Search
 from gateway.records import Session, Window
 from gateway.store.search_rows import Found
@@ -16,8 +17,8 @@ from gateway.windows.retention import orphans
 _NOTHING = "no window has anything of this: none was asked"
 
 
-@operation("GET", "/admin/windows")
-async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Windows:
+@operation("GET", "/admin/windows", answer=responses.Windows)
+async def list_windows(call: Call, query: requests.WindowsQuery) -> Json:
     """List windows, newest first unless sorted otherwise."""
     filters = query.model_dump(exclude_none=True, exclude={"sort_order"})
     wanted, store = WindowQuery(**filters, descending=query.sort_order == "desc"), call.services.store
@@ -31,9 +32,7 @@ async def list_windows(call: Call, query: requests.WindowsQuery) -> responses.Wi
     lines = [{**serializers.window_line_fields(w, call.now), "saved": saved} for w, saved in page]
     for line, match in zip(lines, matches, strict=False):  # none without a search
         line["match"] = match
-    return responses.Windows.model_validate(
-        {"windows": lines, **serializers.paging(len(page), total, query.limit, query.offset), **found}
-    )
+    return {"windows": lines, **serializers.paging(len(page), total, query.limit, query.offset), **found}
 
 
 @operation("GET", "/admin/search")
