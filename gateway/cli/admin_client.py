@@ -149,7 +149,7 @@ class Admin:
 
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
         hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
-        return AdminError(f"no gateway answers at {self.url}: {error or type(error).__name__}", hint)
+        return AdminError(f"no gateway answers at {self.url}: {str(error) or type(error).__name__}", hint)
 
 
 def _check_address(url: str) -> None:

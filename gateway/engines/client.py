@@ -323,7 +323,7 @@ class HttpEngineClient(EngineClient):
                 raise GatewayError("rate_limited", "the gateway has too many open files") from error
             raise GatewayError(
                 "engine_unreachable",
-                f"engine at {self.url} does not answer: {error or type(error).__name__}",
+                f"engine at {self.url} does not answer: {str(error) or type(error).__name__}",
                 hint=UNREACHABLE_HINT,
             ) from error
 

@@ -257,12 +257,23 @@ class LMCache:
                 hint="is cache_url the HTTP address (--http-port) of an LMCache 0.5.6?",
             ) from error
 
+    def _no_answer(self, error: Exception) -> GatewayError:
+        return GatewayError(
+            "cache_unavailable",
+            f"LMCache at {self._http.base_url} does not answer: {str(error) or type(error).__name__}",
+            hint="is the LMCache server running, and is cache_url its HTTP address (--http-port)?",
+        )
+
     async def _refuse_message_port(self) -> None:
         """Raise `cache_unavailable` if `cache_url` is LMCache's message port, before any HTTP is sent there."""
         if self._is_http:
             return
         url = str(self._http.base_url)
-        if await message_port.speaks_zmq(url, self._connect_timeout_s):
+        try:
+            speaks_zmq = await message_port.speaks_zmq(url, self._connect_timeout_s)
+        except OSError as error:
+            raise self._no_answer(error) from error
+        if speaks_zmq:
             raise GatewayError(
                 "cache_unavailable",
                 f"at {url} LMCache reads messages of engines (--port), which HTTP would end for good: nothing was sent",
@@ -276,11 +287,7 @@ class LMCache:
             response = await self._http.request(method, path, **arguments)
         except httpx.HTTPError as error:
             self._is_http = False  # it may come back with other ports
-            raise GatewayError(
-                "cache_unavailable",
-                f"LMCache at {self._http.base_url} does not answer: {error or type(error).__name__}",
-                hint="is the LMCache server running, and is cache_url its HTTP address (--http-port)?",
-            ) from error
+            raise self._no_answer(error) from error
         if response.status_code >= 400:
             raise GatewayError(
                 "cache_unavailable", f"LMCache answered {response.status_code} to {path}: {response.text:.300}"

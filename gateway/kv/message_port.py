@@ -20,16 +20,16 @@ _LENGTH = 10
 
 
 async def speaks_zmq(url: str, timeout_s: float) -> bool:
-    """Whether a ZMQ socket listens where `url` points; false if nothing does. Nothing is sent.
+    """Whether a ZMQ socket listens where `url` points. Nothing is sent. Raises OSError (TimeoutError) if nothing does.
 
     Each side of a ZMTP connection begins with 0xFF, eight bytes of padding and 0x7F (RFC 23/ZMTP, "Greeting").
     """
     where = urlsplit(url)
     port = where.port or (443 if where.scheme == "https" else 80)
     greeting = b""
-    with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(where.hostname, port)
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(where.hostname, port)
+    with suppress(OSError, asyncio.IncompleteReadError):
         try:
             async with asyncio.timeout(_GREETING_S):
                 greeting = await reader.readexactly(_LENGTH)

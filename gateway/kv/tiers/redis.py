@@ -216,7 +216,7 @@ class RedisTier:
         except OutOfMemoryError as error:
             raise TierFull(f"redis tier: {error}") from error
         except (RedisError, OSError, Hung) as error:
-            raise TierUnavailable(f"redis tier: {error or type(error).__name__}") from error
+            raise TierUnavailable(f"redis tier: {str(error) or type(error).__name__}") from error
 
 
 def _batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -12,7 +12,7 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.kv import message_port
 from gateway.kv.lmcache import LMCache
-from tests.support.gateway_process import free_port
+from tests.support.gateway_process import free_port, not_accepting
 
 pytestmark = pytest.mark.anyio
 
@@ -73,8 +73,15 @@ async def test_others_are_no_message_port(says: bytes) -> None:
         assert not await message_port.speaks_zmq(url, 5.0)
 
 
-async def test_where_nothing_listens_is_no_message_port() -> None:
-    assert not await message_port.speaks_zmq(f"http://127.0.0.1:{free_port()}", 5.0)
+async def test_where_nothing_listens_is_told_at_once(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(ConnectionRefusedError):
+        await message_port.speaks_zmq(url, 5.0)
+    with not_accepting() as url:  # connecting once more would take as long again
+        with pytest.raises(TimeoutError):
+            await message_port.speaks_zmq(url, 0.05)
+        async with LMCache(url, 0.05, tmp_path) as cache:
+            assert "does not answer: TimeoutError" in await cache.trouble()
 
 
 async def test_after_a_failure_the_port_is_looked_at_again(tmp_path: Path) -> None:
