@@ -55,6 +55,18 @@ def test_a_window_is_thawed_with_a_receipt_and_a_base_url(chromium: Any, rig: Pa
         _run(page, "Thaw", "already")  # the gateway's own words for a name that is taken
 
 
+def test_a_window_is_thawed_at_an_earlier_turn(chromium: Any, rig: PageRig) -> None:
+    with _opened(chromium, rig, "windows/the-route", "Thaw…") as page:
+        page.keyboard.press("Escape")
+        expect(page.get_by_text("End of turn 2", exact=True)).to_be_visible()
+        page.get_by_role("button", name="Thaw here…").first.click()
+        expect(page.get_by_label("At turn")).to_have_value("1")
+        page.get_by_label("New session").fill("after-one-turn")
+        _run(page, "Thaw", "after-one-turn", "at turn")
+    text = rig.gateway.http.get("/admin/sessions/after-one-turn/messages").json()["messages"]
+    assert [message["content"] for message in text][1:] == [*PLAN[0]]
+
+
 def test_a_window_is_asked(chromium: Any, rig: PageRig) -> None:
     with _opened(chromium, rig, "windows/the-route", "Ask…") as page:
         page.get_by_label("Question").fill("Which way?")
