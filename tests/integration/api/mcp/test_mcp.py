@@ -20,7 +20,7 @@ TOOLS = {
     "window_freeze", "window_thaw", "window_list", "window_status", "window_clone", "window_delete", "session_list",
     "cache_stats", "health_check", "get_metrics_data", "auto_freeze_config", "auto_freeze_check", "window_ask",
     "window_verify", "window_prefetch", "window_tree", "window_fanout", "window_describe", "session_delete",
-    "window_evict", "session_current", "savings",
+    "window_evict", "session_current", "savings", "window_search",
 }  # fmt: skip
 
 
