@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import httpx
@@ -22,6 +23,9 @@ from gateway.errors import GatewayError
 from gateway.records import Message, Usage
 from gateway.runtime.open_files import OutOfFiles
 from gateway.runtime.stalls import LostSince, caused_by_own_stall, never_lost
+
+TOO_LONG = "maximum context length"
+"""In vLLM's refusal of a prompt (vllm/renderers/params.py)."""
 
 _MODELS_EVERY_S = 1.0
 _UNSTORED: Mapping[str, Any] = {"kv_transfer_params": {"lmcache.max_offload_tokens": 0}}
@@ -80,14 +84,17 @@ class EngineClient(ABC):
             )
         return served[name]
 
-    async def render(self, model: str, frame: Mapping[str, Any], messages: Sequence[Message]) -> list[int]:
+    async def render(
+        self, model: str, frame: Mapping[str, Any], messages: Sequence[Message], *, any_length: bool = False
+    ) -> list[int]:
         """Return the token ids of a transcript as its next turn begins: no generation prompt at the end.
 
         Asks `/v1/chat/completions/render` (needs `--enable-scale-out`), which renders as a request does; if the engine
-        does not have that, `/tokenize`, which supports fewer fields.
+        does not have that, `/tokenize`, which supports fewer fields. With `any_length` also if the transcript is longer
+        than the context, which only `/tokenize` accepts.
         """
         body = {**frame, "model": model, "add_generation_prompt": False}
-        answer = await self._with_messages(self._render, body, messages)
+        answer = await self._with_messages(partial(self._render, any_length=any_length), body, messages)
         return list(answer["token_ids"] if "token_ids" in answer else answer["tokens"])
 
     async def _with_messages(
@@ -99,10 +106,12 @@ class EngineClient(ABC):
             response = await send({**body, "messages": hoisted})
         return _checked(response)
 
-    async def _render(self, body: dict[str, Any]) -> Reply:
+    async def _render(self, body: dict[str, Any], *, any_length: bool) -> Reply:
         response = await self.ask("POST", "/v1/chat/completions/render", json=body)
-        unknown = response.status_code in (403, 404)
-        return await self.ask("POST", "/tokenize", json=body) if unknown else response
+        too_long = response.status_code == 400 and TOO_LONG in response.text
+        if response.status_code in (403, 404) or (too_long and any_length):
+            return await self.ask("POST", "/tokenize", json=body)
+        return response
 
     async def tokenize(self, model: str, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a plain text; with `special` tokens as a completion of it would have them."""

@@ -162,7 +162,9 @@ async def _snapshot(ctx: OperationContext, session_id: str) -> _Snapshot:
     model = await services.engines.model(session.model)
     ctx.progress("render", 0, 0)
     engine = services.engines.for_lineage(session.lineage, session.engine)
-    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
+    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages, any_length=True)
+    if model.context_limit:  # of a longer conversation, what the engine can still be sent
+        ids = ids[: model.context_limit - 1]
     # The salt of the turns includes a client's own salt; if the weights have changed since, it is another one.
     unchanged = session.fingerprint == model.fingerprint
     salt = session.salt if unchanged else services.salts.of(ctx.tenant, session.lineage, model.fingerprint)

@@ -5,6 +5,7 @@ reasoning. So the engine renders the transcript with the reply, and the result i
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from gateway.dialects import text_transcripts
@@ -18,17 +19,21 @@ _SUFFIXES = ("a", "1", "#", " ", "\n")
 
 
 async def next_turn_ids(
-    engine: EngineClient, model: str, frame: Mapping[str, Any], messages: Sequence[Message]
+    engine: EngineClient, model: str, frame: Mapping[str, Any], messages: Sequence[Message], *, any_length: bool = False
 ) -> list[int]:
-    """Return the ids that every next turn shares. Raises what `HttpEngineClient.render` raises."""
+    """Return the ids that every next turn shares. Raises what `HttpEngineClient.render` raises.
+
+    With `any_length` also of a conversation that leaves no room for a next turn.
+    """
+    render = partial(engine.render, model, frame, any_length=any_length)
     if text_transcripts.kind(messages):
         return await _ids_of_text(engine, model, frame, messages)
-    ids = await engine.render(model, frame, messages)
-    first = await engine.render(model, frame, [*messages, _next_message(messages[-1], _PROBES[0])])
+    ids = await render(messages)
+    first = await render([*messages, _next_message(messages[-1], _PROBES[0])])
     if first[: len(ids)] == ids:
         return ids
     # The template renders the last reply differently before another message: what two next turns share is safe.
-    second = await engine.render(model, frame, [*messages, _next_message(messages[-1], _PROBES[1])])
+    second = await render([*messages, _next_message(messages[-1], _PROBES[1])])
     return first[: text_transcripts.shared(first, second)]
 
 

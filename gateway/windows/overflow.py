@@ -21,7 +21,7 @@ from weakref import WeakValueDictionary
 
 from gateway.dialects import text_transcripts, transcripts
 from gateway.dialects.base import Call
-from gateway.engines.client import EngineClient, Model
+from gateway.engines.client import TOO_LONG, EngineClient, Model
 from gateway.errors import GatewayError
 from gateway.records import AUTO_TAG, Front, Message, Session, Succession
 from gateway.sessions import prefix_chain
@@ -38,7 +38,6 @@ TAGS = (AUTO_TAG, "full")
 _WINDOW_NAME = "full-{session_id}-{timestamp}"
 _KEPT = 0.5  # of the context limit: how much of the old turns is kept at most
 _MAX_STEM = 120  # characters of a session id that its successors' ids begin with
-_TOO_LONG = "maximum context length"  # in vLLM's refusal of a prompt (vllm/renderers/params.py)
 _REPLY_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -167,7 +166,7 @@ async def _rendered(engine: EngineClient, model: Model, frame: Mapping[str, Any]
     try:
         return len(await engine.render(model.id, frame, messages))
     except GatewayError as error:
-        if error.code != "invalid_request" or _TOO_LONG not in error.message:
+        if error.code != "invalid_request" or TOO_LONG not in error.message:
             raise
         return model.context_limit
 

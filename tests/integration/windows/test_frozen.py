@@ -49,6 +49,20 @@ async def test_frozen_window_survives_eviction(harness: Cached) -> None:
     assert (receipt.chunks_found, receipt.chunks_relinked, receipt.partial) == (CHUNKS, CHUNKS, False)
 
 
+async def test_session_that_leaves_no_room_for_a_turn_is_frozen(engine: FakeEngine, harness: Cached) -> None:
+    """vLLM renders no prompt longer than the context. The last reply may fill it, and a template closes it."""
+    message = f"This model's maximum context length is {len(IDS)} tokens. However, your prompt contains more."
+
+    def refuse(exchange: Exchange) -> None:
+        exchange.json({"error": {"message": message, "type": "BadRequestError", "code": 400}}, 400)
+
+    engine.context_limit, engine.on_other = len(IDS), refuse
+    window = await harness.window()
+    assert (window.kv, window.token_count) == ("complete", len(IDS) - 1)
+    receipt = (await thaw(harness.ctx, "w", new_session_id=None, warm="gpu")).receipt
+    assert (receipt.partial, receipt.prompt_tokens) == (False, len(IDS) - 1)
+
+
 async def test_freeze_waits_for_late_objects(engine: FakeEngine, harness: Cached) -> None:
     session, late = await harness.session(stored=False), []
     harness.cache.before_write = lambda name: bool(late.append(name))

@@ -195,3 +195,17 @@ async def test_token_ids_stay_and_text_reply_is_appended(engine: FakeEngine, ask
     merging(engine)
     reply = await asks.tokenize(MODEL, " d e", special=False)
     assert await next_turn_ids(asks, MODEL, {}, [row, {"role": "text", "content": " d e"}]) == [7, 8, 9, *reply]
+
+
+@pytest.mark.parametrize("any_length", [True, False])
+async def test_a_transcript_longer_than_the_context_is_rendered_on_request_only(
+    engine: FakeEngine, asks: HttpEngineClient, any_length: bool
+) -> None:
+    message = "This model's maximum context length is 30 tokens. However, your prompt contains at least 31 input tokens"
+    engine.on_other = lambda exchange: exchange.json({"error": {"message": message, "code": 400}}, 400)
+    if any_length:
+        assert bytes(await next_turn_ids(asks, MODEL, {}, TALK, any_length=True)) == append_only(TALK).encode()
+        return
+    with pytest.raises(GatewayError, match="maximum context length") as caught:
+        await next_turn_ids(asks, MODEL, {}, TALK)
+    assert caught.value.code == "invalid_request"
