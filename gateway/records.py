@@ -24,7 +24,24 @@ MAX_TAGS = 20
 MAX_DESCRIPTION = 2000
 MAX_MODEL = 500  # characters of a model's name
 
+_SIDE_SUFFIX = 17  # characters that a side conversation adds to its agent's id
+
 Message = dict[str, Any]
+
+
+def subconversation_id(session_id: str, first_message_hash: bytes) -> str:
+    """The id of another conversation that an agent has under the same id: titles, a skill, or after a compaction."""
+    return f"{subconversation_stem(session_id)}:{first_message_hash.hex()[: _SIDE_SUFFIX - 1]}"
+
+
+def subconversation_stem(session_id: str) -> str:
+    """What the ids of all other conversations that an agent has under the same id begin with, before a colon."""
+    return session_id[: MAX_NAME - _SIDE_SUFFIX]
+
+
+def subconversation_source(source: str, session_id: str) -> str:
+    """How a conversation beside that of `session_id` was recognised."""
+    return f"{source}, beside {session_id}"
 
 
 def check_session_id(value: object, where: str = "session_id") -> str:
@@ -85,6 +102,11 @@ class Session:
     title: str | None = None  # see gateway.dialects.titles; None without text
     rewinds: int = 0  # how often it was taken back to a window
     booked_tokens: int = 0  # that the ledger has of the last thaw into it, and its next turn will find again
+
+    @property
+    def is_single_message(self) -> bool:
+        """Whether its last request was one message only, without a system prompt: a title, or how a chat begins."""
+        return self.last_request_hash is not None and self.last_request_hash == self.first_message_hash
 
 
 @dataclass(frozen=True, slots=True)

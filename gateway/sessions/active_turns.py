@@ -118,11 +118,10 @@ class ActiveTurns:
         keys = (_of(session.tenant, "session request", session.id, one) for one in request.prefix_hashes)
         return not any(map(self._held_elsewhere, keys))
 
-    def first_message_hash(self, tenant: str, session_id: str) -> bytes | None:
-        """The hash of the first message of a session in flight in this worker, None if it is not known."""
+    def named_session(self, tenant: str, session_id: str) -> Session | None:
+        """A session in flight in this worker whose first message is known, as it was when its turn began."""
         here = self._by_session.get((tenant, session_id), ())
-        heads = (match.session.first_message_hash for match in here)
-        return next((head for head in heads if head is not None), None)
+        return next((match.session for match in here if match.session.first_message_hash is not None), None)
 
     def first_message_elsewhere(self, tenant: str, session_id: str, head: bytes) -> bool:
         """Whether another worker is in a turn of the session, which began with this message."""

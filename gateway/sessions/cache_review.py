@@ -80,7 +80,7 @@ class CacheReviewer:
     async def _before(self, ended: TurnContext) -> _Before:
         """The previous turn, which may not have been recorded yet when the session was read."""
         session, key = ended.match.session, _key(ended)
-        just = self._last.get(key)
+        just = None if ended.match.displaces else self._last.get(key)  # that may be of another session
         if just is None or not session.last_active_at < just.at <= ended.started_at:
             return _Before(_previous_turn(session), session.last_active_at)
         if not session.created_at and key not in self._unrecorded:

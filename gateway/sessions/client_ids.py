@@ -7,7 +7,7 @@ from typing import Any, Literal
 import orjson
 from blake3 import blake3
 
-from gateway.records import MAX_NAME, SESSION_ID, check_session_id
+from gateway.records import SESSION_ID, check_session_id
 
 # session: exactly this session · agent: one id for everything an agent does, side conversations too ·
 # key: shared by conversations of one kind
@@ -43,7 +43,6 @@ HEADERS = frozenset({SESSION_HEADER, _CLAUDE, _CLAUDE_AGENT, _CODEX, _SUBAGENT, 
 
 _DIGEST = 16
 _LONGEST_USER = 4096  # characters of a `user_id` that are looked at
-_SUFFIX = 17  # characters that a side conversation adds to its agent's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +132,3 @@ def _text(value: object) -> str:
 def valid_id(name: str) -> str:
     """A client's id as a session id: itself, or a hash if it has other characters or is too long."""
     return name if SESSION_ID.fullmatch(name) else f"x-{blake3(name.encode()).hexdigest(_DIGEST)}"
-
-
-def subconversation_id(session_id: str, first_message_hash: bytes) -> str:
-    """The id of another conversation that an agent has under the same id: titles, a skill, or after a compaction."""
-    return f"{subconversation_stem(session_id)}:{first_message_hash.hex()[: _SUFFIX - 1]}"
-
-
-def subconversation_stem(session_id: str) -> str:
-    """What the ids of all other conversations that an agent has under the same id begin with, before a colon."""
-    return session_id[: MAX_NAME - _SUFFIX]

@@ -99,6 +99,7 @@ def to_record(parsed: ParsedTurn, review: Review) -> TurnRecord:
         frame=turn.call.whole_frame,
         trace=_trace(parsed),
         normalised=" ".join(turn.normalised),
+        displaces=turn.match.displaces,
         response=response,
         request_input=turn.call.storage.items if turn.call.storage and response else (),
     )

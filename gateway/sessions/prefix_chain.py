@@ -110,6 +110,12 @@ class Prompt:
         """See `ConversationPrefix`."""
         return ConversationPrefix.of(self)
 
+    @property
+    def continues(self) -> bool:
+        """Whether it is part of a conversation that goes on: it holds a reply, or may call tools. A title does not."""
+        replied = any(message.get("role") == "assistant" for message in self.messages)
+        return replied or bool(tool_names(self.frame))
+
     def prepare(self, client_id: ClientSessionId | None) -> None:
         """Hash whatever the session of a request with this id will be found by; it takes long for large messages."""
         if self.messages and not (client_id and client_id.kind == "session"):

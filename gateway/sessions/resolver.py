@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gateway.errors import GatewayError
-from gateway.records import Session, StoredResponse
+from gateway.records import Session, StoredResponse, subconversation_id, subconversation_source
 from gateway.sessions.active_turns import ActiveTurns
-from gateway.sessions.client_ids import ClientSessionId, subconversation_id
+from gateway.sessions.client_ids import ClientSessionId
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from gateway.sessions.recorder import TurnRecorder
 from gateway.sessions.session_match import (
@@ -42,10 +42,14 @@ class SessionResolver:
         stored = await self._store.session(tenant, session_id)
         return stored or Session(tenant, session_id, lineage=session_id, source=source)
 
-    async def resolve(self, turn: TurnContext) -> SessionMatch:
-        """Return the session that a turn belongs to. A new one is not in the store until its first turn is recorded."""
+    async def resolve(self, turn: TurnContext, *, may_displace: bool = True) -> SessionMatch:
+        """Return the session that a turn belongs to. A new one is not in the store until its first turn is recorded.
+
+        `may_displace`: it may get an agent's id that another session has (`SessionMatch.displaces`).
+        """
         tenant, client_id, prompt = turn.tenant, turn.client_id, turn.prompt
         kind = client_id.kind if client_id else ""
+        displaces = False
         if turn.previous is not None:
             return await self._after_response(turn.previous, client_id, prompt.seed)
         if prompt.messages and kind in ("", "key"):
@@ -55,11 +59,11 @@ class SessionResolver:
         elif kind == "session" or not prompt.messages:
             session = await self.open(tenant, client_id.id, client_id.source)
         else:
-            session = await self._of_agent(tenant, client_id, prompt.head)
+            session, displaces = await self._of_agent(tenant, client_id, prompt, may_displace=may_displace)
             if not session.created_at:
                 session = await self._in_lineage_of_stem(session, prompt.prefix)
         source = client_id.source if client_id and (prompt.messages or kind == "session") else session.source
-        return SessionMatch(session, source, prompt.seed, is_new=not session.created_at)
+        return SessionMatch(session, source, prompt.seed, is_new=not session.created_at, displaces=displaces)
 
     async def _after_response(
         self, before: StoredResponse, client_id: ClientSessionId | None, seed: bytes
@@ -81,23 +85,31 @@ class SessionResolver:
         fork = Session(tenant, new_id(), before.lineage, source="fork", parent=session.id, engine=session.engine)
         return SessionMatch(fork, "fork", seed, is_new=True)
 
-    async def _of_agent(self, tenant: str, client_id: ClientSessionId, head: bytes) -> Session:
+    async def _of_agent(
+        self, tenant: str, client_id: ClientSessionId, prompt: Prompt, *, may_displace: bool
+    ) -> tuple[Session, bool]:
         """The session of an agent's id, or that of a side conversation: agents have them under the same id.
 
-        A side conversation is the same client's, so it shares the lineage.
+        A side conversation is the same client's, so it shares the lineage. Also returns whether the session takes the
+        id from another one: a title, say, that was asked for before the first turn of its chat arrived.
         """
+        head = prompt.head
         # Checked before the store is read: a turn that is recorded in between is found there.
         elsewhere = self._turns.has_turn_elsewhere(tenant, client_id.id)
         same_elsewhere = elsewhere and self._turns.first_message_elsewhere(tenant, client_id.id, head)
         session = await self.open(tenant, client_id.id, client_id.source)
-        began_with = session.first_message_hash or self._turns.first_message_hash(tenant, client_id.id)
-        if began_with is None and (same_elsewhere or not elsewhere):
-            return await self._in_lineage_of(replace(session, first_message_hash=head), client_id.parent)
-        if began_with == head:
-            return session
+        holder = session if session.first_message_hash else self._turns.named_session(tenant, client_id.id)
+        if holder is None and (same_elsewhere or not elsewhere):
+            return await self._in_lineage_of(_asked(session, prompt), client_id.parent), False
+        if holder is not None and holder.first_message_hash == head:
+            return session, False
         side_id = subconversation_id(client_id.id, head)
-        side = await self.open(tenant, side_id, f"{client_id.source}, beside {client_id.id}")
-        return await self._in_lineage_of(side, client_id.id)
+        side = await self.open(tenant, side_id, subconversation_source(client_id.source, client_id.id))
+        side = await self._in_lineage_of(side, client_id.id)
+        if may_displace and holder is not None and holder.is_single_message and prompt.continues:
+            parent = client_id.parent or None
+            return _asked(replace(side, id=client_id.id, source=client_id.source, parent=parent), prompt), True
+        return side, False
 
     async def _in_lineage_of(self, session: Session, parent_id: str) -> Session:
         """A new session in the lineage of the one that it is a side conversation of."""
@@ -180,6 +192,11 @@ class SessionResolver:
         if self._turns.has_turn_in_flight(tenant, session_id):
             return False
         return await self._store.session(tenant, session_id) is None
+
+
+def _asked(session: Session, prompt: Prompt) -> Session:
+    """An agent's session as other requests see it from now on, before its first turn is recorded."""
+    return replace(session, first_message_hash=prompt.head, last_request_hash=prompt.prefix.request_hash)
 
 
 def _child(session: Session, parent: Session) -> Session:

@@ -15,7 +15,8 @@ MATCHES = ("id", "prefix", "retry", "last-reply", "fork", "side", "window", "suc
 class SessionMatch:
     """The session of a request, how it was recognised, and the seed of its prefix chain.
 
-    `request` is the prefix of the request, if that was needed. `is_new`: the session has had no turn yet.
+    `request` is the prefix of the request, if that was needed. `is_new`: the session has had no turn yet. `displaces`:
+    another session still has its id.
     """
 
     session: Session
@@ -23,6 +24,7 @@ class SessionMatch:
     seed: bytes
     request: ConversationPrefix | None = None
     is_new: bool = False
+    displaces: bool = False
 
     @property
     def request_hash(self) -> bytes | None:

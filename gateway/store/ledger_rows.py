@@ -196,6 +196,12 @@ def forget_session(db: sqlite3.Connection, tenant: str, session_id: str) -> None
         db.execute("DELETE FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", (tenant, session_id))
 
 
+def rename(db: sqlite3.Connection, tenant: str, kind: str, name: str, new_name: str) -> None:
+    """Book what was booked for a session or a window under its new name."""
+    query = "UPDATE OR REPLACE savings SET name = ? WHERE tenant = ? AND kind = ? AND name = ?"
+    db.execute(query, (new_name, tenant, kind, name))
+
+
 # Learning.
 
 

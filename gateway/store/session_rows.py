@@ -8,7 +8,7 @@ from typing import Any
 
 from gateway.dialects.titles import title_of
 from gateway.records import Alias, AliasMatch, Session, SessionState, Turn, Usage
-from gateway.store import ledger_rows, response_rows, salt_rows, successor_rows, transcript_rows
+from gateway.store import ledger_rows, response_rows, salt_rows, session_name_rows, successor_rows, transcript_rows
 from gateway.store.sql import batches, marks
 from gateway.store.types import TurnRecord
 
@@ -207,12 +207,20 @@ def sessions_by_reply_alias(db: sqlite3.Connection, tenant: str, aliases: Sequen
     return [AliasMatch(Session(*row[count + 1 :]), Alias(*row[:count]), bool(row[count])) for row in rows]
 
 
-def record(db: sqlite3.Connection, records: Sequence[TurnRecord], turns_kept: int) -> None:
-    """Add turns and move their sessions on, which are created if they are new; keep each session's last turns."""
-    by_session: dict[tuple[str, str], list[TurnRecord]] = {}
+def record(db: sqlite3.Connection, records: Sequence[TurnRecord], turns_kept: int) -> list[TurnRecord]:
+    """Add turns and move their sessions on, which are created if they are new; keep each session's last turns.
+
+    Returns the turns under the ids of the sessions that they belong to (`session_name_rows`).
+    """
+    by_conversation: dict[tuple[str, str, bytes | None], list[TurnRecord]] = {}
     for item in records:
-        by_session.setdefault((item.turn.tenant, item.turn.session_id), []).append(item)
-    for items in by_session.values():
+        key = item.turn.tenant, item.turn.session_id, item.session.first_message_hash
+        by_conversation.setdefault(key, []).append(item)
+    recorded: list[TurnRecord] = []
+    # One that displaces another comes first, so that the other is recorded under its own id.
+    for conversation in sorted(by_conversation.values(), key=lambda items: not items[0].displaces):
+        turn = conversation[0].turn
+        items = session_name_rows.settled(db, conversation, session(db, turn.tenant, turn.session_id))
         rewinds = _advance(db, items)
         for item in items:
             overtaken = _is_overtaken(item, rewinds)
@@ -220,6 +228,8 @@ def record(db: sqlite3.Connection, records: Sequence[TurnRecord], turns_kept: in
             _add_trace(db, item)
         if rewinds is not None or len(items) > turns_kept:
             _prune_turns(db, items[-1].turn, turns_kept)
+        recorded += items
+    return recorded
 
 
 def _advance(db: sqlite3.Connection, items: Sequence[TurnRecord]) -> int | None:

@@ -77,9 +77,9 @@ class Store(Database):
         """
 
         def work(db: sqlite3.Connection) -> None:
-            session_rows.record(db, records, self._turns_kept)
-            response_rows.record(db, records, self._responses_kept)
-            ledger_rows.record(db, records)
+            recorded = session_rows.record(db, records, self._turns_kept)
+            response_rows.record(db, recorded, self._responses_kept)
+            ledger_rows.record(db, recorded)
 
         await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS)
         self._recorded.set()

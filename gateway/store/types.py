@@ -70,6 +70,7 @@ class TurnRecord:
     """A finished turn to be stored. `messages` is None if the transcript stays as it is.
 
     `session` is the turn's session as it was when the turn began; the store creates it if it is new.
+    `displaces`: it continues a conversation that the session's id belongs to, whatever else has that id now.
     `response` is the turn's response if that is stored by its id, and `request_input` what the request sent.
     """
 
@@ -81,6 +82,7 @@ class TurnRecord:
     frame: Mapping[str, object]
     trace: Trace
     normalised: str = ""
+    displaces: bool = False
     response: StoredResponse | None = None
     request_input: Sequence[Message] = ()
 

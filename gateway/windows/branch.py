@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from gateway.dialects import transcripts
 from gateway.dialects.transcripts import SystemRule
 from gateway.errors import GatewayError
-from gateway.records import Message, Session, Window
+from gateway.records import Message, Session, Window, subconversation_id, subconversation_source
 from gateway.runtime.offload import is_heavy
 from gateway.sessions import prefix_chain
-from gateway.sessions.client_ids import ClientSessionId, subconversation_id
+from gateway.sessions.client_ids import ClientSessionId
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from gateway.sessions.session_match import PrefixMatch, SessionMatch, was_answered
 from gateway.sessions.turn_context import TurnContext
@@ -113,7 +113,8 @@ async def _find_or_begin(
     services: Services, turn: TurnContext, client_id: ClientSessionId, origin: _Origin
 ) -> SessionMatch:
     """The branch of a client's id, thawed now if it is new. Raises `session_already_exists`: it is not any more."""
-    match = await services.sessions.resolve(turn)
+    # The session that has the id already may be of the same client's conversation without the window.
+    match = await services.sessions.resolve(turn, may_displace=False)
     if client_id.kind == "agent" and not match.is_new and not origin.has(match.session):
         match = await _agent_branch(services, turn, match, origin)
     session = match.session
@@ -142,7 +143,8 @@ async def _find_or_begin(
 async def _agent_branch(services: Services, turn: TurnContext, match: SessionMatch, origin: _Origin) -> SessionMatch:
     """The branch of an agent that had a session before it was sent to the window, and cannot omit that session's id."""
     branch_id = subconversation_id(match.session.id, origin.seed())
-    session = await services.sessions.open(turn.tenant, branch_id, f"{match.source}, beside {match.session.id}")
+    source = subconversation_source(match.source, match.session.id)
+    session = await services.sessions.open(turn.tenant, branch_id, source)
     is_new = not session.created_at
     return SessionMatch(
         replace(session, first_message_hash=turn.prompt.head) if is_new else session,

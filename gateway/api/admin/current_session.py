@@ -7,8 +7,8 @@ from gateway.api.admin import serializers
 from gateway.api.admin.models import responses
 from gateway.api.endpoint import Call
 from gateway.api.operation import operation
-from gateway.records import Session
-from gateway.sessions.client_ids import read_client_session_id, subconversation_stem
+from gateway.records import Session, subconversation_stem
+from gateway.sessions.client_ids import read_client_session_id
 from gateway.store.store import Store
 from gateway.windows.retention import orphans
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.records import SESSION_ID, Session
-from gateway.sessions import client_ids, prefix_chain, session_match
+from gateway.records import SESSION_ID, Session, subconversation_id
+from gateway.sessions import prefix_chain, session_match
 from gateway.sessions.client_ids import ClientSessionId, read_client_session_id
 from gateway.sessions.prefix_chain import ConversationPrefix, Prompt
 from tests.support.conversations import SYSTEM, assistant, at, user
@@ -102,10 +102,10 @@ def test_a_foreign_id_that_does_not_fit_is_hashed_and_ours_is_refused() -> None:
 def test_the_name_of_a_side_conversation_fits_and_begins_with_its_agents() -> None:
     for length in (1, 110, 111, 112, 127, 128):
         main = "a" * length
-        side = client_ids.subconversation_id(main, prefix_chain.head([user("title of work")]))
+        side = subconversation_id(main, prefix_chain.head([user("title of work")]))
         assert SESSION_ID.fullmatch(side)
         assert side.startswith(f"{main[:111]}:")
-        assert side != client_ids.subconversation_id(main, prefix_chain.head([user("another")]))
+        assert side != subconversation_id(main, prefix_chain.head([user("another")]))
 
 
 def verdict(request: list[dict[str, Any]], known: int, *candidates: Session) -> session_match.PrefixMatch:
