@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import old_guide
-from tests.support.fakes.engine import FakeEngine
+from tests.support.conversations import without_turns
+from tests.support.fakes.engine import MODEL, FakeEngine
+from tests.support.fakes.responses import serve
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.old_guide_scripts import SCRIPTS
 
@@ -75,3 +77,37 @@ def test_w13_the_script_names_what_is_not_healthy(large: Gateway) -> None:
 
 def test_w12_one_component_has_its_status_at_the_top(large: Gateway) -> None:
     assert run(large, SCRIPTS["W12"]).printed == ["healthy serves demo"]
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_w02_for_a_client_that_sends_only_new_messages(engine: FakeEngine, tmp_path: Path, api: str) -> None:
+    """The script as it stands but for `into`: there the gateway keeps the history, from a window or a conversation."""
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
+
+        def say(text: str) -> None:
+            if api == "chat":
+                answer = gateway.chat("exploration", text)
+            else:
+                body = {"model": MODEL, "input": text, "conversation": "exploration"}
+                answer = gateway.http.post("/v1/responses", json=body)
+            assert answer.status_code == 200, answer.text
+
+        if api == "chat":
+            gateway.chat("base", "the base")
+            gateway.freeze("base", "base")
+            gateway.http.post("/admin/windows/base/thaw", json={"new_session_id": "exploration"})
+        else:
+            serve(engine)
+        say("what could be done?")
+        thaw = 'window_thaw(window_name="before-experiment"'
+        text = SCRIPTS["W2"].text.replace(thaw, f'{thaw}, into="exploration"')
+        old_guide.run(gateway.url, replace(SCRIPTS["W2"], text=text), lambda line: say(line.partition(": ")[2]))
+        before, a, b = (
+            without_turns(gateway.http.get(f"/admin/windows/{name}/messages").json()["messages"])
+            for name in ("before-experiment", "approach-a", "approach-b")
+        )
+        for made, said in ((a, "approach A"), (b, "approach B")):
+            assert made[:-2] == before
+            assert made[-2] == {"role": "user", "content": said}
+        turns = [*engine.seen("/v1/chat/completions"), *engine.seen("/v1/responses")]
+        assert len({turn.json["cache_salt"] for turn in turns}) == 1
