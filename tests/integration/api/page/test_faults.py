@@ -5,7 +5,7 @@ import http.client
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -159,19 +159,19 @@ class _Proxy(BaseHTTPRequestHandler):
         if not self.path.startswith("/tools/cwg/"):
             self.send_error(404)
             return
-        upstream = http.client.HTTPConnection("127.0.0.1", self.port)
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        upstream.request(self.command, self.path.removeprefix("/tools/cwg"), body, dict(self.headers))
-        answer = upstream.getresponse()
-        content = answer.read()
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port)) as upstream:
+            upstream.request(self.command, self.path.removeprefix("/tools/cwg"), body, dict(self.headers))
+            answer = upstream.getresponse()
+            content = answer.read()
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "content-length"):
                 self.send_header(name, value)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
-        upstream.close()
+        with suppress(ConnectionError):  # the browser may have gone
+            self.wfile.write(content)
 
     do_GET = do_POST = do_DELETE = _pass_on
 
