@@ -125,8 +125,16 @@ def _explain_missing(e: TurnCacheStats, before: PreviousTurn, cached: int) -> tu
     if _differ(e.engine, before.engine) and (change is None or not cached):
         return "other-engine", "the previous turn went to another engine"
     if change is not None:
-        return "message-changed", change.detail
+        return _explain_changed(e, before, change, cached)
     return _explain_unchanged(e, before, before.messages, cached)
+
+
+def _explain_changed(e: TurnCacheStats, before: PreviousTurn, change: "Change", cached: int) -> tuple[Reason, str]:
+    """A message has changed; but if far less was found than precedes it, that is gone from the cache."""
+    unchanged = shared(before, e.messages, e.frame or {})
+    if unchanged is not None and 2 * cached < _whole(unchanged.tokens, e.chunk_size):
+        return "evicted", f"most of what precedes a change was not found ({change.detail})"
+    return "message-changed", change.detail
 
 
 def frame_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
