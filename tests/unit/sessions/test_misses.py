@@ -58,7 +58,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     ({"cached": 256, "messages": [*BEFORE[:4], m("assistant", "<think>so</think>2"), m("user")]}, {}, 384,
      "message-changed: message 4 (assistant): the reply was sent back differently (reasoning in its text)"),
     ({"messages": [*BEFORE[:3], m("user", "2"), *NEXT[4:]]}, {}, 384,
-     "evicted: most of what precedes a change was not found (message 3 (user): differs (content, from character 0 on))"),
+     "evicted: most of what precedes a change was not found "
+     "(message 3 (user): differs (content, from character 0 on))"),
     ({"engine": "b"}, {}, 384, "other-engine: the previous turn went to another engine"),
     ({"engine": "b", "cached": 128}, {}, 384, "other-engine: the previous turn went to another engine"),
     ({"engine": "b", "cached": 128, "messages": [m("system"), m("user", "ONE")]}, {}, 384,
