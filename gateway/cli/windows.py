@@ -65,7 +65,7 @@ def _name_for(session: str) -> str:
 @click.option("--as-text", is_flag=True, help="only the text, for a model with other weights or one no longer served")
 @_max_tokens
 def thaw(name: str, **options: Any) -> Result:
-    """Thaw the window NAME into a new session, or take one back to it."""
+    """Thaw the window NAME into a session, new by default."""
     answer = watched(window_path(name, "thaw"), options)
     session = answer["session_id"]
     lines = {

@@ -26,6 +26,11 @@ def at(messages: list[dict[str, Any]], *, answered: bool = True, name: str = "s"
     )
 
 
+def unbooked(status: dict[str, Any]) -> dict[str, Any]:
+    """The status of a window without what it has saved, which grows with every thaw and every question."""
+    return {name: value for name, value in status.items() if name != "saved"}
+
+
 def without_turns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages in the rows of `GET /admin/windows/{name}/messages`, which add the turn of each."""
     return [{name: value for name, value in row.items() if name != "turn"} for row in rows]

@@ -72,23 +72,24 @@ def test_a_history_of_a_million_tokens_is_kept_thawed_and_gone_on_with(
 
 
 def test_a_row_of_a_million_token_ids_is_kept_thawed_and_gone_on_with(
-    engine: FakeEngine, gateway: Gateway, session: str
+    engine: FakeEngine, tmp_path: Path, session: str
 ) -> None:
     ids = [n * 7919 % 150_000 for n in range(1_000_000)]
 
     def answer(exchange: Exchange) -> None:
         exchange.json({**text_event("x", "length", token_ids=[7]), "usage": usage_of(10**6, 1)})
 
-    engine.on_completion = answer
+    engine.context_limit, engine.on_completion = 2 * 10**6, answer
     api = APIS[1]
-    assert api.post(gateway, session, prompt=ids, return_token_ids=True).status_code == 200
-    assert gateway.freeze(session, f"w-{session}").status_code == 201
-    assert gateway.http.get(f"/admin/windows/w-{session}").json()["token_count"] == 10**6 + 1
-    new = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={}).json()["session_id"]
-    engine.requests.clear()
-    assert api.post(gateway, new, prompt=[8]).status_code == 200
-    (request,) = engine.seen(api.path)
-    assert request.json["prompt"] == [*ids, 7, 8]
+    with gateway_in_front_of(engine.url, tmp_path) as gateway:
+        assert api.post(gateway, session, prompt=ids, return_token_ids=True).status_code == 200
+        assert gateway.freeze(session, f"w-{session}").status_code == 201
+        assert gateway.http.get(f"/admin/windows/w-{session}").json()["token_count"] == 10**6 + 1
+        new = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={}).json()["session_id"]
+        engine.requests.clear()
+        assert api.post(gateway, new, prompt=[8]).status_code == 200
+        (request,) = engine.seen(api.path)
+        assert request.json["prompt"] == [*ids, 7, 8]
 
 
 @pytest.mark.parametrize("role", ["wizard", "text", "tokens", "", "SYSTEM", 7, None, ["user"], {"a": 1}])

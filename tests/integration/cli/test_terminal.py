@@ -39,7 +39,7 @@ def test_names_are_never_cut_or_broken(gateway: Gateway, long_name: str) -> None
         ended = cwg_on_terminal(*command, url=gateway.url)
         assert ended.returncode == 0, ended
         assert re.search(rf"(?m)(^|\W){long_name}\b", ended.stdout), command
-        assert "…" not in ended.stdout
+        assert not re.search(r"(?m)…(?!$)", ended.stdout)  # titles, at the end of a line, are
 
 
 def test_row_that_is_too_wide_is_shown_in_several_lines(gateway: Gateway, long_name: str) -> None:

@@ -165,14 +165,15 @@ def salt_of(engine: FakeEngine) -> str:
     return str(engine.seen("/v1/chat/completions")[-1].json["cache_salt"])
 
 
-def test_http_session_delete_reports_freed_bytes(
-    engine: FakeEngine, swept: tuple[Gateway, DiskTierHarness], session: str
-) -> None:
-    gateway, disk = swept
-    gateway.chat(session)
-    for one in keys_of(salt_of(engine)):
-        disk.put(one, value(SIZE))
-    assert gateway.http.delete(f"/admin/sessions/{session}").json() == {
+def test_http_session_delete_reports_freed_bytes(engine: FakeEngine, tmp_path: Path, session: str) -> None:
+    disk = DiskTierHarness(tmp_path)
+    # A sweep at the same moment could delete them first.
+    with gateway_in_front_of(engine.url, tmp_path, kv_dir=disk.kv, sweep_every_s=600) as gateway:
+        gateway.chat(session)
+        for one in keys_of(salt_of(engine)):
+            disk.put(one, value(SIZE))
+        deleted = gateway.http.delete(f"/admin/sessions/{session}").json()
+    assert deleted == {
         "session_id": session, "deleted": True, "blocks_deleted": 3, "space_freed_bytes": 3 * SIZE, "warnings": [],
     }  # fmt: skip
     assert list(disk.kv.iterdir()) == []
