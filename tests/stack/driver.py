@@ -100,7 +100,7 @@ def converse(client: openai.OpenAI, topic: str, turns: int = 3, words: int = 60)
     return messages
 
 
-def same_bytes(ask: Callable[[str], tuple[bytes, bytes]], tries: int = 4) -> None:
+def same_bytes(ask: Callable[[str], tuple[bytes, bytes]], tries: int = 12) -> None:
     """Insist that two answers are the same, of which `ask` gets a pair each time, under its own salt.
 
     A busy vLLM puts two tokens into one event, or computes two choices in other steps and so other last bits. So it is
