@@ -1,6 +1,6 @@
 """A window at an earlier turn is what a freeze at that turn would have made."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,6 @@ TALK: list[dict[str, Any]] = [
     for number in range(1, TURNS + 1)
     for message in (user(f"question {number}, and what else there is to say"), assistant(f"answer {number}"))
 ]
-
-
-@pytest.fixture
-def cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
-    cache = FakeLMCache(tmp_path / "kv").start().behind(engine)
-    yield cache
-    cache.stop()
 
 
 @pytest.fixture

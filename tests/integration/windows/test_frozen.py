@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,6 @@ from tests.support.prefix_cache_model import CHUNKS, IDS, MESSAGES, TENANT, Cach
 from tests.support.tier_harness import lose_text
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
-    """An LMCache that keeps what the engine computes."""
-    cache = FakeLMCache(tmp_path / "kv").start().behind(engine)
-    yield cache
-    cache.stop()
 
 
 @pytest.fixture

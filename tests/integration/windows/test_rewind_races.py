@@ -1,6 +1,6 @@
 """A session is taken back to a window while something else happens to either of them."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,6 @@ pytestmark = pytest.mark.anyio
 FIRST: list[dict[str, Any]] = [user("the first question, long enough for a chunk"), assistant("answer 1")]
 SECOND = [*FIRST, user("the second question"), assistant("answer 2")]
 THIRD = [*SECOND, user("the third question"), assistant("answer 3")]
-
-
-@pytest.fixture
-def cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
-    cache = FakeLMCache(tmp_path / "kv").start().behind(engine)
-    yield cache
-    cache.stop()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A thaw reports what it finds, and a first turn finds its window's KV in the cache's memory."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,14 +27,6 @@ from tests.support.prefix_cache_model import CHUNKS, IDS, MESSAGES, TENANT, Cach
 
 pytestmark = pytest.mark.anyio
 WHOLE = CHUNKS * CHUNK
-
-
-@pytest.fixture
-def cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
-    """An LMCache that keeps what the engine computes."""
-    cache = FakeLMCache(tmp_path / "kv").start().behind(engine)
-    yield cache
-    cache.stop()
 
 
 @pytest.fixture
