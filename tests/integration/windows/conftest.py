@@ -19,7 +19,7 @@ def window(gateway: Gateway, session: str) -> str:
 
 
 @pytest.fixture
-def cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
+def fake_cache(engine: FakeEngine, tmp_path: Path) -> Iterator[FakeLMCache]:
     """An LMCache that keeps what the engine computes."""
     cache = FakeLMCache(tmp_path / "kv").start().behind(engine)
     yield cache

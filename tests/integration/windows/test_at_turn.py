@@ -30,9 +30,9 @@ TALK: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-async def harness(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
+async def harness(engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
     """A session frozen after each of its turns, as `after-1` and so on; `w` is the last once more."""
-    async with opened(engine, cache, tmp_path) as harness:
+    async with opened(engine, fake_cache, tmp_path) as harness:
         for number in range(1, TURNS + 1):
             await harness.session("s", TALK[: 2 * number])
             await harness.window(f"after-{number}", session="s")

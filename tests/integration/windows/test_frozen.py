@@ -25,8 +25,8 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def harness(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
-    async with opened(engine, cache, tmp_path) as harness:
+async def harness(engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
+    async with opened(engine, fake_cache, tmp_path) as harness:
         yield harness
 
 
@@ -101,9 +101,9 @@ async def test_lock_is_held_from_pins_to_commit(harness: Cached) -> None:
 
 
 async def test_nearly_full_disk_is_refused_before_computing(
-    engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
+    engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path
 ) -> None:
-    async with opened(engine, cache, tmp_path, disk_reserve_bytes=2**62) as harness:
+    async with opened(engine, fake_cache, tmp_path, disk_reserve_bytes=2**62) as harness:
         with pytest.raises(GatewayError, match="disk_reserve_bytes") as caught:
             await harness.window()
         assert caught.value.code == "storage_full"
@@ -266,12 +266,12 @@ async def test_operations_after_a_deletion_find_no_window(harness: Cached) -> No
 
 
 async def test_window_in_unconfigured_tier_is_not_verified(
-    engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
+    engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path
 ) -> None:
-    async with opened(engine, cache, tmp_path) as harness:
+    async with opened(engine, fake_cache, tmp_path) as harness:
         await harness.window()
         assert (await verify(harness.ctx, "w")).ok
-    async with opened(engine, cache, tmp_path, kv_dir="") as harness:
+    async with opened(engine, fake_cache, tmp_path, kv_dir="") as harness:
         verdict = await verify(harness.ctx, "w")
         assert (verdict.ok, verdict.tiers["disk"].checked, verdict.damaged) == (False, False, ())
         assert "not configured" in verdict.warnings[0]

@@ -31,9 +31,9 @@ THIRD = [*SECOND, user("the third question"), assistant("answer 3")]
 
 
 @pytest.fixture
-async def harness(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
+async def harness(engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
     """A session `s` of two turns, and a window `w` of its first."""
-    async with opened(engine, cache, tmp_path) as harness:
+    async with opened(engine, fake_cache, tmp_path) as harness:
         await harness.session("s", FIRST)
         await harness.window("w", session="s")
         await harness.session("s", SECOND)

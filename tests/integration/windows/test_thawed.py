@@ -30,10 +30,10 @@ WHOLE = CHUNKS * CHUNK
 
 
 @pytest.fixture
-async def harness(engine: FakeEngine, cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
-    async with opened(engine, cache, tmp_path) as harness:
+async def harness(engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path) -> AsyncIterator[Cached]:
+    async with opened(engine, fake_cache, tmp_path) as harness:
         await harness.window()
-        cache.memory.clear()
+        fake_cache.memory.clear()
         yield harness
 
 
@@ -100,14 +100,14 @@ async def test_prefetch_loads_and_evict_drops(harness: Cached) -> None:
 
 
 async def test_prefetch_counts_the_objects_of_a_chunk_that_came_in_part(
-    engine: FakeEngine, cache: FakeLMCache, tmp_path: Path
+    engine: FakeEngine, fake_cache: FakeLMCache, tmp_path: Path
 ) -> None:
-    cache.world_size = 2
-    async with opened(engine, cache, tmp_path) as harness:
+    fake_cache.world_size = 2
+    async with opened(engine, fake_cache, tmp_path) as harness:
         window = await harness.window()
-        cache.memory.clear()
-        last = cache.folder / harness.keys(window)[-1].file_name
-        cache.before_answer = lambda method, _: last.unlink(missing_ok=True) if method == "POST" else None
+        fake_cache.memory.clear()
+        last = fake_cache.folder / harness.keys(window)[-1].file_name
+        fake_cache.before_answer = lambda method, _: last.unlink(missing_ok=True) if method == "POST" else None
         receipt, tiers = await prefetch(harness.ctx, "w")
         assert (receipt.chunks_found, receipt.chunks_prefetched, tiers["cpu"]) == (CHUNKS, CHUNKS - 1, 2 * CHUNKS - 1)
 
