@@ -278,8 +278,8 @@ def _serve(settings: Settings, sock: socket.socket) -> None:
 
     gc.freeze()  # objects that exist now stay shared between the workers
     workers.Supervisor(
-        settings.workers, sock, serve, lambda slot: forget(folder, slot), extra_s=settings.shutdown_freeze_s,
-        silent_s=settings.worker_timeout_s,
+        settings.workers, sock, serve, lambda slot: forget(folder, slot),
+        extra_s=settings.shutdown_grace_s + settings.shutdown_freeze_s, silent_s=settings.worker_timeout_s,
     ).run()  # fmt: skip
 
 

@@ -256,6 +256,9 @@ class Settings(BaseSettings):
     auto_freeze_keep: int = setting(3, "automatic windows kept of each session; older ones are deleted")
     auto_freeze_ttl_days: float = setting(30.0, "days until an automatic window expires; 0: never")
     auto_freeze_every_s: Seconds = setting(5.0, "seconds between two checks for idle sessions")
+    shutdown_grace_s: SecondsOrNone = setting(
+        10.0, "seconds that requests in progress may take to end at shutdown; what is left is closed and recorded"
+    )
     shutdown_freeze_s: Seconds = setting(8.0, "seconds that freezing at shutdown may take; what is left is not frozen")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "`debug`, `info`, `warning` or `error`")
 

@@ -1,6 +1,7 @@
 """uvicorn as the gateway runs it: no headers of its own, no log line per request, and limits on slow clients."""
 
 import asyncio
+import math
 import signal
 import socket
 import time
@@ -22,7 +23,6 @@ from gateway.settings import Settings
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the connection pools of the clients we know, so that the client closes first
-_SHUTDOWN_S = 10
 _USER_TIMEOUT_MARGIN_S = 5.0  # our own limit on a client that reads nothing comes first: it allows for our stalls
 _REFUSED_S = 1.0  # how long a client beyond the limit has to send its head and to read the response
 _PROBES = frozenset({b"/healthz", b"/readyz"})
@@ -372,7 +372,7 @@ async def serve(app: ASGIApp, settings: Settings, sock: socket.socket, lost_sinc
         proxy_headers=False,
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),
     )
     server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -62,7 +62,7 @@ _FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 30.0
 _MAX_DEATHS = 16  # counted; the delay has reached its maximum before
 _SOUND_S = 60.0  # a worker that has lived this long has not died of how it started
-_END_S = 30.0  # more than a worker takes to close its streams and to record its turns
+_END_S = 20.0  # more than a worker takes to record its turns and to close, once its streams have ended
 _DUMP_S = 3.0  # from SIGABRT, which logs where a worker hangs, to SIGKILL, which also ends a stopped one
 _LATE_S = 1.0  # later than this, the parent itself was stopped, and has yet to read what the workers reported
 

@@ -7,6 +7,7 @@ and it includes the model's fingerprint because LMCache's keys hold the `--model
 
 import hmac
 import logging
+import os
 import secrets
 from dataclasses import dataclass
 from functools import lru_cache
@@ -80,6 +81,14 @@ def _read_secret(path: Path) -> bytes:
     return value
 
 
+def is_exposed(about: os.stat_result) -> bool:
+    """Whether others can read or change a secret. One that is not our own file may be read by our group.
+
+    A Secret of Kubernetes is a file of root's, which a process of another user can only read by its group (`fsGroup`).
+    """
+    return bool(about.st_mode & (0o077 if about.st_uid == os.geteuid() else 0o027))
+
+
 async def checked_secret(settings: Settings, store: Store) -> bytes:
     """Return the secret, made on first use. Raises StartError if it is not the one that the store was used with."""
     path = settings.secret_path
@@ -87,7 +96,7 @@ async def checked_secret(settings: Settings, store: Store) -> bytes:
     if in_use and not path.exists() and not settings.accept_new_secret:
         raise _refusal(settings, "is missing")
     secret = read_secret(path)
-    if path.stat().st_mode & 0o077:
+    if is_exposed(path.stat()):
         log.warning("secret_file %s can be read by others: chmod 600 it", path)
     # The mark tells nothing about the secret itself.
     mark = hmac.digest(secret, b"cwg-store\0" + store.store_id.encode(), "sha256").hex()

@@ -74,6 +74,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "auto_freeze_keep": ("7", "7", 7),
     "auto_freeze_ttl_days": ("0", "0", 0.0),
     "auto_freeze_every_s": ("1", "1", 1.0),
+    "shutdown_grace_s": ("0", "0", 0.0),
     "shutdown_freeze_s": ("2", "2", 2.0),
     "log_level": ("debug", '"debug"', "debug"),
 }

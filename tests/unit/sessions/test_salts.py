@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import StartError
-from gateway.sessions.salts import read_secret, salt
+from gateway.sessions.salts import is_exposed, read_secret, salt
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 
@@ -85,3 +85,15 @@ def test_an_unreadable_secret_is_an_error_with_its_path(tmp_path: Path) -> None:
         with pytest.raises(StartError, match="cannot be read or made") as refused:
             read_secret(path)
         assert os.fspath(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_ours", "exposed"),
+    [
+        (0o600, True, False), (0o640, True, True), (0o604, True, True),
+        (0o440, False, False), (0o444, False, True), (0o460, False, True),
+    ],
+)  # fmt: skip
+def test_a_secret_of_another_user_may_be_read_by_our_group_alone(mode: int, is_ours: bool, exposed: bool) -> None:
+    owner = os.geteuid() if is_ours else os.geteuid() + 1
+    assert is_exposed(os.stat_result((0o100000 | mode, 0, 0, 1, owner, 0, 64, 0, 0, 0))) == exposed
