@@ -45,7 +45,7 @@ from gateway.sessions.salts import SaltRule, checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings
 from gateway.store.failures import StoreDamaged
-from gateway.store.sqlite import SqliteStore
+from gateway.store.opening import store_of
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.background import BackgroundTasks
@@ -118,9 +118,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
     """Create and open every service; leaving closes them in reverse. Removes what a killed gateway left behind."""
     async with AsyncExitStack() as stack:
         stalls = await stack.enter_async_context(Stalls())
-        store = await stack.enter_async_context(
-            SqliteStore(settings.store_path, turns_kept=settings.turns_kept, responses_kept=settings.responses_kept)
-        )
+        store = await stack.enter_async_context(store_of(settings))
         telemetry = await stack.enter_async_context(Metrics(shared))
         locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
         if locks is not None:
@@ -263,7 +261,9 @@ def _locks(settings: Settings) -> list[Path]:
     """Locks of what no other gateway may use: the data directory, and the store if it is elsewhere."""
     store = settings.store_path
     own = settings.data_path / "serve.lock"
-    return [own] if store.parent == settings.data_path else [own, store.with_name(f"{store.name}.lock")]
+    return (
+        [own] if store is None or store.parent == settings.data_path else [own, store.with_name(f"{store.name}.lock")]
+    )
 
 
 def _serve(settings: Settings, sock: socket.socket) -> None:

@@ -121,6 +121,12 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "Is LMCache running, and does `cache_url` have its address? `GET /admin/cache` says what is wrong",
             retryable=True,
         ),
+        "store_unavailable": Code(
+            503,
+            "The database of the store does not answer",
+            "Is PostgreSQL running, and does `store_url` have its address? The gateway connects again by itself",
+            retryable=True,
+        ),
         "engine_timeout": Code(
             504,
             "The engine was silent for too long",

@@ -109,7 +109,9 @@ HttpUrl = Annotated[
 ]
 EngineUrls = Annotated[tuple[HttpUrl, ...], AfterValidator(_check_engines)]
 RedisUrl = Annotated[Secret, _check(lambda url: not url or _is_url(url, "redis rediss"), "is not a redis URL")]
-StoreUrl = Annotated[str, _check(re.compile(r"sqlite:///|\Z").match, "{!r} is not sqlite:///PATH")]
+StoreUrl = Annotated[
+    Secret, _check(re.compile(r"sqlite:///|postgres(ql)?://|\Z").match, "is not sqlite:///PATH or postgresql://...")
+]
 PromptFilter = Annotated[str, AfterValidator(_check_filter)]
 ExtraPath = Annotated[
     str, _check(re.compile(r"(\*|[A-Z]+) /v1/").match, "{!r} is not a method and a path below /v1/, as in 'POST /v1/x'")
@@ -159,7 +161,14 @@ class Settings(BaseSettings):
     pins_dir: str = setting("", "where pinned objects are linked; same file system as `kv_dir`; empty: `<kv_dir>-pins`")
     chunk_size: Limit = setting(0, "tokens per chunk; 0 asks the cache")
     data_dir: str = setting("data", "the gateway's own data directory")
-    store_url: StoreUrl = setting("", "the gateway's store; empty: `sqlite:///<data_dir>/gateway.db`")
+    store_url: StoreUrl = setting(
+        "",
+        "the gateway's store: `sqlite:///PATH` or `postgresql://USER:PASSWORD@HOST/DATABASE`; "
+        "empty: `sqlite:///<data_dir>/gateway.db`",
+    )
+    store_statement_cache: Limit = setting(
+        200, "prepared statements of each connection to PostgreSQL; 0 behind a pooler that does not keep them"
+    )
     secret_file: str = setting("", "secret of the salts, created on first use; empty: `<data_dir>/secret`")
     accept_new_secret: bool = setting(
         False, "start with a secret other than the store's, once: KV stored under the old one is not found again"
@@ -307,8 +316,10 @@ class Settings(BaseSettings):
         return _absolute(self.data_dir)
 
     @property
-    def store_path(self) -> Path:
-        """File of the SQLite store."""
+    def store_path(self) -> Path | None:
+        """File of the store; None if it is on PostgreSQL."""
+        if self.store_url.startswith("postgres"):
+            return None
         return _absolute(self.store_url.removeprefix("sqlite:///") or f"{self.data_dir}/gateway.db")
 
     @property

@@ -177,7 +177,7 @@ async def _measure(folder: Path, windows: int, searches: int, turns: int) -> tup
             await _fill(store, conversations)
         before = (folder / "plain.db").stat().st_size
         seconds = await _index(indexed)
-        await indexed.run_write(lambda db: None)
+        await indexed.run_write(lambda db: db.run("SELECT 1"))
         keeping = asyncio.create_task(indexed.keep_searchable())
         with_index, without = await _record_both([indexed, plain], texts, turns)
         keeping.cancel()

@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.support import postgres
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 from tests.support.harness import GatewayHarness, cache_server, open_harness
+from tests.support.postgres import PostgresServer
 from tests.support.tier_harness import RedisServer
 
 
@@ -133,6 +135,23 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server = RedisServer(tmp_path_factory.mktemp("redis")).start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL for all tests that neither stop nor configure it; each of them has a database of its own."""
+    if postgres.binaries() is None:
+        pytest.skip(postgres.MISSING)
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The address of an empty database."""
+    url = postgres_server.new_database()
+    yield url
+    postgres_server.drop(url)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import caused_by_own_stall
-from gateway.store.failures import RESCUE, find_damage
 from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
 from gateway.windows.context import Services
 
@@ -102,10 +101,8 @@ class Health:
         return [*checks, await self._test_store(), await self._test_windows()]
 
     async def _test_store(self) -> Check:
-        errors = await asyncio.to_thread(find_damage, self._services.settings.store_path)
-        if not errors:
-            return Check("store", "ok", "every page is intact")
-        return Check("store", "failed", f"the store is damaged: {'; '.join(errors)}", RESCUE)
+        found = await self._services.store.examine()
+        return Check("store", found.status, found.message, found.remedy)
 
     async def _test_windows(self) -> Check:
         problem = await windows_without_text(self._services)

@@ -29,7 +29,7 @@ _UNSPACED_CLASS = (
 )
 _UNSPACED = re.compile(f"([{_UNSPACED_CLASS}])")
 _RUN = re.compile(rf"[{_UNSPACED_CLASS}]+|[^\W_{_UNSPACED_CLASS}]+")
-_TOKEN = re.compile(rf"[{_UNSPACED_CLASS}]|[^\W_{_UNSPACED_CLASS}]+")
+TOKEN = re.compile(rf"[{_UNSPACED_CLASS}]|[^\W_{_UNSPACED_CLASS}]+")
 # Words that a question has whatever it is about.
 _FILLERS = """
 a about after again all also am an and any are as at be because been before being between both but by can could did do
@@ -67,7 +67,7 @@ class Search:
     @property
     def expression(self) -> str:
         """An FTS5 expression; empty if no word has anything that is indexed."""
-        return (" AND " if self.every else " OR ").join(_phrase(word) for word in self.words if _TOKEN.search(word))
+        return (" AND " if self.every else " OR ").join(_phrase(word) for word in self.words if TOKEN.search(word))
 
     @cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
@@ -123,7 +123,7 @@ def _stem(word: str) -> str:
 
 def _pattern(word: str) -> re.Pattern[str] | None:
     """What finds a word as the index does: whatever stands between its parts, and followed by more letters perhaps."""
-    tokens = _TOKEN.findall(word)
+    tokens = TOKEN.findall(word)
     if not tokens:
         return None
     begin = "" if _UNSPACED.match(tokens[0]) else r"(?<![^\W_])"

@@ -116,7 +116,8 @@ async def checked_secret(settings: Settings, store: Store) -> bytes:
 
 
 def _refusal(settings: Settings, what: str) -> StartError:
+    store = settings.store_path or "the store"
     return StartError(
-        f"secret_file {settings.secret_path} {what}: the KV of {settings.store_path} would not be found again; "
+        f"secret_file {settings.secret_path} {what}: the KV of {store} would not be found again; "
         "restore the secret from a backup, or set accept_new_secret=true to start with another one"
     )

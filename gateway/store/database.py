@@ -1,42 +1,114 @@
-"""How an operation of the store runs: in a thread that reads, in the one that writes, or inline.
+"""How an operation of the store runs: in a snapshot that reads, in a transaction that writes, or inline.
 
-An operation is a function that takes a connection (`*_rows.py`). `point_read`, `read`, `write` and `delete` make a
-method of it, with the same arguments but for the connection, and the same docstring.
+An operation is a coroutine function that takes a `Db` (`*_rows.py`). `point_read`, `read`, `write` and `delete` make a
+method of it, with the same arguments but for the `Db`, and the same docstring. SQLite answers at once, so there an
+operation never waits (`finish`); PostgreSQL's answers are awaited.
 """
 
 import functools
-import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
+from gateway.dialects.search_text import Search
 from gateway.store.ballast import Reserve
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Work = Callable[[sqlite3.Connection], T]
-Operation = Callable[Concatenate[sqlite3.Connection, P], T]
+
+
+class Db(Protocol):
+    """What an operation reads and writes with; its transaction is the caller's.
+
+    Statements have marks `?`, or `?1` where a value is used twice, and are in the SQL that both databases know, with
+    the few words that `gateway.store.postgres_sql` translates.
+    """
+
+    @property
+    def words(self) -> "WordIndex":
+        """The full-text index of messages."""
+
+    async def one(self, sql: str, *args: object) -> Any:
+        """Return the first row, or None."""
+
+    async def value(self, sql: str, *args: object) -> Any:
+        """Return the first column of the first row, or None."""
+
+    async def all(self, sql: str, *args: object) -> list[Any]:
+        """Return all rows."""
+
+    async def run(self, sql: str, *args: object) -> int:
+        """Change something; return how many rows."""
+
+    async def many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        """Change something for each of `rows`."""
+
+    async def lock(self, names: Iterable[str]) -> None:
+        """Let no other transaction past this that locks one of these names, until this one is over."""
+
+    async def lock_texts(self) -> None:
+        """Called before text that others may be about to refer to is deleted."""
+
+
+class Hits(NamedTuple):
+    """Contents with a match, the best first if they are ranked, else newest first; `truncated`: there may be more."""
+
+    contents: list[bytes]
+    truncated: bool
+
+
+class WordIndex(Protocol):
+    """The full-text index of messages, which each database has of its own kind: modules with these functions."""
+
+    async def index_some(self, db: Db, at_once: int) -> bool:
+        """Index the next messages; return whether there may be more."""
+
+    async def remove(self, db: Db, content_id: bytes) -> None:
+        """Remove a content, which is about to be deleted, from the index."""
+
+    async def hits(self, db: Db, search: Search, *, limit: int, ranked: bool) -> Hits:
+        """Return the contents with a match among the newest `limit` that have one."""
+
+    async def windows_with(self, db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:
+        """Return the names of the windows with one of these messages."""
+
+
+Work = Callable[[Db], Coroutine[Any, Any, T]]
+Operation = Callable[Concatenate[Db, P], Coroutine[Any, Any, T]]
 Method = Callable[Concatenate["Database", P], Coroutine[Any, Any, T]]
 
 
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits to its end, without an event loop."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    work.close()
+    raise RuntimeError("an operation of the store waited for something else than its database")
+
+
 class Database(ABC):
-    """Runs work on connections, each piece in one transaction. `store_id` identifies what is stored, permanently."""
+    """Runs work in transactions, one for each piece. `store_id` identifies what is stored, permanently."""
 
     store_id: str
 
     @abstractmethod
     async def run_inline(self, work: Work[T]) -> T:
-        """Read in the event loop: for a point read that a request waits for. Raises StoreUnavailable."""
+        """Read without a snapshot: for a point read that a request waits for. Raises StoreUnavailable."""
 
     @abstractmethod
     async def run_read(self, work: Work[T]) -> T:
-        """Read off the event loop, in one snapshot. Raises StoreUnavailable."""
+        """Read in one snapshot. Raises StoreUnavailable."""
 
     @abstractmethod
-    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
-        """Write off the event loop. On a full disk the write may use up to `reserve` of the space set aside.
+    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False) -> T:
+        """Write in one transaction. It may be done again if it fails, so it must change nothing but the database.
 
-        Raises StoreUnavailable.
+        On a full disk the write may use up to `reserve` of the space set aside. `shared`: other gateways may do such
+        writes at the same time; it locks what it reads in order to change it (`Db.lock`), and any text before deleting
+        it (`Db.lock_texts`). All other writes are done one after another. Raises StoreUnavailable.
         """
 
 

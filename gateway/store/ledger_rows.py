@@ -6,13 +6,13 @@ amount in seconds is booked by the curve as it was then (`gateway.store.prefill_
 engine becomes quicker or slower, a new curve begins. While a curve cannot tell, tokens wait until it can.
 """
 
-import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from gateway.records import Session
 from gateway.store import prefill_curve, transcript_rows
+from gateway.store.database import Db
 from gateway.store.prefill_curve import PrefillCurve, Sample
 from gateway.store.savings_rows import CURVE, Amount, curve_of, total
 from gateway.store.types import Booking, LearnedCurve, Saved, TurnRecord
@@ -56,22 +56,22 @@ def _amount(item: Booking, booked_before: int, curve: PrefillCurve | None) -> Am
 class _Entries:
     """What is booked in one transaction."""
 
-    db: sqlite3.Connection
+    db: Db
     curves: dict[tuple[str, str], LearnedCurve] = field(default_factory=dict)
     amounts: dict[_Account, Amount] = field(default_factory=dict)
     samples: dict[tuple[int, int], Sample] = field(default_factory=dict)
 
-    def curve(self, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+    async def curve(self, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
         """The curve that is being learned for an engine and a model."""
         key = engine, fingerprint
         if key not in self.curves:
-            current = _current_curve(self.db, engine, fingerprint)
-            self.curves[key] = current or _begin_like_others(self.db, engine, fingerprint, model, at)
+            current = await _current_curve(self.db, engine, fingerprint)
+            self.curves[key] = current or await _begin_like_others(self.db, engine, fingerprint, model, at)
         return self.curves[key]
 
-    def book(self, item: Booking, names: Mapping[str, str], booked_before: int = 0) -> None:
+    async def book(self, item: Booking, names: Mapping[str, str], booked_before: int = 0) -> None:
         """Book a request for everybody in `names`, a name for each kind."""
-        learned = self.curve(item.engine, item.fingerprint, item.model, item.at)
+        learned = await self.curve(item.engine, item.fingerprint, item.model, item.at)
         amount = _amount(item, booked_before, learned.curve)
         for kind, name in names.items():
             account = _Account(item.tenant, kind, name, learned.id, item.source)
@@ -90,19 +90,24 @@ class _Entries:
         if key not in self.samples or seconds / computed < self.samples[key].seconds / self.samples[key].computed:
             self.samples[key] = sample
 
-    def write(self) -> None:
+    async def write(self) -> None:
         """Write what was booked, and learn."""
-        self.db.executemany(_ADD, [(*account, *amount) for account, amount in self.amounts.items()])
+        await self.db.many(_ADD, [(*account, *amount) for account, amount in self.amounts.items()])
         if self.samples:
-            number = _add_samples(self.db, self.samples)
+            number = await _add_samples(self.db, self.samples)
             at = max(amount.since for amount in self.amounts.values())
             taken = {curve for curve, _ in self.samples}
             for learned in self.curves.values():
                 if learned.id in taken and (learned.samples < _KNOWN_WELL or number % _LEARN_EVERY == 0):
-                    _learn(self.db, learned, at)
+                    await _learn(self.db, learned, at)
 
 
-def record(db: sqlite3.Connection, records: Sequence[TurnRecord]) -> None:
+def lock_names(records: Iterable[TurnRecord]) -> Iterator[str]:
+    """What `record` locks: the curves that it may learn."""
+    return (f"curve {item.turn.engine} {item.fingerprint}" for item in records)
+
+
+async def record(db: Db, records: Sequence[TurnRecord]) -> None:
     """Book turns, each for its session, and the first of a thawed session for its window too."""
     entries = _Entries(db)
     begun: set[tuple[str, str]] = set()  # sessions whose first turn is among these
@@ -114,11 +119,11 @@ def record(db: sqlite3.Connection, records: Sequence[TurnRecord]) -> None:
         key = item.turn.tenant, item.turn.session_id
         if item.session.window and _is_first_since_thaw(item.session) and key not in begun:
             begun.add(key)
-            before = _take_booked(db, *key) if item.session.rewinds else _booked_by_thaw(db, *key)
-            if _is_of_window(db, item):
+            before = await _take_booked(db, *key) if item.session.rewinds else await _booked_by_thaw(db, *key)
+            if await _is_of_window(db, item):
                 names["window"] = item.session.window
-        entries.book(booking, names, before)
-    entries.write()
+        await entries.book(booking, names, before)
+    await entries.write()
 
 
 def _of_turn(item: TurnRecord) -> Booking | None:
@@ -137,170 +142,190 @@ def _is_first_since_thaw(session: Session) -> bool:
     return session.state == "thawed" if session.rewinds else not session.turn_count
 
 
-def _booked_by_thaw(db: sqlite3.Connection, tenant: str, session_id: str) -> int:
+async def _booked_by_thaw(db: Db, tenant: str, session_id: str) -> int:
     """Tokens that were booked when a session was thawed, if it has had no turn: that finds the same ones again."""
-    rows = db.execute(
-        "SELECT source, tokens FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", (tenant, session_id)
-    ).fetchall()
+    rows = await db.all(
+        "SELECT source, tokens FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", tenant, session_id
+    )
     return 0 if any(source == "turn" for source, _ in rows) else sum(tokens for _, tokens in rows)
 
 
-def _take_booked(db: sqlite3.Connection, tenant: str, session_id: str) -> int:
+async def _take_booked(db: Db, tenant: str, session_id: str) -> int:
     """Tokens that were booked when a session was taken back, for its first turn after that."""
     key = tenant, session_id
-    row = db.execute("SELECT booked_tokens FROM sessions WHERE tenant = ? AND id = ?", key).fetchone()
+    row = await db.one("SELECT booked_tokens FROM sessions WHERE tenant = ? AND id = ?", *key)
     if not row or not row[0]:
         return 0
-    db.execute("UPDATE sessions SET booked_tokens = 0 WHERE tenant = ? AND id = ?", key)
+    await db.run("UPDATE sessions SET booked_tokens = 0 WHERE tenant = ? AND id = ?", *key)
     return int(row[0])
 
 
-def _is_of_window(db: sqlite3.Connection, item: TurnRecord) -> bool:
+async def _is_of_window(db: Db, item: TurnRecord) -> bool:
     """Whether the window that a session was thawed from is still there, and not another of its name."""
     session, beginning = item.session, item.session.window_transcript
     query = "SELECT transcript FROM windows WHERE tenant = ? AND name = ?"
-    row = db.execute(query, (session.tenant, session.window)).fetchone()
-    return row is not None and beginning is not None and transcript_rows.begins_with(db, row[0], beginning)
+    row = await db.one(query, session.tenant, session.window)
+    return row is not None and beginning is not None and await transcript_rows.begins_with(db, row[0], beginning)
 
 
-def book(db: sqlite3.Connection, item: Booking) -> Saved:
+async def book(db: Db, item: Booking) -> Saved:
     """Book a thaw or an ask for its window and for its session, if there is one; return what it saved."""
     names = {"session": item.session_id} if item.session_id else {"rest": ""}
     there = "SELECT 1 FROM windows WHERE tenant = ? AND name = ?"
-    if item.window and db.execute(there, (item.tenant, item.window)).fetchone():
+    if item.window and await db.one(there, item.tenant, item.window):
         names["window"] = item.window
     entries = _Entries(db)
-    entries.book(item, names)
+    await entries.book(item, names)
     if item.source == "thaw":
-        db.execute(
+        await db.run(
             "UPDATE sessions SET booked_tokens = ? WHERE tenant = ? AND id = ?",
-            (item.cached_tokens, item.tenant, item.session_id),
+            item.cached_tokens,
+            item.tenant,
+            item.session_id,
         )
     amount = next(iter(entries.amounts.values()))
-    learned = entries.curve(item.engine, item.fingerprint, item.model, item.at)
-    entries.write()
+    learned = await entries.curve(item.engine, item.fingerprint, item.model, item.at)
+    await entries.write()
     return total([(amount, learned)])
 
 
-def forget_window(db: sqlite3.Connection, tenant: str, name: str) -> None:
+async def forget_window(db: Db, tenant: str, name: str) -> None:
     """Delete what was booked for a window that is deleted: the sessions and asks have it too."""
-    db.execute("DELETE FROM savings WHERE tenant = ? AND kind = 'window' AND name = ?", (tenant, name))
+    await db.run("DELETE FROM savings WHERE tenant = ? AND kind = 'window' AND name = ?", tenant, name)
 
 
-def forget_session(db: sqlite3.Connection, tenant: str, session_id: str) -> None:
+async def forget_session(db: Db, tenant: str, session_id: str) -> None:
     """Book what was booked for a session that is deleted for the rest, so that it stays in the total."""
     query = f"SELECT curve, source, {', '.join(Amount._fields)} FROM savings WHERE tenant = ? AND kind = ? AND name = ?"
-    rows = db.execute(query, (tenant, "session", session_id)).fetchall()
+    rows = await db.all(query, tenant, "session", session_id)
     if rows:
-        db.executemany(_ADD, [(tenant, "rest", "", *row) for row in rows])
-        db.execute("DELETE FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", (tenant, session_id))
+        await db.many(_ADD, [(tenant, "rest", "", *row) for row in rows])
+        await db.run("DELETE FROM savings WHERE tenant = ? AND kind = 'session' AND name = ?", tenant, session_id)
 
 
-def rename(db: sqlite3.Connection, tenant: str, kind: str, name: str, new_name: str) -> None:
+async def rename(db: Db, tenant: str, kind: str, name: str, new_name: str) -> None:
     """Book what was booked for a session or a window under its new name."""
-    query = "UPDATE OR REPLACE savings SET name = ? WHERE tenant = ? AND kind = ? AND name = ?"
-    db.execute(query, (new_name, tenant, kind, name))
+    await db.run(
+        """DELETE FROM savings WHERE tenant = ?1 AND kind = ?2 AND name = ?3 AND EXISTS (
+            SELECT 1 FROM savings o WHERE o.tenant = ?1 AND o.kind = ?2 AND o.name = ?4
+            AND o.curve = savings.curve AND o.source = savings.source)""",
+        tenant, kind, new_name, name,
+    )  # fmt: skip
+    query = "UPDATE savings SET name = ? WHERE tenant = ? AND kind = ? AND name = ?"
+    await db.run(query, new_name, tenant, kind, name)
 
 
 # Learning.
 
 
-def _current_curve(db: sqlite3.Connection, engine: str, fingerprint: str) -> LearnedCurve | None:
+async def _current_curve(db: Db, engine: str, fingerprint: str) -> LearnedCurve | None:
     query = f"{CURVE} WHERE engine = ? AND fingerprint = ? ORDER BY id DESC LIMIT 1"
-    row = db.execute(query, (engine, fingerprint)).fetchone()
+    row = await db.one(query, engine, fingerprint)
     return curve_of(row) if row else None
 
 
-def _begin(db: sqlite3.Connection, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
-    cursor = db.execute(
+async def _begin(db: Db, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+    identity = await db.value(
         "INSERT INTO prefill_curves (engine, fingerprint, model, began_at) VALUES (?, ?, ?, ?) RETURNING id",
-        (engine, fingerprint, model, at),
+        engine,
+        fingerprint,
+        model,
+        at,
     )
-    (identity,) = cursor.fetchone()
     return LearnedCurve(identity, engine, fingerprint, model, at, 0, None, None)
 
 
-def _begin_like_others(db: sqlite3.Connection, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+async def _begin_like_others(db: Db, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
     """Begin the curve of an engine that is new, with what is known of its model.
 
     Most often it is the same engine at another port. If it is quicker or slower, its first prompts will show it.
     """
     query = f"{CURVE} WHERE fingerprint = ? AND per_token IS NOT NULL ORDER BY id DESC LIMIT 1"
-    row = db.execute(query, (fingerprint,)).fetchone()
-    new = _begin(db, engine, fingerprint, model, at)
+    row = await db.one(query, fingerprint)
+    new = await _begin(db, engine, fingerprint, model, at)
     if row is None:
         return new
     other = curve_of(row)
-    db.execute(
+    await db.run(
         """INSERT INTO prefill_samples (curve, size_class, computed, cached, seconds, predicted)
         SELECT ?, size_class, computed, cached, seconds, predicted FROM prefill_samples WHERE curve = ?
         ORDER BY number""",
-        (new.id, other.id),
+        new.id,
+        other.id,
     )
-    _set_coefficients(db, replace(other, id=new.id))
-    db.execute(
+    await _set_coefficients(db, replace(other, id=new.id))
+    await db.run(
         """DELETE FROM prefill_samples WHERE curve IN (SELECT id FROM prefill_curves WHERE fingerprint = ?1)
         AND curve NOT IN (SELECT id FROM prefill_curves WHERE fingerprint = ?1 ORDER BY id DESC LIMIT ?2)""",
-        (fingerprint, _CURVES_WITH_SAMPLES),
+        fingerprint,
+        _CURVES_WITH_SAMPLES,
     )
     return replace(new, samples=other.samples, curve=other.curve, error_share=other.error_share)
 
 
-def _set_coefficients(db: sqlite3.Connection, learned: LearnedCurve) -> None:
+async def _set_coefficients(db: Db, learned: LearnedCurve) -> None:
     curve = learned.curve
     coefficients = (curve.reach, curve.per_request, curve.per_token, curve.per_pair) if curve else (0, None, None, None)
-    db.execute(
+    await db.run(
         """UPDATE prefill_curves SET samples = ?, reach = ?, per_request = ?, per_token = ?, per_pair = ?,
         error_share = ? WHERE id = ?""",
-        (learned.samples, *coefficients, learned.error_share, learned.id),
+        learned.samples,
+        *coefficients,
+        learned.error_share,
+        learned.id,
     )
 
 
-def _add_samples(db: sqlite3.Connection, samples: Mapping[tuple[int, int], Sample]) -> int:
+async def _add_samples(db: Db, samples: Mapping[tuple[int, int], Sample]) -> int:
     """Add samples; of each size only the last ones are kept. Returns the number of the last one."""
-    db.executemany(
+    await db.many(
         """INSERT INTO prefill_samples (curve, size_class, computed, cached, seconds, predicted)
         VALUES (?, ?, ?, ?, ?, ?)""",
         [(*key, *sample) for key, sample in samples.items()],
     )
-    db.executemany(
+    await db.many(
         """DELETE FROM prefill_samples WHERE curve = ?1 AND size_class = ?2 AND number <= (
             SELECT number FROM prefill_samples WHERE curve = ?1 AND size_class = ?2
             ORDER BY number DESC LIMIT 1 OFFSET ?3)""",
         [(*key, prefill_curve.KEPT_PER_CLASS) for key in samples],
     )
-    (number,) = db.execute("SELECT max(number) FROM prefill_samples").fetchone()
-    return int(number)
+    return int(await db.value("SELECT max(number) FROM prefill_samples"))
 
 
-def _learn(db: sqlite3.Connection, learned: LearnedCurve, at: float) -> None:
+async def _learn(db: Db, learned: LearnedCurve, at: float) -> None:
     """Fit a curve to its samples; where the last ones are of another engine, a new one that began `at`."""
-    rows = db.execute(
+    rows = await db.all(
         "SELECT number, computed, cached, seconds, predicted FROM prefill_samples WHERE curve = ? ORDER BY number",
-        (learned.id,),
-    ).fetchall()
+        learned.id,
+    )
     samples = [Sample(*row[1:]) for row in rows]
     if count := prefill_curve.since_change(samples):
-        old, learned = learned, _begin(db, learned.engine, learned.fingerprint, learned.model, at)
+        old, learned = learned, await _begin(db, learned.engine, learned.fingerprint, learned.model, at)
         samples = [sample._replace(predicted=None) for sample in samples[-count:]]
-        db.execute(
+        await db.run(
             "UPDATE prefill_samples SET curve = ?, predicted = NULL WHERE curve = ? AND number >= ?",
-            (learned.id, old.id, rows[-count][0]),
+            learned.id,
+            old.id,
+            rows[-count][0],
         )
-        db.execute("DELETE FROM prefill_samples WHERE curve = ?", (old.id,))
-    _set_curve(db, learned, samples)
+        await db.run("DELETE FROM prefill_samples WHERE curve = ?", old.id)
+    await _set_curve(db, learned, samples)
 
 
-def _set_curve(db: sqlite3.Connection, learned: LearnedCurve, samples: Sequence[Sample]) -> None:
+async def _set_curve(db: Db, learned: LearnedCurve, samples: Sequence[Sample]) -> None:
     """Set a curve's coefficients, and book by them what has waited for that. A curve that is known stays so."""
     curve = prefill_curve.fit(samples) or learned.curve
     error = prefill_curve.error_share(samples)
-    _set_coefficients(db, replace(learned, samples=len(samples), curve=curve, error_share=error))
+    await _set_coefficients(db, replace(learned, samples=len(samples), curve=curve, error_share=error))
     if curve is None:
         return
-    db.execute(
-        """UPDATE savings SET seconds = seconds + unpriced_tokens * ? + unpriced_squares * ? / 2.0,
+    await db.run(
+        """UPDATE savings SET seconds = seconds + unpriced_tokens * CAST(? AS DOUBLE PRECISION)
+            + unpriced_squares * CAST(? AS DOUBLE PRECISION) / 2.0,
         unpriced_tokens = 0, unpriced_squares = 0, unpriced_longest = 0
         WHERE curve = ? AND unpriced_tokens > 0 AND unpriced_longest <= ?""",
-        (curve.per_token, curve.per_pair, learned.id, curve.reach),
+        curve.per_token,
+        curve.per_pair,
+        learned.id,
+        curve.reach,
     )

@@ -1,9 +1,9 @@
 """The SQL that reads the ledger, and adds up what holding KV costs. The caller owns the transaction."""
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from gateway.store.database import Db
 from gateway.store.prefill_curve import MIN_SAMPLES, PrefillCurve
 from gateway.store.sql import batches, marks
 from gateway.store.types import HeldKv, LearnedCurve, Saved, Source
@@ -49,7 +49,9 @@ _SAVINGS = f"""SELECT {", ".join(f"s.{name}" for name in _AMOUNTS)}, {", ".join(
 Entry = tuple[Amount, LearnedCurve]
 # A request is booked for its session, or for the rest if it has none. What windows have is a part of that.
 _EVERYTHING = "kind IN ('session', 'rest')"
-_SUMS = dict.fromkeys(_AMOUNTS, "sum") | {"unpriced_longest": "max", "since": "min"}
+_SUMS = dict.fromkeys(_AMOUNTS, "CAST(sum({}) AS BIGINT)") | {
+    "seconds": "sum({})", "unpriced_longest": "max({})", "since": "min({})"
+}  # fmt: skip
 
 
 def curve_of(row: Sequence[Any]) -> LearnedCurve:
@@ -91,12 +93,12 @@ def why_unknown(learned: LearnedCurve) -> str:
     return f"estimates reach to {learned.curve.reach} tokens, until {learned.engine} has computed longer prompts"
 
 
-def saved(db: sqlite3.Connection, tenant: str, kind: Kind, names: Sequence[str]) -> dict[str, Saved]:
+async def saved(db: Db, tenant: str, kind: Kind, names: Sequence[str]) -> dict[str, Saved]:
     """Return what was saved by each of these sessions or windows."""
     entries: dict[str, list[Entry]] = {}
     for batch in batches(names):
         query = f"{_SAVINGS.replace('SELECT', 'SELECT s.name,', 1)} AND s.name IN ({marks(batch)})"
-        for name, *row in db.execute(query, (tenant, kind, *batch)):
+        for name, *row in await db.all(query, tenant, kind, *batch):
             entries.setdefault(name, []).append(_entry(row))
     nothing = total(())  # of most
     return {name: total(entries[name]) if name in entries else nothing for name in names}
@@ -106,64 +108,66 @@ def _entry(row: Sequence[Any]) -> Entry:
     return Amount(*row[: len(_AMOUNTS)]), curve_of(row[len(_AMOUNTS) :])
 
 
-def saved_by_source(db: sqlite3.Connection, tenant: str) -> dict[str, Saved]:
+async def saved_by_source(db: Db, tenant: str) -> dict[str, Saved]:
     """Return what was saved by each source, and by `all` of them."""
-    sums = ", ".join(f"{how}({name}) AS {name}" for name, how in _SUMS.items())
-    curves = {one.id: one for one in prefill_curves(db)}
-    rows = db.execute(
-        f"SELECT source, curve, {sums} FROM savings WHERE tenant = ? AND {_EVERYTHING} GROUP BY source, curve",
-        (tenant,),
+    sums = ", ".join(f"{how.format(name)} AS {name}" for name, how in _SUMS.items())
+    curves = {one.id: one for one in await prefill_curves(db)}
+    rows = await db.all(
+        f"SELECT source, curve, {sums} FROM savings WHERE tenant = ? AND {_EVERYTHING} GROUP BY source, curve", tenant
     )
     found = [(source, (Amount(*row), curves[curve])) for source, curve, *row in rows]
     by_source = {one: total(entry for source, entry in found if source == one) for one in get_args(Source)}
     return {"all": total(entry for _, entry in found), **by_source}
 
 
-def saved_since(db: sqlite3.Connection, tenant: str) -> float | None:
+async def saved_since(db: Db, tenant: str) -> float | None:
     """Return when the first request of a tenant was booked."""
-    (since,) = db.execute(f"SELECT min(since) FROM savings WHERE tenant = ? AND {_EVERYTHING}", (tenant,)).fetchone()
+    (since,) = await db.one(f"SELECT min(since) FROM savings WHERE tenant = ? AND {_EVERYTHING}", tenant)
     return None if since is None else float(since)
 
 
-def most_saved(db: sqlite3.Connection, tenant: str, kind: Kind, limit: int) -> dict[str, Saved]:
+async def most_saved(db: Db, tenant: str, kind: Kind, limit: int) -> dict[str, Saved]:
     """Return the sessions or windows that have saved most tokens, the first most."""
-    rows = db.execute(
+    rows = await db.all(
         """SELECT name FROM savings WHERE tenant = ? AND kind = ? GROUP BY name HAVING sum(tokens) > 0
         ORDER BY sum(tokens) DESC, name LIMIT ?""",
-        (tenant, kind, limit),
+        tenant,
+        kind,
+        limit,
     )
-    return saved(db, tenant, kind, [name for (name,) in rows])
+    return await saved(db, tenant, kind, [name for (name,) in rows])
 
 
-def prefill_curves(db: sqlite3.Connection) -> list[LearnedCurve]:
+async def prefill_curves(db: Db) -> list[LearnedCurve]:
     """Return all curves, newest first."""
-    return [curve_of(row) for row in db.execute(f"{CURVE} ORDER BY id DESC")]
+    return [curve_of(row) for row in await db.all(f"{CURVE} ORDER BY id DESC")]
 
 
-def saved_by_tenants(db: sqlite3.Connection) -> dict[str, tuple[int, float]]:
+async def saved_by_tenants(db: Db) -> dict[str, tuple[int, float]]:
     """Return tokens and seconds saved by all tenants, by source."""
-    rows = db.execute(f"SELECT source, sum(tokens), sum(seconds) FROM savings WHERE {_EVERYTHING} GROUP BY source")
+    rows = await db.all(
+        f"SELECT source, CAST(sum(tokens) AS BIGINT), sum(seconds) FROM savings WHERE {_EVERYTHING} GROUP BY source"
+    )
     none: dict[str, tuple[int, float]] = dict.fromkeys(get_args(Source), (0, 0.0))
     return none | {source: (tokens, seconds) for source, tokens, seconds in rows}
 
 
-def hold(db: sqlite3.Connection, size: int, now: float, elapsed_s: float | None) -> None:
+async def hold(db: Db, size: int, now: float, elapsed_s: float | None) -> None:
     """Add up the bytes that windows have held for `elapsed_s`, and set what they hold now.
 
     Without `elapsed_s` by the clock, as long as that has not gone back.
     """
-    before = held_kv(db)
+    before = await held_kv(db)
     if before is None:
-        db.execute("INSERT INTO held_kv (id, bytes, byte_hours, since, at) VALUES (1, ?, 0, ?, ?)", (size, now, now))
+        await db.run("INSERT INTO held_kv (id, bytes, byte_hours, since, at) VALUES (1, ?, 0, ?, ?)", size, now, now)
         return
     elapsed_s = max(0.0, now - before.at) if elapsed_s is None else elapsed_s
-    db.execute(
-        "UPDATE held_kv SET bytes = ?, byte_hours = byte_hours + ?, at = ?",
-        (size, before.bytes * elapsed_s / 3600, now),
+    await db.run(
+        "UPDATE held_kv SET bytes = ?, byte_hours = byte_hours + ?, at = ?", size, before.bytes * elapsed_s / 3600, now
     )
 
 
-def held_kv(db: sqlite3.Connection) -> HeldKv | None:
+async def held_kv(db: Db) -> HeldKv | None:
     """Return what windows hold, and have held; None if it was not added up yet."""
-    row = db.execute("SELECT bytes, byte_hours, since, at FROM held_kv").fetchone()
+    row = await db.one("SELECT bytes, byte_hours, since, at FROM held_kv")
     return HeldKv(*row) if row else None

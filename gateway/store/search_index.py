@@ -9,12 +9,12 @@ and a message leaves the index in the transaction that deletes it.
 
 import logging
 import sqlite3
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import orjson
 
 from gateway.dialects.search_text import TOKENIZER, Search, indexed, message_text
+from gateway.store.database import Db, Hits
 from gateway.store.sql import get_meta, set_meta
 
 log = logging.getLogger(__name__)
@@ -27,61 +27,59 @@ _NEWEST = "SELECT rowid FROM message_words WHERE message_words MATCH ? ORDER BY 
 _BEST_FIRST = """SELECT number FROM (
     SELECT rowid AS number, rank AS score FROM message_words WHERE message_words MATCH ? ORDER BY rowid DESC LIMIT ?
 ) ORDER BY score LIMIT ?"""
+_AVAILABLE = "SELECT fts5_source_id()"
+_BODY = "SELECT body FROM contents WHERE id = ?"
 _POSITION = "searchable"  # in `meta`: number and id of the last content that was looked at
 
 
-class Hits(NamedTuple):
-    """Contents with a match, the best first if they are ranked, else newest first; `truncated`: there may be more."""
-
-    contents: list[bytes]
-    truncated: bool
-
-
-def prepare(db: sqlite3.Connection) -> None:
+def prepare(connection: sqlite3.Connection) -> None:
     """Create the index unless it is there. Without FTS5 messages cannot be searched, which is logged."""
-    if not _is_available(db):
+    try:
+        connection.execute(_AVAILABLE)
+    except sqlite3.DatabaseError:
         log.warning(
             "this SQLite (%s) has no FTS5: only names, descriptions and tags are searched", sqlite3.sqlite_version
         )
         return
-    db.execute(
+    connection.execute(
         f'CREATE VIRTUAL TABLE IF NOT EXISTS message_words USING fts5(words, content = "", tokenize = "{TOKENIZER}")'
     )
 
 
-def _is_available(db: sqlite3.Connection) -> bool:
+async def _is_available(db: Db) -> bool:
     try:
-        db.execute("SELECT fts5_source_id()")
+        await db.one(_AVAILABLE)
     except sqlite3.DatabaseError:
         return False
     return True
 
 
-def index_some(db: sqlite3.Connection, at_once: int) -> bool:
+async def index_some(db: Db, at_once: int) -> bool:
     """Index the next messages; return whether there may be more."""
-    if not _is_available(db):
+    if not await _is_available(db):
         return False
     size, last, count = 0, None, 0
-    for row, content_id, body in _after(db, _position(db), at_once):
-        _index(db, content_id, body)
-        size, last, count = size + len(body), (row, content_id), count + 1
+    query = "SELECT rowid, id, length(body) FROM contents WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    for row, content_id, length in await db.all(query, await _position(db), at_once):
+        await _index(db, content_id)
+        size, last, count = size + length, (row, content_id), count + 1
         if size > _BATCH_BYTES:
             break
     if last is None:
         return False
-    set_meta(db, _POSITION, f"{last[0]}:{last[1].hex()}")
+    await set_meta(db, _POSITION, f"{last[0]}:{last[1].hex()}")
     return count == at_once or size > _BATCH_BYTES
 
 
-def _after(db: sqlite3.Connection, position: int, count: int) -> Iterator[tuple[int, bytes, bytes]]:
-    query = "SELECT rowid, id, body FROM contents WHERE rowid > ? ORDER BY rowid LIMIT ?"
-    return iter(db.execute(query, (position, count)))
-
-
-def _index(db: sqlite3.Connection, content_id: bytes, body: bytes) -> None:
-    text = indexed(_text(body))
-    if text and (cursor := db.execute("INSERT OR IGNORE INTO searchable (content) VALUES (?)", (content_id,))).rowcount:
-        db.execute("INSERT INTO message_words (rowid, words) VALUES (?, ?)", (cursor.lastrowid, text))
+async def _index(db: Db, content_id: bytes) -> None:
+    text = indexed(_text(await db.value(_BODY, content_id)))
+    if not text:
+        return
+    number = await db.value(
+        "INSERT INTO searchable (content) VALUES (?) ON CONFLICT DO NOTHING RETURNING number", content_id
+    )
+    if number is not None:
+        await db.run("INSERT INTO message_words (rowid, words) VALUES (?, ?)", number, text)
 
 
 def _text(body: bytes) -> str:
@@ -90,49 +88,48 @@ def _text(body: bytes) -> str:
     return message_text(value) if "role" in value else ""
 
 
-def _position(db: sqlite3.Connection) -> int:
+async def _position(db: Db) -> int:
     """The row of `contents` up to which they are indexed.
 
     Rows are numbered in the order in which they are added, but the number of a deleted last one is given again, and
     VACUUM numbers all of them anew. Then it is the last row that is indexed.
     """
-    row, _, content = (get_meta(db, _POSITION) or "0:").partition(":")
-    if db.execute("SELECT 1 FROM contents WHERE rowid = ? AND id = ?", (int(row), bytes.fromhex(content))).fetchone():
+    row, _, content = (await get_meta(db, _POSITION) or "0:").partition(":")
+    if await db.one("SELECT 1 FROM contents WHERE rowid = ? AND id = ?", int(row), bytes.fromhex(content)):
         return int(row)
-    indexed_before = db.execute(
+    before = await db.value(
         """SELECT rowid FROM contents WHERE rowid <= ? AND EXISTS (SELECT 1 FROM searchable WHERE content = id)
         ORDER BY rowid DESC LIMIT 1""",
-        (int(row),),
-    ).fetchone()
-    return int(indexed_before[0]) if indexed_before else 0
+        int(row),
+    )
+    return int(before or 0)
 
 
-def remove(db: sqlite3.Connection, content_id: bytes) -> None:
+async def remove(db: Db, content_id: bytes) -> None:
     """Remove a content, which is about to be deleted, from the index."""
-    row = db.execute("SELECT number FROM searchable WHERE content = ?", (content_id,)).fetchone()
-    if row is None:
+    number = await db.value("SELECT number FROM searchable WHERE content = ?", content_id)
+    if number is None:
         return
     # An index without texts needs the text to find the words (sqlite.org/fts5.html, section 6.3).
-    if _is_available(db):
-        (body,) = db.execute("SELECT body FROM contents WHERE id = ?", (content_id,)).fetchone()
-        values = (row[0], indexed(_text(body)))
-        db.execute("INSERT INTO message_words (message_words, rowid, words) VALUES ('delete', ?, ?)", values)
-    db.execute("DELETE FROM searchable WHERE number = ?", row)
+    if await _is_available(db):
+        text = indexed(_text(await db.value(_BODY, content_id)))
+        await db.run("INSERT INTO message_words (message_words, rowid, words) VALUES ('delete', ?, ?)", number, text)
+    await db.run("DELETE FROM searchable WHERE number = ?", number)
 
 
-def hits(db: sqlite3.Connection, search: Search, *, limit: int, ranked: bool) -> Hits:
+async def hits(db: Db, search: Search, *, limit: int, ranked: bool) -> Hits:
     """Return the contents with a match among the newest `limit` that have one."""
-    if not _is_available(db) or not search.expression:
+    if not search.expression or not await _is_available(db):
         return Hits([], truncated=False)
-    pending, more = _pending(db, search)
+    pending, more = await _pending(db, search)
     if ranked:
-        rows = db.execute(_BEST_FIRST, (search.expression, limit, _BEST)).fetchall()
+        rows = await db.all(_BEST_FIRST, search.expression, limit, _BEST)
     else:
-        rows = db.execute(_NEWEST, (search.expression, limit)).fetchall()
+        rows = await db.all(_NEWEST, search.expression, limit)
     contents = [
         content
         for (number,) in rows
-        for (content,) in db.execute("SELECT content FROM searchable WHERE number = ?", (number,))
+        for (content,) in await db.all("SELECT content FROM searchable WHERE number = ?", number)
     ]
     whole = [content for content, share in pending if share == 1]
     some = sorted((share, content) for content, share in pending if 0 < share < 1 and not search.every)
@@ -142,9 +139,25 @@ def hits(db: sqlite3.Connection, search: Search, *, limit: int, ranked: bool) ->
     )
 
 
-def _pending(db: sqlite3.Connection, search: Search) -> tuple[list[tuple[bytes, float]], bool]:
+async def _pending(db: Db, search: Search) -> tuple[list[tuple[bytes, float]], bool]:
     """The newest contents that are not indexed yet, each with its share of the words, and whether there are more."""
-    rows = db.execute(
-        "SELECT id, body FROM contents WHERE rowid > ? ORDER BY rowid DESC LIMIT ?", (_position(db), _PENDING + 1)
-    ).fetchall()
-    return [(content, search.coverage(_text(body))) for content, body in rows[:_PENDING]], len(rows) > _PENDING
+    rows = await db.all(
+        "SELECT id FROM contents WHERE rowid > ? ORDER BY rowid DESC LIMIT ?", await _position(db), _PENDING + 1
+    )
+    shares = [(content, search.coverage(_text(await db.value(_BODY, content)))) for (content,) in rows[:_PENDING]]
+    return shares, len(rows) > _PENDING
+
+
+async def windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:
+    """Return the names of the windows with one of these messages."""
+    await db.run("CREATE TEMP TABLE IF NOT EXISTS found (content BLOB PRIMARY KEY) WITHOUT ROWID")
+    await db.run("DELETE FROM temp.found")
+    await db.many("INSERT OR IGNORE INTO temp.found VALUES (?)", [(content,) for content in contents])
+    rows = await db.all(
+        """WITH RECURSIVE below (link) AS (
+            SELECT l.id FROM temp.found f CROSS JOIN links l ON l.content = f.content
+            UNION SELECT l.id FROM below b JOIN links l ON l.parent = b.link)
+        SELECT w.name FROM below b CROSS JOIN windows w ON w.transcript = b.link WHERE +w.tenant = ?""",
+        tenant,
+    )
+    return [name for (name,) in rows]

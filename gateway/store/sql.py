@@ -1,8 +1,9 @@
 """What several modules of SQL share: placeholders, batches, and the named values in `meta`."""
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
+
+from gateway.store.database import Db
 
 T = TypeVar("T")
 _VARIABLES = 500  # per statement; SQLite's own limit is higher, its parser is not faster for it
@@ -13,19 +14,27 @@ def marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
+def columns(names: Sequence[str], table: str = "") -> str:
+    """Names of columns as a statement takes them: `window` is a word of PostgreSQL's."""
+    return ", ".join(f'{table}."{name}"' if table else f'"{name}"' for name in names)
+
+
 def batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """The values in batches that one statement takes."""
     return (values[i : i + _VARIABLES] for i in range(0, len(values), _VARIABLES))
 
 
-def get_meta(db: sqlite3.Connection, name: str) -> str | None:
+async def get_meta(db: Db, name: str) -> str | None:
     """Return a named value, or None."""
-    row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-    return str(row[0]) if row else None
+    value: str | None = await db.value("SELECT value FROM meta WHERE name = ?", name)
+    return value
 
 
-def set_meta(db: sqlite3.Connection, name: str, value: str | None) -> None:
+async def set_meta(db: Db, name: str, value: str | None) -> None:
     """Store a named value; None deletes it."""
-    db.execute("DELETE FROM meta WHERE name = ?", (name,))
-    if value is not None:
-        db.execute("INSERT INTO meta VALUES (?, ?)", (name, value))
+    if value is None:
+        await db.run("DELETE FROM meta WHERE name = ?", name)
+    else:
+        await db.run(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", name, value
+        )

@@ -16,10 +16,12 @@ from typing import TypeVar
 from gateway.errors import StartError
 from gateway.store import search_index
 from gateway.store.ballast import PART_BYTES, Ballast, Reserve
-from gateway.store.database import Work
-from gateway.store.failures import RESCUE, is_damage, primary_code, read_failure
+from gateway.store.database import Work, finish
+from gateway.store.failures import RESCUE, find_damage, is_damage, primary_code, read_failure
 from gateway.store.schema import migrate
+from gateway.store.sqlite_db import SqliteDb
 from gateway.store.store import Store
+from gateway.store.types import StoreCheck
 from gateway.store.writer import Writer
 
 T = TypeVar("T")
@@ -70,26 +72,33 @@ class SqliteStore(Store):
 
     def _open(self) -> None:
         self._path.touch(mode=0o600)
-        self._inline = _connect(self._path)
-        migrate(self._inline)
-        search_index.prepare(self._inline)
-        (self.store_id,) = self._inline.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
-        self._slow = _connect(self._path)
+        connection = _connect(self._path)
+        migrate(connection)
+        search_index.prepare(connection)
+        (self.store_id,) = connection.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
+        self._inline, self._slow = SqliteDb(connection), SqliteDb(_connect(self._path))
 
     async def __aexit__(self, *_: object) -> None:
         await self._writer.stop()
         self._reader.shutdown()
-        self._slow.close()
-        self._inline.close()
+        self._slow.connection.close()
+        self._inline.connection.close()
 
     async def check(self) -> None:
         """See `Store.check`; also sets aside again what a full disk has used up."""
         await super().check()
         await asyncio.to_thread(self._ballast.restore)
 
+    async def examine(self) -> StoreCheck:
+        """See `Store.examine`."""
+        errors = await asyncio.to_thread(find_damage, self._path)
+        if not errors:
+            return StoreCheck("ok", "every page is intact")
+        return StoreCheck("failed", f"the store is damaged: {'; '.join(errors)}", RESCUE)
+
     async def run_inline(self, work: Work[T]) -> T:
         try:
-            return work(self._inline)
+            return await work(self._inline)  # which never waits
         except sqlite3.DatabaseError as error:
             raise read_failure(self._path, error) from error
 
@@ -99,16 +108,16 @@ class SqliteStore(Store):
         except sqlite3.DatabaseError as error:
             raise read_failure(self._path, error) from error
 
-    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
+    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False) -> T:
         return await self._writer.write(work, reserve)
 
 
-def _read(db: sqlite3.Connection, work: Work[T]) -> T:
-    db.execute("BEGIN")  # one snapshot, however many statements the work takes
+def _read(db: SqliteDb, work: Work[T]) -> T:
+    db.connection.execute("BEGIN")  # one snapshot, however many statements the work takes
     try:
-        return work(db)
+        return finish(work(db))
     finally:
-        db.execute("ROLLBACK")  # there is nothing to commit, and of a damaged file a COMMIT fails
+        db.connection.execute("ROLLBACK")  # there is nothing to commit, and of a damaged file a COMMIT fails
 
 
 def _connect(path: Path) -> sqlite3.Connection:

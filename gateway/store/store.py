@@ -5,9 +5,10 @@ Names of sessions and windows are unique within a tenant. A database is a subcla
 """
 
 import asyncio
-import sqlite3
 import time
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from gateway.store import (
@@ -19,7 +20,6 @@ from gateway.store import (
     rewind_rows,
     salt_rows,
     savings_rows,
-    search_index,
     search_rows,
     session_rows,
     successor_rows,
@@ -29,9 +29,9 @@ from gateway.store import (
     window_rows,
 )
 from gateway.store.ballast import Reserve
-from gateway.store.database import Database, delete, point_read, read, write
+from gateway.store.database import Database, Db, delete, point_read, read, write
 from gateway.store.sql import set_meta
-from gateway.store.types import StoreUnavailable, TurnRecord
+from gateway.store.types import StoreCheck, StoreUnavailable, TurnRecord
 
 T = TypeVar("T")
 _FORGET_BATCH = 50  # sessions; finished turns wait for the writer meanwhile
@@ -49,6 +49,14 @@ class Store(Database):
         self._turns_kept = turns_kept
         self._responses_kept = responses_kept
         self._recorded = asyncio.Event()
+
+    @abstractmethod
+    async def __aenter__(self) -> "Store":
+        """Open it, and bring its schema up to date. Raises StartError."""
+
+    @abstractmethod
+    async def __aexit__(self, *_: object) -> None:
+        """Close it, once all waiting writes are done."""
 
     # Sessions and their turns.
 
@@ -76,12 +84,13 @@ class Store(Database):
         same turns can be recorded later.
         """
 
-        def work(db: sqlite3.Connection) -> None:
-            recorded = session_rows.record(db, records, self._turns_kept)
-            response_rows.record(db, recorded, self._responses_kept)
-            ledger_rows.record(db, recorded)
+        async def work(db: Db) -> None:
+            await db.lock(chain(session_rows.lock_names(records), ledger_rows.lock_names(records)))
+            recorded = await session_rows.record(db, records, self._turns_kept)
+            await response_rows.record(db, recorded, self._responses_kept)
+            await ledger_rows.record(db, recorded)
 
-        await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS)
+        await self.run_write(work, Reserve.DELETIONS if last else Reserve.TURNS, shared=True)
         self._recorded.set()
 
     async def forget_idle(self, keep: int) -> int:
@@ -155,7 +164,8 @@ class Store(Database):
             await asyncio.sleep(_GATHER_S)
             self._recorded.clear()
 
-    _index_some = write(search_index.index_some)
+    async def _index_some(self, at_once: int) -> bool:
+        return await self.run_write(lambda db: db.words.index_some(db, at_once), shared=True)
 
     # The KV objects that windows hold.
 
@@ -203,7 +213,14 @@ class Store(Database):
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_S)
 
+    async def numbers_given(self, numbered: Sequence[tuple[str, str]]) -> None:
+        """Rows were added to these tables with numbers (in a column) that were given elsewhere."""
+
+    @abstractmethod
+    async def examine(self) -> StoreCheck:
+        """Look for damage, and for what will soon be short. May take seconds."""
+
     async def check(self) -> None:
         """Write something. Raises StoreUnavailable if that fails."""
         # A different value each time: SQLite writes no page that does not change.
-        await self.run_write(lambda db: set_meta(db, "checked_at", str(time.time_ns())))
+        await self.run_write(lambda db: set_meta(db, "checked_at", str(time.time_ns())), shared=True)

@@ -4,7 +4,6 @@ What an operation has read may have changed by the time it writes. So each of th
 read, and checks in its own transaction that it is still current.
 """
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,46 +11,47 @@ from gateway.dialects.titles import title_of
 from gateway.errors import GatewayError
 from gateway.records import Manifest, Session, Succession, Window
 from gateway.store import manifest_rows, salt_rows, session_rows, successor_rows, transcript_rows, window_rows
+from gateway.store.database import Db
 from gateway.store.types import Text
 
 
-def snapshot(db: sqlite3.Connection, tenant: str, session_id: str) -> tuple[Session, Text] | None:
+async def snapshot(db: Db, tenant: str, session_id: str) -> tuple[Session, Text] | None:
     """Return the session and its text, read together; None if there is no such session."""
-    session = session_rows.session(db, tenant, session_id)
-    return None if session is None else (session, _text(db, session.transcript, session.frame))
+    session = await session_rows.session(db, tenant, session_id)
+    return None if session is None else (session, await _text(db, session.transcript, session.frame))
 
 
-def text(db: sqlite3.Connection, window: Window) -> Text:
+async def text(db: Db, window: Window) -> Text:
     """Return a window's text.
 
     Raises `window_not_found` if the window has just been deleted, and `window_corrupted` if its text is gone.
     """
-    check_text(db, window)
-    return _text(db, window.transcript, window.frame)
+    await check_text(db, window)
+    return await _text(db, window.transcript, window.frame)
 
 
-def transcript_until(db: sqlite3.Connection, window: Window, count: int) -> bytes:
+async def transcript_until(db: Db, window: Window, count: int) -> bytes:
     """Return the id of the first `count` messages of a window's text. Raises as `text` does."""
-    check_text(db, window)
-    found = transcript_rows.prefix(db, window.transcript, count)
+    await check_text(db, window)
+    found = await transcript_rows.prefix(db, window.transcript, count)
     if found is None:
         raise _text_is_gone(window)
     return found
 
 
-def begins_with(db: sqlite3.Connection, window: Window, transcript: bytes | None) -> bool:
+async def begins_with(db: Db, window: Window, transcript: bytes | None) -> bool:
     """Whether a window's text is this transcript, or continues it."""
-    return transcript is not None and transcript_rows.begins_with(db, window.transcript, transcript)
+    return transcript is not None and await transcript_rows.begins_with(db, window.transcript, transcript)
 
 
-def _text(db: sqlite3.Connection, transcript: bytes | None, frame: bytes | None) -> Text:
-    messages = transcript_rows.messages(db, transcript) if transcript else []
-    return Text(messages, transcript_rows.frame(db, frame) if frame else None)
+async def _text(db: Db, transcript: bytes | None, frame: bytes | None) -> Text:
+    messages = await transcript_rows.messages(db, transcript) if transcript else []
+    return Text(messages, await transcript_rows.frame(db, frame) if frame else None)
 
 
-def check_exists(db: sqlite3.Connection, window: Window) -> None:
+async def check_exists(db: Db, window: Window) -> None:
     """Raise `window_not_found` unless the window is still there, the same one and not another of its name."""
-    now = window_rows.window(db, window.tenant, window.name)
+    now = await window_rows.window(db, window.tenant, window.name)
     if now is None or (now.manifest, now.created_at) != (window.manifest, window.created_at):
         raise GatewayError(
             "window_not_found",
@@ -61,38 +61,33 @@ def check_exists(db: sqlite3.Connection, window: Window) -> None:
         )
 
 
-def windows_without_text(db: sqlite3.Connection) -> list[tuple[str, str]]:
+async def windows_without_text(db: Db) -> list[tuple[str, str]]:
     """Return tenant and name of windows whose text is gone: older versions left some, this one leaves none."""
-    return db.execute(
+    return await db.all(
         """SELECT tenant, name FROM windows w WHERE NOT EXISTS (SELECT 1 FROM links WHERE links.id = w.transcript)
         OR (w.frame IS NOT NULL AND NOT EXISTS (SELECT 1 FROM contents WHERE contents.id = w.frame))
         ORDER BY tenant, name"""
-    ).fetchall()
+    )
 
 
-def add_sessions(db: sqlite3.Connection, sessions: Sequence[Session], *, source: Window | None = None) -> str | None:
+async def add_sessions(db: Db, sessions: Sequence[Session], *, source: Window | None = None) -> str | None:
     """Add all of these sessions of one tenant, or none if an id is taken: then return that id.
 
     With `source` they begin with that window's text. Raises `window_not_found` unless the window is still there,
     the same one and not another of its name, and `window_corrupted` if its text is gone.
     """
     if source is not None:
-        check_text(db, source)
-    taken = next((new.id for new in sessions if session_rows.session(db, new.tenant, new.id)), None)
-    if taken is None:
-        for new in sessions:
-            session_rows.add_session(db, new)
-    return taken
+        await check_text(db, source)
+    for new in sessions:
+        if await session_rows.session(db, new.tenant, new.id):
+            return new.id
+    for new in sessions:
+        await session_rows.add_session(db, new)
+    return None
 
 
-def add_window(
-    db: sqlite3.Connection,
-    new: Window,
-    manifest: Manifest,
-    text: Text,
-    *,
-    session: Session | None = None,
-    wanted: bool = True,
+async def add_window(
+    db: Db, new: Window, manifest: Manifest, text: Text, *, session: Session | None = None, wanted: bool = True
 ) -> Window | None:
     """Commit a window with its manifest and its text; return it as it was committed, None if its name is taken.
 
@@ -101,73 +96,73 @@ def add_window(
     `session` is the session that was frozen, as it was read: it becomes `frozen` unless it has had a turn since. If it
     has been deleted, the window is committed all the same if it is `wanted`; else `session_not_found` is raised.
     """
-    if window_rows.window(db, new.tenant, new.name):
+    if await window_rows.window(db, new.tenant, new.name):
         return None
-    frame = None if text.frame is None else transcript_rows.add_content(db, text.frame)
+    frame = None if text.frame is None else await transcript_rows.add_content(db, text.frame)
     title = (session.title if session else None) or title_of(text.messages)
-    new = replace(new, transcript=transcript_rows.add(db, text.messages) or b"", frame=frame, title=title)
+    new = replace(new, transcript=await transcript_rows.add(db, text.messages) or b"", frame=frame, title=title)
     if session is not None:
-        new = replace(new, parent=_freeze(db, session, new, wanted=wanted))
-    window_rows.add_window(db, new, manifest)
+        new = replace(new, parent=await _freeze(db, session, new, wanted=wanted))
+    await window_rows.add_window(db, new, manifest)
     return new
 
 
-def _freeze(db: sqlite3.Connection, session: Session, new: Window, *, wanted: bool) -> str | None:
+async def _freeze(db: Db, session: Session, new: Window, *, wanted: bool) -> str | None:
     """Mark the session that was frozen into `new`; return the window that it was thawed from."""
-    now = session_rows.session(db, session.tenant, session.id)
+    now = await session_rows.session(db, session.tenant, session.id)
     if now is not None and now.created_at == session.created_at:
-        session_rows.set_frozen(db, session, new.created_at)
-        return now.window if now.rewinds == session.rewinds else _parent(db, session)
+        await session_rows.set_frozen(db, session, new.created_at)
+        return now.window if now.rewinds == session.rewinds else await _parent(db, session)
     if not wanted:
         raise GatewayError("session_not_found", f"session {session.id!r} was deleted while it was being frozen")
     # The session's salts were released before the engine computed more KV for this freeze.
-    salt_rows.mark_orphaned(db, new.salt, new.tenant, new.lineage)
-    return _parent(db, session)
+    await salt_rows.mark_orphaned(db, new.salt, new.tenant, new.lineage)
+    return await _parent(db, session)
 
 
-def _parent(db: sqlite3.Connection, session: Session) -> str | None:
+async def _parent(db: Db, session: Session) -> str | None:
     """The window that a session was thawed from when it was read; None if it is gone."""
-    parent = window_rows.window(db, session.tenant, session.window) if session.window else None
+    parent = await window_rows.window(db, session.tenant, session.window) if session.window else None
     if parent is None:
         return None
     # Another window may have its name since; a session that was taken back may be older than its window.
-    same = parent.created_at <= session.created_at or begins_with(db, parent, session.window_transcript)
+    same = parent.created_at <= session.created_at or await begins_with(db, parent, session.window_transcript)
     return parent.name if same else None
 
 
-def copy_window(db: sqlite3.Connection, copy: Window, source: Window, manifest: Manifest | None) -> Window | None:
+async def copy_window(db: Db, copy: Window, source: Window, manifest: Manifest | None) -> Window | None:
     """Commit a copy of `source`, or of its beginning; None if its name is taken.
 
     `manifest` is None if the copy has its source's; one without objects gets those of the copy's chunks from there.
     Raises `window_not_found` unless the source is still there, the same one and not another of its name, and
     `window_corrupted` if its text is gone.
     """
-    check_text(db, source)
-    if window_rows.window(db, copy.tenant, copy.name):
+    await check_text(db, source)
+    if await window_rows.window(db, copy.tenant, copy.name):
         return None
-    window_rows.add_window(db, copy, manifest)
+    await window_rows.add_window(db, copy, manifest)
     if manifest is not None:
-        manifest_rows.share(db, manifest.id, source.manifest, copy.chunk_count * copy.world_size)
+        await manifest_rows.share(db, manifest.id, source.manifest, copy.chunk_count * copy.world_size)
     return copy
 
 
-def succeed(db: sqlite3.Connection, step: Succession, new: Session, *, full: Session) -> Succession:
+async def succeed(db: Db, step: Succession, new: Session, *, full: Session) -> Succession:
     """Add a full session's successor; return the step to it, or the existing one if it has a successor.
 
     Raises `session_busy` if the full session is not as it was read, if its window is gone, or if the successor's id was
     taken meanwhile.
     """
-    if existing := successor_rows.successor(db, step):
+    if existing := await successor_rows.successor(db, step):
         return existing
-    now = session_rows.session(db, full.tenant, full.id)
+    now = await session_rows.session(db, full.tenant, full.id)
     if now is None or (now.created_at, now.transcript) != (full.created_at, full.transcript):
         raise _no_successor(full, "it continued, or was deleted, while its successor was created")
-    window = window_rows.window(db, step.tenant, step.window)
+    window = await window_rows.window(db, step.tenant, step.window)
     if window is None or window.transcript != full.transcript:
         raise _no_successor(full, f"its window {step.window!r} was deleted while its successor was created")
-    if not session_rows.add_session(db, new):
+    if not await session_rows.add_session(db, new):
         raise _no_successor(full, f"another session took the id {new.id!r} of its successor")
-    successor_rows.add(db, step)
+    await successor_rows.add(db, step)
     return step
 
 
@@ -175,10 +170,10 @@ def _no_successor(session: Session, why: str) -> GatewayError:
     return GatewayError("session_busy", f"session {session.id!r} has no successor: {why}", hint="send the turn again")
 
 
-def check_text(db: sqlite3.Connection, window: Window) -> None:
+async def check_text(db: Db, window: Window) -> None:
     """Raise `window_not_found` unless the window is as it was read, `window_corrupted` if its text is gone."""
-    check_exists(db, window)
-    if not transcript_rows.exists(db, window.transcript, window.frame):
+    await check_exists(db, window)
+    if not await transcript_rows.exists(db, window.transcript, window.frame):
         raise _text_is_gone(window)
 
 

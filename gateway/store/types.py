@@ -15,6 +15,15 @@ class StoreUnavailable(GatewayError):
     """The store cannot be read or written at the moment: its disk is full or faulty."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoreCheck:
+    """What a look at the store itself has found, and what to do about it."""
+
+    status: Literal["ok", "warning", "failed"]
+    message: str
+    remedy: str = ""
+
+
 SORT_COLUMNS = MappingProxyType(
     {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
 )

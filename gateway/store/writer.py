@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from gateway.store.ballast import Ballast, Reserve
-from gateway.store.database import Work
+from gateway.store.database import Work, finish
 from gateway.store.failures import primary_code, write_failure
+from gateway.store.sqlite_db import SqliteDb
 
 T = TypeVar("T")
 _WRITES_PER_COMMIT = 256
@@ -61,7 +62,7 @@ class Writer:
             raise await asyncio.to_thread(write_failure, self._path, error, full=self._is_full(error)) from error
 
     def _run(self) -> None:
-        db = self._connect()
+        db = SqliteDb(self._connect())
         while (first := self._queue.get()) is not None:
             batch, last = [first], False
             while len(batch) < _WRITES_PER_COMMIT and not self._queue.empty():
@@ -73,9 +74,9 @@ class Writer:
             self._commit(db, batch)
             if last:
                 break
-        db.close()
+        db.connection.close()
 
-    def _commit(self, db: sqlite3.Connection, batch: Sequence[_Write]) -> None:
+    def _commit(self, db: SqliteDb, batch: Sequence[_Write]) -> None:
         full = _commit(db, batch, self._is_full)
         for part in (Reserve.TURNS, Reserve.DELETIONS):
             if full is None:
@@ -102,19 +103,18 @@ def _allowed(batch: Sequence[_Write], part: Reserve, full: BaseException) -> lis
     return [write for write in batch if write.reserve >= part]
 
 
-def _commit(
-    db: sqlite3.Connection, batch: Sequence[_Write], is_full: Callable[[BaseException], bool]
-) -> BaseException | None:
+def _commit(db: SqliteDb, batch: Sequence[_Write], is_full: Callable[[BaseException], bool]) -> BaseException | None:
     """Write `batch` in one transaction. Returns the error when the disk was full: nothing was written then."""
     results: list[tuple[object, BaseException | None]] = []
+    connection = db.connection
     try:
-        db.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN IMMEDIATE")
         for write in batch:
             results.append(_run(db, write.work, is_full))
-        db.execute("COMMIT")
+        connection.execute("COMMIT")
     except BaseException as error:  # noqa: BLE001 - its callers get it; the thread must not end
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         if is_full(error):
             return error
         results = [(None, error)] * len(batch)
@@ -127,16 +127,19 @@ def _commit(
 
 
 def _run(
-    db: sqlite3.Connection, work: Work[object], is_full: Callable[[BaseException], bool]
+    db: SqliteDb, work: Work[object], is_full: Callable[[BaseException], bool]
 ) -> tuple[object, BaseException | None]:
-    db.execute("SAVEPOINT work")
+    connection = db.connection
+    connection.execute("SAVEPOINT work")
     try:
-        value = work(db)
+        value = finish(work(db))
     except BaseException as error:
-        if is_full(error) or not db.in_transaction:  # the whole batch has failed; SQLite may have rolled it back
+        if (
+            is_full(error) or not connection.in_transaction
+        ):  # the whole batch has failed; SQLite may have rolled it back
             raise
-        db.execute("ROLLBACK TO work")
-        db.execute("RELEASE work")
+        connection.execute("ROLLBACK TO work")
+        connection.execute("RELEASE work")
         return None, error
-    db.execute("RELEASE work")
+    connection.execute("RELEASE work")
     return value, None

@@ -14,6 +14,7 @@ PAGE = ROOT / "docs" / "cli.md"
 # What is typed after `cwg`. A test parses each of them.
 EXAMPLES: Mapping[str, str] = MappingProxyType(
     {
+        "store copy": "store copy sqlite:///data/gateway.db postgresql://cwg:PASSWORD@db.example/cwg",
         "up": "up --model Qwen/Qwen3-8B --data-dir /srv/cwg -- --tensor-parallel-size 2 --tool-call-parser hermes",
         "serve": "serve --config gateway.toml --workers 4",
         "mcp": "mcp",

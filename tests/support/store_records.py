@@ -6,6 +6,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from gateway.kv.keys import ObjectKey
 from gateway.records import Manifest, PinnedObject, Session, Trace, Turn, Usage, Window
 from gateway.sessions import prefix_chain
@@ -13,6 +15,8 @@ from gateway.store.store import Store
 from gateway.store.types import Text, TurnRecord
 
 Open = Callable[[], AbstractAsyncContextManager[Store]]
+only_sqlite = pytest.mark.parametrize("open_store", ["sqlite"], indirect=True)
+"""A test of the store that opens its file, or is about it."""
 
 
 TENANT = "default"
@@ -80,3 +84,9 @@ ODD: list[dict[str, Any]] = [
     {"role": "tool", "content": "", "tool_call_id": "1", "deep": {"a": [{"b": [[]]}]}},
     {"role": "user", "content": "x" * 1_000_000, "numbers": [0.1, -0.0, 2**53, 2**64 - 1, 1e308]},
 ]  # fmt: skip
+
+
+async def count(store: Store, table: str) -> int:
+    """How many rows a table has."""
+    rows: int = await store.run_read(lambda db: db.value(f"SELECT count(*) FROM {table}"))
+    return rows

@@ -22,10 +22,11 @@ PROMISED = {
 }  # fmt: skip
 ADDED = {
     "not_found": 404, "response_not_found": 404, "previous_response_not_found": 404, "method_not_allowed": 405,
-    "request_timeout": 408, "too_complex": 413,
+    "request_timeout": 408, "too_complex": 413, "store_unavailable": 503,
 }  # fmt: skip
 RETRYABLE = {
     "session_busy", "rate_limited", "request_timeout", "engine_unreachable", "engine_timeout", "cache_unavailable",
+    "store_unavailable",
 }  # fmt: skip
 # Documented for operations and limits that do not exist yet.
 NOT_YET: set[str] = set()

@@ -28,6 +28,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "chunk_size": ("16", "16", 16),
     "data_dir": ("d", '"d"', "d"),
     "store_url": ("sqlite:///x.db", '"sqlite:///x.db"', "sqlite:///x.db"),
+    "store_statement_cache": ("0", "0", 0),
     "secret_file": ("s", '"s"', "s"),
     "accept_new_secret": ("true", "true", True),
     "isolation": ("tenant", '"tenant"', "tenant"),

@@ -210,7 +210,7 @@ def broken_write() -> sqlite3.OperationalError:
 
 @pytest.mark.anyio
 async def test_faulty_disk_is_not_reported_as_full(tmp_path: Path) -> None:
-    def fail(_: object) -> None:
+    async def fail(_: object) -> None:
         raise broken_write()
 
     store = tmp_path / "x.db"

@@ -172,10 +172,9 @@ async def test_nothing_is_left_of_what_no_window_has(harness: Cached) -> None:
     assert await text(harness, dropped) == []
     await delete(harness.ctx, "w")
     await delete_session(harness.ctx, "s")
-    counted = await harness.services.store.run_read(
-        lambda db: [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("links", "contents")]
-    )
-    assert counted == [0, 0]
+    store = harness.services.store
+    assert await store.run_read(lambda db: db.value("SELECT count(*) FROM links")) == 0
+    assert await store.run_read(lambda db: db.value("SELECT count(*) FROM contents")) == 0
 
 
 async def test_automatic_window_of_what_was_dropped_is_not_superseded(harness: Cached) -> None:

@@ -16,12 +16,25 @@ import pytest
 from gateway.errors import GatewayError, StartError
 from gateway.records import Session
 from gateway.store import transcript_rows
+from gateway.store.database import finish
 from gateway.store.schema import MIGRATIONS, migrate
 from gateway.store.sqlite import SqliteStore
+from gateway.store.sqlite_db import SqliteDb
 from gateway.store.store import Store
 from gateway.store.types import OrphanedSalt, Text, WindowQuery
 from tests.support.gateway_process import ROOT
-from tests.support.store_records import ODD, TENANT, Open, add, finished, manifest, messages_of, says, window
+from tests.support.store_records import (
+    ODD,
+    TENANT,
+    Open,
+    add,
+    finished,
+    manifest,
+    messages_of,
+    only_sqlite,
+    says,
+    window,
+)
 from tests.support.tier_harness import key, keys, small_disk
 
 pytestmark = pytest.mark.anyio
@@ -69,6 +82,7 @@ async def test_two_stores_on_one_file_share_data_and_id(open_store: Open) -> Non
             assert await messages_of(store, "a7") == says("1", "x")
 
 
+@only_sqlite
 async def test_cancelled_caller_waits_for_its_write(store: Store, tmp_path: Path) -> None:
     """It holds the lock on pins that are dropped unless a window has them by then."""
     with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as db:
@@ -222,7 +236,7 @@ async def test_data_of_an_older_store_is_migrated(tmp_path: Path) -> None:
         db.executemany("INSERT INTO objects VALUES (?, ?, ?, ?)", [o[:4] for o in old.objects])
         held = [(old.id, n // 2, o.key, o.tier) for n, o in enumerate(old.objects)]
         db.executemany("INSERT INTO manifest_objects VALUES (?, ?, ?, ?)", held)
-        tip = transcript_rows.add(db, talk)
+        tip = finish(transcript_rows.add(SqliteDb(db), talk))
         db.commit()
     assert tip is not None
     async with SqliteStore(path, turns_kept=5) as store:

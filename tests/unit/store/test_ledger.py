@@ -133,7 +133,7 @@ async def test_samples_of_engines_that_are_gone_are_bounded(store: Store) -> Non
     await _teach(store)
     for number in range(40):
         await store.record([turn(f"s{number}", 2000, 1500, engine=f"http://{number}")])
-    assert await store.run_read(lambda db: db.execute("SELECT count(*) FROM prefill_samples").fetchone()) == (48,)
+    assert await store.run_read(lambda db: db.value("SELECT count(*) FROM prefill_samples")) == 48
     assert (await _all(store)).tokens_estimated == 40 * 1500
 
 

@@ -12,11 +12,13 @@ import pytest
 from gateway.dialects.search_text import Search
 from gateway.records import Session
 from gateway.store import search_index, search_rows
+from gateway.store.database import finish
 from gateway.store.schema import migrate
 from gateway.store.sqlite import SqliteStore
+from gateway.store.sqlite_db import SqliteDb
 from gateway.store.store import Store
 from gateway.store.types import Match, Text, WindowQuery
-from tests.support.store_records import TENANT, add, finished, says
+from tests.support.store_records import TENANT, add, count, finished, only_sqlite, says
 
 pytestmark = pytest.mark.anyio
 
@@ -161,8 +163,7 @@ async def test_a_message_that_is_shared_is_indexed_once(store: Store) -> None:
         ("session", "fork"),
     }
     assert await best(store, "else") == [("session", "fork")]
-    count = await store.run_read(lambda db: db.execute("SELECT count(*) FROM searchable").fetchone())
-    assert count == (6,)  # of which "a" is one for all
+    assert await count(store, "searchable") == 6  # of which "a" is one for all
 
 
 async def test_tenants_see_their_own(store: Store, settle: Settle) -> None:
@@ -174,7 +175,18 @@ async def test_tenants_see_their_own(store: Store, settle: Settle) -> None:
     assert await best(store, "secret") == [("window", "mine")]
 
 
-async def test_what_is_deleted_is_not_found_and_leaves_no_word(store: Store, settle: Settle, tmp_path: Path) -> None:
+@only_sqlite
+async def test_what_is_deleted_leaves_no_word(store: Store, settle: Settle, tmp_path: Path) -> None:
+    await store.record([finished("s", says("zebra", "a", "quagga", "b"))])
+    await settle(store)
+    await store.delete_session(TENANT, "s")
+    await index(store)
+    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
+        db.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, message_words, row)")
+        assert db.execute("SELECT term FROM temp.words").fetchall() == []
+
+
+async def test_what_is_deleted_is_not_found(store: Store, settle: Settle) -> None:
     await add(store, "w", text=Text(says("zebra", "a")))
     await store.record([finished("s", says("zebra", "a", "quagga", "b"))])
     await settle(store)
@@ -184,10 +196,7 @@ async def test_what_is_deleted_is_not_found_and_leaves_no_word(store: Store, set
     await store.delete_session(TENANT, "s")
     assert await best(store, "zebra") == await best(store, "quagga") == []
     await index(store)
-    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
-        assert db.execute("SELECT count(*) FROM searchable").fetchone() == (0,)
-        db.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, message_words, row)")
-        assert db.execute("SELECT term FROM temp.words").fetchall() == []
+    assert await count(store, "searchable") == 0
 
 
 async def test_retried_turns_are_found_by_their_last_reply(store: Store) -> None:
@@ -212,6 +221,7 @@ async def test_the_numbers_of_deleted_messages_are_given_again(store: Store) -> 
         assert await best(store, f"reply{number:02}") == expected
 
 
+@only_sqlite
 async def test_index_survives_a_vacuum(store: Store, tmp_path: Path) -> None:
     for number in range(20):
         await store.record([finished(f"s{number}", says(f"word{number:02}", "a"), frame={"n": number})])
@@ -269,7 +279,7 @@ async def test_messages_of_an_older_store_are_indexed(tmp_path: Path) -> None:
         assert set(await listed(store, "zebra")) == {"w"}
         await index(store)
         assert set(await listed(store, "zebra")) == {"w"}
-        assert await store.run_read(lambda db: db.execute("SELECT count(*) FROM searchable").fetchone()) == (2,)
+        assert await store.run_read(lambda db: db.value("SELECT count(*) FROM searchable")) == 2
 
 
 def test_without_fts5_names_are_searched_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -282,10 +292,11 @@ def test_without_fts5_names_are_searched_and_the_log_says_so(tmp_path: Path, cap
         migrate(db)
         search_index.prepare(db)
         assert "no FTS5" in caplog.text
-        assert not search_index.index_some(db, 10)
-        found = search_rows.search_windows(db, TENANT, WindowQuery(search="w"))
+        connection = SqliteDb(db)
+        assert not finish(search_index.index_some(connection, 10))
+        found = finish(search_rows.search_windows(connection, TENANT, WindowQuery(search="w")))
         assert (found.windows, found.total, found.truncated) == ([], 0, False)
-        assert search_rows.search(db, TENANT, Search("w"), 5) == ([], False)
+        assert finish(search_rows.search(connection, TENANT, Search("w"), 5)) == ([], False)
 
 
 @pytest.mark.parametrize("indexed", [True, False])

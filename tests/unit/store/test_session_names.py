@@ -8,9 +8,10 @@ import pytest
 
 from gateway.records import Session, StoredResponse, subconversation_id
 from gateway.sessions import prefix_chain
+from gateway.store.session_name_rows import TABLES_OF_SESSIONS
 from gateway.store.store import Store
 from gateway.store.types import TurnRecord
-from tests.support.store_records import TENANT, add, finished, says
+from tests.support.store_records import TENANT, add, finished, only_sqlite, says
 
 pytestmark = pytest.mark.anyio
 
@@ -71,3 +72,10 @@ async def test_whatever_belongs_to_a_session_gets_its_other_id(store: Store) -> 
     assert await store.salts_of(TENANT, title) == ["salt-chat"]
     assert await store.delete_session(TENANT, title)
     assert await conversation(store, "chat") == CHAT
+
+
+@only_sqlite
+async def test_every_table_that_names_a_session_is_known(store: Store) -> None:
+    query = """SELECT t.name FROM sqlite_master t JOIN pragma_table_info(t.name) c
+        WHERE t.type = 'table' AND t.sql NOT LIKE 'CREATE VIRTUAL%' AND c.name = 'session_id' ORDER BY t.name"""
+    assert tuple(name for (name,) in await store.run_read(lambda db: db.all(query))) == TABLES_OF_SESSIONS

@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from gateway.errors import GatewayError
 from gateway.records import Session, Succession, Window
 from gateway.store import schema, session_rows
+from gateway.store.database import finish
+from gateway.store.sqlite_db import SqliteDb
 from gateway.store.store import Store
 from gateway.store.types import Text
-from tests.support.store_records import TENANT, add, finished, manifest, messages_of, says, window
+from tests.support.store_records import TENANT, add, finished, manifest, messages_of, only_sqlite, says, window
 from tests.support.tier_harness import key, lose_text
 
 pytestmark = pytest.mark.anyio
@@ -105,16 +108,18 @@ async def test_parent_of_a_window_is_that_of_its_session(store: Store) -> None:
     assert (await add(store, "stranger", session=thawed)).parent is None
 
 
-async def test_triggers_keep_windows_and_their_text_together(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(sqlite3.IntegrityError, match="without its text"):
+async def test_triggers_keep_windows_and_their_text_together(store: Store) -> None:
+    refused = (sqlite3.IntegrityError, asyncpg.RaiseError)
+    with pytest.raises(refused, match="without its text"):
         await store.add_window(window("w"), manifest("w"), Text([]))
     made = await add(store, "w")
-    with pytest.raises(sqlite3.IntegrityError, match="without its text"):
+    with pytest.raises(refused, match="without its text"):
         await store.copy_window(replace(made, name="copy", frame=b"none"), made, None)
-    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db, pytest.raises(sqlite3.IntegrityError):
-        db.execute("DELETE FROM links")
+    with pytest.raises(refused, match="text of a window was to be deleted"):
+        await store.run_write(lambda db: db.run("DELETE FROM links"))
 
 
+@only_sqlite
 async def test_window_without_text_is_listed_and_cannot_be_used(store: Store, tmp_path: Path) -> None:
     whole, made = await add(store, "whole"), await add(store, "w", text=Text(says("lost", "text")))
     assert await store.windows_without_text() == []
@@ -308,8 +313,8 @@ def test_a_few_sessions_are_found_without_passing_all_of_a_tenant() -> None:
         schema.migrate(db)
         queries: list[str] = []
         db.set_trace_callback(queries.append)
-        session_rows.active_session(db, TENANT, "lineage", "salt")
-        session_rows.sessions_beside(db, TENANT, "agent", "agent", 5)
+        finish(session_rows.active_session(SqliteDb(db), TENANT, "lineage", "salt"))
+        finish(session_rows.sessions_beside(SqliteDb(db), TENANT, "agent", "agent", 5))
         db.set_trace_callback(None)
         plans = [row[3] for query in queries for row in db.execute(f"EXPLAIN QUERY PLAN {query}")]
     used = [plan for plan in plans if "sessions" in plan]

@@ -10,8 +10,10 @@ import pytest
 
 from gateway.records import Session
 from gateway.store import transcript_rows
+from gateway.store.database import finish
 from gateway.store.schema import MIGRATIONS
 from gateway.store.sqlite import SqliteStore
+from gateway.store.sqlite_db import SqliteDb
 from gateway.store.store import Store
 from gateway.store.types import Text
 from tests.support.store_records import TENANT, add, finished, says
@@ -64,7 +66,7 @@ def old_store(path: Path, sessions: int) -> None:
         db.execute("PRAGMA user_version = 16")
         db.execute("INSERT INTO manifests VALUES ('m', x'')")
         for number in range(sessions):
-            link = transcript_rows.add(db, says(f"question {number}", "a"))
+            link = finish(transcript_rows.add(SqliteDb(db), says(f"question {number}", "a")))
             tenant = f"t{number % 2}"
             db.execute(
                 """INSERT INTO sessions (tenant, id, lineage, model, fingerprint, salt, state, token_count, turn_count,

@@ -1,9 +1,7 @@
 """Turns and transcripts."""
 
 import asyncio
-import sqlite3
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from gateway.sessions import prefix_chain
 from gateway.store.sqlite import SqliteStore
 from gateway.store.store import Store
 from gateway.store.types import TurnRecord
-from tests.support.store_records import ODD, TENANT, Open, finished, messages_of, says
+from tests.support.store_records import ODD, TENANT, Open, count, finished, messages_of, says
 
 pytestmark = pytest.mark.anyio
 
@@ -162,28 +160,23 @@ async def test_sessions_with_a_turn_come_before_thawed_ones(store: Store) -> Non
     assert [one.id for one in sessions] == ["original", "thawed"]
 
 
-async def test_idle_sessions_are_deleted_with_all_they_had(store: Store, tmp_path: Path) -> None:
+async def test_idle_sessions_are_deleted_with_all_they_had(store: Store) -> None:
     await store.record([finished(f"s{n}", says("shared", "a", str(n), "b"), at=float(n)) for n in range(60)])
     assert await store.forget_idle(2) == 58
     left, total = await store.list_sessions(TENANT, state=None, model=None, limit=9, offset=0)
     assert (total, [session.id for session in left]) == (2, ["s59", "s58"])
     assert await messages_of(store, "s59") == says("shared", "a", "59", "b")
     assert await store.sessions_by_prefix(TENANT, links("shared", "a", "5")) == (None, [])
-    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
-        counts = {
-            table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-            for table in ("links", "contents", "session_prefixes", "turns")
-        }
+    counts = {table: await count(store, table) for table in ("links", "contents", "session_prefixes", "turns")}
     # Of each conversation that is left: a link for "shared", "a", its own number and its reply; and one frame for all.
     assert counts == {"links": 6, "contents": 6, "session_prefixes": 4, "turns": 2}
     assert await store.forget_idle(2) == 0
 
 
-async def test_retried_reply_leaves_no_link_behind(store: Store, tmp_path: Path) -> None:
+async def test_retried_reply_leaves_no_link_behind(store: Store) -> None:
     for reply in ("a", "b", "c"):
         await store.record([finished("s", says("1", reply))])
-    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
-        assert db.execute("SELECT count(*) FROM links").fetchone() == (2,)
+    assert await count(store, "links") == 2
 
 
 async def test_a_session_whose_only_turn_failed_has_no_transcript(store: Store) -> None:
