@@ -13,7 +13,7 @@ ARG BASE=python:3.12-slim
 ARG ENGINE_BASE=vllm/vllm-openai:v0.32.0
 
 
-# The gateway and all it depends on, as wheels, in the versions that were tested.
+# The gateway and all it depends on, with PostgreSQL, as wheels, in the versions that were tested.
 FROM ${BASE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -24,7 +24,7 @@ COPY gateway gateway
 COPY policies policies
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /build \
-    && /build/bin/pip wheel --no-cache-dir --constraint constraints.txt --wheel-dir /wheels .
+    && /build/bin/pip wheel --no-cache-dir --constraint constraints.txt --wheel-dir /wheels '.[postgres]'
 
 
 # The environment of `make up`, made by the same commands.
@@ -91,7 +91,7 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     python3 -m venv /opt/cwg \
     && /opt/cwg/bin/pip install --no-cache-dir --no-index /wheels/*.whl \
     && useradd --uid 10001 --user-group --no-log-init --home-dir /data --shell /usr/sbin/nologin cwg \
-    && install -d -o cwg -g cwg -m 0700 /data /kv
+    && install -d -o cwg -g cwg -m 0700 /data /kv /secret
 # Nobody outside can reach a container's loopback, so it listens on all addresses, for which it wants a CWG_API_KEY.
 ENV PATH=/opt/cwg/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/data CWG_HOST=0.0.0.0 CWG_PORT=8700 CWG_DATA_DIR=/data

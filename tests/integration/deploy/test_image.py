@@ -7,12 +7,14 @@ user, with a root that cannot be written.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,11 @@ import pytest
 from tests.support.fakes.engine import DONE, MODEL, Exchange, FakeEngine, delta
 from tests.support.gateway_process import ROOT, Gateway, eventually
 from tests.support.raw_http import RawHttpClient
+from tests.support.tier_harness import RedisServer
 
 BASE = "localhost/cwg-test-base"
 KEY = "k3y-of-the-image"
+EXTRAS = ("postgres",)
 USER = 10001
 COMPILERS = {"cc", "c++", "gcc", "g++", "clang", "tcc", "ld", "as", "make", "cpp", "rustc", "cargo", "go"}
 _PACKAGES = "base-files,base-passwd,coreutils,dash,libc-bin,login,passwd,python3,python3-venv"
@@ -198,6 +202,33 @@ def test_it_answers_as_its_own_user_on_a_root_that_cannot_be_written(
     assert container.healthcheck() == 1
 
 
+def test_it_starts_on_postgresql_and_valkey_by_environment_alone(
+    image: Image, engine: FakeEngine, tmp_path: Path, session: str, postgres_url: str, redis_server: RedisServer
+) -> None:
+    """What one has recorded the next one finds, which has the store and the secret, and none of the files."""
+    places = {
+        "store_url": postgres_url,
+        "kv_redis_url": f"redis://127.0.0.1:{redis_server.port}",
+        "secret_file": "/data/salts",
+    }
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        container = Container(image, folder, engine.url, api_key=KEY, **places)
+        (container.data_dir / "salts").write_text("0123456789abcdef" * 4)
+        os.chown(container.data_dir / "salts", USER, USER)
+        try:
+            container.start().wait("/healthz").wait()
+            assert container.chat(session).status_code == 200
+            assert len(container.turns(session, count)) == count
+            (tiers,) = container.http.get("/admin/health", params={"component": "tiers"}).json()["components"].values()
+            assert (tiers["status"], tiers["message"]) == ("healthy", "redis")
+            assert container.stop() == 0
+        finally:
+            container.close()
+        assert not list(container.data_dir.glob("gateway.db*"))
+
+
 def test_without_a_key_it_does_not_start_and_names_the_variable(
     image: Image, engine: FakeEngine, tmp_path: Path
 ) -> None:
@@ -264,6 +295,17 @@ def test_the_image_has_no_compiler_no_wheels_and_no_configuration_of_pip(image: 
     assert not list(image.root.glob("wheels/*"))
     pip = image.root / "etc/pip.conf"
     assert not pip.exists() or pip.stat().st_size == 0
+
+
+def test_the_image_has_what_the_gateway_needs_for_a_team(image: Image) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(name for extra in EXTRAS for name in project["optional-dependencies"][extra])]
+    installed = {
+        path.name.partition("-")[0] for path in image.root.glob("opt/cwg/lib/python3*/site-packages/*.dist-info")
+    }
+    assert {re.split(r"[^\w.-]", name)[0].lower().replace("-", "_") for name in wanted} <= {
+        n.lower() for n in installed
+    }
 
 
 def test_the_configuration_says_who_runs_what(image: Image) -> None:
