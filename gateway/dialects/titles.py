@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from gateway.dialects import text_transcripts
@@ -27,9 +28,9 @@ def title_of(messages: Sequence[Message]) -> str | None:
     return fallback or None
 
 
-def _user_texts(messages: Sequence[Message]) -> list[str]:
+def _user_texts(messages: Sequence[Message]) -> Iterator[str]:
     found = (message.get("content") for message in messages if message.get("role") in _ROLES)
-    return [plain_text(content) for content, _ in zip(found, range(_LOOKED_AT), strict=False)]
+    return map(plain_text, islice(found, _LOOKED_AT))
 
 
 def plain_text(content: Any) -> str:

@@ -20,7 +20,7 @@ _BODIES = 50  # contents and manifests, which may have megabytes each
 _INDEX = frozenset({"searchable", "meta"})  # made anew, and copied by name
 _LARGE = frozenset({"contents", "manifests"})
 _OWN = frozenset({"schema", "searchable", "checked_at"})  # names in `meta` that say something about one store only
-_BOOLEAN = frozenset({"answered", "instructed"})  # SQLite has numbers for them
+_BOOLEAN = frozenset({"answered", "instructed", "unbooked"})  # SQLite has numbers for them
 
 
 class _Table(NamedTuple):

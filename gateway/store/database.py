@@ -8,10 +8,12 @@ operation never waits (`finish`); PostgreSQL's answers are awaited.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from gateway.dialects.search_text import Search
 from gateway.store.ballast import Reserve
+from gateway.store.types import StoreUnavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -128,6 +130,23 @@ def point_read(operation: Operation[P, T]) -> Method[P, T]:
 def read(operation: Operation[P, T]) -> Method[P, T]:
     """Make a method of an operation that reads."""
     return _method(operation, lambda database, work: database.run_read(work))
+
+
+def read_after(operation: Operation[P, T], is_due: Work[bool], due: Work[None]) -> Method[P, T]:
+    """Make a method of an operation that reads what something else has to write first, if that is due, and possible."""
+
+    async def run(database: Database, work: Work[T]) -> T:
+        async def unless_due(db: Db) -> tuple[T] | None:
+            return None if await is_due(db) else (await work(db),)
+
+        found = await database.run_read(unless_due)
+        if found:
+            return found[0]
+        with suppress(StoreUnavailable):
+            await database.run_write(due)
+        return await database.run_read(work)
+
+    return _method(operation, run)
 
 
 def write(operation: Operation[P, T]) -> Method[P, T]:

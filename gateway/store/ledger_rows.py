@@ -1,24 +1,32 @@
 """The SQL of the ledger: what the engine did not have to compute, and what holding KV costs. The caller owns the
 transaction.
 
-Amounts are only ever added to, in the transaction that records the turn, so workers cannot lose any of each other's. An
-amount in seconds is booked by the curve as it was then (`gateway.store.prefill_curve`), and never changes: when an
-engine becomes quicker or slower, a new curve begins. While a curve cannot tell, tokens wait until it can.
+Turns are booked many at once, from their rows, in the transaction that marks them as booked: that they are due is
+recorded with them. Amounts are only ever added to, so workers cannot lose any of each other's. An amount in seconds is
+booked by the curve as it was then (`gateway.store.prefill_curve`), and never changes: when an engine becomes quicker
+or slower, a new curve begins. While a curve cannot tell, tokens wait until it can.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
-from gateway.records import Session
+from gateway.records import Session, Usage
 from gateway.store import prefill_curve, transcript_rows
 from gateway.store.database import Db
 from gateway.store.prefill_curve import PrefillCurve, Sample
 from gateway.store.savings_rows import CURVE, Amount, curve_of, total
 from gateway.store.types import Booking, LearnedCurve, Saved, TurnRecord
 
+# Booking a turn writes two pages more, and recording one alone took a tenth longer for that. So turns wait until there
+# are this many, or somebody reads the ledger. They are looked for among the last `_SEARCHED` turns: those that wait and
+# those of a batch (`gateway.sessions.recorder`) are fewer.
+_BOOKED_AT_ONCE, _SEARCHED = 256, 1024
 # Learning takes as long as recording a turn: from so many samples on, only every so many are learned from at once.
 _KNOWN_WELL, _LEARN_EVERY = 12, 4
+_LOCK = ("ledger",)  # the last that a transaction locks
 _CURVES_WITH_SAMPLES = 16  # of a model: a new curve begins at every port that an engine had
 _ADD = """INSERT INTO savings (tenant, kind, name, curve, source, requests, prompt_tokens, tokens, seconds,
         unpriced_tokens, unpriced_squares, unpriced_longest, since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -32,114 +40,111 @@ _ADD = """INSERT INTO savings (tenant, kind, name, curve, source, requests, prom
             THEN excluded.unpriced_longest ELSE savings.unpriced_longest END"""
 
 
-class _Account(NamedTuple):
-    """What an amount is booked for."""
+class _Entry(NamedTuple):
+    """A request, and for whom it is booked: a name for each kind. Its first tokens may be `booked_before`."""
 
-    tenant: str
-    kind: str
-    name: str
-    curve: int
-    source: str
+    item: Booking
+    names: Mapping[str, str]
+    booked_before: int = 0
 
-
-def _amount(item: Booking, booked_before: int, curve: PrefillCurve | None) -> Amount:
-    """What a request is booked with, but for the first tokens, which are booked already."""
-    cached = item.cached_tokens
-    before = min(booked_before, cached)
-    tokens, squares = cached - before, cached * cached - before * before
-    if curve is not None and cached <= curve.reach:
-        return Amount(1, item.prompt_tokens, tokens, curve.saved(tokens, squares), 0, 0, 0, item.at)
-    return Amount(1, item.prompt_tokens, tokens, 0.0, tokens, squares, cached if tokens else 0, item.at)
-
-
-@dataclass(slots=True)
-class _Entries:
-    """What is booked in one transaction."""
-
-    db: Db
-    curves: dict[tuple[str, str], LearnedCurve] = field(default_factory=dict)
-    amounts: dict[_Account, Amount] = field(default_factory=dict)
-    samples: dict[tuple[int, int], Sample] = field(default_factory=dict)
-
-    async def curve(self, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
-        """The curve that is being learned for an engine and a model."""
-        key = engine, fingerprint
-        if key not in self.curves:
-            current = await _current_curve(self.db, engine, fingerprint)
-            self.curves[key] = current or await _begin_like_others(self.db, engine, fingerprint, model, at)
-        return self.curves[key]
-
-    async def book(self, item: Booking, names: Mapping[str, str], booked_before: int = 0) -> None:
-        """Book a request for everybody in `names`, a name for each kind."""
-        learned = await self.curve(item.engine, item.fingerprint, item.model, item.at)
-        amount = _amount(item, booked_before, learned.curve)
-        for kind, name in names.items():
-            account = _Account(item.tenant, kind, name, learned.id, item.source)
-            before = self.amounts.get(account)
-            self.amounts[account] = before.plus(amount) if before else amount
-        if item.first_token_s:
-            self._sample(learned, item.prompt_tokens - item.cached_tokens, item.cached_tokens, item.first_token_s)
-
-    def _sample(self, learned: LearnedCurve, computed: int, cached: int, seconds: float) -> None:
-        """Take a sample. Turns of one batch ran together: only the quickest of each size is learned from."""
-        if not prefill_curve.is_cold(computed, cached):
-            return
-        predicted = learned.curve.seconds(computed, cached) if learned.curve else None
-        sample = Sample(computed, cached, seconds, predicted)
-        key = learned.id, sample.size_class
-        if key not in self.samples or seconds / computed < self.samples[key].seconds / self.samples[key].computed:
-            self.samples[key] = sample
-
-    async def write(self) -> None:
-        """Write what was booked, and learn."""
-        await self.db.many(_ADD, [(*account, *amount) for account, amount in self.amounts.items()])
-        if self.samples:
-            number = await _add_samples(self.db, self.samples)
-            at = max(amount.since for amount in self.amounts.values())
-            taken = {curve for curve, _ in self.samples}
-            for learned in self.curves.values():
-                if learned.id in taken and (learned.samples < _KNOWN_WELL or number % _LEARN_EVERY == 0):
-                    await _learn(self.db, learned, at)
-
-
-def lock_names(records: Iterable[TurnRecord]) -> Iterator[str]:
-    """What `record` locks: the curves that it may learn."""
-    return (f"curve {item.turn.engine} {item.fingerprint}" for item in records)
+    def amount(self, curve: PrefillCurve | None) -> Amount:
+        """What it is booked with."""
+        item, cached = self.item, self.item.cached_tokens
+        before = min(self.booked_before, cached)
+        tokens, squares = cached - before, cached * cached - before * before
+        if curve is not None and cached <= curve.reach:
+            return Amount(1, item.prompt_tokens, tokens, curve.saved(tokens, squares), 0, 0, 0, item.at)
+        return Amount(1, item.prompt_tokens, tokens, 0.0, tokens, squares, cached if tokens else 0, item.at)
 
 
 async def record(db: Db, records: Sequence[TurnRecord]) -> None:
-    """Book turns, each for its session, and the first of a thawed session for its window too."""
-    entries = _Entries(db)
-    begun: set[tuple[str, str]] = set()  # sessions whose first turn is among these
+    """Book turns that were recorded: the first ones of thawed sessions now, the others once there are enough."""
+    first = [item for item in records if _is_first_since_thaw(item.session) and _is_counted(item)]
+    if first:
+        await book_turns(db)  # they are estimated by what those before have shown
+        await _book(db, await _first_turns(db, first))
+    last = await db.value("SELECT max(id) FROM turns") or 0
+    if last % _BOOKED_AT_ONCE < len(records):
+        await book_turns(db)
+
+
+def is_booked_later(item: TurnRecord) -> bool:
+    """Whether a turn is booked with others (`book_turns`). What is booked for a thaw, its first turn is not."""
+    return _is_counted(item) and not _is_first_since_thaw(item.session)
+
+
+async def has_unbooked(db: Db, until: int = 2**62) -> bool:
+    """Whether turns wait to be booked, up to an id."""
+    query = """SELECT EXISTS (
+        SELECT 1 FROM turns WHERE id > (SELECT max(id) FROM turns) - ? AND id <= ? AND unbooked)"""
+    return bool(await db.value(query, _SEARCHED, until))
+
+
+async def book_turns(db: Db) -> None:
+    """Book the turns that wait for it, each for its session."""
+    await db.lock(_LOCK)
+    rows = await db.all(
+        """UPDATE turns SET unbooked = FALSE WHERE id > (SELECT max(id) FROM turns) - ? AND unbooked
+        RETURNING id, tenant, 'turn', engine, fingerprint, model, prompt_tokens, cached_tokens, started_at, session_id,
+            '', coalesce(first_token_ms, 0) / 1000""",
+        _SEARCHED,
+    )
+    bookings = map(Booking._make, (row for _, *row in sorted(rows)))
+    await _book(db, [_Entry(item, {"session": item.session_id}) for item in bookings])
+
+
+async def _first_turns(db: Db, records: Sequence[TurnRecord]) -> list[_Entry]:
+    """The turns of thawed sessions, the first of each for its window too, and without what the thaw has booked."""
+    entries: dict[tuple[str, str], list[_Entry]] = {}
     for item in records:
-        booking = _of_turn(item)
-        if booking is None:
-            continue
-        names, before = {"session": item.turn.session_id}, 0
         key = item.turn.tenant, item.turn.session_id
-        if item.session.window and _is_first_since_thaw(item.session) and key not in begun:
-            begun.add(key)
+        names, before = {"session": item.turn.session_id}, 0
+        if key not in entries:
             before = await _take_booked(db, *key) if item.session.rewinds else await _booked_by_thaw(db, *key)
             if await _is_of_window(db, item):
-                names["window"] = item.session.window
-        await entries.book(booking, names, before)
-    await entries.write()
+                names["window"] = item.session.window or ""
+        entries.setdefault(key, []).append(_Entry(_of_turn(item), names, before))
+    return list(chain.from_iterable(entries.values()))
 
 
-def _of_turn(item: TurnRecord) -> Booking | None:
-    """A turn as it is booked; None if the engine did not say what it found, or does not serve its model."""
-    turn, usage = item.turn, item.turn.usage
-    if usage is None or usage.cached is None or not item.fingerprint or not turn.engine:
-        return None
+async def _book(db: Db, entries: Iterable[_Entry]) -> None:
+    """Learn from requests, and book them."""
+    by_curve: dict[tuple[str, str], list[_Entry]] = {}
+    for entry in entries:
+        by_curve.setdefault((entry.item.engine, entry.item.fingerprint), []).append(entry)
+    for group in by_curve.values():
+        await _add(db, group, await _learned_from(db, [entry.item for entry in group]))
+
+
+async def _add(db: Db, entries: Sequence[_Entry], learned: LearnedCurve) -> None:
+    amounts: dict[tuple[str, str, str, int, str], Amount] = {}
+    for entry in entries:
+        amount = entry.amount(learned.curve)
+        for kind, name in entry.names.items():
+            account = entry.item.tenant, kind, name, learned.id, entry.item.source
+            before = amounts.get(account)
+            amounts[account] = before.plus(amount) if before else amount
+    await db.many(_ADD, [account + amount for account, amount in amounts.items()])
+
+
+def _is_counted(item: TurnRecord) -> bool:
+    """Whether the engine has said what it found, and serves the turn's model."""
+    turn = item.turn
+    return bool(turn.usage and turn.usage.cached is not None and item.fingerprint and turn.engine)
+
+
+def _of_turn(item: TurnRecord) -> Booking:
+    """A turn that the engine has counted, as it is booked."""
+    turn, usage = item.turn, item.turn.usage or Usage(0, 0, 0)
     return Booking(
-        turn.tenant, "turn", turn.engine, item.fingerprint, turn.model, usage.prompt, usage.cached, turn.started_at,
-        first_token_s=(turn.first_token_ms or 0.0) / 1000,
+        turn.tenant, "turn", turn.engine, item.fingerprint, turn.model, usage.prompt, usage.cached or 0,
+        turn.started_at, first_token_s=(turn.first_token_ms or 0.0) / 1000,
     )  # fmt: skip
 
 
 def _is_first_since_thaw(session: Session) -> bool:
     """Whether a turn found its session as a thaw has left it, a new one or one that was taken back."""
-    return session.state == "thawed" if session.rewinds else not session.turn_count
+    return bool(session.window) and (session.state == "thawed" if session.rewinds else not session.turn_count)
 
 
 async def _booked_by_thaw(db: Db, tenant: str, session_id: str) -> int:
@@ -174,8 +179,9 @@ async def book(db: Db, item: Booking) -> Saved:
     there = "SELECT 1 FROM windows WHERE tenant = ? AND name = ?"
     if item.window and await db.one(there, item.tenant, item.window):
         names["window"] = item.window
-    entries = _Entries(db)
-    await entries.book(item, names)
+    await book_turns(db)  # the estimate is by what they have shown
+    entry, learned = _Entry(item, names), await _learned_from(db, [item])
+    await _add(db, [entry], learned)
     if item.source == "thaw":
         await db.run(
             "UPDATE sessions SET booked_tokens = ? WHERE tenant = ? AND id = ?",
@@ -183,10 +189,7 @@ async def book(db: Db, item: Booking) -> Saved:
             item.tenant,
             item.session_id,
         )
-    amount = next(iter(entries.amounts.values()))
-    learned = await entries.curve(item.engine, item.fingerprint, item.model, item.at)
-    await entries.write()
-    return total([(amount, learned)])
+    return total([(entry.amount(learned.curve), learned)])
 
 
 async def forget_window(db: Db, tenant: str, name: str) -> None:
@@ -218,6 +221,37 @@ async def rename(db: Db, tenant: str, kind: str, name: str, new_name: str) -> No
 # Learning.
 
 
+async def _learned_from(db: Db, items: Sequence[Booking]) -> LearnedCurve:
+    """Learn from requests to one engine, for one model, and return its curve."""
+    first = items[0]
+    learned = await _current_curve(db, first.engine, first.fingerprint) or await _begin_like_others(db, first)
+    samples = _samples(items, learned.curve)
+    if not samples:
+        return learned
+    number = await _add_samples(db, learned.id, samples)
+    if learned.samples >= _KNOWN_WELL and number % _LEARN_EVERY >= len(samples):
+        return learned
+    return await _learn(db, learned, max(item.at for item in items))
+
+
+def _samples(items: Iterable[Booking], curve: PrefillCurve | None) -> list[Sample]:
+    """What can be learned from. Of prompts of one size that ran together that is only the quickest."""
+    found: dict[int, list[Sample]] = {}
+    end: dict[int, float] = {}
+    for item in sorted(items, key=lambda item: item.at):
+        computed, cached = item.prompt_tokens - item.cached_tokens, item.cached_tokens
+        if not (item.first_token_s and prefill_curve.is_cold(computed, cached)):
+            continue
+        sample = Sample(computed, cached, item.first_token_s, curve.seconds(computed, cached) if curve else None)
+        same, busy_until = found.setdefault(sample.size_class, []), end.get(sample.size_class, -math.inf)
+        if item.at >= busy_until:
+            same.append(sample)
+        elif sample.seconds / computed < same[-1].seconds / same[-1].computed:
+            same[-1] = sample
+        end[sample.size_class] = max(busy_until, item.at + item.first_token_s)
+    return list(chain.from_iterable(found.values()))
+
+
 async def _current_curve(db: Db, engine: str, fingerprint: str) -> LearnedCurve | None:
     query = f"{CURVE} WHERE engine = ? AND fingerprint = ? ORDER BY id DESC LIMIT 1"
     row = await db.one(query, engine, fingerprint)
@@ -235,14 +269,14 @@ async def _begin(db: Db, engine: str, fingerprint: str, model: str, at: float) -
     return LearnedCurve(identity, engine, fingerprint, model, at, 0, None, None)
 
 
-async def _begin_like_others(db: Db, engine: str, fingerprint: str, model: str, at: float) -> LearnedCurve:
+async def _begin_like_others(db: Db, item: Booking) -> LearnedCurve:
     """Begin the curve of an engine that is new, with what is known of its model.
 
     Most often it is the same engine at another port. If it is quicker or slower, its first prompts will show it.
     """
     query = f"{CURVE} WHERE fingerprint = ? AND per_token IS NOT NULL ORDER BY id DESC LIMIT 1"
-    row = await db.one(query, fingerprint)
-    new = await _begin(db, engine, fingerprint, model, at)
+    row = await db.one(query, item.fingerprint)
+    new = await _begin(db, item.engine, item.fingerprint, item.model, item.at)
     if row is None:
         return new
     other = curve_of(row)
@@ -257,7 +291,7 @@ async def _begin_like_others(db: Db, engine: str, fingerprint: str, model: str, 
     await db.run(
         """DELETE FROM prefill_samples WHERE curve IN (SELECT id FROM prefill_curves WHERE fingerprint = ?1)
         AND curve NOT IN (SELECT id FROM prefill_curves WHERE fingerprint = ?1 ORDER BY id DESC LIMIT ?2)""",
-        fingerprint,
+        item.fingerprint,
         _CURVES_WITH_SAMPLES,
     )
     return replace(new, samples=other.samples, curve=other.curve, error_share=other.error_share)
@@ -276,24 +310,24 @@ async def _set_coefficients(db: Db, learned: LearnedCurve) -> None:
     )
 
 
-async def _add_samples(db: Db, samples: Mapping[tuple[int, int], Sample]) -> int:
+async def _add_samples(db: Db, curve: int, samples: Sequence[Sample]) -> int:
     """Add samples; of each size only the last ones are kept. Returns the number of the last one."""
     await db.many(
         """INSERT INTO prefill_samples (curve, size_class, computed, cached, seconds, predicted)
         VALUES (?, ?, ?, ?, ?, ?)""",
-        [(*key, *sample) for key, sample in samples.items()],
+        [(curve, sample.size_class, *sample) for sample in samples],
     )
     await db.many(
         """DELETE FROM prefill_samples WHERE curve = ?1 AND size_class = ?2 AND number <= (
             SELECT number FROM prefill_samples WHERE curve = ?1 AND size_class = ?2
             ORDER BY number DESC LIMIT 1 OFFSET ?3)""",
-        [(*key, prefill_curve.KEPT_PER_CLASS) for key in samples],
+        [(curve, size_class, prefill_curve.KEPT_PER_CLASS) for size_class in {one.size_class for one in samples}],
     )
     return int(await db.value("SELECT max(number) FROM prefill_samples"))
 
 
-async def _learn(db: Db, learned: LearnedCurve, at: float) -> None:
-    """Fit a curve to its samples; where the last ones are of another engine, a new one that began `at`."""
+async def _learn(db: Db, learned: LearnedCurve, at: float) -> LearnedCurve:
+    """Fit a curve to its samples; where the last ones are of another engine, a new one that began `at`. Return it."""
     rows = await db.all(
         "SELECT number, computed, cached, seconds, predicted FROM prefill_samples WHERE curve = ? ORDER BY number",
         learned.id,
@@ -309,16 +343,17 @@ async def _learn(db: Db, learned: LearnedCurve, at: float) -> None:
             rows[-count][0],
         )
         await db.run("DELETE FROM prefill_samples WHERE curve = ?", old.id)
-    await _set_curve(db, learned, samples)
+    return await _set_curve(db, learned, samples)
 
 
-async def _set_curve(db: Db, learned: LearnedCurve, samples: Sequence[Sample]) -> None:
+async def _set_curve(db: Db, learned: LearnedCurve, samples: Sequence[Sample]) -> LearnedCurve:
     """Set a curve's coefficients, and book by them what has waited for that. A curve that is known stays so."""
     curve = prefill_curve.fit(samples) or learned.curve
     error = prefill_curve.error_share(samples)
-    await _set_coefficients(db, replace(learned, samples=len(samples), curve=curve, error_share=error))
-    if curve is None:
-        return
+    new = replace(learned, samples=len(samples), curve=curve, error_share=error)
+    await _set_coefficients(db, new)
+    if curve is None or (learned.curve and curve.reach <= learned.curve.reach):  # nothing within reach has waited
+        return new
     await db.run(
         """UPDATE savings SET seconds = seconds + unpriced_tokens * CAST(? AS DOUBLE PRECISION)
             + unpriced_squares * CAST(? AS DOUBLE PRECISION) / 2.0,
@@ -329,3 +364,4 @@ async def _set_curve(db: Db, learned: LearnedCurve, samples: Sequence[Sample]) -
         learned.id,
         curve.reach,
     )
+    return new

@@ -315,9 +315,15 @@ _M021 = (
     "ALTER TABLE sessions ADD COLUMN booked_tokens INTEGER NOT NULL DEFAULT 0",
 )
 
+# The turns that the ledger is yet to book (`gateway.store.ledger_rows`), and for which model.
+_M022 = (
+    "ALTER TABLE turns ADD COLUMN fingerprint TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE turns ADD COLUMN unbooked BOOLEAN NOT NULL DEFAULT FALSE",
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
-    _M017, _M018, _M019, _M020, _M021,
+    _M017, _M018, _M019, _M020, _M021, _M022,
 )  # fmt: skip
 
 

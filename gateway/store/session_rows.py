@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +20,8 @@ JOINED_COLUMNS = columns(_SESSION_COLUMNS, "s")
 _SESSION = f"SELECT {_COLUMNS} FROM sessions"
 _TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
 _turn_values = attrgetter(*_TURN_COLUMNS)
+_ADDED = (*_TURN_COLUMNS, "prompt_tokens", "completion_tokens", "cached_tokens", "fingerprint", "unbooked")
+_ADD_TURN = f"INSERT INTO turns ({', '.join(_ADDED)}) VALUES ({marks(_ADDED)})"
 _OVERTAKEN = "the session was taken back to a window meanwhile: this turn is not part of it"
 CANDIDATES = 4  # sessions with the same prefix; the match depends on whether there is more than one
 BY_PREFIX = f"""SELECT {JOINED_COLUMNS}
@@ -124,6 +127,7 @@ async def delete_session(db: Db, tenant: str, session_id: str, *, idle_since: fl
     deleted = await session(db, tenant, session_id)
     if idle_since is not None and (deleted is None or deleted.last_active_at >= idle_since):
         return False
+    await ledger_rows.book_turns(db)
     await db.run("DELETE FROM turns WHERE tenant = ? AND session_id = ?", tenant, session_id)
     await response_rows.delete_of_session(db, tenant, session_id)
     if deleted is None:
@@ -241,49 +245,48 @@ async def record(db: Db, records: Sequence[TurnRecord], turns_kept: int) -> list
     # One that displaces another comes first, so that the other is recorded under its own id.
     for conversation in sorted(by_conversation.values(), key=lambda items: not items[0].displaces):
         turn = conversation[0].turn
-        items = await session_name_rows.settled(db, conversation, await session(db, turn.tenant, turn.session_id))
-        rewinds = await _advance(db, items)
+        holder = await session(db, turn.tenant, turn.session_id)
+        items = await session_name_rows.settled(db, conversation, holder)
+        if items[0].displaces or items is not conversation:  # it may be that of another id now
+            holder = await session(db, turn.tenant, items[0].turn.session_id)
+        await _advance(db, items, holder)
         for item in items:
-            overtaken = _is_overtaken(item, rewinds)
-            await _add_turn(db, replace(item.turn, detail=item.turn.detail or _OVERTAKEN) if overtaken else item.turn)
+            await _add_turn(db, item, _OVERTAKEN if _is_overtaken(item, holder) else "")
             await _add_trace(db, item)
-        if rewinds is not None or len(items) > turns_kept:
+        if holder or len(items) > turns_kept:
             await _prune_turns(db, items[-1].turn, turns_kept)
         recorded += items
     return recorded
 
 
-async def _advance(db: Db, items: Sequence[TurnRecord]) -> int | None:
+async def _advance(db: Db, items: Sequence[TurnRecord], old: Session | None) -> None:
     """Move a session on to its last turn with a known reply, whose transcript contains those before or replaces them.
 
-    Turns that it has overtaken (`_is_overtaken`) only count. Returns how often it was taken back, None if it is new.
+    Turns that it has overtaken (`_is_overtaken`) only count. Without an `old` one it is created.
     """
     turn = items[0].turn
-    query = "SELECT transcript, frame, salt, rewinds FROM sessions WHERE tenant = ? AND id = ?"
-    row = await db.one(query, turn.tenant, turn.session_id)
-    old_transcript, old_frame, old_salt, rewinds = row or (None, None, "", None)
-    valid = [item for item in items if not _is_overtaken(item, rewinds)]
+    valid = [item for item in items if not _is_overtaken(item, old)]
     replied = [item for item in valid if item.messages is not None]
     transcript = await transcript_rows.add(db, replied[-1].messages or ()) if replied else None
     frame = await transcript_rows.add_content(db, replied[-1].frame) if replied else None
     values = _values_of_turns(items, valid) | (_values_of_replies(replied, transcript, frame) if replied else {})
-    if row:
+    if old:
         await _update(db, turn, values | {"turn_count": sum(item.messages is not None for item in items)})
     else:  # new, or just deleted, with what it had
         await _create(db, items[0], values)
     # A turn that failed may have left KV too. The salt of the session's last turn is recorded already.
-    await salt_rows.use(db, turn.tenant, turn.session_id, {item.salt for item in items} - {old_salt})
+    if salts := {item.salt for item in items} - {old.salt if old else ""}:
+        await salt_rows.use(db, turn.tenant, turn.session_id, salts)
     # The old transcript is part of the new one, unless the last turn was retried.
-    if replied and old_transcript != transcript:
-        await transcript_rows.release(db, old_transcript)
-    if replied and old_frame != frame:
-        await transcript_rows.release_content(db, old_frame)
-    return rewinds if row else None
+    if replied and old and old.transcript != transcript:
+        await transcript_rows.release(db, old.transcript)
+    if replied and old and old.frame != frame:
+        await transcript_rows.release_content(db, old.frame)
 
 
-def _is_overtaken(item: TurnRecord, rewinds: int | None) -> bool:
+def _is_overtaken(item: TurnRecord, session: Session | None) -> bool:
     """Whether a turn began before its session was taken back to a window, and ended after that."""
-    return rewinds is not None and item.session.rewinds < rewinds
+    return session is not None and item.session.rewinds < session.rewinds
 
 
 def _values_of_turns(items: Sequence[TurnRecord], valid: Sequence[TurnRecord]) -> dict[str, Any]:
@@ -337,12 +340,15 @@ _COMBINED = {
 
 
 async def _update(db: Db, turn: Turn, values: Mapping[str, Any]) -> None:
+    await db.run(_update_of(*values), turn.tenant, turn.session_id, *values.values())
+
+
+@cache
+def _update_of(*names: str) -> str:
     changes = ", ".join(
-        f"{name} = {_COMBINED.get(name, '{0}').format(f'?{mark}')}" for mark, name in enumerate(values, start=3)
+        f"{name} = {_COMBINED.get(name, '{0}').format(f'?{mark}')}" for mark, name in enumerate(names, start=3)
     )
-    await db.run(
-        f"UPDATE sessions SET {changes} WHERE tenant = ?1 AND id = ?2", turn.tenant, turn.session_id, *values.values()
-    )
+    return f"UPDATE sessions SET {changes} WHERE tenant = ?1 AND id = ?2"
 
 
 async def _add_trace(db: Db, item: TurnRecord) -> None:
@@ -362,24 +368,26 @@ async def _add_prefixes(db: Db, tenant: str, session_id: str, *links: bytes | No
     await db.many("INSERT INTO session_prefixes VALUES (?, ?, ?) ON CONFLICT DO NOTHING", rows)
 
 
-async def _add_turn(db: Db, turn: Turn) -> None:
-    usage = turn.usage
-    values = (*_turn_values(turn), *((usage.prompt, usage.completion, usage.cached) if usage else (None, None, None)))
+async def _add_turn(db: Db, item: TurnRecord, remark: str) -> None:
+    turn, usage = item.turn, item.turn.usage
     await db.run(
-        f"""INSERT INTO turns ({", ".join(_TURN_COLUMNS)}, prompt_tokens, completion_tokens, cached_tokens)
-        VALUES ({marks(values)})""",
-        *values,
+        _ADD_TURN,
+        *_turn_values(replace(turn, detail=turn.detail or remark) if remark else turn),
+        *((usage.prompt, usage.completion, usage.cached) if usage else (None, None, None)),
+        item.fingerprint,
+        ledger_rows.is_booked_later(item),
     )
 
 
 async def _prune_turns(db: Db, turn: Turn, keep: int) -> None:
-    await db.run(
-        """DELETE FROM turns WHERE tenant = ?1 AND session_id = ?2 AND id <= (
-            SELECT id FROM turns WHERE tenant = ?1 AND session_id = ?2 ORDER BY id DESC LIMIT 1 OFFSET ?3)""",
-        turn.tenant,
-        turn.session_id,
-        keep,
-    )
+    key = turn.tenant, turn.session_id
+    query = "SELECT id FROM turns WHERE tenant = ? AND session_id = ? ORDER BY id DESC LIMIT 1 OFFSET ?"
+    last = await db.value(query, *key, keep)
+    if last is None:
+        return
+    if await ledger_rows.has_unbooked(db, last):
+        await ledger_rows.book_turns(db)
+    await db.run("DELETE FROM turns WHERE tenant = ? AND session_id = ? AND id <= ?", *key, last)
 
 
 async def turns(db: Db, tenant: str, session_id: str, limit: int) -> list[Turn]:

@@ -8,8 +8,7 @@ import asyncio
 import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import chain
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from gateway.store import (
     autofreeze_rows,
@@ -29,10 +28,11 @@ from gateway.store import (
     window_rows,
 )
 from gateway.store.ballast import Reserve
-from gateway.store.database import Database, Db, delete, point_read, read, write
+from gateway.store.database import Database, Db, Method, Operation, delete, point_read, read, read_after, write
 from gateway.store.sql import set_meta
 from gateway.store.types import StoreCheck, StoreUnavailable, TurnRecord
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _FORGET_BATCH = 50  # sessions; finished turns wait for the writer meanwhile
 _INDEXED_AT_ONCE = 100  # messages, likewise
@@ -40,6 +40,11 @@ _BETWEEN_S = 0.05  # two batches, so that the turns that wait are recorded first
 _RETRY_S = 5.0  # between two attempts while the store cannot be written
 _GATHER_S = 1.0  # how long turns are gathered before they are indexed
 _TITLES_BATCH = 20  # sessions or windows, likewise
+
+
+def _ledger_read(operation: Operation[P, T]) -> Method[P, T]:
+    """Make a method of an operation that reads the ledger, with all turns."""
+    return read_after(operation, ledger_rows.has_unbooked, ledger_rows.book_turns)
 
 
 class Store(Database):
@@ -64,7 +69,7 @@ class Store(Database):
     sessions_by_prefix = point_read(session_rows.sessions_by_prefix)
     sessions_by_reply_alias = point_read(session_rows.sessions_by_reply_alias)
     list_sessions = read(session_rows.list_sessions)
-    listed_sessions = read(listed_rows.listed_sessions)
+    listed_sessions = _ledger_read(listed_rows.listed_sessions)
     idle_sessions = read(session_rows.idle_sessions)
     sessions_beside = read(session_rows.sessions_beside)
     active_session = read(session_rows.active_session)
@@ -85,7 +90,7 @@ class Store(Database):
         """
 
         async def work(db: Db) -> None:
-            await db.lock(chain(session_rows.lock_names(records), ledger_rows.lock_names(records)))
+            await db.lock(session_rows.lock_names(records))
             recorded = await session_rows.record(db, records, self._turns_kept)
             await response_rows.record(db, recorded, self._responses_kept)
             await ledger_rows.record(db, recorded)
@@ -194,12 +199,12 @@ class Store(Database):
     # What the cache has saved, and what holding KV costs.
 
     book = write(ledger_rows.book)
-    saved = read(savings_rows.saved)
-    saved_by_source = read(savings_rows.saved_by_source)
-    saved_since = read(savings_rows.saved_since)
-    saved_by_tenants = read(savings_rows.saved_by_tenants)
-    most_saved = read(savings_rows.most_saved)
-    prefill_curves = read(savings_rows.prefill_curves)
+    saved = _ledger_read(savings_rows.saved)
+    saved_by_source = _ledger_read(savings_rows.saved_by_source)
+    saved_since = _ledger_read(savings_rows.saved_since)
+    saved_by_tenants = _ledger_read(savings_rows.saved_by_tenants)
+    most_saved = _ledger_read(savings_rows.most_saved)
+    prefill_curves = _ledger_read(savings_rows.prefill_curves)
     hold = write(savings_rows.hold)
     held_kv = read(savings_rows.held_kv)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
@@ -150,8 +150,7 @@ Source = Literal["turn", "thaw", "ask"]
 """What saved something, and was booked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Booking:
+class Booking(NamedTuple):
     """A request whose prompt the engine has counted, for the ledger.
 
     `window` and `session_id` are empty if it has none. `first_token_s`: seconds from the request to the first token, 0

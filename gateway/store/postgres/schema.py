@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gateway.errors import StartError
+from gateway.store import schema
 from gateway.store.postgres.sql import translated_schema
 
 if TYPE_CHECKING:
@@ -199,7 +200,10 @@ _TRIGGERS = (
     """CREATE TRIGGER contents_are_indexed AFTER INSERT ON contents REFERENCING NEW TABLE AS added
     FOR EACH STATEMENT EXECUTE FUNCTION contents_are_indexed()""",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = ((*_TABLES, *_INDEXES, *_TRIGGERS),)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (*_TABLES, *_INDEXES, *_TRIGGERS),
+    (*schema.MIGRATIONS[BASE], "CREATE INDEX turns_unbooked ON turns (id) WHERE unbooked"),
+)
 """The steps to the schemas `BASE`, `BASE` + 1 and so on."""
 
 

@@ -36,8 +36,10 @@ def _seconds(tokens: int) -> float:
 async def _teach(
     store: Store, *, quicker: float = 1.0, sizes: tuple[int, ...] = (100, 400, 1600), tag: str = ""
 ) -> None:
-    for size in sizes:
-        await store.record([turn(f"cold-{tag}{size}", size, 0, _seconds(size) / quicker)])
+    """Prompts one after the other; those of another `tag` run at another time."""
+    for number, size in enumerate(sizes):
+        at = 100.0 + 100 * len(tag) + 10 * number
+        await store.record([turn(f"cold-{tag}{size}", size, 0, _seconds(size) / quicker, at=at)])
 
 
 async def _all(store: Store) -> Saved:
@@ -91,8 +93,9 @@ async def test_tokens_beyond_reach_wait_for_longer_prompts(store: Store) -> None
 
 async def test_error_is_of_predictions_not_learned_from(store: Store) -> None:
     await _teach(store)
+    assert (await _all(store)).requests == 3  # learned from, then
     for number, off in enumerate((1.1, 1.1, 0.9)):
-        await store.record([turn(f"n{number}", 800, 0, _seconds(800) * off)])
+        await store.record([turn(f"n{number}", 800, 0, _seconds(800) * off, at=10.0 * number)])
     (curve,) = await store.prefill_curves()
     assert curve.samples == 6
     assert curve.error_share == pytest.approx(0.1, abs=0.02)
@@ -106,7 +109,7 @@ async def test_a_quicker_engine_begins_a_curve_and_leaves_the_old_sums(store: St
     before = await _all(store)
     await _teach(store, quicker=3, sizes=(100, 400, 1600, 200, 800), tag="new")
     new, old = await store.prefill_curves()
-    assert (new.samples, old.samples) == (5, 10)
+    assert (new.samples, old.samples) == (5, 6)
     assert await _all(store) == replace(before, requests=12, prompt_tokens=before.prompt_tokens + 3100)
     await store.record([turn("s", 2000, 1500)])
     both = await _all(store)
@@ -133,19 +136,21 @@ async def test_samples_of_engines_that_are_gone_are_bounded(store: Store) -> Non
     await _teach(store)
     for number in range(40):
         await store.record([turn(f"s{number}", 2000, 1500, engine=f"http://{number}")])
-    assert await store.run_read(lambda db: db.value("SELECT count(*) FROM prefill_samples")) == 48
     assert (await _all(store)).tokens_estimated == 40 * 1500
+    assert await store.run_read(lambda db: db.value("SELECT count(*) FROM prefill_samples")) == 48
 
 
 async def test_of_turns_that_ran_together_the_quickest_of_a_size_is_learned_from(store: Store) -> None:
-    await store.record([turn(f"s{n}", 1000, 0, 1.0 + n) for n in range(50)])
+    for n in range(50):
+        await store.record([turn(f"s{n}", 1000, 0, 1.0 + n, at=100.0 + n / 100)])
+    await store.record([turn("later", 1000, 0, 1.0, at=200.0)])
     (curve,) = await store.prefill_curves()
-    assert curve.samples == 1
+    assert curve.samples == 2
 
 
 async def test_samples_are_bounded(store: Store) -> None:
     for number in range(40):
-        await store.record([turn(f"s{number}", 1000, 0, 1.0)])
+        await store.record([turn(f"s{number}", 1000, 0, 1.0, at=2.0 * number)])
     (curve,) = await store.prefill_curves()
     assert curve.samples == 16
 
@@ -180,6 +185,53 @@ async def test_two_workers_lose_nothing_of_each_other(open_store: Open, tmp_path
     )  # fmt: skip
     assert sum(saved.tokens for saved in by_session.values()) == both.tokens
     assert both.seconds_estimated == pytest.approx(expected.seconds_estimated, rel=0.02)
+
+
+async def _unbooked(store: Store) -> int:
+    count: int = await store.run_read(lambda db: db.value("SELECT count(*) FROM turns WHERE unbooked"))
+    return count
+
+
+async def test_turns_wait_to_be_booked_until_there_are_many(store: Store) -> None:
+    """Recording one is not slower for the ledger, nor does a reader find thousands that wait."""
+    waiting = []
+    for n in range(300):
+        await store.record([turn(f"s{n}", 2000, 1500)])
+        waiting.append(await _unbooked(store))
+    assert waiting[:3] == [1, 2, 3]
+    assert max(waiting) < 256
+    await store.record([turn(f"t{n}", 2000, 1500) for n in range(256)])
+    assert await _unbooked(store) == 0
+    assert (await _all(store)).requests == 556
+
+
+async def test_turns_are_booked_once_whoever_reads_meanwhile(open_store: Open) -> None:
+    async with open_store() as one, open_store() as other:
+        await one.record([turn("s", 2000, 1500), turn("t", 2000, None)])
+        read = await asyncio.gather(*(_all(store) for store in (one, other) for _ in range(10)))
+        assert {saved.requests for saved in read} == {1}
+        await other.record([turn("s", 2000, 1500)])  # and this store is closed, as if its process were killed
+    async with open_store() as again:
+        assert (await again.saved(TENANT, "session", ["s"]))["s"].tokens == 3000
+
+
+async def test_turns_that_are_not_kept_are_booked_before(store: Store) -> None:
+    """The store keeps five of a session."""
+    await store.record([turn("s", 2000, 1500) for _ in range(4)])
+    await store.record([turn("s", 2000, 1500) for _ in range(50)])
+    assert len(await store.turns(TENANT, "s", 100)) == 5
+    assert (await _all(store)).requests == 54
+
+
+async def test_a_turn_of_a_session_that_gets_another_id_is_booked_for_that(store: Store) -> None:
+    one = turn("chat", 2000, 1500)
+    title = replace(one, session=replace(one.session, first_message_hash=b"title"))
+    title = replace(title, trace=replace(title.trace, first_message_hash=b"title", request_hash=b"title"))
+    chat = replace(one, session=replace(one.session, first_message_hash=b"chat"), displaces=True)
+    await store.record([title])
+    await store.record([replace(chat, turn=replace(chat.turn, usage=Usage(3000, 1, 2900)))])
+    page, _ = await store.listed_sessions(TENANT, state=None, model=None, limit=10, offset=0)
+    assert {session.id == "chat": saved.tokens for session, saved in page} == {True: 2900, False: 1500}
 
 
 async def test_a_deleted_session_stays_in_the_total(store: Store) -> None:
