@@ -51,7 +51,8 @@ class Call:
 
     async def serve(self, operation: Operation) -> Any:
         """Read what the operation takes, and run it."""
-        query = requests.read_query(operation.query, self._query())
+        given = self._query() if self._request.scope["query_string"] else {}
+        query = requests.read_query(operation.query, given) if given else requests.without_query(operation.query)
         body = await self._body(operation) if operation.takes == JSON else None
         taken = {"query": query} if operation.query.model_fields else {}
         return await operation.handler(self, **taken, **({"body": body} if operation.body.model_fields else {}))
@@ -70,10 +71,12 @@ class Call:
                 given[name] = value
         return given
 
-    async def _body(self, operation: Operation) -> requests.Body:
-        """The JSON body; without one, an empty object."""
+    async def _body(self, operation: Operation) -> requests.Body | None:
+        """The JSON body; without one, an empty object, and None for an operation that takes nothing."""
         settings = self.services.settings
         raw = await read_body(self._request.scope, self._request.receive, settings, MAX_JSON_BYTES)
+        if not raw and not operation.body.model_fields:
+            return None
         return requests.read(operation.body, parse_object(raw, settings.max_json_values) if raw else {})
 
     def stream(self) -> AsyncIterator[bytes]:

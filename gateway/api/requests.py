@@ -114,6 +114,12 @@ def read_query(model: type[AnyRequest], given: Mapping[str, Any]) -> AnyRequest:
     return read(model, {name: _from_text(model, name, value) for name, value in given.items()})
 
 
+@cache  # most requests have none
+def without_query(model: type[AnyRequest]) -> AnyRequest:
+    """A query with nothing in it; all requests share it. Raises as `read` does."""
+    return read(model, {})
+
+
 def _from_text(model: type[Request], name: str, value: Any) -> Any:
     """The number or boolean that a text stands for. Any other text is left to the field, to refuse or to read."""
     kind = model.model_fields[name].annotation if name in model.model_fields else None

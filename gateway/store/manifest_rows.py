@@ -67,13 +67,13 @@ async def pinned(db: Db, window: Window) -> tuple[PinnedObject, ...]:
 
 async def sizes(db: Db, window: Window) -> dict[str, dict[str, int]]:
     """Return the bytes of each object of a window by tier and key, unordered. Raises as `manifest` does."""
-    await _check_exists(db, window)
     by_tier: dict[str, dict[str, int]] = {}
     for tier, size, pins in await db.all(_SIZES_OF, window.manifest):
         keys: Iterable[str] = pins.split(_SEPARATOR)
         if window.salt != window.pin_salt:
             keys = (with_salt(key, window.salt) for key in keys)
         by_tier.setdefault(tier, {}).update(dict.fromkeys(keys, size))
+    await _check_exists(db, window)  # now: what was read before is all of it, also without a snapshot
     return by_tier
 
 

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import ParamSpec, TypeVar
 
+from gateway.records import Sizes, Window
 from gateway.store import (
     autofreeze_rows,
     ledger_rows,
@@ -30,7 +31,7 @@ from gateway.store import (
 from gateway.store.ballast import Reserve
 from gateway.store.database import Database, Db, Method, Operation, delete, point_read, read, read_after, write
 from gateway.store.sql import set_meta
-from gateway.store.types import StoreCheck, StoreUnavailable, TurnRecord
+from gateway.store.types import Saved, StoreCheck, StoreUnavailable, TurnRecord
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +40,7 @@ _INDEXED_AT_ONCE = 100  # messages, likewise
 _BETWEEN_S = 0.05  # two batches, so that the turns that wait are recorded first
 _RETRY_S = 5.0  # between two attempts while the store cannot be written
 _GATHER_S = 1.0  # how long turns are gathered before they are indexed
+_FEW_OBJECTS = 32  # of a window: reading them costs less than handing that to a thread
 _TITLES_BATCH = 20  # sessions or windows, likewise
 
 
@@ -176,7 +178,12 @@ class Store(Database):
 
     manifest = read(manifest_rows.manifest)
     sizes = read(manifest_rows.sizes)
-    sizes_and_saved = read(listed_rows.sizes_and_saved)
+
+    async def sizes_and_saved(self, window: Window) -> tuple[Sizes, Saved]:
+        """Return the bytes of a window's objects, and what it has saved. Raises `window_not_found` if it is deleted."""
+        run = self.run_inline if window.chunk_count * window.world_size <= _FEW_OBJECTS else self.run_read
+        return await run(lambda db: listed_rows.sizes_and_saved(db, window))
+
     pinned = read(manifest_rows.pinned)
     objects = read(manifest_rows.objects)
     held_bytes = read(manifest_rows.held_bytes)

@@ -246,14 +246,14 @@ async def readyz(call: Call) -> status.Ready | Response:
     return json_answer(503, status.NotReady(status="not ready", waiting_for=component, reason=reason))
 
 
-OPERATIONS = (
+OPERATIONS = (  # in the order in which their paths are tried: what is asked for most comes first
+    window_status,
+    *search.OPERATIONS,
     list_sessions,
     get_session,
     current_session.current_session,
     delete_session,
     freeze_session,
-    *search.OPERATIONS,
-    window_status,
     delete_window,
     thaw_window,
     clone_window,
