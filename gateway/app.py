@@ -27,7 +27,6 @@ from gateway.engines.connection_pool import Upstream
 from gateway.engines.node import EngineNode
 from gateway.engines.pool import EnginePool
 from gateway.errors import StartError
-from gateway.kv.file_lock import FileLock
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.base import Tier, TierUnavailable
@@ -37,7 +36,8 @@ from gateway.runtime import open_files, serve_lock
 from gateway.runtime.stalls import LostSince, Stalls
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
-from gateway.sessions.in_flight import TurnLocks
+from gateway.sessions.in_flight import TurnLocks, TurnsElsewhere
+from gateway.sessions.open_turns import OpenTurns
 from gateway.sessions.recorder import TurnRecorder
 from gateway.sessions.resolver import SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
@@ -45,13 +45,16 @@ from gateway.sessions.salts import SaltRule, checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings
 from gateway.store.failures import StoreDamaged
+from gateway.store.leases import Leases
+from gateway.store.membership import Membership
 from gateway.store.opening import store_of
+from gateway.store.store import Store
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.background import BackgroundTasks
 from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
+from gateway.windows.claims import Claims
 from gateway.windows.context import Services
-from gateway.windows.freeze import release_strays
 from gateway.windows.retention.sweeper import run_sweeper
 
 log = logging.getLogger(__name__)
@@ -119,15 +122,16 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
     async with AsyncExitStack() as stack:
         stalls = await stack.enter_async_context(Stalls())
         store = await stack.enter_async_context(store_of(settings))
+        membership = await stack.enter_async_context(Membership(store, ttl_s=settings.gateway_lease_s))
+        leases = Leases(store, membership)
         telemetry = await stack.enter_async_context(Metrics(shared))
-        locks = TurnLocks(settings.data_path / "turns") if settings.workers > 1 else None
-        if locks is not None:
-            stack.callback(locks.close)
-        turns = ActiveTurns(store, locks)
+        elsewhere = await _turns_elsewhere(stack, settings, store, membership)
+        turns = ActiveTurns(store, elsewhere)
         cache: LMCache | None = None
         if settings.cache_url:
             locks_path = settings.data_path / "loads"
-            cache = LMCache(settings.cache_url, settings.connect_timeout_s, locks_path, settings.chunk_size)
+            alone = leases.hold if settings.store_path is None else None
+            cache = LMCache(settings.cache_url, settings.connect_timeout_s, locks_path, settings.chunk_size, alone)
             await stack.enter_async_context(cache)
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
@@ -136,15 +140,18 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
         tiers = await _tiers(stack, settings, store.store_id)
         recorder = await stack.enter_async_context(
-            TurnRecorder(store, turns, reviews, telemetry, locks, max_pending=settings.turn_queue)
+            TurnRecorder(store, turns, reviews, telemetry, elsewhere, max_pending=settings.turn_queue)
         )
+        pins = Pins(tiers)
         services = Services(
             settings=settings,
             store=store,
             engines=pool,
             cache=cache,
-            pins=Pins(tiers, FileLock(settings.data_path / "pins.lock")),
-            salts=SaltRule(await checked_secret(settings, store), settings.isolation == "tenant"),
+            pins=pins,
+            claims=Claims(store, pins, membership),
+            leases=leases,
+            salts=SaltRule(await checked_secret(settings, store, membership.peers), settings.isolation == "tenant"),
             turns=turns,
             sessions=SessionResolver(store, turns, recorder, by_prefix=settings.identify == "prefix"),
             recorder=recorder,
@@ -161,11 +168,26 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         services.background.spawn(run_sweeper(services), "sweeping")
         services.background.spawn(store.fill_in_titles(), "filling in titles")
         services.background.spawn(store.keep_searchable(), "indexing messages")
-        if released := await release_strays(services):
+        if released := await services.claims.release_strays():
             log.warning("unpinned %d objects left by a freeze that was never committed", released)
         if problem := await windows_without_text(services):
             log.error("%s; %s", problem, WITHOUT_TEXT_HINT)
+        if elsewhere is not None and elsewhere.lags:
+            await membership.wait_until_seen()
         yield services
+
+
+async def _turns_elsewhere(
+    stack: AsyncExitStack, settings: Settings, store: Store, membership: Membership
+) -> TurnsElsewhere | None:
+    """How the turns of other processes on this store are seen, None if there can be none."""
+    if settings.store_path is None:
+        return await stack.enter_async_context(OpenTurns(store, membership))
+    if settings.workers == 1:
+        return None
+    locks = TurnLocks(settings.data_path / "turns")
+    stack.callback(locks.close)
+    return locks
 
 
 def _node(url: str, settings: Settings, lost_since: LostSince) -> EngineNode:

@@ -233,6 +233,9 @@ class Settings(BaseSettings):
         "free bytes on the disk tier below which a freeze is `storage_full`, and an import in `data_dir`; a sweep then "
         "deletes KV of idle sessions",
     )
+    gateway_lease_s: Seconds = setting(
+        10.0, "seconds without a sign of life after which the other gateways on the store take one for ended"
+    )
     sweep_every_s: Seconds = setting(
         60.0, "seconds between two sweeps for what has expired and what is no longer needed"
     )

@@ -13,7 +13,6 @@ from gateway import __version__
 from gateway.api.selftest import Check, run
 from gateway.engines.node import EngineNode
 from gateway.errors import GatewayError
-from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import caused_by_own_stall
@@ -28,6 +27,7 @@ _INTERVAL_S = 0.5  # needs no request: the engines are probed by their pool
 _WRITE_INTERVAL_S = 10.0  # between checks whether the store can be written: each is a commit
 _WRITE_RETRY_S = 1.0  # the same while it cannot, or on demand
 _FIRST_INTERVAL_S = 0.05  # until an engine is up for the first time: readiness waits for it
+_PROOF_S = 120.0  # a self-test that takes longer may run beside another one
 _RETRY_S = 15.0  # between self-tests that failed: the engine may only have been restarting
 
 
@@ -56,7 +56,6 @@ class Health:
         self._results: dict[str, _TestResult] = {}  # by engine
         self._store_trouble = ""
         self._wrote_at = -_WRITE_INTERVAL_S
-        self._one_at_a_time = FileLock(services.settings.data_path / "proof.lock")
 
     async def __aenter__(self) -> "Health":
         self._task = asyncio.create_task(self._watch(), name="health")
@@ -111,9 +110,9 @@ class Health:
         return Check("windows", "warning", problem, WITHOUT_TEXT_HINT)
 
     async def _test(self, member: EngineNode) -> list[Check]:
-        """Test one engine, not at the same time as other workers: that would distort the time until objects land."""
+        """Test one engine, not at the same time as another gateway: that would distort the time until objects land."""
         generation = member.generation
-        async with self._one_at_a_time.acquire(exclusive=True):
+        async with self._services.leases.hold(f"proof:{member.url}", _PROOF_S):
             checks = await run(self._services, member.engine)
         if len(self._services.engines.members) > 1:
             checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]

@@ -192,7 +192,7 @@ class _SelfTest:
         except TierUnavailable as error:
             self._add(name, "failed", str(error), remedy)
             return
-        async with self._services.pins.lock.acquire(exclusive=False):  # a worker that starts sweeps unknown pins
+        async with self._services.claims.keep(mine):
             await self._check_pins(tier, mine)
 
     async def _check_pins(self, tier: Tier, keys: list[ObjectKey]) -> None:
@@ -223,8 +223,8 @@ class _SelfTest:
         return sum(map(bool, sizes))
 
     async def _clean_up(self, keys: list[ObjectKey]) -> None:
-        async with self._services.pins.lock.acquire(exclusive=True):
-            await self._services.pins.remove(keys, originals=True)
+        async with self._services.claims.removing(keys) as removal:
+            await removal.remove(keys, originals=True)
         if self._services.cache is not None:
             await self._services.cache.delete(keys, tier="l1")
 

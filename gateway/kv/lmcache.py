@@ -3,8 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,9 @@ from gateway.validation.shown import shown
 
 ENCRYPTING_SERDE = "SerdeConfig(type='aesgcm'"
 """How the configuration of an adapter that encrypts by salt begins in `/config`: LMCache prints its dataclass."""
+
+Alone = Callable[[str, float], AbstractAsyncContextManager[None]]
+"""Holds something by its name for at most so many seconds, which no other process can then."""
 
 _CONFIG_AGE_S = 5.0  # LMCache's configuration changes by a restart only, which takes longer
 _KEYS_PER_DELETE = 10_000  # LMCache refuses more in one request
@@ -67,11 +70,16 @@ class _Load(NamedTuple):
 class LMCache:
     """A client of one LMCache server. Every method raises `cache_unavailable` when it cannot be reached.
 
-    Lock files in the folder `locks` make the processes of this machine wait for each other's loads.
+    Lock files in the folder `locks` make the processes of this machine wait for each other's loads; `alone` takes their
+    place where those of other machines have to wait as well.
     """
 
-    def __init__(self, url: str, timeout_s: float, locks: Path, chunk_size: int = 0) -> None:
+    def __init__(
+        self, url: str, timeout_s: float, locks: Path, chunk_size: int = 0, alone: Alone | None = None
+    ) -> None:
         self._locks = locks
+        self._url = url
+        self._alone = alone
         self._chunk_size = chunk_size
         self._reported_chunk_size = 0
         self._encrypts = False
@@ -168,12 +176,11 @@ class LMCache:
         `timeout_s`, including the wait for other loads.
         """
         began, what = time.monotonic(), (name, len(token_ids))
-        lock = FileLock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock")
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._turns.setdefault(salt, asyncio.Lock()),
-                lock.acquire(exclusive=True),
+                self._only_load(salt, timeout_s),
             ):
                 last = self._last.get(salt)
                 if last is None or last.what != what or last.at < began:
@@ -185,6 +192,12 @@ class LMCache:
             raise GatewayError(
                 "cache_unavailable", f"prefetch of {len(token_ids)} tokens took over {timeout_s:g} s"
             ) from error
+
+    def _only_load(self, salt: str, timeout_s: float) -> AbstractAsyncContextManager[None]:
+        """Keep other processes from loading what has this salt."""
+        if self._alone is not None:
+            return self._alone(f"load:{self._url}:{salt}", timeout_s)
+        return FileLock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock").acquire(exclusive=True)
 
     def has_loaded_lately(self, name: str, tokens: int, salt: str) -> bool:
         """Whether the first `tokens` of the token ids called `name` were all loaded lately, and not evicted by us."""

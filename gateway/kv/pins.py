@@ -2,15 +2,13 @@
 
 An object is pinned once, not once per window; the store knows which windows hold it. So a clone costs no file, and a
 deletion asks the store what no other window holds. A pin exists before its manifest is committed and after its deletion
-is: freezes hold the lock shared, deletions and sweeps exclusively, so neither sees the other half-done, in any process
-of this machine that shares the store.
+is: whoever pins or unpins claims the keys (`gateway.windows.claims`), so that neither sees the other half-done.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gateway.kv.file_lock import FileLock
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import ObjectState, Tier, TierFull, TierUnavailable
 from gateway.records import PinnedObject, Sizes
@@ -20,10 +18,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """The configured tiers, in the order in which LMCache reads them, and the lock over their pins."""
+    """The configured tiers, in the order in which LMCache reads them."""
 
     tiers: tuple[Tier, ...]
-    lock: FileLock
 
     async def each(
         self, ask: Callable[[Tier], Awaitable[T]], *, only: Collection[str] | None = None, raise_full: bool = False
@@ -70,7 +67,7 @@ class Pins:
     ) -> tuple[dict[str, dict[str, PinnedObject]], list[str]]:
         """Pin `keys` in every tier that can be reached; `existing` is what windows have pinned already.
 
-        Returns the pins by tier and key. Raises TierFull. Hold the lock, at least shared.
+        Returns the pins by tier and key. Raises TierFull.
         """
         pinned, warnings = await self.each(
             lambda tier: tier.pin(keys, {o.key: o for o in existing if o.tier == tier.name}), raise_full=True
@@ -87,12 +84,14 @@ class Pins:
             tier: dict(zip((o.key for o in by_tier[tier]), found, strict=True)) for tier, found in states.items()
         }, warnings
 
-    async def remove(self, keys: Sequence[ObjectKey], *, originals: bool) -> tuple[int, list[str]]:
-        """Remove the pins, with `originals` LMCache's objects too, from every tier; return the bytes freed.
-
-        Hold the lock exclusively.
+    async def remove(
+        self, keys: Sequence[ObjectKey], *, originals: bool, only: Collection[str] | None = None
+    ) -> tuple[int, list[str]]:
+        """Remove the pins, with `originals` LMCache's objects too, from every tier or `only` those; return the bytes
+        freed.
         """
-        freed, warnings = await self.each(lambda tier: tier.remove(keys) if originals else tier.unpin(keys))
+        remove = (lambda tier: tier.remove(keys)) if originals else (lambda tier: tier.unpin(keys))
+        freed, warnings = await self.each(remove, only=only)
         return sum(freed.values()), warnings
 
     async def keys_with_salt(self, salts: Collection[str]) -> tuple[set[ObjectKey], list[str]]:
@@ -108,6 +107,6 @@ class Pins:
                 raise TierFull(f"{tier} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
 
     async def sweep(self, keep: Collection[ObjectKey]) -> tuple[int, list[str]]:
-        """Remove all other pins, left by a gateway that died during a freeze. Hold the lock exclusively."""
+        """Remove all other pins, left by a gateway that died during a freeze."""
         swept, warnings = await self.each(lambda tier: tier.sweep(keep))
         return sum(swept.values()), warnings

@@ -10,7 +10,7 @@ refused: the gateway answers only turns that it can record.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 
@@ -21,13 +21,14 @@ from gateway.sessions import completed_turn
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import ParsedTurn, Review
-from gateway.sessions.in_flight import TurnLocks
+from gateway.sessions.in_flight import TurnsElsewhere
 from gateway.sessions.turn_context import TurnContext
 from gateway.store.store import Store
 from gateway.store.types import StoreUnavailable, TurnRecord
 
 log = logging.getLogger(__name__)
 
+_NONE: Collection[int] = frozenset()
 _TURNS_PER_RECORD = 256
 # A turn that is recorded alone costs six times one of a burst (a commit, and switches between threads), and the next
 # request pays for it.
@@ -50,7 +51,7 @@ class TurnRecorder:
         turns: ActiveTurns,
         reviews: CacheReviewer,
         telemetry: Metrics,
-        locks: TurnLocks | None,
+        elsewhere: TurnsElsewhere | None,
         *,
         max_pending: int,
     ) -> None:
@@ -59,7 +60,7 @@ class TurnRecorder:
         self._offload = Offload()
         self._turns = turns
         self._telemetry = telemetry
-        self._locks = locks
+        self._elsewhere = elsewhere
         self._batch = 0  # the number of the batch that turns which end now belong to, for the other workers
         self._batch_is_marked = False
         self._queue: asyncio.Queue[TurnContext] = asyncio.Queue()
@@ -125,8 +126,8 @@ class TurnRecorder:
         self._queue.put_nowait(turn)
 
     def _mark_batch(self) -> None:
-        if self._locks and not self._batch_is_marked:
-            self._locks.mark_ended(self._batch)
+        if self._elsewhere is not None and not self._batch_is_marked:
+            self._elsewhere.mark_ended(self._batch)
             self._batch_is_marked = True
 
     async def flush(self) -> None:
@@ -135,7 +136,7 @@ class TurnRecorder:
         Streams that the engine has yet to end count, and turns of other workers; both are waited for at most 1 s. Does
         not wait while the store cannot be written.
         """
-        theirs = self._locks.ended_elsewhere() if self._locks else set()
+        theirs = _NONE if self._elsewhere is None else await self._elsewhere.ended()
         goal, replied = self._finished, self._replied.copy()
         if replied or self._recorded < goal:
             self._flush_requested.set()
@@ -147,8 +148,8 @@ class TurnRecorder:
                         await self._progress.wait_for(lambda: not replied & self._replied or self._trouble is not None)
                 except TimeoutError:  # an engine that hangs: it is not waited for again
                     self._replied -= replied
-        if self._locks and theirs:
-            await _recorded_elsewhere(self._locks, theirs)
+        if self._elsewhere is not None and theirs:
+            await _recorded_elsewhere(self._elsewhere, theirs)
 
     @property
     def unrecorded(self) -> int:
@@ -175,8 +176,8 @@ class TurnRecorder:
                 self._turns.end(turn.match)
                 self._on_recorded(one.turn.tenant, one.turn.session_id)
                 self._queue.task_done()
-            if self._locks and closed is not None:
-                self._locks.mark_recorded(closed)
+            if self._elsewhere is not None and closed is not None:
+                self._elsewhere.mark_recorded(closed)
             async with self._progress:
                 self._recorded += len(batch)
                 self._progress.notify_all()
@@ -189,7 +190,7 @@ class TurnRecorder:
 
     def _close_batch(self, taken: set[TurnContext]) -> int | None:
         """End the batch that other workers see and return its number; None if turns of it are yet to come."""
-        if not self._locks or self._queue.qsize() or self._replied - taken:
+        if self._elsewhere is None or self._queue.qsize() or self._replied - taken:
             return None
         self._batch, self._batch_is_marked, closed = self._batch + 1, False, self._batch
         return closed
@@ -272,8 +273,8 @@ class TurnRecorder:
         return True
 
 
-async def _recorded_elsewhere(locks: TurnLocks, turns: set[int]) -> None:
+async def _recorded_elsewhere(elsewhere: TurnsElsewhere, turns: Collection[int]) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(_OTHERS_S):
-            while turns & locks.ended_elsewhere():  # noqa: ASYNC110 - the kernel wakes no task
+            while not set(turns).isdisjoint(await elsewhere.ended()):  # noqa: ASYNC110 - other processes wake no task
                 await asyncio.sleep(_POLL_S)

@@ -74,10 +74,11 @@ class SessionResolver:
         tenant = before.tenant
         by_client = client_id if client_id and client_id.kind == "session" else None
         target = by_client or ClientSessionId("session", before.session_id, _PREVIOUS_RESPONSE)
-        if self._turns.has_turn_in_flight(tenant, target.id):
+        if await self._turns.has_turn_in_flight(tenant, target.id):
+            await self._turns.settle(tenant, target.id)
             await self._recorder.flush()  # whether this is a fork depends on the session's last turn
         session = await self.open(tenant, target.id, target.source)
-        in_turn = self._turns.has_turn_in_flight(tenant, target.id)
+        in_turn = await self._turns.has_turn_in_flight(tenant, target.id)
         if not session.created_at and not in_turn:
             return SessionMatch(replace(session, lineage=before.lineage), target.source, seed, is_new=True)
         if by_client or (session.transcript == before.transcript and not in_turn):
@@ -95,8 +96,8 @@ class SessionResolver:
         """
         head = prompt.head
         # Checked before the store is read: a turn that is recorded in between is found there.
-        elsewhere = self._turns.has_turn_elsewhere(tenant, client_id.id)
-        same_elsewhere = elsewhere and self._turns.first_message_elsewhere(tenant, client_id.id, head)
+        elsewhere = await self._turns.has_turn_elsewhere(tenant, client_id.id)
+        same_elsewhere = elsewhere and await self._turns.first_message_elsewhere(tenant, client_id.id, head)
         session = await self.open(tenant, client_id.id, client_id.source)
         holder = session if session.first_message_hash else self._turns.named_session(tenant, client_id.id)
         if holder is None and (same_elsewhere or not elsewhere):
@@ -138,17 +139,17 @@ class SessionResolver:
             return NO_MATCH
         match = await self._match(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
-        if match.forks or match.depth < last_reply or self._is_in_flight(tenant, request, match.session):
+        known = match.session.id if match.session else None
+        unknown_reply = match.forks or match.depth < last_reply
+        if unknown_reply or await self._turns.is_in_flight(tenant, known, request.request_hash):
             # The turn before this one, or another one after that, may not be recorded yet.
+            if unknown_reply and last_reply > 1:
+                await self._turns.settle(tenant, request_hash=request.prefix_hashes[last_reply - 2])
             await self._recorder.flush()
             match = await self._match(tenant, request)
         # Of two questions at once after the same reply, one is a branch.
-        branches = not match.forks and self._turns.busy_with_other_request(match.session, request)
+        branches = not match.forks and await self._turns.busy_with_other_request(match.session, request)
         return replace(match, forks=True, how="fork") if branches else match
-
-    def _is_in_flight(self, tenant: str, request: ConversationPrefix, session: Session | None) -> bool:
-        same_request = self._turns.has_request_in_flight(tenant, request.request_hash)
-        return same_request or (session is not None and self._turns.has_turn_in_flight(tenant, session.id))
 
     async def _match(self, tenant: str, request: ConversationPrefix) -> PrefixMatch:
         match = await self._match_prefix(tenant, request, request.candidates)
@@ -166,10 +167,10 @@ class SessionResolver:
 
     async def _match_prefix(self, tenant: str, request: ConversationPrefix, hashes: Sequence[bytes]) -> PrefixMatch:
         known, candidates = await self._store.sessions_by_prefix(tenant, hashes)
-        # Of sessions at the same point, one that is busy with another request is the least likely.
-        return match_by_prefix(
-            request, known, sorted(candidates, key=lambda one: self._turns.busy_with_other_request(one, request))
-        )
+        if len(candidates) > 1:  # of sessions at the same point, one that is busy with another request is least likely
+            busy = {one.id: await self._turns.busy_with_other_request(one, request) for one in candidates}
+            candidates = sorted(candidates, key=lambda one: busy[one.id])
+        return match_by_prefix(request, known, candidates)
 
     async def _match_replies(self, tenant: str, request: ConversationPrefix, known: int) -> PrefixMatch:
         """Match a request by its replies after the first `known` messages."""
@@ -189,7 +190,7 @@ class SessionResolver:
         return Session(tenant, session_id, lineage=session_id, source=key.source if key else match.how)
 
     async def _is_free(self, tenant: str, session_id: str) -> bool:
-        if self._turns.has_turn_in_flight(tenant, session_id):
+        if await self._turns.has_turn_in_flight(tenant, session_id):
             return False
         return await self._store.session(tenant, session_id) is None
 

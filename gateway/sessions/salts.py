@@ -9,6 +9,7 @@ import hmac
 import logging
 import os
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from gateway.errors import StartError
 from gateway.settings import Settings
 from gateway.store.store import Store
-from gateway.store.types import StoreUnavailable
+from gateway.store.types import Peer, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +90,14 @@ def is_exposed(about: os.stat_result) -> bool:
     return bool(about.st_mode & (0o077 if about.st_uid == os.geteuid() else 0o027))
 
 
-async def checked_secret(settings: Settings, store: Store) -> bytes:
-    """Return the secret, made on first use. Raises StartError if it is not the one that the store was used with."""
+async def checked_secret(settings: Settings, store: Store, peers: Collection[Peer] = ()) -> bytes:
+    """Return the secret, made on first use. Raises StartError if it is not the one that the store was used with, or
+    that the other gateways on the store, `peers`, use."""
     path = settings.secret_path
     known_mark, in_use = await store.known_secret()
-    if in_use and not path.exists() and not settings.accept_new_secret:
-        raise _refusal(settings, "is missing")
+    shared = bool(peers) and known_mark is not None
+    if not path.exists() and (shared or (in_use and not settings.accept_new_secret)):
+        raise _refusal(settings, "is missing", peers)
     secret = read_secret(path)
     if is_exposed(path.stat()):
         log.warning("secret_file %s can be read by others: chmod 600 it", path)
@@ -102,20 +105,27 @@ async def checked_secret(settings: Settings, store: Store) -> bytes:
     mark = hmac.digest(secret, b"cwg-store\0" + store.store_id.encode(), "sha256").hex()
     if known_mark == mark:
         return secret
-    if known_mark is not None and in_use:
-        if not settings.accept_new_secret:
-            raise _refusal(settings, "is not the one that the store was used with")
+    if known_mark is not None and (in_use or shared):
+        if shared or not settings.accept_new_secret:
+            raise _refusal(settings, "is not the one that the store was used with", peers)
         log.warning(
             "the secret differs from the store's (accept_new_secret): KV stored under the old one will not be found"
         )
     try:
-        await store.remember_secret(mark)
+        if await store.remember_secret(mark, known_mark) != mark:
+            raise _refusal(settings, "is not the one of the gateway that has just started on the same store", peers)
     except StoreUnavailable as error:  # the gateway starts with a full disk, too: it is recorded next time
         log.warning("the store could not record its secret: %s", error.message)
     return secret
 
 
-def _refusal(settings: Settings, what: str) -> StartError:
+def _refusal(settings: Settings, what: str, peers: Collection[Peer] = ()) -> StartError:
+    if peers:
+        hosts = ", ".join(sorted({peer.host for peer in peers}))
+        return StartError(
+            f"secret_file {settings.secret_path} {what}, and other gateways use the store (on {hosts}): they would not "
+            "find each other's KV; give all of them the same secret"
+        )
     store = settings.store_path or "the store"
     return StartError(
         f"secret_file {settings.secret_path} {what}: the KV of {store} would not be found again; "

@@ -45,6 +45,9 @@ class Db(Protocol):
     async def many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
         """Change something for each of `rows`."""
 
+    async def now(self) -> float:
+        """The database's clock, in seconds since 1970."""
+
     async def lock(self, names: Iterable[str]) -> None:
         """Let no other transaction past this that locks one of these names, until this one is over."""
 

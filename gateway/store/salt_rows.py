@@ -82,6 +82,11 @@ async def known_secret(db: Db) -> tuple[str | None, bool]:
     return await get_meta(db, _MARK), bool(in_use)
 
 
-async def remember_secret(db: Db, mark: str) -> None:
-    """Store the mark of the secret that salts are made with from now on."""
+async def remember_secret(db: Db, mark: str, before: str | None) -> str:
+    """Store the mark of the secret that salts are made with from now on, if it is still the one before; return the mark
+    that there is then: of two gateways that start on a new store, one is first."""
+    now = await get_meta(db, _MARK)
+    if now != before:
+        return now or mark
     await set_meta(db, _MARK, mark)
+    return mark

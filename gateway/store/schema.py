@@ -321,9 +321,26 @@ _M022 = (
     "ALTER TABLE turns ADD COLUMN unbooked BOOLEAN NOT NULL DEFAULT FALSE",
 )
 
+# The gateways that share the store, what only one of them may do at a time, the KV objects that they are pinning or
+# removing (`keys`, one a line), and their turns in flight.
+_M023 = (
+    """CREATE TABLE gateways (
+        id TEXT PRIMARY KEY, started REAL NOT NULL, until REAL NOT NULL, looked_at REAL NOT NULL,
+        protocol INTEGER NOT NULL, oldest INTEGER NOT NULL, host TEXT NOT NULL, process TEXT NOT NULL
+    )""",
+    "CREATE TABLE leases (name TEXT PRIMARY KEY, gateway TEXT NOT NULL, until REAL NOT NULL)",
+    """CREATE TABLE pin_claims (
+        id TEXT NOT NULL, salt TEXT NOT NULL, gateway TEXT NOT NULL, kind TEXT NOT NULL, keys TEXT NOT NULL,
+        PRIMARY KEY (id, salt)
+    )""",
+    """CREATE TABLE open_turns (
+        gateway TEXT NOT NULL, turn_key BLOB NOT NULL, is_over INTEGER NOT NULL, PRIMARY KEY (turn_key, gateway)
+    )""",
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     _M001, _M002, _M003, _M004, _M005, _M006, _M007, _M008, _M009, _M010, _M011, _M012, _M013, _M014, _M015, _M016,
-    _M017, _M018, _M019, _M020, _M021, _M022,
+    _M017, _M018, _M019, _M020, _M021, _M022, _M023,
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Operations on a connection of SQLite. Every statement is answered at once, so these coroutines never wait."""
 
 import sqlite3
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,6 +43,10 @@ class SqliteDb:
     async def many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """See `Db.many`."""
         self.connection.executemany(sql, rows)
+
+    async def now(self) -> float:
+        """See `Db.now`."""
+        return time.time()
 
     async def lock(self, names: Iterable[str]) -> None:
         """See `Db.lock`."""

@@ -13,9 +13,12 @@ from typing import ParamSpec, TypeVar
 from gateway.records import Sizes, Window
 from gateway.store import (
     autofreeze_rows,
+    claim_rows,
+    gateway_rows,
     ledger_rows,
     listed_rows,
     manifest_rows,
+    open_turn_rows,
     response_rows,
     rewind_rows,
     salt_rows,
@@ -191,6 +194,29 @@ class Store(Database):
     held_under = read(manifest_rows.held_under)
     isolated_names = read(manifest_rows.isolated_names)
     tier_usage = read(manifest_rows.tier_usage)
+
+    # The gateways that share the store: their leases, their claims on objects, and their turns in flight.
+
+    join_gateways = delete(gateway_rows.join)
+    renew_gateway = write(gateway_rows.renew)
+    bury_gateways = delete(gateway_rows.bury)
+    has_lease = read(gateway_rows.has_lease)
+    take_lease = delete(gateway_rows.take_lease)
+    drop_lease = delete(gateway_rows.drop_lease)
+    claim = delete(claim_rows.claim)
+    claim_everything = delete(claim_rows.claim_everything)
+    claim_removal = delete(claim_rows.claim_removal)
+    end_claim = delete(claim_rows.end_claim)
+    add_claimed_window = write(claim_rows.add_window)
+    delete_claimed_window = delete(claim_rows.delete_window)
+    any_dead_claims = read(claim_rows.any_dead)
+    take_over_claims = delete(claim_rows.take_over)
+    open_turns_elsewhere = point_read(open_turn_rows.elsewhere)
+    ended_batches_elsewhere = point_read(open_turn_rows.ended)
+
+    async def write_open_turns(self, gateway: str, new: Sequence[tuple[bytes, bool]], old: Sequence[bytes]) -> None:
+        """See `open_turn_rows.write`."""
+        await self.run_write(lambda db: open_turn_rows.write(db, gateway, new, old), shared=True)
 
     # Automatic freezing.
 

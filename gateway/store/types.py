@@ -24,6 +24,48 @@ class StoreCheck:
     remedy: str = ""
 
 
+class ClaimLost(Exception):
+    """The gateway's lease ended since it made a claim, and others have acted on that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A gateway as it joins the others that share the store.
+
+    `oldest` is the oldest protocol of sharing it that this one can work with; `process` as `own_process.identity`.
+    """
+
+    id: str
+    ttl_s: float
+    protocol: int
+    oldest: int
+    host: str
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another gateway, whether its lease holds, and when it last looked who the others are, by the database's clock."""
+
+    alive: bool
+    id: str
+    protocol: int
+    oldest: int
+    host: str
+    process: str
+    looked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Objects whose removal is claimed, under the lease of `gateway`; `busy`: how many more others have claimed."""
+
+    id: str = ""
+    gateway: str = ""
+    keys: tuple[ObjectKey, ...] = ()
+    busy: int = 0
+
+
 SORT_COLUMNS = MappingProxyType(
     {"name": "name", "created_at": "created_at", "token_count": "token_count", "size": "size_bytes"}
 )

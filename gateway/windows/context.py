@@ -20,8 +20,10 @@ from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.salts import SaltRule
 from gateway.sessions.token_estimator import Estimator
 from gateway.settings import Settings
+from gateway.store.leases import Leases
 from gateway.store.store import Store
 from gateway.windows.background import BackgroundTasks
+from gateway.windows.claims import Claims
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,6 +38,8 @@ class Services:
     engines: EnginePool
     cache: LMCache | None
     pins: Pins
+    claims: Claims
+    leases: Leases
     salts: SaltRule
     turns: ActiveTurns
     sessions: SessionResolver

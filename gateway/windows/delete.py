@@ -28,14 +28,14 @@ async def delete(
 
     With `expired_by` only one that had expired by then, with `automatic_of` only an automatic one of that session.
 
-    Objects that another window holds stay. While a session of the lineage is active under the window's salt (a frozen
-    one is not), LMCache's own objects stay too, as that session's cache, and only the pins are removed.
+    Objects that another window holds, or is about to, stay. While a session of the lineage is active under the window's
+    salt (a frozen one is not), LMCache's own objects stay too, as that session's cache, and only the pins are removed.
     """
     services, tenant = ctx.services, ctx.tenant
     await get_window(services, tenant, name)
     await services.recorder.flush()
-    async with services.pins.lock.acquire(exclusive=True):
-        released = await services.store.delete_window(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
+    deleting = services.claims.deleting(tenant, name, expired_by=expired_by, automatic_of=automatic_of)
+    async with deleting as (released, removal):
         if released is None or released.window is None:  # deleted by another call, or its expiry was extended
             raise window_not_found(name)
         window = released.window  # perhaps not the one found above: another may have got the name
@@ -43,17 +43,19 @@ async def delete(
         # The pins of an isolated clone have its source's names, which the source's own sessions may still use.
         own = window.pin_salt == window.salt
         keep = in_use if own else await services.store.salt_in_use(window.pin_salt)
-        freed, warnings = await services.pins.remove(released.pins, originals=not keep)
+        freed, warnings = await removal.remove(released.pins, originals=not keep)
         names = () if in_use else released.names
-        more, _ = await services.pins.remove(names, originals=True)
+        more, _ = await removal.remove(names, originals=True)
+        removed = set(removal.claimed.keys)  # the rest is being pinned again
     if in_use:
         session = await services.store.active_session(tenant, window.lineage, window.salt)
         who = f"session {session!r}" if session else "a session"
         warnings.append(
             f"{who} of its lineage is still active or thawed, and may use the KV: the cache keeps it for now"
         )
-    warnings += await drop_from_cache(services, [*names, *(() if keep else released.pins)])
-    deleted = 0 if keep or in_use else len(released.pins)
+    dropped = [key for key in (*names, *(() if keep else released.pins)) if key in removed]
+    warnings += await drop_from_cache(services, dropped)
+    deleted = 0 if keep or in_use else sum(key in removed for key in released.pins)
     return Deleted(deleted, freed + more, window.chunk_count * window.world_size - deleted, tuple(warnings))
 
 

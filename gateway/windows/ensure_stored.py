@@ -112,7 +112,7 @@ async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> None:
 async def pin(services: Services, plan: Plan) -> tuple[int, tuple[PinnedObject, ...]]:
     """Pin the plan's objects; return how many leading chunks are complete, and their objects.
 
-    Raises TierFull. Hold the pins' lock, at least shared.
+    Raises TierFull. The keys have to be claimed (`gateway.windows.claims`).
     """
     existing = await services.store.objects(plan.keys)
     by_tier, _ = await services.pins.pin(plan.keys, existing)

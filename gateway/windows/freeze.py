@@ -6,7 +6,7 @@
 4. Wait until each object is in a durable tier, by its own name.
 5. Pin and checksum each object.
 6. Commit the window with its manifest and the text of the snapshot, in one transaction. Only now does the window exist;
-a crash before this leaves pins that the next sweep removes.
+a crash before this leaves pins that the next gateway removes, and a claim that says which (`gateway.windows.claims`).
 
 The session is not locked meanwhile: it may continue, be edited or be deleted. The window is what the snapshot was.
 """
@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from gateway.dialects import transcripts
 from gateway.engines.client import Model
 from gateway.errors import GatewayError
-from gateway.kv.tiers.base import TierFull
 from gateway.records import Manifest, PinnedObject, Session, Usage, Window
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import Text
 from gateway.windows.catalog import NewWindow
+from gateway.windows.claims import Claim
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.ensure_stored import NO_CACHE, Plan, ensure_stored, pin, plan, with_receipt
 from gateway.windows.next_turn import next_turn_ids
@@ -60,12 +60,8 @@ async def freeze(ctx: OperationContext, session_id: str, naming: Naming, *, want
     ctx.progress("snapshot", 0, 0)
     snapshot = await _snapshot(ctx, session_id)
     planned, warnings = await _plan(services, snapshot)
-    async with all_or_nothing(services), _orphaned_on_failure(services, snapshot):
-        if planned and planned.keys:
-            await services.pins.check_room(services.settings.disk_reserve_bytes)
+    async with _orphaned_on_failure(services, snapshot):
         window, more = await _Freeze(ctx, snapshot, naming, planned, wanted).run()
-    if planned and window.chunk_count < planned.chunks:
-        await release_strays(services)  # chunks after a missing one were pinned too, and no window holds them
     return NewWindow(window, (*warnings, *more))
 
 
@@ -93,28 +89,6 @@ async def check_budget(services: Services, tenant: str, objects: Sequence[Pinned
             f"the windows would hold {size} bytes, {size - budget} more than they may (tenant_budget_bytes)",
             hint="delete windows that are not needed",
         )
-
-
-async def release_strays(services: Services) -> int:
-    """Unpin what no window holds; return how many objects that were."""
-    async with services.pins.lock.acquire(exclusive=True):
-        swept, warnings = await services.pins.sweep(await services.store.held_objects())
-    for warning in warnings:
-        log.warning("could not check for stray pins: %s", warning)
-    return swept
-
-
-@asynccontextmanager
-async def all_or_nothing(services: Services) -> AsyncIterator[None]:
-    """If the block fails to make a window, unpin what it has pinned. Raises `storage_full` for a full tier."""
-    try:
-        yield
-    except BaseException as error:  # whatever it was: what nobody will commit must not stay pinned
-        await release_strays(services)
-        if isinstance(error, TierFull):
-            hint = "free space, or delete windows that are not needed"
-            raise GatewayError("storage_full", str(error), hint=hint) from error
-        raise
 
 
 def window_name_taken(name: str) -> GatewayError:
@@ -202,26 +176,31 @@ class _Freeze:
 
     async def run(self) -> NewWindow:
         """Commit the window with the KV of the plan, if there is any."""
-        if self.plan is None or not self.plan.keys:
-            return NewWindow(await self._commit(0, (), None))
-        return await self._store_and_commit(self.plan)
+        keys = self.plan.keys if self.plan else ()
+        return await self.ctx.services.claims.commit_under(keys, self._run)
 
-    async def _store_and_commit(self, plan: Plan, *, again: bool = False) -> NewWindow:
+    async def _run(self, claim: Claim) -> NewWindow:
+        if self.plan is None or not self.plan.keys:
+            return NewWindow(await self._commit(claim, 0, (), None))
+        await self.ctx.services.pins.check_room(self.ctx.services.settings.disk_reserve_bytes)
+        return await self._store_and_commit(claim, self.plan)
+
+    async def _store_and_commit(self, claim: Claim, plan: Plan, *, again: bool = False) -> NewWindow:
         """Store, pin and commit; once `again` if an object did not reach a tier or its pin was damaged."""
         services, session = self.ctx.services, self.snapshot.session
         engine = services.engines.for_lineage(session.lineage, session.engine)
         usage, warnings = await ensure_stored(self.ctx, engine, plan, again=again)
         self.ctx.progress("pin", 0, len(plan.keys))
-        # From the first pin to the commit nobody may unpin.
-        async with services.pins.lock.acquire(exclusive=False):
-            chunks, objects = await pin(services, plan)
-            if chunks < plan.chunks and again:
-                warnings.append(f"{chunks} of {plan.chunks} chunks were seen in a tier: a thaw recomputes the rest")
-            if chunks == plan.chunks or again:
-                return NewWindow(await self._commit(chunks, objects, usage), tuple(warnings))
-        return await self._store_and_commit(plan, again=True)
+        chunks, objects = await pin(services, plan)
+        if chunks < plan.chunks and again:
+            warnings.append(f"{chunks} of {plan.chunks} chunks were seen in a tier: a thaw recomputes the rest")
+        if chunks == plan.chunks or again:
+            return NewWindow(await self._commit(claim, chunks, objects, usage), tuple(warnings))
+        return await self._store_and_commit(claim, plan, again=True)
 
-    async def _commit(self, chunks: int, objects: tuple[PinnedObject, ...], usage: Usage | None) -> Window:
+    async def _commit(
+        self, claim: Claim, chunks: int, objects: tuple[PinnedObject, ...], usage: Usage | None
+    ) -> Window:
         services, snapshot = self.ctx.services, self.snapshot
         # The engine's own counts, if it had to compute.
         counts = {"prompt_tokens": usage.prompt if usage else None, "cached_tokens": usage.cached if usage else None}
@@ -229,9 +208,7 @@ class _Freeze:
         self.ctx.progress("commit", 0, 0)
         await check_budget(services, window.tenant, objects)
         manifest = Manifest(window.manifest, snapshot.ids, objects)
-        committed = await services.store.add_window(
-            window, manifest, snapshot.text, session=snapshot.session, wanted=self.wanted
-        )
+        committed = await claim.commit(window, manifest, snapshot.text, session=snapshot.session, wanted=self.wanted)
         if committed is None:
             raise window_name_taken(window.name)
         return committed

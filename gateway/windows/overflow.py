@@ -88,6 +88,7 @@ class Overflow:
         """
         tenant, session_id = match.session.tenant, match.session.id
         async with self._locks.setdefault((tenant, session_id), asyncio.Lock()):
+            await self._services.turns.settle(tenant, session_id)
             await self._services.recorder.flush()  # the previous turn may not be recorded yet
             session = await self._services.store.session(tenant, session_id)
             if session is not None and session.successor:
@@ -157,8 +158,9 @@ class Overflow:
         chain = await self._services.store.successions(session.tenant, session.id)
         first = chain[0].session_id if chain else session.id
         numbered = f"{first[:_MAX_STEM]}.{len(chain) + 2}"
-        taken = await self._services.store.session(session.tenant, numbered)
-        return new_id() if taken or self._services.turns.has_turn_in_flight(session.tenant, numbered) else numbered
+        taken = await self._services.store.session(session.tenant, numbered) is not None
+        taken = taken or await self._services.turns.has_turn_in_flight(session.tenant, numbered)
+        return new_id() if taken else numbered
 
 
 async def _rendered(engine: EngineClient, model: Model, frame: Mapping[str, Any], messages: Sequence[Message]) -> int:

@@ -134,7 +134,7 @@ async def _continue_from_tier(
     keys = [ObjectKey.parse(one.key) for one in exposed]
     await services.store.mark_orphaned(salt, window.tenant, window.lineage)  # if we die, a sweep removes what is left
     # No sweep may delete it while the engine loads it, and no deletion the pins.
-    async with services.pins.lock.acquire(exclusive=False):
+    async with services.claims.keep([*keys, *(ObjectKey.parse(one.pin_key) for one in exposed)]):
         try:
             await tier.expose_pin(exposed)
             return await engine.continue_with(salt)

@@ -90,10 +90,20 @@ async def load(ctx: OperationContext, cache: LMCache, window: Window, manifest: 
 
 async def put_back(services: Services, window: Window, objects: Sequence[PinnedObject]) -> tuple[States, list[str]]:
     """Restore objects of a window in every tier; return their states, and warnings. Raises `window_not_found`."""
-    # This restores lost pins too: nothing would remove those of a window that was deleted before or during it.
-    async with services.pins.lock.acquire(exclusive=False):
+    await services.store.check_exists(window)
+    restored = await services.pins.check_and_restore(objects)
+    try:
         await services.store.check_exists(window)
-        return await services.pins.check_and_restore(objects)
+    except GatewayError:
+        await _unpin(services, objects)  # lost pins were restored too, of a window that was deleted meanwhile
+        raise
+    return restored
+
+
+async def _unpin(services: Services, objects: Sequence[PinnedObject]) -> None:
+    keys = [ObjectKey.parse(name) for name in dict.fromkeys(one.pin_key for one in objects)]
+    async with services.claims.removing(keys) as removal:
+        await removal.remove(removal.claimed.keys, originals=False)
 
 
 def missing_kv(window: Window, chunks_found: int) -> list[str]:

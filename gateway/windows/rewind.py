@@ -112,7 +112,7 @@ async def _take_back(ctx: OperationContext, session: Session, before: Session, s
     had = await store.messages(before.transcript) if before.transcript else []
     has = await store.messages(session.transcript) if session.transcript else []
     dropped = await asyncio.to_thread(_turns_dropped, had, has)
-    if services.turns.has_turn_in_flight(session.tenant, session.id):
+    if await services.turns.has_turn_in_flight(session.tenant, session.id):
         raise _continued(session.id)
     rewound = await store.rewind_session(session, before=before, source=source)
     if rewound is None:

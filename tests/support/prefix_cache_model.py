@@ -1,10 +1,9 @@
 """A gateway's parts before a fake engine, a fake LMCache and its real directory: what a freeze and a thaw need."""
 
-import fcntl
-import os
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,12 @@ class Cached:
         return {path.name for path in self.pins.iterdir()}
 
     @property
-    def locked(self) -> bool:
-        """Whether somebody holds the lock on the pins, so that nothing can be unpinned."""
-        fd = os.open(self.services.settings.data_path / "pins.lock", os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+    def claimed(self) -> bool:
+        """Whether objects are claimed, so that nothing may unpin them."""
+        path = self.services.settings.store_path
+        assert path is not None
+        with closing(sqlite3.connect(path)) as db:
+            return bool(db.execute("SELECT 1 FROM pin_claims").fetchone())
 
     async def session(
         self, name: str = "s", messages: Sequence[Mapping[str, Any]] = MESSAGES, *, stored: bool = True, **more: Any

@@ -54,7 +54,7 @@ class RetentionHarness:
 
     async def window(self, name: str, keys: list[ObjectKey], *, expires_at: float | None = None) -> None:
         """A window that holds objects."""
-        async with self.parts.pins.lock.acquire(exclusive=False):
+        async with self.parts.claims.keep(keys) as claim:
             by_tier, _ = await self.parts.pins.pin(keys, [])
             objects = tuple(one for tier in by_tier.values() for one in tier.values())
             window = Window(
@@ -62,7 +62,7 @@ class RetentionHarness:
                 SIZE, "complete", b"t", None, f"m-{name}", time.time(), expires_at=expires_at,
             )  # fmt: skip
             manifest = Manifest(window.manifest, (1,) * 48, objects)
-            assert await self.parts.store.add_window(window, manifest, Text([{"role": "user", "content": name}]))
+            assert await claim.commit(window, manifest, Text([{"role": "user", "content": name}]))
 
 
 def settings(folder: Path, engine: FakeEngine, redis: RedisServer, **more: object) -> Settings:

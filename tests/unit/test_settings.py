@@ -56,6 +56,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "redis_budget_bytes": ("11", "11", 11),
     "tenant_budget_bytes": ("15", "15", 15),
     "disk_reserve_bytes": ("12", "12", 12),
+    "gateway_lease_s": ("4.5", "4.5", 4.5),
     "sweep_every_s": ("9.5", "9.5", 9.5),
     "clock_hold_s": ("60", "60", 60.0),
     "responses_kept": ("44", "44", 44),

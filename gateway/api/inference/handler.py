@@ -4,13 +4,15 @@ A turn of a session (`TURNS`) is read once, salted, relayed, and given to the re
 (`gateway.sessions.recorder`). Other allowed requests (`passthrough_routes`) pass through (`passthrough`).
 """
 
+import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api import auth
 from gateway.api.asgi import ClientGone, not_found, parse_object, read_body, require_json, send_answer
@@ -174,10 +176,12 @@ class Inference:
         turn.started_at, clock = time.time(), time.monotonic()
         turn.overhead_s = clock - turn.arrived
         services.recorder.begin(turn)
+        seen = services.turns.seen_by_others()
+        send = incoming.send if seen is None else _after(seen, incoming.send)
         route = services.engines.route(session.lineage, session.engine, call.model)
         note = services.salt_notes.begin(session, salt)
         try:
-            await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, turn.result)
+            await relay(route, outgoing, client_of(incoming.scope), send, options, turn.result)
         finally:
             services.salt_notes.withdraw(note)  # the record comes as soon as the note would
             turn.duration_ms, turn.engine = (time.monotonic() - clock) * 1000, route.engine
@@ -228,6 +232,22 @@ class Inference:
 def _follow(turn: TurnContext, followed: SuccessorTurn) -> None:
     turn.call, turn.match, turn.ancestor = followed.call, followed.match, followed.window
     turn.dropped += followed.dropped
+
+
+def _after(seen: Callable[[], Awaitable[None]], send: Send) -> Send:
+    """Send nothing before `seen`."""
+    first = asyncio.Lock()
+    done = False
+
+    async def send_after(message: Message) -> None:
+        nonlocal done
+        async with first:
+            if not done:
+                await seen()
+                done = True
+        await send(message)
+
+    return send_after
 
 
 def _headers(turn: TurnContext) -> Headers:

@@ -78,7 +78,8 @@ async def _messages(services: Services, session: Session, transcript: bytes) -> 
 
 async def _current(services: Services, session: Session) -> list[Message] | None:
     """A thawed session's transcript, with the turn that has just ended; None if it is still the window's."""
-    if services.turns.has_turn_in_flight(session.tenant, session.id):
+    if await services.turns.has_turn_in_flight(session.tenant, session.id):
+        await services.turns.settle(session.tenant, session.id)
         await services.recorder.flush()
     # A turn may have been recorded between the first read of the session and this.
     session = await services.sessions.open(session.tenant, session.id)

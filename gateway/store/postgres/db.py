@@ -72,6 +72,10 @@ class PostgresDb:
         if values := [_bindable(row) for row in rows]:
             await self.connection.executemany(self._statements.get(sql), values)
 
+    async def now(self) -> float:
+        """See `Db.now`."""
+        return float(await self.connection.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
+
     async def lock(self, names: Iterable[str]) -> None:
         """See `Db.lock`."""
         if not self._alone:

@@ -3,12 +3,13 @@
 1. Read the manifest, and refuse what cannot be used here before anything large is read.
 2. Read every member into an unnamed file, which the kernel deletes if we die.
 3. With a salt of this gateway and a lineage of its own, pin the objects in each tier.
-4. Commit. A crash before this leaves pins that the next sweep removes.
+4. Commit. A crash before this leaves pins, and a claim by which another gateway removes them.
 5. Restore the objects under LMCache's own names, as a thaw would.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -25,10 +26,12 @@ from gateway.windows.archive.manifest import Contents, Record
 from gateway.windows.archive.spool import Spool
 from gateway.windows.archive.transcript import FiledText, read_text
 from gateway.windows.catalog import NewWindow, pinned_keys
+from gateway.windows.claims import Claim
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.ensure_stored import NO_CACHE, with_receipt
-from gateway.windows.freeze import all_or_nothing, check_budget, window_name_taken
+from gateway.windows.freeze import check_budget, window_name_taken
 from gateway.windows.next_turn import next_turn_ids
+from gateway.windows.restore import put_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,27 +179,37 @@ class _Import:
 
     async def commit(self, window: Window) -> NewWindow:
         """Pin the objects and add the window."""
-        services, text = self.ctx.services, self.text
+        services = self.ctx.services
+        keys = await asyncio.to_thread(pinned_keys, window, self.text.ids) if window.chunk_count else []
         # With one salt for the whole tenant, a freeze may be pinning the very keys that we write.
-        async with all_or_nothing(services), services.pins.lock.acquire(exclusive=services.salts.per_tenant):
-            objects, warnings = await self._pin(window)
-            window = with_receipt(
-                window, window.chunk_count, objects, self.ctx.duration_ms(), _origin(self.contents.record)
-            )
-            self.ctx.progress("commit", 0, 0)
-            await check_budget(services, window.tenant, objects)
-            manifest = Manifest(window.manifest, text.ids, objects)
-            committed = await services.store.add_window(window, manifest, Text(text.messages, text.frame))
-            if committed is None:
-                raise window_name_taken(window.name)
-            _, more = await services.pins.check_and_restore(objects)
-            return NewWindow(committed, (*warnings, *more))
+        committed, objects, warnings = await services.claims.commit_under(
+            keys, lambda claim: self._pin_and_commit(claim, window, keys), write=True
+        )
+        with suppress(GatewayError):  # somebody has deleted it at once
+            _, more = await put_back(services, committed, objects)
+            warnings += more
+        return NewWindow(committed, tuple(warnings))
 
-    async def _pin(self, window: Window) -> tuple[tuple[PinnedObject, ...], list[str]]:
+    async def _pin_and_commit(
+        self, claim: Claim, window: Window, keys: Sequence[ObjectKey]
+    ) -> tuple[Window, tuple[PinnedObject, ...], list[str]]:
+        text = self.text
+        objects, warnings = await self._pin(keys)
+        window = with_receipt(
+            window, window.chunk_count, objects, self.ctx.duration_ms(), _origin(self.contents.record)
+        )
+        self.ctx.progress("commit", 0, 0)
+        await check_budget(self.ctx.services, window.tenant, objects)
+        manifest = Manifest(window.manifest, text.ids, objects)
+        committed = await claim.commit(window, manifest, Text(text.messages, text.frame))
+        if committed is None:
+            raise window_name_taken(window.name)
+        return committed, objects, warnings
+
+    async def _pin(self, keys: Sequence[ObjectKey]) -> tuple[tuple[PinnedObject, ...], list[str]]:
         """Pin every object in each tier that can be reached. Raises TierFull, `cache_unavailable` if none can."""
-        if not window.chunk_count:
+        if not keys:
             return (), []
-        keys = await asyncio.to_thread(pinned_keys, window, self.text.ids)
         existing = {(o.tier, o.key): o for o in await self.ctx.services.store.objects(keys)}
         by_tier, warnings = await self.ctx.services.pins.each(
             lambda tier: self._pin_in(tier, keys, existing), raise_full=True

@@ -291,7 +291,7 @@ class AutofreezeService:
 
     async def _freeze(self, row: FreezeCandidate, reason: str) -> None:
         session, store = row.session, self._services.store
-        if self._services.turns.has_turn_in_flight(session.tenant, session.id):
+        if await self._services.turns.has_turn_in_flight(session.tenant, session.id):
             return  # it is checked again when that is recorded
         now = time.time()
         until, latest = now + _CLAIM_S, self._latest(now)

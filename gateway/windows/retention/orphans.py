@@ -17,18 +17,22 @@ from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.delete import drop_from_cache
 
 _WRITTEN_S = 30.0  # by then LMCache has written what it had to write
-BATCH = 1000  # objects deleted while freezes wait
+BATCH = 1000  # objects claimed at once
 _SESSIONS_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
 class OrphansDeleted:
-    """What was deleted, a pin and its object counted once; `kept` counts the salts that are still needed."""
+    """What was deleted, a pin and its object counted once.
+
+    `kept` counts the salts that are still needed, `claimed` the objects that somebody is pinning or reading.
+    """
 
     blocks_deleted: int = 0
     space_freed_bytes: int = 0
     warnings: tuple[str, ...] = ()
     kept: int = 0
+    claimed: int = 0
 
     def __add__(self, other: "OrphansDeleted") -> "OrphansDeleted":
         return OrphansDeleted(
@@ -36,6 +40,7 @@ class OrphansDeleted:
             self.space_freed_bytes + other.space_freed_bytes,
             tuple(dict.fromkeys((*self.warnings, *other.warnings))),
             self.kept + other.kept,
+            self.claimed + other.claimed,
         )
 
 
@@ -74,7 +79,7 @@ async def _delete_expired(services: Services, since: float) -> int:
         deleted = [
             await services.store.delete_session(tenant, session_id, idle_since=since)
             for tenant, session_id in idle
-            if not services.turns.has_turn_in_flight(tenant, session_id)
+            if not await services.turns.has_turn_in_flight(tenant, session_id)
         ]
         expired += sum(deleted)
         if not any(deleted) or len(idle) < _SESSIONS_BATCH:
@@ -87,7 +92,7 @@ async def delete_orphans(services: Services, salts: Collection[str] | None = Non
     Each tier is read once, however many salts there are.
     """
     orphaned = [one for one in await services.store.orphaned_salts() if salts is None or one.salt in salts]
-    idle = [one for one in orphaned if not services.turns.lineage_has_turn_in_flight(one.tenant, one.lineage)]
+    idle = [one for one in orphaned if not await services.turns.lineage_has_turn_in_flight(one.tenant, one.lineage)]
     deleted = OrphansDeleted(kept=len(orphaned) - len(idle))
     if not idle:
         return deleted
@@ -99,7 +104,8 @@ async def delete_orphans(services: Services, salts: Collection[str] | None = Non
         part = await _delete_salt(services, one.salt, by_salt.get(one.salt, []))
         deleted += part
         # If a session uses it again, the deletion of that session will mark it again.
-        if part.kept or (began - one.since > _WRITTEN_S and not warnings and not part.warnings):
+        dealt_with = not (warnings or part.warnings or part.claimed)
+        if part.kept or (began - one.since > _WRITTEN_S and dealt_with):
             await services.store.clear_orphan(one)
     return deleted
 
@@ -116,19 +122,13 @@ async def _delete_salt(services: Services, salt: str, keys: Sequence[ObjectKey])
 
 
 async def _delete_batch(services: Services, salt: str, keys: Sequence[ObjectKey]) -> OrphansDeleted:
-    async with services.pins.lock.acquire(exclusive=True):
+    async with services.claims.removing(keys) as removal:
         if await services.store.salt_in_use(salt):
             return OrphansDeleted(kept=1)
-        free = not_held(keys, await services.store.held_under(salt))
-        freed, warnings = await services.pins.remove(free, originals=True)
+        free = removal.claimed.keys
+        freed, warnings = await removal.remove(free, originals=True)
     warnings += await drop_from_cache(services, free)
-    return OrphansDeleted(len(free), freed, tuple(warnings))
-
-
-def not_held(keys: Iterable[ObjectKey], held: Iterable[ObjectKey]) -> list[ObjectKey]:
-    """Those of `keys` that have none of the addresses of `held`, what windows hold."""
-    addresses = {key.address for key in held}
-    return [key for key in keys if key.address not in addresses]
+    return OrphansDeleted(len(free), freed, tuple(warnings), claimed=removal.claimed.busy)
 
 
 def group_by_salt(keys: Iterable[ObjectKey]) -> dict[str, list[ObjectKey]]:

@@ -12,7 +12,7 @@ from gateway.kv.tiers.base import Tier
 from gateway.store.types import SaltUse
 from gateway.windows.context import Services
 from gateway.windows.delete import drop_from_cache
-from gateway.windows.retention.orphans import BATCH, group_by_salt, not_held
+from gateway.windows.retention.orphans import BATCH, group_by_salt
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,20 @@ async def _enforce(services: Services, tier: Tier) -> None:
         return
     by_salt = group_by_salt(one.key for one in stored)
     for salt, uses in _idle_first(await services.store.salt_uses()):
-        if salt not in by_salt or any(
-            services.turns.lineage_has_turn_in_flight(use.tenant, use.lineage) for use in uses
-        ):
+        if salt not in by_salt or await _in_turn(services, uses):
             continue
-        size -= await _delete_salt(services, tier, salt, by_salt[salt])
+        size -= await _delete_salt(services, tier, by_salt[salt])
         if size <= budget:
             return
     log.warning("the %s tier holds %d bytes, %d more than its budget, and no idle session has any of it that no window "
                 "holds", tier.name, size, size - budget)  # fmt: skip
+
+
+async def _in_turn(services: Services, uses: Sequence[SaltUse]) -> bool:
+    for use in uses:
+        if await services.turns.lineage_has_turn_in_flight(use.tenant, use.lineage):
+            return True
+    return False
 
 
 def _idle_first(uses: Sequence[SaltUse]) -> list[tuple[str, list[SaltUse]]]:
@@ -57,14 +62,16 @@ def _idle_first(uses: Sequence[SaltUse]) -> list[tuple[str, list[SaltUse]]]:
     return sorted(by_salt.items(), key=lambda item: max(use.last_active_at for use in item[1]))
 
 
-async def _delete_salt(services: Services, tier: Tier, salt: str, keys: Sequence[ObjectKey]) -> int:
+async def _delete_salt(services: Services, tier: Tier, keys: Sequence[ObjectKey]) -> int:
     """Delete the objects of one salt from a tier, except what windows hold; return the bytes freed."""
     freed = 0
     for start in range(0, len(keys), BATCH):
-        # No freeze is between its pins and its commit now, so what no window holds is not about to be held.
-        async with services.pins.lock.acquire(exclusive=True):
-            free = not_held(keys[start : start + BATCH], await services.store.held_under(salt))
-            freed += await tier.remove(free)
+        async with services.claims.removing(keys[start : start + BATCH]) as removal:
+            free = removal.claimed.keys
+            more, warnings = await removal.remove(free, originals=True, only=(tier.name,))
+        freed += more
+        for warning in warnings:
+            log.warning("could not delete for a budget: %s", warning)
         for warning in await drop_from_cache(services, free, [tier]):
             log.warning("the cache still has in memory what was deleted for a budget: %s", warning)
     if freed:

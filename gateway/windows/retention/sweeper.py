@@ -1,4 +1,4 @@
-"""Delete what is no longer needed in periodic sweeps; one of several workers runs them."""
+"""Delete what is no longer needed in periodic sweeps; one of the gateways that share a store runs them."""
 
 import asyncio
 import logging
@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable
 
 from gateway.errors import GatewayError
-from gateway.kv.file_lock import FileLock
 from gateway.records import Window
 from gateway.runtime.clock import Clock, since_boot
 from gateway.store.types import StoreUnavailable
@@ -21,20 +20,36 @@ _BATCH = 100  # windows
 
 
 async def run_sweeper(services: Services) -> None:
-    """Sweep every `sweep_every_s`, until it is cancelled."""
-    every = services.settings.sweep_every_s
-    # Held until this worker ends: then another takes over.
-    async with FileLock(services.settings.data_path / "sweep.lock", poll_s=every).acquire(exclusive=True):
-        clock, doubt = Clock(services.settings.clock_hold_s), ""
-        clock.started_after(await services.store.newest())
-        held_at: float | None = None
-        while True:
-            held_at = await _add_up_held(services, held_at, doubt=clock.doubt())
-            await asyncio.sleep(every)
-            before, doubt = doubt, clock.doubt()
-            if doubt and not before:
-                log.warning("nothing expires for up to %g s (clock_hold_s): %s", services.settings.clock_hold_s, doubt)
-            await sweep(services, expire=not doubt)
+    """Sweep every `sweep_every_s` while this gateway has the lease to do so, until it is cancelled.
+
+    The lease ends with the gateway: then another takes over.
+    """
+    while True:
+        if await _may_sweep(services):
+            await _sweep_while_leased(services)
+        await asyncio.sleep(services.settings.sweep_every_s)
+
+
+async def _may_sweep(services: Services) -> bool:
+    try:
+        return await services.leases.keep("sweep")
+    except StoreUnavailable as error:
+        log.warning("could not tell which gateway sweeps: %s", error.message)
+        return False
+
+
+async def _sweep_while_leased(services: Services) -> None:
+    every, hold_s = services.settings.sweep_every_s, services.settings.clock_hold_s
+    clock, doubt = Clock(hold_s), ""
+    clock.started_after(await services.store.newest())
+    held_at: float | None = None
+    while await _may_sweep(services):
+        held_at = await _add_up_held(services, held_at, doubt=clock.doubt())
+        await asyncio.sleep(every)
+        before, doubt = doubt, clock.doubt()
+        if doubt and not before:
+            log.warning("nothing expires for up to %g s (clock_hold_s): %s", hold_s, doubt)
+        await sweep(services, expire=not doubt)
 
 
 async def _add_up_held(services: Services, before: float | None, *, doubt: str) -> float:

@@ -1,13 +1,14 @@
 """The process: one port, one clear line when it cannot start, and an end that loses nothing."""
 
 import errno
-import fcntl
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *says: str) -
         assert words in errors[0]
 
 
+@contextmanager
+def store_locked(gateway: Gateway) -> Iterator[None]:
+    """Nobody else can write to the store, or bring its schema up to date."""
+    with closing(sqlite3.connect(gateway.data_dir / "gateway.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+
+
 def test_a_port_that_is_in_use_is_one_clear_line(gateway: Gateway, tmp_path: Path) -> None:
     ended = serve(port=gateway.port, engine_urls=DEAD, data_dir=tmp_path)
     assert_one_clear_line(ended, str(gateway.port), "in use")
@@ -44,12 +53,11 @@ def test_a_port_that_is_in_use_is_one_clear_line(gateway: Gateway, tmp_path: Pat
 def test_a_port_cannot_be_taken_while_the_gateway_starts(tmp_path: Path) -> None:
     tmp_path.joinpath("data").mkdir()
     gateway = Gateway(tmp_path, DEAD)
-    with tmp_path.joinpath("data", "pins.lock").open("w") as lock, socket.socket() as rival:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the start waits for it, after it has had its look at the port
+    with store_locked(gateway), socket.socket() as rival:  # the start waits for it, after its look at the port
         refused = 0
         try:
             gateway.start()
-            eventually((gateway.data_dir / "secret").exists, "the start is under way")
+            eventually((gateway.data_dir / "serve.lock").exists, "the start is under way")
             rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 rival.bind(("127.0.0.1", gateway.port))
@@ -115,20 +123,18 @@ def test_a_start_without_redis_does_not_import_its_client() -> None:
 def test_it_says_that_it_listens_only_when_it_does(tmp_path: Path) -> None:
     tmp_path.joinpath("data").mkdir()
     gateway = Gateway(tmp_path, DEAD)
-    with tmp_path.joinpath("data", "pins.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
+    try:
+        with store_locked(gateway):
             gateway.start()
-            eventually((gateway.data_dir / "secret").exists, "the start is under way")
+            eventually((gateway.data_dir / "serve.lock").exists, "the start is under way")
             said = "listening on" in gateway.log
             with socket.socket() as sock:
                 sock.settimeout(1)
                 assert said <= (sock.connect_ex(("127.0.0.1", gateway.port)) == 0)
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            gateway.wait("/healthz")
-            assert f"listening on {gateway.url}" in gateway.log
-        finally:
-            gateway.close()
+        gateway.wait("/healthz")
+        assert f"listening on {gateway.url}" in gateway.log
+    finally:
+        gateway.close()
 
 
 def test_a_stream_that_ends_within_the_grace_time_is_served_to_its_end(

@@ -1,16 +1,18 @@
 """A hung Redis costs all operations together a few seconds, and each a warning; nothing waits for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from gateway.kv.keys import ObjectKey
 from gateway.windows.archive.export import export
+from gateway.windows.catalog import pinned_keys
 from gateway.windows.clone import clone
 from gateway.windows.context import Services
 from gateway.windows.delete import delete
-from gateway.windows.freeze import Naming, release_strays
+from gateway.windows.freeze import Naming
 from gateway.windows.retention import orphans
 from gateway.windows.retention.usage import usage
 from gateway.windows.thaw import thaw
@@ -64,20 +66,23 @@ async def test_every_operation_works_without_the_tier(hung: GatewayHarness) -> N
         deleted = await delete(hung.ctx, "again")
         assert deleted.blocks_deleted == CHUNKS
         assert any("redis tier: it hangs" in warning for warning in deleted.warnings)
-        assert await release_strays(parts) == 0
+        assert await parts.claims.release_strays() == 0
 
 
-async def test_deletion_holds_the_lock_only_briefly(hung: GatewayHarness) -> None:
+async def test_deletion_keeps_a_freeze_waiting_only_briefly(hung: GatewayHarness) -> None:
     parts = hung.services
+    found = await parts.store.window("default", "w")
+    assert found is not None
+    keys = pinned_keys(found, (await parts.store.manifest(found)).token_ids)
     async with asyncio.timeout(ALL_OPERATIONS_S):
         async with asyncio.TaskGroup() as both:
             both.create_task(delete(hung.ctx, "w"))
             await asyncio.sleep(0)  # it begins first
-            both.create_task(_hold(parts))
+            both.create_task(_hold(parts, keys))
 
 
-async def _hold(services: Services) -> None:
-    async with services.pins.lock.acquire(exclusive=False):
+async def _hold(services: Services, keys: Sequence[ObjectKey]) -> None:
+    async with services.claims.keep(keys):
         pass
 
 

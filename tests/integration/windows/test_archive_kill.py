@@ -45,10 +45,10 @@ def started(gateway: Gateway) -> Gateway:
 
 
 def everything(gateway: Gateway) -> set[str]:
-    """Every file of the tiers and of the gateway, except SQLite's own and the self-test's lock, which comes later."""
+    """Every file of the tiers and of the gateway, except SQLite's own."""
     folder = gateway.data_dir.parent
     files = {str(f) for f in folder.rglob("*") if f.is_file()}
-    return {f for f in files if not f.endswith(("-wal", "-shm", "proof.lock"))}
+    return {f for f in files if not f.endswith(("-wal", "-shm"))}
 
 
 def windows(gateway: Gateway) -> list[str]:

@@ -93,11 +93,10 @@ async def test_chunks_after_a_missing_one_are_not_claimed(harness: Cached) -> No
     )
 
 
-async def test_lock_is_held_from_pins_to_commit(harness: Cached) -> None:
-    held: dict[str, bool] = {}
-    await harness.window(progress=lambda step, done, total: held.update({step: harness.locked}))
-    assert held["commit"]
-    assert not held["render"]
+async def test_objects_are_claimed_from_pins_to_commit(harness: Cached) -> None:
+    claimed: dict[str, bool] = {}
+    await harness.window(progress=lambda step, done, total: claimed.update({step: harness.claimed}))
+    assert (claimed["render"], claimed["pin"], claimed["commit"], harness.claimed) == (False, True, True, False)
 
 
 async def test_nearly_full_disk_is_refused_before_computing(
@@ -224,15 +223,13 @@ async def test_automatic_freeze_of_deleted_session_makes_no_window(engine: FakeE
 # --- operations on an existing window
 
 
-async def test_deletion_waits_for_uncommitted_pins(harness: Cached) -> None:
-    await harness.window()
-    async with harness.services.pins.lock.acquire(exclusive=False):
-        deletion = asyncio.create_task(delete(harness.ctx, "w"))
-        for _ in range(5):  # writes are done in their order: had it not waited, its own would be done by now
-            await harness.services.store.describe_window(TENANT, "other", {})
-        assert await harness.services.store.window(TENANT, "w")
-    assert (await deletion).blocks_deleted == CHUNKS
-    assert (await harness.services.store.window(TENANT, "w"), harness.pinned) == (None, set())
+async def test_deletion_leaves_what_is_about_to_be_committed(harness: Cached) -> None:
+    window = await harness.window()
+    pinned = harness.pinned
+    async with harness.services.claims.keep(harness.keys(window)):
+        assert (await delete(harness.ctx, "w")).blocks_deleted == 0
+        assert (await harness.services.store.window(TENANT, "w"), harness.pinned) == (None, pinned)
+    assert harness.pinned == set()  # it was not committed
 
 
 async def test_replaced_source_is_not_cloned(harness: Cached) -> None:

@@ -325,7 +325,8 @@ async def test_kv_of_a_text_whose_session_id_was_taken_meanwhile_is_swept(engine
 
     def meanwhile() -> None:
         asyncio.run_coroutine_threadsafe(taken, loop).result(20)
-        seen.append(services.turns.lineage_has_turn_in_flight(TENANT, window.lineage))
+        in_turn = services.turns.lineage_has_turn_in_flight(TENANT, window.lineage)
+        seen.append(asyncio.run_coroutine_threadsafe(in_turn, loop).result(20))
 
     engine.before_completion = meanwhile
     with pytest.raises(GatewayError, match="already"):

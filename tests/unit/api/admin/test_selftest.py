@@ -67,7 +67,7 @@ def to_both(harness: GatewayHarness) -> Keep:
 
 def on_disk(harness: GatewayHarness, tier: DiskTier | None = None) -> Services:
     """The parts with a disk tier alone."""
-    return replace(harness.services, pins=Pins((tier or harness.services.pins.tiers[0],), harness.services.pins.lock))
+    return replace(harness.services, pins=Pins((tier or harness.services.pins.tiers[0],)))
 
 
 async def checked(services: Services) -> dict[str, Check]:
