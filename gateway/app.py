@@ -7,7 +7,9 @@ import os
 import socket
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import uvloop
 from starlette.applications import Starlette
@@ -27,6 +29,7 @@ from gateway.engines.connection_pool import Upstream
 from gateway.engines.node import EngineNode
 from gateway.engines.pool import EnginePool
 from gateway.errors import StartError
+from gateway.kv.cache_pool import CachePool
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.base import Tier, TierUnavailable
@@ -55,6 +58,8 @@ from gateway.windows.background import BackgroundTasks
 from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
 from gateway.windows.claims import Claims
 from gateway.windows.context import Services
+from gateway.windows.drain import apply_drained, watch_drained
+from gateway.windows.nodes import Nodes
 from gateway.windows.retention.sweeper import run_sweeper
 
 log = logging.getLogger(__name__)
@@ -127,17 +132,17 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         telemetry = await stack.enter_async_context(Metrics(shared))
         elsewhere = await _turns_elsewhere(stack, settings, store, membership)
         turns = ActiveTurns(store, elsewhere)
-        cache: LMCache | None = None
-        if settings.cache_url:
-            locks_path = settings.data_path / "loads"
-            alone = leases.hold if settings.store_path is None else None
-            cache = LMCache(settings.cache_url, settings.connect_timeout_s, locks_path, settings.chunk_size, alone)
-            await stack.enter_async_context(cache)
+        cache = await stack.enter_async_context(_caches(settings, leases)) if settings.has_cache else None
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
         reviews = CacheReviewer(store, estimator, lambda: cache.chunk_size if cache else settings.chunk_size)
-        engines = [_node(url, settings, stalls.lost_since) for url in settings.engine_urls]
+        make_node = partial(_node, settings, stalls.lost_since, telemetry)
+        engines = [make_node(one.url, one.cache) for one in settings.nodes if one.url]
         pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
+        if cache is not None:
+            pool.load_s = cache.load_s
+        nodes = Nodes(settings.nodes, pool, cache, make_node, settings.engine_check_s, telemetry)
+        await stack.enter_async_context(nodes)
         tiers = await _tiers(stack, settings, store.store_id)
         recorder = await stack.enter_async_context(
             TurnRecorder(store, turns, reviews, telemetry, elsewhere, max_pending=settings.turn_queue)
@@ -161,10 +166,10 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
             estimator=estimator,
             stalls=stalls,
         )
-        for node in engines:
-            _watch(node, telemetry)
         telemetry.register_gauge("cwg_turns_in_flight", lambda: turns.in_flight)
         telemetry.register_gauge("cwg_turns_unrecorded", lambda: recorder.unrecorded)
+        await apply_drained(services)
+        services.background.spawn(watch_drained(services), "watching drained engines")
         services.background.spawn(run_sweeper(services), "sweeping")
         services.background.spawn(store.fill_in_titles(), "filling in titles")
         services.background.spawn(store.keep_searchable(), "indexing messages")
@@ -190,7 +195,18 @@ async def _turns_elsewhere(
     return locks
 
 
-def _node(url: str, settings: Settings, lost_since: LostSince) -> EngineNode:
+def _caches(settings: Settings, leases: Leases) -> CachePool:
+    """The caches, each with locks of its own: a load on one server does not disturb one on another."""
+    alone = leases.hold if settings.store_path is None else None
+
+    def make(url: str) -> LMCache:
+        locks = settings.data_path / "loads" / f"{crc32(url.encode()):08x}"
+        return LMCache(url, settings.connect_timeout_s, locks, settings.chunk_size, alone)
+
+    return CachePool(make, settings.chunk_size)
+
+
+def _node(settings: Settings, lost_since: LostSince, telemetry: Metrics, url: str, cache: str) -> EngineNode:
     connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
     upstream = Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence, lost_since=lost_since)
     client = HttpEngineClient(
@@ -201,13 +217,12 @@ def _node(url: str, settings: Settings, lost_since: LostSince) -> EngineNode:
         timeout_s=silence,
         lost_since=lost_since,
         abort_grace_s=settings.abort_grace_s,
-        has_cache=bool(settings.cache_url),
+        has_cache=settings.has_cache,
     )
-    return EngineNode(upstream, client, lost_since)
-
-
-def _watch(node: EngineNode, telemetry: Metrics) -> None:
-    telemetry.watch_engine(node.url, lambda: node.up)
+    node = EngineNode(upstream, client, lost_since, cache=cache)
+    telemetry.watch_address("cwg_engine_up", url, lambda: node.up)
+    telemetry.watch_address("cwg_engine_draining", url, lambda: node.draining)
+    return node
 
 
 async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tuple[Tier, ...]:

@@ -6,6 +6,7 @@ continues its numbers. Labels are bounded: no session, no window, no model that 
 """
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
@@ -81,6 +82,14 @@ METRICS = (
     Metric("cwg_event_loop_lag_seconds", "gauge", (), "longest delay of the event loop in ten seconds", "livemax"),
     Metric("cwg_workers", "gauge", (), "worker processes that are serving"),
     Metric("cwg_engine_up", "gauge", ("engine",), "1 when the engine answered last time, else 0", "livemax"),
+    Metric("cwg_engine_draining", "gauge", ("engine",), "1 while the engine is drained, else 0", "livemax"),
+    Metric(
+        "cwg_cache_up",
+        "gauge",
+        ("cache",),
+        "of several caches: 1 when it could be asked last time and stores KV as the others do, else 0",
+        "livemax",
+    ),
     Metric("cwg_windows", "gauge", ("kv",), "windows, by how much of their KV is pinned"),
     Metric("cwg_pinned_objects", "gauge", ("tier",), "KV objects that windows hold"),
     Metric("cwg_pinned_bytes", "gauge", ("tier",), "bytes of these objects"),
@@ -154,6 +163,7 @@ class Metrics:
         }
         self._series: dict[tuple[str, str, str], _Series] = {}
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
+        self._addresses: dict[tuple[str, str], tuple[Gauge, Callable[[], float]]] = {}  # by metric and host
         self.register_gauge("cwg_workers", lambda: 1)
 
     async def __aenter__(self) -> "Metrics":
@@ -169,10 +179,19 @@ class Metrics:
         """Take a gauge's value from `value`, periodically and whenever the numbers are read."""
         self._watched.append((self._gauges[name], value))
 
-    def watch_engine(self, url: str, is_up: Callable[[], bool]) -> None:
-        """Watch whether an engine is up. A password in its URL is left out."""
-        host = urlsplit(url).netloc.rpartition("@")[2]
-        self._watched.append((self._gauges["cwg_engine_up"].labels(host), is_up))
+    def watch_address(self, name: str, url: str, value: Callable[[], float]) -> None:
+        """Take a gauge's value for an engine or a cache from `value`. A password in its URL is left out."""
+        host = _host(url)
+        self._addresses[name, host] = (self._gauges[name].labels(host), value)
+
+    def forget_address(self, url: str) -> None:
+        """Show no more of an engine or a cache that is gone."""
+        host = _host(url)
+        for name, gone in [key for key in self._addresses if key[1] == host]:
+            gauge, _ = self._addresses.pop((name, gone))
+            gauge.set(math.nan)  # in files, from which nothing can be removed, it is neither up nor down
+            if self._shared is None:
+                self._gauges[name].remove(host)
 
     def count_turn(self, turn: Turn, dialect: str, overhead_s: float, *, served: bool) -> None:
         """Count a finished turn. `served`: the engine has the model; other names are whatever clients send."""
@@ -254,7 +273,7 @@ class Metrics:
         return [family for family in families if family.samples]
 
     def _refresh(self) -> None:
-        for gauge, value in self._watched:
+        for gauge, value in [*self._watched, *self._addresses.values()]:
             gauge.set(value())
 
     async def _measure(self) -> None:
@@ -302,6 +321,10 @@ def clear(folder: Path) -> None:
 def forget(folder: Path, slot: int) -> None:
     """Delete the gauges of a worker that has ended."""
     mark_process_dead(slot, str(folder))  # type: ignore[no-untyped-call]
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _in_files(shared: Shared) -> Any:

@@ -5,22 +5,22 @@ the start and names the nearest known one.
 """
 
 import difflib
+import json
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_origin
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict
 from pydantic_settings import PydanticBaseSettingsSource as Source
 
 from gateway.dialects import prompt_filters
+from gateway.validation.addresses import EngineEntries, EngineEntry, EngineUrls, HttpUrl, check, is_url, where
 from gateway.validation.shown import shown
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -31,48 +31,10 @@ _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 _FROM_TEXT: Mapping[Any, Callable[[str], Any]] = MappingProxyType(
     {int: int, float: float, bool: lambda t: _WORDS[t.lower()]}
 )
-_OLD_PREFIX = "CWM_"  # of Context Window Manager (cwm-mcp)
-_OLD_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "CWM_VLLM_URL": "CWG_ENGINE_URLS",
-        "CWM_VLLM_API_KEY": "CWG_ENGINE_API_KEY",
-        "CWM_VLLM_TIMEOUT": "CWG_ENGINE_TIMEOUT_S",
-        "CWM_DB_PATH": "CWG_STORE_URL",
-        "CWM_STORAGE_DISK_PATH": "CWG_KV_DIR",
-        "CWM_STORAGE_PATH": "CWG_KV_DIR",
-        "CWM_CPU_CACHE_GB": "the option --cpu-cache-gb of `cwg up`",
-        "CWM_STORAGE_CPU_MAX_GB": "the option --cpu-cache-gb of `cwg up`",
-        "CWM_DISK_CACHE_GB": "CWG_DISK_BUDGET_BYTES (bytes)",
-        "CWM_STORAGE_DISK_MAX_GB": "CWG_DISK_BUDGET_BYTES (bytes)",
-        "CWM_STORAGE_REDIS_URL": "CWG_KV_REDIS_URL",
-        "CWM_LIMITS_MAX_SESSIONS": "CWG_SESSIONS_KEPT",
-        "CWM_LIMITS_MAX_STORAGE_GB": "CWG_DISK_BUDGET_BYTES, CWG_REDIS_BUDGET_BYTES or CWG_TENANT_BUDGET_BYTES (bytes)",
-        "CWM_LOG_LEVEL": "CWG_LOG_LEVEL",
-        "CWM_AUTO_FREEZE_ENABLED": "CWG_AUTO_FREEZE",
-        "CWM_AUTO_FREEZE_TOKEN_THRESHOLD": "CWG_AUTO_FREEZE_TOKENS",
-    }
-)
 
 
 class SettingsError(Exception):
     """Settings that cannot be used; the message names each of them, where it came from, and the remedy."""
-
-
-def _check(fits: Callable[[str], object], problem: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not fits(value):
-            raise ValueError(problem.format(value))
-        return value
-
-    return AfterValidator(check)
-
-
-def _is_url(url: str, schemes: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in schemes.split() and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
 
 
 def _check_filter(name: str) -> str:
@@ -82,16 +44,6 @@ def _check_filter(name: str) -> str:
     return name
 
 
-def _check_engines(urls: tuple[str, ...]) -> tuple[str, ...]:
-    if not urls or not all(urls):
-        raise ValueError("needs the base URL of each engine")
-    split = map(urlsplit, urls)
-    times = Counter(url._replace(netloc=url.netloc.lower(), path=url.path.rstrip("/")).geturl() for url in split)
-    if len(times) < len(urls):
-        raise ValueError(f"has {times.most_common(1)[0][0]} more than once; give each engine once")
-    return urls
-
-
 Secret = Annotated[str, Field(repr=False)]  # hidden in the repr and in errors
 Port = Annotated[int, Field(ge=0, le=65535)]
 Workers = Annotated[int, Field(ge=1, le=256)]
@@ -99,25 +51,16 @@ Count = Annotated[int, Field(gt=0)]
 Limit = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 SecondsOrNone = Annotated[float, Field(ge=0)]
-HttpUrl = Annotated[
-    str,
-    _check(  # addresses are shown in errors, health, turns and logs
-        lambda url: "@" not in url.partition("://")[2].partition("/")[0],
-        "has a user name or password in a URL; take it out (a key for the engine is engine_api_key)",
-    ),
-    _check(lambda url: not url or _is_url(url, "http https"), "{!r} is not an http(s) URL"),
-]
-EngineUrls = Annotated[tuple[HttpUrl, ...], AfterValidator(_check_engines)]
-RedisUrl = Annotated[Secret, _check(lambda url: not url or _is_url(url, "redis rediss"), "is not a redis URL")]
+RedisUrl = Annotated[Secret, check(lambda url: not url or is_url(url, "redis rediss"), "is not a redis URL")]
 StoreUrl = Annotated[
-    Secret, _check(re.compile(r"sqlite:///|postgres(ql)?://|\Z").match, "is not sqlite:///PATH or postgresql://...")
+    Secret, check(re.compile(r"sqlite:///|postgres(ql)?://|\Z").match, "is not sqlite:///PATH or postgresql://...")
 ]
 PromptFilter = Annotated[str, AfterValidator(_check_filter)]
 ExtraPath = Annotated[
-    str, _check(re.compile(r"(\*|[A-Z]+) /v1/").match, "{!r} is not a method and a path below /v1/, as in 'POST /v1/x'")
+    str, check(re.compile(r"(\*|[A-Z]+) /v1/").match, "{!r} is not a method and a path below /v1/, as in 'POST /v1/x'")
 ]
 Origin = Annotated[
-    str, _check(re.compile(r"\*|.+?://[^/]+").fullmatch, "{!r} is not an origin, as in 'https://app.example'")
+    str, check(re.compile(r"\*|.+?://[^/]+").fullmatch, "{!r} is not an origin, as in 'https://app.example'")
 ]
 
 
@@ -150,6 +93,12 @@ class Settings(BaseSettings):
     )
     engine_urls: EngineUrls = setting(
         ("http://127.0.0.1:8000",), "base URLs of vLLM; a session stays with the engine that has its KV"
+    )
+    engines: EngineEntries = setting(
+        (),
+        "tables in place of `engine_urls` and `cache_url`, each an engine with the cache of its node (`url`, "
+        "`cache_url`), or a name whose every address is an engine (`discover`, with `cache_port` or `cache_discover`); "
+        "in the environment a JSON list",
     )
     engine_api_key: Secret = setting("", "key sent to the engine in place of the client's")
     engine_check_s: Seconds = setting(5.0, "seconds between two checks of an engine's health")
@@ -286,6 +235,8 @@ class Settings(BaseSettings):
     def _parse(cls, value: Any, info: ValidationInfo) -> Any:
         """Convert text, which is all that the environment has; pydantic refuses what cannot be converted."""
         kind = cls.model_fields[info.field_name or ""].annotation
+        if info.field_name == "engines" and isinstance(value, str):
+            value = _json_list(value)
         if get_origin(kind) is tuple:
             if isinstance(value, str):
                 value = value.split(",") if value.strip() else []
@@ -312,6 +263,27 @@ class Settings(BaseSettings):
         if "*" in self.allowed_origins and not self.api_key:
             raise ValueError("allowed_origins '*' lets every web page read conversations: name origins, or set api_key")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_two_forms(self) -> "Settings":
+        """Short and long form exclude each other: which of two addresses was meant could only be guessed."""
+        both = [name for name in ("engine_urls", "cache_url") if self.engines and name in self.model_fields_set]
+        if both:
+            raise ValueError(
+                f"engines and {' and '.join(both)} exclude each other: give each engine as `[[engines]]` with its url "
+                "and cache_url, and take the other setting out"
+            )
+        return self
+
+    @property
+    def nodes(self) -> tuple[EngineEntry, ...]:
+        """Every engine with its cache, from `engines` or from `engine_urls` and `cache_url`."""
+        return self.engines or tuple(EngineEntry(url=url, cache_url=self.cache_url) for url in self.engine_urls)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether any engine has a cache."""
+        return any(node.has_cache for node in self.nodes)
 
     @property
     def data_path(self) -> Path:
@@ -348,12 +320,12 @@ class Settings(BaseSettings):
         return self.kv_path.with_name(f"{self.kv_path.name}-pins") if self.kv_path else None
 
 
-def old_variables(environment: Mapping[str, str]) -> str:
-    """Which variables of Context Window Manager are set, and their names here; empty if there are none."""
-    names = sorted(name for name in environment if name.startswith(_OLD_PREFIX))
-    found = [(name, _OLD_NAMES.get(name.replace("__", "_"))) for name in names]
-    told = [f"{name} is {new} here" if new else f"{name} has no counterpart" for name, new in found]
-    return f"variables of cwm-mcp are ignored: {', '.join(told)}" if told else ""
+def _json_list(text: str) -> list[Any]:
+    """The list that a variable of the environment holds. Raises ValueError."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text or "[]"), list):
+            return value
+    raise ValueError('is not a JSON list, as in \'[{"url": "http://a:8000", "cache_url": "http://a:8080"}]\'')
 
 
 def _absolute(path: str) -> Path:
@@ -417,16 +389,22 @@ def _explain(errors: Iterable[ErrorDetails], origins: Mapping[str, str]) -> str:
 def _explain_one(error: ErrorDetails, origins: Mapping[str, str]) -> str:
     if not error["loc"]:  # about several settings
         return str(error["ctx"]["error"])
-    name = str(error["loc"][0])
-    origin = f"{origins[name]}: " if name in origins else ""
+    setting_name, *inner = error["loc"]
+    name, origin = str(setting_name), f"{origins[str(setting_name)]}: " if str(setting_name) in origins else ""
+    place = name + (where(inner) if name == "engines" else "")
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
-        return f"{origin}unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        return origin + _unknown(str(error["loc"][-1]), place, EngineEntry if inner else Settings)
     if error["type"] == "value_error":
-        return f"{origin}{name} {error['ctx']['error']}"
+        return f"{origin}{place} {error['ctx']['error']}"
     must = error["msg"].replace("Input should", "must").replace("tuple", "list of strings")
+    must = must.replace("dictionary or instance of EngineEntry", "table, with url and cache_url")
     value = f", not {shown(error['input'])}" if Settings.model_fields[name].repr else ""
-    return f"{origin}{name} {must}{value}"
+    return f"{origin}{place} {must}{value}"
+
+
+def _unknown(key: str, place: str, model: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(key, model.model_fields, n=1)
+    return f"unknown setting {place!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def table() -> list[tuple[str, str, str]]:

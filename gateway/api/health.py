@@ -13,6 +13,7 @@ from gateway import __version__
 from gateway.api.selftest import Check, run
 from gateway.engines.node import EngineNode
 from gateway.errors import GatewayError
+from gateway.kv.cache_pool import CachePool
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import caused_by_own_stall
@@ -54,6 +55,7 @@ class Health:
         self._services = services
         self._started = time.monotonic()
         self._results: dict[str, _TestResult] = {}  # by engine
+        self._caches: list[dict[str, Any]] = []  # what health says of each
         self._store_trouble = ""
         self._wrote_at = -_WRITE_INTERVAL_S
 
@@ -113,7 +115,7 @@ class Health:
         """Test one engine, not at the same time as another gateway: that would distort the time until objects land."""
         generation = member.generation
         async with self._services.leases.hold(f"proof:{member.url}", _PROOF_S):
-            checks = await run(self._services, member.engine)
+            checks = await run(self._services, member)
         if len(self._services.engines.members) > 1:
             checks = [replace(check, message=f"{member.url}: {check.message}") for check in checks]
         if not any(check.is_unreachable for check in checks):
@@ -147,6 +149,8 @@ class Health:
         return found
 
     def _details(self, name: str) -> dict[str, Any]:
+        if name == "cache" and self._services.cache is not None:
+            return {"caches": self._caches}
         if name != "engine":
             return {}
         engines = self._services.engines
@@ -177,16 +181,24 @@ class Health:
         await self._write_to_store(_WRITE_RETRY_S if self._store_trouble else _WRITE_INTERVAL_S)
         for member in self._services.engines.up:
             result = self._results.get(member.url)
-            if result is None or result.generation != member.generation or result.outdated(time.monotonic()):
+            now = time.monotonic()
+            if result is None or result.generation != member.generation or result.outdated(now):
                 await self._test(member)
+            elif self._lacks_cache(member) and now - result.at > _RETRY_S:
+                await self._test(member)  # its cache may have come since
             for model in member.engine.served:
                 if not self._services.estimator.knows(model.id):
                     await asyncio.to_thread(self._services.estimator.load_tokenizer, model.id, model.root)
 
+    def _lacks_cache(self, member: EngineNode) -> bool:
+        """Whether it has still to be found out which cache is the engine's."""
+        caches = self._services.cache
+        return member.finds_cache and caches is not None and member.cache not in caches.urls
+
     async def _engine(self) -> tuple[str, str]:
         engines = self._services.engines
         await engines.probe()
-        healthy = [member for member in engines.members if member.state == "healthy"]
+        healthy = [member for member in engines.members if member.state in ("healthy", "draining")]
         if not healthy:
             return "unhealthy", engines.trouble()
         models = dict.fromkeys(str(card["id"]) for member in healthy for card in member.engine.cards)
@@ -195,7 +207,11 @@ class Health:
             return "healthy", serving
         if engines.differing:
             serving += f"; not the same on all of them: {', '.join(engines.differing)}"
-        complete = len(healthy) == len(engines.members) and not engines.differing
+        if draining := sum(member.draining for member in healthy):
+            serving += f"; {draining} draining"
+        if engines.missing:
+            serving += "; " + "; ".join(engines.missing.values())
+        complete = len(healthy) == len(engines.members) and not engines.differing and not engines.missing
         return "healthy" if complete else "degraded", f"{len(healthy)} of {len(engines.members)} engines; {serving}"
 
     def _failed(self, component: str) -> str:
@@ -204,17 +220,32 @@ class Health:
         return "; ".join(check.message for check in failed if check.component == component)
 
     async def _cache(self) -> tuple[str, str]:
-        cache = self._services.cache
-        if cache is None:
+        caches = self._services.cache
+        if caches is None:
             return "degraded", "no cache is configured"
         began = time.monotonic()
-        trouble = await cache.trouble()
-        if trouble and caused_by_own_stall(self._services.stalls.lost_since, began):
-            trouble = await cache.trouble()
-        if trouble:
-            return "unhealthy", trouble
-        failed = self._failed("cache")
-        return ("degraded", failed) if failed else ("healthy", "answers")
+        troubles = await caches.troubles()
+        if any(troubles.values()) and caused_by_own_stall(self._services.stalls.lost_since, began):
+            troubles = await caches.troubles()
+        self._caches = [self._cache_state(caches, url, trouble) for url, trouble in troubles.items()]
+        named = len(troubles) > 1
+        found = [f"cache {one['url']}: {one['message']}" if named else one["message"] for one in self._caches]
+        answering = [one for one in self._caches if one["status"] != "unhealthy"]
+        wrong = [text for text, one in zip(found, self._caches, strict=True) if one["status"] != "healthy"]
+        problem = "; ".join(filter(None, [*wrong, *caches.missing.values(), *map(self._failed, ("cache", "pairing"))]))
+        if not answering:
+            return "unhealthy", problem or "no cache is known yet"
+        return ("degraded", problem) if problem else ("healthy", "answers")
+
+    def _cache_state(self, caches: CachePool, url: str, trouble: str) -> dict[str, Any]:
+        """What health says of one cache."""
+        difference = caches.left_out.get(url, "")
+        return {
+            "url": url,
+            "status": "unhealthy" if trouble else "left out" if difference else "healthy",
+            "message": trouble or difference or "answers",
+            "engines": self._services.engines.beside(url, only=len(caches.urls) == 1),
+        }
 
     async def _tiers(self) -> tuple[str, str]:
         if not self._services.pins.tiers:

@@ -11,11 +11,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.engines.client import HttpEngineClient, Model
+from gateway.engines.client import Model
+from gateway.engines.node import EngineNode
 from gateway.errors import GatewayError
 from gateway.kv import message_port
+from gateway.kv.cache_pool import Answers, CachePool
 from gateway.kv.keys import ObjectKey
+from gateway.kv.lmcache import CacheInfo
 from gateway.kv.tiers.base import ObjectState, Tier, TierUnavailable
+from gateway.validation.addresses import same_url
 from gateway.windows.context import Services
 from gateway.windows.ensure_stored import Plan, plan
 
@@ -23,6 +27,8 @@ Status = Literal["ok", "warning", "failed"]
 _ENGINE = "engine"
 _ISOLATION = "isolation"
 _PINS = "pins"
+_PAIRING = "pairing"
+_ADDRESS_OF_CACHE = "lmcache.mp.host and lmcache.mp.port are those of its node's LMCache"
 _CONNECTOR = "AbortSafeLMCacheConnector (kv_connector_module_path gateway.stack.connector)"
 _CHUNKS = 2
 _LAND_S = 3.0
@@ -41,11 +47,13 @@ class Check:
 
     @property
     def component(self) -> str:
-        """The component of the gateway's health that a failure of it belongs to."""
+        """The component of the gateway's health that a failure of it belongs to; `pairing` is a part of the cache's."""
         if self.name.startswith(_ISOLATION):
             return "isolation"
         if self.name.endswith((" tier", " pins")):
             return "tiers"
+        if self.name == _PAIRING:
+            return "pairing"
         return "cache" if self.name in ("cache", "chunk size") else "isolation"
 
     @property
@@ -67,20 +75,22 @@ def keeps_kv(services: Services, checks: Collection[Check]) -> bool | None:
     return "ok" in pins
 
 
-async def run(services: Services, engine: HttpEngineClient, land_s: float = _LAND_S) -> list[Check]:
+async def run(services: Services, node: EngineNode, land_s: float = _LAND_S) -> list[Check]:
     """Test one engine for all that windows depend on. Failures are in the list, not raised.
 
-    An object may take `land_s` seconds to appear in a tier.
+    Also finds out which cache is the engine's, and tells the node. An object may take `land_s` seconds to appear in a
+    tier.
     """
-    test = _SelfTest(services, engine, land_s)
+    test = _SelfTest(services, node, land_s)
     await test.run()
     return test.checks
 
 
 class _SelfTest:
-    def __init__(self, services: Services, engine: HttpEngineClient, land_s: float) -> None:
+    def __init__(self, services: Services, node: EngineNode, land_s: float) -> None:
         self._services = services
-        self._engine = engine
+        self._node = node
+        self._engine = node.engine
         self._land_s = land_s
         self.checks: list[Check] = []
 
@@ -119,20 +129,13 @@ class _SelfTest:
 
     async def _plan(self, model: Model) -> Plan | None:
         """The objects of a random prompt; None without a cache that works."""
-        cache, wanted = self._services.cache, self._services.settings.chunk_size
+        cache = self._services.cache
         if cache is None:
             self._add("cache", "warning", "no cache is configured: windows keep text and ids only", "set cache_url")
             return None
         try:
             info = await cache.info()
-            if not await cache.reads_messages():
-                self._add("cache", "failed", message_port.ENDED, message_port.RESTART)
-                return None
-            self._add("cache", "ok", f"LMCache answers, chunk size {info.chunk_size}")
-            if wanted and wanted != info.chunk_size:
-                # With another chunk size, no object would be found under its name.
-                message = f"the gateway is set to {wanted}, LMCache to {info.chunk_size}"
-                self._add("chunk size", "failed", message, "leave chunk_size at 0")
+            if not await self._has_usable_cache(cache, info):
                 return None
             if not self._services.pins.tiers:
                 message = "no tier is configured: windows keep text and ids only"
@@ -146,6 +149,25 @@ class _SelfTest:
         except GatewayError as error:
             self._add("cache", "failed", error.message, error.hint)
             return None
+
+    async def _has_usable_cache(self, pool: CachePool, info: CacheInfo) -> bool:
+        """Check the cache of this engine, if it is known, else that there is one. Raises `cache_unavailable`."""
+        wanted, own = self._services.settings.chunk_size, pool.own(self._node.cache)
+        if own is not None:
+            reported = info if len(pool.urls) == 1 else await own.info()
+            if not await own.reads_messages():
+                self._add("cache", "failed", message_port.ENDED, message_port.RESTART)
+                return False
+            self._add("cache", "ok", f"LMCache answers, chunk size {reported.chunk_size}")
+            if difference := pool.left_out.get(own.url):
+                self._add("chunk size", "failed", f"cache {own.url} is left out: {difference}", "see the message")
+                return False
+        if wanted and wanted != info.chunk_size:
+            # With another chunk size, no object would be found under its name.
+            message = f"the gateway is set to {wanted}, LMCache to {info.chunk_size}"
+            self._add("chunk size", "failed", message, "leave chunk_size at 0")
+            return False
+        return True
 
     async def _check_salts(self, model: Model, planned: Plan | None) -> None:
         """Send the same prompt with salt A, A again, then B: A must hit its own KV, B must hit nothing."""
@@ -226,7 +248,31 @@ class _SelfTest:
         async with self._services.claims.removing(keys) as removal:
             await removal.remove(keys, originals=True)
         if self._services.cache is not None:
-            await self._services.cache.delete(keys, tier="l1")
+            answers = await self._services.cache.delete_each(keys, tier="l1")
+            if len(answers) > 1 or len(self._services.engines.members) > 1 or self._node.finds_cache:
+                self._check_pairing(answers)
+
+    def _check_pairing(self, answers: Answers[tuple[int, int]]) -> None:
+        """Conclude from what each cache had in its memory which one this engine stores in, and tell the node.
+
+        Nobody else has sent these token ids, and objects that are being read or written have not been deleted, but are
+        there all the same.
+        """
+        had = {url: sum(answer) for url, answer in answers.items() if not isinstance(answer, GatewayError)}
+        found, node = max(had, key=had.__getitem__, default=""), self._node
+        if not had.get(found):
+            message = "what it computed came into the memory of no cache that answers: which one is its is not proved"
+            if node.finds_cache:
+                node.cache = ""
+            self._add(_PAIRING, "warning", message, f"{_ADDRESS_OF_CACHE}; list that server's HTTP address here")
+            return
+        node.cache = found
+        if node.configured_cache and same_url(found) != same_url(node.configured_cache):
+            message = f"what it computed came into the memory of {found}, not of {node.configured_cache} as configured"
+            remedy = f"set its cache_url to {found}, or correct the engine: {_ADDRESS_OF_CACHE}"
+            self._add(_PAIRING, "failed", message, remedy)
+        else:
+            self._add(_PAIRING, "ok", f"what it computed came into the memory of {found}")
 
     async def _random_ids(self, model: Model, count: int) -> tuple[int, ...]:
         """Token ids that nobody has sent before."""

@@ -6,7 +6,20 @@ Exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 import click
 
 from gateway import __version__
-from gateway.cli import archives, autofreeze, completion, demo, lists, reports, serve, sessions, status, store, windows
+from gateway.cli import (
+    archives,
+    autofreeze,
+    completion,
+    demo,
+    engines,
+    lists,
+    reports,
+    serve,
+    sessions,
+    status,
+    store,
+    windows,
+)
 from gateway.cli.connection import url_option
 
 
@@ -20,6 +33,8 @@ def main() -> None:
     """
 
 
-for _module in (serve, demo, windows, archives, lists, status, sessions, reports, autofreeze, store, completion):
+for _module in (
+    serve, demo, windows, archives, lists, status, sessions, reports, autofreeze, engines, store, completion
+):  # fmt: skip
     for _command in _module.COMMANDS:
         main.add_command(_command)

@@ -71,6 +71,9 @@ def cache() -> Result:
         if answer["tiers"]:
             say("")
             table([_tier(name, tier) for name, tier in answer["tiers"].items()])
+        if len(answer["nodes"]) > 1:
+            say("")
+            table([_node(node) for node in answer["nodes"]])
 
     return Result(answer, filled(lines), then=show)
 
@@ -85,6 +88,18 @@ def _tier(name: str, tier: Mapping[str, Any]) -> Row:
     bytes_of = {owner: tier[owner]["bytes"] for owner in owners if owner in tier}
     shares = {f"of {owner}": size(bytes_of[owner]) if bytes_of.get(owner) else "" for owner in owners}
     return {"tier": name, "size": held, "objects": f"{tier['objects']:,}" if "objects" in tier else "", **shares}
+
+
+def _node(node: Mapping[str, Any]) -> Row:
+    """One cache of several: its engines, and what is in its memory."""
+    memory = node["memory"]
+    return {
+        "cache": node["url"],
+        "status": node["status"],
+        "memory": f"{size(memory['bytes'])} of {size(memory['capacity_bytes'])}" if memory else "",
+        "objects": f"{memory['objects']:,}" if memory else "",
+        "engines": node["engines"],
+    }
 
 
 @operation

@@ -93,7 +93,8 @@ def serve(config: Path | None, **options: Any) -> None:
     """Run the gateway alone, for a stack that runs elsewhere."""
     # Other commands should not pay for the server's imports.
     from gateway import app  # noqa: PLC0415
-    from gateway.settings import SettingsError, load, old_variables  # noqa: PLC0415
+    from gateway.settings import SettingsError, load  # noqa: PLC0415
+    from gateway.validation.old_names import old_variables  # noqa: PLC0415
 
     try:
         settings = load(file=config, environment=os.environ, overrides=options)

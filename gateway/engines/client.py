@@ -288,10 +288,14 @@ class HttpEngineClient(EngineClient):
 
     async def cache_use(self) -> CacheUse | None:
         """Ask how full the engine's own cache is; None if it does not say."""
+        return CacheUse.read(await self.metrics())
+
+    async def metrics(self) -> str:
+        """Ask for the engine's metrics; "" if it does not answer."""
         try:
-            return CacheUse.read((await self.ask("GET", "/metrics", quick=True)).text)
+            return (await self.ask("GET", "/metrics", quick=True)).text
         except GatewayError:
-            return None
+            return ""
 
     def _on_asked(self, _: object) -> None:
         self._asking = None

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from gateway.engines.breaker import LIMIT, CircuitBreaker
 from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
+from gateway.engines.queue import Queue
 from gateway.errors import GatewayError
 from gateway.runtime.stalls import LostSince, caused_by_own_stall, never_lost
 
 log = logging.getLogger(__name__)
 
-State = Literal["unknown", "healthy", "suspect", "resting", "ejected"]
-HEALTHY, DEGRADED, EJECTED = range(3)  # ranks; lower ones get requests first
+State = Literal["unknown", "healthy", "draining", "suspect", "resting", "ejected"]
+HEALTHY, DEGRADED, DRAINING, EJECTED = range(4)  # ranks; lower ones get requests first
 
 # Between two probes of an engine that is not healthy, and the minimum between any two.
 _SOON_S = 0.5
@@ -31,16 +32,31 @@ class EngineNode:
     Two things take it out of use: `LIMIT` failed probes in a row eject it, until the first good one; `LIMIT` requests
     in a row without a response open its circuit (`CircuitBreaker`), even if its probes succeed. A probe that fails
     while this process itself did not run, or could open no file, does not count.
+
+    `cache` is the URL of its node's cache: as configured, or as the self-test has found; "" if there is none, or it is
+    not known yet.
     """
 
-    def __init__(self, upstream: Upstream, engine: HttpEngineClient, lost_since: LostSince = never_lost) -> None:
+    def __init__(
+        self, upstream: Upstream, engine: HttpEngineClient, lost_since: LostSince = never_lost, *, cache: str = ""
+    ) -> None:
         self.url = engine.url
+        self.cache = self.configured_cache = cache
+        self.cache_trouble = ""  # why its cache is of no use now
+        self.drained = False  # an operator wants it empty
+        self.discovered = False  # by a name, which may lose it
+        self.leaving = False  # that name has it no more
+        self.finds_cache = False  # which cache is its is not configured: the self-test finds it out
+        self.has_rivals = False  # whether there are other engines, and so a choice
+        self.queue = Queue()
         self._lost_since = lost_since
         self.upstream = upstream
         self.engine = engine
         self.breaker = CircuitBreaker()
         self.last_error = ""
-        self.generation = 0  # how often it has been ejected: what was learned about it before may no longer be true
+        # Counts up at each ejection: what was learned about it before may no longer be true. It never begins at the
+        # same number, because an engine that was removed may come back as another object.
+        self.generation = time.monotonic_ns()
         self._seed = hashlib.blake2b(self.url.encode(), digest_size=8)
         self._was_healthy = False
         self._failed_probes = 0
@@ -64,6 +80,11 @@ class EngineNode:
         return self._failed_probes >= LIMIT and self._slow_to_fail
 
     @property
+    def draining(self) -> bool:
+        """Whether it gets no request while another engine is healthy or degraded."""
+        return self.drained or self.leaving
+
+    @property
     def state(self) -> State:
         """Its state in one word."""
         if self._failed_probes >= LIMIT:
@@ -72,6 +93,8 @@ class EngineNode:
             return "resting"
         if self._failed_probes or self.breaker.failures:
             return "suspect"
+        if self.draining:
+            return "draining"
         return "healthy" if self._was_healthy else "unknown"
 
     def rank(self, now: float, *, first: bool) -> int:
@@ -81,9 +104,12 @@ class EngineNode:
         """
         if self._failed_probes >= LIMIT:
             return EJECTED
+        if self.draining:
+            return EJECTED if self.breaker.open else DRAINING
         if self.breaker.open:
             return HEALTHY if first and self.breaker.allow_request(now) else EJECTED
-        return DEGRADED if not self._was_healthy or (self._failed_probes and not self._slow_to_fail) else HEALTHY
+        failing = self._failed_probes and not self._slow_to_fail
+        return DEGRADED if not self._was_healthy or failing or self.cache_trouble else HEALTHY
 
     def weight(self, lineage: bytes) -> bytes:
         """Its random weight for a lineage (rendezvous hashing), the same in every process."""
@@ -128,7 +154,13 @@ class EngineNode:
                 self._on_failed(error.message)
         else:
             self._on_healthy()
+            if self.has_rivals:
+                await self.read_queue()
         self._probed_at = time.monotonic()
+
+    async def read_queue(self) -> None:
+        """Ask how many requests it computes, and how many wait. An engine that does not say has no queue."""
+        self.queue.read(await self.engine.metrics(), time.monotonic())
 
     async def watch(self, every_s: float, on_probed: Callable[[], None]) -> None:
         """Probe it periodically, calling `on_probed` each time; ends only when cancelled."""
@@ -153,6 +185,7 @@ class EngineNode:
             "failures": max(self._failed_probes, self.breaker.failures),
             "last_error": self.last_error or None,
             "models": [str(card["id"]) for card in self.engine.cards],
+            "cache_url": self.cache or None,
         }
 
     def _on_healthy(self) -> None:

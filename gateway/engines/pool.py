@@ -1,7 +1,9 @@
 """All engines: which of them gets a request, and which is next if that one does not answer.
 
 A session goes to the engine that has its KV: the one that served it last, else the one with the highest random weight
-for its lineage (when an engine goes, only its own lineages move). Another engine finds the KV in the shared tiers.
+for its lineage (when an engine goes, only its own lineages move). Then come the engines of the same node, whose cache
+has it in memory. Any other engine finds the KV in the shared tiers. A turn leaves the engine that comes first only if
+its queue says that waiting there costs more than loading elsewhere.
 
 A request is sent to the next engine only while no part of a response has come: the connection was refused or closed. A
 request that had been sent may be what crashed the engine, so it is sent to one more at most; one that had not is tried
@@ -12,7 +14,7 @@ the 503 is forwarded if there is none, as every other response is.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gateway.engines.cache_use import CacheUse
@@ -23,31 +25,58 @@ from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
 
+LoadTime = Callable[[str, int], float]
+"""Seconds that loading so many tokens into a cache takes, about; its first argument is the cache's URL."""
+_MOVE_S = 1.0  # seconds by which another engine must be better: an estimate is only that
+
 _T = TypeVar("_T")
 
 
 class EnginePool(EngineClient):
-    """The engines, in the order of `engine_urls`. As an `EngineClient` it asks any healthy one."""
+    """The engines, in the order of the settings. As an `EngineClient` it asks any healthy one."""
 
     def __init__(self, members: Sequence[EngineNode], check_s: float) -> None:
         self.members = list(members)
+        self.load_s: LoadTime = _no_time  # set where there are caches to load from
+        self.missing: dict[str, str] = {}  # names that are looked up for engines: why one has none
         self._check_s = check_s
+        self._watches: dict[EngineNode, asyncio.Task[None]] = {}
         self._next = 0  # round robin for requests without a lineage
         self._differing: dict[str, dict[str, str]] = {}
+        self._agreed: dict[str, Model] = {}  # as of the last probe
 
     async def __aenter__(self) -> "EnginePool":
-        self._watches = [
-            asyncio.create_task(member.watch(self._check_s, self._compare), name=f"watch {member.url}")
-            for member in self.members
-        ]
+        for member in self.members:
+            self._watch(member)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.wait(self._watches)
+        for member in list(self.members):
+            await self.remove(member)
+
+    def add(self, member: EngineNode) -> None:
+        """Take in an engine that was found while the gateway runs."""
+        self.members.append(member)
+        self._watch(member)
+
+    async def remove(self, member: EngineNode) -> None:
+        """Forget an engine. Streams that it still sends go on."""
+        self.members.remove(member)
+        self._tell_rivals()
+        watch = self._watches.pop(member)
+        watch.cancel()
+        await asyncio.wait([watch])
+        await member.close()
+
+    def _watch(self, member: EngineNode) -> None:
+        self._tell_rivals()
+        self._watches[member] = asyncio.create_task(
+            member.watch(self._check_s, self._compare), name=f"watch {member.url}"
+        )
+
+    def _tell_rivals(self) -> None:
         for member in self.members:
-            await member.close()
+            member.has_rivals = len(self.members) > 1
 
     @property
     def up(self) -> list[EngineNode]:
@@ -61,12 +90,22 @@ class EnginePool(EngineClient):
         any of them if none is known to serve it. Without a lineage the engines take turns.
         """
         if len(self.members) == 1:
-            return [] if self.members[0].is_unreachable else self.members
+            return [] if self.members[0].is_unreachable else self.members[:]
         serving = [m for m in self.members if model and m.engine.known(model)] or self.members
+        if not serving:
+            return []
         order = self._by_affinity(serving, lineage, prefer)
-        now = time.monotonic()
-        ranks = {member: member.rank(now, first=place == 0) for place, member in enumerate(order)}
+        now, agreed = time.monotonic(), self._agreed.get(model) if model in self._differing else None
+        ranks = {m: (m.rank(now, first=place == 0), _is_other(m, agreed)) for place, m in enumerate(order)}
         return sorted((m for m in order if not m.is_unreachable), key=ranks.__getitem__)
+
+    def place(self, lineage: str, prefer: str = "", model: str = "", tokens: int = 0) -> EngineNode | None:
+        """The engine for a turn of so many tokens: the first to try, unless its queue is too long. None: there is none.
+
+        Give it to `route` as `placed`, or the turn may go to another one than was prepared.
+        """
+        chosen = self.choose(lineage, prefer, model)
+        return self._less_busy(chosen, tokens)[0] if chosen else None
 
     def any(self, model: str = "") -> EngineNode:
         """An engine for a request of the gateway's own. Raises `engine_unreachable`."""
@@ -75,22 +114,35 @@ class EnginePool(EngineClient):
             raise GatewayError("engine_unreachable", self.trouble(), hint=UNREACHABLE_HINT)
         return chosen[0]
 
-    def route(self, lineage: str, prefer: str = "", model: str = "") -> "Route":
-        """The route of one request."""
-        return Route(self, self.choose(lineage, prefer, model))
+    def route(
+        self, lineage: str, prefer: str = "", model: str = "", *, tokens: int = 0, placed: EngineNode | None = None
+    ) -> "Route":
+        """The route of one request, by `placed` first if that engine was chosen for it before."""
+        chosen = self.choose(lineage, prefer if placed is None else placed.url, model)
+        return Route(self, chosen if placed is not None or len(chosen) < 2 else self._less_busy(chosen, tokens))
 
     def for_lineage(self, lineage: str, prefer: str = "") -> "AffinityClient":
         """A client for the gateway's own requests that prefers the engine that has the KV of a lineage."""
         return AffinityClient(self, lineage, prefer)
 
+    def beside(self, cache: str, *, only: bool = False) -> list[str]:
+        """The URLs of the engines of a node, by the URL of its cache; all of them if that is the `only` cache."""
+        return [member.url for member in self.members if only or member.cache == cache]
+
     def trouble(self) -> str:
         """Why no engine can be reached."""
-        return "no engine can be reached: " + "; ".join(m.last_error or f"{m.url} was not tried" for m in self.members)
+        reasons = [m.last_error or f"{m.url} was not tried" for m in self.members]
+        return "no engine can be reached: " + "; ".join([*reasons, *self.missing.values()])
 
     def known(self, name: str) -> Model | None:
-        """A model as last reported. No name means the first model of the first engine that is up."""
+        """A model as last reported, by most of the engines that are up if they differ.
+
+        No name means the first model of the first engine that is up.
+        """
         if len(self.members) == 1:
             return self.members[0].engine.known(name)
+        if name in self._agreed:
+            return self._agreed[name]
         for member in self.members if name else self.up:
             if (model := member.engine.known(name)) is not None:
                 return model
@@ -128,11 +180,7 @@ class EnginePool(EngineClient):
         failed = [answer for answer in answers if isinstance(answer, GatewayError)]
         if len(failed) == len(answers):
             raise failed[0]
-        served: dict[str, Model] = {}
-        for answer in answers:
-            if not isinstance(answer, GatewayError):
-                served = answer | served  # the first engine to serve a name says what it is
-        return served
+        return _agreed([answer for answer in answers if not isinstance(answer, GatewayError)])
 
     def cards(self) -> list[dict[str, Any]]:
         """The models of all engines that are up, each as the first engine to serve it describes it."""
@@ -166,6 +214,7 @@ class EnginePool(EngineClient):
         for name in differing.keys() - self._differing.keys():
             log.warning("model %r is not the same on all engines: %s", name, differing[name])
         self._differing = differing
+        self._agreed = _agreed([{model.id: model for model in member.engine.served} for member in self.up])
 
     def _by_affinity(self, members: Sequence[EngineNode], lineage: str, prefer: str) -> list[EngineNode]:
         if not lineage:
@@ -174,9 +223,25 @@ class EnginePool(EngineClient):
             return [*members[start:], *members[:start]]
         key = lineage.encode()
         order = sorted(members, key=lambda member: member.weight(key), reverse=True)
-        if prefer:
-            order.sort(key=lambda member: member.url != prefer)
+        home = next((member for member in order if member.url == prefer), order[0])
+        order.sort(key=lambda member: 0 if member is home else 1 if member.cache and member.cache == home.cache else 2)
         return order
+
+    def _less_busy(self, order: list[EngineNode], tokens: int) -> list[EngineNode]:
+        """The engines with the one in front at which a turn would begin first: it waits there, or has its KV loaded."""
+        home, now = order[0], time.monotonic()
+        if not (wait_s := home.queue.wait_s()):
+            return order
+        home_rank = home.rank(now, first=False)
+        costs = {home: wait_s}
+        for member in order[1:]:
+            if member.rank(now, first=False) == home_rank == HEALTHY:
+                costs[member] = member.queue.wait_s() + self.load_s(member.cache, tokens) + _MOVE_S
+        best = min(costs, key=costs.__getitem__)
+        if best is home:
+            return order
+        best.queue.add()
+        return [best, *(member for member in order if member is not best)]
 
 
 class AffinityClient(EngineClient):
@@ -262,6 +327,25 @@ class Route:
     def _has_healthy_after(self, place: int) -> bool:
         now = time.monotonic()
         return any(member.rank(now, first=False) == HEALTHY for member in self._members[place + 1 :])
+
+
+def _no_time(_cache: str, _tokens: int) -> float:
+    return 0.0
+
+
+def _is_other(member: EngineNode, agreed: Model | None) -> bool:
+    """Whether an engine serves another model under this name, whose KV has other names."""
+    known = member.engine.known(agreed.id) if agreed else None
+    return known is not None and agreed is not None and known.root != agreed.root
+
+
+def _agreed(answers: Sequence[Mapping[str, Model]]) -> dict[str, Model]:
+    """Each model as most engines serve it, or the first of as many."""
+    by_root: dict[str, dict[str, list[Model]]] = {}
+    for served in answers:
+        for name, model in served.items():
+            by_root.setdefault(name, {}).setdefault(model.root, []).append(model)
+    return {name: max(same.values(), key=len)[0] for name, same in by_root.items()}
 
 
 def _differing(members: Sequence[EngineNode]) -> dict[str, dict[str, str]]:

@@ -77,8 +77,8 @@ class LMCache:
     def __init__(
         self, url: str, timeout_s: float, locks: Path, chunk_size: int = 0, alone: Alone | None = None
     ) -> None:
+        self.url = url
         self._locks = locks
-        self._url = url
         self._alone = alone
         self._chunk_size = chunk_size
         self._reported_chunk_size = 0
@@ -196,7 +196,7 @@ class LMCache:
     def _only_load(self, salt: str, timeout_s: float) -> AbstractAsyncContextManager[None]:
         """Keep other processes from loading what has this salt."""
         if self._alone is not None:
-            return self._alone(f"load:{self._url}:{salt}", timeout_s)
+            return self._alone(f"load:{self.url}:{salt}", timeout_s)
         return FileLock(self._locks / f"{crc32(salt.encode()) % _LOCKS:02d}.lock").acquire(exclusive=True)
 
     def has_loaded_lately(self, name: str, tokens: int, salt: str) -> bool:
@@ -300,6 +300,7 @@ class LMCache:
             response = await self._http.request(method, path, **arguments)
         except httpx.HTTPError as error:
             self._is_http = False  # it may come back with other ports
+            self._last.clear()  # and with nothing in its memory
             raise self._no_answer(error) from error
         if response.status_code >= 400:
             raise GatewayError(

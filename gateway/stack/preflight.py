@@ -38,6 +38,7 @@ OWN_SETTINGS: Mapping[str, str] = MappingProxyType(
         "kv_redis_url": "--redis-url",
         "chunk_size": "--chunk-size",
         "engine_urls": "",
+        "engines": "",
         "cache_url": "",
         "kv_dir": "",
         "model_fingerprint": "",
@@ -113,6 +114,8 @@ def check_settings(config: Path | None, environment: Mapping[str, str]) -> Setti
         if name in OWN_SETTINGS:
             remedy = f"give {OWN_SETTINGS[name]} instead" if OWN_SETTINGS[name] else "take it out"
             raise StackError(f"{config}: `cwg up` sets {name} itself; {remedy}")
+    if settings.engines:  # it would contradict the addresses that the gateway is told
+        raise StackError("CWG_ENGINES: `cwg up` starts its own engine; take the variable out, or use `cwg serve`")
     return settings
 
 

@@ -14,6 +14,7 @@ from gateway.records import Sizes, Window
 from gateway.store import (
     autofreeze_rows,
     claim_rows,
+    drain_rows,
     gateway_rows,
     ledger_rows,
     listed_rows,
@@ -228,6 +229,11 @@ class Store(Database):
     auto_windows = read(autofreeze_rows.auto_windows)
     auto_freeze = read(autofreeze_rows.auto_freeze)
     set_auto_freeze = write(autofreeze_rows.set_auto_freeze)
+
+    # Drained engines.
+
+    drained = read(drain_rows.drained)
+    set_drained = write(drain_rows.set_drained)
 
     # What the cache has saved, and what holding KV costs.
 

@@ -16,6 +16,7 @@ from gateway.store.types import Saved, Text
 from gateway.windows.at_turn import held_at
 from gateway.windows.catalog import get_usable_window, served_model
 from gateway.windows.context import OperationContext, Services, instrumented
+from gateway.windows.placement import place
 from gateway.windows.restore import Receipt, restore_and_load
 from gateway.windows.savings import book
 
@@ -60,9 +61,10 @@ async def ask(
     window, manifest = await held_at(ctx, window, model, at_turn)
     max_tokens = _max_tokens(window, model, max_tokens)
     text = await conversation(services, window)
-    restored = replace(await restore_and_load(ctx, window, manifest), at_turn=at_turn)
+    placement = place(services, window.lineage, model=model.id, tokens=window.token_count)
+    restored = replace(await restore_and_load(ctx, window, manifest, placement.cache), at_turn=at_turn)
     ctx.progress("answer", 0, 0)
-    engine = services.engines.for_lineage(window.lineage)
+    engine = services.engines.for_lineage(window.lineage, placement.engine)
     messages = [*text.messages, *following(text.messages, question)]
     reply = await engine.chat(model.id, _no_tools(text.frame or {}), messages, window.salt, max_tokens=max_tokens)
     took = ctx.duration_ms()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from gateway.engines.pool import EnginePool
-from gateway.kv.lmcache import LMCache
+from gateway.kv.cache_pool import CachePool
 from gateway.kv.pins import Pins
 from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The services of a running gateway, opened by `gateway.app`. `cache` is None where no cache is configured."""
+    """The services of a running gateway, opened by `gateway.app`. `cache`: all caches; None: none is configured."""
 
     settings: Settings
     store: Store
     engines: EnginePool
-    cache: LMCache | None
+    cache: CachePool | None
     pins: Pins
     claims: Claims
     leases: Leases

@@ -62,19 +62,20 @@ async def delete(
 async def drop_from_cache(
     services: Services, keys: Sequence[ObjectKey], tiers: Sequence[Tier] | None = None
 ) -> list[str]:
-    """Drop the objects from LMCache's memory and from its index of each tier, or of `tiers`. Returns warnings.
+    """Drop the objects from every LMCache's memory and from its index of each tier, or of `tiers`. Returns warnings.
 
-    LMCache would wait for a tier that hangs: of such a one, only its memory drops them.
+    LMCache would wait for a tier that hangs: of such a one, only its memory drops them. A server remembers what it has
+    seen in a shared tier, so each of them is told, and one that is not reached keeps no other from being told.
     """
     if services.cache is None or not keys:
         return []
     tiers = services.pins.tiers if tiers is None else tiers
-    try:
-        if any(tier.suspended for tier in tiers):
-            await services.cache.delete(keys, tier="l1")
-        for tier in tiers:
-            if not tier.suspended:
-                await services.cache.delete(keys, tier="all", adapter=tier.adapter)
-    except GatewayError as error:
-        return [error.message]
-    return []
+    places: list[tuple[str, str | None]] = [("l1", None)] if any(tier.suspended for tier in tiers) else []
+    places += [("all", tier.adapter) for tier in tiers if not tier.suspended]
+    warnings: list[str] = []
+    for place, adapter in places:
+        try:
+            await services.cache.delete(keys, tier=place, adapter=adapter)
+        except GatewayError as error:
+            warnings.append(error.message)
+    return list(dict.fromkeys(warnings))

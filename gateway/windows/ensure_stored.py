@@ -82,7 +82,8 @@ async def ensure_stored(
     usage = None
     if missing:
         if again and services.cache:
-            await services.cache.delete(missing, tier="l1")
+            answers = await services.cache.delete_each(missing, tier="l1")
+            warnings += [answer.message for answer in answers.values() if isinstance(answer, GatewayError)]
         ctx.progress("prefill", 0, len(missing))
         usage = await engine.prefill(plan.model.id, plan.ids[: plan.chunks * plan.chunk_size], plan.salt)
     await _wait_until_stored(ctx, plan)

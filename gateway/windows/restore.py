@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from gateway.engines.node import EngineNode
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.kv.lmcache import LMCache
@@ -11,6 +12,7 @@ from gateway.kv.tiers.base import ObjectState
 from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.store.types import Saved, WindowQuery
 from gateway.windows.context import OperationContext, Services
+from gateway.windows.placement import load, place
 
 log = logging.getLogger(__name__)
 
@@ -61,31 +63,19 @@ async def check_and_restore(ctx: OperationContext, window: Window, manifest: Man
     return replace(receipt, warnings=(*warnings, *missing_kv(window, receipt.chunks_found)))
 
 
-async def restore_and_load(ctx: OperationContext, window: Window, manifest: Manifest) -> Receipt:
-    """Restore a window's KV and load it into LMCache's memory; if that fails, the receipt has a warning.
+async def restore_and_load(ctx: OperationContext, window: Window, manifest: Manifest, cache: LMCache | None) -> Receipt:
+    """Restore a window's KV and load it into the memory of a cache; if that fails, the receipt has a warning.
 
     Raises what `check_and_restore` raises.
     """
     receipt = await check_and_restore(ctx, window, manifest)
-    if ctx.services.cache is None or not receipt.chunks_found:
+    if cache is None or not receipt.chunks_found:
         return receipt
     try:
-        objects = await load(ctx, ctx.services.cache, window, manifest, receipt.chunks_found)
+        objects = await load(ctx, cache, window, manifest, receipt.chunks_found)
     except GatewayError as error:  # then the engine loads it itself, or computes it
         return replace(receipt, warnings=(*receipt.warnings, error.message))
     return replace(receipt, chunks_prefetched=objects // window.world_size)
-
-
-async def load(ctx: OperationContext, cache: LMCache, window: Window, manifest: Manifest, chunks: int) -> int:
-    """Load leading chunks from the tiers into LMCache's memory; return how many objects are there.
-
-    Raises `cache_unavailable`.
-    """
-    ids, within = manifest.token_ids[: chunks * window.chunk_size], ctx.services.settings.thaw_timeout_s
-    objects, _ = await cache.prefetch(
-        window.model_root, window.world_size, manifest.id, ids, window.salt, within, ctx.progress
-    )
-    return objects
 
 
 async def put_back(services: Services, window: Window, objects: Sequence[PinnedObject]) -> tuple[States, list[str]]:
@@ -152,8 +142,10 @@ async def _drop_from_memory(services: Services, keys: Sequence[ObjectKey]) -> li
     return []
 
 
-async def restore_for_turn(services: Services, session: Session) -> None:
+async def restore_for_turn(services: Services, session: Session, model: str = "") -> EngineNode | None:
     """Before the next turn of a frozen or thawed session, restore its window's KV and load it into LMCache's memory.
+
+    Returns the engine into whose cache it was loaded, for the route of the turn; None if nothing was to be loaded.
 
     The engine could load it when the request arrives, which takes as long. But LMCache can report a miss while another
     request is loading the same objects (`LMCache.prefetch`), as the branches of a fanout do, and the engine would
@@ -161,25 +153,27 @@ async def restore_for_turn(services: Services, session: Session) -> None:
     nothing is raised.
     """
     if session.state not in ("frozen", "thawed") or not services.pins.tiers:
-        return
+        return None
     window = await _window_of(services, session)
     if window is None or not window.chunk_count or window.salt != session.salt:
-        return
+        return None
     tokens = window.chunk_count * window.chunk_size
-    if services.cache and services.cache.has_loaded_lately(window.manifest, tokens, window.salt):
-        return
+    node, cache = place(services, session.lineage, prefer=session.engine, model=model, tokens=tokens)
+    if cache and cache.has_loaded_lately(window.manifest, tokens, window.salt):
+        return node
     try:
         manifest, warnings = await _put_back_evicted(services, window)
     except GatewayError:  # deleted just now
-        return
+        return None
     for warning in warnings:
         log.warning("session %s continues without all of its KV: %s", session.id, warning)
-    if services.cache is None:
-        return
+    if cache is None:
+        return node
     try:
-        await load(OperationContext(services, session.tenant), services.cache, window, manifest, window.chunk_count)
+        await load(OperationContext(services, session.tenant), cache, window, manifest, window.chunk_count)
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
+    return node
 
 
 async def _put_back_evicted(services: Services, window: Window) -> tuple[Manifest, list[str]]:

@@ -25,12 +25,14 @@ from gateway.errors import GatewayError
 from gateway.records import Session, Usage, Window, check_session_id
 from gateway.sessions import prefix_chain
 from gateway.store.types import Text
+from gateway.windows import rewind
 from gateway.windows.at_turn import Held, held_at, text_at
 from gateway.windows.catalog import get_usable_window, served_model, session_exists, session_from_window, session_id_for
 from gateway.windows.context import OperationContext, Services, instrumented
 from gateway.windows.next_turn import next_turn_ids
+from gateway.windows.placement import place
 from gateway.windows.restore import Receipt, check_and_restore, missing_kv, restore_and_load
-from gateway.windows.rewind import Placed, Replaced, Rewound, place, target
+from gateway.windows.rewind import Placed, Replaced, Rewound, target
 from gateway.windows.savings import book
 
 Warm = Literal["none", "cpu", "gpu"]
@@ -84,16 +86,20 @@ async def thaw(
     last_reply_hash = None
     if source == "thaw":
         last_reply_hash = prefix_chain.chain((await store.text(held.window)).messages, b"")[-1]
-    restore_kv = check_and_restore if warm == "none" else restore_and_load
-    receipt = await restore_kv(ctx, held.window, held.manifest)
+    prefer = into.before.engine if into.before else ""
+    placement = place(ctx.services, window.lineage, prefer=prefer, model=model.id, tokens=held.window.token_count)
+    if warm == "none":
+        receipt = await check_and_restore(ctx, held.window, held.manifest)
+    else:
+        receipt = await restore_and_load(ctx, held.window, held.manifest, placement.cache)
     session = replace(
         session_from_window(held.window, into.session_id, source),
         first_message_hash=first_message_hash,
         last_reply_hash=last_reply_hash,
     )
     if warm == "gpu" and held.manifest.token_ids:  # the engine refuses an empty prompt
-        receipt = await _through_engine(ctx, held, model, receipt)
-    placed = await place(ctx, into, session, window)
+        receipt = await _through_engine(ctx, held, model, receipt, placement.engine)
+    placed = await rewind.place(ctx, into, session, window)
     return await _thawed(ctx, placed, held.window, model, replace(receipt, at_turn=at_turn))
 
 
@@ -144,7 +150,7 @@ async def thaw_text(
     with services.turns.protect_lineage(ctx.tenant, window.lineage):
         if warm == "gpu" and ids:
             receipt = await _compute_text(ctx, engine, session, ids, receipt)
-        placed = await place(ctx, into, session, window)
+        placed = await rewind.place(ctx, into, session, window)
     return await _thawed(ctx, placed, early, model, replace(receipt, at_turn=at_turn))
 
 
@@ -198,10 +204,11 @@ def _check_fits(window: Window, model: Model, tokens: int) -> None:
         raise GatewayError("model_mismatch", message, hint="serve a model with a larger context")
 
 
-async def _through_engine(ctx: OperationContext, held: Held, model: Model, receipt: Receipt) -> Receipt:
+async def _through_engine(ctx: OperationContext, held: Held, model: Model, receipt: Receipt, at: str) -> Receipt:
+    """Send it through the engine with the URL `at`, or another one if that does not answer."""
     window = held.window
     ctx.progress("prefill", 0, window.token_count)
-    engine = ctx.services.engines.for_lineage(window.lineage)
+    engine = ctx.services.engines.for_lineage(window.lineage, at)
     clock = time.monotonic()
     usage = await engine.prefill(model.id, held.manifest.token_ids, window.salt)
     took, warnings = time.monotonic() - clock, receipt.warnings

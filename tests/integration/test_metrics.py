@@ -217,7 +217,8 @@ def use_all(metrics: Metrics) -> None:
     turn = Turn("t", "s", MODEL, "completed", 200, 0.0, 1500.0, Usage(3, 2, None))
     metrics.count_turn(turn, "chat", 0.001, served=True)
     metrics.count_miss("evicted")
-    metrics.watch_engine("http://user:password@host:1/v1", lambda: True)
+    for name in ("cwg_engine_up", "cwg_engine_draining", "cwg_cache_up"):
+        metrics.watch_address(name, "http://user:password@host:1/v1", lambda: True)
     for name in ("cwg_turns_in_flight", "cwg_turns_unrecorded"):
         metrics.register_gauge(name, lambda: 4)
     with metrics.operation("freeze"):
@@ -229,6 +230,16 @@ def test_no_password_is_exported() -> None:
     use_all(metrics)
     assert 'engine="host:1"' in (text := metrics.text(Stored({}, {})).decode())
     assert "password" not in text
+
+
+def test_an_engine_that_is_forgotten_is_exported_no_more() -> None:
+    metrics = Metrics()
+    use_all(metrics)
+    metrics.watch_address("cwg_engine_up", "http://other:1", lambda: False)
+    metrics.forget_address("http://user:password@host:1/v1")
+    text = metrics.text(Stored({}, {})).decode()
+    assert "host:1" not in text.replace("other:1", "")
+    assert 'cwg_engine_up{engine="other:1"} 0.0' in text
 
 
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])

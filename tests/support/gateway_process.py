@@ -67,7 +67,8 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = folder / "data"
         self._log = folder / "gateway.log"
-        own = {"port": self.port, "engine_urls": engine_url, "data_dir": self.data_dir}
+        own = {"port": self.port, "data_dir": self.data_dir}
+        own |= {"engine_urls": engine_url} if engine_url else {}  # or they are in `engines`
         given = {**own, "auto_freeze": False, **settings}  # only where a test asks for it
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}

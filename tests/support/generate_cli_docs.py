@@ -45,6 +45,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "saved": "saved --limit 5",
         "metrics": "metrics --json",
         "policy": "policy --set idle_timeout_minutes=30 --set context_share=0.8",
+        "drain": "drain 10.0.0.1:8000 --no-wait",
         "completion": "completion bash",
     }
 )

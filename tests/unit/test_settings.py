@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import Settings, SettingsError, load, old_variables, table
+from gateway.settings import Settings, SettingsError, load, table
+from gateway.validation.addresses import EngineEntry
+from gateway.validation.old_names import old_variables
 from gateway.windows.autofreeze import rules
 from tests.support.gateway_process import ROOT
 
@@ -19,6 +21,11 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "allowed_origins": ("https://a.b", '["https://a.b"]', ("https://a.b",)),
     "extra_paths": ("POST /v1/x,* /v1/y", '["POST /v1/x", "* /v1/y"]', ("POST /v1/x", "* /v1/y")),
     "engine_urls": ("https://e:1/x, http://f", '["https://e:1/x", "http://f"]', ("https://e:1/x", "http://f")),
+    "engines": (
+        '[{"url": "http://e", "cache_url": "http://c"}, {"discover": "e:1", "cache_port": 2}]',
+        '[{url = "http://e", cache_url = "http://c"}, {discover = "e:1", cache_port = 2}]',
+        (EngineEntry(url="http://e", cache_url="http://c"), EngineEntry(discover="e:1", cache_port=2)),
+    ),
     "engine_api_key": ("e", '"e"', "e"),
     "engine_check_s": ("2", "2", 2.0),
     "cache_url": ("http://c", '"http://c"', "http://c"),
@@ -202,6 +209,61 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(name: str, url: st
         load(environment={f"CWG_{name.upper()}": url})
     assert "s3cret" not in str(refused.value)
     assert load(environment={f"CWG_{name.upper()}": "http://h/@x"})  # in a path it is only a character
+
+
+PAIR = '{"url": "http://a", "cache_url": "http://b"}'
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        (f"[{PAIR}, {PAIR}]", "engines has http://a more than once; give each engine once"),
+        ('[{"url": "http://a"}, {"url": "http://A/"}]', "engines has http://a more than once"),
+        ('[{"discover": "a:1"}, {"discover": "A:1"}]', "engines has a:1 more than once"),
+        ("x", "engines is not a JSON list, as in "),
+        (PAIR, "engines is not a JSON list, as in "),
+        ("[1]", "engines[0] must be a valid table, with url and cache_url, not 1"),
+        ("[{}]", "engines[0] needs either url, of one engine, or discover,"),
+        ('[{"url": "http://a", "discover": "a:1"}]', "engines[0] needs either url, of one engine, or discover,"),
+        ('[{"url": "http://a", "cache_port": 1}]', "engines[0] has url with cache_port or cache_discover"),
+        ('[{"url": "http://a", "cache_discover": "a:1"}]', "engines[0] has url with cache_port or cache_discover"),
+        ('[{"discover": "a:1", "cache_url": "http://b"}]', "give cache_port or cache_discover"),
+        ('[{"discover": "a:1", "cache_port": 1, "cache_discover": "b:1"}]', "has cache_port and cache_discover"),
+        (f'[{PAIR}, {{"url": "http://c", "cache": "x"}}]', "unknown setting 'engines[1].cache'"),
+        ('[{"url": "http://a", "cache_ulr": "x"}]', "'engines[0].cache_ulr'; did you mean 'cache_url'?"),
+        ('[{"url": "http://u:s3cret@a"}]', "engines[0].url has a user name or password"),
+        ('[{"url": "a:1"}]', "engines[0].url 'a:1' is not an http(s) URL"),
+        ('[{"discover": "http://a:1"}]', "engines[0].discover 'http://a:1' is not a name and a port"),
+        ('[{"discover": "a"}]', "engines[0].discover 'a' is not a name and a port, as in 'engines:8000'"),
+        ('[{"discover": "a:0"}]', "is not a name and a port"),
+        ('[{"discover": "a:65536"}]', "is not a name and a port"),
+        ('[{"discover": "a:1", "cache_port": 65536}]', "engines[0].cache_port must be less than or equal to 65535"),
+        ('[{"discover": "a:1", "cache_port": "8080"}]', "engines[0].cache_port must be a valid integer, not '8080'"),
+    ],
+)  # fmt: skip
+def test_entries_of_engines_that_contradict_themselves_stop_the_start(entries: str, problem: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(environment={"CWG_ENGINES": entries})
+    assert str(refused.value).startswith("environment variable CWG_ENGINES: ")
+    assert problem in str(refused.value)
+    assert "s3cret" not in str(refused.value)
+
+
+def test_short_and_long_form_of_the_engines_exclude_each_other(tmp_path: Path) -> None:
+    file = toml(tmp_path, 'cache_url = "http://c"\n[[engines]]\nurl = "http://a"\ncache_url = "http://b"')
+    with pytest.raises(SettingsError, match=r"^engines and cache_url exclude each other: give each engine as"):
+        load(file=file, environment={})
+    with pytest.raises(SettingsError, match="engines and engine_urls and cache_url exclude each other"):
+        load(file=file, environment={"CWG_ENGINE_URLS": "http://a"})
+
+
+def test_every_engine_has_its_cache_in_either_form(tmp_path: Path) -> None:
+    pairs = [("http://a", "http://c"), ("http://b", "http://c")]
+    short = load(environment={"CWG_ENGINE_URLS": "http://a,http://b", "CWG_CACHE_URL": "http://c"})
+    assert [(one.url, one.cache_url) for one in short.nodes] == pairs
+    tables = "\n".join(f'[[engines]]\nurl = "{url}"\ncache_url = "{cache}"' for url, cache in pairs)
+    assert load(file=toml(tmp_path, tables), environment={}).nodes == short.nodes
+    assert [Settings().has_cache, short.has_cache] == [False, True]
 
 
 def test_foreign_variables_never_stop_the_start() -> None:

@@ -18,6 +18,7 @@ from gateway.api.admin import (
     cache,
     continuation,
     current_session,
+    engines,
     ledger,
     metrics,
     openapi,
@@ -97,9 +98,9 @@ async def window_status(call: Call, query: requests.StatusQuery) -> Json:
     window = await catalog.get_window(call.services, call.tenant, call.window_name)
     pinned, saved = await call.services.store.sizes_and_saved(window)
     keys = dict.fromkeys(key for sizes in pinned.values() for key in sizes)
-    present, warnings = await residency.find(call.services, window, [*keys])
+    present, caches, warnings = await residency.find(call.services, window, [*keys])
     fields = serializers.window_status_fields(window, call.now, pinned, present)
-    fields["saved"] = saved
+    fields |= {"saved": saved, "caches": caches}
     if query.include_lineage:
         ancestors, clones = await call.services.store.lineage(call.tenant, window.name)
         fields["lineage"] = {"parent": window.parent, "ancestors": ancestors, "clones": clones}
@@ -263,6 +264,7 @@ OPERATIONS = (  # in the order in which their paths are tried: what is asked for
     *windows.OPERATIONS,
     *autofreeze.OPERATIONS,
     cache.statistics,
+    *engines.OPERATIONS,
     ledger.ledger,
     health,
     doctor,

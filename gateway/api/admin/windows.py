@@ -42,11 +42,12 @@ async def ask_window(call: Call, body: requests.AskRequest) -> responses.Answere
 @operation("POST", "/admin/windows/{name}/prefetch", errors=("cache_unavailable", *ENGINE))
 async def prefetch_window(call: Call) -> responses.Prefetched:
     """Load a window's KV into the cache's memory."""
-    receipt, tiers = await prefetch_evict.prefetch(call.context, call.window_name)
+    receipt, tiers, cache_url = await prefetch_evict.prefetch(call.context, call.window_name)
     return responses.Prefetched(
         window_name=call.window_name,
         receipt=responses.Restored.model_validate(receipt),
         tiers={name: responses.LoadedTier(present=present) for name, present in tiers.items()},
+        cache_url=cache_url,
         warnings=list(receipt.warnings),
     )
 

@@ -156,7 +156,7 @@ class Inference:
         """Relay a turn, and give it to the recorder when it is over, however it ended."""
         services, dialect, call = self._services, turn.dialect, turn.call
         session = turn.match.session
-        await restore_for_turn(services, session)
+        placed = await restore_for_turn(services, session, call.model)
         turn.fingerprint = turn.model.fingerprint if turn.model else ""
         turn.salt = salt = services.salts.of(session.tenant, session.lineage, turn.fingerprint, call.client_salt)
         heavy = turn.heavy_body or (call.front is not None and is_heavy(call.front.history))
@@ -178,7 +178,9 @@ class Inference:
         services.recorder.begin(turn)
         seen = services.turns.seen_by_others()
         send = incoming.send if seen is None else _after(seen, incoming.send)
-        route = services.engines.route(session.lineage, session.engine, call.model)
+        route = services.engines.route(
+            session.lineage, session.engine, call.model, tokens=session.token_count, placed=placed
+        )
         note = services.salt_notes.begin(session, salt)
         try:
             await relay(route, outgoing, client_of(incoming.scope), send, options, turn.result)

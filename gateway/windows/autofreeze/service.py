@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import GatewayError, StartError
-from gateway.records import Session
+from gateway.records import Session, Window
 from gateway.store.types import FreezeCandidate
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.policy_runner import NamedPolicy, Opinion, PolicyRunner
@@ -290,35 +290,42 @@ class AutofreezeService:
             self._due.task_done()
 
     async def _freeze(self, row: FreezeCandidate, reason: str) -> None:
-        session, store = row.session, self._services.store
+        session = row.session
         if await self._services.turns.has_turn_in_flight(session.tenant, session.id):
             return  # it is checked again when that is recorded
+        try:
+            await self.freeze_now(row, reason, cool=not self._ending)
+        except GatewayError as error:
+            problem = f"{error.message}; not again for {retry_after(row.failures):g} s"
+            log.warning("session %s could not be frozen automatically: %s", session.id, problem)
+
+    async def freeze_now(self, row: FreezeCandidate, reason: str, *, cool: bool = False) -> Window | None:
+        """Freeze a session into an automatic window, whatever the policies decide; with `cool` not in its cool-down.
+
+        None: another worker freezes it, or it has changed. Raises what `freeze` raises.
+        """
+        session, store = row.session, self._services.store
         now = time.time()
         until, latest = now + _CLAIM_S, self._latest(now)
-        if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=not self._ending):
-            return
+        if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=cool):
+            return None
         try:
             about = rules.description(reason)
             naming = Naming(self._window_name(session), about, self._rules.tags, self._rules.ttl_seconds)
             ctx = OperationContext(self._services, session.tenant)
             window, _ = await freeze_automatically(ctx, session.id, naming)
-        except GatewayError as error:
-            wait = await self._report_failure(row)
-            problem = f"{error.message}; not again for {wait:g} s"
-            log.warning("session %s could not be frozen automatically: %s", session.id, problem)
-            return
         except Exception:
             await self._report_failure(row)
             raise
         await store.report_freeze(session, window=window.name, not_before=time.time() + self._rules.cooldown_seconds)
         log.info("session %s was frozen as %s: %s", session.id, window.name, reason)
         await self._supersede(session.tenant, session.id)
+        return window
 
-    async def _report_failure(self, row: FreezeCandidate) -> float:
-        """Release the claim; return the seconds until the session is tried again."""
-        wait = retry_after(row.failures)
-        await self._services.store.report_freeze(row.session, window=None, not_before=time.time() + wait)
-        return wait
+    async def _report_failure(self, row: FreezeCandidate) -> None:
+        """Release the claim, and have the session tried again later."""
+        not_before = time.time() + retry_after(row.failures)
+        await self._services.store.report_freeze(row.session, window=None, not_before=not_before)
 
     def _window_name(self, session: Session) -> str:
         return rules.window_name(self._rules.naming_pattern, session.id, session.turn_count, time.time())

@@ -273,3 +273,49 @@ async def test_own_request_is_retried_on_another_engine(engines: list[FakeEngine
         with pytest.raises(GatewayError) as caught:
             await several.tokenize(MODEL, "abc")
         assert caught.value.code == "engine_unreachable"
+
+
+def waiting(number: int, finished: int) -> str:
+    """Metrics of an engine at which so many requests wait, and so many have ended."""
+    return f"vllm:num_requests_waiting {number}\nvllm:request_success_total {finished}\n"
+
+
+@pytest.mark.anyio
+async def test_a_turn_leaves_its_engine_only_if_waiting_costs_more_than_loading(engines: list[FakeEngine]) -> None:
+    async with members(*(engine.url for engine in engines)) as several:
+        await several.probe()
+        several.load_s = lambda _cache, tokens: tokens / 1000
+        home, second, third = several.choose("lineage")
+        now = time.monotonic()
+        home.queue.read(waiting(10, 0), now - 4)
+        home.queue.read(waiting(10, 1), now)
+        assert home.queue.wait_s() == pytest.approx(40)
+        assert several.place("lineage", home.url, tokens=40_000) is home
+        assert several.place("lineage", home.url, tokens=38_000) is second
+        second.queue.read(waiting(20, 0), now - 4)
+        second.queue.read(waiting(20, 1), now)
+        assert several.place("lineage", home.url, tokens=0) is third
+        third.drained = True
+        assert several.place("lineage", home.url, tokens=0) is home, "no engine that is drained, none that is busier"
+        # What was prepared for one engine is sent there.
+        third.drained = False
+        assert several.route("lineage", home.url, placed=second)._members[0] is second
+        assert several.route("lineage", home.url)._members[0] is third
+        assert several.choose("lineage", home.url)[0] is home, "the gateway's own requests do not move"
+        home.queue.read(waiting(0, 9), time.monotonic())
+        assert several.place("lineage", home.url, tokens=0) is home
+
+
+@pytest.mark.anyio
+async def test_not_every_turn_follows_the_first_that_left(engines: list[FakeEngine]) -> None:
+    async with members(*(engine.url for engine in engines[:2])) as several:
+        await several.probe()
+        home, other = several.choose("lineage")
+        now = time.monotonic()
+        for member, queued in ((home, 10), (other, 0)):
+            member.queue.read(waiting(queued, 0), now - 4)
+            member.queue.read(waiting(queued, 4), now)
+        went = [several.place("lineage", home.url) for _ in range(30)]
+        assert went[0] is other
+        assert went[-1] is home
+        assert 5 < went.count(other) < 15

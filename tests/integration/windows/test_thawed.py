@@ -90,7 +90,7 @@ async def test_warm_thaw_loads_and_prefills(engine: FakeEngine, harness: Cached)
 
 async def test_prefetch_loads_and_evict_drops(harness: Cached) -> None:
     harness.cache.evict()
-    receipt, tiers = await prefetch(harness.ctx, "w")
+    receipt, tiers, _ = await prefetch(harness.ctx, "w")
     assert (receipt.chunks_found, receipt.chunks_prefetched, receipt.partial) == (CHUNKS, CHUNKS, False)
     assert tiers == {"cpu": CHUNKS, "disk": CHUNKS}
     assert len(harness.cache.memory) == CHUNKS
@@ -108,7 +108,7 @@ async def test_prefetch_counts_the_objects_of_a_chunk_that_came_in_part(
         fake_cache.memory.clear()
         last = fake_cache.folder / harness.keys(window)[-1].file_name
         fake_cache.before_answer = lambda method, _: last.unlink(missing_ok=True) if method == "POST" else None
-        receipt, tiers = await prefetch(harness.ctx, "w")
+        receipt, tiers, _ = await prefetch(harness.ctx, "w")
         assert (receipt.chunks_found, receipt.chunks_prefetched, tiers["cpu"]) == (CHUNKS, CHUNKS - 1, 2 * CHUNKS - 1)
 
 
@@ -116,7 +116,7 @@ async def in_memory(harness: Cached) -> int | None:
     """How many of the window's objects are said to be in LMCache's memory."""
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
-    present, _ = await residency.find(harness.services, window, [str(key) for key in harness.keys(window)])
+    present, _, _ = await residency.find(harness.services, window, [str(key) for key in harness.keys(window)])
     return len(present["cpu"]) if "cpu" in present else None
 
 
@@ -145,7 +145,7 @@ async def test_prefetch_says_nothing_of_a_memory_into_which_it_loaded_nothing(ha
     window = await harness.services.store.window(TENANT, "w")
     assert window is not None
     lose(harness, harness.keys(window)[0])
-    receipt, tiers = await prefetch(harness.ctx, "w")
+    receipt, tiers, _ = await prefetch(harness.ctx, "w")
     assert (receipt.chunks_prefetched, receipt.partial, tiers) == (None, True, {"disk": CHUNKS - 1})
 
 

@@ -8,13 +8,16 @@ The bytes of an object are other ones each time it is computed, as floats of ano
 import json
 import random
 import secrets
+import socket
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from gateway.kv.keys import ObjectKey, object_keys
 from tests.support.fakes.engine import FakeEngine
@@ -35,10 +38,17 @@ _STATIC: Mapping[str, Mapping[str, Any]] = {
 
 
 class FakeLMCache:
-    """Listens on a free port. A test may refuse or hold back writes, and make calls fail."""
+    """Listens on a free port. A test may refuse or hold back writes, and make calls fail.
 
-    def __init__(self, folder: Path, world_size: int = 1, object_bytes: int = _SIZE) -> None:
+    Several of them over one directory are the servers of several nodes, each with a memory of its own.
+    """
+
+    def __init__(
+        self, folder: Path, world_size: int = 1, object_bytes: int = _SIZE, *, port: int = 0, chunk: int = CHUNK
+    ) -> None:
         self.folder = folder
+        self.chunk = chunk
+        self.hash_algorithm = "blake3"
         self.world_size = world_size
         self.object_bytes = object_bytes
         self.memory: set[str] = set()  # file names of what is in L1
@@ -52,14 +62,20 @@ class FakeLMCache:
         self._counted: set[str] = set()  # what was in memory at the last request
         self._came: Counter[str] = Counter()  # by salt
         self._left: Counter[str] = Counter()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self.deletions: list[tuple[str, str | None]] = []  # tier and adapter of every deletion
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.cache = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 
     @property
+    def port(self) -> int:
+        """The port on which it listens."""
+        return int(self._server.server_address[1])
+
+    @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> "FakeLMCache":
         """Listen."""
@@ -67,11 +83,17 @@ class FakeLMCache:
         self._thread.start()
         return self
 
+    @property
+    def listening(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
-        """Close the port."""
+        """Close the port and every connection."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        self._server.drop_connections()
 
     def behind(self, engine: FakeEngine) -> "FakeLMCache":
         """Have an engine store what it computes, and find here what it does not have to."""
@@ -119,7 +141,7 @@ class FakeLMCache:
 
     def keys(self, ids: Sequence[int], salt: str) -> list[ObjectKey]:
         """The keys of the whole chunks of `ids`."""
-        return object_keys(ROOT, ids, CHUNK, self.world_size, salt)
+        return object_keys(ROOT, ids, self.chunk, self.world_size, salt)
 
     def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, Any] | str]:
         """Answer one request."""
@@ -158,8 +180,8 @@ class FakeLMCache:
             "memory_configured_bytes": _MEMORY * (self.object_bytes // _SIZE),
         }
         return {
-            "chunk_size": CHUNK,
-            "hash_algorithm": "blake3",
+            "chunk_size": self.chunk,
+            "hash_algorithm": self.hash_algorithm,
             "cache_context_meta": meta,
             "storage_manager": {"l1_managers": {"_default": level}},
         }
@@ -183,6 +205,7 @@ class FakeLMCache:
 
     def _delete(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         dropped = 0
+        self.deletions.append((body["tier"], body.get("adapter")))
         for wire in body["keys"]:
             names = ("model_name", "kv_rank", "object_group_id", "chunk_hash_hex", "cache_salt")
             key = ObjectKey(*(wire[name] for name in names))
@@ -219,6 +242,22 @@ def _salt(file_name: str) -> str:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     cache: FakeLMCache
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: WeakSet[socket.socket] = WeakSet()
+        super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, and remember it."""
+        connection, address = super().get_request()
+        self._open.add(connection)
+        return connection, address
+
+    def drop_connections(self) -> None:
+        """Close every connection."""
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that has disconnected."""

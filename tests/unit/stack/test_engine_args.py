@@ -140,4 +140,9 @@ def test_what_cwg_up_sets_is_not_taken_from_a_file(tmp_path: Path) -> None:
     """The environment, by which the stack tells the gateway, would win over a file without a word."""
     launch = commands.gateway_launch(plan_for(local.LocalStack(data_dir=tmp_path, redis_url="redis://h")))
     told = {name.removeprefix("CWG_").lower() for name in launch.env if name.startswith("CWG_")}
-    assert {*told, "chunk_size"} == set(preflight.OWN_SETTINGS)
+    assert {*told, "chunk_size", "engines"} == set(preflight.OWN_SETTINGS)
+
+
+def test_engines_of_others_are_not_taken_from_the_environment() -> None:
+    with pytest.raises(StackError, match="CWG_ENGINES: `cwg up` starts its own engine"):
+        preflight.check_settings(None, {"CWG_ENGINES": '[{"url": "http://a", "cache_url": "http://b"}]'})

@@ -320,3 +320,13 @@ def test_a_few_sessions_are_found_without_passing_all_of_a_tenant() -> None:
     used = [plan for plan in plans if "sessions" in plan]
     assert len(used) == 3
     assert all("lineage=?" in plan or "id" in plan.partition("tenant=? AND ")[2] for plan in used), used
+
+
+async def test_drained_engines_are_remembered_each_by_itself(store: Store) -> None:
+    await store.set_drained("http://a:1", 5.5)
+    await store.set_drained("http://b:1", 6.0)
+    await store.set_drained("http://a:1", 9.0)  # is drained already
+    assert await store.drained() == {"http://a:1": 5.5, "http://b:1": 6.0}
+    await store.set_drained("http://a:1", None)
+    await store.set_drained("http://c:1", None)
+    assert await store.drained() == {"http://b:1": 6.0}

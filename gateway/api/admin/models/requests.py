@@ -15,6 +15,8 @@ from gateway.validation.fields import or_null
 from gateway.windows import ask, ask_any, at_turn, thaw, tree
 from gateway.windows.autofreeze import rules
 
+MAX_URL = 2000  # characters
+
 SessionId = Annotated[str, Reads(fields.session_id)]
 WindowName = Annotated[str, Reads(fields.window_name)]
 Description = Annotated[str, Reads(fields.description)]
@@ -68,6 +70,11 @@ class WindowsQuery(WindowFilters):
 class SearchQuery(Query):
     q: Annotated[str, Reads(fields.non_blank(MAX_SEARCH))] = Field(description="what to look for, literally")
     limit: Annotated[int, Reads(fields.whole(1, 100))] = Field(20, description="how many to return")
+
+
+class DrainRequest(Body):
+    engine: Annotated[str, Reads(fields.non_blank(MAX_URL).about("its URL, or its host and port"))]
+    undo: Flag = Field(False, description="let it have requests again")
 
 
 class StatusQuery(Query):

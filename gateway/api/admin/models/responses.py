@@ -136,6 +136,9 @@ class WindowStatus(Window):
     kv_cache: KvCache
     timestamps: Timestamps
     saved: Saved
+    caches: dict[str, bool | None] = Field(
+        description="by the URL of each cache, whether all of it is in its memory, or none; null: not known"
+    )
     warnings: Warnings
     blocks: Annotated[list[Block], Field(description="in chunk order")] = absent()
     lineage: Lineage = absent()
@@ -217,6 +220,7 @@ class Evicted(Answer):
     window_name: str
     objects: int
     tiers: dict[str, EvictedTier]
+    caches: dict[str, EvictedTier] = Field(description="the memory of each cache, by its URL; `cpu` is their sum")
     kept: int
     warnings: Warnings
     duration_ms: Number
@@ -230,6 +234,7 @@ class Prefetched(Answer):
     window_name: str
     receipt: Restored
     tiers: dict[str, LoadedTier]
+    cache_url: str = Field(description="the cache into whose memory it was loaded: that of a thaw's engine")
     warnings: Warnings
 
 

@@ -8,6 +8,13 @@ from gateway.api.admin.models.responses import Answer, Number, Warnings, absent
 from gateway.api.selftest import Status
 
 
+class NodeCache(Answer):  # one LMCache server
+    url: str
+    status: Literal["healthy", "left out", "unhealthy"]
+    message: str
+    engines: list[str] = Field(description="those of its node")
+
+
 class LMCacheStatus(Answer):
     status: Literal["healthy", "unhealthy", "unreachable", "not configured"]
     chunk_size: int = absent()
@@ -32,6 +39,11 @@ class MemoryTier(Share):  # LMCache's memory, `cpu`
     capacity_bytes: int
 
 
+class NodeMemory(NodeCache):
+    chunk_size: int | None
+    memory: MemoryTier | None = Field(description="null if it does not say")
+
+
 class EngineTier(Answer):  # the engines' own cache, `gpu`, also that of a CPU engine
     capacity_tokens: int
     usage: Number = Field(description="share that running requests use, 0 to 1; the rest holds what may be reused")
@@ -44,7 +56,8 @@ class Cache(Answer):
     hit_rate: Annotated[Number | None, Field(description="of all prompts since the gateway started")]
     chunk_size: int | None
     engines_up: int
-    lmcache: LMCacheStatus
+    lmcache: LMCacheStatus = Field(description="all caches together; `nodes` has each")
+    nodes: list[NodeMemory] = Field(description="every cache with its memory; `cpu` among the tiers is their sum")
     tiers: dict[str, CacheTier | MemoryTier | EngineTier]
     warnings: Warnings
 
@@ -58,6 +71,7 @@ class Engine(Answer):
     failures: int
     last_error: str | None
     models: list[str]
+    cache_url: str | None = Field(description="the cache of its node; null: none, or not found out yet")
 
 
 class Component(Answer):
@@ -65,6 +79,7 @@ class Component(Answer):
     message: str
     latency_ms: Number
     engines: list[Engine] = absent()
+    caches: list[NodeCache] = absent()
     models_differ: dict[str, dict[str, str]] = absent()
 
 

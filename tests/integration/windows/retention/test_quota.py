@@ -249,7 +249,7 @@ def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, Di
     assert hits["hit_rate"] == pytest.approx(hits["cached_tokens"] / hits["prompt_tokens"], abs=1e-4)
     assert answer.pop("windows") == gateway.http.get("/admin/windows").json()["total"]
     assert answer == {
-        "chunk_size": None, "lmcache": {"status": "not configured"}, "engines_up": 1, "warnings": [],
+        "chunk_size": None, "lmcache": {"status": "not configured"}, "nodes": [], "engines_up": 1, "warnings": [],
         "tiers": {"disk": {
             "objects": 3, "bytes": 3 * SIZE, "sessions": {"objects": 3, "bytes": 3 * SIZE}, "windows": nothing,
             "pinned": nothing, "forgotten": nothing, "unknown": nothing,

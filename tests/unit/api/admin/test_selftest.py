@@ -9,6 +9,7 @@ import pytest
 from gateway.api.health import Health
 from gateway.api.selftest import Check, keeps_kv, run
 from gateway.kv import message_port
+from gateway.kv.cache_pool import CachePool
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
@@ -73,7 +74,7 @@ def on_disk(harness: GatewayHarness, tier: DiskTier | None = None) -> Services:
 async def checked(services: Services) -> dict[str, Check]:
     """What the self-test says, by name."""
     (member,) = services.engines.members
-    return {check.name: check for check in await run(services, member.engine, land_s=0.5)}
+    return {check.name: check for check in await run(services, member, land_s=0.5)}
 
 
 def failed(checks: dict[str, Check]) -> list[str]:
@@ -142,9 +143,10 @@ async def test_a_failing_tier_is_a_fault_of_the_tiers_and_not_of_the_isolation(
 
 async def test_isolation_in_the_tiers_is_not_proved_without_the_cache(harness: GatewayHarness, tmp_path: Path) -> None:
     async with (
-        LMCache("http://127.0.0.1:9", 1.0, tmp_path) as nobody,
+        CachePool(lambda url: LMCache(url, 1.0, tmp_path)) as nobody,
         Health(replace(harness.services, cache=nobody)) as health,
     ):
+        await nobody.add("http://127.0.0.1:9")
         await health.test()
         found = await health.components("isolation")
     assert found["isolation"]["status"] == "degraded"
