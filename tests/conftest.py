@@ -111,10 +111,21 @@ def shared_gateway(shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathF
         yield gateway
 
 
+@pytest.fixture(scope="session")
+def shared_gateway_on_postgres(
+    shared_engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """The same with its store on PostgreSQL, for tests on `each_store`."""
+    with gateway_in_front_of(shared_engine.url, tmp_path_factory.mktemp("shared-pg"), busy_wait_s=0.5) as gateway:
+        yield gateway
+
+
 @pytest.fixture
-def gateway(engine: FakeEngine, shared_gateway: Gateway) -> Gateway:
+def gateway(engine: FakeEngine, request: pytest.FixtureRequest) -> Gateway:
     """The shared gateway, in front of an engine with its defaults."""
-    return shared_gateway
+    on_postgres = "shared_gateway_on_postgres" if postgres.VARIABLE in os.environ else "shared_gateway"
+    shared: Gateway = request.getfixturevalue(on_postgres)
+    return shared
 
 
 @pytest.fixture
@@ -152,6 +163,18 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     url = postgres_server.new_database()
     yield url
     postgres_server.drop(url)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def each_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gateways of the test have their stores on one database, then on the other."""
+    if request.param == "sqlite":
+        yield
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    monkeypatch.setenv(postgres.VARIABLE, server.url())
+    yield
+    postgres.drop_own_databases(server.url())
 
 
 @pytest.fixture(scope="session")

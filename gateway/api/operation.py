@@ -24,7 +24,7 @@ PLACEHOLDERS: Mapping[str, tuple[Field[str], str]] = {
 # Errors of operations that need the engine.
 ENGINE = ("model_mismatch", "engine_unreachable", "engine_timeout")
 _ALWAYS = ("invalid_request", "unknown_parameter", "request_timeout", "payload_too_large", "too_complex", "internal")
-_GUARDED = ("unauthorized", "forbidden")
+_OF_NO_PROBE = ("unauthorized", "forbidden", "store_unavailable")
 _IN_A_PATH = ("not_found", "method_not_allowed")  # a name with a slash in it is another path
 
 
@@ -63,7 +63,7 @@ class Operation:
     @property
     def codes(self) -> list[str]:
         """Every code that its errors may have."""
-        found = [*_ALWAYS, *(() if self.probe else _GUARDED), *self.errors]
+        found = [*_ALWAYS, *(() if self.probe else _OF_NO_PROBE), *self.errors]
         for name_field, missing in (PLACEHOLDERS[name] for name in self.placeholders):
             found += [name_field.code, missing, *_IN_A_PATH]
         found += [*requests.codes(self.query), *requests.codes(self.body)]

@@ -1,7 +1,7 @@
 """Resolve which session a request belongs to."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gateway.errors import GatewayError
@@ -20,6 +20,7 @@ from gateway.sessions.session_match import (
     was_answered,
 )
 from gateway.sessions.turn_context import TurnContext
+from gateway.sessions.turn_gate import TurnGate
 from gateway.store.store import Store
 
 _PREVIOUS_RESPONSE = "body previous_response_id"  # the source of a session that was found by a response
@@ -33,6 +34,18 @@ class SessionResolver:
         self._turns = turns
         self._recorder = recorder
         self._by_prefix = by_prefix
+        self._gate = TurnGate()
+
+    async def enter(self, turn: TurnContext) -> Callable[[], None]:
+        """Wait for other requests of the conversation to find their session, if reads of the store wait.
+
+        Returns what lets the next one in. Call it when the turn has begun, or will not.
+        """
+        if not self._store.reads_wait:
+            return _nothing
+        client_id = turn.client_id
+        named = client_id.id if client_id and client_id.kind != "key" else ""
+        return await self._gate.enter((turn.tenant, named or turn.prompt.head))
 
     async def open(self, tenant: str, session_id: str, source: str = "") -> Session:
         """Return the session, or what it will be once its first turn is recorded.
@@ -137,11 +150,14 @@ class SessionResolver:
         """Match a request by what the store knows of its prefix, and by the turns in flight."""
         if not self._by_prefix:  # anybody who knows a conversation could continue it
             return NO_MATCH
+        # A turn that was recorded between two reads is found by its reply, though not by its prefix.
+        recording = self._store.reads_wait and self._turns.in_flight
         match = await self._match(tenant, request)
         last_reply = request.replies[-1] if request.replies else 0
         known = match.session.id if match.session else None
         unknown_reply = match.forks or match.depth < last_reply
-        if unknown_reply or await self._turns.is_in_flight(tenant, known, request.request_hash):
+        unsettled = unknown_reply or (recording and match.how != "prefix")
+        if unsettled or await self._turns.is_in_flight(tenant, known, request.request_hash):
             # The turn before this one, or another one after that, may not be recorded yet.
             if unknown_reply and last_reply > 1:
                 await self._turns.settle(tenant, request_hash=request.prefix_hashes[last_reply - 2])
@@ -193,6 +209,10 @@ class SessionResolver:
         if await self._turns.has_turn_in_flight(tenant, session_id):
             return False
         return await self._store.session(tenant, session_id) is None
+
+
+def _nothing() -> None:
+    """No other request waits."""
 
 
 def _asked(session: Session, prompt: Prompt) -> Session:

@@ -12,10 +12,9 @@ def store_of(settings: Settings) -> Store:
     if path is not None:
         return SqliteStore(path, turns_kept=kept, responses_kept=responses)
     try:  # an extra: most gateways have their store in a file
+        from gateway.store.postgres.connections import Server  # noqa: PLC0415
         from gateway.store.postgres.store import PostgresStore  # noqa: PLC0415
     except ImportError as error:
         raise StartError("a store on PostgreSQL needs asyncpg: install it, or the extra `postgres`") from error
-    return PostgresStore(
-        settings.store_url, turns_kept=kept, responses_kept=responses, workers=settings.workers,
-        statement_cache=settings.store_statement_cache,
-    )  # fmt: skip
+    server = Server(settings.store_url, settings.store_statement_cache)
+    return PostgresStore(server, turns_kept=kept, responses_kept=responses, workers=settings.workers)

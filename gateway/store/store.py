@@ -61,6 +61,9 @@ class Store(Database):
         self._responses_kept = responses_kept
         self._recorded = asyncio.Event()
 
+    reads_wait = False
+    """Whether a point read waits for a server, so that something may happen between two of them."""
+
     @abstractmethod
     async def __aenter__(self) -> "Store":
         """Open it, and bring its schema up to date. Raises StartError."""

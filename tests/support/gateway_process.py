@@ -16,6 +16,7 @@ import httpx
 
 from tests.support import openapi_check
 from tests.support.fakes.engine import MODEL, WITHIN
+from tests.support.postgres import store_settings
 
 ROOT = Path(__file__).parents[2]
 SERVE = [sys.executable, "-m", "gateway", "serve"]
@@ -67,7 +68,7 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = folder / "data"
         self._log = folder / "gateway.log"
-        own = {"port": self.port, "data_dir": self.data_dir}
+        own: dict[str, object] = {"port": self.port, "data_dir": self.data_dir, **store_settings(self.data_dir)}
         own |= {"engine_urls": engine_url} if engine_url else {}  # or they are in `engines`
         given = {**own, "auto_freeze": False, **settings}  # only where a test asks for it
         self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})

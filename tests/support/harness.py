@@ -16,6 +16,7 @@ from gateway.settings import Settings
 from gateway.store.types import Text
 from gateway.windows.context import OperationContext, Services
 from tests.support.fakes.engine import MODEL, FakeEngine, render
+from tests.support.postgres import store_settings
 from tests.support.tier_harness import RedisServer, RedisTierHarness
 
 CHUNK = 16
@@ -107,6 +108,7 @@ async def open_harness(
         kv_dir=str(kv),
         kv_redis_url=f"redis://127.0.0.1:{redis_server.port}",
         data_dir=str(tmp_path / "own"),
+        **store_settings(tmp_path / "own"),
     )
     (tmp_path / "own").mkdir()
     async with open_services(settings) as parts:

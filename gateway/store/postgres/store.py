@@ -19,7 +19,7 @@ from gateway.store.database import Db, Work
 from gateway.store.postgres import point_reads
 from gateway.store.postgres.connections import Line, Server
 from gateway.store.postgres.db import Statements
-from gateway.store.postgres.failures import CommitUnknownError, shown_url
+from gateway.store.postgres.failures import CommitUnknownError
 from gateway.store.postgres.point_reads import FIRST_LINKS, PointReads
 from gateway.store.postgres.reader import Reader
 from gateway.store.postgres.schema import migrate
@@ -36,12 +36,11 @@ CONNECTIONS = 1 + _READERS + 1
 class PostgresStore(Store):
     """The store in a database. Several gateways may use it."""
 
-    def __init__(
-        self, url: str, *, turns_kept: int, responses_kept: int = 10_000, statement_cache: int = 200, workers: int = 1
-    ) -> None:
+    reads_wait = True
+
+    def __init__(self, server: Server, *, turns_kept: int, responses_kept: int = 10_000, workers: int = 1) -> None:
         super().__init__(turns_kept=turns_kept, responses_kept=responses_kept)
-        self._server = Server(url, statement_cache)
-        self._where = shown_url(url)
+        self._server = server
         self._workers = workers
         self._statements = Statements()
         self._uncertain: tuple[Sequence[TurnRecord], str] | None = None  # turns, and the transaction they were in
@@ -50,7 +49,7 @@ class PostgresStore(Store):
     async def __aenter__(self) -> "PostgresStore":
         """Bring the schema up to date. Raises StartError."""
         self.store_id = await self._prepare()
-        self._points = PointReads(Line(self._server), self._statements, self._where)
+        self._points = PointReads(Line(self._server), self._statements)
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="store", daemon=True)
         self._thread.start()
@@ -66,11 +65,10 @@ class PostgresStore(Store):
                 await connection.close()
         except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             reason = str(error) or "it does not answer"
-            raise StartError(f"the store {self._where} cannot be opened: {reason}") from error
+            raise StartError(f"the store {self._server.where} cannot be opened: {reason}") from error
 
     async def _open_beside(self) -> tuple[Writer, Reader]:
-        lines = [Line(self._server) for _ in range(_READERS)]
-        return (Writer(Line(self._server), self._statements, self._where), Reader(lines, self._statements, self._where))
+        return Writer(Line(self._server), self._statements), Reader(self._server, _READERS, self._statements)
 
     async def __aexit__(self, *_: object) -> None:
         await self._beside(self._writer.stop())
@@ -135,7 +133,7 @@ class PostgresStore(Store):
 
     async def examine(self) -> StoreCheck:
         """See `Store.examine`."""
-        return await self.run_read(_examine(self._where, self._workers * CONNECTIONS))
+        return await self.run_read(_examine(self._server.where, self._workers * CONNECTIONS))
 
 
 def _examine(where: str, needed: int) -> Work[StoreCheck]:

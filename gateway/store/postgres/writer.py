@@ -10,8 +10,10 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+import asyncpg
+
 from gateway.store.database import Work
-from gateway.store.postgres.connections import ANSWER_S, BEGIN, Line
+from gateway.store.postgres.connections import Line
 from gateway.store.postgres.db import Connection, PostgresDb, Statements, TextsNotLockedError
 from gateway.store.postgres.failures import CommitUnknownError, failure, is_lost, may_succeed_again
 from gateway.store.types import StoreUnavailable
@@ -36,12 +38,13 @@ class _Write(NamedTuple):
 
 
 class Writer:
-    """Runs in the event loop of the store; `where` names the store in errors."""
+    """Runs in the event loop of the store."""
 
-    def __init__(self, line: Line, statements: Statements, where: str) -> None:
+    def __init__(self, line: Line, statements: Statements) -> None:
         self._line = line
         self._statements = statements
-        self._where = where
+        self._where = line.server.where
+        self._begin = line.server.begin()
         self._queue: asyncio.Queue[_Write | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(), name="store-writer")
 
@@ -106,7 +109,7 @@ class Writer:
     async def _transaction(self, works: Sequence[Work[object]], *, alone: bool) -> list[object]:
         connection = await self._line.connection()
         try:
-            await connection.execute(BEGIN)
+            await connection.execute(self._begin)
             transaction = str(await connection.fetchval(_ALONE if alone else _SHARED))
             db = PostgresDb(connection, self._statements, alone=alone)
             results = [await work(db) for work in works]
@@ -136,22 +139,26 @@ class Writer:
 
     async def was_committed(self, transaction: str) -> bool:
         """Whether a transaction was committed. Raises CommitUnknownError if the server does not say in time."""
+        line = Line(self._line.server)  # the writer's may be in use
         try:
-            async with asyncio.timeout(ANSWER_S):
-                while (status := await self._status(transaction)) == "in progress":  # noqa: ASYNC110
+            async with asyncio.timeout(line.server.answer_s):
+                while (status := await _status(line, transaction)) == "in progress":  # noqa: ASYNC110
                     await asyncio.sleep(_SETTLE_POLL_S)
         except TimeoutError as error:
-            self._line.drop()
             raise CommitUnknownError(self._where, transaction) from error
+        finally:
+            line.drop()
         return status == "committed"
 
-    async def _status(self, transaction: str) -> str:
-        """What became of a transaction (PostgreSQL, 9.27.8); "in progress" if the server cannot be asked."""
-        query = "SELECT pg_xact_status(CAST($1 AS xid8))"
-        try:
-            return await (await self._line.connection()).fetchval(query, transaction) or "aborted"
-        except Exception as error:  # noqa: BLE001
-            if is_lost(error):
-                self._line.drop()
-                return "in progress"
-            return "aborted"  # a standby took over before it heard of it
+
+async def _status(line: Line, transaction: str) -> str:
+    """What became of a transaction (PostgreSQL, 9.27.8); "in progress" if the server cannot be asked."""
+    query = "SELECT pg_xact_status(CAST(CAST($1 AS TEXT) AS xid8))"
+    try:
+        return await (await line.connection()).fetchval(query, transaction) or "aborted"
+    except asyncpg.InvalidParameterValueError:
+        return "aborted"  # an id of the future: a standby took over before it heard of it
+    except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not known
+        log.debug("could not ask for transaction %s: %s", transaction, error)
+        line.drop()
+        return "in progress"

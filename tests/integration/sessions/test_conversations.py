@@ -11,6 +11,8 @@ from tests.support.conversations import SYSTEM, assistant, user
 from tests.support.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
 
+pytestmark = pytest.mark.usefixtures("each_store")
+
 CHAT = "/v1/chat/completions"
 
 

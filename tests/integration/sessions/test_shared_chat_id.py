@@ -12,6 +12,8 @@ from tests.support.conversations import SYSTEM, assistant, user
 from tests.support.fakes.engine import MODEL, WITHIN, Exchange, FakeEngine
 from tests.support.gateway_process import Gateway
 
+pytestmark = pytest.mark.usefixtures("each_store")
+
 CHAT = "/v1/chat/completions"
 TITLE = [user("### Task: Generate a title for this chat: plant a tree")]
 QUESTION = [user("plant a tree")]

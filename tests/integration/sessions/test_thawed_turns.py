@@ -8,6 +8,8 @@ import pytest
 from tests.support.fakes.engine import MODEL, FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway
 
+pytestmark = pytest.mark.usefixtures("each_store")
+
 CHAT = "/v1/chat/completions"
 Message = dict[str, Any]
 SYSTEM = {"role": "system", "content": "You are terse."}

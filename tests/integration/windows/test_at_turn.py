@@ -20,7 +20,7 @@ from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, render
 from tests.support.fakes.lmcache import CHUNK, FakeLMCache
 from tests.support.prefix_cache_model import TENANT, Cached, opened
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("each_store")]
 TURNS = 4
 TALK: list[dict[str, Any]] = [
     message

@@ -11,6 +11,8 @@ from tests.support.fakes.engine import FakeEngine, usage_of, whole_reply
 from tests.support.gateway_process import Gateway
 from tests.support.refusals import assert_refused
 
+pytestmark = pytest.mark.usefixtures("each_store")
+
 
 def test_patch_changes_only_given_fields(gateway: Gateway, window: str) -> None:
     before = gateway.http.get(f"/admin/windows/{window}").json()

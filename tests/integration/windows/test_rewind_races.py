@@ -24,7 +24,7 @@ from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.fakes.lmcache import FakeLMCache
 from tests.support.prefix_cache_model import TENANT, Cached, opened
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("each_store")]
 FIRST: list[dict[str, Any]] = [user("the first question, long enough for a chunk"), assistant("answer 1")]
 SECOND = [*FIRST, user("the second question"), assistant("answer 2")]
 THIRD = [*SECOND, user("the third question"), assistant("answer 3")]

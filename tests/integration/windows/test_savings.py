@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.cli import cwg
 from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.gateway_process import Gateway, eventually, gateway_in_front_of
+
+pytestmark = pytest.mark.usefixtures("each_store")
 
 
 def _stream(gateway: Gateway, session: str, text: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.store.postgres.connections import Server
 from gateway.store.postgres.store import PostgresStore
 from gateway.store.sqlite import SqliteStore
 from gateway.store.store import Store
@@ -18,7 +19,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]
         yield lambda: SqliteStore(tmp_path / "gateway.db", turns_kept=5)
         return
     url = request.getfixturevalue("postgres_url")
-    yield lambda: PostgresStore(url, turns_kept=5)
+    yield lambda: PostgresStore(Server(url), turns_kept=5)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from tests.support.fakes.engine import Exchange, FakeEngine
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.refusals import assert_refused
 
+pytestmark = pytest.mark.usefixtures("each_store")
+
 SAID = {
     "billing": "We decided that billing goes by the hour, with Zephyr.",
     "weather": "What will the weather be in Oslo? 天気はどうですか",

@@ -17,7 +17,7 @@ from tests.support.gateway_process import Gateway, eventually, gateway_in_front_
 from tests.support.retention_rig import SIZE, TENANT, RetentionHarness, keys_of, settings
 from tests.support.tier_harness import DiskTierHarness, RedisServer, RedisTierHarness, key, value
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("each_store")]
 
 
 def redis_of(harness: RetentionHarness) -> RedisTierHarness:

@@ -22,7 +22,7 @@ from tests.support.fakes.engine import FakeEngine
 from tests.support.retention_rig import SIZE, TENANT, RetentionHarness, keys_of, settings
 from tests.support.tier_harness import DiskTierHarness, RedisServer, key
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("each_store")]
 
 
 class Interrupted:
