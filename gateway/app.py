@@ -23,6 +23,7 @@ from gateway.api.inference.handler import Inference
 from gateway.api.inference.request import TOKENIZER_PATHS
 from gateway.api.mcp.transport import PATHS, McpTransport
 from gateway.api.page import routes as page
+from gateway.api.tracing import trace_requests
 from gateway.api.workers import Report
 from gateway.engines.client import HttpEngineClient
 from gateway.engines.connection_pool import Upstream
@@ -34,7 +35,6 @@ from gateway.kv.lmcache import LMCache
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.base import Tier, TierUnavailable
 from gateway.kv.tiers.disk import DiskTier
-from gateway.metrics import Metrics, Shared, clear, forget
 from gateway.runtime import open_files, serve_lock
 from gateway.runtime.stalls import LostSince, Stalls
 from gateway.sessions.active_turns import ActiveTurns
@@ -52,6 +52,9 @@ from gateway.store.leases import Leases
 from gateway.store.membership import Membership
 from gateway.store.opening import store_of
 from gateway.store.store import Store
+from gateway.telemetry import trace_context
+from gateway.telemetry.metrics import Metrics, Shared, clear, forget
+from gateway.telemetry.traces import Traces, open_traces
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.background import BackgroundTasks
@@ -79,12 +82,13 @@ class Gateway:
     """
 
     def __init__(self, services: Services, health: Health, autofreeze: AutofreezeService) -> None:
-        self._inference = Inference(services)
+        self._inference = trace_requests(Inference(services), services)
         self._state = {
             "services": services, "health": health, "autofreeze": autofreeze, "inference": self._inference
         }  # fmt: skip
         self._rest = Starlette(routes=[*routes.routes(), *page.routes()], exception_handlers=endpoint.HANDLERS)
         self._rest.router.redirect_slashes = False  # a redirect would go to whatever Host the caller named
+        self._admin = trace_requests(self._rest_with_state, services)
         self._mcp = McpTransport(self._admin, services.settings)
         self._app = _for_pages(self._route, services.settings.allowed_origins)
 
@@ -103,11 +107,12 @@ class Gateway:
         if scope["path"].startswith(_INFERENCE) or scope["path"] in _TOKENIZER:
             await self._inference(scope, receive, send)
         elif scope["path"] in PATHS:
+            trace_context.detach()  # its tools' own requests are traced
             await self._mcp(scope, receive, send)
         else:
             await self._admin(scope, receive, send)
 
-    async def _admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _rest_with_state(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] = self._state
         await self._rest(scope, receive, send)
 
@@ -130,13 +135,14 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         membership = await stack.enter_async_context(Membership(store, ttl_s=settings.gateway_lease_s))
         leases = Leases(store, membership)
         telemetry = await stack.enter_async_context(Metrics(shared))
+        traces = await stack.enter_async_context(open_traces(os.environ, telemetry))
         elsewhere = await _turns_elsewhere(stack, settings, store, membership)
         turns = ActiveTurns(store, elsewhere)
         cache = await stack.enter_async_context(_caches(settings, leases)) if settings.has_cache else None
         estimator = Estimator(file=settings.tokenizer_path, folders=(settings.data_path,), hub=hub_folder(os.environ))
         await asyncio.to_thread(estimator.check)
         reviews = CacheReviewer(store, estimator, lambda: cache.chunk_size if cache else settings.chunk_size)
-        make_node = partial(_node, settings, stalls.lost_since, telemetry)
+        make_node = partial(_node, settings, stalls.lost_since, telemetry, traces)
         engines = [make_node(one.url, one.cache) for one in settings.nodes if one.url]
         pool = await stack.enter_async_context(EnginePool(engines, settings.engine_check_s))
         if cache is not None:
@@ -145,7 +151,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
         await stack.enter_async_context(nodes)
         tiers = await _tiers(stack, settings, store.store_id)
         recorder = await stack.enter_async_context(
-            TurnRecorder(store, turns, reviews, telemetry, elsewhere, max_pending=settings.turn_queue)
+            TurnRecorder(store, turns, reviews, telemetry, elsewhere, traces, max_pending=settings.turn_queue)
         )
         pins = Pins(tiers)
         services = Services(
@@ -162,6 +168,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
             recorder=recorder,
             salt_notes=await stack.enter_async_context(SaltNotes(store)),
             metrics=telemetry,
+            traces=traces,
             background=await stack.enter_async_context(BackgroundTasks()),
             estimator=estimator,
             stalls=stalls,
@@ -206,7 +213,9 @@ def _caches(settings: Settings, leases: Leases) -> CachePool:
     return CachePool(make, settings.chunk_size)
 
 
-def _node(settings: Settings, lost_since: LostSince, telemetry: Metrics, url: str, cache: str) -> EngineNode:
+def _node(
+    settings: Settings, lost_since: LostSince, telemetry: Metrics, traces: Traces, url: str, cache: str
+) -> EngineNode:
     connect, silence = settings.connect_timeout_s, settings.engine_timeout_s
     upstream = Upstream(url, connect_timeout_s=connect, silence_timeout_s=silence, lost_since=lost_since)
     client = HttpEngineClient(
@@ -218,6 +227,7 @@ def _node(settings: Settings, lost_since: LostSince, telemetry: Metrics, url: st
         lost_since=lost_since,
         abort_grace_s=settings.abort_grace_s,
         has_cache=settings.has_cache,
+        trace_headers=traces.engine_headers,
     )
     node = EngineNode(upstream, client, lost_since, cache=cache)
     telemetry.watch_address("cwg_engine_up", url, lambda: node.up)

@@ -222,6 +222,7 @@ class Settings(BaseSettings):
     )
     shutdown_freeze_s: Seconds = setting(8.0, "seconds that freezing at shutdown may take; what is left is not frozen")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "`debug`, `info`, `warning` or `error`")
+    log_format: Literal["text", "json"] = setting("text", "`text`, or `json`: an object a line, with request and trace")
 
     @classmethod
     def settings_customise_sources(
@@ -247,7 +248,7 @@ class Settings(BaseSettings):
                 return _FROM_TEXT[kind](value)
         return value
 
-    @field_validator("log_level", mode="before")
+    @field_validator("log_level", "log_format", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value

@@ -47,15 +47,18 @@ class Gateway:
         self._pid = gateway.pid
         self.http = http.client.HTTPConnection("127.0.0.1", gateway.port)
 
-    def cpu_s_per_request(self, kind: str, payloads: list[bytes]) -> float:
-        """Send a round of requests; return the CPU seconds per request."""
+    def cpu_s_per_request(self, kind: str, payloads: list[bytes], waits: list[float] | None = None) -> float:
+        """Send a round of requests; return the CPU seconds per request. `waits` gets the seconds that each took."""
         path = "/s/one/v1/chat/completions" if kind == "session" else "/v1/chat/completions"
         before = self._cpu_s()
         for payload in payloads:
+            began = time.perf_counter()
             self.http.request("POST", path, payload, {"content-type": "application/json"})
             answer = self.http.getresponse()
             assert answer.status == 200, answer.read()
             answer.read()
+            if waits is not None:
+                waits.append(time.perf_counter() - began)
         time.sleep(0.1)  # turns are recorded after the response
         return (self._cpu_s() - before) / len(payloads)
 

@@ -22,6 +22,7 @@ from gateway.engines.connection import Headers
 from gateway.errors import GatewayError, invalid_field
 from gateway.records import check_session_id, check_window_name
 from gateway.runtime.progress import Progress, silent
+from gateway.telemetry.trace_context import name_request
 from gateway.validation.shown import shown
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.context import OperationContext, Services
@@ -128,6 +129,7 @@ class Endpoint:
 
     async def _answer(self, request: Request) -> ASGIApp:
         operation = self._operation
+        name_request(request.method, operation.path)
         call = Call(request, auth.TENANT if operation.probe else _tenant(request))
         if request.headers.get("accept") == NDJSON:
             return _ProgressResponse(operation, call)

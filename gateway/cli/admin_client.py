@@ -12,6 +12,7 @@ import orjson
 
 from gateway.api.mcp.admin_request import AdminRequest, Json, ReportProgress
 from gateway.records import SESSION_ID
+from gateway.telemetry import trace_context
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 _CHUNK_BYTES = 2**18
@@ -31,16 +32,24 @@ class AdminError(Exception):
 
 
 class Admin:
-    """A client of one gateway's admin API. `session_id`: the caller's own session, where it is known."""
+    """A client of one gateway's admin API. `session_id`: the caller's own session, where it is known; `traceparent`:
+    the span that its requests belong to, if any.
+    """
 
-    def __init__(self, url: str, api_key: str, timeout_s: float = 600, session_id: str = "") -> None:
+    def __init__(
+        self, url: str, api_key: str, timeout_s: float = 600, session_id: str = "", traceparent: str = ""
+    ) -> None:
         self.url = url
         _check_address(url)
         if not api_key.isascii() or not api_key.isprintable():
             raise AdminError("CWG_API_KEY has characters that a header cannot carry")
         if session_id and not SESSION_ID.fullmatch(session_id):
             raise AdminError(f"CWG_SESSION_ID {session_id!r:.200} is no session id", "use A-Z a-z 0-9 _ . : -")
-        sent = {"authorization": api_key and f"Bearer {api_key}", "x-session-id": session_id}
+        sent = {
+            "authorization": api_key and f"Bearer {api_key}",
+            "x-session-id": session_id,
+            "traceparent": _valid(traceparent),
+        }
         headers = {name: value for name, value in sent.items() if value}
         try:
             self._http = httpx.Client(
@@ -59,19 +68,22 @@ class Admin:
         query: Mapping[str, Any] | None = None,
         body: Mapping[str, Any] | None = None,
         nulls: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Send one request and return its answer. With `nulls`, None in the body is sent as null. Raises AdminError."""
         try:
             response = self._http.request(
-                method, path, params=_without_none(query), json=body if nulls else _without_none(body)
+                method, path, params=_without_none(query), json=body if nulls else _without_none(body), headers=headers
             )
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         return _checked(response.status_code, _json(response.content))
 
-    def watch(self, path: str, body: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    def watch(
+        self, path: str, body: Mapping[str, Any], on_progress: OnProgress, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """POST, and report each step to `on_progress` until the answer arrives. Raises AdminError."""
-        return self._follow(on_progress, path, headers={}, json=_without_none(body))
+        return self._follow(on_progress, path, headers=headers or {}, json=_without_none(body))
 
     def _follow(
         self, on_progress: OnProgress, path: str, *, headers: Mapping[str, str], **request: Any
@@ -140,16 +152,23 @@ class Admin:
             asyncio.run_coroutine_threadsafe(report(progress), loop).result()
 
         try:
+            context = {"traceparent": request.traceparent} if request.traceparent else {}
             if request.method == "POST":
-                return await asyncio.to_thread(self.watch, request.path, request.body or {}, step)
+                return await asyncio.to_thread(self.watch, request.path, request.body or {}, step, context)
             query, body = request.query, request.body
-            return await asyncio.to_thread(self.call, request.method, request.path, query=query, body=body, nulls=True)
+            return await asyncio.to_thread(
+                self.call, request.method, request.path, query=query, body=body, nulls=True, headers=context
+            )
         except AdminError as error:
             return {"error": asdict(error)}
 
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
         hint = "start it with `cwg up` or `cwg serve`, or set CWG_URL"
         return AdminError(f"no gateway answers at {self.url}: {str(error) or type(error).__name__}", hint)
+
+
+def _valid(traceparent: str) -> str:
+    return traceparent if traceparent.isascii() and trace_context.parse(traceparent.encode()) else ""
 
 
 def _check_address(url: str) -> None:

@@ -93,8 +93,13 @@ def base_url(session: str) -> str:
 
 
 def admin(timeout_s: float = 600, session_id: str = "") -> Admin:
-    """The gateway's admin API. Raises AdminError for an invalid address, key or session id."""
-    return Admin(gateway_url(), os.environ.get("CWG_API_KEY", ""), timeout_s, session_id)
+    """The gateway's admin API. Raises AdminError for an invalid address, key or session id.
+
+    TRACEPARENT is how OpenTelemetry passes a trace to a command
+    (https://opentelemetry.io/docs/specs/otel/context/env-carriers/).
+    """
+    traceparent = os.environ.get("TRACEPARENT", "")
+    return Admin(gateway_url(), os.environ.get("CWG_API_KEY", ""), timeout_s, session_id, traceparent)
 
 
 @contextmanager

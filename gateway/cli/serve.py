@@ -15,7 +15,8 @@ from gateway.cli.admin_client import Admin
 from gateway.cli.connection import Failure, Word
 from gateway.cli.output import say
 from gateway.errors import StartError
-from gateway.runtime.logs import SafeFormatter
+from gateway.runtime.logs import JsonFormatter, SafeFormatter
+from gateway.telemetry.trace_context import log_fields
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def serve(config: Path | None, **options: Any) -> None:
 
     try:
         settings = load(file=config, environment=os.environ, overrides=options)
-        _log_to_stderr(settings.log_level, with_pid=settings.workers > 1)
+        _log_to_stderr(settings.log_level, settings.log_format, with_pid=settings.workers > 1)
         if ignored := old_variables(os.environ):
             log.warning(ignored)
         app.main(settings)
@@ -131,13 +132,13 @@ def _check_reachable(admin: Admin) -> None:
         say(f"cwg mcp: {failure}; every call retries", err=True)
 
 
-def _log_to_stderr(level: str, *, with_pid: bool) -> None:
+def _log_to_stderr(level: str, kind: str, *, with_pid: bool) -> None:
     process = "%(process)d " if with_pid else ""
     line = f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(SafeFormatter(line))
+    handler.setFormatter(JsonFormatter(log_fields) if kind == "json" else SafeFormatter(line))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    for library in ("httpx", "httpcore", "mcp"):
+    for library in ("httpx", "httpcore", "mcp", "urllib3"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -165,7 +165,7 @@ class EngineClient(ABC):
 
 
 class HttpEngineClient(EngineClient):
-    """A client of one vLLM server."""
+    """A client of one vLLM server. `trace_headers` has what makes its spans part of the present trace."""
 
     def __init__(
         self,
@@ -178,8 +178,10 @@ class HttpEngineClient(EngineClient):
         lost_since: LostSince = never_lost,
         abort_grace_s: float = 0.0,
         has_cache: bool = False,
+        trace_headers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self.url = url
+        self._trace_headers = trace_headers
         self._lost_since = lost_since
         self._out_of_files = OutOfFiles()
         self.abort_risk: AbortRisk = "unknown"
@@ -318,7 +320,7 @@ class HttpEngineClient(EngineClient):
     ) -> Reply:
         began = time.monotonic()
         timeout = self._quick if quick else httpx.USE_CLIENT_DEFAULT
-        request = self._http.request(method, path, json=json, timeout=timeout)
+        request = self._http.request(method, path, json=json, timeout=timeout, headers=self._trace_headers())
         try:
             if json and "cache_salt" in json and (grace_s := self.grace_s):
                 return await self._with_grace(request, grace_s)

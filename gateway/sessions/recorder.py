@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from gateway.errors import GatewayError
-from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
-from gateway.sessions import completed_turn
+from gateway.sessions import completed_turn, turn_spans
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
 from gateway.sessions.completed_turn import ParsedTurn, Review
@@ -25,10 +24,15 @@ from gateway.sessions.in_flight import TurnsElsewhere
 from gateway.sessions.turn_context import TurnContext
 from gateway.store.store import Store
 from gateway.store.types import StoreUnavailable, TurnRecord
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.trace_context import Span
+from gateway.telemetry.traces import Traces
 
 log = logging.getLogger(__name__)
 
 _NONE: Collection[int] = frozenset()
+OnRecorded = Callable[[str, str, Span | None], None]
+
 _TURNS_PER_RECORD = 256
 # A turn that is recorded alone costs six times one of a burst (a commit, and switches between threads), and the next
 # request pays for it.
@@ -52,6 +56,7 @@ class TurnRecorder:
         reviews: CacheReviewer,
         telemetry: Metrics,
         elsewhere: TurnsElsewhere | None,
+        traces: Traces,
         *,
         max_pending: int,
     ) -> None:
@@ -61,6 +66,7 @@ class TurnRecorder:
         self._turns = turns
         self._telemetry = telemetry
         self._elsewhere = elsewhere
+        self._traces = traces
         self._batch = 0  # the number of the batch that turns which end now belong to, for the other workers
         self._batch_is_marked = False
         self._queue: asyncio.Queue[TurnContext] = asyncio.Queue()
@@ -73,7 +79,7 @@ class TurnRecorder:
         self._trouble: StoreUnavailable | None = None  # why the store does not accept turns
         self._logged = -_LOG_EVERY_S
         self._ending = asyncio.Event()
-        self._on_recorded: Callable[[str, str], None] = lambda tenant, session_id: None
+        self._on_recorded: OnRecorded = lambda tenant, session_id, span: None
 
     async def __aenter__(self) -> "TurnRecorder":
         self._task = asyncio.create_task(self._run(), name="turns")
@@ -91,8 +97,8 @@ class TurnRecorder:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    def watch(self, on_recorded: Callable[[str, str], None]) -> None:
-        """Call `on_recorded` with the tenant and session of each recorded turn; it must not block."""
+    def watch(self, on_recorded: OnRecorded) -> None:
+        """Call `on_recorded` with tenant, session and span of each recorded turn; it must not block."""
         self._on_recorded = on_recorded
 
     def begin(self, turn: TurnContext) -> None:
@@ -174,7 +180,7 @@ class TurnRecorder:
                 self._count(turn, one)
                 self._replied.discard(turn)
                 self._turns.end(turn.match)
-                self._on_recorded(one.turn.tenant, one.turn.session_id)
+                self._on_recorded(one.turn.tenant, one.turn.session_id, turn.span)
                 self._queue.task_done()
             if self._elsewhere is not None and closed is not None:
                 self._elsewhere.mark_recorded(closed)
@@ -187,6 +193,11 @@ class TurnRecorder:
         reason, _, _ = finished.turn.miss.partition(":")
         if reason not in _NOT_MISSES:
             self._telemetry.count_miss(reason)
+        if turn.span is not None:
+            try:
+                turn_spans.record(self._traces, turn, turn.span, finished.turn)
+            except Exception:  # the turns of a batch must be recorded, whatever becomes of their spans
+                log.exception("could not make the spans of a turn of session %s", finished.turn.session_id)
 
     def _close_batch(self, taken: set[TurnContext]) -> int | None:
         """End the batch that other workers see and return its number; None if turns of it are yet to come."""

@@ -11,6 +11,7 @@ from gateway.runtime.offload import HEAVY_BYTES, is_heavy
 from gateway.sessions.client_ids import ClientSessionId
 from gateway.sessions.prefix_chain import Prompt
 from gateway.sessions.session_match import SessionMatch
+from gateway.telemetry.trace_context import Span
 
 
 @dataclass(slots=True)
@@ -61,6 +62,9 @@ class TurnContext:
     fingerprint: str = ""  # of the model, empty if no engine serves it
     salt: str = ""
     engine: str = ""
+    span: Span | None = None  # of the request to the engine, if it is traced
+    admitted_at: float = 0.0  # of time.monotonic, when it was read and let in
+    identified_at: float = 0.0  # the same, when its session and its history were known
     started_at: float = 0.0  # of time.time, when the engine was asked
     overhead_s: float = 0.0  # the gateway's work before that
     duration_ms: float = 0.0

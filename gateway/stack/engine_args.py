@@ -35,13 +35,14 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 _SHORT: Mapping[str, str] = MappingProxyType({"-tp": "--tensor-parallel-size", "-q": "--quantization"})
 # With any other option, KV may have other bytes. Tensor parallelism is part of LMCache's keys (gateway/kv/keys.py).
 _SAME_KV = frozenset({
-    "--async-scheduling", "--chat-template", "--chat-template-content-format", "--default-chat-template-kwargs",
-    "--disable-log-stats", "--disable-uvicorn-access-log", "--download-dir", "--enable-auto-tool-choice",
-    "--enable-chunked-prefill", "--enable-log-requests", "--generation-config", "--gpu-memory-utilization",
-    "--limit-mm-per-prompt", "--log-level", "--max-logprobs", "--max-num-batched-tokens", "--max-num-seqs",
-    "--override-generation-config", "--reasoning-config", "--reasoning-parser", "--reasoning-parser-plugin",
-    "--scheduling-policy", "--structured-outputs-config", "--tensor-parallel-size", "--tool-call-parser",
-    "--tool-parser-plugin", "--trust-remote-code", "--uvicorn-log-level",
+    "--async-scheduling", "--chat-template", "--chat-template-content-format", "--collect-detailed-traces",
+    "--default-chat-template-kwargs", "--disable-log-stats", "--disable-uvicorn-access-log", "--download-dir",
+    "--enable-auto-tool-choice", "--enable-chunked-prefill", "--enable-log-requests", "--generation-config",
+    "--gpu-memory-utilization", "--limit-mm-per-prompt", "--log-level", "--max-logprobs", "--max-num-batched-tokens",
+    "--max-num-seqs", "--otlp-traces-endpoint", "--override-generation-config", "--reasoning-config",
+    "--reasoning-parser", "--reasoning-parser-plugin", "--scheduling-policy", "--structured-outputs-config",
+    "--tensor-parallel-size", "--tool-call-parser", "--tool-parser-plugin", "--trust-remote-code",
+    "--uvicorn-log-level",
 })  # fmt: skip
 _NUMBER = re.compile(r"-\.?\d")
 

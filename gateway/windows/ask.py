@@ -63,10 +63,10 @@ async def ask(
     text = await conversation(services, window)
     placement = place(services, window.lineage, model=model.id, tokens=window.token_count)
     restored = replace(await restore_and_load(ctx, window, manifest, placement.cache), at_turn=at_turn)
-    ctx.progress("answer", 0, 0)
     engine = services.engines.for_lineage(window.lineage, placement.engine)
     messages = [*text.messages, *following(text.messages, question)]
-    reply = await engine.chat(model.id, _no_tools(text.frame or {}), messages, window.salt, max_tokens=max_tokens)
+    with ctx.step("answer"):
+        reply = await engine.chat(model.id, _no_tools(text.frame or {}), messages, window.salt, max_tokens=max_tokens)
     took = ctx.duration_ms()
     saved = await book(services, "ask", window, model, reply.usage)
     return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, took, saved)

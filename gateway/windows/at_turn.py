@@ -42,7 +42,8 @@ async def held_at(ctx: OperationContext, window: Window, model: Model, at_turn: 
         return Held(window, manifest)
     text = await store.text(early)
     engine = ctx.services.engines.for_lineage(window.lineage)
-    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
+    with ctx.services.traces.step("render"):
+        ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
     chunks = _common_chunks(window, manifest.token_ids, ids)
     objects = leading(manifest.objects, chunks * window.world_size)
     early = with_receipt(replace(early, token_count=len(ids)), chunks, objects, ctx.duration_ms(), {"at_turn": at_turn})

@@ -26,6 +26,11 @@ class NewWindow(NamedTuple):
     window: Window
     warnings: tuple[str, ...] = ()
 
+    @property
+    def receipt(self) -> Mapping[str, Any]:
+        """What was seen when the window was made."""
+        return self.window.receipt
+
 
 async def get_window(services: Services, tenant: str, name: str) -> Window:
     """Return a window. Raises `window_not_found`."""

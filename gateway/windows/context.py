@@ -1,15 +1,17 @@
 """What window operations run with: the services of the gateway, and the context of one call."""
 
 import functools
+import inspect
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from gateway.engines.pool import EnginePool
 from gateway.kv.cache_pool import CachePool
 from gateway.kv.pins import Pins
-from gateway.metrics import Metrics
 from gateway.runtime.offload import Offload
 from gateway.runtime.progress import Progress, silent
 from gateway.runtime.stalls import Stalls
@@ -22,6 +24,10 @@ from gateway.sessions.token_estimator import Estimator
 from gateway.settings import Settings
 from gateway.store.leases import Leases
 from gateway.store.store import Store
+from gateway.telemetry import genai
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.trace_context import current
+from gateway.telemetry.traces import Attributes, Traces, clean
 from gateway.windows.background import BackgroundTasks
 from gateway.windows.claims import Claims
 
@@ -47,6 +53,7 @@ class Services:
     salt_notes: SaltNotes
     background: BackgroundTasks
     metrics: Metrics
+    traces: Traces
     estimator: Estimator
     stalls: Stalls
     offload: Offload = field(default_factory=Offload)
@@ -69,16 +76,65 @@ class OperationContext:
         """Milliseconds since it began."""
         return round((time.monotonic() - self.started) * 1000, 1)
 
+    @contextmanager
+    def step(self, stage: str, total: int = 0) -> Iterator[Attributes]:
+        """Report the beginning of a step as progress, and record it as a span; yields the span's attributes."""
+        self.progress(stage, 0, total)
+        with self.services.traces.step(stage) as attributes:
+            if total:
+                attributes[genai.TOTAL] = total
+            yield attributes
+
 
 OperationFunction = Callable[Concatenate[OperationContext, P], Coroutine[Any, Any, T]]
 
 
 def instrumented(operation: OperationFunction[P, T]) -> OperationFunction[P, T]:
-    """Count an operation's calls, results and duration under its function's name, whichever API called it."""
+    """Count an operation's calls, results and duration under its function's name, whichever API called it.
+
+    If its request is traced, it is a span, with the numbers of its result.
+    """
+    name = operation.__name__
+    first = next(iter([*inspect.signature(operation).parameters][1:]), "")
+    about = _SUBJECTS.get(first)
 
     @functools.wraps(operation)
     async def run(ctx: OperationContext, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with ctx.services.metrics.operation(operation.__name__):
-            return await operation(ctx, *args, **kwargs)
+        with ctx.services.metrics.operation(name):
+            if current() is None:
+                return await operation(ctx, *args, **kwargs)
+            with ctx.services.traces.step(name) as attributes:
+                if about is not None:
+                    attributes[about] = clean(str(args[0] if args else kwargs[first]))
+                result = await operation(ctx, *args, **kwargs)
+                attributes.update(_numbers(result))
+                return result
 
     return run
+
+
+# Names only: other arguments may be text.
+_SUBJECTS: Mapping[str, str] = MappingProxyType(
+    {"name": genai.WINDOW, "source": genai.WINDOW, "session_id": genai.CONVERSATION}
+)
+_RECEIPTS = ("receipt", "restored", "usage")
+
+
+def _numbers(result: object) -> Attributes:
+    """The numbers of an operation's result and of its receipts, and how many warnings it has; no text."""
+    found: Attributes = {}
+    for part in (result, *(getattr(result, name, None) for name in _RECEIPTS)):
+        for name, value in _items(part):
+            if name == "warnings":
+                found[genai.WARNINGS] = len(value)
+            elif isinstance(value, int | float) and not name.endswith("_at"):
+                found[genai.RECEIPT + name] = value
+    return found
+
+
+def _items(part: object) -> Iterable[tuple[str, Any]]:
+    if isinstance(part, Mapping):
+        return part.items()
+    if is_dataclass(part):
+        return [(field.name, getattr(part, field.name)) for field in fields(part)]
+    return part._asdict().items() if hasattr(part, "_asdict") else ()

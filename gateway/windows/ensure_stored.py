@@ -12,6 +12,7 @@ from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey, object_keys
 from gateway.kv.lmcache import CacheInfo
 from gateway.records import KvState, PinnedObject, Usage, Window
+from gateway.telemetry import genai
 from gateway.windows.context import OperationContext, Services
 
 NO_CACHE = "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
@@ -84,14 +85,18 @@ async def ensure_stored(
         if again and services.cache:
             answers = await services.cache.delete_each(missing, tier="l1")
             warnings += [answer.message for answer in answers.values() if isinstance(answer, GatewayError)]
-        ctx.progress("prefill", 0, len(missing))
-        usage = await engine.prefill(plan.model.id, plan.ids[: plan.chunks * plan.chunk_size], plan.salt)
-    await _wait_until_stored(ctx, plan)
+        with ctx.step("prefill", len(missing)):
+            usage = await engine.prefill(plan.model.id, plan.ids[: plan.chunks * plan.chunk_size], plan.salt)
+    with services.traces.step("barrier") as seen:
+        seen |= {genai.TOTAL: len(plan.keys), genai.DONE: await _wait_until_stored(ctx, plan)}
     return usage, warnings
 
 
-async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> None:
-    """Wait until every tier has every object, or no more arrive, or `freeze_timeout_s` is over."""
+async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> int:
+    """Wait until every tier has every object, or no more arrive, or `freeze_timeout_s` is over.
+
+    Returns how many objects are in some tier.
+    """
     pins, objects = ctx.services.pins, len(plan.keys)
     tiers = len((await pins.present(plan.names[:1]))[0])
     started = moved = time.monotonic()
@@ -106,7 +111,7 @@ async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> None:
             ctx.progress("barrier", somewhere, objects)
         patience = _SETTLE_S if somewhere == objects else _STALL_S
         if count >= tiers * objects or now - moved > patience or now - started > ctx.services.settings.freeze_timeout_s:
-            return
+            return somewhere
         await asyncio.sleep(_POLL_S)
 
 

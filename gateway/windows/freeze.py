@@ -24,6 +24,7 @@ from gateway.errors import GatewayError
 from gateway.records import Manifest, PinnedObject, Session, Usage, Window
 from gateway.sessions.resolver import session_not_found
 from gateway.store.types import Text
+from gateway.telemetry import genai
 from gateway.windows.catalog import NewWindow
 from gateway.windows.claims import Claim
 from gateway.windows.context import OperationContext, Services, instrumented
@@ -57,7 +58,6 @@ async def freeze(ctx: OperationContext, session_id: str, naming: Naming, *, want
     services = ctx.services
     if await services.store.window(ctx.tenant, naming.name):
         raise window_name_taken(naming.name)
-    ctx.progress("snapshot", 0, 0)
     snapshot = await _snapshot(ctx, session_id)
     planned, warnings = await _plan(services, snapshot)
     async with _orphaned_on_failure(services, snapshot):
@@ -121,9 +121,10 @@ async def _orphaned_on_failure(services: Services, snapshot: _Snapshot) -> Async
 
 async def _snapshot(ctx: OperationContext, session_id: str) -> _Snapshot:
     services = ctx.services
-    await services.recorder.flush()
-    await services.turns.wait_until_idle(ctx.tenant, session_id, services.settings.busy_wait_s)
-    found = await services.store.snapshot(ctx.tenant, session_id)
+    with ctx.step("snapshot"):
+        await services.recorder.flush()
+        await services.turns.wait_until_idle(ctx.tenant, session_id, services.settings.busy_wait_s)
+        found = await services.store.snapshot(ctx.tenant, session_id)
     if found is None:
         raise session_not_found(session_id)
     session, text = found
@@ -134,9 +135,9 @@ async def _snapshot(ctx: OperationContext, session_id: str) -> _Snapshot:
             hint="freeze it after its first reply",
         )
     model = await services.engines.model(session.model)
-    ctx.progress("render", 0, 0)
-    engine = services.engines.for_lineage(session.lineage, session.engine)
-    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages, any_length=True)
+    with ctx.step("render"):
+        engine = services.engines.for_lineage(session.lineage, session.engine)
+        ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages, any_length=True)
     if model.context_limit:  # of a longer conversation, what the engine can still be sent
         ids = ids[: model.context_limit - 1]
     # The salt of the turns includes a client's own salt; if the weights have changed since, it is another one.
@@ -190,8 +191,9 @@ class _Freeze:
         services, session = self.ctx.services, self.snapshot.session
         engine = services.engines.for_lineage(session.lineage, session.engine)
         usage, warnings = await ensure_stored(self.ctx, engine, plan, again=again)
-        self.ctx.progress("pin", 0, len(plan.keys))
-        chunks, objects = await pin(services, plan)
+        with self.ctx.step("pin", len(plan.keys)) as seen:
+            chunks, objects = await pin(services, plan)
+            seen[genai.DONE] = len(objects)
         if chunks < plan.chunks and again:
             warnings.append(f"{chunks} of {plan.chunks} chunks were seen in a tier: a thaw recomputes the rest")
         if chunks == plan.chunks or again:
@@ -205,10 +207,12 @@ class _Freeze:
         # The engine's own counts, if it had to compute.
         counts = {"prompt_tokens": usage.prompt if usage else None, "cached_tokens": usage.cached if usage else None}
         window = with_receipt(self._window(), chunks, objects, self.ctx.duration_ms(), counts)
-        self.ctx.progress("commit", 0, 0)
-        await check_budget(services, window.tenant, objects)
-        manifest = Manifest(window.manifest, snapshot.ids, objects)
-        committed = await claim.commit(window, manifest, snapshot.text, session=snapshot.session, wanted=self.wanted)
+        with self.ctx.step("commit"):
+            await check_budget(services, window.tenant, objects)
+            manifest = Manifest(window.manifest, snapshot.ids, objects)
+            committed = await claim.commit(
+                window, manifest, snapshot.text, session=snapshot.session, wanted=self.wanted
+            )
         if committed is None:
             raise window_name_taken(window.name)
         return committed

@@ -14,8 +14,8 @@ from gateway.engines.node import EngineNode
 from gateway.engines.pool import EnginePool
 from gateway.errors import GatewayError
 from gateway.kv.cache_pool import CachePool
-from gateway.metrics import Metrics
 from gateway.runtime.addresses import Lookup, Resolve, look_up
+from gateway.telemetry.metrics import Metrics
 from gateway.validation.addresses import EngineEntry, same_url
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from gateway.engines.node import EngineNode
 from gateway.kv.lmcache import LMCache
 from gateway.records import Manifest, Window
+from gateway.telemetry import genai
 from gateway.windows.context import OperationContext, Services
 
 
@@ -35,9 +36,11 @@ async def load(ctx: OperationContext, cache: LMCache, window: Window, manifest: 
     """
     ids, within = manifest.token_ids[: chunks * window.chunk_size], ctx.services.settings.thaw_timeout_s
     began = time.monotonic()
-    objects, wanted = await cache.prefetch(
-        window.model_root, window.world_size, manifest.id, ids, window.salt, within, ctx.progress
-    )
+    with ctx.services.traces.step("prefetch") as seen:
+        objects, wanted = await cache.prefetch(
+            window.model_root, window.world_size, manifest.id, ids, window.salt, within, ctx.progress
+        )
+        seen |= {genai.DONE: objects, genai.TOTAL: wanted}
     if ctx.services.cache and objects == wanted:
         ctx.services.cache.loaded(cache, len(ids), began)
     return objects

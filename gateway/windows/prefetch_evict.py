@@ -98,12 +98,12 @@ async def evict(ctx: OperationContext, name: str) -> Evicted:
     objects = await services.store.pinned(window)
     names = list(dict.fromkeys(one.key for one in objects))
     before, _ = await services.pins.present(names)
-    ctx.progress("restore", 0, len(names))
-    states, warnings = await put_back(services, window, objects)
+    with ctx.step("restore", len(names)):
+        states, warnings = await put_back(services, window, objects)
     safe = {key for by_key in states.values() for key, state in by_key.items() if state.usable}
-    ctx.progress("evict", 0, len(safe))
     kept = len(names) - len(safe)
-    caches, more = await _drop(pool, window, [ObjectKey.parse(one) for one in names if one in safe], kept)
+    with ctx.step("evict", len(safe)):
+        caches, more = await _drop(pool, window, [ObjectKey.parse(one) for one in names if one in safe], kept)
     warnings += more
     after, _ = await services.pins.present(names)
     tiers = {MEMORY_TIER: Residency(sum(c.before for c in caches.values()), sum(c.after for c in caches.values()))}

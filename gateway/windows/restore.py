@@ -11,6 +11,8 @@ from gateway.kv.lmcache import LMCache
 from gateway.kv.tiers.base import ObjectState
 from gateway.records import Manifest, PinnedObject, Session, Window
 from gateway.store.types import Saved, WindowQuery
+from gateway.telemetry import genai
+from gateway.telemetry.traces import clean
 from gateway.windows.context import OperationContext, Services
 from gateway.windows.placement import load, place
 
@@ -54,9 +56,10 @@ async def check_and_restore(ctx: OperationContext, window: Window, manifest: Man
 
     Raises `window_not_found` if the window has been deleted since it was read.
     """
-    ctx.progress("restore", 0, window.chunk_count)
-    states, warnings = await put_back(ctx.services, window, manifest.objects)
-    receipt, damaged = _receipt(window, manifest.objects, states)
+    with ctx.step("restore", window.chunk_count) as seen:
+        states, warnings = await put_back(ctx.services, window, manifest.objects)
+        receipt, damaged = _receipt(window, manifest.objects, states)
+        seen[genai.DONE] = receipt.chunks_found
     if damaged:
         warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were deleted")
         warnings += await _drop_from_memory(ctx.services, damaged)
@@ -161,19 +164,29 @@ async def restore_for_turn(services: Services, session: Session, model: str = ""
     node, cache = place(services, session.lineage, prefer=session.engine, model=model, tokens=tokens)
     if cache and cache.has_loaded_lately(window.manifest, tokens, window.salt):
         return node
+    with services.traces.step("resume") as seen:
+        seen[genai.WINDOW] = clean(window.name)
+        is_restored = await _restore_and_load_evicted(services, session, window, cache)
+    return node if is_restored else None
+
+
+async def _restore_and_load_evicted(
+    services: Services, session: Session, window: Window, cache: LMCache | None
+) -> bool:
+    """Return whether the window is still there."""
     try:
         manifest, warnings = await _put_back_evicted(services, window)
     except GatewayError:  # deleted just now
-        return None
+        return False
     for warning in warnings:
         log.warning("session %s continues without all of its KV: %s", session.id, warning)
     if cache is None:
-        return node
+        return True
     try:
         await load(OperationContext(services, session.tenant), cache, window, manifest, window.chunk_count)
     except GatewayError as error:
         log.warning("could not load window %s for session %s: %s", window.name, session.id, error.message)
-    return node
+    return True
 
 
 async def _put_back_evicted(services: Services, window: Window) -> tuple[Manifest, list[str]]:

@@ -136,7 +136,8 @@ async def thaw_text(
     text = await store.text(early)
     model = await _model_for_text(services, window, text)
     engine = services.engines.for_lineage(window.lineage)
-    ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
+    with services.traces.step("render"):
+        ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
     _check_fits(window, model, len(ids))
     session = replace(
         session_from_window(early, into.session_id, "thaw"),
@@ -174,9 +175,9 @@ async def _compute_text(
 ) -> Receipt:
     """Compute the KV of a session that is not in the store yet. If it never is, a sweep removes the KV."""
     await ctx.services.store.mark_orphaned(session.salt, session.tenant, session.lineage)
-    ctx.progress("prefill", 0, len(ids))
-    clock = time.monotonic()
-    usage = await engine.prefill(session.model, ids, session.salt)
+    with ctx.step("prefill", len(ids)):
+        clock = time.monotonic()
+        usage = await engine.prefill(session.model, ids, session.salt)
     took = time.monotonic() - clock
     ctx.progress("prefill", len(ids), len(ids))
     return replace(receipt, cached_tokens=usage.cached, prompt_tokens=usage.prompt, first_token_s=took)
@@ -207,10 +208,10 @@ def _check_fits(window: Window, model: Model, tokens: int) -> None:
 async def _through_engine(ctx: OperationContext, held: Held, model: Model, receipt: Receipt, at: str) -> Receipt:
     """Send it through the engine with the URL `at`, or another one if that does not answer."""
     window = held.window
-    ctx.progress("prefill", 0, window.token_count)
     engine = ctx.services.engines.for_lineage(window.lineage, at)
-    clock = time.monotonic()
-    usage = await engine.prefill(model.id, held.manifest.token_ids, window.salt)
+    with ctx.step("prefill", window.token_count):
+        clock = time.monotonic()
+        usage = await engine.prefill(model.id, held.manifest.token_ids, window.salt)
     took, warnings = time.monotonic() - clock, receipt.warnings
     if usage.cached is None:
         warnings += ("the engine does not report cached_tokens: start it with --enable-prompt-tokens-details",)

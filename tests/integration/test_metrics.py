@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.errors import StartError
-from gateway.metrics import METRICS, Metrics, Stored, clear, forget
 from gateway.records import Turn, Usage
+from gateway.telemetry.metrics import METRICS, Metrics, Stored, clear, forget
 from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine, delta, usage_of, whole_reply
 from tests.support.gateway_process import ROOT, Gateway, eventually, gateway_in_front_of
@@ -217,6 +217,7 @@ def use_all(metrics: Metrics) -> None:
     turn = Turn("t", "s", MODEL, "completed", 200, 0.0, 1500.0, Usage(3, 2, None))
     metrics.count_turn(turn, "chat", 0.001, served=True)
     metrics.count_miss("evicted")
+    metrics.count_spans("dropped", 2)
     for name in ("cwg_engine_up", "cwg_engine_draining", "cwg_cache_up"):
         metrics.watch_address(name, "http://user:password@host:1/v1", lambda: True)
     for name in ("cwg_turns_in_flight", "cwg_turns_unrecorded"):

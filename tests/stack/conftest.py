@@ -16,6 +16,7 @@ from gateway.stack import commands, local, smollm2
 from tests.stack.driver import Gateway, redis_server
 from tests.stack.restart import Restarted, run_restart
 from tests.support import local_stack
+from tests.support.collector import Collector, collector
 from tests.support.gateway_process import ROOT
 
 
@@ -28,6 +29,7 @@ class Stack:
     redis: redis.Redis
     root: Path
     engine: httpx.Client  # vLLM itself, past the gateway
+    collector: Collector  # of its traces
 
     @property
     def kv_dir(self) -> Path:
@@ -60,7 +62,14 @@ class Stack:
 @pytest.fixture(scope="package")
 def stack(demo_folder: Path) -> Iterator[Stack]:
     """Start it once; about a minute."""
-    with tempfile.TemporaryDirectory(prefix="cwg-test-") as root, redis_server(Path(root)) as (client, _):
+    with (
+        tempfile.TemporaryDirectory(prefix="cwg-test-") as root,
+        redis_server(Path(root)) as (client, _),
+        collector() as spans,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        environment.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         shutil.copytree(demo_folder, Path(root) / "data" / "models" / demo_folder.name)
         port = client.connection_pool.connection_kwargs["port"]
         options = local.LocalStack(
@@ -70,12 +79,13 @@ def stack(demo_folder: Path) -> Iterator[Stack]:
             max_model_len=8192,
             cpu_cache_gb=2.0,
             engine_kv_gb=1.0,
+            engine_args=("--otlp-traces-endpoint", f"{spans.url}/v1/traces"),
         )
         with (
             local_stack.running(options) as (plan, processes),
             httpx.Client(base_url=plan.engine_url, timeout=120) as engine,
         ):
-            yield Stack(plan, processes, client, Path(root), engine)
+            yield Stack(plan, processes, client, Path(root), engine, spans)
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def environment(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 class Gateway:
-    """A running `cwg serve`."""
+    """A running `cwg serve`. Settings in capitals are variables of the environment as they are."""
 
     def __init__(self, folder: Path, engine_url: str, **settings: object) -> None:
         self.port = free_port()
@@ -71,7 +71,7 @@ class Gateway:
         own: dict[str, object] = {"port": self.port, "data_dir": self.data_dir, **store_settings(self.data_dir)}
         own |= {"engine_urls": engine_url} if engine_url else {}  # or they are in `engines`
         given = {**own, "auto_freeze": False, **settings}  # only where a test asks for it
-        self._environment = environment({f"CWG_{name.upper()}": str(value) for name, value in given.items()})
+        self._environment = environment({_variable(name): str(value) for name, value in given.items()})
         headers = {"x-api-key": str(settings["api_key"])} if "api_key" in settings else {}
         hooks = {"response": [openapi_check.check]}
         self.http = httpx.Client(base_url=self.url, timeout=60, headers=headers, event_hooks=hooks)
@@ -146,6 +146,10 @@ class Gateway:
             return False
         self._last_answer = answer.text
         return answer.status_code == 200
+
+
+def _variable(setting: str) -> str:
+    return setting if setting.isupper() else f"CWG_{setting.upper()}"
 
 
 @contextmanager

@@ -86,6 +86,7 @@ OTHER: dict[str, tuple[str, str, Any]] = {
     "shutdown_grace_s": ("0", "0", 0.0),
     "shutdown_freeze_s": ("2", "2", 2.0),
     "log_level": ("debug", '"debug"', "debug"),
+    "log_format": ("json", '"json"', "json"),
 }
 NAMES = list(Settings.model_fields)
 

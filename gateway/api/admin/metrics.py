@@ -5,7 +5,7 @@ from starlette.responses import Response
 from gateway.api.admin.models import requests, status
 from gateway.api.endpoint import Call
 from gateway.api.operation import operation
-from gateway.metrics import CONTENT_TYPE, Stored
+from gateway.telemetry.metrics import CONTENT_TYPE, Stored
 from gateway.windows.context import Services
 
 

@@ -28,6 +28,7 @@ from gateway.api.inference.request import (
     InferenceRequest,
     error_dialect,
     read_target,
+    route_name,
 )
 from gateway.dialects import prompt_filters
 from gateway.dialects.base import Call, Dialect
@@ -37,6 +38,7 @@ from gateway.runtime.offload import HEAVY_MESSAGES, is_heavy
 from gateway.sessions import client_ids, prefix_chain
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import RelayResult, TurnContext
+from gateway.telemetry.trace_context import TRACEPARENT, Span, current, name_request
 from gateway.windows import branch
 from gateway.windows.context import Services
 from gateway.windows.overflow import Overflow, SuccessorTurn
@@ -99,6 +101,8 @@ class Inference:
         if route.needs_json:
             require_json(scope["headers"])
         body = await read_body(scope, receive, settings)
+        if current() is not None:
+            name_request(scope["method"], route_name(scope, self._routes.pattern(base.known)))
         incoming = InferenceRequest(scope, receive, send, tenant, base, body)
         if dialect := TURNS.get(base.path):
             await self._turn(incoming, dialect)
@@ -122,6 +126,7 @@ class Inference:
         if model and not call.model:  # the engine uses its own; a freeze has to request it by name
             call = replace(call, model=model.id)
         let_next_in = await services.sessions.enter(turn)
+        turn.admitted_at = time.monotonic()
         try:
             await self._find_session(incoming, turn, call)
             await self._relay_turn(incoming, turn, let_next_in)
@@ -138,6 +143,7 @@ class Inference:
             turn.call = await history.prepend_session_history(services, call, turn.match.session, incoming)
         if followed := await self._overflow.successor_turn_for(turn.match, turn.call):
             _follow(turn, followed)
+        turn.identified_at = time.monotonic()
 
     async def _read_stored(self, incoming: InferenceRequest, turn: TurnContext) -> None:
         """Read the stored items and the stored response that a turn refers to."""
@@ -157,7 +163,7 @@ class Inference:
             log.warning("session %s is full and cannot continue: %s", full.match.session.id, error.message)
             await send_refusal(incoming.send, refusal, "; ".join(filter(None, (error.message, error.hint))))
             return
-        turn = replace(full, arrived=arrived, result=RelayResult())
+        turn = replace(full, arrived=arrived, admitted_at=arrived, identified_at=arrived, result=RelayResult())
         _follow(turn, followed)
         await self._relay_turn(incoming, turn, hold_refusal=False)
 
@@ -173,7 +179,8 @@ class Inference:
         turn.salt = salt = services.salts.of(session.tenant, session.lineage, turn.fingerprint, call.client_salt)
         heavy = turn.heavy_body or (call.front is not None and is_heavy(call.front.history))
         written = await services.offload.run(heavy, dialect.write_with_salt, call, salt)
-        outgoing = self._outgoing(incoming, written, may_load=True)
+        turn.span = services.traces.child("chat", kind="client")
+        outgoing = self._outgoing(incoming, written, turn.span, may_load=True)
         options = RelayOptions(
             dialect,
             _headers(turn),
@@ -239,8 +246,12 @@ class Inference:
             prompt.prepare(client_id)
         return prompt
 
-    def _outgoing(self, incoming: InferenceRequest, body: bytes, *, may_load: bool = False) -> Outgoing:
+    def _outgoing(
+        self, incoming: InferenceRequest, body: bytes, span: Span | None = None, *, may_load: bool = False
+    ) -> Outgoing:
         headers = request_headers(incoming.scope["headers"], self._dropped) + self._added
+        if span is not None:
+            headers.append((TRACEPARENT, span.header))
         return Outgoing(incoming.scope["method"], incoming.target, headers, body, may_load)
 
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from gateway.api.asgi import parse_object, send_answer
 from gateway.api.connection import client_of
 from gateway.api.inference import history
-from gateway.api.inference.passthrough_routes import Route
+from gateway.api.inference.passthrough_routes import ROUTES, Route
 from gateway.api.inference.relay import Outgoing, RelayOptions, relay
 from gateway.api.inference.request import MESSAGES, InferenceRequest, error_dialect
 from gateway.dialects import prompt_filters
@@ -20,18 +21,20 @@ from gateway.sessions import client_ids
 from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.turn_context import RelayResult
 from gateway.store.types import SaltNote
+from gateway.telemetry import genai
+from gateway.telemetry.trace_context import Span
+from gateway.telemetry.traces import clean
 from gateway.windows.context import Services
 from gateway.windows.overflow import Overflow
 
+MakeOutgoing = Callable[[InferenceRequest, bytes, Span | None], Outgoing]
 _ANONYMOUS = "anonymous/"  # begins the lineage of a request without a session; no session id has a slash
 
 
 class Passthrough:
     """Relays requests that are not turns; `outgoing` makes the engine's request from the client's and a body."""
 
-    def __init__(
-        self, services: Services, overflow: Overflow, outgoing: Callable[[InferenceRequest, bytes], Outgoing]
-    ) -> None:
+    def __init__(self, services: Services, overflow: Overflow, outgoing: MakeOutgoing) -> None:
         self._services = services
         self._overflow = overflow
         self._outgoing = outgoing
@@ -91,8 +94,13 @@ class Passthrough:
         engines = self._services.engines
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
         options = RelayOptions(error_dialect(incoming.scope), _session_header(incoming), limit=0)
-        outgoing = replace(self._outgoing(incoming, body), may_load=may_load)
-        await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, RelayResult())
+        span = self._services.traces.child(_span_name(incoming, model), kind="client")
+        outgoing = replace(self._outgoing(incoming, body, span), may_load=may_load)
+        result = RelayResult()
+        with nullcontext() if span is None else self._services.traces.opened(span):
+            await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, result)
+            if span is not None:
+                _describe(span, result, model, route.engine)
 
     async def _sanitise_and_salt(
         self, incoming: InferenceRequest, route: Route
@@ -117,6 +125,28 @@ class Passthrough:
     async def _session_of(self, incoming: InferenceRequest, body: dict[str, Any]) -> Session | None:
         client_id = client_ids.read_client_session_id(incoming.scope["headers"], body, incoming.base.session_id)
         return await self._services.sessions.open(incoming.tenant, client_id.id) if client_id else None
+
+
+def _span_name(incoming: InferenceRequest, model: str) -> str:
+    """Of an engine's operation with a name in the conventions, that and the model; else the path."""
+    known = incoming.base.known
+    if known == b"/v1/embeddings":
+        return f"embeddings {clean(model)}".strip()
+    method: str = incoming.scope["method"]
+    return f"{method} {known.decode()}" if known in ROUTES else method
+
+
+def _describe(span: Span, result: RelayResult, model: str, engine: str) -> None:
+    parts = urlsplit(engine)
+    span.attributes |= {genai.PROVIDER_NAME: genai.PROVIDER, genai.STATUS: result.status, genai.OUTCOME: result.outcome}
+    if span.name.startswith("embeddings"):
+        span.attributes[genai.OPERATION] = "embeddings"
+    if model:
+        span.attributes[genai.MODEL] = clean(model)
+    if parts.hostname:
+        span.attributes |= {genai.SERVER: parts.hostname, genai.PORT: parts.port or 80}
+    if result.status >= 400:
+        span.error = str(result.status)
 
 
 def _session_header(incoming: InferenceRequest) -> Headers:

@@ -75,6 +75,12 @@ class Routes:
         exact = self._exact.get(path)
         return exact or next((route for start, route in self._below.items() if path.startswith(start)), None)
 
+    def pattern(self, path: bytes) -> str:
+        """The path, or of several paths what they begin with and a star."""
+        if path in self._exact:
+            return path.decode()
+        return next((f"{start.decode()}*" for start in self._below if path.startswith(start)), "")
+
     def check(self, method: str, path: bytes) -> Route:
         """Return the route of a request. Raises `not_found`, `method_not_allowed`."""
         route = self.of(path)

@@ -110,6 +110,11 @@ def read_target(scope: Scope) -> RouteTarget:
     return RouteTarget(raw, known, session_id, window, at_turn)
 
 
+def route_name(scope: Scope, pattern: str) -> str:
+    """The route of a request, with a placeholder for what its base URL names."""
+    return {"/s/": "/s/{session_id}", "/w/": "/w/{window}"}.get(scope["path"][:3], "") + pattern
+
+
 def _window_and_turn(text: str, where: str) -> tuple[str, int | None]:
     """The window that `NAME` or `NAME@TURN` means, and the turn. Raises `invalid_window_name`, `invalid_request`."""
     name, at, turn = text.partition("@")

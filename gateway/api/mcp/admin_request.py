@@ -16,6 +16,7 @@ class AdminRequest:
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
     body: Json | None = None
+    traceparent: str = ""  # of the span that the agent made the call in
 
 
 # Sends a request, reports its progress, and returns the admin API's answer, which may be an error.

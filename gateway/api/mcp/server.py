@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mcp_types as types
@@ -21,6 +22,7 @@ from gateway.api.mcp.hints import WORDS
 from gateway.api.mcp.tool import Resource, Tool
 from gateway.api.mcp.tools import RESOURCES, TOOLS, resource_request, tool_named
 from gateway.errors import GatewayError
+from gateway.telemetry import trace_context
 
 Context = ServerRequestContext[Any, Any]
 AskOf = Callable[[Context], Ask]
@@ -50,6 +52,7 @@ def server(ask_of: AskOf) -> Server[Any]:
             request = tool.request(arguments)
         except GatewayError as error:
             return _failed(error_shape(error))
+        request = replace(request, traceparent=_traceparent(params))
         answer = await ask_of(ctx)(request, _report_to(ctx))
         return _failed(answer) if "error" in answer else _done(tool.result(answer, arguments))
 
@@ -130,6 +133,13 @@ def _template(resource: Resource) -> types.ResourceTemplate:
     return types.ResourceTemplate(
         uri_template=resource.uri, name=resource.name, description=resource.about, mime_type="application/json"
     )
+
+
+def _traceparent(params: types.CallToolRequestParams) -> str:
+    """The W3C trace context of a call, in its `_meta` (MCP's SEP-414); "" without a valid one."""
+    given = (params.meta or {}).get("traceparent")
+    valid = isinstance(given, str) and given.isascii() and trace_context.parse(given.encode())
+    return str(given) if valid else ""
 
 
 def _tool_named(name: str) -> Tool:

@@ -17,6 +17,7 @@ from gateway.api.operation import NDJSON
 from gateway.errors import GatewayError
 from gateway.sessions import client_ids
 from gateway.settings import Settings
+from gateway.telemetry.trace_context import TRACEPARENT
 from gateway.validation import json_limits
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ PATHS = ("/mcp", "/mcp/")
 # still sending when the answer comes and the socket is closed.
 _MAX_DRAINED = 2**24
 _DRAIN_S = 10.0
-_PASSED_ON = frozenset({*auth.KEY_HEADERS, *client_ids.HEADERS})
+_PASSED_ON = frozenset({*auth.KEY_HEADERS, *client_ids.HEADERS, TRACEPARENT, b"x-request-id"})
 
 
 class McpTransport:
@@ -125,6 +126,9 @@ class McpTransport:
 def _scope(request: AdminRequest, headers: list[tuple[bytes, bytes]]) -> Scope:
     body = b"" if request.body is None else orjson.dumps(request.body)
     headers = [*headers, (b"accept", NDJSON.encode())]
+    if request.traceparent:  # closer to the call than that of the HTTP request
+        headers = [one for one in headers if one[0] != TRACEPARENT]
+        headers.append((TRACEPARENT, request.traceparent.encode()))
     return in_process.scope(request.method, unquote(request.path), urlencode(request.query).encode(), body, headers)
 
 

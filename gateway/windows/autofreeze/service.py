@@ -16,6 +16,9 @@ import orjson
 from gateway.errors import GatewayError, StartError
 from gateway.records import Session, Window
 from gateway.store.types import FreezeCandidate
+from gateway.telemetry import genai
+from gateway.telemetry.trace_context import Span
+from gateway.telemetry.traces import clean
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.policy_runner import NamedPolicy, Opinion, PolicyRunner
 from gateway.windows.autofreeze.rules import Rules
@@ -58,6 +61,7 @@ class AutofreezeService:
         self._stored: str | None = None  # rules set at run time
         self._configured = rules.from_settings(services.settings)
         self._touched: set[Key] = set()
+        self._causes: dict[Key, Span] = {}  # of the last turns that were traced
         self._has_touched = asyncio.Event()
         self._due: asyncio.Queue[tuple[FreezeCandidate, str]] = asyncio.Queue(_MAX_DUE)
         self._pending: set[Key] = set()  # in that queue, or being frozen
@@ -199,7 +203,12 @@ class AutofreezeService:
         """The latest end of a wait that begins now: a later one was set while the clock was wrong."""
         return now + max(self._rules.cooldown_seconds, _LAST_RETRY_S)
 
-    def _touch(self, tenant: str, session_id: str) -> None:
+    def _touch(self, tenant: str, session_id: str, span: Span | None) -> None:
+        if span is not None:
+            self._causes.pop((tenant, session_id), None)
+            self._causes[tenant, session_id] = span
+            if len(self._causes) > _MAX_TOUCHED:
+                del self._causes[next(iter(self._causes))]
         if len(self._touched) < _MAX_TOUCHED:
             self._touched.add((tenant, session_id))
             self._has_touched.set()
@@ -309,6 +318,12 @@ class AutofreezeService:
         until, latest = now + _CLAIM_S, self._latest(now)
         if not await store.claim_freeze(session, now=now, until=until, latest=latest, cool=cool):
             return None
+        cause, about = self._causes.pop(_key(row), None), {genai.REASON: clean(reason)}
+        with self._services.traces.automatic("automatic freeze", cause, about):
+            return await self._freeze_claimed(row, reason)
+
+    async def _freeze_claimed(self, row: FreezeCandidate, reason: str) -> Window:
+        session, store = row.session, self._services.store
         try:
             about = rules.description(reason)
             naming = Naming(self._window_name(session), about, self._rules.tags, self._rules.ttl_seconds)

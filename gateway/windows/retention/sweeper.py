@@ -9,6 +9,7 @@ from gateway.errors import GatewayError
 from gateway.records import Window
 from gateway.runtime.clock import Clock, since_boot
 from gateway.store.types import StoreUnavailable
+from gateway.telemetry import genai
 from gateway.windows.context import OperationContext, Services
 from gateway.windows.delete import delete
 from gateway.windows.retention import orphans
@@ -95,7 +96,8 @@ async def _expire_windows(services: Services) -> None:
 
 async def _expire(services: Services, window: Window, by: float) -> None:
     try:
-        deleted = await delete(OperationContext(services, window.tenant), window.name, expired_by=by)
+        with services.traces.automatic("expiry", None, {genai.REASON: "expired"}):
+            deleted = await delete(OperationContext(services, window.tenant), window.name, expired_by=by)
     except GatewayError as error:
         if error.code != "window_not_found":  # else it was deleted or its expiry was extended meanwhile
             raise

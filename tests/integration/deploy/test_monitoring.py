@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from gateway.errors import CODES
-from gateway.metrics import METRICS
 from gateway.records import Outcome
 from gateway.sessions.misses import Reason
+from gateway.telemetry.metrics import METRICS
 from tests.support.gateway_process import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -100,7 +100,7 @@ def test_the_outcomes_and_results_that_alerts_select_are_ones_that_exist() -> No
     possible = {
         "outcome": set(get_args(Outcome)),
         "reason": set(get_args(Reason)),
-        "result": {"ok", "failed", "cancelled", *CODES},
+        "result": {"ok", "failed", "cancelled", "dropped", *CODES},
     }
     for expression in EXPRESSIONS.values():
         for selector in selectors(expression):

@@ -14,9 +14,9 @@ from gateway.engines.node import EngineNode
 from gateway.engines.pool import EnginePool
 from gateway.kv.cache_pool import CachePool
 from gateway.kv.lmcache import LMCache
-from gateway.metrics import Metrics
 from gateway.runtime.addresses import LookupFailed
 from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
 from gateway.validation.addresses import EngineEntry
 from gateway.windows.context import Services
 from gateway.windows.nodes import Nodes

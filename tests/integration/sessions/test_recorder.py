@@ -7,7 +7,6 @@ import pytest
 
 from gateway.dialects.chat import ChatDialect
 from gateway.errors import GatewayError
-from gateway.metrics import Metrics, Stored
 from gateway.records import Session
 from gateway.sessions.active_turns import ActiveTurns
 from gateway.sessions.cache_review import CacheReviewer
@@ -17,6 +16,8 @@ from gateway.sessions.session_match import SessionMatch
 from gateway.sessions.token_estimator import Estimator
 from gateway.sessions.turn_context import RelayResult, TurnContext
 from gateway.store.sqlite import SqliteStore
+from gateway.telemetry.metrics import Metrics, Stored
+from gateway.telemetry.traces import Traces
 
 pytestmark = pytest.mark.anyio
 _ROOM = 8
@@ -29,7 +30,7 @@ class Desk:
         self.store = store
         self.telemetry = Metrics()
         reviews = CacheReviewer(store, Estimator(), lambda: 64)
-        self.turns = TurnRecorder(store, ActiveTurns(store), reviews, self.telemetry, None, max_pending=_ROOM)
+        self.turns = TurnRecorder(store, ActiveTurns(store), reviews, self.telemetry, None, Traces(), max_pending=_ROOM)
 
     def finish(self, session_id: str) -> None:
         """Begin and end a turn of a session."""

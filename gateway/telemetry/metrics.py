@@ -81,6 +81,12 @@ METRICS = (
     Metric("cwg_turns_lost_total", "counter", (), "turns that were answered but could not be recorded"),
     Metric("cwg_event_loop_lag_seconds", "gauge", (), "longest delay of the event loop in ten seconds", "livemax"),
     Metric("cwg_workers", "gauge", (), "worker processes that are serving"),
+    Metric(
+        "cwg_spans_total",
+        "counter",
+        ("result",),
+        "spans of traces: `exported`, `failed` to be, or `dropped` because too many were waiting",
+    ),
     Metric("cwg_engine_up", "gauge", ("engine",), "1 when the engine answered last time, else 0", "livemax"),
     Metric("cwg_engine_draining", "gauge", ("engine",), "1 while the engine is drained, else 0", "livemax"),
     Metric(
@@ -212,6 +218,10 @@ class Metrics:
     def count_lost_turn(self) -> None:
         """Count a turn that was answered but could not be recorded."""
         self._counters["cwg_turns_lost_total"].inc()
+
+    def count_spans(self, result: str, count: int) -> None:
+        """Count spans that were exported, or lost. May be called in any thread."""
+        self._counters["cwg_spans_total"].labels(result).inc(count)
 
     @contextmanager
     def operation(self, name: str) -> Iterator[None]:
