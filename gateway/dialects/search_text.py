@@ -6,7 +6,7 @@ is written without blanks has a word for each character, so that any part of suc
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,19 +70,21 @@ class Search:
         return (" AND " if self.every else " OR ").join(_phrase(word) for word in self.words if TOKEN.search(word))
 
     @cached_property
-    def _patterns(self) -> list[re.Pattern[str]]:
-        """What finds the words in a text, the longest first."""
-        found = (_pattern(word) for word in sorted(self.words, key=len, reverse=True))
-        return [pattern for pattern in found if pattern is not None]
+    def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        """A part of each word, and what finds the word in a text, the longest first."""
+        words = (TOKEN.findall(word) for word in sorted(self.words, key=len, reverse=True))
+        return [(max(tokens, key=len), _pattern(tokens)) for tokens in words if tokens]
 
     def coverage(self, text: str) -> float:
         """The share of its words that a text has which is not indexed yet."""
         text, patterns = folded(text), self._patterns
-        return sum(pattern.search(text) is not None for pattern in patterns) / len(patterns) if patterns else 0.0
+        # Looking for a part first takes a hundredth of the time in a text that does not have it.
+        found = sum(part in text and pattern.search(text) is not None for part, pattern in patterns)
+        return found / len(patterns) if patterns else 0.0
 
     def snippet(self, text: str) -> str:
         """A part of a text on one line: around the first of the longest words that it has."""
-        found = (pattern.search(text) for pattern in self._patterns)
+        found = (pattern.search(text) for _, pattern in self._patterns)
         at = next((match.start() for match in found if match), 0)
         start = max(at - _BEFORE, 0)
         if start:
@@ -121,11 +123,8 @@ def _stem(word: str) -> str:
     return word[: max(4, len(word) - 3)] if word.isascii() and word.isalpha() else word
 
 
-def _pattern(word: str) -> re.Pattern[str] | None:
+def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     """What finds a word as the index does: whatever stands between its parts, and followed by more letters perhaps."""
-    tokens = TOKEN.findall(word)
-    if not tokens:
-        return None
     begin = "" if _UNSPACED.match(tokens[0]) else r"(?<![^\W_])"
     return re.compile(begin + r"[\W_]*".join(map(re.escape, tokens)), re.IGNORECASE)
 

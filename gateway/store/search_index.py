@@ -19,7 +19,9 @@ from gateway.store.sql import get_meta, set_meta
 
 log = logging.getLogger(__name__)
 
-_PENDING = 500  # messages that a search reads one by one; more there are only right after an upgrade
+# What a search reads one by one. There are more messages only right after an upgrade, and more bytes right after a
+# client has sent them.
+_PENDING, _PENDING_BYTES = 500, 2**20
 _BEST = 500  # messages that a ranked search returns
 _BATCH_BYTES = 2**20  # of messages that are indexed at once
 _NEWEST = "SELECT rowid FROM message_words WHERE message_words MATCH ? ORDER BY rowid DESC LIMIT ?"
@@ -144,8 +146,15 @@ async def _pending(db: Db, search: Search) -> tuple[list[tuple[bytes, float]], b
     rows = await db.all(
         "SELECT id FROM contents WHERE rowid > ? ORDER BY rowid DESC LIMIT ?", await _position(db), _PENDING + 1
     )
-    shares = [(content, search.coverage(_text(await db.value(_BODY, content)))) for (content,) in rows[:_PENDING]]
-    return shares, len(rows) > _PENDING
+    shares: list[tuple[bytes, float]] = []
+    size = 0
+    for (content,) in rows[:_PENDING]:
+        body = await db.value(_BODY, content)
+        shares.append((content, search.coverage(_text(body))))
+        size += len(body)
+        if size > _PENDING_BYTES:
+            break
+    return shares, len(rows) > len(shares)
 
 
 async def windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:

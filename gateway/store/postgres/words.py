@@ -12,7 +12,9 @@ import orjson
 from gateway.dialects.search_text import TOKEN, Search, folded, message_text
 from gateway.store.database import Db, Hits
 
-_PENDING = 500  # messages that a search reads one by one; more there are only right after a copy
+# What a search reads one by one. There are more messages only right after a copy, and more bytes right after a client
+# has sent them.
+_PENDING, _PENDING_BYTES = 500, 2**20
 _BEST = 500  # messages that a ranked search returns
 _RANKED = 5_000  # messages that are ranked, the newest
 _BATCH_BYTES = 2**20  # of messages that are indexed at once
@@ -122,11 +124,15 @@ def _queries(search: Search) -> Iterator[str]:
 async def _pending(db: Db, search: Search) -> tuple[list[tuple[bytes, float]], bool]:
     """The newest contents that are not indexed yet, each with its share of the words, and whether there are more."""
     rows = await db.all(
-        """SELECT u.content, c.body FROM unindexed u JOIN contents c ON c.id = u.content
-        ORDER BY u.number DESC LIMIT ?""",
+        """SELECT content, CASE WHEN sum(octet_length(body)) OVER (ORDER BY number DESC) - octet_length(body) <= ?1
+            THEN body END
+        FROM (SELECT u.number, u.content, c.body FROM unindexed u JOIN contents c ON c.id = u.content
+            ORDER BY u.number DESC LIMIT ?2) newest ORDER BY number DESC""",
+        _PENDING_BYTES,
         _PENDING + 1,
     )
-    return [(content, search.coverage(_text(body))) for content, body in rows[:_PENDING]], len(rows) > _PENDING
+    read = [(content, body) for content, body in rows[:_PENDING] if body is not None]
+    return [(content, search.coverage(_text(body))) for content, body in read], len(rows) > len(read)
 
 
 async def windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:
