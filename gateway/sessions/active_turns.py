@@ -20,6 +20,7 @@ _POLL_S = 0.005  # nobody is woken when a turn elsewhere is recorded
 _SETTLE_S = 1.0  # far more than another gateway needs to record a turn
 
 Key = TypeVar("Key")
+Found = TypeVar("Found")
 
 
 class ActiveTurns:
@@ -121,6 +122,18 @@ class ActiveTurns:
             async with asyncio.timeout(_SETTLE_S):
                 while await self._held(*keys):  # noqa: ASYNC110 - other hosts wake no task
                     await asyncio.sleep(_POLL_S)
+
+    async def wait_for(self, find: Callable[[], Awaitable[Found | None]]) -> Found | None:
+        """What `find` finds, asking again while turns elsewhere are in flight that may bring it, at most 1 s."""
+        if (found := await find()) is not None or self._elsewhere is None:
+            return found
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_S):
+                # A turn may be recorded between the search and the question, so the search comes last.
+                while (waits := await self._elsewhere.any()) and (found := await find()) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+                return found if waits else await find()
+        return found
 
     async def is_in_flight(self, tenant: str, session_id: str | None, request_hash: bytes) -> bool:
         """Whether a turn of the session, or one of any session that sends the same request, is in flight."""

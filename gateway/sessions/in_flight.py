@@ -53,6 +53,9 @@ class TurnsElsewhere(Protocol):
     async def held(self, keys: Iterable[LockKey]) -> Collection[LockKey]:
         """Those of `keys` that a turn of another process has."""
 
+    async def any(self) -> bool:
+        """Whether another process is in any turn that `ended` may not tell of yet."""
+
     async def ended(self) -> Collection[int]:
         """The other processes' batches that are over and not recorded yet."""
 
@@ -128,6 +131,10 @@ class TurnLocks:
     async def held(self, keys: Iterable[LockKey]) -> Collection[LockKey]:
         """See `TurnsElsewhere.held`."""
         return [key for key in keys if self.held_elsewhere(key)]
+
+    async def any(self) -> bool:
+        """See `TurnsElsewhere.any`."""
+        return False
 
     async def ended(self) -> Collection[int]:
         """See `TurnsElsewhere.ended`."""

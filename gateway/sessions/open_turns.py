@@ -92,6 +92,10 @@ class OpenTurns:
         found = await self._store.open_turns_elsewhere(self._membership.member.id, list(by_digest))
         return {by_digest[one] for one in found}
 
+    async def any(self) -> bool:
+        """Whether another gateway is in any turn."""
+        return self.lags and await self._store.any_open_turn_elsewhere(self._membership.member.id)
+
     async def ended(self) -> set[int]:
         """The other gateways' batches that are over and not recorded yet."""
         if not self.lags:

@@ -108,12 +108,15 @@ class Database(ABC):
         """Read in one snapshot. Raises StoreUnavailable."""
 
     @abstractmethod
-    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False) -> T:
+    async def run_write(
+        self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False, durable: bool = True
+    ) -> T:
         """Write in one transaction. It may be done again if it fails, so it must change nothing but the database.
 
         On a full disk the write may use up to `reserve` of the space set aside. `shared`: other gateways may do such
         writes at the same time; it locks what it reads in order to change it (`Db.lock`), and any text before deleting
-        it (`Db.lock_texts`). All other writes are done one after another. Raises StoreUnavailable.
+        it (`Db.lock_texts`). All other writes are done one after another. Unless `durable`, a crash of
+        the machine may undo it. Raises StoreUnavailable.
         """
 
 
@@ -160,3 +163,8 @@ def write(operation: Operation[P, T]) -> Method[P, T]:
 def delete(operation: Operation[P, T]) -> Method[P, T]:
     """Make a method of an operation that deletes: it has to work on a full disk, too."""
     return _method(operation, lambda database, work: database.run_write(work, Reserve.DELETIONS))
+
+
+def passing(operation: Operation[P, T]) -> Method[P, T]:
+    """Make a method of an operation that writes what means nothing after a crash of the machine; on a full disk too."""
+    return _method(operation, lambda database, work: database.run_write(work, Reserve.DELETIONS, durable=False))

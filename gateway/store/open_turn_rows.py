@@ -32,3 +32,8 @@ async def ended(db: Db, gateway: str) -> list[bytes]:
     """Return the batches of other live gateways that are over and not recorded yet."""
     rows = await db.all(f"SELECT turn_key FROM open_turns WHERE is_over = 1 AND {_OTHERS}", gateway)
     return [bytes(key) for (key,) in rows]
+
+
+async def any_elsewhere(db: Db, gateway: str) -> bool:
+    """Whether another live gateway has any."""
+    return await db.one(f"SELECT 1 FROM open_turns WHERE {_OTHERS} LIMIT 1", gateway) is not None

@@ -108,8 +108,10 @@ class SqliteStore(Store):
         except sqlite3.DatabaseError as error:
             raise read_failure(self._path, error) from error
 
-    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False) -> T:
-        return await self._writer.write(work, reserve)
+    async def run_write(
+        self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False, durable: bool = True
+    ) -> T:
+        return await self._writer.write(work, reserve, durable=durable)
 
 
 def _read(db: SqliteDb, work: Work[T]) -> T:

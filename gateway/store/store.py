@@ -33,9 +33,9 @@ from gateway.store import (
     window_rows,
 )
 from gateway.store.ballast import Reserve
-from gateway.store.database import Database, Db, Method, Operation, delete, point_read, read, read_after, write
+from gateway.store.database import Database, Db, Method, Operation, delete, passing, point_read, read, read_after, write
 from gateway.store.sql import set_meta
-from gateway.store.types import Saved, StoreCheck, StoreUnavailable, TurnRecord
+from gateway.store.types import Member, Peer, Saved, StoreCheck, StoreUnavailable, TurnRecord
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -201,22 +201,26 @@ class Store(Database):
 
     # The gateways that share the store: their leases, their claims on objects, and their turns in flight.
 
-    join_gateways = delete(gateway_rows.join)
-    renew_gateway = write(gateway_rows.renew)
-    bury_gateways = delete(gateway_rows.bury)
+    join_gateways = passing(gateway_rows.join)
+    bury_gateways = passing(gateway_rows.bury)
     has_lease = read(gateway_rows.has_lease)
-    take_lease = delete(gateway_rows.take_lease)
-    drop_lease = delete(gateway_rows.drop_lease)
-    claim = delete(claim_rows.claim)
-    claim_everything = delete(claim_rows.claim_everything)
-    claim_removal = delete(claim_rows.claim_removal)
-    end_claim = delete(claim_rows.end_claim)
+    take_lease = passing(gateway_rows.take_lease)
+    drop_lease = passing(gateway_rows.drop_lease)
+    claim = passing(claim_rows.claim)
+    claim_everything = passing(claim_rows.claim_everything)
+    claim_removal = passing(claim_rows.claim_removal)
+    end_claim = passing(claim_rows.end_claim)
     add_claimed_window = write(claim_rows.add_window)
     delete_claimed_window = delete(claim_rows.delete_window)
     any_dead_claims = read(claim_rows.any_dead)
-    take_over_claims = delete(claim_rows.take_over)
+    take_over_claims = passing(claim_rows.take_over)
     open_turns_elsewhere = point_read(open_turn_rows.elsewhere)
+    any_open_turn_elsewhere = point_read(open_turn_rows.any_elsewhere)
     ended_batches_elsewhere = point_read(open_turn_rows.ended)
+
+    async def renew_gateway(self, member: Member) -> list[Peer] | None:
+        """See `gateway_rows.renew`."""
+        return await self.run_write(lambda db: gateway_rows.renew(db, member), shared=True, durable=False)
 
     async def write_open_turns(self, gateway: str, new: Sequence[tuple[bytes, bool]], old: Sequence[bytes]) -> None:
         """See `open_turn_rows.write`."""

@@ -27,6 +27,7 @@ class _Write(NamedTuple):
     work: Work[object]
     future: Future[object]
     reserve: Reserve
+    durable: bool
 
 
 class Writer:
@@ -48,10 +49,10 @@ class Writer:
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def write(self, work: Work[T], reserve: Reserve = Reserve.NONE) -> T:
+    async def write(self, work: Work[T], reserve: Reserve = Reserve.NONE, *, durable: bool = True) -> T:
         """Do `work` in a transaction and return its result. Raises StoreUnavailable, and what `work` raises."""
         future: Future[T] = Future()
-        self._queue.put(_Write(work, future, reserve))  # type: ignore[arg-type]
+        self._queue.put(_Write(work, future, reserve, durable))  # type: ignore[arg-type]
         waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(waiting)
@@ -63,6 +64,7 @@ class Writer:
 
     def _run(self) -> None:
         db = SqliteDb(self._connect())
+        synced = True  # as it is opened
         while (first := self._queue.get()) is not None:
             batch, last = [first], False
             while len(batch) < _WRITES_PER_COMMIT and not self._queue.empty():
@@ -71,6 +73,8 @@ class Writer:
                     last = True
                     break
                 batch.append(item)
+            if synced != (synced := any(write.durable for write in batch)):
+                db.connection.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
             self._commit(db, batch)
             if last:
                 break

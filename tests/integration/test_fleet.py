@@ -15,8 +15,10 @@ import pytest
 
 from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.fakes.lmcache import FakeLMCache
+from tests.support.fakes.responses import serve
 from tests.support.fleet import LEASE_S, gateway_of, two_gateways
 from tests.support.gateway_process import Gateway, eventually
+from tests.support.stored_answers import answer_of, ask
 
 ALTERNATIONS = 40
 STAGES = ("snapshot", "render", "barrier", "pin", "commit")
@@ -83,6 +85,16 @@ def test_many_conversations_go_on_at_once(pair: Pair) -> None:
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_response_is_continued_through_the_other_gateway(pair: Pair, engine: FakeEngine) -> None:
+    serve(engine)
+    previous, sessions = None, set()
+    for number in range(10):
+        answer = ask(pair[number % 2], f"and {number}", previous)
+        previous = answer_of(answer)["id"]
+        sessions.add(answer.headers["x-session-id"])
+    assert len(sessions) == 1
 
 
 def test_session_of_a_name_has_its_last_turn_in_the_other_gateway(pair: Pair, session: str) -> None:

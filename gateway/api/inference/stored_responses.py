@@ -100,7 +100,7 @@ async def _find(services: Services, tenant: str, response_id: str) -> StoredResp
     response = await services.store.response(tenant, response_id)
     if response is None:
         await services.recorder.flush()
-        response = await services.store.response(tenant, response_id)
+        response = await services.turns.wait_for(lambda: services.store.response(tenant, response_id))
     return response
 
 

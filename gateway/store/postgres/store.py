@@ -88,7 +88,9 @@ class PostgresStore(Store):
     async def run_read(self, work: Work[T]) -> T:
         return await self._beside(self._reader.read(work))
 
-    async def run_write(self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False) -> T:
+    async def run_write(
+        self, work: Work[T], reserve: Reserve = Reserve.NONE, *, shared: bool = False, durable: bool = True
+    ) -> T:
         future = asyncio.run_coroutine_threadsafe(self._writer.write(work, shared=shared), self._loop)
         waiting = asyncio.wrap_future(future)
         try:

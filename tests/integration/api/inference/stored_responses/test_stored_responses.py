@@ -11,6 +11,7 @@ import pytest
 
 from gateway.api.inference import stored_responses
 from gateway.records import StoredResponse
+from gateway.sessions.active_turns import ActiveTurns
 from gateway.store.sqlite import SqliteStore
 from tests.support.fakes.engine import MODEL, Exchange, FakeEngine
 from tests.support.fakes.responses import PATH, called, response_of, said, serve, stream_of, usage_of
@@ -154,7 +155,10 @@ async def test_a_turn_that_is_recorded_while_the_store_is_asked_is_found() -> No
         """Everything is recorded."""
 
     sessions = SimpleNamespace(in_flight=1)
-    services: Any = SimpleNamespace(store=Store(), sessions=sessions, recorder=SimpleNamespace(flush=flush))
+    store: Any = Store()
+    services: Any = SimpleNamespace(
+        store=store, sessions=sessions, turns=ActiveTurns(store), recorder=SimpleNamespace(flush=flush)
+    )
     assert await stored_responses.serve(services, "t", "GET", b"/v1/responses/r1") == b'{"id":"r1"}'
 
 
