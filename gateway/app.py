@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import uvloop
@@ -46,7 +47,7 @@ from gateway.sessions.resolver import SessionResolver
 from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.salts import SaltRule, checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
-from gateway.settings import Settings
+from gateway.settings import Settings, SettingsError
 from gateway.store.failures import StoreDamaged
 from gateway.store.leases import Leases
 from gateway.store.membership import Membership
@@ -55,6 +56,7 @@ from gateway.store.store import Store
 from gateway.telemetry import trace_context
 from gateway.telemetry.metrics import Metrics, Shared, clear, forget
 from gateway.telemetry.traces import Traces, open_traces
+from gateway.validation.tier_settings import check_tiers
 from gateway.windows.autofreeze import rules
 from gateway.windows.autofreeze.service import AutofreezeService
 from gateway.windows.background import BackgroundTasks
@@ -64,6 +66,10 @@ from gateway.windows.context import Services
 from gateway.windows.drain import apply_drained, watch_drained
 from gateway.windows.nodes import Nodes
 from gateway.windows.retention.sweeper import run_sweeper
+
+if TYPE_CHECKING:
+    from gateway.kv.tiers.redis import RedisTier
+    from gateway.kv.tiers.s3 import S3Tier
 
 log = logging.getLogger(__name__)
 
@@ -248,12 +254,42 @@ async def _tiers(stack: AsyncExitStack, settings: Settings, store_id: str) -> tu
         except TierUnavailable as error:
             raise StartError(f"{error}: make pins_dir writable") from error
     if settings.kv_redis_url:
-        # It is a third of all imports at startup, and most gateways have no Redis.
-        from gateway.kv.tiers.redis import RedisTier  # noqa: PLC0415
-
-        tier = RedisTier(settings.kv_redis_url, store_id, settings.connect_timeout_s)
-        tiers.append(await stack.enter_async_context(tier))
+        tiers.append(await stack.enter_async_context(_redis_tier(settings, store_id)))
+    if settings.s3_bucket:
+        tiers.append(await stack.enter_async_context(_s3_tier(settings, store_id)))
     return tuple(tiers)
+
+
+def _redis_tier(settings: Settings, store_id: str) -> "RedisTier":
+    # It is a third of all imports at startup, and most gateways have no Redis.
+    from gateway.kv.tiers.redis import RedisOptions, RedisTier  # noqa: PLC0415
+
+    options = RedisOptions(
+        url=settings.kv_redis_url,
+        adapter=settings.kv_redis_adapter,
+        prefix=settings.kv_redis_prefix,
+        cluster=settings.kv_redis_cluster,
+    )
+    return RedisTier(options, store_id, settings.connect_timeout_s)
+
+
+def _s3_tier(settings: Settings, store_id: str) -> "S3Tier":
+    try:
+        from gateway.kv.tiers.s3 import S3Tier  # noqa: PLC0415 - awscrt comes with an extra
+        from gateway.kv.tiers.s3_client import S3Options  # noqa: PLC0415
+    except ImportError as error:
+        raise StartError(f"s3_bucket is set, but {error.name} is not installed: install the gateway with the extra s3, "
+                         "as in pip install '.[s3]'") from error  # fmt: skip
+    options = S3Options(
+        bucket=settings.s3_bucket,
+        pins_bucket=settings.s3_pins_bucket,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        path_style=settings.s3_path_style,
+        access_key_id=settings.s3_access_key_id,
+        secret_access_key=settings.s3_secret_access_key,
+    )
+    return S3Tier(options, store_id, settings.connect_timeout_s)
 
 
 async def run(settings: Settings, sock: socket.socket, report: Report | None, shared: Shared | None = None) -> None:
@@ -289,9 +325,13 @@ async def _report_alive(report: Report, every_s: float) -> None:
 def main(settings: Settings) -> None:
     """Serve until a signal, in this process or in several.
 
-    Raises StartError, and SettingsError for settings that are no valid rules of automatic freezing.
+    Raises StartError, and SettingsError for settings that do not go together.
     """
     rules.from_settings(settings)
+    try:
+        check_tiers(vars(settings))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     open_files.raise_open_files()
     sock = server.listen(settings)
     with suppress(OSError):  # the first writer reports what is wrong with it

@@ -226,7 +226,8 @@ class StoredResponse:
 
 
 class PinnedObject(NamedTuple):
-    """One KV object as it was in one tier when it was pinned: its LMCache key, bytes, and blake3 of the bytes.
+    """One KV object as it was in one tier when it was pinned: its LMCache key, bytes, and their checksum, by which
+    algorithm depends on the tier (`Tier.checksum`).
 
     `pin` is the key of its pin, if that differs: an isolated clone shares its source's pins. Keys are the text of an
     `ObjectKey`: a manifest has thousands of them, and hardly any is ever taken apart.

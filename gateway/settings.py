@@ -5,7 +5,6 @@ the start and names the nearest known one.
 """
 
 import difflib
-import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,9 @@ from pydantic_settings import PydanticBaseSettingsSource as Source
 
 from gateway.dialects import prompt_filters
 from gateway.validation.addresses import EngineEntries, EngineEntry, EngineUrls, HttpUrl, check, is_url, where
+from gateway.validation.fields import json_list
 from gateway.validation.shown import shown
+from gateway.validation.tier_settings import Bucket, RedisPrefix
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 PREFIX = "CWG_"
@@ -106,7 +107,17 @@ class Settings(BaseSettings):
         "", "HTTP address of the LMCache server; empty: no cache, windows keep text and ids only"
     )
     kv_dir: str = setting("", "directory of LMCache's `fs` tier, as this machine sees it; empty: no disk tier")
-    kv_redis_url: RedisUrl = setting("", "Redis of LMCache's `resp` tier; empty: no Redis tier")
+    kv_redis_url: RedisUrl = setting("", "Redis or Valkey of LMCache's Redis tier; empty: no Redis tier")
+    kv_redis_adapter: Literal["resp", "valkey"] = setting("resp", "the adapter that LMCache uses for it")
+    kv_redis_prefix: RedisPrefix = setting("", "`key_prefix` of the `valkey` adapter")
+    kv_redis_cluster: bool = setting(False, "whether it is a cluster (`cluster_mode` of the `valkey` adapter)")
+    s3_bucket: Bucket = setting("", "bucket of LMCache's `s3` tier; empty: no S3 tier")
+    s3_pins_bucket: Bucket = setting("", "another bucket, for the gateway's pins; nothing in it may expire")
+    s3_endpoint: HttpUrl = setting("", "base URL of a server that speaks S3; empty: Amazon's")
+    s3_region: str = setting("us-east-1", "region of both buckets")
+    s3_path_style: bool = setting(False, "whether the gateway has the bucket in the path of a URL, not in its host")
+    s3_access_key_id: str = setting("", "key for both buckets; empty: AWS's chain (environment, profile, role)")
+    s3_secret_access_key: Secret = setting("", "its secret")
     pins_dir: str = setting("", "where pinned objects are linked; same file system as `kv_dir`; empty: `<kv_dir>-pins`")
     chunk_size: Limit = setting(0, "tokens per chunk; 0 asks the cache")
     data_dir: str = setting("data", "the gateway's own data directory")
@@ -185,9 +196,7 @@ class Settings(BaseSettings):
     gateway_lease_s: Seconds = setting(
         10.0, "seconds without a sign of life after which the other gateways on the store take one for ended"
     )
-    sweep_every_s: Seconds = setting(
-        60.0, "seconds between two sweeps for what has expired and what is no longer needed"
-    )
+    sweep_every_s: Seconds = setting(60.0, "seconds between two sweeps for what has expired or is no longer needed")
     clock_hold_s: Seconds = setting(
         3600.0, "seconds for which nothing expires after the clock has jumped, or after a long time without a gateway"
     )
@@ -237,7 +246,7 @@ class Settings(BaseSettings):
         """Convert text, which is all that the environment has; pydantic refuses what cannot be converted."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if info.field_name == "engines" and isinstance(value, str):
-            value = _json_list(value)
+            value = json_list(value)
         if get_origin(kind) is tuple:
             if isinstance(value, str):
                 value = value.split(",") if value.strip() else []
@@ -319,14 +328,6 @@ class Settings(BaseSettings):
         if self.pins_dir:
             return _absolute(self.pins_dir)
         return self.kv_path.with_name(f"{self.kv_path.name}-pins") if self.kv_path else None
-
-
-def _json_list(text: str) -> list[Any]:
-    """The list that a variable of the environment holds. Raises ValueError."""
-    with suppress(ValueError):
-        if isinstance(value := json.loads(text or "[]"), list):
-            return value
-    raise ValueError('is not a JSON list, as in \'[{"url": "http://a:8000", "cache_url": "http://a:8080"}]\'')
 
 
 def _absolute(path: str) -> Path:

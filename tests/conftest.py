@@ -21,6 +21,7 @@ from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 from tests.support.harness import GatewayHarness, cache_server, open_harness
 from tests.support.postgres import PostgresServer
+from tests.support.s3_harness import S3Server
 from tests.support.tier_harness import RedisServer
 
 
@@ -34,7 +35,7 @@ class StackInOneWorker(LoadScopeScheduling):  # type: ignore[misc]
 STACK_WITHIN_S = 1200
 """The time limit of a test on the real stack: the first one also waits for vLLM to start, and perhaps to restart."""
 _OPEN_FILES = 8192
-_ON_STACK = ("tests/stack/", "tests/integration/stack/test_up.py")
+_ON_STACK = ("tests/stack/", "tests/integration/stack/test_up.py", "tests/integration/stack/test_up_tiers.py")
 
 
 def pytest_configure() -> None:
@@ -175,6 +176,14 @@ def each_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(postgres.VARIABLE, server.url())
     yield
     postgres.drop_own_databases(server.url())
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server for all tests that do not stop it; each of them empties it first."""
+    server = S3Server(tmp_path_factory.mktemp("s3")).start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from gateway.kv.tiers.base import TierUnavailable
 from gateway.runtime.stalls import caused_by_own_stall
 from gateway.windows.catalog import WITHOUT_TEXT_HINT, windows_without_text
 from gateway.windows.context import Services
+from gateway.windows.tier_risks import find_risks
 
 log = logging.getLogger(__name__)
 
@@ -255,8 +256,10 @@ class Health:
                 await tier.sizes((_UNUSED_KEY,))
         except TierUnavailable as error:
             return "degraded", str(error)
-        failed = self._failed("tiers")
-        return ("degraded", failed) if failed else ("healthy", ", ".join(t.name for t in self._services.pins.tiers))
+        risks = await find_risks(self._services)
+        if problem := "; ".join(filter(None, (self._failed("tiers"), *risks))):
+            return "degraded", problem
+        return "healthy", ", ".join(tier.name for tier in self._services.pins.tiers)
 
     async def _write_to_store(self, interval_s: float) -> None:
         """Check whether the store can be written, unless that was done less than `interval_s` ago."""

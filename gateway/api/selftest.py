@@ -139,7 +139,7 @@ class _SelfTest:
                 return None
             if not self._services.pins.tiers:
                 message = "no tier is configured: windows keep text and ids only"
-                self._add("tiers", "warning", message, "set kv_dir or kv_redis_url")
+                self._add("tiers", "warning", message, "set kv_dir, kv_redis_url or s3_bucket")
             if model.root not in info.world_sizes:
                 message = f"no engine has registered model {model.root!r} with this LMCache yet"
                 remedy = f"start vLLM with {_CONNECTOR} or LMCacheMPConnector, and lmcache.mp.host/port of this server"
@@ -198,7 +198,8 @@ class _SelfTest:
         name = f"{tier.name} tier"
         remedy = {
             "disk": "is kv_dir the base_path of LMCache's fs adapter?",
-            "redis": "is kv_redis_url LMCache's resp adapter?",
+            "redis": "are kv_redis_url, kv_redis_prefix and kv_redis_adapter those of LMCache's adapter?",
+            "s3": "is s3_bucket the bucket of LMCache's s3 adapter, and has that not switched itself off (cwg health)?",
         }[tier.name]
         try:
             count = await self._landed(tier, mine)
@@ -225,7 +226,8 @@ class _SelfTest:
             await tier.drop_original(keys)
             states = await tier.check_and_restore(pinned)
         except TierUnavailable as error:
-            self._add(name, "failed", str(error), "pins_dir must be writable and on the file system of kv_dir")
+            on_disk = "pins_dir must be writable and on the file system of kv_dir"
+            self._add(name, "failed", str(error), on_disk if tier.name == "disk" else "")
             return
         if len(pinned) < len(keys):
             message = f"{len(pinned)} of {len(keys)} objects could be pinned"

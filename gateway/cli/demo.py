@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gateway.cli.demo_restart import Restart
 
 _REPLY_TOKENS = 32
-_DURABLE = {"disk", "redis"}
+_DURABLE = {"disk", "redis", "s3"}
 _NEXT = """
 Try next: talk to the model at {url}/v1 with any OpenAI client, then
   cwg sessions              find the conversation

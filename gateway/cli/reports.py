@@ -87,7 +87,8 @@ def _tier(name: str, tier: Mapping[str, Any]) -> Row:
     owners = ("windows", "sessions", "forgotten", "unknown")
     bytes_of = {owner: tier[owner]["bytes"] for owner in owners if owner in tier}
     shares = {f"of {owner}": size(bytes_of[owner]) if bytes_of.get(owner) else "" for owner in owners}
-    return {"tier": name, "size": held, "objects": f"{tier['objects']:,}" if "objects" in tier else "", **shares}
+    counted = name if tier.get("listed", True) else f"{name} (pins)"
+    return {"tier": counted, "size": held, "objects": f"{tier['objects']:,}" if "objects" in tier else "", **shares}
 
 
 def _node(node: Mapping[str, Any]) -> Row:

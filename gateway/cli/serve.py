@@ -34,6 +34,15 @@ class _WithEngineOptions(click.Command):
             raise click.NoSuchOption(error.option_name, message, error.possibilities, ctx) from error
 
 
+def _read_tiers(_ctx: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
+    from gateway.stack.local import TIERS  # noqa: PLC0415 - see `serve`
+
+    tiers = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+    if unknown := [tier for tier in tiers if tier not in TIERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is not a tier; give one or more of {', '.join(TIERS)}, with commas")
+    return tiers
+
+
 @click.command(cls=_WithEngineOptions)
 @click.option("--model", help="model directory or id; without it, a demo model")
 @click.option(
@@ -58,6 +67,14 @@ class _WithEngineOptions(click.Command):
     "--chunk-size",
     type=click.IntRange(min=1),
     help="tokens per chunk; 256, or 32 for the demo model (64 with random weights)",
+)
+@click.option(
+    "--tiers",
+    callback=_read_tiers,
+    default="disk",
+    show_default=True,
+    help="where KV is stored: disk, redis, s3 or several of them, with commas. For redis a Valkey is started, unless "
+    "--redis-url names a server; for s3 moto, which keeps all in memory and is for trying only (both: extra `tiers`)",
 )
 @click.option("--redis-url", help="add a Redis tier: redis://[user:password@]host[:port]")
 @click.option("--cpu-cache-gb", type=_GIB, help="LMCache's memory tier, in GiB; 2, or 0.5 for a demo model")

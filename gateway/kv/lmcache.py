@@ -45,17 +45,21 @@ class CacheInfo:
     world_sizes: dict[str, int]  # of each model that an engine has registered
     adapters: tuple[str, ...]  # the type of each L2 adapter, in the order in which they are read
     memory: MemoryUse | None = None
+    disabled: tuple[str, ...] = ()  # those of `adapters` that store and load nothing
 
     @classmethod
     def read(cls, status: Mapping[str, Any], adapters: Mapping[str, Any]) -> "CacheInfo":
         """Read the answers of `/status` and `/config/adapters`. Raises KeyError, TypeError and their like."""
+        types = tuple(str(adapter["type_name"]) for adapter in adapters["adapters"])
+        states = (status.get("storage_manager") or {}).get("l2_adapters") or []
         registered = {**status.get("non_cuda_context_meta", {}), **status.get("cache_context_meta", {})}
         return cls(
             chunk_size=int(status["chunk_size"]),
             hash_algorithm=str(status["hash_algorithm"]),
             world_sizes={m["model_name"]: int(m["world_size"]) for m in registered.values()},
-            adapters=tuple(str(adapter["type_name"]) for adapter in adapters["adapters"]),
+            adapters=types,
             memory=MemoryUse.read(status),
+            disabled=tuple(name for name, state in zip(types, states, strict=False) if not _works(state)),
         )
 
 
@@ -307,6 +311,11 @@ class LMCache:
                 "cache_unavailable", f"LMCache answered {response.status_code} to {path}: {response.text:.300}"
             )
         return response
+
+
+def _works(adapter: Mapping[str, Any]) -> bool:
+    """Whether an adapter works, as `report_status` of LMCache's `l2_adapters` has it."""
+    return bool(adapter.get("is_healthy", True)) and not adapter.get("connection_disabled", False)
 
 
 def _is_fresh(load: _Load) -> bool:

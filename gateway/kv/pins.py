@@ -5,7 +5,7 @@ deletion asks the store what no other window holds. A pin exists before its mani
 is: whoever pins or unpins claims the keys (`gateway.windows.claims`), so that neither sees the other half-done.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -49,12 +49,23 @@ class Pins:
         }
         return present, warnings
 
+    async def arrived(self, names: Sequence[str], seen: Mapping[str, set[str]]) -> dict[str, set[str]]:
+        """Return `seen`, what each tier was seen to have of `names`, with what has been added to that since."""
+
+        async def look(tier: Tier) -> set[str]:
+            before = seen.get(tier.name, set())
+            awaited = [name for name in names if name not in before]
+            return before.union(n for n, size in zip(awaited, await tier.sizes(awaited), strict=True) if size)
+
+        found, _ = await self.each(look)  # the next use of one that cannot be reached warns
+        return {**seen, **found}
+
     async def missing(self, expected: Sizes) -> dict[str, set[str]]:
         """Return by tier what LMCache would not find, by name and size; everything of a tier that cannot be reached.
 
         Without a warning: `check_and_restore` has it.
         """
-        found, _ = await self.each(lambda tier: tier.sizes(list(expected[tier.name])), only=expected)
+        found, _ = await self.each(lambda tier: tier.sizes(list(expected[tier.name]), lately=True), only=expected)
         missing: dict[str, set[str]] = {}
         for tier, objects in expected.items():
             sizes = found.get(tier, [0] * len(objects))  # no object is empty

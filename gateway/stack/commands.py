@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from hashlib import blake2s
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from gateway.stack import trial_tiers
 from gateway.stack.demo_model import THINK, THOUGHT
-from gateway.stack.errors import StackError
 from gateway.stack.local import LOOPBACK, Plan
 from gateway.stack.process import Launch, ManagedProcess
 
@@ -36,11 +35,12 @@ QUIET: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The three processes, in the order they start."""
+    """The processes, in the order they start; `storage` is what holds tiers, if it is not the disk."""
 
     cache: ManagedProcess
     engine: ManagedProcess
     gateway: ManagedProcess
+    storage: tuple[ManagedProcess, ...] = ()
 
 
 def processes(plan: Plan) -> Processes:
@@ -49,28 +49,28 @@ def processes(plan: Plan) -> Processes:
         cache=ManagedProcess(cache_launch(plan)),
         engine=ManagedProcess(engine_launch(plan)),
         gateway=ManagedProcess(gateway_launch(plan)),
+        storage=tuple(map(ManagedProcess, trial_tiers.launches(plan))),
     )
 
 
 def cache_launch(plan: Plan) -> Launch:
-    """The LMCache server with a disk tier, and a Redis tier if a URL is given."""
-    redis = redis_tier(plan.options.redis_url) if plan.options.redis_url else None
-    adapters: list[dict[str, Any]] = [{"type": "fs", "base_path": str(plan.kv_dir)}]
-    if redis:
-        adapters.append({"type": "resp", "host": redis.host, "port": redis.port, "num_workers": 2})
+    """The LMCache server with the stack's tiers."""
     # The same for every run on this directory, for coordinators and dashboards.
     instance = "local-" + blake2s(str(plan.data_dir).encode(), digest_size=6).hexdigest()
     argv = ["-m", "lmcache.cli.main", "server", "--host", LOOPBACK, "--port", str(plan.cache_port)]
     argv += ["--http-host", LOOPBACK, "--http-port", str(plan.cache_http_port)]
     argv += ["--chunk-size", str(plan.chunk_size), "--instance-id", instance]
     argv += ["--l1-size-gb", f"{plan.cache_gb:g}", "--eviction-policy", "LRU", "--supported-transfer-mode", "auto"]
-    for adapter in adapters:
+    for adapter in trial_tiers.adapters(plan):
         argv += ["--l2-adapter", json.dumps(adapter)]
     if plan.options.transfer == "shm":
         # No other stack on the machine has this port, so none has a segment of that name.
         argv += ["--shm-name", f"cwg-l1-{plan.cache_port}"]
+    if plan.s3_port:
+        argv += ["--l2-prefetch-policy", "retain"]  # else a later turn on the same engine reads it from S3 again
     # The password is in the environment, because every user of the machine may read a command line.
-    return _launch(plan, "cache", argv, redis.env if redis else {}, f"{plan.cache_url}/healthcheck")
+    secrets = trial_tiers.redis_address(plan.redis_url).env if plan.redis_url else {}
+    return _launch(plan, "cache", argv, secrets, f"{plan.cache_url}/healthcheck")
 
 
 def engine_launch(plan: Plan) -> Launch:
@@ -161,14 +161,12 @@ def gateway_launch(plan: Plan) -> Launch:
         "CWG_PORT": str(plan.options.port),
         "CWG_ENGINE_URLS": plan.engine_url,
         "CWG_CACHE_URL": plan.cache_url,
-        "CWG_KV_DIR": str(plan.kv_dir),
         "CWG_DATA_DIR": str(plan.data_dir),
         "CWG_MODEL_FINGERPRINT": plan.model.fingerprint,
     }
     if plan.disk_budget_bytes is not None:
         settings["CWG_DISK_BUDGET_BYTES"] = str(plan.disk_budget_bytes)
-    if plan.options.redis_url:
-        settings["CWG_KV_REDIS_URL"] = plan.options.redis_url
+    settings |= trial_tiers.settings(plan)
     config = ("--config", str(plan.options.config)) if plan.options.config else ()
     return Launch(
         name="gateway",
@@ -181,25 +179,3 @@ def gateway_launch(plan: Plan) -> Launch:
         stop_within=120.0,
         # No `cwd`: relative paths in the user's own CWG_ variables mean the directory the user is in.
     )
-
-
-@dataclass(frozen=True, slots=True)
-class RedisTier:
-    """A Redis as LMCache is configured for it."""
-
-    host: str
-    port: int
-    env: Mapping[str, str]
-
-
-def redis_tier(url: str) -> RedisTier:
-    """Take a Redis URL apart; refuse what LMCache would silently ignore."""
-    parts = urlsplit(url)
-    if parts.scheme == "rediss":
-        raise StackError("--redis-url: LMCache's Redis tier has no TLS; give redis:// and a network you trust")
-    if parts.scheme != "redis" or not parts.hostname:
-        raise StackError("--redis-url: expected redis://[user:password@]host[:port]")
-    if parts.path.strip("/") not in {"", "0"} or parts.query:
-        raise StackError("--redis-url: LMCache's Redis tier uses database 0 only; omit the number and the options")
-    env = {"LMCACHE_RESP_USERNAME": parts.username, "LMCACHE_RESP_PASSWORD": parts.password}
-    return RedisTier(parts.hostname, parts.port or 6379, {name: unquote(value) for name, value in env.items() if value})

@@ -27,6 +27,9 @@ DISK_SHARE = 0.25
 
 _CHUNK_SIZES: Mapping[demos.Demo | None, int] = MappingProxyType({"smollm2": 32, "random": 64, None: 256})
 
+Tier = Literal["disk", "redis", "s3"]
+TIERS: tuple[Tier, ...] = ("disk", "redis", "s3")
+
 Transfer = Literal["lmcache_driven", "engine_driven", "shm"]
 """How KV goes between a CPU engine and the cache: the server reads and writes the engine's own memory; pickled through
 a socket, which is LMCache's default; or through the server's memory, shared under a name."""
@@ -44,6 +47,8 @@ class LocalStack:
     engine_port: int | None = None
     max_model_len: int | None = None
     chunk_size: int | None = None
+    tiers: tuple[Tier, ...] = ("disk",)
+    """A tier that `redis_url` adds need not be among them."""
     redis_url: str | None = None
     cpu_cache_gb: float | None = None
     engine_kv_gb: float | None = None
@@ -72,6 +77,10 @@ class Plan:
     on_cpu: bool
     disk_budget_bytes: int | None = None
     """A limit for the disk tier; None where the user has set one."""
+    redis_port: int = 0
+    """Of a Valkey that is started for the stack; 0: none is."""
+    s3_port: int = 0
+    """The same for an S3 server."""
 
     @property
     def url(self) -> str:
@@ -88,6 +97,11 @@ class Plan:
     def cache_url(self) -> str:
         """LMCache's HTTP side."""
         return f"http://{LOOPBACK}:{self.cache_http_port}"
+
+    @property
+    def redis_url(self) -> str | None:
+        """The Redis of the stack, if it has one."""
+        return self.options.redis_url or (f"redis://{LOOPBACK}:{self.redis_port}" if self.redis_port else None)
 
     @property
     def kv_dir(self) -> Path:
@@ -108,7 +122,7 @@ def plan(options: LocalStack, progress: Callable[[str], None] = lambda _step: No
         (data_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     on_cpu = is_cpu_build()
     model = _model(options, data_dir, progress, on_cpu=on_cpu)
-    engine, cache, cache_http = free_ports(3)
+    engine, cache, cache_http, redis, s3 = free_ports(5)
     has_budget = "CWG_DISK_BUDGET_BYTES" in os.environ or "disk_budget_bytes" in settings_in(options.config)
     return Plan(
         options=options,
@@ -126,6 +140,8 @@ def plan(options: LocalStack, progress: Callable[[str], None] = lambda _step: No
         engine_kv_gb=options.engine_kv_gb or (0.5 if model.is_demo else 4.0),
         on_cpu=on_cpu,
         disk_budget_bytes=None if has_budget else _disk_budget(data_dir / "kv"),
+        redis_port=redis if "redis" in options.tiers and not options.redis_url else 0,
+        s3_port=s3 if "s3" in options.tiers else 0,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gateway.settings import LOOPBACK, Settings, SettingsError, load
-from gateway.stack import commands, demos, engine_args, local, models
+from gateway.stack import commands, demos, engine_args, local, models, trial_tiers
 from gateway.stack.errors import StackError
 from gateway.stack.transfers import CHECKED
 
@@ -36,6 +36,8 @@ OWN_SETTINGS: Mapping[str, str] = MappingProxyType(
         "port": "--port",
         "data_dir": "--data-dir",
         "kv_redis_url": "--redis-url",
+        **dict.fromkeys(("kv_redis_adapter", "kv_redis_prefix", "kv_redis_cluster"), ""),
+        **dict.fromkeys((name for name in Settings.model_fields if name.startswith("s3_")), "--tiers"),
         "chunk_size": "--chunk-size",
         "engine_urls": "",
         "engines": "",
@@ -58,6 +60,7 @@ def check(options: local.LocalStack) -> None:
     check_chunk_size(options)
     check_demo(options)
     check_demo_context(options)
+    trial_tiers.check(options)
     if options.redis_url:
         check_redis(options.redis_url)
     check_data_dir(options.data_dir)
@@ -163,7 +166,7 @@ def check_redis(url: str) -> None:
     """It has to answer, with this password, in the protocol that LMCache uses."""
     import redis  # noqa: PLC0415 - only where a URL is given
 
-    commands.redis_tier(url)
+    trial_tiers.redis_address(url)
     try:
         with redis.Redis.from_url(
             url, socket_connect_timeout=_REDIS_WITHIN, socket_timeout=_REDIS_WITHIN, protocol=2

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -55,7 +56,7 @@ class ManagedProcess:
 
     @property
     def name(self) -> str:
-        """cache, engine or gateway."""
+        """cache, engine, gateway, or what holds a tier: valkey, s3."""
         return self._launch.name
 
     @property
@@ -99,11 +100,13 @@ class ManagedProcess:
         self._ledger.write(self.pid, self._temporary, owns_segments=self._launch.owns_shared_memory)
 
     def is_ready(self) -> bool:
-        """Whether it answers 200 now."""
+        """Whether it answers 200 now, or a PING where its URL is one of Redis."""
         url = urlsplit(self._launch.ready_url)
+        if url.scheme == "redis":
+            return _answers_ping(url.hostname or "", url.port or 0)
         connection = HTTPConnection(url.hostname or "", url.port, timeout=_PROBE_WITHIN)
         try:
-            connection.request("GET", url.path)
+            connection.request("GET", f"{url.path}?{url.query}" if url.query else url.path)
             return connection.getresponse().status == 200
         except (OSError, HTTPException):
             return False  # not listening yet, or busy: the caller asks again
@@ -165,6 +168,15 @@ class ManagedProcess:
         if self._process is None:
             raise StackError(f"{self.name} has not been started")
         return self._process
+
+
+def _answers_ping(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_PROBE_WITHIN) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
 
 
 def _open_private(log: Path) -> int:

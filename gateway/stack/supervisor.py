@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from gateway.stack import cleanup, commands, local, lock, preflight
+from gateway.stack import cleanup, commands, local, lock, preflight, trial_tiers
 from gateway.stack.errors import StackError
 from gateway.stack.process import ManagedProcess
 from gateway.stack.reaper import reaping
@@ -60,6 +60,9 @@ def _facts(plan: local.Plan) -> Iterator[str]:
     about = f": {model.about}" if model.about else ""
     yield f"model {model.served_name}{about} ({model.directory})"
     yield f"memory: up to {preflight.needed_memory(plan) / 2**30:.1f} GiB"
+    yield from trial_tiers.facts(plan)
+    if "disk" not in plan.options.tiers:
+        return
     if plan.disk_budget_bytes is None:
         limit = "the disk_budget_bytes that you set"
     else:
@@ -163,6 +166,7 @@ class _Supervisor:
 
     def _start(self) -> None:
         self._restart_requested = False
+        self._bring_up(*self._processes.storage)
         # The engine connects to the cache half a minute after its start, so both can load at the same time.
         self._bring_up(self._processes.cache, self._processes.engine)
         self._bring_up(self._processes.gateway)

@@ -1,8 +1,10 @@
 """Fields of requests: what each must be, as JSON schema, and how it is read. One definition checks and documents it."""
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeGuard, TypeVar
@@ -185,3 +187,11 @@ def moment(name: str, value: Any) -> float:
         return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
     except (TypeError, ValueError, OverflowError) as error:
         raise invalid(name, "an ISO 8601 date or time such as 2026-01-31 or 2026-01-31T12:00:00Z", value) from error
+
+
+def json_list(text: str) -> list[Any]:
+    """The list that a variable of the environment holds. Raises ValueError."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text or "[]"), list):
+            return value
+    raise ValueError('is not a JSON list, as in \'[{"url": "http://a:8000", "cache_url": "http://a:8080"}]\'')

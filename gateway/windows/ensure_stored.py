@@ -15,7 +15,7 @@ from gateway.records import KvState, PinnedObject, Usage, Window
 from gateway.telemetry import genai
 from gateway.windows.context import OperationContext, Services
 
-NO_CACHE = "no cache is configured (cache_url with kv_dir or kv_redis_url): only text and token ids were kept"
+NO_CACHE = "no cache is configured (cache_url and a tier, such as kv_dir): only text and token ids were kept"
 _POLL_S = 0.02
 # LMCache writes to all tiers at once but not at one speed. An object that only some tiers have is waited for only while
 # the others still make progress: LMCache does not backfill a tier that was added or emptied later.
@@ -101,8 +101,9 @@ async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> int:
     tiers = len((await pins.present(plan.names[:1]))[0])
     started = moved = time.monotonic()
     most = -1
+    found: dict[str, set[str]] = {}
     while True:
-        found, _ = await pins.present(plan.names)
+        found = await pins.arrived(plan.names, found)
         count = sum(map(len, found.values()))
         somewhere = len(set().union(*found.values()))
         now = time.monotonic()

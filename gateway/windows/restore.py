@@ -14,6 +14,7 @@ from gateway.store.types import Saved, WindowQuery
 from gateway.telemetry import genai
 from gateway.telemetry.traces import clean
 from gateway.windows.context import OperationContext, Services
+from gateway.windows.delete import drop_from_cache
 from gateway.windows.placement import load, place
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,11 @@ async def check_and_restore(ctx: OperationContext, window: Window, manifest: Man
     """
     with ctx.step("restore", window.chunk_count) as seen:
         states, warnings = await put_back(ctx.services, window, manifest.objects)
-        receipt, damaged = _receipt(window, manifest.objects, states)
+        receipt = _receipt(window, manifest.objects, states)
         seen[genai.DONE] = receipt.chunks_found
-    if damaged:
+    if receipt.chunks_corrupt:
         warnings.append(f"{receipt.chunks_corrupt} chunks did not match their checksum and were deleted")
-        warnings += await _drop_from_memory(ctx.services, damaged)
+    warnings += await _have_cache_forget(ctx.services, states)
     return replace(receipt, warnings=(*warnings, *missing_kv(window, receipt.chunks_found)))
 
 
@@ -110,8 +111,8 @@ def missing_kv(window: Window, chunks_found: int) -> list[str]:
     return []
 
 
-def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -> tuple[Receipt, list[ObjectKey]]:
-    """The receipt of what was restored, and the objects that were damaged in some tier."""
+def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -> Receipt:
+    """The receipt of what was restored."""
     keys = list(dict.fromkeys(one.key for one in objects))  # in chunk order
     chunk_of = {key: index // window.world_size for index, key in enumerate(keys)}
     with_state: dict[ObjectState, set[str]] = {state: set() for state in ObjectState}
@@ -121,7 +122,7 @@ def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -
     usable = with_state[ObjectState.INTACT] | with_state[ObjectState.RELINKED]
     # What follows a lost chunk cannot be hit: LMCache matches from the front.
     found = min((chunk_of[key] for key in keys if key not in usable), default=window.chunk_count)
-    receipt = Receipt(
+    return Receipt(
         chunks_expected=window.whole_chunks,
         chunks_found=found,
         chunks_relinked=len({chunk_of[key] for key in with_state[ObjectState.RELINKED]}),
@@ -131,18 +132,18 @@ def _receipt(window: Window, objects: Sequence[PinnedObject], by_tier: States) -
         expected_cached_tokens=max(min(found * window.chunk_size, window.token_count - 1), 0),
         partial=window.kv != "complete" or found < window.whole_chunks,
     )
-    return receipt, [ObjectKey.parse(key) for key in with_state[ObjectState.CORRUPT]]
 
 
-async def _drop_from_memory(services: Services, keys: Sequence[ObjectKey]) -> list[str]:
-    """Delete damaged objects from LMCache's memory too: it may have loaded them already. Returns warnings."""
-    if services.cache is None:
-        return []
-    try:
-        await services.cache.delete(keys, tier="l1")
-    except GatewayError as error:
-        return [error.message]
-    return []
+async def _have_cache_forget(services: Services, states: States) -> list[str]:
+    """Delete what is lost or damaged in a tier from LMCache too. Returns warnings.
+
+    It may have loaded damaged bytes already, and it takes for present what it has seen in S3 and not deleted itself.
+    """
+    warnings: list[str] = []
+    for tier in services.pins.tiers:
+        lost = [ObjectKey.parse(key) for key, state in states.get(tier.name, {}).items() if not state.usable]
+        warnings += await drop_from_cache(services, lost, [tier])
+    return warnings
 
 
 async def restore_for_turn(services: Services, session: Session, model: str = "") -> EngineNode | None:

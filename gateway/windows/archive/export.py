@@ -45,7 +45,7 @@ async def export(ctx: OperationContext, name: str, *, as_text: bool = False) -> 
     contents = Contents(
         _record(window, chunks=len(sources) // window.world_size),
         tuple(Member.of(text) for text in texts),
-        tuple(Member(item.size, item.checksum.hex()) for _, item in sources),
+        tuple([await _member(tier, item) for tier, item in sources]),
     )
     head = contents.dump()
     size = file_format.BLOCK + file_format.padded(len(head)) + contents.size()
@@ -83,6 +83,19 @@ async def _sources(services: Services, window: Window, manifest: Manifest) -> li
     return [good[name] for name in names]
 
 
+async def _member(tier: Tier, item: PinnedObject) -> Member:
+    """The size and blake3 of an object, for which it is read where its tier has another checksum."""
+    if tier.checksum == "blake3":
+        return Member(item.size, item.checksum.hex())
+    if (value := await tier.read(item)) is None:
+        raise _lost(item)
+    return Member.of(value)
+
+
+def _lost(item: PinnedObject) -> GatewayError:
+    return GatewayError("window_corrupted", f"the window was deleted or damaged during the export ({item.key})")
+
+
 def _record(w: Window, chunks: int) -> Record:
     return Record(
         w.name, w.session_id, w.lineage, w.model, w.model_root, w.fingerprint, w.world_size, w.token_count,
@@ -97,7 +110,7 @@ async def _members(head: bytes, texts: Sequence[bytes], sources: Sequence[Source
     for index, (tier, item) in enumerate(sources):
         value = await tier.read(item)
         if value is None:
-            raise GatewayError("window_corrupted", f"the window was deleted or damaged during the export ({item.key})")
+            raise _lost(item)
         yield file_format.wrap(file_format.object_name(index), value)
 
 

@@ -25,6 +25,8 @@ async def enforce_quotas(services: Services) -> None:
 
 
 async def _enforce(services: Services, tier: Tier) -> None:
+    if not tier.lists:  # then a lifecycle rule of its storage is the budget
+        return
     settings = services.settings
     budget = {"disk": settings.disk_budget_bytes, "redis": settings.redis_budget_bytes}.get(tier.name, 0)
     free = await tier.free()

@@ -25,6 +25,9 @@ class Share:
 class TierUse:
     """One tier. `windows`, `sessions`, `forgotten` and `unknown` add up to the total.
 
+    `listed` is False for a tier that is never listed: then only the pins are counted, which are those that windows
+    hold, as the store has them; how much else lies there is not known.
+
     windows: a window holds it · sessions: has the salt of a session · forgotten: the next sweep deletes it ·
     unknown: none of these.
     """
@@ -36,6 +39,7 @@ class TierUse:
     sessions: Share
     forgotten: Share
     unknown: Share
+    listed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,18 @@ async def usage(services: Services) -> tuple[list[TierUse], list[str]]:
         frozenset(use.salt for use in await store.salt_uses()),
         frozenset(one.salt for one in await store.orphaned_salts()),
     )
-    stored, warnings = await services.pins.each(lambda tier: tier.inventory())
-    return [await asyncio.to_thread(_use, tier, objects, owners) for tier, objects in stored.items()], warnings
+    listed = [tier.name for tier in services.pins.tiers if tier.lists]
+    stored, warnings = await services.pins.each(lambda tier: tier.inventory(), only=listed)
+    uses = [await asyncio.to_thread(_use, tier, objects, owners) for tier, objects in stored.items()]
+    held_in = await store.tier_usage()
+    unlisted = [tier.name for tier in services.pins.tiers if not tier.lists]
+    return [*uses, *(_pins_use(name, Share(*held_in.get(name, (0, 0)))) for name in unlisted)], warnings
+
+
+def _pins_use(name: str, pins: Share) -> TierUse:
+    """The use of a tier that is never listed."""
+    nothing = Share(0, 0)
+    return TierUse(name, pins, pins, pins, nothing, nothing, nothing, listed=False)
 
 
 def _use(name: str, stored: Sequence[Stored], owners: _Owners) -> TierUse:
@@ -71,5 +85,5 @@ def _use(name: str, stored: Sequence[Stored], owners: _Owners) -> TierUse:
     for one in stored:
         by_owner[owners.owner(one)].append(one)
     pins = [one.pin for one in stored if one.pin]
-    shares = {owner: Share.of(objects) for owner, objects in by_owner.items()}
-    return TierUse(name, Share.of(stored), Share(len(pins), sum(pins)), **shares)
+    windows, sessions, forgotten, unknown = map(Share.of, by_owner.values())
+    return TierUse(name, Share.of(stored), Share(len(pins), sum(pins)), windows, sessions, forgotten, unknown)

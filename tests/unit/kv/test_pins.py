@@ -7,10 +7,18 @@ import pytest
 
 from gateway.kv.pins import Pins
 from gateway.kv.tiers.base import ObjectState, TierFull
-from gateway.kv.tiers.redis import RedisTier
 from gateway.records import PinnedObject
 from tests.support.gateway_process import free_port
-from tests.support.tier_harness import DiskTierHarness, RedisServer, RedisTierHarness, key, keys, spelled, value
+from tests.support.tier_harness import (
+    DiskTierHarness,
+    RedisServer,
+    RedisTierHarness,
+    key,
+    keys,
+    redis_tier,
+    spelled,
+    value,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +47,7 @@ def pins(disk: DiskTierHarness, redis: RedisTierHarness) -> Pins:
 @pytest.fixture
 async def half(disk: DiskTierHarness) -> AsyncIterator[Pins]:
     """Disk, and a Redis that is down."""
-    async with RedisTier(f"redis://127.0.0.1:{free_port()}", "s", 5) as down:
+    async with redis_tier(free_port()) as down:
         yield Pins((down, disk.tier))
 
 

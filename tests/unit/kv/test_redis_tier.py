@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
-from gateway.kv.tiers.base import ObjectState, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState, Stored, TierFull, TierUnavailable
 from gateway.kv.tiers.liveness import Hung, Liveness
-from gateway.kv.tiers.redis import RedisTier
+from gateway.kv.tiers.redis import RedisOptions, RedisTier
 from gateway.records import PinnedObject
-from tests.support.gateway_process import free_port
-from tests.support.tier_harness import RedisServer, RedisTierHarness, key, keys, spelled, value
+from tests.support.gateway_process import eventually, free_port
+from tests.support.tier_harness import RedisServer, RedisTierHarness, key, keys, redis_tier, spelled, value
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +64,7 @@ async def test_pin_never_expires_even_if_original_does(rig: RedisTierHarness) ->
 async def test_sizes_work_without_scripting_permission(rig: RedisTierHarness, redis_server: RedisServer) -> None:
     fill(rig, 2)
     rig.client.acl_setuser("plain", enabled=True, passwords=["+word"], keys=["*"], commands=["+@all", "-@scripting"])
-    async with RedisTier(f"redis://plain:word@127.0.0.1:{redis_server.port}", "other", 5.0) as tier:
+    async with redis_tier(redis_server.port, "other", user="plain:word@") as tier:
         assert await tier.sizes(spelled(*keys(3))) == [5000, 5000, 0]
     rig.client.acl_deluser("plain")
 
@@ -95,7 +96,7 @@ async def test_bytes_freed_count_every_copy(rig: RedisTierHarness) -> None:
 
 async def test_two_stores_in_one_redis_keep_pins_apart(rig: RedisTierHarness, redis_server: RedisServer) -> None:
     values = fill(rig, 3)
-    async with RedisTier(f"redis://127.0.0.1:{redis_server.port}", "ba9876543210", 5) as other:
+    async with redis_tier(redis_server.port, "ba9876543210") as other:
         await rig.tier.pin(keys(3), {})
         objects = await other.pin(keys(3), {})
         assert await rig.tier.sweep([]) == 3
@@ -160,7 +161,7 @@ async def every_operation(tier: RedisTier) -> None:
 
 
 async def test_server_down_fails_every_operation_at_once() -> None:
-    async with RedisTier(f"redis://127.0.0.1:{free_port()}", "s", 5) as tier:
+    async with redis_tier(free_port()) as tier:
         clock = time.monotonic()
         await every_operation(tier)
         assert time.monotonic() - clock < 3
@@ -186,7 +187,7 @@ _REST_S = 30
 
 async def test_hung_server_delays_only_one_call(own_server: RedisServer) -> None:
     now = time.monotonic()
-    async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 5, lambda: now) as tier:
+    async with redis_tier(own_server.port, now=lambda: now) as tier:
         assert await tier.sizes(spelled(*keys(1))) == [0]
         own_server.hang()
         async with asyncio.timeout(8):  # by their timeouts they would take more than ten seconds each
@@ -204,7 +205,7 @@ async def test_hung_server_delays_only_one_call(own_server: RedisServer) -> None
 
 async def test_server_still_hung_is_suspended_again(own_server: RedisServer) -> None:
     now = time.monotonic()
-    async with RedisTier(f"redis://127.0.0.1:{own_server.port}", "s", 0.5, lambda: now) as tier:
+    async with redis_tier(own_server.port, timeout_s=0.5, now=lambda: now) as tier:
         own_server.hang()
         for _ in range(2):
             async with asyncio.timeout(5):
@@ -297,3 +298,85 @@ async def test_cancelling_the_caller_cancels_the_call() -> None:
     await ended.wait()
     with pytest.raises(asyncio.CancelledError):
         await going
+
+
+# --- other ways in which LMCache uses a server
+
+
+async def test_prefix_of_the_valkey_adapter_is_part_of_every_key(
+    rig: RedisTierHarness, redis_server: RedisServer
+) -> None:
+    options = RedisOptions(url=f"redis://127.0.0.1:{redis_server.port}", adapter="valkey", prefix="team")
+    content, foreign = value(), value()
+    rig.client.set(f"team@{key(0)}", content)
+    rig.put(key(1), foreign)  # of another deployment, without a prefix
+    async with RedisTier(options, "0123456789ab", 5) as tier:
+        assert tier.adapter == "valkey"
+        assert await tier.sizes(spelled(*keys(2))) == [5000, 0]
+        objects = await tier.pin(keys(2), {})
+        assert [o.key for o in objects] == [str(key(0))]
+        assert rig.pinned(key(0)) == content
+        assert await tier.keys_with_salt({"salt"}) == {key(0)}
+        assert await tier.inventory() == [Stored(key(0), 5000, 5000, 10_000)]
+        await tier.drop_original(keys(2))
+        assert await tier.check_and_restore(objects) == [ObjectState.RELINKED]
+        assert rig.client.get(f"team@{key(0)}") == content
+        assert await tier.remove(keys(2)) == 10_000
+    assert rig.live(key(1)) == foreign
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_policy_that_evicts_is_a_risk(rig: RedisTierHarness, policy: str) -> None:
+    rig.client.config_set("maxmemory-policy", policy)
+    try:
+        (risk,) = await rig.tier.risks()
+        assert risk == (
+            f"redis tier: its maxmemory-policy is {policy}, by which windows may be evicted; set it to noeviction"
+        )
+    finally:
+        rig.client.config_set("maxmemory-policy", "noeviction")
+    assert await rig.tier.risks() == []
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
+    """Two masters that share the slots."""
+    servers = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        servers.append(RedisServer(tmp_path / name, "--cluster-enabled", "yes").start())
+    one, other = (RedisTierHarness(server.port).client for server in servers)
+    one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 8191)
+    other.execute_command("CLUSTER ADDSLOTSRANGE", 8192, 16383)
+    one.execute_command("CLUSTER MEET", "127.0.0.1", servers[1].port)
+    for client in (one, other):
+        eventually(lambda: client.cluster("info")["cluster_state"] == "ok", "the cluster is up")  # noqa: B023
+        eventually(lambda: len(client.cluster("nodes")) == 2, "the nodes know each other")  # noqa: B023
+        client.close()
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+async def test_cluster_keeps_a_pin_in_the_slot_of_its_object(cluster: list[RedisServer]) -> None:
+    url, count = f"redis://127.0.0.1:{cluster[0].port}", 20
+    options = RedisOptions(url=url, adapter="valkey", prefix="team", cluster=True)
+    values = [value(100) for _ in range(count)]
+    with redis.RedisCluster.from_url(url) as client:
+        for one, content in zip(keys(count), values, strict=True):
+            client.set(f"team@{one}", content)
+        async with RedisTier(options, "0123456789ab", 5) as tier:
+            assert await tier.sizes(spelled(*keys(count), key(99))) == [100] * count + [0]
+            objects = await tier.pin(keys(count), {})
+            assert len(objects) == count
+            assert client.get(f"cwg:0123456789ab:pin:{{team@{key(3)}}}") == values[3]
+            await tier.drop_original(keys(count))
+            assert await tier.check_and_restore(objects) == [ObjectState.RELINKED] * count
+            assert await tier.verify(objects) == [ObjectState.INTACT] * count
+            assert [client.get(f"team@{one}") for one in keys(count)] == values
+            assert await tier.keys_with_salt({"salt"}) == set(keys(count))
+            assert len(await tier.inventory()) == count
+            assert await tier.risks() == []
+            assert await tier.sweep(keys(5)) == count - 5
+            assert await tier.remove(keys(count)) == (count + 5) * 100
+        assert [*client.scan_iter()] == []

@@ -1,5 +1,6 @@
 """Options of vLLM behind the `--` of `cwg up`: passed on, refused, or part of the model's fingerprint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,8 @@ def test_a_settings_file_reaches_the_gateway(tmp_path: Path) -> None:
 
 def test_what_cwg_up_sets_is_not_taken_from_a_file(tmp_path: Path) -> None:
     """The environment, by which the stack tells the gateway, would win over a file without a word."""
-    launch = commands.gateway_launch(plan_for(local.LocalStack(data_dir=tmp_path, redis_url="redis://h")))
+    plan = replace(plan_for(local.LocalStack(data_dir=tmp_path, redis_url="redis://h")), s3_port=1)
+    launch = commands.gateway_launch(plan)
     told = {name.removeprefix("CWG_").lower() for name in launch.env if name.startswith("CWG_")}
     assert {*told, "chunk_size", "engines"} == set(preflight.OWN_SETTINGS)
 

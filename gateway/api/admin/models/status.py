@@ -33,6 +33,9 @@ class CacheTier(Share):
     sessions: Share
     forgotten: Share
     unknown: Share
+    listed: bool = Field(
+        description="false for S3, whose bucket is never listed: then only pins are counted, from the gateway's store"
+    )
 
 
 class MemoryTier(Share):  # LMCache's memory, `cpu`

@@ -252,7 +252,7 @@ def test_cache_statistics_over_http(engine: FakeEngine, swept: tuple[Gateway, Di
         "chunk_size": None, "lmcache": {"status": "not configured"}, "nodes": [], "engines_up": 1, "warnings": [],
         "tiers": {"disk": {
             "objects": 3, "bytes": 3 * SIZE, "sessions": {"objects": 3, "bytes": 3 * SIZE}, "windows": nothing,
-            "pinned": nothing, "forgotten": nothing, "unknown": nothing,
+            "pinned": nothing, "forgotten": nothing, "unknown": nothing, "listed": True,
         }},
     }  # fmt: skip
     assert gateway.http.get("/admin/cache?x=1").json()["error"]["code"] == "unknown_parameter"

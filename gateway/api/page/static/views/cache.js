@@ -76,7 +76,7 @@ function memoryRow(name, tier) {
 
 function durableRow(name, tier, most) {
   const label = OWNERS.map((owner) => `${owner} ${bytes(tier[owner].bytes)}`).join(", ");
-  return [tierName(name, "durable"), h("span", { class: "share" }, bar(OWNERS.map((owner) => [tier[owner].bytes, owner]), most, label)),
+  return [tierName(name, tier.listed ? "durable" : "durable; only pins are counted"), h("span", { class: "share" }, bar(OWNERS.map((owner) => [tier[owner].bytes, owner]), most, label)),
     bytes(tier.bytes), count(tier.objects), ...OWNERS.map((owner) => h("span", { title: counted(tier[owner].objects, "object") }, bytes(tier[owner].bytes))), bytes(tier.pinned.bytes)];
 }
 
