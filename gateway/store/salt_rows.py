@@ -10,13 +10,14 @@ from gateway.store.database import Db
 from gateway.store.sql import get_meta, set_meta
 from gateway.store.types import OrphanedSalt, SaltNote, SaltUse
 
+USE = "INSERT INTO session_salts VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 _MARK = "secret_mark"  # in `meta`
 
 
 async def use(db: Db, tenant: str, session_id: str, salts: Iterable[str]) -> None:
     """Record that a session has turns under `salts`."""
     rows = [(salt, tenant, session_id) for salt in dict.fromkeys(salts) if salt]
-    await db.many("INSERT INTO session_salts VALUES (?, ?, ?) ON CONFLICT DO NOTHING", rows)
+    await db.many(USE, rows)
 
 
 async def salts_of(db: Db, tenant: str, session_id: str) -> list[str]:

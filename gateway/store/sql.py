@@ -1,6 +1,6 @@
 """What several modules of SQL share: placeholders, batches, and the named values in `meta`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from gateway.store.database import Db
@@ -38,3 +38,14 @@ async def set_meta(db: Db, name: str, value: str | None) -> None:
         await db.run(
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", name, value
         )
+
+
+def by_tenant(keys: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names of each tenant, some of them repeated: so lists have few lengths, and each length is a statement."""
+    found: dict[str, list[str]] = {}
+    for tenant, name in keys:
+        found.setdefault(tenant, []).append(name)
+    return {
+        tenant: names + names[-1:] * ((1 << (len(names) - 1).bit_length()) - len(names))
+        for tenant, names in found.items()
+    }

@@ -20,6 +20,7 @@ from gateway.store import (
     listed_rows,
     manifest_rows,
     open_turn_rows,
+    record_rows,
     response_rows,
     rewind_rows,
     salt_rows,
@@ -99,8 +100,8 @@ class Store(Database):
         """
 
         async def work(db: Db) -> None:
-            await db.lock(session_rows.lock_names(records))
-            recorded = await session_rows.record(db, records, self._turns_kept)
+            await db.lock(record_rows.lock_names(records))
+            recorded = await record_rows.record(db, records, self._turns_kept)
             await response_rows.record(db, recorded, self._responses_kept)
             await ledger_rows.record(db, recorded)
 

@@ -7,10 +7,12 @@ import orjson
 from blake3 import blake3
 
 from gateway.records import Message
+from gateway.store.batch import Batch
 from gateway.store.database import Db
 
 _ID_BYTES = 16
 _KEPT_BYTES = 2**20  # of a transcript that is being stored
+_FEW = 8  # messages are stored again sooner than it is found out which of them are stored
 # The columns that may refer to a link, and to a content: what none of them refers to is deleted.
 _LINK_HOLDERS = (
     ("links", "parent"),
@@ -90,10 +92,18 @@ async def add_content(db: Db, value: Mapping[str, object]) -> bytes:
 
 
 async def add(db: Db, transcript: Sequence[Message]) -> bytes | None:
+    batch = Batch()
+    added = await extend(db, batch, transcript, None)
+    await batch.write(db)
+    return added
+
+
+async def extend(db: Db, batch: Batch, transcript: Sequence[Message], old: bytes | None) -> bytes | None:
+    """Add a transcript later, which most often continues the `old` one; that is released if it does not."""
     # Most bodies are stored already, and all of a long transcript's would be in memory: what is not kept is serialised
     # again below.
     chain: list[tuple[bytes, bytes | None, bytes, bytes | None]] = []
-    size = 0
+    size, known = 0, 0
     parent: bytes | None = None
     for message in transcript:
         content_id, body = _content(message)
@@ -101,16 +111,44 @@ async def add(db: Db, transcript: Sequence[Message]) -> bytes | None:
         link = blake3((parent or b"") + content_id).digest(_ID_BYTES)
         chain.append((link, parent, content_id, body if size <= _KEPT_BYTES else None))
         parent = link
-    stored = len(chain)
+        if link == old:
+            known = len(chain)
+    stored = known if len(chain) - known <= _FEW else len(chain)
     # From the end: all but the last turn's messages are stored already.
-    while stored and not await db.one("SELECT 1 FROM links WHERE id = ?", chain[stored - 1][0]):
+    while stored > known and not await _is_stored(db, batch, chain[stored - 1][0]):
         stored -= 1
-    new = [(depth, *chain[depth]) for depth in range(stored, len(chain))]
-    bodies = ((content_id, kept or orjson.dumps(transcript[depth])) for depth, _, _, content_id, kept in new)
-    await db.many("INSERT INTO contents VALUES (?, ?) ON CONFLICT DO NOTHING", bodies)
-    links = ((link, before, content_id, depth) for depth, link, before, content_id, _ in new)
-    await db.many("INSERT INTO links VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", links)
+    for depth in range(stored, len(chain)):
+        link, before, content_id, kept = chain[depth]
+        batch.add_content(content_id, kept or orjson.dumps(transcript[depth]))
+        batch.add_link(link, before, content_id, depth)
+        if batch.text_bytes > _KEPT_BYTES:
+            await batch.write_texts(db)
+    if not known:
+        batch.release(old)
     return parent
+
+
+async def _is_stored(db: Db, batch: Batch, link: bytes) -> bool:
+    return batch.has_link(link) or await db.one("SELECT 1 FROM links WHERE id = ?", link) is not None
+
+
+def add_frame(batch: Batch, frame: Mapping[str, object], old: bytes | None) -> bytes:
+    """Add a frame later, unless it is the `old` one, which is released otherwise."""
+    content_id, body = _content(frame)
+    if content_id != old:
+        batch.add_content(content_id, body)
+        batch.release_content(old)
+    return content_id
+
+
+async def finish(db: Db, batch: Batch) -> None:
+    """Write a batch, and release what it has let go of."""
+    await batch.write(db)
+    transcripts, contents = batch.released()
+    for transcript in transcripts:
+        await release(db, transcript)
+    for content_id in contents:
+        await release_content(db, content_id)
 
 
 async def release(db: Db, transcript: bytes | None) -> None:

@@ -9,7 +9,7 @@ KV.
 3. Replace its text by the window's, in one transaction that checks whether it is still as it was read.
 
 A turn that was begun before 3 and ends after it is recorded, but leaves the session where it is
-(`gateway.store.session_rows.record`).
+(`gateway.store.record_rows.record`).
 """
 
 import asyncio

@@ -1,15 +1,23 @@
 """Turns and transcripts."""
 
 import asyncio
+import sqlite3
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.records import Alias, Session
 from gateway.sessions import prefix_chain
+from gateway.store import record_rows
+from gateway.store.database import finish
+from gateway.store.schema import migrate
 from gateway.store.sqlite import SqliteStore
+from gateway.store.sqlite_db import SqliteDb
 from gateway.store.store import Store
 from gateway.store.types import TurnRecord
 from tests.support.store_records import ODD, TENANT, Open, count, finished, messages_of, says
@@ -225,3 +233,42 @@ async def test_turn_that_cannot_be_written_does_not_affect_others(store: Store) 
     assert await store.session(TENANT, "bad") is None
     _, total = await store.list_sessions(TENANT, state=None, model=None, limit=1, offset=0)
     assert total == 10
+
+
+class Counting(SqliteDb):
+    """Counts statements, each of which is a round trip on PostgreSQL."""
+
+    statements = 0
+
+    async def value(self, sql: str, *args: Any) -> Any:
+        self.statements += 1
+        return await super().value(sql, *args)
+
+    async def one(self, sql: str, *args: Any) -> Any:
+        self.statements += 1
+        return await super().one(sql, *args)
+
+    async def all(self, sql: str, *args: Any) -> list[Any]:
+        self.statements += 1
+        return await super().all(sql, *args)
+
+    async def run(self, sql: str, *args: Any) -> int:
+        self.statements += 1
+        return await super().run(sql, *args)
+
+    async def many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        self.statements += 1
+        await super().many(sql, rows)
+
+
+def test_many_turns_take_as_many_statements_as_a_few() -> None:
+    taken = []
+    for sessions in (2, 40):
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+            migrate(connection)
+            for texts in (("1", "a"), ("1", "a", "2", "b")):
+                db = Counting(connection)
+                turns = [finished(f"s{number}", says(f"{number}", *texts[1:])) for number in range(sessions)]
+                finish(record_rows.record(db, turns, 5))
+            taken.append(db.statements)
+    assert taken[0] == taken[1] <= 10
