@@ -24,7 +24,7 @@ COPY gateway gateway
 COPY policies policies
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /build \
-    && /build/bin/pip wheel --no-cache-dir --constraint constraints.txt --wheel-dir /wheels '.[postgres]'
+    && /build/bin/pip wheel --no-cache-dir --constraint constraints.txt --wheel-dir /wheels '.[postgres,s3]'
 
 
 # The environment of `make up`, made by the same commands.
