@@ -13,7 +13,7 @@ ARG BASE=python:3.12-slim
 ARG ENGINE_BASE=vllm/vllm-openai:v0.32.0
 
 
-# The gateway and all it depends on, with PostgreSQL, as wheels, in the versions that were tested.
+# The gateway and all it depends on, with PostgreSQL and S3, as wheels, in the versions that were tested.
 FROM ${BASE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL

@@ -29,7 +29,7 @@ from tests.support.tier_harness import RedisServer
 
 BASE = "localhost/cwg-test-base"
 KEY = "k3y-of-the-image"
-EXTRAS = ("postgres",)
+EXTRAS = ("postgres", "s3")
 USER = 10001
 COMPILERS = {"cc", "c++", "gcc", "g++", "clang", "tcc", "ld", "as", "make", "cpp", "rustc", "cargo", "go"}
 _PACKAGES = "base-files,base-passwd,coreutils,dash,libc-bin,login,passwd,python3,python3-venv"
