@@ -16,7 +16,7 @@ from tests.support.node_pairs import Pair, Start, entries, pairs, states
 @pytest.fixture
 def window(gateway: Gateway, session: str) -> str:
     """A window of two messages, without KV."""
-    freeze(gateway, session, f"w-{session}", description="first", tags=["a", "b"], ttl_seconds=60)
+    freeze(gateway, session, f"w-{session}", description="first", tags=["a", "b"], ttl_seconds=3600)
     return f"w-{session}"
 
 

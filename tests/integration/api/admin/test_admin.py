@@ -15,7 +15,7 @@ from tests.support.raw_http import RawHttpClient
 
 
 def test_freeze_without_a_cache_keeps_the_text_and_warns(gateway: Gateway, session: str) -> None:
-    window = freeze(gateway, session, f"w-{session}", description="d", tags=["a", "b", "a"], ttl_seconds=60)
+    window = freeze(gateway, session, f"w-{session}", description="d", tags=["a", "b", "a"], ttl_seconds=3600)
     assert (window["kv"], window["block_count"], window["size_bytes"], window["parent_window"]) == (
         "absent",
         0,
@@ -114,7 +114,7 @@ def test_two_freezes_of_one_name_at_once_make_one_window(gateway: Gateway, sessi
 
 
 def test_a_clone_has_a_life_of_its_own(gateway: Gateway, session: str) -> None:
-    freeze(gateway, session, f"w-{session}", description="first", tags=["t"], ttl_seconds=60)
+    freeze(gateway, session, f"w-{session}", description="first", tags=["t"], ttl_seconds=3600)
     answer = gateway.http.post(f"/admin/windows/w-{session}/clone", json={"target_window": f"c-{session}"})
     assert answer.status_code == 201
     clone = answer.json()

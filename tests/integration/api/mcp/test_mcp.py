@@ -53,7 +53,7 @@ async def test_an_agent_freezes_finds_clones_thaws_and_deletes(client: Client, g
     async def seen(progress: float, total: float | None, message: str | None) -> None:
         steps.append((progress, message))
 
-    naming = {"description": "d", "tags": ["a", session], "ttl_seconds": 60}
+    naming = {"description": "d", "tags": ["a", session], "ttl_seconds": 3600}
     frozen = await client.call_tool(
         "window_freeze", {"session_id": session, "window_name": f"w-{session}", **naming}, progress_callback=seen
     )
@@ -122,7 +122,7 @@ async def test_the_description_of_a_window_is_changed_and_cleared(
     client: Client, gateway: Gateway, session: str
 ) -> None:
     gateway.chat(session)
-    gateway.freeze(session, f"w-{session}", description="old", tags=["old"], ttl_seconds=60)
+    gateway.freeze(session, f"w-{session}", description="old", tags=["old"], ttl_seconds=3600)
 
     async def describe(**said: Any) -> tuple[str, list[str], bool]:
         now = await answer(client, "window_describe", window_name=f"w-{session}", **said)
@@ -163,6 +163,7 @@ def gateway_rules(gateway: Gateway) -> dict[str, Any]:
 async def test_health_metrics_and_cache_are_reported(client: Client, gateway: Gateway, session: str) -> None:
     before = await answer(client, "cache_stats")
     gateway.chat(session)
+    gateway.chat(session)  # which is in the engine's cache now
     assert gateway.freeze(session, f"w-{session}").status_code == 201
     after = await answer(client, "cache_stats")
     assert after["windows"] == before["windows"] + 1
