@@ -21,7 +21,7 @@ Answer = Mapping[str, Any]
 @click.option("--undo", is_flag=True, help="let the engine have requests again")
 @click.option("--no-wait", is_flag=True, help="do what can be done now, and say what is left")
 def drain(engine: str, undo: bool, no_wait: bool) -> Result:
-    """Move the sessions of ENGINE to the others, and wait until it may be stopped.
+    """Move the sessions of ENGINE to the others, and wait for it.
 
     ENGINE is the URL of an engine, or its host and port. It gets no more requests, and what it computes is finished.
     Ctrl-C ends only the waiting. Exit code 1 if a session could not be frozen.

@@ -12,6 +12,7 @@ from gateway.store.database import Db
 
 _ID_BYTES = 16
 _KEPT_BYTES = 2**20  # of a transcript that is being stored
+_COLLECTED_BYTES = 2**17  # of messages that are written together; orjson's buffers are much larger than what is in them
 _FEW = 8  # messages are stored again sooner than it is found out which of them are stored
 # The columns that may refer to a link, and to a content: what none of them refers to is deleted.
 _LINK_HOLDERS = (
@@ -121,7 +122,7 @@ async def extend(db: Db, batch: Batch, transcript: Sequence[Message], old: bytes
         link, before, content_id, kept = chain[depth]
         batch.add_content(content_id, kept or orjson.dumps(transcript[depth]))
         batch.add_link(link, before, content_id, depth)
-        if batch.text_bytes > _KEPT_BYTES:
+        if batch.text_bytes > _COLLECTED_BYTES:
             await batch.write_texts(db)
     if not known:
         batch.release(old)

@@ -194,4 +194,4 @@ def json_list(text: str) -> list[Any]:
     with suppress(ValueError):
         if isinstance(value := json.loads(text or "[]"), list):
             return value
-    raise ValueError('is not a JSON list, as in \'[{"url": "http://a:8000", "cache_url": "http://a:8080"}]\'')
+    raise ValueError('is not a JSON list, as in \'[{"url": "http://gpu.example", "cache_url": "http://kv.example"}]\'')

@@ -142,9 +142,13 @@ def life(stack: Stack) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def gateway(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("leaving")
+    before = set(stack.redis.scan_iter(count=10**4))
     gateway = Gateway(stack.settings(folder / "data", CWG_ABORT_GRACE_S="0"), folder / "gateway.log").start()
     yield gateway
     gateway.close()
+    for key in stack.redis.scan_iter(count=10**4):  # gigabytes, for as long as the stack runs
+        if key not in before:
+            stack.redis.unlink(key)
 
 
 @pytest.fixture(scope="module")

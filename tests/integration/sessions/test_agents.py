@@ -13,8 +13,6 @@ from gateway.api.inference.request import TURNS
 from loadtests.scripted_engine import ScriptedEngine
 from tests.support.gateway_process import ROOT, Gateway, gateway_in_front_of
 
-pytestmark = pytest.mark.usefixtures("each_store")
-
 _FILE = ROOT / "tests" / "recordings" / "agents.json"
 _ALL: list[dict[str, Any]] = json.loads(_FILE.read_text())["recordings"]
 _PATHS = {path.decode() for path in TURNS}
