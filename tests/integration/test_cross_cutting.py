@@ -40,7 +40,8 @@ def test_a_session_with_a_client_salt_is_frozen_and_thawed_under_it(
     assert gateway.freeze(session, f"w-{session}").status_code == 201
     thawed = gateway.http.post(f"/admin/windows/w-{session}/thaw", json={"warm": "gpu"}).json()
     assert thawed["cache_salt"] == bob
-    salts = [request.json.get("cache_salt") for request in engine.seen("/v1/completions")]  # others are of the self-test
+    # Others are of the self-test.
+    salts = [request.json.get("cache_salt") for request in engine.seen("/v1/completions")]
     assert (salts.count(bob), salts.count(alice)) == (1, 0)
     assert thawed["receipt"]["cached_tokens"] >= 16
 
