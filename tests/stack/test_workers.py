@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import sqlite3
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -85,11 +87,12 @@ def test_a_worker_that_dies_in_a_freeze_leaves_nothing_and_another_freezes(
         turn(one, "s", [{"role": "user", "content": "Tell me about deaths. " * 200}])
         assert one.get("/admin/sessions/s").json()["turn_count"] == 1
         with (
-            written_by_another(tmp_path / "data" / "gateway.db") as store_id,  # so that the freeze cannot commit
+            locked_once_claimed(tmp_path / "data" / "gateway.db") as locked,  # so that the freeze cannot commit
             one.stream("POST", "/admin/windows", json=body, headers={"accept": "application/x-ndjson"}) as freezing,
         ):
             stages = (json.loads(line)["progress"]["stage"] for line in freezing.iter_lines())
             assert "commit" in stages
+            store_id = locked.result()
             assert pins(stack, store_id)
             os.kill(victim, signal.SIGKILL)
     with connections(crew) as again:
@@ -109,15 +112,25 @@ def test_a_worker_that_dies_in_a_freeze_leaves_nothing_and_another_freezes(
 
 
 @contextmanager
-def written_by_another(store: Path) -> Iterator[str]:
-    """Nobody else can commit to a store meanwhile. Yields its id."""
-    db = sqlite3.connect(store, isolation_level=None)
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        (store_id,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
-        yield store_id
-    finally:
-        db.close()
+def locked_once_claimed(store: Path) -> Iterator[Future[str]]:
+    """Let nobody else commit to a store from when a freeze has claimed what it pins; that gives the store's id."""
+    db = sqlite3.connect(store, timeout=30, isolation_level=None, check_same_thread=False)
+    over = threading.Event()
+
+    def lock() -> str:
+        while not over.wait(0.0005):
+            db.execute("BEGIN IMMEDIATE")
+            if db.execute("SELECT 1 FROM pin_claims WHERE kind != 'remove'").fetchone():
+                (store_id,) = db.execute("SELECT value FROM meta WHERE name = 'store_id'").fetchone()
+                return str(store_id)
+            db.execute("ROLLBACK")
+        raise RuntimeError("nothing was claimed")
+
+    with ThreadPoolExecutor(1) as thread, closing(db):
+        try:
+            yield thread.submit(lock)
+        finally:
+            over.set()
 
 
 def pins(stack: Stack, store_id: str) -> list[object]:
