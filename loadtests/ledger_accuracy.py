@@ -1,12 +1,14 @@
 """How right the ledger is: what it says that a thaw has saved, beside what computing the same window takes.
 
 `python -m loadtests.ledger_accuracy` starts LMCache, vLLM with the demo model and the gateway. Conversations of several
-lengths are begun, which the ledger learns from, and some of them are frozen. Then, in turn for each window and several
-times over: the engine's own cache is emptied and the window is thawed through the engine, which says what that saved;
-and the engine computes the window's very tokens under a salt that nothing is stored under. Prints a table.
+lengths are begun, which the ledger learns from, each three times, and some of them are frozen. Then, in turn for each
+window and several times over: the engine's own cache is emptied and the window is thawed through the engine, which says
+what that saved; and the engine computes the window's very tokens under a salt that nothing is stored under. Prints a
+table.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -26,6 +28,7 @@ from loadtests.thaw_stack import Stack, Writer
 _CHUNK = 32  # tokens, as `cwg up` has it for the demo model
 _REPLY_TOKENS = 8
 _LEARNED = (150, 400, 1000, 2500, 4500)
+_LEARNED_TIMES = 3  # a curve of one prompt of each length is that of a machine's hiccups
 _MOST_WRONG = 0.25
 
 
@@ -92,8 +95,8 @@ def _sizes(text: str) -> list[int]:
 
 def _measure(stack: Stack, sizes: Sequence[int], repeats: int) -> list[_Window]:
     writer = Writer(stack)
-    for size in _LEARNED:
-        stack.ask(f"learned-{size}", writer.question(f"learned {size}", size), _REPLY_TOKENS)
+    for size, again in itertools.product(_LEARNED, range(_LEARNED_TIMES)):
+        stack.ask(f"learned-{size}-{again}", writer.question(f"learned {size} {again}", size), _REPLY_TOKENS)
     windows = []
     for size in sizes:
         name = f"window-{size}"
