@@ -21,10 +21,11 @@ Answer = Mapping[str, Any]
 @click.option("--undo", is_flag=True, help="let the engine have requests again")
 @click.option("--no-wait", is_flag=True, help="do what can be done now, and say what is left")
 def drain(engine: str, undo: bool, no_wait: bool) -> Result:
-    """Move the sessions of ENGINE to the others, and wait for it.
+    """Move the sessions of ENGINE to the other engines.
 
     ENGINE is the URL of an engine, or its host and port. It gets no more requests, and what it computes is finished.
-    Ctrl-C ends only the waiting. Exit code 1 if a session could not be frozen.
+    The command waits until it may be stopped; Ctrl-C ends only the waiting. Exit code 1 if a session could not
+    be frozen.
     """
     if undo and no_wait:
         raise click.UsageError("--undo and --no-wait exclude each other")
