@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from gateway.stack import local
 from tests.support import openapi_check
 from tests.support.fakes.engine import MODEL, WITHIN
 from tests.support.postgres import store_settings
@@ -38,9 +39,8 @@ def eventually(
 
 
 def free_port() -> int:
-    """A port without a listener."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    """A port without a listener, and none that Linux gives to another connection in the next moment."""
+    return local.free_ports(1)[0]
 
 
 @contextmanager

