@@ -43,6 +43,7 @@ class Frozen:
         text = {"role": "user", "content": _LINE * int(_TOKENS / per_line)}
         reply = chat(gateway.client("origin"), [text]).choices[0].message.content
         gateway.freeze("origin", "origin")
+        self._kept = set(stack.redis.scan_iter(count=10**4))
         self._asked = [text, {"role": "assistant", "content": reply}, {"role": "user", "content": "Go on."}]
         self._witness = self._tokenize(_LINE * 100)
 
@@ -69,6 +70,12 @@ class Frozen:
             if self._gauge(_LOADING):
                 return True
         return False
+
+    def unlink_clones(self) -> None:
+        """Remove their KV from Redis: that of a hundred is gigabytes of memory."""
+        for key in self._stack.redis.scan_iter(count=10**4):
+            if key not in self._kept:
+                self._stack.redis.unlink(key)
 
     def _gauge(self, pattern: re.Pattern[str]) -> float:
         return sum(map(float, pattern.findall(self._stack.engine.get("/metrics").text)))
@@ -142,18 +149,16 @@ def life(stack: Stack) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def gateway(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("leaving")
-    before = set(stack.redis.scan_iter(count=10**4))
     gateway = Gateway(stack.settings(folder / "data", CWG_ABORT_GRACE_S="0"), folder / "gateway.log").start()
     yield gateway
     gateway.close()
-    for key in stack.redis.scan_iter(count=10**4):  # gigabytes, for as long as the stack runs
-        if key not in before:
-            stack.redis.unlink(key)
 
 
 @pytest.fixture(scope="module")
-def frozen(stack: Stack, gateway: Gateway) -> Frozen:
-    return Frozen(stack, gateway)
+def frozen(stack: Stack, gateway: Gateway) -> Iterator[Frozen]:
+    frozen = Frozen(stack, gateway)
+    yield frozen
+    frozen.unlink_clones()
 
 
 def test_clients_that_disconnect_during_loads_harm_neither_engine_nor_others(stack: Stack, frozen: Frozen) -> None:
@@ -162,6 +167,7 @@ def test_clients_that_disconnect_during_loads_harm_neither_engine_nor_others(sta
     for _ in range(_LEAVES):
         go(frozen, _CLIENTS, InFlight.leave)
         assert frozen.computed() == computed, "something was written into freed blocks"
+        frozen.unlink_clones()
     until(lambda: frozen.locked() == 0, "nothing is kept in memory for those who left")
     assert frozen.answer() == loaded
     assert life(stack) == before
@@ -174,6 +180,7 @@ def test_gateways_killed_during_loads_harm_neither_the_engine_nor_others(
     for _ in range(_KILLS):
         go(frozen, _CUT, lambda _: gateway.kill())
         assert frozen.computed() == computed, "something was written into freed blocks"
+        frozen.unlink_clones()
         gateway.start()
     until(lambda: frozen.locked() == 0, "nothing is kept in memory for a gateway that is gone")
     assert frozen.answer() == loaded
