@@ -22,8 +22,9 @@ def test_a_second_gateway_on_the_same_data_is_refused(engine: FakeEngine, tmp_pa
 
 
 def _starts(gateway: Gateway) -> bool:
+    before = len(gateway.log)
     gateway.start()
-    eventually(lambda: gateway.process.poll() is not None or "listening on" in gateway.log[-300:], "start or end")
+    eventually(lambda: gateway.process.poll() is not None or "listening on" in gateway.log[before:], "start or end")
     return gateway.process.poll() is None
 
 
