@@ -79,6 +79,10 @@ class UsageFilter:
 
     def pass_on(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
         """Return the chunks that may go to the client now."""
+        if len(chunks) == 1 and not self._size and self._tail is None:
+            (chunk,) = chunks
+            if self.USAGE not in chunk and self.FINISH not in chunk and chunk.endswith(b"\n\n"):
+                return chunks
         free = self._free(chunks)
         return chunks if free == len(chunks) else [*chunks[:free], *filter(None, map(self.feed, chunks[free:]))]
 

@@ -1,7 +1,6 @@
 """One connection to the engine, and the HTTP/1.1 exchange on it."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
@@ -67,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._method = method
         self.status = 0
         self.headers = []
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._size = 0
         self._paused = False
         self._framed = False  # the response says where it ends
@@ -112,7 +111,7 @@ class Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             await self._wait()
-        chunk = self._chunks.popleft()
+        chunk = self._chunks.pop(0)
         self._size -= len(chunk)
         if self._size < _LOW_WATER:
             self.resume()
@@ -303,9 +302,7 @@ class Connection(asyncio.Protocol):
                 self.pause()
 
     def _take_all(self) -> list[bytes]:
-        chunks = list(self._chunks)
-        self._chunks.clear()
-        self._size = 0
+        chunks, self._chunks, self._size = self._chunks, [], 0
         return chunks
 
     def _fail(self, code: str, message: str) -> None:

@@ -221,6 +221,8 @@ async def _read(connection: Connection, forwarder: StreamForwarder, send: Send) 
 
 
 def _framed(chunks: Sequence[bytes]) -> bytes:
+    if len(chunks) == 1:
+        return b"%x\r\n%b\r\n" % (len(chunks[0]), chunks[0])
     return b"".join([b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks])
 
 
