@@ -1,4 +1,6 @@
-"""The records that the gateway stores, as frozen dataclasses. Times are seconds since the epoch, UTC."""
+"""The records that the gateway stores; those that every turn makes are structs, which cost less. Times are in seconds
+since the epoch, UTC.
+"""
 
 import re
 import time
@@ -6,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
+
+from msgspec import Struct
 
 from gateway.errors import GatewayError
 from gateway.validation.shown import shown
@@ -65,8 +69,7 @@ def _check_name(value: object, where: str, pattern: re.Pattern[str], code: str, 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(Struct, frozen=True):
     """A conversation. `transcript` and `frame` are content ids in the store.
 
     `source` says how it was recognised when it began, `parent` which session it was forked from. The hashes are links
@@ -138,8 +141,7 @@ class Alias(NamedTuple):
     marks: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(Struct, frozen=True):
     """A turn's links in its conversation's prefix chain; `reply_hash` is None if the reply is not known.
 
     The reply is found by one of `aliases` when something before it has changed.
@@ -151,8 +153,7 @@ class Trace:
     aliases: tuple[Alias, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class AliasMatch:
+class AliasMatch(Struct, frozen=True):
     """A session with a reply that has this alias; `current` if that reply is its last."""
 
     session: Session
@@ -160,8 +161,7 @@ class AliasMatch:
     current: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Token counts of one turn, as the engine reported them; `cached` is None if it did not."""
 
     prompt: int
@@ -185,8 +185,7 @@ class Front:
     unsure: bool = field(default=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(Struct, frozen=True):
     """One request of a session and its outcome."""
 
     tenant: str
@@ -206,8 +205,7 @@ class Turn:
     first_token_ms: float | None = None  # from the request to the engine until its first token, if that was seen
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
+class StoredResponse(Struct, frozen=True):
     """A response that a client can retrieve and continue (Responses API).
 
     `transcript` is the conversation including this response, None if it cannot be continued; `instructed`: its first

@@ -3,10 +3,10 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from msgspec import Struct
 
 from gateway.dialects import transcripts
 from gateway.errors import GatewayError, invalid_field
@@ -36,8 +36,7 @@ INHERITED_FIELDS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Struct, frozen=True):
     """What a request asks of stored responses: which one it continues, whether its own is kept, and with which items.
 
     `conversation`: it continues everything that its session holds.
@@ -50,8 +49,7 @@ class Storage:
     items: list[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """One request of a session: the parsed body, and what the gateway needs of it.
 
     `raw` is the body as it came, b"" if it has been changed since. `messages` and `frame` are what the client sent,
@@ -82,8 +80,7 @@ class Call:
         return self.frame if self.front is None else {**self.front.frame, **self.frame}
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Struct, frozen=True):
     """A finished answer. `message` is None if it was cut, is an error, or cannot be sent back as it is.
 
     The message is converted to the chat dialect, as this dialect will read it when a client sends it back.

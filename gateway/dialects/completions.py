@@ -1,8 +1,9 @@
 """OpenAI text completions: `/v1/completions`. The envelope is that of chat; the conversation is one text."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec import structs
 
 from gateway.dialects import text_transcripts
 from gateway.dialects.base import Call, Reply, engine_token_counts
@@ -23,7 +24,7 @@ class CompletionsDialect(ChatDialect):
     def read(self, body: dict[str, Any], raw: bytes) -> Call:
         """See `Dialect.read`. Several prompts at once are answered, but are not a turn of one conversation."""
         special = body.get("add_special_tokens")
-        return replace(
+        return structs.replace(
             super().read(body, raw),
             messages=_conversation(body),
             frame={} if special is None else {"add_special_tokens": special},
@@ -34,7 +35,7 @@ class CompletionsDialect(ChatDialect):
         """See `Dialect.write_with_salt`."""
         if call.front is not None:
             body = {**call.body, **call.front.frame, "prompt": _prompt(call.whole)}
-            call = replace(call, body=body, raw=b"", front=None)
+            call = structs.replace(call, body=body, raw=b"", front=None)
         return super().write_with_salt(call, salt)
 
     def _read_answer(self, answer: dict[str, Any]) -> Reply:

@@ -4,8 +4,10 @@ Runs in the recorder's task. The previous turn is read from the store only if fe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import structs
 
 from gateway.records import Message, Session, Usage
 from gateway.runtime.offload import Offload
@@ -100,7 +102,8 @@ class CacheReviewer:
         messages, had = await self._store.messages(parent.transcript), {}
         if parent.frame:
             had = dict(await self._store.frame(parent.frame))
-        return _Before(misses.shared(replace(left, messages=messages, frame=had), whole, frame), parent.last_active_at)
+        left = structs.replace(left, messages=messages, frame=had)
+        return _Before(misses.shared(left, whole, frame), parent.last_active_at)
 
     async def _evidence(
         self, turn: ParsedTurn, usage: Usage, before: _Before, frame: Mapping[str, Any]
@@ -123,7 +126,7 @@ class CacheReviewer:
         # Messages here may also be those of a concurrent turn, which is not the previous one.
         just = self._unrecorded.get(_key(ended)) if before is self._last.get(_key(ended)) else None
         messages, known = just or await self._recorded(ended, before)
-        return replace(evidence, before=replace(before.turn, messages=messages, frame=known))
+        return structs.replace(evidence, before=structs.replace(before.turn, messages=messages, frame=known))
 
     async def _recorded(
         self, ended: TurnContext, before: _Before

@@ -1,11 +1,11 @@
 """Ids that clients send: agents name their sessions in headers and body fields of their own."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
 from blake3 import blake3
+from msgspec import Struct
 
 from gateway.records import SESSION_ID, check_session_id
 
@@ -45,8 +45,7 @@ _DIGEST = 16
 _LONGEST_USER = 4096  # characters of a `user_id` that are looked at
 
 
-@dataclass(frozen=True, slots=True)
-class ClientSessionId:
+class ClientSessionId(Struct, frozen=True):
     """An id that a client sent; `source` says where, as the session's status shows it.
 
     `parent` is the id of the session that a sub-agent works for.

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from gateway.dialects import transcripts
 from gateway.dialects.base import Reply
@@ -19,8 +20,7 @@ log = logging.getLogger(__name__)
 _MAX_DETAIL = 1000  # an engine repeats what it refuses
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedTurn:
+class ParsedTurn(Struct, frozen=True):
     """A turn with its reply. `whole` is the request's conversation, `messages` the same with the reply.
 
     Without a reply `messages` is None: the next turn's prompt is not known, so the transcript stays as it was.
@@ -32,8 +32,7 @@ class ParsedTurn:
     messages: Sequence[Message] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Review:
+class Review(Struct, frozen=True):
     """How a turn's prompt compares with what was expected, see `gateway.sessions.cache_review`."""
 
     estimated: int | None = None

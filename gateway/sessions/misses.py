@@ -8,10 +8,11 @@ Details never contain text of a conversation: only roles, positions, names of fi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
+from msgspec import Struct, structs
 
 from gateway.dialects import text_transcripts, transcripts
 from gateway.records import Message
@@ -38,8 +39,7 @@ _NAME = 30
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
-@dataclass(frozen=True, slots=True)
-class PreviousTurn:
+class PreviousTurn(Struct, frozen=True):
     """The tokens of the previous turn, with its reply, and what they were rendered from.
 
     `messages` ends with the reply; it and `frame` are None if they are not known.
@@ -54,8 +54,7 @@ class PreviousTurn:
     engine: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TurnCacheStats:
+class TurnCacheStats(Struct, frozen=True):
     """A turn as the engine counted it, and the previous one; "" is an engine or salt that is not known."""
 
     prompt: int
@@ -82,8 +81,7 @@ class TurnCacheStats:
         return self.cached is not None and self.cached < self.expected
 
 
-@dataclass(frozen=True, slots=True)
-class Miss:
+class Miss(Struct, frozen=True):
     """What one turn found, and why. `str` is how it is stored: the reason, and the detail after a colon."""
 
     expected: int
@@ -179,7 +177,7 @@ def shared(before: PreviousTurn, now: Sequence[Message], frame: Mapping[str, Any
     size = sum(len(_written(value)) for value in before.frame.values())
     share = (size + _size(part)) / (size + _size(messages) + 1)
     tokens = int(before.tokens * share * _CAREFUL)
-    return replace(before, tokens=tokens, prompt=tokens, messages=part)
+    return structs.replace(before, tokens=tokens, prompt=tokens, messages=part)
 
 
 def _explain_unchanged(

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import orjson
+from msgspec import Struct
 
 from gateway.dialects import transcripts
 from gateway.errors import GatewayError
@@ -122,8 +123,7 @@ class Prompt:
             _ = self.prefix, self.head
 
 
-@dataclass(frozen=True, slots=True)
-class ConversationPrefix:
+class ConversationPrefix(Struct, frozen=True):
     """The chain of a request. `points` are the numbers of first messages that may end a turn or its question, longest
     first, and `replies` those up to and with each reply."""
 

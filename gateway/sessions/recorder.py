@@ -12,7 +12,8 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec import structs
 
 from gateway.errors import GatewayError
 from gateway.runtime.offload import Offload
@@ -244,8 +245,8 @@ class TurnRecorder:
                 self._telemetry.count_lost_turn()
                 return
             # Perhaps only the transcript cannot be stored.
-            turn = replace(one.turn, detail="the transcript could not be kept")
-            await self._record([replace(one, turn=turn, messages=None, response=None)])
+            turn = structs.replace(one.turn, detail="the transcript could not be kept")
+            await self._record([structs.replace(one, turn=turn, messages=None, response=None)])
 
     async def _record_when_possible(self, finished: list[TurnRecord]) -> None:
         """Record turns, however long it takes until the store can be written."""

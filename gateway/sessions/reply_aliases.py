@@ -12,11 +12,11 @@ send the conversation of their parent under another system prompt and with other
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 from zlib import crc32
 
 from blake3 import blake3
+from msgspec import Struct
 
 from gateway.dialects import transcripts
 from gateway.records import Alias, Message
@@ -37,8 +37,7 @@ _DIGITS = b"0123456789"
 _TAG = re.compile(r"</?[\w-]{1,60}>")
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(Struct, frozen=True):
     """What a reply answers, as digests. `history` is all between the system prompt and the question, b"" if nothing."""
 
     start: bytes
@@ -78,8 +77,7 @@ class Context:
         return alias, alias._replace(link=digest(self.start + own + reply_hash))
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(Struct, frozen=True):
     """A reply in a request: how many messages there are up to it and with it, what it answers, and its aliases."""
 
     depth: int
@@ -87,8 +85,7 @@ class Answered:
     aliases: Sequence[Alias]
 
 
-@dataclass(frozen=True, slots=True)
-class Marks:
+class Marks(Struct, frozen=True):
     """What is stored with an alias."""
 
     system: bytes

@@ -2,7 +2,8 @@
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec import structs
 
 from gateway.errors import GatewayError
 from gateway.records import Session, StoredResponse, subconversation_id, subconversation_source
@@ -93,7 +94,7 @@ class SessionResolver:
         session = await self.open(tenant, target.id, target.source)
         in_turn = await self._turns.has_turn_in_flight(tenant, target.id)
         if not session.created_at and not in_turn:
-            return SessionMatch(replace(session, lineage=before.lineage), target.source, seed, is_new=True)
+            return SessionMatch(structs.replace(session, lineage=before.lineage), target.source, seed, is_new=True)
         if by_client or (session.transcript == before.transcript and not in_turn):
             return SessionMatch(session, target.source, seed)
         fork = Session(tenant, new_id(), before.lineage, source="fork", parent=session.id, engine=session.engine)
@@ -122,7 +123,7 @@ class SessionResolver:
         side = await self._in_lineage_of(side, client_id.id)
         if may_displace and holder is not None and holder.is_single_message and prompt.continues:
             parent = client_id.parent or None
-            return _asked(replace(side, id=client_id.id, source=client_id.source, parent=parent), prompt), True
+            return _asked(structs.replace(side, id=client_id.id, source=client_id.source, parent=parent), prompt), True
         return side, False
 
     async def _in_lineage_of(self, session: Session, parent_id: str) -> Session:
@@ -165,7 +166,7 @@ class SessionResolver:
             match = await self._match(tenant, request)
         # Of two questions at once after the same reply, one is a branch.
         branches = not match.forks and await self._turns.busy_with_other_request(match.session, request)
-        return replace(match, forks=True, how="fork") if branches else match
+        return structs.replace(match, forks=True, how="fork") if branches else match
 
     async def _match(self, tenant: str, request: ConversationPrefix) -> PrefixMatch:
         match = await self._match_prefix(tenant, request, request.candidates)
@@ -217,11 +218,11 @@ def _nothing() -> None:
 
 def _asked(session: Session, prompt: Prompt) -> Session:
     """An agent's session as other requests see it from now on, before its first turn is recorded."""
-    return replace(session, first_message_hash=prompt.head, last_request_hash=prompt.prefix.request_hash)
+    return structs.replace(session, first_message_hash=prompt.head, last_request_hash=prompt.prefix.request_hash)
 
 
 def _child(session: Session, parent: Session) -> Session:
-    return replace(session, lineage=parent.lineage, parent=parent.id, engine=parent.engine)
+    return structs.replace(session, lineage=parent.lineage, parent=parent.id, engine=parent.engine)
 
 
 def new_id() -> str:

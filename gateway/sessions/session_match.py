@@ -1,7 +1,8 @@
 """Match a request to a session: by its prefix, or by the aliases of a reply in it (`reply_aliases`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from gateway.records import AliasMatch, Session
 from gateway.sessions.prefix_chain import ConversationPrefix
@@ -11,8 +12,7 @@ MATCHES = ("id", "prefix", "retry", "last-reply", "fork", "side", "window", "suc
 """The values of the response header X-Session-Match, see docs/sessions.md."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SessionMatch:
+class SessionMatch(Struct, frozen=True, eq=False):
     """The session of a request, how it was recognised, and the seed of its prefix chain.
 
     `request` is the prefix of the request, if that was needed. `is_new`: the session has had no turn yet. `displaces`:
@@ -38,8 +38,7 @@ class SessionMatch:
         return word if word in MATCHES else "id"
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
+class PrefixMatch(Struct, frozen=True):
     """The session that a request continues, or forks from. `depth` is how many of its messages were known."""
 
     session: Session | None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from msgspec import Struct
 
 from gateway.dialects.text_transcripts import TOKENS, kind
 from gateway.errors import StartError
@@ -35,8 +36,7 @@ _MODELS = 64
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Struct, frozen=True):
     """A prompt: `known` tokens that the engine has counted before, and the new ones."""
 
     known: int

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from operator import attrgetter
 from typing import Any
+
+from msgspec import structs
 
 from gateway.dialects.titles import title_of
 from gateway.records import Session, subconversation_stem
@@ -185,7 +186,7 @@ def _add_trace(batch: Batch, item: TurnRecord) -> None:
 def _add_turn(batch: Batch, item: TurnRecord, remark: str) -> None:
     turn, usage = item.turn, item.turn.usage
     values = (
-        *_turn_values(replace(turn, detail=turn.detail or remark) if remark else turn),
+        *_turn_values(structs.replace(turn, detail=turn.detail or remark) if remark else turn),
         *((usage.prompt, usage.completion, usage.cached) if usage else (None, None, None)),
         item.fingerprint,
         ledger_rows.is_booked_later(item),

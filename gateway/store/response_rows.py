@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import orjson
+from msgspec import structs
 
 from gateway.records import StoredResponse
 from gateway.store import transcript_rows
@@ -36,7 +36,9 @@ async def record(db: Db, records: Sequence[TurnRecord], keep: int) -> None:
         transcript = await transcript_rows.add(db, item.messages) if item.messages else None
         await _add(
             db,
-            replace(response, transcript=transcript, request_input=await transcript_rows.add(db, item.request_input)),
+            structs.replace(
+                response, transcript=transcript, request_input=await transcript_rows.add(db, item.request_input)
+            ),
         )
     for tenant in {response.tenant for _, response in stored}:
         await _drop_oldest(db, tenant, keep)

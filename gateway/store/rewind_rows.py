@@ -1,7 +1,9 @@
 """The SQL of taking a session back to a window. The caller owns the transaction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from gateway.records import Session, Window
 from gateway.store import autofreeze_rows, session_rows, successor_rows, text_rows, transcript_rows
@@ -26,7 +28,7 @@ async def rewind_session(db: Db, new: Session, *, before: Session, source: Windo
     now = await session_rows.session(db, before.tenant, before.id)
     if now is None or _history(now) != _history(before):
         return None
-    rewound = replace(
+    rewound = structs.replace(
         new,
         turn_count=now.turn_count,
         created_at=now.created_at,

@@ -5,7 +5,8 @@ may come first. So a session that was sent one message only gives its id up to a
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec import structs
 
 from gateway.records import Session, subconversation_id, subconversation_source
 from gateway.store import ledger_rows
@@ -39,11 +40,11 @@ async def settled(db: Db, items: Sequence[TurnRecord], holder: Session | None) -
 def _beside(item: TurnRecord, session_id: str) -> TurnRecord:
     old = item.session
     source = subconversation_source(old.source, old.id)
-    return replace(
+    return structs.replace(
         item,
-        turn=replace(item.turn, session_id=session_id),
-        session=replace(old, id=session_id, source=source, parent=old.id),
-        response=item.response and replace(item.response, session_id=session_id),
+        turn=structs.replace(item.turn, session_id=session_id),
+        session=structs.replace(old, id=session_id, source=source, parent=old.id),
+        response=item.response and structs.replace(item.response, session_id=session_id),
     )
 
 

@@ -1,20 +1,21 @@
 """The SQL of sessions and their turns. The caller owns the transaction."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from operator import attrgetter
+
+from msgspec import structs
 
 from gateway.records import Alias, AliasMatch, Session, SessionState, Turn, Usage
 from gateway.store import ledger_rows, response_rows, salt_rows, successor_rows, transcript_rows
 from gateway.store.database import Db
 from gateway.store.sql import batches, by_tenant, columns, marks
 
-_SESSION_COLUMNS = tuple(f.name for f in fields(Session))
+_SESSION_COLUMNS = tuple(f.name for f in structs.fields(Session))
 session_values = attrgetter(*_SESSION_COLUMNS)
 _COLUMNS = columns(_SESSION_COLUMNS)
 JOINED_COLUMNS = columns(_SESSION_COLUMNS, "s")
 _SESSION = f"SELECT {_COLUMNS} FROM sessions"
-TURN_COLUMNS = tuple(f.name for f in fields(Turn) if f.name != "usage")
+TURN_COLUMNS = tuple(f.name for f in structs.fields(Turn) if f.name != "usage")
 ADD_SESSION = f"INSERT INTO sessions ({_COLUMNS}) VALUES ({marks(_SESSION_COLUMNS)}) ON CONFLICT DO NOTHING"
 ADD_PREFIX = "INSERT INTO session_prefixes VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 CANDIDATES = 4  # sessions with the same prefix; the match depends on whether there is more than one

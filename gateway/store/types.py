@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from msgspec import Struct
+
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
 from gateway.records import Message, Session, StoredResponse, Trace, Turn, Window
@@ -116,8 +118,7 @@ class FreezeCandidate:
     failures: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TurnRecord:
+class TurnRecord(Struct, frozen=True):
     """A finished turn to be stored. `messages` is None if the transcript stays as it is.
 
     `session` is the turn's session as it was when the turn began; the store creates it if it is new.
@@ -168,8 +169,7 @@ class OrphanedSalt:
     since: float
 
 
-@dataclass(frozen=True, slots=True)
-class SaltNote:
+class SaltNote(Struct, frozen=True):
     """A salt that KV is being computed under; `session_id` is empty if it belongs to no session."""
 
     salt: str

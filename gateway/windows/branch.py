@@ -7,7 +7,9 @@ chain is that of the whole conversation, seeded with the window, so that the nex
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from gateway.dialects import transcripts
 from gateway.dialects.transcripts import SystemRule
@@ -147,7 +149,7 @@ async def _agent_branch(services: Services, turn: TurnContext, match: SessionMat
     session = await services.sessions.open(turn.tenant, branch_id, source)
     is_new = not session.created_at
     return SessionMatch(
-        replace(session, first_message_hash=turn.prompt.head) if is_new else session,
+        structs.replace(session, first_message_hash=turn.prompt.head) if is_new else session,
         match.source,
         match.seed,
         is_new=is_new,

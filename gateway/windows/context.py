@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from msgspec import Struct, structs
+
 from gateway.engines.pool import EnginePool
 from gateway.kv.cache_pool import CachePool
 from gateway.kv.pins import Pins
@@ -135,6 +137,8 @@ def _numbers(result: object) -> Attributes:
 def _items(part: object) -> Iterable[tuple[str, Any]]:
     if isinstance(part, Mapping):
         return part.items()
+    if isinstance(part, Struct):
+        return structs.asdict(part).items()
     if is_dataclass(part):
         return [(field.name, getattr(part, field.name)) for field in fields(part)]
     return part._asdict().items() if hasattr(part, "_asdict") else ()

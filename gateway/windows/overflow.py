@@ -15,9 +15,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
+
+from msgspec import structs
 
 from gateway.dialects import text_transcripts, transcripts
 from gateway.dialects.base import Call
@@ -92,7 +94,7 @@ class Overflow:
             await self._services.recorder.flush()  # the previous turn may not be recorded yet
             session = await self._services.store.session(tenant, session_id)
             if session is not None and session.successor:
-                existing = await self.successor_turn_for(replace(match, session=session), call)
+                existing = await self.successor_turn_for(structs.replace(match, session=session), call)
                 if existing is not None:
                     return existing
             if session is None or session.transcript is None:
@@ -100,7 +102,8 @@ class Overflow:
             if model is None or not model.context_limit:
                 raise _cannot("the engine does not say how much fits", "see max_model_len of GET /v1/models")
             successor = await self._begin_successor(session, call, model)
-        turn = await self.successor_turn_for(replace(match, session=replace(session, successor=successor)), call)
+        match = structs.replace(match, session=structs.replace(session, successor=successor))
+        turn = await self.successor_turn_for(match, call)
         if turn is None:  # another process was faster, with a different history
             raise _cannot("it already has a successor, with another history", "continue that one")
         return turn
@@ -194,7 +197,7 @@ def _cut(call: Call, system: list[Message], rest: list[Message]) -> Call:
     """The call with only these messages."""
     body = call.body | {name: [] for name in ("messages", "input") if name in call.body}
     frame = call.front.frame if call.front else {}
-    return replace(call, body=body, raw=b"", messages=[], front=Front(system, rest, frame))
+    return structs.replace(call, body=body, raw=b"", messages=[], front=Front(system, rest, frame))
 
 
 def _reply_tokens(call: Call) -> int:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from msgspec import structs
+
 from gateway.dialects import text_transcripts
 from gateway.engines.client import EngineClient, Model
 from gateway.errors import GatewayError
@@ -92,7 +94,7 @@ async def thaw(
         receipt = await check_and_restore(ctx, held.window, held.manifest)
     else:
         receipt = await restore_and_load(ctx, held.window, held.manifest, placement.cache)
-    session = replace(
+    session = structs.replace(
         session_from_window(held.window, into.session_id, source),
         first_message_hash=first_message_hash,
         last_reply_hash=last_reply_hash,
@@ -139,7 +141,7 @@ async def thaw_text(
     with services.traces.step("render"):
         ids = await next_turn_ids(engine, model.id, text.frame or {}, text.messages)
     _check_fits(window, model, len(ids))
-    session = replace(
+    session = structs.replace(
         session_from_window(early, into.session_id, "thaw"),
         model=model.id,
         fingerprint=model.fingerprint,

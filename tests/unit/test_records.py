@@ -1,6 +1,6 @@
 """Names and what is computed from records."""
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,5 +55,5 @@ def test_the_tail_is_what_no_pinned_chunk_covers(tokens: int, size: int, chunks:
 
 
 def test_a_record_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         Session("t", "s", "l").state = "frozen"  # type: ignore[misc]

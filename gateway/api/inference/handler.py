@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+from msgspec import structs
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api import auth
@@ -124,7 +125,7 @@ class Inference:
             await self._read_stored(incoming, turn)
         call = turn.call
         if model and not call.model:  # the engine uses its own; a freeze has to request it by name
-            call = replace(call, model=model.id)
+            call = structs.replace(call, model=model.id)
         let_next_in = await services.sessions.enter(turn)
         turn.admitted_at = time.monotonic()
         try:
@@ -209,7 +210,7 @@ class Inference:
             turn.duration_ms, turn.engine = (time.monotonic() - clock) * 1000, route.engine
             if turn.heavy_body and turn.result.refusal is None:
                 # A large body would take memory until the turn is recorded, and is not needed for that.
-                turn.call = replace(call, raw=b"", body={})
+                turn.call = structs.replace(call, raw=b"", body={})
             services.recorder.enqueue(turn)
         if turn.result.refusal is not None and options.hold_refusal:
             await self._retry_in_successor(incoming, turn, turn.result.refusal)

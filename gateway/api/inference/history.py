@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from msgspec import structs
+
 from gateway.api.inference.request import InferenceRequest
 from gateway.dialects import transcripts
 from gateway.dialects.base import INHERITED_FIELDS, Call
@@ -91,7 +93,7 @@ async def _current(services: Services, session: Session) -> list[Message] | None
 async def _with_front(services: Services, call: Call, front: Front, frame_id: bytes | None) -> Call:
     """The call with `front`, and with the fields of a window's frame that the client left out."""
     if frame_id is None:
-        return replace(call, front=front)
+        return structs.replace(call, front=front)
     frame = await services.store.frame(frame_id)
     inherited = {name: frame[name] for name in INHERITED_FIELDS if name in frame and name not in call.frame}
-    return replace(call, front=replace(front, frame=inherited))
+    return structs.replace(call, front=replace(front, frame=inherited))

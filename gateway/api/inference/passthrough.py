@@ -3,9 +3,10 @@
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
+
+from msgspec import structs
 
 from gateway.api.asgi import parse_object, send_answer
 from gateway.api.connection import client_of
@@ -95,7 +96,7 @@ class Passthrough:
         route = engines.route(session.lineage, session.engine, model) if session else engines.route("", model=model)
         options = RelayOptions(error_dialect(incoming.scope), _session_header(incoming), limit=0)
         span = self._services.traces.child(_span_name(incoming, model), kind="client")
-        outgoing = replace(self._outgoing(incoming, body, span), may_load=may_load)
+        outgoing = structs.replace(self._outgoing(incoming, body, span), may_load=may_load)
         result = RelayResult()
         with nullcontext() if span is None else self._services.traces.opened(span):
             await relay(route, outgoing, client_of(incoming.scope), incoming.send, options, result)

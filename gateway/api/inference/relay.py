@@ -8,6 +8,7 @@ connection is closed, which aborts its work; if that could crash the engine, onl
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from msgspec import Struct
 from starlette.types import Send
 
 from gateway.api.asgi import CancelOnDisconnect, ClientGone, send_answer
@@ -39,8 +40,7 @@ _CORS = b"access-control-"  # the gateway decides which pages may read its answe
 _REFUSAL_BYTES = 64 * 1024  # a longer answer is not that refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(Struct, frozen=True):
     """A request as the engine gets it."""
 
     method: str

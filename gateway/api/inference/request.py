@@ -1,9 +1,9 @@
 """A request to the inference API: its base URL, its session headers, and the dialect to answer errors in."""
 
 import re
-from dataclasses import dataclass
 from urllib.parse import unquote
 
+from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.asgi import not_found
@@ -35,8 +35,7 @@ TURNS: dict[bytes, Dialect] = {
 TOKENIZER_PATHS = (b"/tokenize", b"/detokenize", *STATE)
 
 
-@dataclass(frozen=True, slots=True)
-class RouteTarget:
+class RouteTarget(Struct, frozen=True):
     """What the base URL says: the engine's path, and the session or the window of all requests under it.
 
     `at_turn` is the turn of the window that new conversations begin at; None: its end. `known` is the path as the
@@ -50,8 +49,7 @@ class RouteTarget:
     at_turn: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceRequest:
+class InferenceRequest(Struct, frozen=True):
     """A request as it came, and how to answer it."""
 
     scope: Scope

@@ -1,11 +1,11 @@
 """Responses that the gateway stores for the Responses API: continue one, refer to its items, get and delete it."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote
 
 import orjson
+from msgspec import structs
 
 from gateway.api import requests
 from gateway.api.asgi import bounded_query
@@ -52,7 +52,7 @@ async def insert_items(services: Services, tenant: str, call: Call, dialect: Dia
         raise invalid_field("input", f"Item with id '{missing[0]:.100}' not found.", hint)
     items = [stored[item["id"]] if _is_reference(item) else item for item in storage.items]
     whole = dialect.read({**call.body, "input": items}, b"")
-    return replace(whole, client_salt=call.client_salt, storage=replace(storage, items=items))
+    return structs.replace(whole, client_salt=call.client_salt, storage=structs.replace(storage, items=items))
 
 
 def _is_reference(item: object) -> bool:
@@ -85,7 +85,7 @@ async def resume(services: Services, tenant: str, call: Call) -> tuple[Call, Sto
         raise invalid_field(
             "input", "this input cannot follow a response", "send text, images, tool calls and their outputs"
         )
-    return replace(call, front=_front(call, history[1:] if before.instructed else history)), before
+    return structs.replace(call, front=_front(call, history[1:] if before.instructed else history)), before
 
 
 def _front(call: Call, history: list[Message]) -> Front:

@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import object_keys
@@ -88,7 +88,7 @@ async def test_first_turn_of_a_branch_restores_evicted_kv(
     assert await _present(harness, names) == [CHUNKS - 1, CHUNKS]
     assert f"session {second.id} continues without all of its KV: disk tier: 1 of {CHUNKS} objects" in caplog.text
     await redis.remove(keys)
-    went_on = replace(second, state="active")
+    went_on = structs.replace(second, state="active")
     await restore_for_turn(harness.services, went_on)
     assert await _present(harness, names) == [CHUNKS - 1, 0], "the engine has taken it over"
 
@@ -100,7 +100,7 @@ async def test_branch_of_a_replaced_window_restores_nothing(harness: GatewayHarn
     await restore_for_turn(harness.services, first)
     other = await window(harness.services)
     names = [str(key) for key in object_keys(other.model_root, IDS, CHUNK, 1, other.salt)]
-    await restore_for_turn(harness.services, replace(first, window_transcript=b"another"))
+    await restore_for_turn(harness.services, structs.replace(first, window_transcript=b"another"))
     assert (other.salt, await _present(harness, names)) == (made.salt, [0, 0])
 
 

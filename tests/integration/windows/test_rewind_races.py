@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from gateway.errors import GatewayError
 from gateway.records import AUTO_TAG, Session, Succession, Turn, Usage, Window
@@ -81,7 +82,7 @@ async def test_turn_that_began_before_is_recorded_and_moves_nothing(harness: Cac
     rewound = await session(harness)
     await harness.services.store.record([turn(before, THIRD)])
     after = await session(harness)
-    assert after == replace(rewound, turn_count=rewound.turn_count + 1)
+    assert after == structs.replace(rewound, turn_count=rewound.turn_count + 1)
     assert await text(harness, after.transcript) == FIRST
     (newest, *_) = await harness.services.store.turns(TENANT, "s", 10)
     assert newest.detail == "the session was taken back to a window meanwhile: this turn is not part of it"
@@ -180,7 +181,7 @@ async def test_nothing_is_left_of_what_no_window_has(harness: Cached) -> None:
 async def test_automatic_window_of_what_was_dropped_is_not_superseded(harness: Cached) -> None:
     store = harness.services.store
     record = turn(await session(harness), THIRD)
-    await store.record([replace(record, turn=replace(record.turn, usage=Usage(1000, 10)))])
+    await store.record([structs.replace(record, turn=structs.replace(record.turn, usage=Usage(1000, 10)))])
     claimed = await session(harness)
     assert await store.claim_freeze(claimed, now=1.0, until=2.0, cool=False)
     frozen, _ = await freeze(harness.ctx, "s", Naming("auto-1", tags=(AUTO_TAG,)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from gateway.errors import GatewayError
 from gateway.kv.keys import ObjectKey
@@ -213,7 +214,7 @@ async def test_next_turn_of_frozen_session_loads_its_window(harness: Cached) -> 
 
 async def test_session_with_other_salt_loads_nothing(harness: Cached) -> None:
     session, _, _ = await thawed(harness)
-    await restore_for_turn(harness.services, replace(session, salt="another"))
+    await restore_for_turn(harness.services, structs.replace(session, salt="another"))
     assert harness.cache.prefetches == []
 
 

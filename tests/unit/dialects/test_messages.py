@@ -1,10 +1,10 @@
 """The Messages dialect by itself: streams as vLLM sends them, requests with as few changed bytes as can be."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from gateway.dialects.base import PRIVATE_FIELDS, Call, Reply
 from gateway.records import Front, Usage
@@ -223,7 +223,7 @@ def test_a_model_is_a_text(model: Any, known: str) -> None:
 def test_a_history_is_prepended_and_the_clients_messages_are_unchanged() -> None:
     made, _ = read(AS_SENT)
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    fronted = replace(made, front=Front(None, history))
+    fronted = structs.replace(made, front=Front(None, history))
     written = json.loads(MESSAGES.write_with_salt(fronted, SALT))
     before = [history[0], {"role": "assistant", "content": [text("b")]}]
     assert written == {

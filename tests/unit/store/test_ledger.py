@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from gateway.records import Usage
 from gateway.store.sqlite import SqliteStore
@@ -23,10 +24,10 @@ def turn(
 ) -> TurnRecord:  # fmt: skip
     """A turn that the engine has counted; `of` is the window that its session was thawed from."""
     record = finished(session, says("hi", "hello"), at=at)
-    began = replace(record.session, window=of, window_transcript=transcript)
+    began = structs.replace(record.session, window=of, window_transcript=transcript)
     first = None if seconds is None else seconds * 1000
-    counted = replace(record.turn, usage=Usage(prompt, 5, cached), engine=engine, first_token_ms=first)
-    return replace(record, turn=counted, session=began)
+    counted = structs.replace(record.turn, usage=Usage(prompt, 5, cached), engine=engine, first_token_ms=first)
+    return structs.replace(record, turn=counted, session=began)
 
 
 def _seconds(tokens: int) -> float:
@@ -225,11 +226,12 @@ async def test_turns_that_are_not_kept_are_booked_before(store: Store) -> None:
 
 async def test_a_turn_of_a_session_that_gets_another_id_is_booked_for_that(store: Store) -> None:
     one = turn("chat", 2000, 1500)
-    title = replace(one, session=replace(one.session, first_message_hash=b"title"))
-    title = replace(title, trace=replace(title.trace, first_message_hash=b"title", request_hash=b"title"))
-    chat = replace(one, session=replace(one.session, first_message_hash=b"chat"), displaces=True)
+    title = structs.replace(one, session=structs.replace(one.session, first_message_hash=b"title"))
+    trace = structs.replace(title.trace, first_message_hash=b"title", request_hash=b"title")
+    title = structs.replace(title, trace=trace)
+    chat = structs.replace(one, session=structs.replace(one.session, first_message_hash=b"chat"), displaces=True)
     await store.record([title])
-    await store.record([replace(chat, turn=replace(chat.turn, usage=Usage(3000, 1, 2900)))])
+    await store.record([structs.replace(chat, turn=structs.replace(chat.turn, usage=Usage(3000, 1, 2900)))])
     page, _ = await store.listed_sessions(TENANT, state=None, model=None, limit=10, offset=0)
     assert {session.id == "chat": saved.tokens for session, saved in page} == {True: 2900, False: 1500}
 
@@ -260,7 +262,7 @@ async def test_a_thaw_is_booked_for_its_window_and_its_first_turn_books_the_rest
     assert (receipt.requests, receipt.tokens) == (1, 1000)
     assert receipt.seconds_estimated == pytest.approx(1.0, rel=0.05)
     first = turn("t", 1200, 1040, of="w", transcript=window.transcript)
-    await store.record([first, replace(first, turn=replace(first.turn, usage=Usage(1300, 1, 1200)))])
+    await store.record([first, structs.replace(first, turn=structs.replace(first.turn, usage=Usage(1300, 1, 1200)))])
     session = (await store.saved(TENANT, "session", ["t"]))["t"]
     assert (session.requests, session.tokens) == (3, 1040 + 1200)
     saved = (await store.saved(TENANT, "window", ["w"]))["w"]

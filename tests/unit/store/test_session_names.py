@@ -1,10 +1,10 @@
 """Which of several conversations under one agent's id has it, whatever order their turns are recorded in."""
 
-from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from gateway.records import Session, StoredResponse, subconversation_id
 from gateway.sessions import prefix_chain
@@ -22,7 +22,7 @@ def turn(messages: list[dict[str, Any]], **more: Any) -> TurnRecord:
     """The first turn of a conversation under the id `chat`."""
     head = prefix_chain.head(messages)
     session = Session(TENANT, "chat", "chat", source="header x-chat-id", first_message_hash=head)
-    return replace(finished("chat", messages), session=session, **more)
+    return structs.replace(finished("chat", messages), session=session, **more)
 
 
 def beside(messages: list[dict[str, Any]]) -> str:

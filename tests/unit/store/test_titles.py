@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from gateway.records import Session
 from gateway.store import transcript_rows
@@ -50,7 +51,9 @@ async def test_window_has_the_title_of_its_session_or_text(store: Store) -> None
     await store.record([finished("s", says("kept turns", "a"))])
     session = await store.session(TENANT, "s")
     assert session is not None
-    frozen = await add(store, "frozen", text=Text(says("kept turns", "a")), session=replace(session, title="Old"))
+    frozen = await add(
+        store, "frozen", text=Text(says("kept turns", "a")), session=structs.replace(session, title="Old")
+    )
     assert (await store.window(TENANT, "frozen")) == frozen
     assert frozen.title == "Old"
     copied = await store.copy_window(replace(frozen, name="copy"), frozen, None)

@@ -5,11 +5,11 @@ import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from gateway.records import Alias, Session
 from gateway.sessions import prefix_chain
@@ -82,7 +82,7 @@ async def test_turn_without_a_reply_updates_activity_only(store: Store) -> None:
     await store.record([finished("s", None, at=200.0)])
     after = await store.session(TENANT, "s")
     assert before is not None
-    assert after == replace(before, last_active_at=200.5, last_request_hash=None, answered=False)
+    assert after == structs.replace(before, last_active_at=200.5, last_request_hash=None, answered=False)
     assert [turn.outcome for turn in await store.turns(TENANT, "s", 9)] == ["client_gone", "completed"]
 
 
@@ -119,7 +119,7 @@ async def test_reply_is_found_by_alias_after_later_turns(store: Store) -> None:
 
     def ending(session: str, reply: str, *names: Alias) -> TurnRecord:
         turn = finished(session, says("1", reply))
-        return replace(turn, trace=replace(turn.trace, aliases=names))
+        return structs.replace(turn, trace=structs.replace(turn.trace, aliases=names))
 
     async def known(*names: Alias) -> list[tuple[str, bytes, bool]]:
         return [
@@ -146,7 +146,7 @@ async def test_common_short_reply_is_found_by_what_it_replies_to(store: Store) -
         names = tuple(
             Alias(link, b"h%d" % (number // 40), b"q%d" % number, b"") for link in (b"ok", b"ok of one prompt")
         )
-        return replace(turn, trace=replace(turn.trace, aliases=names))
+        return structs.replace(turn, trace=structs.replace(turn.trace, aliases=names))
 
     async def known(history: bytes, question: bytes) -> set[str]:
         names = [Alias(link, history, question, b"") for link in (b"ok", b"ok of one prompt")]
