@@ -6,9 +6,10 @@ is written without blanks has a word for each character, so that any part of suc
 
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from gateway.dialects.titles import one_line, plain_text
@@ -19,6 +20,9 @@ TOKENIZER = "unicode61 remove_diacritics 2 categories 'L* N* Co Mn Mc So'"
 
 MAX_SEARCH = 10_000  # characters
 _MAX_WORDS = 64  # that are looked for; of more, the longest
+# Tokens of all words together, of more the first: looking for a row of them takes their number times that of a text's.
+_MAX_TOKENS = 256
+_LOCATING = 8  # tokens of a word by which a snippet finds its place
 _MAX_TEXT = 2**18  # characters of a message that are searched
 _SNIPPET = 160  # characters
 _BEFORE = 50  # of them before the match
@@ -57,7 +61,7 @@ class Search:
     def words(self) -> tuple[str, ...]:
         """Its different words, folded; the stems of those that say something if not `every` word has to match."""
         text = folded(_bindable(self.text))
-        return _longest(dict.fromkeys(text.split() if self.every else _content_words(text)))
+        return _bounded(_longest(dict.fromkeys(text.split() if self.every else _content_words(text))))
 
     @cached_property
     def typed(self) -> tuple[str, ...]:
@@ -70,21 +74,26 @@ class Search:
         return (" AND " if self.every else " OR ").join(_phrase(word) for word in self.words if TOKEN.search(word))
 
     @cached_property
-    def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
-        """A part of each word, and what finds the word in a text, the longest first."""
+    def _tokens(self) -> list[list[str]]:
+        """The tokens of each word, those of the longest word first."""
         words = (TOKEN.findall(word) for word in sorted(self.words, key=len, reverse=True))
-        return [(max(tokens, key=len), _pattern(tokens)) for tokens in words if tokens]
+        return [tokens for tokens in words if tokens]
+
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [_pattern(tokens[:_LOCATING]) for tokens in self._tokens]
 
     def coverage(self, text: str) -> float:
         """The share of its words that a text has which is not indexed yet."""
-        text, patterns = folded(text), self._patterns
+        text = folded(text)
         # Looking for a part first takes a hundredth of the time in a text that does not have it.
-        found = sum(part in text and pattern.search(text) is not None for part, pattern in patterns)
-        return found / len(patterns) if patterns else 0.0
+        likely = [tokens for tokens in self._tokens if max(tokens, key=len) in text]
+        row = _in_a_row(TOKEN.findall(text)) if likely else ""
+        return sum(_in_a_row(tokens) in row for tokens in likely) / len(self._tokens) if likely else 0.0
 
     def snippet(self, text: str) -> str:
         """A part of a text on one line: around the first of the longest words that it has."""
-        found = (pattern.search(text) for _, pattern in self._patterns)
+        found = (pattern.search(text) for pattern in self._patterns)
         at = next((match.start() for match in found if match), 0)
         start = max(at - _BEFORE, 0)
         if start:
@@ -108,6 +117,18 @@ def _longest(words: Collection[str]) -> tuple[str, ...]:
     return tuple(words) if len(words) <= _MAX_WORDS else tuple(sorted(words, key=len)[-_MAX_WORDS:])
 
 
+def _bounded(words: Iterable[str]) -> tuple[str, ...]:
+    """The first words that have `_MAX_TOKENS` tokens together, the last of them cut off there."""
+    found, left = [], _MAX_TOKENS
+    for word in words:
+        tokens = list(islice(TOKEN.finditer(word), left))
+        left -= len(tokens)
+        found.append(word if left else word[: tokens[-1].end()])
+        if not left:
+            break
+    return tuple(found)
+
+
 def _bindable(text: str) -> str:
     """The text without what SQLite cannot be given: NULs end an expression, lone surrogates have no encoding."""
     return text.replace("\0", " ").encode(errors="replace").decode()
@@ -121,6 +142,14 @@ def _phrase(word: str) -> str:
 def _stem(word: str) -> str:
     """The beginning of an English-looking word, for its other forms: decide and decision, billing and bill."""
     return word[: max(4, len(word) - 3)] if word.isascii() and word.isalpha() else word
+
+
+def _in_a_row(tokens: Iterable[str]) -> str:
+    """Tokens as a text in which those of a word are found as a part, whatever stood between them.
+
+    A regular expression would take the product of their numbers where tokens repeat, and hold up the whole process.
+    """
+    return "\n" + "\n".join(tokens)
 
 
 def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:

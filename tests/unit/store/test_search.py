@@ -346,3 +346,15 @@ async def test_a_word_is_found_before_it_is_indexed_only_where_it_begins(store: 
     for text, number in (("strasse", 1), ("STRASSE foo_bar", 1), ("foo baz", 1), ("oo-bar", 0), ("bar-foo", 0)):
         found, _ = await store.search(TENANT, Search(text), 20)
         assert len(found) == number, text
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("unit", "word"), [("一", "二"), ("a-", "b")])
+async def test_a_long_row_of_the_same_does_not_hold_everything_up(
+    store: Store, settle: Settle, unit: str, word: str
+) -> None:
+    """Of a row of tokens the first 256 are looked for; a regular expression for all of them took two minutes."""
+    await add(store, "w", text=Text(says(unit * (250_000 // len(unit)))))
+    await settle(store)
+    assert await best(store, unit * (9_999 // len(unit)) + word) == [("window", "w")]
+    assert await best(store, unit * 100 + word) == []
