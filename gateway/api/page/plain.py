@@ -62,7 +62,7 @@ async def _lists(request: Request) -> str:
 
 
 def _offset(given: str) -> int:
-    if given.isascii() and given.isdigit() and int(given[:12]) < _MOST:
+    if given.isascii() and given.isdigit() and len(given) <= len(str(_MOST)) and int(given) <= _MOST:
         return int(given)
     raise invalid_field("offset", "offset is not a whole number", "open the list without it")
 

@@ -13,7 +13,7 @@ export function askMany(chosen, searched) {
 
 function open(search) {
   operation("Ask the best windows", [
-    field("Question", "question", { rows: 3, required: true, maxlength: 20000 }),
+    field("Question", "question", { rows: 3, required: true, maxlength: 10000 }),
     field("Of windows with", "search", { value: search, maxlength: 10000 }, "The words of the question if empty"),
     field("Windows", "max_windows", { type: "number", min: 1, max: 10, placeholder: "3" }),
     field("At most", "max_tokens", { type: "number", min: 1, max: 4096, placeholder: "512" }, "tokens of each answer"),

@@ -45,7 +45,8 @@ async function show() {
   mark(parts[0]);
   document.title = "Context Window Gateway";
   document.getElementById("dialog").close();
-  const part = parts[1] ? ONE[parts[0]] : PARTS[parts[0]];
+  const known = parts[1] ? ONE : PARTS;
+  const part = Object.hasOwn(known, parts[0]) ? known[parts[0]] : null;
   main.replaceChildren();
   try {
     if (part) await part(context(parts, new URLSearchParams(search)));

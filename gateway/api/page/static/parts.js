@@ -48,12 +48,15 @@ export function savedLine({ saved, duration_ms: ms }) {
     instead ? `; computing them takes ${instead} here` : "");
 }
 
+/** What a page of a list says that has become shorter meanwhile. */
+export const BEYOND = "Nothing on this page: the list ends before it.";
+
 /** Where a page of a list is, and links to the others. */
 export function pager({ total, limit, offset }, parts, query, noun) {
   const last = Math.min(offset + limit, total);
   const link = (label, rel, at) => h("a", { rel, "data-key": `page-${rel}`, href: place(parts, { ...query, offset: at || "" }) }, label);
   return h("nav", { class: "pager", "aria-label": `Pages of ${noun}s` },
-    h("span", {}, total ? `${count(offset + 1)} to ${count(last)} of ${counted(total, noun)}` : `No ${noun}s`),
+    h("span", {}, offset < last ? `${count(offset + 1)} to ${count(last)} of ${counted(total, noun)}` : total ? counted(total, noun) : `No ${noun}s`),
     offset > 0 ? link("First", "first", 0) : null,
     offset > 0 ? link("Previous", "prev", Math.max(offset - limit, 0)) : null,
     last < total ? link("Next", "next", offset + limit) : null,

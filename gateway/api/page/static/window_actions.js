@@ -54,7 +54,7 @@ function without({ ...object }, name) {
 /** Ask a window a question. */
 export function ask(window, turn = null) {
   operation(`Ask ${window.name}`, [
-    field("Question", "question", { rows: 3, required: true, maxlength: 20000 }, "It knows nothing of what came later, and keeps neither question nor answer"),
+    field("Question", "question", { rows: 3, required: true, maxlength: 10000 }, "It knows nothing of what came later, and keeps neither question nor answer"),
     field("At most", "max_tokens", { type: "number", min: 1, max: 4096, placeholder: "512" }, "tokens of the answer"),
     turnField(window, turn),
   ], { label: "Ask", run: async (given, onProgress) => answered(await run(window.name, "ask")(given, onProgress)) });

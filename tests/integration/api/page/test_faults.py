@@ -104,6 +104,19 @@ def test_a_window_that_is_deleted_meanwhile_is_said_to_be_gone(chromium: Any, em
         expect(page.get_by_text("To go north.")).to_be_visible()
 
 
+def test_a_place_that_is_none_and_a_page_beyond_the_list_say_so(chromium: Any, empty: PageRig) -> None:
+    empty.talk("s", [("hello", "there")])
+    with watched_page(chromium, empty.gateway.url) as page:
+        for place in ("constructor", "__proto__", "toString/x", "nowhere"):
+            page.goto(f"/#/{place}")
+            expect(page.get_by_role("heading", name="Nothing here")).to_be_visible()
+            page.goto("/#/rules")
+            expect(page.get_by_role("heading", name="Automatic windows")).to_be_visible()
+        page.goto("/#/sessions?offset=50")
+        expect(page.get_by_text("the list ends before it")).to_be_visible()
+        expect(page.get_by_text("1 session", exact=True)).to_be_visible()
+
+
 def test_a_restart_under_an_open_page_is_said_and_survived(chromium: Any, empty: PageRig) -> None:
     empty.talk("s", [("Before?", "Yes.")])
     with watched_page(chromium, empty.gateway.url, "ERR_CONNECTION") as page:

@@ -3,7 +3,7 @@
 import { get, path } from "../api.js";
 import { h, place, replace, said, table, to } from "../dom.js";
 import { count } from "../format.js";
-import { choice, moment, named, pageOf, pager, stateBadge } from "../parts.js";
+import { BEYOND, choice, moment, named, pageOf, pager, stateBadge } from "../parts.js";
 import { contextShare } from "../plots.js";
 
 const LIMIT = 25;
@@ -43,7 +43,7 @@ function draw(list, answer, chosen, limits) {
     named("sessions", one.id, one.title), stateBadge(one.state), count(one.turn_count),
     contextShare(one.token_count, limits.get(one.model)), origin(one), said(one.model, "id"), moment(one.last_active_at),
   ]);
-  replace(list, table("Sessions", COLUMNS, rows, "No session yet: point a client's base URL at this gateway."),
+  replace(list, table("Sessions", COLUMNS, rows, answer.total ? BEYOND : "No session yet: point a client's base URL at this gateway."),
     pager(answer, ["sessions"], chosen, "session"));
 }
 

@@ -4,7 +4,7 @@ import { get, path } from "../api.js";
 import { badge, h, place, replace, said, table } from "../dom.js";
 import { bytes, count, cut } from "../format.js";
 import { askMany } from "../ask.js";
-import { choice, kvBadge, moment, named, pageOf, pager, tierBadges } from "../parts.js";
+import { BEYOND, choice, kvBadge, moment, named, pageOf, pager, tierBadges } from "../parts.js";
 
 const LIMIT = 25;
 const REFRESH_MS = 20000;
@@ -76,7 +76,7 @@ function draw(list, answer, chosen, known) {
     h("span", { class: "tags" }, one.tags.map((tag) => h("a", { href: place(["windows"], { ...chosen, tags: tag }) }, "#", said(tag)))),
     moment(one.created_at), one.expires_at ? moment(one.expires_at) : "never",
   ]);
-  const none = Object.values(chosen).some(Boolean) ? "Nothing is like that." : "No window yet: freeze a session, or wait for the automatic rules.";
+  const none = answer.total ? BEYOND : Object.values(chosen).some(Boolean) ? "Nothing is like that." : "No window yet: freeze a session, or wait for the automatic rules.";
   replace(list, table("Windows", COLUMNS, rows, none),
     answer.truncated ? h("p", { class: "aside" }, "Many messages match; only the newest of them were looked at.") : null,
     pager(answer, ["windows"], chosen, "window"));
