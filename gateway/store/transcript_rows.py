@@ -114,10 +114,8 @@ async def extend(db: Db, batch: Batch, transcript: Sequence[Message], old: bytes
         parent = link
         if link == old:
             known = len(chain)
-    stored = known if len(chain) - known <= _FEW else len(chain)
-    # From the end: all but the last turn's messages are stored already.
-    while stored > known and not await _is_stored(db, batch, chain[stored - 1][0]):
-        stored -= 1
+    few = len(chain) - known <= _FEW
+    stored = known if few else await _stored(db, batch, [link for link, *_ in chain], known)
     for depth in range(stored, len(chain)):
         link, before, content_id, kept = chain[depth]
         batch.add_content(content_id, kept or orjson.dumps(transcript[depth]))
@@ -127,6 +125,24 @@ async def extend(db: Db, batch: Batch, transcript: Sequence[Message], old: bytes
     if not known:
         batch.release(old)
     return parent
+
+
+async def _stored(db: Db, batch: Batch, links: Sequence[bytes], known: int) -> int:
+    """How many of the first links are stored, if at least `known` are: whatever is before a stored link is stored too.
+
+    All but the last turn's most often, or none but these: the steps from the end double.
+    """
+    low = high = len(links)
+    step = 1
+    while low > known and not await _is_stored(db, batch, links[low - 1]):
+        high, low, step = low - 1, max(low - step, known), step * 2
+    while low < high:
+        middle = (low + high + 1) // 2
+        if await _is_stored(db, batch, links[middle - 1]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 async def _is_stored(db: Db, batch: Batch, link: bytes) -> bool:

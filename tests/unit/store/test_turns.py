@@ -13,7 +13,7 @@ from msgspec import structs
 
 from gateway.records import Alias, Session
 from gateway.sessions import prefix_chain
-from gateway.store import record_rows
+from gateway.store import record_rows, transcript_rows
 from gateway.store.database import finish
 from gateway.store.schema import migrate
 from gateway.store.sqlite import SqliteStore
@@ -272,3 +272,18 @@ def test_many_turns_take_as_many_statements_as_a_few() -> None:
                 finish(record_rows.record(db, turns, 5))
             taken.append(db.statements)
     assert taken[0] == taken[1] <= 10
+
+
+def test_what_is_stored_of_a_long_transcript_is_found_out_in_few_statements() -> None:
+    texts = [f"said {number}" for number in range(500)]
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        migrate(connection)
+        for name, count in (("new", 500), ("longer", 500), ("shorter", 317), ("changed", 300)):
+            messages = says(*texts[:count], *([] if name in ("new", "shorter") else [name, "and so on"]))
+            db = Counting(connection)
+            finish(record_rows.record(db, [finished(name, messages)], 5))
+            assert db.statements < 30, name
+            transcript = connection.execute("SELECT transcript FROM sessions WHERE id = ?", (name,)).fetchone()[0]
+            assert finish(transcript_rows.messages(db, transcript)) == messages
+        # Each message once, and the links that only the other transcripts have.
+        assert connection.execute("SELECT count(*) FROM links").fetchone() == (504,)
