@@ -48,6 +48,7 @@ from gateway.sessions.salt_notes import SaltNotes
 from gateway.sessions.salts import SaltRule, checked_secret
 from gateway.sessions.token_estimator import Estimator, hub_folder
 from gateway.settings import Settings, SettingsError
+from gateway.store.copying import check_finished
 from gateway.store.failures import StoreDamaged
 from gateway.store.leases import Leases
 from gateway.store.membership import Membership
@@ -138,6 +139,7 @@ async def open_services(settings: Settings, shared: Shared | None = None) -> Asy
     async with AsyncExitStack() as stack:
         stalls = await stack.enter_async_context(Stalls())
         store = await stack.enter_async_context(store_of(settings))
+        await check_finished(store)
         membership = await stack.enter_async_context(Membership(store, ttl_s=settings.gateway_lease_s))
         leases = Leases(store, membership)
         telemetry = await stack.enter_async_context(Metrics(shared))

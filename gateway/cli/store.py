@@ -45,10 +45,15 @@ async def _copy(source: str, target: str) -> None:
         raise Failure("FROM and TO have to be the URLs of two stores")
     if of.store_path is not None and not of.store_path.is_file():
         raise Failure(f"there is no store {of.store_path}")
-    for path in (of.store_path, to.store_path):
-        if path is not None:
-            serve_lock.lock([path.parent / "serve.lock", path.with_name(f"{path.name}.lock")])
+    paths = [path.resolve() for path in (of.store_path, to.store_path) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise Failure("FROM and TO are the same store")
+    locks = (lock for path in paths for lock in (path.parent / "serve.lock", path.with_name(f"{path.name}.lock")))
+    serve_lock.lock(dict.fromkeys(locks))  # both may lie in one folder
     async with store_of(of) as old, store_of(to) as new:
+        for settings, opened in ((of, old), (to, new)):
+            if settings.store_path is None:  # no file that a gateway could have locked
+                await copying.check_unused(opened)
         await copying.copy(old, new, lambda table, rows: say(f"{table}: {rows} rows") if rows else None)
 
 

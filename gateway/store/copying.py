@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 from gateway.errors import StartError
 from gateway.store import schema
 from gateway.store.database import Db, Work
-from gateway.store.sql import columns, marks
+from gateway.store.sql import columns, get_meta, marks, set_meta
 from gateway.store.store import Store
 
 _ROWS = 500  # at once
 _BODIES = 50  # contents and manifests, which may have megabytes each
 _INDEX = frozenset({"searchable", "meta"})  # made anew, and copied by name
 _LARGE = frozenset({"contents", "manifests"})
-_OWN = frozenset({"schema", "searchable", "checked_at"})  # names in `meta` that say something about one store only
+_UNFINISHED = "copying"  # in `meta` of a target until it has everything
+_OWN = frozenset(
+    {"schema", "searchable", "checked_at", _UNFINISHED}
+)  # names in `meta` that say something about one store only
 _BOOLEAN = frozenset({"answered", "instructed", "unbooked"})  # SQLite has numbers for them
 
 
@@ -56,8 +59,9 @@ def _table(name: str, info: Sequence[Sequence[Any]]) -> _Table:
 async def copy(source: Store, target: Store, report: Callable[[str, int], None] = lambda _, __: None) -> None:
     """Copy all of a store that nobody writes to; `report` is told each table and its rows.
 
-    Raises StartError if the target is not empty.
+    Raises StartError if the target is not empty, or the source an unfinished copy itself.
     """
+    await check_finished(source)
     every = tables()
     for table in every:
         if await target.run_read(_count(table.name)):
@@ -65,6 +69,7 @@ async def copy(source: Store, target: Store, report: Callable[[str, int], None] 
                 f"the target is not empty: it has rows in {table.name}; copy into a new database "
                 "(after a copy that was interrupted: drop it, and create it again)"
             )
+    await target.run_write(lambda db: set_meta(db, _UNFINISHED, "1"))
     for table in every:
         rows = 0
         async for page in _pages(source, table):
@@ -75,6 +80,30 @@ async def copy(source: Store, target: Store, report: Callable[[str, int], None] 
     kept = [row for row in values if row[0] not in _OWN]
     await target.run_write(_set_meta(kept))
     await target.numbers_given([(table.name, table.key[0]) for table in every if table.is_numbered])
+    await target.run_write(lambda db: set_meta(db, _UNFINISHED, None))
+
+
+async def check_finished(store: Store) -> None:
+    """Raise StartError for the target of a copy that was interrupted."""
+    if await store.run_read(lambda db: get_meta(db, _UNFINISHED)):
+        raise StartError(
+            "the store is an unfinished copy, and lacks some of what the original has: delete it, and repeat "
+            "`cwg store copy`"
+        )
+
+
+async def check_unused(store: Store) -> None:
+    """Raise StartError if a gateway uses the store; one that was killed counts until its lease ends."""
+    host = await store.run_read(_host_of_a_gateway)
+    if host is not None:
+        raise StartError(
+            f"a gateway on {host} uses one of the stores: stop it (one that was killed counts for `gateway_lease_s`)"
+        )
+
+
+async def _host_of_a_gateway(db: Db) -> str | None:
+    host: str | None = await db.value("SELECT host FROM gateways WHERE until > ? LIMIT 1", await db.now())
+    return host
 
 
 def _count(table: str) -> Work[int]:

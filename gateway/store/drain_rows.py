@@ -1,7 +1,9 @@
 """The SQL of drained engines: a named value for each, so that two who drain do not overwrite each other's."""
 
+from collections.abc import Collection
+
 from gateway.store.database import Db
-from gateway.store.sql import get_meta, set_meta
+from gateway.store.sql import set_meta
 
 _PREFIX = "drained:"  # in `meta`, before the engine's URL
 
@@ -12,8 +14,16 @@ async def drained(db: Db) -> dict[str, float]:
     return {name.removeprefix(_PREFIX): float(value) for name, value in rows}
 
 
-async def set_drained(db: Db, url: str, since: float | None) -> None:
-    """Store that an engine is drained, unless it is already; None: that it is not."""
-    name = f"{_PREFIX}{url}"
-    if since is None or await get_meta(db, name) is None:
-        await set_meta(db, name, None if since is None else str(since))
+async def drain(db: Db, url: str, since: float, engines: Collection[str]) -> bool:
+    """Store that an engine is drained, unless it is already; False if that would leave none of these engines."""
+    now = await drained(db)
+    if now.keys() | {url} >= set(engines):
+        return False
+    if url not in now:
+        await set_meta(db, f"{_PREFIX}{url}", str(since))
+    return True
+
+
+async def undrain(db: Db, url: str) -> None:
+    """Store that an engine is not drained."""
+    await set_meta(db, f"{_PREFIX}{url}", None)

@@ -241,7 +241,8 @@ class Store(Database):
     # Drained engines.
 
     drained = read(drain_rows.drained)
-    set_drained = write(drain_rows.set_drained)
+    drain = write(drain_rows.drain)
+    undrain = write(drain_rows.undrain)
 
     # What the cache has saved, and what holding KV costs.
 

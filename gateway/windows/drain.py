@@ -136,10 +136,7 @@ async def drain(ctx: OperationContext, autofreeze: AutofreezeService, engine: st
     """
     services = ctx.services
     node = _node(services, engine)
-    if all(member.draining or member is node for member in services.engines.members):
-        message = f"engine {node.url} is the only one that is not drained: there is none to move its sessions to"
-        raise invalid_field("engine", message, "add another engine first, or undo the drain of another one")
-    await services.store.set_drained(node.url, time.time())
+    await _mark(services, node)
     since = (await services.store.drained()).get(node.url, time.time())
     node.drained = True
     await services.recorder.flush()
@@ -158,11 +155,19 @@ async def drain(ctx: OperationContext, autofreeze: AutofreezeService, engine: st
     )  # fmt: skip
 
 
+async def _mark(services: Services, node: EngineNode) -> None:
+    """Store that an engine is drained. Raises `invalid_request` if no other is left, whoever has drained those."""
+    usable = [member.url for member in services.engines.members if not member.leaving or member is node]
+    if not await services.store.drain(node.url, time.time(), usable):
+        message = f"engine {node.url} is the only one that is not drained: there is none to move its sessions to"
+        raise invalid_field("engine", message, "add another engine first, or undo the drain of another one")
+
+
 @instrumented
 async def undrain(ctx: OperationContext, engine: str) -> Drained:
     """Let an engine have requests again. Raises `invalid_request` if there is no such engine."""
     node = _node(ctx.services, engine)
-    await ctx.services.store.set_drained(node.url, None)
+    await ctx.services.store.undrain(node.url)
     node.drained = False
     warnings = ("its address has left its name: it stays drained",) if node.leaving else ()
     return Drained(node.url, node.draining, None, warnings=warnings)
@@ -188,7 +193,7 @@ async def apply_drained(services: Services) -> None:
             log.info("engine %s is %s", member.url, "drained" if member.drained else "drained no longer")
     for url in drained.keys() - {member.url for member in members}:
         if time.time() - drained[url] > _FORGET_S:
-            await services.store.set_drained(url, None)
+            await services.store.undrain(url)
 
 
 def _node(services: Services, engine: str) -> EngineNode:

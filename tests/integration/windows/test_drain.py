@@ -1,17 +1,21 @@
 """An engine that is drained: its sessions move with their KV, and nothing new comes."""
 
+import os
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.cli import cwg
 from tests.support.engine_pool import CHAT, server_of
 from tests.support.fakes.engine import Exchange
 from tests.support.gateway_process import Gateway, eventually
 from tests.support.node_pairs import Pair, Start, beside, states
+from tests.support.postgres import VARIABLE
 
 HELLO = "hello there, how are you?"
 NAMES = [f"s-{number}" for number in range(8)]
@@ -145,6 +149,15 @@ def test_what_cannot_be_drained_is_refused_and_the_drained_serves_if_no_other_ca
     other.engine.stop()
     eventually(lambda: states(gateway)[other.engine.url] == "ejected", "it is seen")
     assert served(gateway, ["t"]) == {"t": home.engine.url}
+
+
+@pytest.mark.skipif(VARIABLE in os.environ, reason="writes into the store's file")
+def test_what_another_gateway_has_drained_counts_at_once(start: Start, nodes: list[Pair]) -> None:
+    gateway = start(engine_check_s=60)  # until it hears of that
+    with closing(sqlite3.connect(gateway.data_dir / "gateway.db")) as db, db:
+        db.execute("INSERT INTO meta VALUES (?, '1.0')", (f"drained:{nodes[0].engine.url}",))
+    answer = gateway.http.post("/admin/engines/drain", json={"engine": nodes[1].engine.url})
+    assert (answer.status_code, answer.json()["error"]["details"]) == (400, {"field": "engine"})
 
 
 def test_a_session_that_cannot_be_frozen_is_named_and_moves_all_the_same(start: Start, nodes: list[Pair]) -> None:

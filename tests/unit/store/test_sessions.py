@@ -323,10 +323,17 @@ def test_a_few_sessions_are_found_without_passing_all_of_a_tenant() -> None:
 
 
 async def test_drained_engines_are_remembered_each_by_itself(store: Store) -> None:
-    await store.set_drained("http://a:1", 5.5)
-    await store.set_drained("http://b:1", 6.0)
-    await store.set_drained("http://a:1", 9.0)  # is drained already
+    urls = ["http://a:1", "http://b:1", "http://c:1"]
+    assert await store.drain("http://a:1", 5.5, urls)
+    assert await store.drain("http://b:1", 6.0, urls)
+    assert await store.drain("http://a:1", 9.0, urls), "it is drained already"
     assert await store.drained() == {"http://a:1": 5.5, "http://b:1": 6.0}
-    await store.set_drained("http://a:1", None)
-    await store.set_drained("http://c:1", None)
+    await store.undrain("http://a:1")
+    await store.undrain("http://c:1")
     assert await store.drained() == {"http://b:1": 6.0}
+
+
+async def test_of_two_that_drain_the_last_engines_at_once_one_is_refused(store: Store) -> None:
+    urls = ["http://a:1", "http://b:1"]
+    assert sorted(await asyncio.gather(*(store.drain(url, 1.0, urls) for url in urls))) == [False, True]
+    assert len(await store.drained()) == 1
