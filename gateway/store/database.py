@@ -74,8 +74,13 @@ class WordIndex(Protocol):
     async def hits(self, db: Db, search: Search, *, limit: int, ranked: bool) -> Hits:
         """Return the contents with a match among the newest `limit` that have one."""
 
-    async def windows_with(self, db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:
-        """Return the names of the windows with one of these messages."""
+    async def windows_with(
+        self, db: Db, tenant: str, contents: Sequence[bytes], links: int
+    ) -> tuple[int, list[tuple[str, bytes, int]]]:
+        """Follow at most so many links from these messages; return how many, and the windows that they lead to.
+
+        Each window is there with the content and the place of the last of these messages that it has.
+        """
 
 
 Work = Callable[[Db], Coroutine[Any, Any, T]]

@@ -29,6 +29,15 @@ _NEWEST = "SELECT rowid FROM message_words WHERE message_words MATCH ? ORDER BY 
 _BEST_FIRST = """SELECT number FROM (
     SELECT rowid AS number, rank AS score FROM message_words WHERE message_words MATCH ? ORDER BY rowid DESC LIMIT ?
 ) ORDER BY score LIMIT ?"""
+# The links below some messages, each with the last of these messages above; how many, and the windows that end there.
+_WINDOWS = """WITH RECURSIVE below (link, content, depth) AS MATERIALIZED (
+        SELECT l.id, l.content, l.depth FROM temp.found f CROSS JOIN links l ON l.content = f.content
+        UNION SELECT l.id, coalesce(f.content, b.content), CASE WHEN f.content IS NULL THEN b.depth ELSE l.depth END
+            FROM below b CROSS JOIN links l ON l.parent = b.link LEFT JOIN temp.found f ON f.content = l.content
+            LIMIT ?2)
+    SELECT NULL, NULL, count(*) FROM below
+    UNION ALL SELECT w.name, b.content, b.depth
+        FROM below b CROSS JOIN windows w ON w.transcript = b.link WHERE +w.tenant = ?1"""
 _AVAILABLE = "SELECT fts5_source_id()"
 _BODY = "SELECT body FROM contents WHERE id = ?"
 _POSITION = "searchable"  # in `meta`: number and id of the last content that was looked at
@@ -157,16 +166,12 @@ async def _pending(db: Db, search: Search) -> tuple[list[tuple[bytes, float]], b
     return shares, len(rows) > len(shares)
 
 
-async def windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:
-    """Return the names of the windows with one of these messages."""
+async def windows_with(
+    db: Db, tenant: str, contents: Sequence[bytes], links: int
+) -> tuple[int, list[tuple[str, bytes, int]]]:
+    """See `WordIndex.windows_with`."""
     await db.run("CREATE TEMP TABLE IF NOT EXISTS found (content BLOB PRIMARY KEY) WITHOUT ROWID")
     await db.run("DELETE FROM temp.found")
     await db.many("INSERT OR IGNORE INTO temp.found VALUES (?)", [(content,) for content in contents])
-    rows = await db.all(
-        """WITH RECURSIVE below (link) AS (
-            SELECT l.id FROM temp.found f CROSS JOIN links l ON l.content = f.content
-            UNION SELECT l.id FROM below b JOIN links l ON l.parent = b.link)
-        SELECT w.name FROM below b CROSS JOIN windows w ON w.transcript = b.link WHERE +w.tenant = ?""",
-        tenant,
-    )
-    return [name for (name,) in rows]
+    (_, _, count), *rows = await db.all(_WINDOWS, tenant, links)
+    return count, rows

@@ -1,10 +1,10 @@
 """The SQL of searches for windows and sessions. The caller owns the transaction.
 
-The index (`gateway.store.search_index`) finds messages. The windows and sessions that have one are those whose last
-link is below the message's, so the links are followed from there.
+The index (`gateway.store.search_index`) finds messages, and `gateway.store.holder_rows` the windows and sessions that
+have them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import orjson
@@ -13,11 +13,15 @@ from gateway.dialects.search_text import Search, message_text
 from gateway.records import Session, Window
 from gateway.store import listed_rows, session_rows, window_rows
 from gateway.store.database import Db
+from gateway.store.holder_rows import Holder, Holders, at_once
 from gateway.store.types import Match, Saved, WindowQuery
 
 _LISTED = 2000  # messages with a match, the newest, whose windows are listed
 _RANKED = 20_000  # messages with a match, the newest, that are ranked
-_ALIKE = 50  # windows, and sessions, with the same best message
+_ALIKE = 50  # windows with the same best message
+_LINKS = 4_000  # that are followed from messages to the windows that are listed; three times as many at most
+_LISTED_AT_ONCE = 200  # messages whose links are followed together
+Having = tuple[bytes, Sequence[tuple[Holder, int]]]
 
 
 class Found(NamedTuple):
@@ -46,24 +50,34 @@ async def search_windows(db: Db, tenant: str, query: WindowQuery) -> FoundWindow
     """Return one page of the windows that have `query.search` in their description or in a message."""
     wanted = Search(query.search or "")
     found = await db.words.hits(db, wanted, limit=_LISTED, ranked=False)
-    names = await db.words.windows_with(db, tenant, found.contents) if found.contents else []
-    page, total = await listed_rows.listed_windows(db, tenant, query, names)
-    contents = set(found.contents)
-    return FoundWindows(page, total, [await _match(db, one, wanted, contents) for one, _ in page], found.truncated)
+    last, truncated = await _windows_with(db, tenant, found.contents)
+    page, total = await listed_rows.listed_windows(db, tenant, query, list(last))
+    matches = [await _match(db, one, wanted, last.get(one.name)) for one, _ in page]
+    return FoundWindows(page, total, matches, found.truncated or truncated)
 
 
-async def _match(db: Db, window: Window, wanted: Search, contents: set[bytes]) -> Match:
-    """Where a window matches: in its name, description or tags, or in the last message that does."""
+async def _windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> tuple[dict[str, tuple[bytes, int]], bool]:
+    """The windows with these messages, each with the last of them and its place, and whether there may be more."""
+    last: dict[str, tuple[bytes, int]] = {}
+    followed = 0
+    for start in range(0, len(contents), _LISTED_AT_ONCE):
+        if followed >= _LINKS:
+            return last, True
+        part = contents[start : start + _LISTED_AT_ONCE]
+        links, rows = await db.words.windows_with(db, tenant, part, 2 * _LINKS)
+        followed += links
+        for name, content, depth in rows:
+            if name not in last or last[name][1] < depth:
+                last[name] = content, depth
+    return last, followed >= 2 * _LINKS
+
+
+async def _match(db: Db, window: Window, wanted: Search, last: tuple[bytes, int] | None) -> Match:
+    """Where a window matches: in its name, description or tags, or in the `last` message that does."""
     described = _match_in_description(window, wanted)
-    link: bytes | None = None if described else window.transcript
-    while link is not None:
-        row = await db.one("SELECT parent, content, depth FROM links WHERE id = ?", link)
-        if row is None:
-            break
-        if row[1] in contents:
-            return await _match_in_message(db, wanted, row[1], row[2])
-        link = row[0]
-    return described or Match("name", window.name)
+    if described or last is None:
+        return described or Match("name", window.name)
+    return await _match_in_message(db, wanted, *last)
 
 
 def _match_in_description(window: Window, wanted: Search) -> Match | None:
@@ -99,12 +113,15 @@ async def search(db: Db, tenant: str, wanted: Search, limit: int) -> tuple[list[
     ]
     found: dict[tuple[str, str], Found] = {}
     _add(found, described if wanted.every else ())
-    for content in ranked.contents:
+    holders = Holders(db, tenant)
+    for contents in at_once(ranked.contents):
+        for content, those in (await holders.of(contents)).items():
+            await _add_mentions(db, tenant, wanted, found, (content, those), limit)
         if len(found) > limit:
             break
-        _add(found, await _mentions(db, tenant, wanted, content))
     _add(found, described)
-    return list(found.values())[:limit], ranked.truncated or len(found) > limit
+    truncated = ranked.truncated or not holders.complete or len(found) > limit
+    return list(found.values())[:limit], truncated
 
 
 async def best_windows(db: Db, tenant: str, wanted: Search, limit: int, at: float) -> list[tuple[Window, Match]]:
@@ -113,13 +130,16 @@ async def best_windows(db: Db, tenant: str, wanted: Search, limit: int, at: floa
     Of several with the same best message there is the newest, and none if one that is better has that message too.
     """
     found: dict[str, tuple[Window, Match]] = {}
-    for content in (await db.words.hits(db, wanted, limit=_RANKED, ranked=True)).contents:
-        usable = [
-            (window, depth) for window, depth in (await _holders(db, tenant, content))[0] if not window.has_expired(at)
-        ]
-        if usable and not any(window.name in found for window, _ in usable):
-            window, depth = usable[0]
-            found[window.name] = window, await _match_in_message(db, wanted, content, depth)
+    ranked = await db.words.hits(db, wanted, limit=_RANKED, ranked=True)
+    holders = Holders(db, tenant)
+    for contents in at_once(ranked.contents):
+        for content, those in (await holders.of(contents)).items():
+            places = {holder.name: depth for holder, depth in those if holder.kind == "window"}
+            if len(found) < limit and not places.keys() & found.keys():
+                newest = await _first_usable(db, tenant, list(places)[:_ALIKE], at)
+                if newest:
+                    match = await _match_in_message(db, wanted, content, places[newest.name])
+                    found[newest.name] = newest, match
         if len(found) == limit:
             break
     for window in await window_rows.described(db, tenant, wanted, _ALIKE):
@@ -135,36 +155,26 @@ def _add(found: dict[tuple[str, str], Found], more: Iterable[Found]) -> None:
         found.setdefault((one.kind, one.name), one)
 
 
-async def _mentions(db: Db, tenant: str, wanted: Search, content: bytes) -> list[Found]:
-    """Windows and sessions with a message."""
-    windows, sessions = await _holders(db, tenant, content)
-    holders: list[tuple[Literal["window", "session"], Window | Session, int]] = [
-        *(("window", window, depth) for window, depth in windows),
-        *(("session", session, depth) for session, depth in sessions),
-    ]
-    return [Found(kind, record, await _match_in_message(db, wanted, content, depth)) for kind, record, depth in holders]
+async def _first_usable(db: Db, tenant: str, names: Iterable[str], at: float) -> Window | None:
+    for name in names:
+        window = await window_rows.window(db, tenant, name)
+        if window and not window.has_expired(at):
+            return window
+    return None
 
 
-async def _holders(db: Db, tenant: str, content: bytes) -> tuple[list[tuple[Window, int]], list[tuple[Session, int]]]:
-    """The windows and the sessions with a message, each newest first, with its place in the text."""
-    below = """WITH RECURSIVE below (link, depth) AS (
-        SELECT id, depth FROM links WHERE content = ?
-        UNION SELECT l.id, b.depth FROM below b JOIN links l ON l.parent = b.link)"""
-    windows = await db.all(
-        f"""{below} SELECT b.depth, w.name FROM below b CROSS JOIN windows w ON w.transcript = b.link
-        WHERE +w.tenant = ? ORDER BY w.created_at DESC LIMIT ?""",
-        content,
-        tenant,
-        _ALIKE,
-    )
-    sessions = await db.all(
-        f"""{below} SELECT b.depth, s.id FROM below b CROSS JOIN sessions s ON s.transcript = b.link
-        WHERE +s.tenant = ? ORDER BY s.last_active_at DESC LIMIT ?""",
-        content,
-        tenant,
-        _ALIKE,
-    )
-    return (
-        [(window, depth) for depth, name in windows if (window := await window_rows.window(db, tenant, name))],
-        [(session, depth) for depth, name in sessions if (session := await session_rows.session(db, tenant, name))],
-    )
+async def _add_mentions(
+    db: Db, tenant: str, wanted: Search, found: dict[tuple[str, str], Found], having: Having, limit: int
+) -> None:
+    """Add the windows and sessions that have a message, until there are more than `limit`."""
+    content, holders = having
+    for holder, depth in holders:
+        if len(found) > limit:
+            return
+        if (holder.kind, holder.name) in found:
+            continue
+        of_kind = window_rows.window if holder.kind == "window" else session_rows.session
+        record: Window | Session | None = await of_kind(db, tenant, holder.name)
+        if record:
+            match = await _match_in_message(db, wanted, content, depth)
+            found[holder.kind, holder.name] = Found(holder.kind, record, match)

@@ -10,6 +10,9 @@ from gateway.store.postgres.db import Connection
 _CONNECT_S = 5.0
 _CLOSE_S = 2.0
 _READ = " ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+# After five times PostgreSQL plans a statement for any values (PREPARE, Notes). For a search it then reads the index of
+# words not at all, but every message: a rare word and a common one need different plans.
+_PLAN = "SET LOCAL plan_cache_mode = force_custom_plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Server:
     def begin(self, *, snapshot: bool = False) -> str:
         """What begins a transaction. A gateway that stops in the middle of one must not keep the others waiting."""
         limit = f"SET LOCAL idle_in_transaction_session_timeout = {int(self.answer_s * 1000)}"
-        return f"BEGIN{_READ if snapshot else ''}; {limit}"
+        return f"BEGIN{_READ}; {limit}; {_PLAN}" if snapshot else f"BEGIN; {limit}"
 
     async def connect(self) -> Connection:
         """Open a connection. Raises what asyncpg raises, OSError and TimeoutError."""

@@ -8,10 +8,17 @@ from collections.abc import Callable
 _Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 _RULES: tuple[_Rule, ...] = (
     (re.compile(r"PRAGMA defer_foreign_keys = ON"), "SET CONSTRAINTS ALL DEFERRED"),
-    # Hints for SQLite's planner.
+    # Hints for the planner.
     (re.compile(r" INDEXED BY \w+"), ""),
-    (re.compile(r"CROSS JOIN (\w+ \w+) ON"), r"JOIN \1 ON"),
+    # As SQLite's, this looks each row of the left up in an index of the right; planned freely, PostgreSQL reads the
+    # whole of a table for each step of a recursion, as it cannot know how few rows that has.
+    (
+        re.compile(r"CROSS JOIN (\w+) (\w+) ON (\S+ = \S+\b)"),
+        r"CROSS JOIN LATERAL (SELECT * FROM \1 \2 WHERE \3 OFFSET 0) \2",
+    ),
     (re.compile(r"(?<=\s)\+(?=\w)"), ""),
+    # SQLite ends a recursion by its own LIMIT; PostgreSQL knows none there, and ends it when enough was read from it.
+    (re.compile(r"\s+LIMIT \?\d+ /\* SQLite \*/"), ""),
     (re.compile(r"\bIS (?=\?)"), "IS NOT DISTINCT FROM "),
     (re.compile(r"\bLIKE\b"), "ILIKE"),  # as SQLite's, which ignores the case of ASCII; so does this, by the collation
     (re.compile(r"group_concat\(([\w.]+), char\((\d+)\)\)"), r"string_agg(\1, chr(\2))"),

@@ -27,12 +27,22 @@ _NEWEST = """SELECT content FROM searchable WHERE words @@ CAST(? AS tsquery) OR
 _BEST_FIRST = """WITH found AS (
         SELECT number, content, words FROM searchable WHERE words @@ CAST(?1 AS tsquery)
         ORDER BY number DESC LIMIT ?2),
-    wanted AS (
+    wanted AS MATERIALIZED (
         SELECT q.word, ln(1 + (SELECT count(*) FROM found) / (1.0 + (
             SELECT count(*) FROM found f WHERE f.words @@ CAST(q.word AS tsquery)))) AS weight
         FROM unnest(?3::text[]) q (word))
     SELECT content FROM found, wanted GROUP BY number, content
     ORDER BY sum(weight * ts_rank(words, CAST(word AS tsquery), 1)) DESC, number DESC LIMIT ?4"""
+
+_WINDOWS = """WITH RECURSIVE below (link, content, depth) AS (
+        SELECT l.id, l.content, l.depth FROM unnest(?3::bytea[]) f (content) CROSS JOIN links l ON l.content = f.content
+        UNION SELECT l.id, CASE WHEN l.content = ANY(?3::bytea[]) THEN l.content ELSE b.content END,
+            CASE WHEN l.content = ANY(?3::bytea[]) THEN l.depth ELSE b.depth END
+        FROM below b CROSS JOIN links l ON l.parent = b.link),
+    followed AS MATERIALIZED (SELECT * FROM below LIMIT ?2)
+    SELECT NULL AS name, NULL AS content, count(*) FROM followed
+    UNION ALL SELECT w.name, f.content, f.depth
+        FROM followed f CROSS JOIN windows w ON w.transcript = f.link WHERE w.tenant = ?1"""
 
 
 async def index_some(db: Db, at_once: int) -> bool:
@@ -135,14 +145,9 @@ async def _pending(db: Db, search: Search) -> tuple[list[tuple[bytes, float]], b
     return [(content, search.coverage(_text(body))) for content, body in read], len(rows) > len(read)
 
 
-async def windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> list[str]:
-    """Return the names of the windows with one of these messages."""
-    rows = await db.all(
-        """WITH RECURSIVE below (link) AS (
-            SELECT l.id FROM links l WHERE l.content = ANY(?1::bytea[])
-            UNION SELECT l.id FROM below b JOIN links l ON l.parent = b.link)
-        SELECT w.name FROM below b JOIN windows w ON w.transcript = b.link WHERE w.tenant = ?2""",
-        list(contents),
-        tenant,
-    )
-    return [name for (name,) in rows]
+async def windows_with(
+    db: Db, tenant: str, contents: Sequence[bytes], links: int
+) -> tuple[int, list[tuple[str, bytes, int]]]:
+    """See `WordIndex.windows_with`."""
+    (_, _, count), *rows = await db.all(_WINDOWS, tenant, links, list(contents))
+    return count, rows

@@ -382,3 +382,6 @@ def test_statements_are_translated() -> None:
     assert (
         translated("FROM s INDEXED BY i WHERE +s.a = ? ORDER BY +b, n + 1") == "FROM s WHERE s.a = $1 ORDER BY b, n + 1"
     )
+    assert translated("FROM a CROSS JOIN b x ON x.i = a.j\n    LIMIT ?2 /* SQLite */) SELECT 1 LIMIT ?2") == (
+        "FROM a CROSS JOIN LATERAL (SELECT * FROM b x WHERE x.i = a.j OFFSET 0) x) SELECT 1 LIMIT $2"
+    )
