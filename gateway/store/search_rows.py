@@ -19,8 +19,9 @@ from gateway.store.types import Match, Saved, WindowQuery
 _LISTED = 2000  # messages with a match, the newest, whose windows are listed
 _RANKED = 20_000  # messages with a match, the newest, that are ranked
 _ALIKE = 50  # windows with the same best message
-_LINKS = 4_000  # that are followed from messages to the windows that are listed; three times as many at most
-_LISTED_AT_ONCE = 200  # messages whose links are followed together
+_LISTED_FIRST = 25  # messages whose links are followed together at first, then twice as many, and so on
+# That are followed until no more messages are taken, and together: one conversation may have so many.
+_LINKS, _MOST_LINKS = 3_000, 20_000
 Having = tuple[bytes, Sequence[tuple[Holder, int]]]
 
 
@@ -59,17 +60,16 @@ async def search_windows(db: Db, tenant: str, query: WindowQuery) -> FoundWindow
 async def _windows_with(db: Db, tenant: str, contents: Sequence[bytes]) -> tuple[dict[str, tuple[bytes, int]], bool]:
     """The windows with these messages, each with the last of them and its place, and whether there may be more."""
     last: dict[str, tuple[bytes, int]] = {}
-    followed = 0
-    for start in range(0, len(contents), _LISTED_AT_ONCE):
+    followed, start, size = 0, 0, _LISTED_FIRST
+    while start < len(contents):
         if followed >= _LINKS:
             return last, True
-        part = contents[start : start + _LISTED_AT_ONCE]
-        links, rows = await db.words.windows_with(db, tenant, part, 2 * _LINKS)
-        followed += links
+        links, rows = await db.words.windows_with(db, tenant, contents[start : start + size], _MOST_LINKS)
+        followed, start, size = followed + links, start + size, 2 * size
         for name, content, depth in rows:
             if name not in last or last[name][1] < depth:
                 last[name] = content, depth
-    return last, followed >= 2 * _LINKS
+    return last, followed >= _MOST_LINKS
 
 
 async def _match(db: Db, window: Window, wanted: Search, last: tuple[bytes, int] | None) -> Match:

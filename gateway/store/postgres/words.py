@@ -16,7 +16,7 @@ from gateway.store.database import Db, Hits
 # has sent them.
 _PENDING, _PENDING_BYTES = 500, 2**20
 _BEST = 500  # messages that a ranked search returns
-_RANKED = 5_000  # messages that are ranked, the newest
+_RANKED = 2_000  # messages that are ranked, the newest
 _BATCH_BYTES = 2**20  # of messages that are indexed at once
 _MAX_POSITION = 16_383  # of a word in a tsvector (PostgreSQL, 12.10)
 _MAX_WORD = 500  # characters; a lexeme has at most 2,046 bytes
@@ -54,7 +54,7 @@ async def index_some(db: Db, at_once: int) -> bool:
     )
     size, done = 0, []
     for number, content_id, length in noted:
-        if words := _vector(_text(await db.value(_BODY, content_id))):
+        if words := vector(_text(await db.value(_BODY, content_id))):
             await db.run(
                 "INSERT INTO searchable (content, words) VALUES (?, CAST(? AS tsvector)) ON CONFLICT DO NOTHING",
                 content_id, words,
@@ -73,7 +73,7 @@ def _text(body: bytes) -> str:
     return message_text(value) if "role" in value else ""
 
 
-def _vector(text: str) -> str:
+def vector(text: str) -> str:
     """A text as a tsvector, in PostgreSQL's notation."""
     places: dict[str, list[int]] = {}
     place = size = 0
