@@ -39,10 +39,13 @@ def running(options: local.LocalStack) -> Iterator[tuple[local.Plan, commands.Pr
 def _running(plan: local.Plan) -> Iterator[tuple[local.Plan, commands.Processes]]:
     processes = commands.processes(plan)
     try:
+        for storage in processes.storage:
+            storage.start()
+            wait_ready(storage, CACHE_WITHIN)
         start(processes)
         yield plan, processes
     finally:
-        for process in (processes.gateway, processes.engine, processes.cache):
+        for process in (processes.gateway, processes.engine, processes.cache, *processes.storage):
             process.stop()
 
 

@@ -9,12 +9,18 @@ from gateway.stack import commands, local
 from gateway.stack.process import ManagedProcess
 from tests.support import local_stack
 
+CACHE_GB = ENGINE_KV_GB = 0.25
+"""Both are taken at once and as a whole. Twice the KV of the longest context here: 16,384 tokens of 8 KiB."""
+
 
 @contextmanager
 def second_node(first: local.Plan) -> Iterator[tuple[local.Plan, commands.Processes]]:
-    """Run it for the block: about 3 GB of memory, and the better part of a minute until it is ready."""
+    """Run it for the block: about 2 GB of memory, and the better part of a minute until it is ready."""
     engine, cache, cache_http = local.free_ports(3)
-    plan = replace(first, engine_port=engine, cache_port=cache, cache_http_port=cache_http, cache_gb=1.0)
+    plan = replace(
+        first, engine_port=engine, cache_port=cache, cache_http_port=cache_http, cache_gb=CACHE_GB,
+        engine_kv_gb=ENGINE_KV_GB,
+    )  # fmt: skip
     launches = [commands.cache_launch(plan), commands.engine_launch(plan), commands.gateway_launch(plan)]
     apart = [
         replace(one, log=one.log.with_stem(f"{one.name}-2"), ledger=one.ledger.with_stem(f"{one.name}-2"))
