@@ -46,6 +46,7 @@ class CacheInfo:
     adapters: tuple[str, ...]  # the type of each L2 adapter, in the order in which they are read
     memory: MemoryUse | None = None
     disabled: tuple[str, ...] = ()  # those of `adapters` that store and load nothing
+    token_bytes: frozenset[int] = frozenset()  # what a token takes in the engines' own layouts, of one worker
 
     @classmethod
     def read(cls, status: Mapping[str, Any], adapters: Mapping[str, Any]) -> "CacheInfo":
@@ -60,6 +61,9 @@ class CacheInfo:
             adapters=types,
             memory=MemoryUse.read(status),
             disabled=tuple(name for name, state in zip(types, states, strict=False) if not _works(state)),
+            token_bytes=frozenset(
+                int(m["kv_cache_layout"]["cache_size_per_token"]) for m in registered.values() if "kv_cache_layout" in m
+            ),
         )
 
 

@@ -1,8 +1,10 @@
 """Get a window's KV into the tiers: name it, compute what is missing, wait until it is stored, and pin it."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +16,9 @@ from gateway.kv.lmcache import CacheInfo
 from gateway.records import KvState, PinnedObject, Usage, Window
 from gateway.telemetry import genai
 from gateway.windows.context import OperationContext, Services
+from gateway.windows.delete import drop_from_cache
+
+log = logging.getLogger(__name__)
 
 NO_CACHE = "no cache is configured (cache_url and a tier, such as kv_dir): only text and token ids were kept"
 _POLL_S = 0.02
@@ -33,6 +38,7 @@ class Plan:
     chunk_size: int
     world_size: int
     keys: tuple[ObjectKey, ...]
+    layout_bytes: frozenset[int] = frozenset()  # sizes of a chunk as the engines have it, before a serde of LMCache's
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -62,7 +68,8 @@ def plan(model: Model, salt: str, ids: Sequence[int], info: CacheInfo, chunk_siz
         )
     world_size = info.world_sizes.get(model.root, 1)
     keys = object_keys(model.root, ids, chunk_size, world_size, salt)
-    return Plan(model, salt, ids, chunk_size, world_size, tuple(keys))
+    layout_bytes = frozenset(size * chunk_size for size in info.token_bytes)
+    return Plan(model, salt, ids, chunk_size, world_size, tuple(keys), layout_bytes)
 
 
 async def ensure_stored(
@@ -119,13 +126,45 @@ async def _wait_until_stored(ctx: OperationContext, plan: Plan) -> int:
 async def pin(services: Services, plan: Plan) -> tuple[int, tuple[PinnedObject, ...]]:
     """Pin the plan's objects; return how many leading chunks are complete, and their objects.
 
-    Raises TierFull. The keys have to be claimed (`gateway.windows.claims`).
+    An object of the wrong size is deleted instead. Raises TierFull. The keys have to be claimed
+    (`gateway.windows.claims`).
     """
     existing = await services.store.objects(plan.keys)
     by_tier, _ = await services.pins.pin(plan.keys, existing)
+    for tier, pinned in by_tier.items():
+        for wrong in wrong_sizes(plan, pinned.values()):
+            del pinned[str(wrong)]
+            await _discard(services, tier, wrong)
     chunks = plan.covered(set().union(*by_tier.values()))
     names = plan.names[: chunks * plan.world_size]
     return chunks, tuple(pinned[name] for name in names for pinned in by_tier.values() if name in pinned)
+
+
+def wrong_sizes(plan: Plan, pinned: Iterable[PinnedObject]) -> list[ObjectKey]:
+    """The objects of one tier whose size cannot be right: those of a rank have the same, for all chunks are whole.
+
+    Right is that of the engine's layout if any has it, for a serde may change it (LMCache 0.5.6, `distributed/serde`),
+    else that of most. LMCache (0.5.6) loads an object of any size from S3, without a bound (`s3_l2_adapter.py`).
+    """
+    sizes = {one.key: one.size for one in pinned}
+    by_rank: dict[int, list[ObjectKey]] = {}
+    for key, name in zip(plan.keys, plan.names, strict=True):
+        if name in sizes:
+            by_rank.setdefault(key.rank, []).append(key)
+    return [key for keys in by_rank.values() for key in _other_than_usual(keys, sizes, plan.layout_bytes)]
+
+
+def _other_than_usual(keys: Sequence[ObjectKey], sizes: Mapping[str, int], layout: frozenset[int]) -> list[ObjectKey]:
+    counts = Counter(sizes[str(key)] for key in keys)
+    usual = max(counts, key=lambda size: (size in layout, counts[size], size))
+    return [key for key in keys if sizes[str(key)] != usual]
+
+
+async def _discard(services: Services, tier: str, key: ObjectKey) -> None:
+    """Delete an object and its pin from a tier, and have LMCache forget it."""
+    log.error("%s tier: %s had another size than the other chunks of its window: it is deleted", tier, key)
+    await services.pins.remove([key], originals=True, only=[tier])
+    await drop_from_cache(services, [key], [one for one in services.pins.tiers if one.name == tier])
 
 
 def with_receipt(

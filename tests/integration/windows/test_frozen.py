@@ -55,6 +55,21 @@ async def test_session_that_leaves_no_room_for_a_turn_is_frozen(engine: FakeEngi
     assert (receipt.partial, receipt.prompt_tokens) == (False, len(IDS) - 1)
 
 
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"0"])
+async def test_object_of_wrong_size_is_not_pinned_but_computed_again(
+    harness: Cached, change: Callable[[bytes], bytes]
+) -> None:
+    """Nothing else knows that it is wrong: it has no checksum before it is pinned."""
+    session = await harness.session()
+    name = harness.cache.keys(IDS, session.salt)[1].file_name
+    file = harness.cache.folder / name
+    file.write_bytes(change(file.read_bytes()))
+    window = await harness.window()
+    assert (window.kv, window.chunk_count) == ("complete", CHUNKS)
+    assert file.stat().st_size == (harness.pins / name).stat().st_size == harness.cache.object_bytes
+    assert (await verify(harness.ctx, "w")).ok
+
+
 async def test_freeze_waits_for_late_objects(engine: FakeEngine, harness: Cached) -> None:
     session, late = await harness.session(stored=False), []
     harness.cache.before_write = lambda name: bool(late.append(name))
