@@ -117,6 +117,20 @@ class Pins:
             if free is not None and free < reserve:
                 raise TierFull(f"{tier} tier: {free} bytes are free, {reserve} are kept free (disk_reserve_bytes)")
 
+    async def discard_unfinished(self, running: Callable[[], Awaitable[Collection[str]]]) -> list[str]:
+        """Remove the pins that processes other than those `running` were writing when they ended; return warnings.
+
+        `running` is asked after the tiers, so that whoever has begun in the meantime is not taken for dead.
+        """
+        writers, warnings = await self.each(lambda tier: tier.writers())
+        if not any(writers.values()):
+            return warnings
+        alive = await running()
+        _, more = await self.each(
+            lambda tier: tier.discard_unfinished(writers[tier.name].difference(alive)), only=writers
+        )
+        return [*warnings, *more]
+
     async def sweep(self, keep: Collection[ObjectKey]) -> tuple[int, list[str]]:
         """Remove all other pins, left by a gateway that died during a freeze."""
         swept, warnings = await self.each(lambda tier: tier.sweep(keep))

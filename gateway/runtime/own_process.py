@@ -1,5 +1,6 @@
 """Which process this is, so that others on the same machine can tell at once that it has ended."""
 
+import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,11 @@ def identity() -> str:
     """Names this process among all that ever ran on this machine; empty where the system cannot tell."""
     place, running = _place(), _running_since(os.getpid())
     return f"{place} {os.getpid()} {running}" if place and running else ""
+
+
+def tag(process: str) -> str:
+    """A short form of an `identity`, for the names of files."""
+    return hashlib.blake2s(process.encode(), digest_size=8).hexdigest()
 
 
 def has_ended(process: str) -> bool:

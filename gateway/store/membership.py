@@ -90,6 +90,11 @@ class Membership:
             self.member = replace(lost, id=uuid4().hex)
             await self._join()
 
+    async def running(self) -> set[str]:
+        """The processes (`own_process.tag`) whose gateways are alive now, this one too. Raises StoreUnavailable."""
+        await self._renew()
+        return {own_process.tag(process) for process in (self.member.process, *(one.process for one in self.peers))}
+
     async def wait_until_seen(self) -> None:
         """Return when every other gateway knows of this one, which takes a heartbeat. Raises StoreUnavailable."""
         while any(one.looked_at <= self._joined_at for one in self.peers):

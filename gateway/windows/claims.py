@@ -40,6 +40,7 @@ class Claims:
         self._pins = pins
         self._membership = membership
         self._abandoned: set[str] = set()  # claims that could not be ended: the store was away
+        self._peers: frozenset[str] = frozenset()  # as of the last heartbeat
         membership.watch(self._take_over_if_needed)
 
     @asynccontextmanager
@@ -177,8 +178,15 @@ class Claims:
             raise
 
     async def _take_over_if_needed(self) -> None:
+        before, self._peers = self._peers, frozenset(one.id for one in self._membership.peers)
+        if before - self._peers:
+            await self._discard_unfinished()
         if (self._abandoned or await self._store.any_dead_claims()) and (freed := await self._take_over()):
             log.warning("unpinned %d objects that a gateway left which has ended", freed)
+
+    async def _discard_unfinished(self) -> None:
+        for warning in await self._pins.discard_unfinished(self._membership.running):
+            log.warning("could not remove pins that were never finished: %s", warning)
 
     async def _take_over(self) -> int:
         abandoned = frozenset(self._abandoned)

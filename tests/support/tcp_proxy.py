@@ -1,4 +1,4 @@
-"""A TCP proxy that delays what it forwards, or cuts a connection before the answer to something comes back."""
+"""A TCP proxy that delays what it forwards, or lets the answer to something not come back."""
 
 import socket
 import threading
@@ -7,12 +7,16 @@ from contextlib import suppress
 
 
 class TcpProxy:
-    """Forwards connections to `port` of loopback. `delay_s` is added to each packet of a client."""
+    """Forwards connections to `port` of loopback. `delay_s` is added to each packet of a client.
+
+    A client that sends `cut_at` is cut off, one that sends `mute_at` hears nothing any more. Both get to the server.
+    """
 
     def __init__(self, port: int) -> None:
         self.delay_s = 0.0
-        self.cut_at = b""
+        self.cut_at = self.mute_at = b""
         self.was_cut = threading.Event()
+        self._muted: set[socket.socket] = set()
         self._to = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
@@ -49,7 +53,14 @@ class TcpProxy:
                         self.cut_at = b""
                         self.was_cut.set()
                         of.shutdown(socket.SHUT_RDWR)  # first, so that the answer does not get through
-                to.sendall(data)
+                    if self.mute_at and self.mute_at in data:
+                        self.mute_at = b""
+                        self._muted.add(to)
+                        to.sendall(data)
+                        self.was_cut.set()
+                        continue
+                if of not in self._muted:
+                    to.sendall(data)
         for one in (of, to):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

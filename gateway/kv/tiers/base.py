@@ -127,5 +127,14 @@ class Tier(Protocol):
         One that is never listed has nothing to sweep: nobody but the store knows its pins.
         """
 
+    async def writers(self) -> set[str]:
+        """Return the processes (`own_process.tag`) that are writing a pin or were killed then. Raises TierUnavailable.
+
+        Where a pin is there at once and whole, there are none.
+        """
+
+    async def discard_unfinished(self, writers: Collection[str]) -> None:
+        """Remove what these processes, which have ended, were writing. Raises TierUnavailable."""
+
     async def risks(self) -> list[str]:
         """What in its storage puts objects or pins at risk, each with the remedy. Raises TierUnavailable."""

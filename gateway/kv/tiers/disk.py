@@ -23,6 +23,7 @@ from gateway.kv.keys import ObjectKey, file_names
 from gateway.kv.tiers.base import ObjectState, Stored, TierFull, TierUnavailable
 from gateway.kv.tiers.mounts import MOUNTINFO, mount_of, nfs_risk
 from gateway.records import PinnedObject
+from gateway.runtime import own_process
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class DiskTier:
     def __init__(self, kv_dir: Path, pins_dir: Path) -> None:
         self._kv = kv_dir
         self._pins = pins_dir
+        self._writer = own_process.tag(own_process.identity())
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="disk-tier")
 
     async def __aenter__(self) -> "DiskTier":
@@ -108,6 +110,13 @@ class DiskTier:
         await self._each(stray, _unlink)
         return len(stray)
 
+    async def writers(self) -> set[str]:
+        return {writer for _, writer in await self._run(lambda: list(_unfinished(self._pins)))}
+
+    async def discard_unfinished(self, writers: Collection[str]) -> None:
+        found = await self._run(lambda: [path for path, writer in _unfinished(self._pins) if writer in writers])
+        await self._each(found, _unlink)
+
     async def risks(self) -> list[str]:
         risk = await self._run(lambda: nfs_risk(mount_of(self._kv, MOUNTINFO.read_text())))
         return [f"disk tier: {risk}"] if risk else []
@@ -169,13 +178,17 @@ class DiskTier:
 
     def _link_over(self, source: Path, target: Path) -> None:
         """Make `target` a link to `source` in one step, so that a reader sees the old file or the new one."""
-        temporary = self._pins / f"{secrets.token_hex(8)}.link"  # where the next sweep finds it if we die
+        temporary = self._temporary("link")
         temporary.hardlink_to(source)
         temporary.replace(target)
         temporary.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
 
+    def _temporary(self, kind: str) -> Path:
+        """A new name that says whose it is: should we die, another gateway removes it."""
+        return self._pins / f"{secrets.token_hex(8)}.{self._writer}.{kind}"
+
     def _put(self, key: ObjectKey, value: bytes) -> PinnedObject:
-        temporary = self._pins / f"{secrets.token_hex(8)}.put"  # where the next sweep finds it if we die
+        temporary = self._temporary("put")
         try:
             with temporary.open("xb") as file:
                 file.write(value)
@@ -219,6 +232,14 @@ def _scan(folder: Path) -> Iterator[tuple[ObjectKey, "os.DirEntry[str]"]]:
         for entry in entries:
             if key := ObjectKey.parse_file_name(entry.name):
                 yield key, entry
+
+
+def _unfinished(pins: Path) -> Iterator[tuple[Path, str]]:
+    """The temporary files in a directory of pins, and the tags of the processes that made them."""
+    with os.scandir(pins) as entries:
+        for entry in entries:
+            if entry.name.endswith((".link", ".put")):
+                yield pins / entry.name, entry.name.split(".")[-2]
 
 
 def _stats(folder: Path) -> dict[ObjectKey, os.stat_result]:

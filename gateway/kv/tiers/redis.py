@@ -172,6 +172,12 @@ class RedisTier:
         await self._unlink(stray)
         return len(stray)
 
+    async def writers(self) -> set[str]:
+        return set()
+
+    async def discard_unfinished(self, writers: Collection[str]) -> None:
+        return
+
     async def risks(self) -> list[str]:
         policies = set(await self._call(self._policies)) - {_KEEPS_ALL}
         return [

@@ -123,6 +123,12 @@ class S3Tier:
     async def sweep(self, keep: Collection[ObjectKey]) -> int:
         return 0  # what a gateway leaves that ends while it pins is known by its claim (`gateway.windows.claims`)
 
+    async def writers(self) -> set[str]:
+        return set()
+
+    async def discard_unfinished(self, writers: Collection[str]) -> None:
+        return
+
     async def risks(self) -> list[str]:
         buckets = (self._options.bucket, self._options.pins_bucket)
         there = await self._each(buckets, self._client.head_bucket)
