@@ -32,6 +32,7 @@ _FIELDS = {
     "name": ("window_name", "window name in the URL"),
     "source": ("window name in the URL",),
     "target": ("target_window",),
+    "query": ("q",),
     "session": ("session_id", "session id in the URL"),
 }
 

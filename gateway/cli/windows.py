@@ -66,6 +66,10 @@ def _name_for(session: str) -> str:
 @_max_tokens
 def thaw(name: str, **options: Any) -> Result:
     """Thaw the window NAME into a session, new by default."""
+    if options["into_session"] is not None and options["new_session_id"] is not None:
+        raise click.UsageError("--session makes a new session, --into takes an existing one: give one of them")
+    if options["keep_as"] is not None and options["into_session"] is None:
+        raise click.UsageError("--keep-as keeps what the session of --into has: give that too")
     answer = watched(window_path(name, "thaw"), options)
     session = answer["session_id"]
     lines = {

@@ -159,7 +159,7 @@ async def _mark(services: Services, node: EngineNode) -> None:
     """Store that an engine is drained. Raises `invalid_request` if no other is left, whoever has drained those."""
     usable = [member.url for member in services.engines.members if not member.leaving or member is node]
     if not await services.store.drain(node.url, time.time(), usable):
-        message = f"engine {node.url} is the only one that is not drained: there is none to move its sessions to"
+        message = f"{node.url} is the only engine that is not drained: there is none to move its sessions to"
         raise invalid_field("engine", message, "add another engine first, or undo the drain of another one")
 
 

@@ -15,6 +15,9 @@ def _ask_request(given: Json) -> AdminRequest:
     """To a window, or to those that match best."""
     name = given.pop("window_name", None)
     if name is None:
+        if "at_turn" in given:
+            message = "at_turn is a turn of one window, and window_name is not given"
+            raise GatewayError("invalid_request", message, hint="give both or none", details={"field": "at_turn"})
         return AdminRequest("POST", "/admin/ask", body=given)
     for other in ("search", "max_windows", "timeout_seconds"):
         if other in given:

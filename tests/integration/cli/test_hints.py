@@ -22,6 +22,7 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
         (["thaw", "w", "--session", "a b"], "--session 'a b' is not"),
         (["list", "--limit", "0"], "--limit must be a whole number from 1 to 100"),
         (["list", "--created-after", "soon"], "--created-after must be"),
+        (["search", " "], "QUERY must be a non-blank string"),
         (["ask", "w", " "], "QUESTION must be a non-blank string"),
         (["fanout", "w", "0"], "COUNT must be a whole number"),
         (["session", "delete", "a b"], "SESSION 'a b' is not"),
@@ -31,6 +32,13 @@ from tests.support.gateway_process import Gateway, gateway_in_front_of
 )
 def test_error_names_the_option_and_the_command(gateway: Gateway, command: list[str], says: str) -> None:
     assert_failed(cwg(*command, url=gateway.url), says)
+
+
+def test_options_of_a_thaw_that_do_not_go_together_are_named() -> None:
+    both = cwg("thaw", "w", "--into", "s", "--session", "t")
+    assert (both.returncode, "--session makes a new session, --into takes" in both.stderr) == (2, True)
+    alone = cwg("thaw", "w", "--keep-as", "k")
+    assert (alone.returncode, "the session of --into" in alone.stderr) == (2, True)
 
 
 def test_taken_names_say_which_option_gives_another(gateway: Gateway, session: str, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_what_cannot_be_drained_is_refused_and_the_drained_serves_if_no_other_ca
     drain(gateway, home.engine.url)
     answer = gateway.http.post("/admin/engines/drain", json={"engine": other.engine.url})
     assert (answer.status_code, answer.json()["error"]["details"]) == (400, {"field": "engine"})
-    assert "is the only one that is not drained" in answer.json()["error"]["message"]
+    assert "is the only engine that is not drained" in answer.json()["error"]["message"]
     other.engine.stop()
     eventually(lambda: states(gateway)[other.engine.url] == "ejected", "it is seen")
     assert served(gateway, ["t"]) == {"t": home.engine.url}

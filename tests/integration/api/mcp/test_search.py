@@ -23,3 +23,5 @@ async def test_mcp_search_and_ask(client: Client, gateway: Gateway, session: str
     assert (await answer(client, "window_ask", question="What?", window_name=name))["answer"] == "Hello there!"
     code, text = await refusal(client, "window_ask", question="What?", window_name=name, max_windows=2)
     assert (code, "max_windows" in text) == ("invalid_request", True)
+    code, text = await refusal(client, "window_ask", question="What?", at_turn=1)
+    assert (code, "window_name is not given" in text) == ("invalid_request", True)
