@@ -5,6 +5,7 @@ A pool would cost more than the read: it resets each connection that comes back,
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 from gateway.records import Session, Window
@@ -132,6 +133,8 @@ async def windows(db: PostgresDb, keys: Sequence[tuple[str, str]]) -> list[Windo
 
 async def beginnings(db: PostgresDb, keys: Sequence[tuple[str, Sequence[bytes]]]) -> list[Beginning]:
     """What `session_rows.sessions_by_prefix` returns for each tenant and first links."""
+    if len(keys) == 1 and keys[0][1]:
+        return [await _beginning(db, *keys[0])]
     links = [(n, tenant, at, link) for n, (tenant, chain) in enumerate(keys) for at, link in enumerate(chain)]
     rows = await db.all(_BEGINNINGS, *([list(column) for column in zip(*links, strict=True)] or ([], [], [], [])))
     found: list[Beginning] = [(None, []) for _ in keys]
@@ -139,6 +142,13 @@ async def beginnings(db: PostgresDb, keys: Sequence[tuple[str, Sequence[bytes]]]
         found[n][1].append(Session(*session))
         found[n] = link, found[n][1]
     return found
+
+
+async def _beginning(db: PostgresDb, tenant: str, links: Sequence[bytes]) -> Beginning:
+    """The same for one request. PostgreSQL plans the statement for many anew each time, which takes longer than it."""
+    padded = [*links, *repeat(links[-1], FIRST_LINKS - len(links))]
+    rows = await db.all(_BEGINNING, tenant, *padded)
+    return (rows[0][0], [Session(*session) for _, *session in rows]) if rows else (None, [])
 
 
 _SESSIONS = f"""SELECT {session_rows.JOINED_COLUMNS} FROM unnest(?1::text[], ?2::text[]) k (tenant, id)
@@ -152,3 +162,9 @@ _BEGINNINGS = f"""WITH longest AS (
         ORDER BY k.n, k.place)
     SELECT l.n, l.link, s.* FROM longest l CROSS JOIN LATERAL (
         {session_rows.BY_PREFIX.format(tenant="l.tenant", link="l.link", limit=session_rows.CANDIDATES)}) s"""
+_BEGINNING = f"""SELECT l.link, s.* FROM (
+        SELECT k.link
+        FROM (VALUES (1, CAST(?2 AS bytea)), (2, CAST(?3 AS bytea)), (3, CAST(?4 AS bytea))) k (place, link)
+        WHERE EXISTS (SELECT 1 FROM session_prefixes p WHERE p.tenant = ?1 AND p.link = k.link)
+        ORDER BY k.place LIMIT 1) l CROSS JOIN LATERAL (
+        {session_rows.BY_PREFIX.format(tenant="?1", link="l.link", limit=session_rows.CANDIDATES)}) s"""

@@ -190,6 +190,25 @@ async def test_reads_that_are_asked_together_are_answered_apart(store: PostgresS
     assert windows[0] == await store.window(TENANT, "w")
 
 
+async def test_reads_of_the_request_path_are_planned_once_and_found_alike_together(store: PostgresStore) -> None:
+    """PostgreSQL plans a statement anew for each execution while it expects to gain by that; the first five always."""
+    records = [finished(f"s{n}", says(f"{n}", "x")) for n in range(12)]
+    await store.record(records)
+    chains = [[b"-", one.trace.reply_hash or b"", one.trace.request_hash] for one in records]
+    alone = [await store.sessions_by_prefix(TENANT, chain[: 1 + n % 3]) for n, chain in enumerate(chains)]
+    together = await asyncio.gather(
+        *(store.sessions_by_prefix(TENANT, chain[: 1 + n % 3]) for n, chain in enumerate(chains))
+    )
+    assert [(link, [one.id for one in found]) for link, found in alone] == [
+        (chain[1], [f"s{n}"]) if n % 3 else (None, []) for n, chain in enumerate(chains)
+    ]
+    assert alone == together
+    query = """SELECT CAST(generic_plans AS BIGINT), CAST(custom_plans AS BIGINT) FROM pg_prepared_statements
+        WHERE statement LIKE 'SELECT l.link, s.%'"""
+    ((generic, custom),) = await store.run_inline(lambda db: db.all(query))
+    assert (generic >= 7, custom) == (True, 5)
+
+
 async def test_a_cancelled_read_affects_no_other(store: PostgresStore) -> None:
     await store.record([finished("s", says("1", "x"))])
     for _ in range(20):
