@@ -21,7 +21,7 @@ _INDEX = frozenset({"searchable", "meta"})  # made anew, and copied by name
 _LARGE = frozenset({"contents", "manifests"})
 _UNFINISHED = "copying"  # in `meta` of a target until it has everything
 _OWN = frozenset(
-    {"schema", "searchable", "checked_at", _UNFINISHED}
+    {"schema", "schema_needed", "searchable", "checked_at", _UNFINISHED}
 )  # names in `meta` that say something about one store only
 _BOOLEAN = frozenset({"answered", "instructed", "unbooked"})  # SQLite has numbers for them
 

@@ -4,6 +4,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.support.fakes.lmcache import FakeLMCache
 from tests.support.fakes.responses import serve
 from tests.support.fleet import LEASE_S, gateway_of, two_gateways
 from tests.support.gateway_process import Gateway, eventually
+from tests.support.postgres import execute
 from tests.support.stored_answers import answer_of, ask
 
 ALTERNATIONS = 40
@@ -186,6 +188,26 @@ def test_gateway_with_another_secret_refuses_to_start(
         assert "give all of them the same secret" in other.log
     finally:
         other.close()
+
+
+@pytest.mark.parametrize(("protocol", "age"), [(0, "an older"), (9, "a newer")])
+def test_gateway_refuses_to_start_beside_one_of_another_protocol(
+    engine: FakeEngine, postgres_url: str, tmp_path: Path, protocol: int, age: str
+) -> None:
+    with closing(gateway_of(tmp_path, "a", engine.url, postgres_url)) as gateway:
+        gateway.start().wait()
+        assert gateway.stop() == 0
+        execute(
+            postgres_url,
+            f"""INSERT INTO gateways
+            SELECT 'x', now, now + 600, now, {protocol}, {protocol}, 'other-host', ''
+            FROM (SELECT extract(epoch FROM now()) AS now) clock""",
+        )
+        assert gateway.start().process.wait(60) == 1
+        assert f"{age} version uses the store (host other-host, protocol {protocol}; this one: 1)" in gateway.log
+        assert "stop all of those before you start this one" in gateway.log
+        execute(postgres_url, "UPDATE gateways SET until = 0")
+        gateway.start().wait()
 
 
 def _names(gateway: Gateway) -> list[str]:

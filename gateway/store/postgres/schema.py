@@ -2,10 +2,11 @@
 
 A later step is added to both: as it is, if it has only what `translated_schema` translates, else in its own words. It
 adds first, and what is not used any more is removed one release later, because old and new gateways run side by side
-while they are updated.
+while they are updated. A step that those of the release before can work with is listed in `COMPATIBLE`: they may then
+start on it, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from gateway.errors import StartError
@@ -209,13 +210,18 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 """The steps to the schemas `BASE`, `BASE` + 1 and so on."""
+COMPATIBLE: frozenset[int] = frozenset()
+"""Schemas that a gateway which knows only the one before can work with: their steps only add what it need not fill."""
 
 
-async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", steps: Sequence[Sequence[str]] = MIGRATIONS) -> str:
+async def migrate(
+    connection: "asyncpg.Connection[asyncpg.Record]", steps: Sequence[Sequence[str]] = MIGRATIONS, *,
+    compatible: Collection[int] = COMPATIBLE,
+) -> str:  # fmt: skip
     """Bring the schema up to date, in one transaction; return the store's id.
 
-    Several gateways may do so at once: one of them migrates. Raises StartError when the server is too old, or the
-    database was written by a newer gateway.
+    Several gateways may do so at once: one of them migrates. Raises StartError when the server is too old, or a newer
+    gateway has taken a step that is not among its `compatible` ones.
     """
     if (server := int(await connection.fetchval("SHOW server_version_num"))) < _SERVER:
         raise StartError(f"the store's server is PostgreSQL {server // 10_000}: 15 or newer is needed")
@@ -223,7 +229,7 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", steps: Seque
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATING)
         version = await _version(connection)
         newest = BASE + len(steps) - 1
-        if version > newest:
+        if version > newest and await _needed(connection, version) > newest:
             raise StartError(f"the store has schema {version}, this gateway knows {newest}: use a newer gateway")
         for step in steps[max(0, version - BASE + 1) :]:
             for statement in step:
@@ -234,7 +240,19 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", steps: Seque
                 ON CONFLICT (name) DO UPDATE SET value = excluded.value""",
                 str(newest),
             )
+            await _set_needed(connection, max(n for n in range(BASE, newest + 1) if n not in compatible), newest)
         return str(await connection.fetchval("SELECT value FROM meta WHERE name = 'store_id'"))
+
+
+async def _needed(connection: "asyncpg.Connection[asyncpg.Record]", version: int) -> int:
+    """The schema that a gateway has to know to work with this database."""
+    return int(await connection.fetchval("SELECT value FROM meta WHERE name = 'schema_needed'") or version)
+
+
+async def _set_needed(connection: "asyncpg.Connection[asyncpg.Record]", needed: int, version: int) -> None:
+    await connection.execute("DELETE FROM meta WHERE name = 'schema_needed'")
+    if needed < version:
+        await connection.execute("INSERT INTO meta VALUES ('schema_needed', $1)", str(needed))
 
 
 async def _version(connection: "asyncpg.Connection[asyncpg.Record]") -> int:

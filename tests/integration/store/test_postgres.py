@@ -118,6 +118,30 @@ async def test_a_later_step_is_taken_once(postgres_url: str) -> None:
     await connection.close()
 
 
+async def test_gateway_starts_on_a_newer_schema_if_every_step_to_it_is_compatible(postgres_url: str) -> None:
+    newest = postgres_schema.BASE + len(postgres_schema.MIGRATIONS) - 1
+    later = (*postgres_schema.MIGRATIONS, ("ALTER TABLE sessions ADD COLUMN colour TEXT NOT NULL DEFAULT ''",))
+    async with PostgresStore(Server(postgres_url), turns_kept=5) as running:
+        await running.record([finished("s", says("1", "x"))])
+        assert await running.session(TENANT, "s")
+        connection = await asyncpg.connect(postgres_url)
+        await postgres_schema.migrate(connection, later, compatible={newest + 1})
+        await running.record([finished("s", says("1", "x", "2", "y"))])
+        async with PostgresStore(Server(postgres_url), turns_kept=5) as started:
+            for store in (running, started):
+                session = await store.session(TENANT, "s")
+                assert session is not None
+                assert session.turn_count == 2
+            await started.record([finished("new", says("1", "x"))])
+        await postgres_schema.migrate(
+            connection, (*later, ("CREATE TABLE later (name TEXT)",)), compatible={newest + 1}
+        )
+        await connection.close()
+    with pytest.raises(StartError, match=rf"schema {newest + 2}, this gateway knows {newest}: use a newer gateway"):
+        async with PostgresStore(Server(postgres_url), turns_kept=5):
+            pass
+
+
 # --- several gateways
 
 
