@@ -68,7 +68,7 @@ async def ask(
     with ctx.step("answer"):
         reply = await engine.chat(model.id, _no_tools(text.frame or {}), messages, window.salt, max_tokens=max_tokens)
     took = ctx.duration_ms()
-    saved = await book(services, "ask", window, model, reply.usage)
+    saved = await book(services, "ask", window, model, reply.usage, at=placement.engine)
     return Answer(window, reply.text, reply.reasoning, reply.finish_reason, reply.usage, restored, took, saved)
 
 

@@ -13,13 +13,14 @@ log = logging.getLogger(__name__)
 
 async def book(
     services: Services, source: Source, window: Window, model: Model, usage: Usage, *, session_id: str = "",
-    first_token_s: float = 0.0,
+    first_token_s: float = 0.0, at: str = "",
 ) -> Saved | None:  # fmt: skip
-    """Book a request under a window's lineage; return what it saved, None if the engine does not say what it found.
+    """Book a request under a window's lineage, sent to the engine with the URL `at` if that answers; return what it
+    saved, None if the engine does not say what it found.
 
     What it was for has succeeded, so a store that cannot be written is logged.
     """
-    engines = services.engines.choose(window.lineage, model=model.id)
+    engines = services.engines.choose(window.lineage, at, model.id)
     if usage.cached is None or not engines:
         return None
     booking = Booking(

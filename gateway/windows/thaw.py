@@ -102,17 +102,20 @@ async def thaw(
     if warm == "gpu" and held.manifest.token_ids:  # the engine refuses an empty prompt
         receipt = await _through_engine(ctx, held, model, receipt, placement.engine)
     placed = await rewind.place(ctx, into, session, window)
-    return await _thawed(ctx, placed, held.window, model, replace(receipt, at_turn=at_turn))
+    return await _thawed(ctx, placed, held.window, model, replace(receipt, at_turn=at_turn), placement.engine)
 
 
-async def _thawed(ctx: OperationContext, placed: Placed, window: Window, model: Model, receipt: Receipt) -> Thawed:
-    """The result, with what the thaw saved if the engine has counted that."""
+async def _thawed(
+    ctx: OperationContext, placed: Placed, window: Window, model: Model, receipt: Receipt, at: str = ""
+) -> Thawed:
+    """The result, with what the thaw saved if the engine, with the URL `at`, has counted that."""
     warnings = (*receipt.warnings, *placed.warnings)
     receipt = replace(receipt, duration_ms=ctx.duration_ms(), warnings=warnings)
     usage = Usage(receipt.prompt_tokens, 1, receipt.cached_tokens)
     saved = await book(
-        ctx.services, "thaw", window, model, usage, session_id=placed.session.id, first_token_s=receipt.first_token_s
-    )
+        ctx.services, "thaw", window, model, usage,
+        session_id=placed.session.id, first_token_s=receipt.first_token_s, at=at,
+    )  # fmt: skip
     return Thawed(placed.session, window, replace(receipt, saved=saved), placed.replaced)
 
 

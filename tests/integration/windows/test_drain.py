@@ -187,3 +187,19 @@ def test_cwg_drain_waits_until_the_engine_is_empty(start: Start, nodes: list[Pai
     assert "moved     1 session" in done.stdout
     undone = cwg("drain", home.engine.url, "--undo", "--json", url=gateway.url)
     assert '"draining": false' in undone.stdout
+
+
+def test_a_thaw_is_booked_at_the_engine_that_it_went_to(start: Start, nodes: list[Pair]) -> None:
+    gateway = start()
+    home = beside(nodes, served(gateway, ["s"])["s"])
+    other = next(pair for pair in nodes if pair is not home)
+    drain(gateway, home.engine.url)
+    assert gateway.chat("s", HELLO).status_code == 200
+    assert server_of(gateway, "s", 2) == other.engine.url
+    drain(gateway, home.engine.url, undo=True)
+    eventually(lambda: states(gateway)[home.engine.url] == "healthy", "it has requests again")
+    assert gateway.freeze("s", "w").status_code == 201
+    before = len(other.engine.seen("/v1/completions"))
+    thawed = gateway.http.post("/admin/windows/w/thaw", json={"into": "s", "warm": "gpu"}).json()
+    assert len(other.engine.seen("/v1/completions")) > before
+    assert other.engine.url in thawed["receipt"]["saved"]["reason"], thawed
