@@ -1,7 +1,6 @@
 """The S3 tier on moto's server, and what LMCache and others do to its buckets."""
 
 import hashlib
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +14,8 @@ import httpx
 from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.s3 import S3Tier
 from gateway.kv.tiers.s3_client import S3Options
-from tests.support.gateway_process import ROOT, eventually, free_port
-from tests.support.tier_harness import STORE
+from tests.support.gateway_process import ROOT, eventually
+from tests.support.tier_harness import STORE, TierServer
 
 # moto reads nothing of a signature but that there is one, and for which service.
 _SIGNED = "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
@@ -37,13 +36,12 @@ def s3_tier(
     return S3Tier(s3_options(port, **more), store, timeout_s, now)
 
 
-class S3Server:
+class S3Server(TierServer):
     """moto on a free port, as `cwg up` starts it."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._log = folder / "s3.log"
-        self.port = free_port()
-        self.process: subprocess.Popen[bytes]
 
     def start(self) -> "S3Server":
         """Start it and wait until it answers."""
@@ -52,19 +50,6 @@ class S3Server:
             self.process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=log)
         eventually(self._answers, f"moto answers; see {self._log}")
         return self
-
-    def hang(self) -> None:
-        """Stop it where it is."""
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it answer again."""
-        self.process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.wait()
 
     def _answers(self) -> bool:
         try:

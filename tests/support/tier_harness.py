@@ -17,6 +17,7 @@ from gateway.kv.keys import ObjectKey
 from gateway.kv.tiers.base import Tier
 from gateway.kv.tiers.disk import DiskTier
 from gateway.kv.tiers.redis import RedisOptions, RedisTier
+from gateway.records import PinnedObject
 from gateway.stack.trial_tiers import valkey_server
 from tests.support.gateway_process import eventually, free_port
 
@@ -87,6 +88,14 @@ class TierHarness(Protocol):
     def drop_pin(self, key: ObjectKey) -> None:
         """Take a pin away."""
         ...
+
+
+async def pinned(rig: TierHarness, count: int) -> tuple[list[bytes], list[PinnedObject]]:
+    """Objects of a window, and their pins."""
+    values = [value() for _ in range(count)]
+    for one, content in zip(keys(count), values, strict=True):
+        rig.put(one, content)
+    return values, await rig.tier.pin(keys(count), {})
 
 
 class DiskTierHarness:
@@ -177,23 +186,12 @@ class RedisTierHarness:
         return f"cwg:{self._store}:pin:{key}"
 
 
-class RedisServer:
-    """A Valkey on a free port, which keeps nothing on disk."""
+class TierServer:
+    """The process of a tier's server, on a free port."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self._folder = folder
-        self._options = options
+    def __init__(self) -> None:
         self.port = free_port()
         self.process: subprocess.Popen[bytes]
-
-    def start(self) -> "RedisServer":
-        """Start it and wait until it answers."""
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
-        argv = [str(valkey_server()), *options, *self._options]
-        self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-        with redis.Redis(port=self.port) as client:
-            eventually(lambda: _answers(client), "redis-server answers")
-        return self
 
     def hang(self) -> None:
         """Stop it where it is: connections stay, and nothing answers."""
@@ -207,6 +205,24 @@ class RedisServer:
         """Kill it."""
         self.process.kill()
         self.process.wait()
+
+
+class RedisServer(TierServer):
+    """A Valkey on a free port, which keeps nothing on disk."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__()
+        self._folder = folder
+        self._options = options
+
+    def start(self) -> "RedisServer":
+        """Start it and wait until it answers."""
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
+        argv = [str(valkey_server()), *options, *self._options]
+        self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        with redis.Redis(port=self.port) as client:
+            eventually(lambda: _answers(client), "redis-server answers")
+        return self
 
 
 @contextmanager

@@ -1,60 +1,14 @@
 """What every tier promises, tested on each: nothing here depends on whether a pin is a link or a copy."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from gateway.kv.tiers.base import ObjectState, Stored, Tier, TierFull, TierUnavailable
+from gateway.kv.tiers.base import ObjectState
 from gateway.records import PinnedObject
-from tests.support.held_answers import HeldAnswers
-from tests.support.s3_harness import S3Server, S3TierHarness, s3_tier
-from tests.support.tier_harness import (
-    DiskTierHarness,
-    RedisServer,
-    RedisTierHarness,
-    TierHarness,
-    key,
-    keys,
-    redis_tier,
-    spelled,
-    value,
-)
+from tests.support.tier_harness import DiskTierHarness, TierHarness, key, keys, pinned, spelled, value
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(params=["disk", "redis", "s3"])
-async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TierHarness]:
-    if request.param == "disk":
-        disk = DiskTierHarness(tmp_path)
-        async with disk.tier:
-            yield disk
-    elif request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis_server")
-        redis = RedisTierHarness(server.port)
-        async with redis.tier:
-            yield redis
-        redis.client.close()
-    else:
-        s3 = S3TierHarness(request.getfixturevalue("s3_server"))
-        async with s3.tier:
-            yield s3
-        s3.close()
-
-
-on_listed = pytest.mark.parametrize("rig", ["disk", "redis"], indirect=True)
-"""Of a tier that lists what it holds."""
-
-
-async def pinned(rig: TierHarness, count: int) -> tuple[list[bytes], list[PinnedObject]]:
-    """Objects of a window, and their pins."""
-    values = [value() for _ in range(count)]
-    for one, content in zip(keys(count), values, strict=True):
-        rig.put(one, content)
-    return values, await rig.tier.pin(keys(count), {})
 
 
 def known(objects: list[PinnedObject]) -> dict[str, PinnedObject]:
@@ -292,32 +246,6 @@ async def test_drop_original_keeps_the_pins(rig: TierHarness) -> None:
     assert [rig.pinned(one) for one in keys(3)] == values
 
 
-# --- sweep
-
-
-@on_listed
-async def test_sweep_removes_strays_of_any_model_name(rig: TierHarness) -> None:
-    models = ["org/model", "a/b/c", "plain", "/abs/path/to/model", "with space", "x-SEP-y", "é/ü", "[glob]*?"]
-    held = [key(1, model=model) for model in models]
-    strays = [key(2, model=model) for model in models] + [key(1, model="org/model", salt="other")]
-    for one in [*held, *strays]:
-        rig.put(one, value(10))
-    await rig.tier.pin([*held, *strays], {})
-    assert await rig.tier.sweep(set(held)) == len(strays)
-    assert all(rig.pinned(one) for one in held)
-    assert not any(rig.pinned(one) for one in strays)
-    assert all(await rig.tier.sizes(spelled(*held, *strays)))
-    assert await rig.tier.sweep(set(held)) == 0
-
-
-@on_listed
-async def test_sweep_keeping_nothing_removes_only_pins(rig: TierHarness) -> None:
-    values, _ = await pinned(rig, 30)
-    assert await rig.tier.sweep([]) == 30
-    assert [rig.pinned(one) for one in keys(30)] == [None] * 30
-    assert [rig.live(one) for one in keys(30)] == values
-
-
 # --- pins that go by other names
 
 
@@ -350,41 +278,6 @@ async def test_expose_pin_does_not_check_bytes(rig: TierHarness) -> None:
     await rig.tier.drop_original(names)
     assert [rig.live(name) for name in names] == [None] * 3
     assert [rig.pinned(one) for one in keys(3)] == [values[0], harmed(values[1], "flip"), None]
-
-
-# --- under
-
-
-@on_listed
-async def test_keys_with_salt_finds_objects_and_pins(rig: TierHarness) -> None:
-    models = ["org/model", "plain", "/abs/path", "with space", "é/ü", "[glob]*?"]
-    live = {key(1, model=model, salt=salt) for model in models for salt in ("a", "b", "xa")}
-    pins = {key(2, model="plain", salt="a"), key(2, model="plain", salt="b")}
-    for one in (*live, *pins):
-        rig.put(one, value(10))
-    await rig.tier.pin(list(pins), {})
-    await rig.tier.drop_original(pins)
-    assert await rig.tier.keys_with_salt({"a"}) == {one for one in live | pins if one.salt == "a"}
-    assert await rig.tier.keys_with_salt({"a", "b", "none"}) == {one for one in live | pins if one.salt in ("a", "b")}
-    assert await rig.tier.keys_with_salt(set()) == set()
-
-
-# --- inventory
-
-
-@on_listed
-async def test_inventory_has_every_object_once(rig: TierHarness) -> None:
-    for number, size in enumerate((10, 20, 30, 40)):
-        rig.put(key(number), value(size))
-    await rig.tier.pin([key(1), key(2), key(3)], {})
-    await rig.tier.drop_original([key(2)])
-    rig.put(key(3), value(45))  # LMCache has written it again
-    both = 20 if isinstance(rig, DiskTierHarness) else 40
-    assert sorted(await rig.tier.inventory(), key=lambda one: str(one.key)) == [
-        Stored(key(0), 10, 0, 10), Stored(key(1), 20, 20, both), Stored(key(2), 0, 30, 30), Stored(key(3), 45, 40, 85),
-    ]  # fmt: skip
-    free = await rig.tier.free()
-    assert (free is None) == isinstance(rig, RedisTierHarness)
 
 
 # --- what others do meanwhile
@@ -452,65 +345,3 @@ async def test_imported_bytes_are_pinned_and_restored(rig: TierHarness) -> None:
 
 async def test_sound_storage_has_no_risks(rig: TierHarness) -> None:
     assert await rig.tier.risks() == []
-
-
-# --- a server that is slow, hangs, or is gone
-
-
-@pytest.fixture(params=["redis", "s3"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer | S3Server]:
-    """A server of a tier, to be stopped."""
-    own = RedisServer(tmp_path).start() if request.param == "redis" else S3Server(tmp_path).start()
-    yield own
-    own.stop()
-
-
-def tier_of(server: RedisServer | S3Server, port: int, now: Callable[[], float] = time.monotonic) -> Tier:
-    """The tier of a server, as seen through a port."""
-    return redis_tier(port, now=now) if isinstance(server, RedisServer) else s3_tier(port, now=now)
-
-
-async def every_operation(tier: Tier) -> None:
-    """Each operation reports that it cannot reach the server."""
-    objects = [PinnedObject(str(key(0)), tier.name, 1, b"")]
-    for call in (
-        tier.sizes(spelled(*keys(1))), tier.pin(keys(1), {}), tier.pin(keys(1), {objects[0].key: objects[0]}),
-        tier.check_and_restore(objects), tier.verify(objects), tier.read(objects[0]), tier.put(key(0), b"x"),
-        tier.unpin(keys(1)), tier.remove(keys(1)), tier.drop_original(keys(1)), tier.expose_pin(objects), tier.risks(),
-
-    ):  # fmt: skip
-        with pytest.raises(TierUnavailable, match=f"{tier.name} tier: ") as refused:
-            await call
-        assert not isinstance(refused.value, TierFull)
-
-
-async def test_server_down_fails_every_operation(server: RedisServer | S3Server) -> None:
-    server.stop()
-    async with asyncio.timeout(10), tier_of(server, server.port) as tier:
-        await every_operation(tier)
-        assert not tier.suspended
-
-
-async def test_slow_answer_is_awaited(server: RedisServer | S3Server) -> None:
-    async with HeldAnswers(server.port) as held, tier_of(server, held.port) as tier:
-        asked = asyncio.create_task(tier.sizes(spelled(*keys(3))))
-        await held.until_asked(4 if isinstance(server, S3Server) else 2)  # a sign of life is asked for too
-        held.release()
-        assert await asked == [0] * 3
-        assert not tier.suspended
-
-
-async def test_hung_server_is_skipped_for_a_while(server: RedisServer | S3Server) -> None:
-    now = time.monotonic()
-    async with tier_of(server, server.port, lambda: now) as tier:
-        assert await tier.sizes(spelled(*keys(1))) == [0]
-        server.hang()
-        async with asyncio.timeout(10):
-            with pytest.raises(TierUnavailable, match=f"{tier.name} tier: it hangs .* skipped for 30 s"):
-                await tier.sizes(spelled(*keys(1)))
-            assert tier.suspended
-            await every_operation(tier)
-        server.resume()
-        now += 30
-        assert await tier.sizes(spelled(*keys(1))) == [0]
-        assert not tier.suspended
