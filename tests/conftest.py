@@ -38,6 +38,13 @@ _OPEN_FILES = 8192
 _ON_STACK = ("tests/stack/", "tests/integration/stack/test_up.py", "tests/integration/stack/test_up_tiers.py")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--store postgres`: every gateway that a test starts has its store there, unless the test is about SQLite."""
+    parser.addoption(
+        "--store", choices=("sqlite", "postgres"), default="sqlite", help="where gateways have their stores"
+    )
+
+
 def pytest_configure() -> None:
     """Prepare what the processes that tests start inherit."""
     # Engines leave half of the cores to the tests: threads that wait for each other share a core badly.
@@ -59,7 +66,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(_ON_STACK))
     not_installed = pytest.mark.skip(reason="needs vLLM and LMCache: install the extra `local` or `gpu` too")
     installed = all(find_spec(name) for name in ("vllm", "lmcache"))
+    about_sqlite = pytest.mark.skip(reason="is about the SQLite file: run it without --store postgres")
     for item in items:
+        if item.get_closest_marker("sqlite") and item.config.getoption("--store") != "sqlite":
+            item.add_marker(about_sqlite)
         on_stack = item.get_closest_marker("stack")
         if on_stack:
             item.add_marker(pytest.mark.timeout(STACK_WITHIN_S))
@@ -166,16 +176,38 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     postgres_server.drop(url)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _store_of_the_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What `--store` says."""
+    if request.config.getoption("--store") == "sqlite":
+        yield
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(postgres.VARIABLE, server.url())
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stores_of_the_module() -> Iterator[None]:
+    """Those that gateways of its tests had on PostgreSQL are deleted after it."""
+    yield
+    if server := os.environ.get(postgres.VARIABLE):
+        postgres.drop_own_databases(server)
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def each_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Gateways of the test have their stores on one database, then on the other."""
     if request.param == "sqlite":
+        monkeypatch.delenv(postgres.VARIABLE, raising=False)
         yield
         return
     server: PostgresServer = request.getfixturevalue("postgres_server")
     monkeypatch.setenv(postgres.VARIABLE, server.url())
     yield
-    postgres.drop_own_databases(server.url())
+    if request.config.getoption("--store") == "sqlite":  # else another gateway of the module may have one
+        postgres.drop_own_databases(server.url())
 
 
 @pytest.fixture(scope="session")

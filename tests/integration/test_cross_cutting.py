@@ -231,6 +231,7 @@ def test_ec041_a_thaw_that_times_out_is_a_clean_error_and_is_not_retried(engine:
         assert gateway.http.post("/admin/windows/kept/thaw", json=body).status_code == 200
 
 
+@pytest.mark.sqlite
 def test_ec042_a_clock_set_back_never_makes_an_idle_time_negative(gateway: Gateway, session: str) -> None:
     gateway.chat(session)
     gateway.turns(session)
@@ -347,6 +348,7 @@ def test_s43_the_code_holds_no_foreign_address_and_reports_no_usage() -> None:
         assert command.env["LMCACHE_TRACK_USAGE"] == "false"
 
 
+@pytest.mark.sqlite
 def test_s71_a_failure_of_the_gateway_shows_a_client_nothing_of_itself(engine: FakeEngine, tmp_path: Path) -> None:
     rpc = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "window_list", "arguments": {}}}
     accept = {"accept": "application/json, text/event-stream"}
@@ -390,6 +392,7 @@ def test_s27_generated_ids_cannot_be_guessed(gateway: Gateway) -> None:
     assert len({one[-4:] for one in ids}) >= 17
 
 
+@pytest.mark.sqlite
 def test_s07_what_the_gateway_writes_can_be_read_by_its_owner_alone(engine: FakeEngine, tmp_path: Path) -> None:
     (tmp_path / "kv").mkdir()
     before = os.umask(0)  # a shell in which every file is open to everybody unless its maker says otherwise

@@ -88,6 +88,7 @@ def test_a_new_secret_is_accepted_on_request_and_becomes_the_stores(
         assert gateway.chat("s").status_code == 200
 
 
+@pytest.mark.sqlite
 def test_a_store_of_before_takes_the_secret_that_it_finds(engine: FakeEngine, tmp_path: Path, used: Gateway) -> None:
     with sqlite3.connect(used.data_dir / "gateway.db") as db:
         db.execute("DELETE FROM meta WHERE name = 'secret_mark'")

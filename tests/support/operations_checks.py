@@ -1,13 +1,14 @@
 """What must hold after each round of `tests.support.operations_model`, while no request is in flight."""
 
 import asyncio
-import sqlite3
 import time
-from contextlib import closing
 
 from tests.support.operations_world import GONE, Broken, Said, World, said
+from tests.support.postgres import column_of_store
 
 _QUIET_S = 20.0
+_KEYS_OF_WINDOWS = """SELECT o.key FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest
+    JOIN objects o ON o.number = m.object"""
 
 
 async def check(world: World, *, thoroughly: bool) -> None:
@@ -96,11 +97,8 @@ async def _goes_back(world: World, name: str) -> None:
 async def _nothing_else_is_pinned(world: World) -> None:
     (folder,) = (world.kv.parent / "kv-pins").iterdir()
     pinned = {path.name for path in folder.iterdir()}
-    with closing(sqlite3.connect(world.data_dir / "gateway.db")) as db:
-        held = {_file_name(key) for (key,) in db.execute("SELECT key FROM objects")}
-        in_use = """SELECT o.key FROM windows w JOIN manifest_objects m ON m.manifest = w.manifest
-            JOIN objects o ON o.number = m.object"""
-        of_windows = {_file_name(key) for (key,) in db.execute(in_use)}
+    held = {_file_name(key) for key in await column_of_store(world.data_dir, "SELECT key FROM objects")}
+    of_windows = {_file_name(key) for key in await column_of_store(world.data_dir, _KEYS_OF_WINDOWS)}
     if pinned != held or held != of_windows:
         raise Broken(f"pinned {len(pinned)}, known {len(held)}, of windows {len(of_windows)}: {pinned ^ of_windows}")
 

@@ -7,13 +7,15 @@ import os
 import secrets
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import asyncpg
 
@@ -148,6 +150,19 @@ def store_settings(data_dir: Path) -> dict[str, str]:
     with suppress(asyncpg.DuplicateDatabaseError):
         execute(server, f"CREATE DATABASE {name} TEMPLATE template0")
     return {"store_url": f"{server.rpartition('/')[0]}/{name}"}
+
+
+async def column_of_store(data_dir: Path, query: str) -> list[Any]:
+    """The first column of what a query finds in the store of a gateway that has this data directory."""
+    settings = store_settings(data_dir)
+    if not settings:
+        with closing(sqlite3.connect(data_dir / "gateway.db")) as db:
+            return [row[0] for row in db.execute(query)]
+    connection = await asyncpg.connect(settings["store_url"], timeout=5)
+    try:
+        return [row[0] for row in await connection.fetch(query)]
+    finally:
+        await connection.close()
 
 
 def drop_own_databases(server: str) -> None:

@@ -50,6 +50,7 @@ def test_a_port_that_is_in_use_is_one_clear_line(gateway: Gateway, tmp_path: Pat
     assert gateway.http.get("/healthz").status_code == 200
 
 
+@pytest.mark.sqlite
 def test_a_port_cannot_be_taken_while_the_gateway_starts(tmp_path: Path) -> None:
     tmp_path.joinpath("data").mkdir()
     gateway = Gateway(tmp_path, DEAD)
@@ -120,6 +121,7 @@ def test_a_start_without_redis_does_not_import_its_client() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
+@pytest.mark.sqlite
 def test_it_says_that_it_listens_only_when_it_does(tmp_path: Path) -> None:
     tmp_path.joinpath("data").mkdir()
     gateway = Gateway(tmp_path, DEAD)

@@ -13,6 +13,8 @@ from tests.integration.api.test_server import DEAD, assert_one_clear_line, serve
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import free_port, gateway_in_front_of
 
+pytestmark = pytest.mark.sqlite
+
 _ALIAS = Alias(b"link", b"history", b"question", b"")
 
 

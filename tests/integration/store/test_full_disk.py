@@ -23,6 +23,8 @@ from tests.support.admin_requests import error_of
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import Gateway, eventually, free_port, gateway_in_front_of
 
+pytestmark = pytest.mark.sqlite
+
 _DISK_MIB = 48
 _SMALL_FILE = 128 * 1024
 _TEXT = "All of this has to be kept. " * 700  # some 20 KB

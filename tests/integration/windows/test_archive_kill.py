@@ -17,6 +17,7 @@ from gateway.settings import Settings
 from tests.support.fakes.engine import FakeEngine
 from tests.support.gateway_process import ROOT, Gateway, environment, eventually
 from tests.support.harness import CHUNKS, cache_server, window
+from tests.support.postgres import store_settings
 
 OBJECT = 6_000_000  # bytes; all of them are far more than what sockets and their buffers hold
 
@@ -27,7 +28,8 @@ def gateway(engine: FakeEngine, tmp_path: Path) -> Iterator[Gateway]:
     (tmp_path / "kv").mkdir()
     with cache_server() as cache:
         more = {"cache_url": cache, "kv_dir": str(tmp_path / "kv")}
-        asyncio.run(_fill(Settings(engine_urls=(engine.url,), data_dir=str(tmp_path / "data"), **more)))  # type: ignore[arg-type]
+        own = {"data_dir": str(tmp_path / "data"), **store_settings(tmp_path / "data"), **more}
+        asyncio.run(_fill(Settings(engine_urls=(engine.url,), **own)))  # type: ignore[arg-type]
         gateway = Gateway(tmp_path, engine.url, **more)
         yield started(gateway)
         gateway.close()

@@ -8,6 +8,8 @@ from tests.support.fakes.engine import MODEL, FakeEngine
 from tests.support.gateway_process import Gateway, gateway_in_front_of
 from tests.support.tier_harness import lose_text
 
+pytestmark = pytest.mark.sqlite
+
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "and?"}]}
 
 

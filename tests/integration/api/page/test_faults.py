@@ -140,6 +140,7 @@ def test_without_scripts_the_plain_list_is_shown(chromium: Any, empty: PageRig) 
         assert page.url.endswith("/ui/plain")
 
 
+@pytest.mark.sqlite
 def test_ten_thousand_windows_are_paged(chromium: Any, empty: PageRig) -> None:
     empty.gateway.stop()
     with ThreadPoolExecutor(1) as other:  # the browser's event loop is in this thread

@@ -248,6 +248,7 @@ def test_an_unknown_id_is_not_found_and_never_reaches_the_engine(engine: FakeEng
     assert engine.seen(PATH) == []
 
 
+@pytest.mark.sqlite
 @pytest.mark.anyio
 async def test_an_id_of_another_tenant_is_unknown(engine: FakeEngine, tmp_path: Path) -> None:
     with gateway_in_front_of(engine.url, tmp_path) as gateway:
