@@ -1,7 +1,8 @@
 """LMCache's connector for vLLM, made safe for clients that disconnect while their KV is being loaded.
 
 vLLM imports this by name (`--kv-transfer-config`, `kv_connector_module_path`), in its own processes. Nothing of the
-gateway is imported with it but `gateway.stack.transfers`, so it needs none of the gateway's dependencies.
+gateway is imported with it but `gateway.stack.transfers` and `gateway.stack.seeds`, so it needs none of the gateway's
+dependencies.
 
 What it fixes, if a request is aborted during its load: EngineCore dies of `assert req_id in self.requests`, and the
 request's blocks are given to others while the LMCache server still writes to them. Upstream: vllm#43226, vllm#46240,
@@ -24,7 +25,9 @@ from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 from lmcache.integration.vllm.lmcache_mp_metrics import LMCacheMPPromMetrics
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
+from gateway.stack import seeds
 from gateway.stack.transfers import CHECKED, Transfers
 
 METRIC = "vllm:lmcache_mp_abort_safe"  # with the prefix `vllm:`, vLLM clears it when it restarts within one process
@@ -47,9 +50,11 @@ class AbortSafeLMCacheConnector(LMCacheMPConnector):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._transfers: Transfers | None = None
         self._unread: dict[str, Any] = {}  # trackers of aborted requests, by id, whose look-ups nobody has read
-        if role != KVConnectorRole.SCHEDULER:
-            return
         found = installed()
+        if role != KVConnectorRole.SCHEDULER:
+            if found == CHECKED and current_platform.is_cpu():
+                seeds.make_safe()
+            return
         if found == CHECKED:
             self._transfers = Transfers()
             logger.info(

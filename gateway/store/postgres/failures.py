@@ -42,6 +42,13 @@ def may_succeed_again(error: BaseException) -> bool:
     return outdated or (isinstance(error, asyncpg.PostgresError) and error.sqlstate in _AGAIN)
 
 
+def why_not_opened(error: Exception) -> str:
+    """What an error says of a store that cannot be opened, with the remedy if it is known."""
+    lost = isinstance(error, asyncpg.PostgresError) and error.sqlstate in _LOST_STATEMENT
+    # asyncpg explains at length what a program that uses it could change.
+    return f"it has lost a prepared statement; {_POOLER_HINT}" if lost else str(error) or "it does not answer"
+
+
 def failure(where: str, error: Exception) -> Exception:
     """The error to raise for a failed operation; the error itself if it is a bug of ours."""
     state = error.sqlstate or "" if isinstance(error, asyncpg.PostgresError) else ""

@@ -19,7 +19,7 @@ from gateway.store.database import Db, Work
 from gateway.store.postgres import point_reads
 from gateway.store.postgres.connections import Line, Server
 from gateway.store.postgres.db import Statements
-from gateway.store.postgres.failures import CommitUnknownError
+from gateway.store.postgres.failures import CommitUnknownError, why_not_opened
 from gateway.store.postgres.point_reads import FIRST_LINKS, PointReads
 from gateway.store.postgres.reader import Reader
 from gateway.store.postgres.schema import migrate
@@ -64,7 +64,7 @@ class PostgresStore(Store):
             finally:
                 await connection.close()
         except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            reason = str(error) or "it does not answer"
+            reason = why_not_opened(error)
             raise StartError(f"the store {self._server.where} cannot be opened: {reason}") from error
 
     async def _open_beside(self) -> tuple[Writer, Reader]:

@@ -19,6 +19,7 @@ from gateway.store import copying
 from gateway.store.membership import Membership
 from gateway.store.postgres import schema as postgres_schema
 from gateway.store.postgres.connections import Server
+from gateway.store.postgres.failures import why_not_opened
 from gateway.store.postgres.sql import translated
 from gateway.store.postgres.store import PostgresStore
 from gateway.store.schema import MIGRATIONS, migrate
@@ -428,3 +429,10 @@ def test_statements_are_translated() -> None:
     assert translated("FROM a CROSS JOIN b x ON x.i = a.j\n    LIMIT ?2 /* SQLite */) SELECT 1 LIMIT ?2") == (
         "FROM a CROSS JOIN LATERAL (SELECT * FROM b x WHERE x.i = a.j OFFSET 0) x) SELECT 1 LIMIT $2"
     )
+
+
+def test_start_behind_a_pooler_that_loses_statements_names_the_setting() -> None:
+    lost = asyncpg.DuplicatePreparedStatementError('prepared statement "__asyncpg_stmt_1__" already exists')
+    assert "set store_statement_cache to 0" in why_not_opened(lost)
+    assert why_not_opened(asyncpg.CannotConnectNowError("starting up")) == "starting up"
+    assert why_not_opened(TimeoutError()) == "it does not answer"
