@@ -11,7 +11,8 @@ _AGAIN = frozenset({_SERIALIZATION, _DEADLOCK, _UNIQUE, _FOREIGN_KEY})
 # Classes: connection, authorization, unknown database, resources, intervention of an operator, system.
 _UNAVAILABLE = ("08", "28", "3D", "53", "57", "58")
 _LOST_STATEMENT = frozenset({"26000", "42P05"})
-_POOLER_HINT = "if it is behind PgBouncer in transaction mode, set store_statement_cache to 0"
+# asyncpg explains at length what a program that uses it could change.
+_LOST = "has lost a prepared statement: behind PgBouncer in transaction mode, set store_statement_cache to 0"
 
 
 class CommitUnknownError(StoreUnavailable):
@@ -45,8 +46,7 @@ def may_succeed_again(error: BaseException) -> bool:
 def why_not_opened(error: Exception) -> str:
     """What an error says of a store that cannot be opened, with the remedy if it is known."""
     lost = isinstance(error, asyncpg.PostgresError) and error.sqlstate in _LOST_STATEMENT
-    # asyncpg explains at length what a program that uses it could change.
-    return f"it has lost a prepared statement; {_POOLER_HINT}" if lost else str(error) or "it does not answer"
+    return f"it {_LOST}" if lost else str(error) or "it does not answer"
 
 
 def failure(where: str, error: Exception) -> Exception:
@@ -57,9 +57,7 @@ def failure(where: str, error: Exception) -> Exception:
     if state == _READ_ONLY:
         return StoreUnavailable("store_unavailable", f"the store {where} is read-only; is it a standby?")
     if state in _LOST_STATEMENT:
-        return StoreUnavailable(
-            "store_unavailable", f"the store {where} has lost a prepared statement: {error}", hint=_POOLER_HINT
-        )
+        return StoreUnavailable("store_unavailable", f"the store {where} {_LOST}")
     if state.startswith(_UNAVAILABLE) or is_lost(error):
         return StoreUnavailable("store_unavailable", f"the store {where} does not answer: {_reason(error)}")
     return error
